@@ -1,0 +1,37 @@
+"""Kernels of Qwen2-VL as plain functions over packed tensors; see each function's docstring for shapes and dtypes."""
+
+from ._backend import BackendError, use_backend
+from .ops.layer_norm import add_layer_norm, layer_norm
+from .ops.mrope import mrope, mrope_
+from .ops.mrope_positions import mrope_positions
+from .ops.patch_embed import fold_patch_embed, patch_embed
+from .ops.patch_merge import patch_merge
+from .ops.quick_gelu import quick_gelu
+from .ops.rms_norm import add_rms_norm, rms_norm
+from .ops.swiglu import swiglu
+from .ops.varlen_attention import varlen_attention
+from .ops.vision_positions import vision_positions
+from .ops.vision_rope import vision_rope, vision_rope_, vision_rope_qkv_, vision_rope_tables
+
+__all__ = [
+    "BackendError",
+    "add_layer_norm",
+    "add_rms_norm",
+    "fold_patch_embed",
+    "layer_norm",
+    "mrope",
+    "mrope_",
+    "mrope_positions",
+    "patch_embed",
+    "patch_merge",
+    "quick_gelu",
+    "rms_norm",
+    "swiglu",
+    "use_backend",
+    "varlen_attention",
+    "vision_positions",
+    "vision_rope",
+    "vision_rope_",
+    "vision_rope_qkv_",
+    "vision_rope_tables",
+]

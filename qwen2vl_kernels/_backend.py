@@ -1,0 +1,98 @@
+"""Which implementation serves a call: one literal table, one switch, and the reasons when something cannot serve.
+
+``backend=None`` takes the first available entry of :data:`PREFERENCE` for the op and the tensor's device type. A
+named backend that cannot serve raises :class:`BackendError` with the reason; nothing ever falls back silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from . import _native
+
+#: op -> device type -> backends, first choice first. ROCm tensors have device type "cuda" in PyTorch.
+PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
+    "mrope": {"cpu": ("eager",), "cuda": ("eager",)},
+    "vision_rope": {"cpu": ("eager",), "cuda": ("eager",)},
+    # varlen_attention puts "blocked" first for the shapes where it measured faster.
+    "varlen_attention": {"cpu": ("sdpa", "blocked", "eager"), "cuda": ("sdpa", "eager")},
+    "patch_embed": {"cpu": ("eager",), "cuda": ("eager",)},
+    "patch_merge": {"cpu": ("eager",), "cuda": ("eager",)},
+    "rms_norm": {"cpu": ("eager",), "cuda": ("eager",)},
+    "layer_norm": {"cpu": ("eager",), "cuda": ("eager",)},
+    "swiglu": {"cpu": ("eager",), "cuda": ("eager",)},
+    "quick_gelu": {"cpu": ("eager",), "cuda": ("eager",)},
+    "vision_positions": {"cpu": ("eager",), "cuda": ("eager",)},
+    "mrope_positions": {"cpu": ("native", "eager"), "cuda": ("cuda", "eager")},
+}
+
+_forced: dict[str, str] = {}  # op -> backend, set by use_backend
+
+
+class BackendError(ValueError):
+    """The backend asked for cannot serve this op here; the message says why."""
+
+
+def unavailable(backend: str) -> str | None:
+    """Why ``backend`` cannot run in this process, or ``None`` when it can."""
+    if backend == "native":
+        return _native.cpu_reason()
+    if backend == "cuda":
+        return _native.cuda_reason()
+    return None
+
+
+def resolve(op: str, device_type: str, requested: str | None, prefer: str | None = None) -> str:
+    """The backend that serves ``op`` on tensors of ``device_type``. Raises :class:`BackendError`.
+
+    ``requested`` is the caller's word, then :func:`use_backend`'s; failing both, ``prefer`` is an op's own first
+    choice for the shapes at hand, before the table's.
+    """
+    choices = PREFERENCE[op].get(device_type, ("eager",))
+    name = requested if requested is not None else _forced.get(op)
+    if name is None:
+        if prefer is not None and prefer in choices and unavailable(prefer) is None:
+            return prefer
+        return next(choice for choice in choices if choice == "eager" or unavailable(choice) is None)
+    if name not in choices:
+        raise BackendError(f"{op}: backend {name!r} does not serve {device_type} tensors; these do: {', '.join(choices)}")
+    if (reason := unavailable(name)) is not None:
+        raise BackendError(f"{op}: backend {name!r} is not available here: {reason}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str | None = None, **per_op: str) -> Iterator[None]:
+    """Make a backend the default inside a ``with`` block, for every op or for those named.
+
+    ``use_backend("eager")`` turns the whole model into its own reference; ``use_backend(varlen_attention="sdpa")``
+    changes one op. The switch is process-wide (it must hold in autograd's threads too), so do not race it from
+    several threads. Raises :class:`BackendError` for an unknown op or a backend that an op does not have.
+    """
+    wanted = dict.fromkeys(PREFERENCE, name) if name is not None else {}
+    wanted.update(per_op)
+    for op, backend in wanted.items():
+        if op not in PREFERENCE:
+            raise BackendError(f"use_backend: no op is called {op!r}; the ops are {', '.join(PREFERENCE)}")
+        have = sorted({b for row in PREFERENCE[op].values() for b in row})
+        if backend not in have:
+            raise BackendError(f"use_backend: {op} has no backend {backend!r}; it has {', '.join(have)}")
+    saved = dict(_forced)
+    _forced.update(wanted)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(saved)
+
+
+def table(device_type: str = "cpu") -> list[tuple[str, str, str]]:
+    """Rows ``(op, backend taken, why the preferred ones are not)`` for ``device_type``; ``qwen2vl info`` prints it."""
+    rows = []
+    for op, by_device in PREFERENCE.items():
+        choices = by_device.get(device_type, ("eager",))
+        taken = resolve(op, device_type, None)
+        missed = [f"{c}: {unavailable(c)}" for c in choices[: choices.index(taken)]]
+        rows.append((op, taken, "; ".join(missed)))
+    return rows

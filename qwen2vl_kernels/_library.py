@@ -1,0 +1,32 @@
+"""Registration of the ops under ``torch.ops.qwen2vl``.
+
+An op whose only implementation is made of PyTorch operations is registered as *composite*: autograd, fake tensors and
+``torch.compile`` follow from its parts, so a compiler may fuse them. An op backed by compiled code is *opaque*: it
+comes with one kernel per dispatch key and a fake that gives shapes without running.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+_LIBRARY = torch.library.Library("qwen2vl", "DEF")
+
+
+def register_composite(schema: str, eager: Callable) -> None:
+    """Register ``schema`` (``"name(Tensor x, ...) -> Tensor"``) with ``eager`` as its decomposition."""
+    _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    _LIBRARY.impl(_name(schema), eager, "CompositeImplicitAutograd")
+
+
+def register_opaque(schema: str, *, fake: Callable, **kernels: Callable) -> None:
+    """Register ``schema`` with a fake and one kernel per dispatch key, e.g. ``CPU=run_native, CUDA=run_cuda``."""
+    _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    for key, kernel in kernels.items():
+        _LIBRARY.impl(_name(schema), kernel, key)
+    torch.library.register_fake(f"qwen2vl::{_name(schema)}", fake, lib=_LIBRARY)
+
+
+def _name(schema: str) -> str:
+    return schema.partition("(")[0]

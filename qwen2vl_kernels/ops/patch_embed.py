@@ -1,0 +1,91 @@
+"""Patch embedding as a matrix product, and the folding of pixel normalisation into its weight.
+
+    patch_embed(x) = x @ weight.reshape(C, K)^T + bias
+
+A patch is a row of K = in_channels * temporal * patch * patch values in the weight's own order, so the strided 3D
+convolution of the checkpoint (weight ``(C, 3, 2, 14, 14)``) is one GEMM. With pixels p in 0..255 and
+``x = (p / 255 - mean) / std`` per channel (SPEC: CLIP's mean and std), folding gives the same product from raw bytes:
+
+    weight' = weight / (255 std)        bias' = -sum_k weight_k mean / std
+
+and for a still image, whose two frames are equal, the temporal halves add up: K 1176 -> 588.
+Shapes: patches ``(T, K)`` uint8 or float; weight ``(C, K)`` or ``(C, in, t, p, p)``; bias ``(C,)`` or ``None``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from .._backend import resolve
+from .._checks import EAGER_FLOATS, Checker
+from .._library import register_composite
+
+
+def patch_embed_ref(patches: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The product in the weight's dtype; bytes 0..255 are exact in every float dtype."""
+    return F.linear(patches.to(weight.dtype), weight.flatten(1), bias)
+
+
+register_composite("patch_embed(Tensor patches, Tensor weight, Tensor? bias=None) -> Tensor", patch_embed_ref)
+
+
+def patch_embed(
+    patches: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str | None = None
+) -> torch.Tensor:
+    """Embed packed patches.
+
+    Args:
+        patches: ``(T, K)`` uint8 (with a folded weight) or any float dtype.
+        weight: ``(C, K)``, or the 5-D convolution weight ``(C, in, t, p, p)`` with in*t*p*p = K.
+        bias: ``(C,)`` in weight's dtype, or ``None``.
+        backend: ``None`` (choose), ``"eager"``.
+
+    Returns ``(T, C)`` in weight's dtype. Raises ``TypeError``/``ValueError`` naming the argument that does not fit.
+    """
+    check = Checker("patch_embed")
+    check.tensor("patches", patches, ("T", "K"), dtypes=(*EAGER_FLOATS, torch.uint8))
+    check.tensor("weight", weight, ("C", "in", "t", "p", "q") if getattr(weight, "ndim", 0) == 5 else ("C", "K'"))
+    width = math.prod(weight.shape[1:])
+    check.require(width == patches.shape[1], f"patches has {patches.shape[1]} values a row, but weight takes {width}")
+    if bias is not None:
+        check.tensor("bias", bias, ("C",), like=weight)
+    resolve("patch_embed", patches.device.type, backend)
+    return patch_embed_ref(patches, weight, bias)
+
+
+def fold_patch_embed(
+    weight: torch.Tensor, mean: Sequence[float], std: Sequence[float], still: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fold ``(p / 255 - mean) / std`` into a convolution weight, so that uint8 patches go straight in.
+
+    Args:
+        weight: ``(C, in, t, p, p)``.
+        mean, std: one value a channel, in units of p / 255.
+        still: add the temporal slices, for patches ``(T, in*p*p)`` of images whose frames are all equal. Never for
+            video.
+
+    Returns ``(weight, bias)``: ``(C, in*t*p*p)`` (or ``(C, in*p*p)``) and ``(C,)``, in weight's dtype, computed in
+    float32 and rounded once. Differentiable. In bfloat16 the result of the product differs from the unfolded one by
+    the rounding of the weight instead of the rounding of the normalised pixels, which is of the same size.
+    """
+    check = Checker("fold_patch_embed")
+    check.tensor("weight", weight, ("C", "in", "t", "p", "q"))
+    channels = weight.shape[1]
+    for name, values in (("mean", mean), ("std", std)):
+        check.require(len(values) == channels, f"{name} must have {channels} values, got {len(values)}")
+    check.require(all(s > 0 for s in std), f"std must be positive, got {tuple(std)}")
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    w = weight.to(wide)
+    per_channel = {"dtype": wide, "device": weight.device}
+    std_t = torch.tensor(std, **per_channel).view(-1, 1, 1, 1)
+    mean_t = torch.tensor(mean, **per_channel).view(-1, 1, 1, 1)
+    w = w / std_t
+    bias = -(w * mean_t).flatten(1).sum(1)
+    w = w / 255
+    if still:
+        w = w.sum(2)
+    return w.flatten(1).to(weight.dtype), bias.to(weight.dtype)

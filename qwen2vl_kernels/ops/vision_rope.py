@@ -1,0 +1,109 @@
+"""Rotary embedding of the vision tower's queries and keys from ready cosines and sines.
+
+    (x_j, x_{j+R/2})  ->  (x_j cos_j - x_{j+R/2} sin_j,  x_{j+R/2} cos_j + x_j sin_j)
+
+The 2D form of Qwen2-VL (arXiv 2409.12191, section 2.1) lies in the tables: the first half of the pairs turns with a
+patch's row, the second half with its column (:func:`vision_rope_tables`). Shapes: q, k ``(T, H, D)`` or packed qkv
+``(T, 3, H, D)``; cos, sin ``(T, R/2)``, R <= D. dtypes: float32, bfloat16, float16, tables of any float dtype; the
+rotation is float32.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .._backend import resolve
+from .._checks import INTS, Checker, no_grad_through
+from .._library import register_composite
+from .._rotary import rotate
+
+
+def vision_rope_tables(positions: torch.Tensor, inv_freq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of ``positions (T, 2)`` (row, column) and ``inv_freq (D/4,)`` float32: two ``(T, D/2)``."""
+    check = Checker("vision_rope_tables")
+    check.tensor("positions", positions, ("T", 2), dtypes=INTS)
+    check.tensor("inv_freq", inv_freq, ("D/4",), dtypes=(torch.float32, torch.float64))
+    angles = (positions.to(inv_freq.dtype).unsqueeze(-1) * inv_freq).flatten(1)  # (T, 2, D/4) -> (T, D/2)
+    return angles.cos(), angles.sin()
+
+
+def vision_rope_ref(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The formula in (at least) float32, rounded once."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    cos, sin = cos.to(wide), sin.to(wide)
+    return rotate(q, cos, sin), rotate(k, cos, sin)
+
+
+def _vision_rope_inplace_ref(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    q_out, k_out = vision_rope_ref(q, k, cos, sin)
+    q.copy_(q_out)
+    k.copy_(k_out)
+
+
+def _vision_rope_qkv_ref(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    _vision_rope_inplace_ref(qkv[:, 0], qkv[:, 1], cos, sin)
+
+
+register_composite("vision_rope(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)", vision_rope_ref)
+register_composite(
+    "vision_rope_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin) -> ()", _vision_rope_inplace_ref
+)
+register_composite("vision_rope_qkv_(Tensor(a!) qkv, Tensor cos, Tensor sin) -> ()", _vision_rope_qkv_ref)
+
+
+def vision_rope(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, backend: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate q and k.
+
+    Args:
+        q, k: ``(T, H, D)``, one dtype, any token and head strides, last dimension contiguous.
+        cos, sin: ``(T, R/2)`` of any float dtype, R <= D; columns from R on pass through.
+        backend: ``None`` (choose), ``"eager"``.
+
+    Returns new ``(q, k)``. Raises ``TypeError``/``ValueError`` naming the argument that does not fit.
+    """
+    _check("vision_rope", q, k, cos, sin)
+    resolve("vision_rope", q.device.type, backend)
+    return vision_rope_ref(q, k, cos, sin)
+
+
+def vision_rope_(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, backend: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`vision_rope` in place: q and k are overwritten and returned. Refused when either requires grad."""
+    _check("vision_rope_", q, k, cos, sin)
+    no_grad_through("vision_rope_", "vision_rope", q=q, k=k)
+    resolve("vision_rope", q.device.type, backend)
+    _vision_rope_inplace_ref(q, k, cos, sin)
+    return q, k
+
+
+def vision_rope_qkv_(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, backend: str | None = None
+) -> torch.Tensor:
+    """Rotate the q and k inside a packed projection ``(T, 3, H, D)`` in place; v is untouched.
+
+    Args as in :func:`vision_rope`. Returns ``qkv``. Refused when ``qkv`` requires grad.
+    """
+    check = Checker("vision_rope_qkv_")
+    check.tensor("qkv", qkv, ("T", 3, "H", "D"), contiguous_last=True)
+    _check("vision_rope_qkv_", qkv[:, 0], qkv[:, 1], cos, sin)
+    no_grad_through("vision_rope_qkv_", "vision_rope on its q and k", qkv=qkv)
+    resolve("vision_rope", qkv.device.type, backend)
+    _vision_rope_qkv_ref(qkv, cos, sin)
+    return qkv
+
+
+def _check(op: str, q, k, cos, sin) -> None:
+    check = Checker(op)
+    check.tensor("q", q, ("T", "Hq", "D"), contiguous_last=True)
+    check.tensor("k", k, ("T", "Hk", "D"), like=q, contiguous_last=True)
+    check.tensor("cos", cos, ("T", "R/2"))
+    check.tensor("sin", sin, ("T", "R/2"))
+    check.require(
+        2 * cos.shape[-1] <= q.shape[-1],
+        f"cos has {cos.shape[-1]} pairs, but q's head_dim {q.shape[-1]} holds {q.shape[-1] // 2}",
+    )
