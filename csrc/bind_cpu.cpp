@@ -1,0 +1,43 @@
+// Python module qwen2vl_kernels._cpu: checks and exports only.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <string>
+
+#include "bind_views.h"
+#include "build_info.h"
+#include "cpu/mrope_positions.h"
+
+namespace py = pybind11;
+using qwen2vl::RawView;
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "CPU kernels of qwen2vl_kernels. Tensors come as (address, bytes per element, row stride, column stride).";
+
+  m.def("build_info", [] {
+    return std::map<std::string, std::string>{
+        {"version", QWEN2VL_VERSION}, {"compiler", QWEN2VL_COMPILER}, {"cuda", QWEN2VL_CUDA_STATUS}};
+  });
+
+  // Returns (error, video, item, token, found): see MropeStatus.
+  m.def(
+      "mrope_positions",
+      [](const RawView& ids, const RawView& mask, const RawView& image_grids, const RawView& video_grids,
+         const RawView& cu_seqlens, const std::array<int64_t, 5>& sizes, const std::array<int64_t, 3>& tokens,
+         int64_t positions, int64_t delta) {
+        const auto in = qwen2vl::mrope_input(ids, mask, image_grids, video_grids, cu_seqlens, sizes, tokens);
+        qwen2vl::MropeStatus status;
+        {
+          const py::gil_scoped_release release;
+          status =
+              qwen2vl::mrope_positions(in, reinterpret_cast<int64_t*>(positions), reinterpret_cast<int64_t*>(delta));
+        }
+        return py::make_tuple(static_cast<int64_t>(status.error), status.video, status.item, status.token,
+                              status.found);
+      },
+      py::arg("ids"), py::arg("mask"), py::arg("image_grids"), py::arg("video_grids"), py::arg("cu_seqlens"),
+      py::arg("sizes"), py::arg("tokens"), py::arg("positions"), py::arg("delta"));
+}

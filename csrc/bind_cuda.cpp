@@ -1,0 +1,40 @@
+// Python module qwen2vl_kernels._cuda: checks and exports only.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "bind_views.h"
+#include "cuda/mrope_positions.h"
+
+namespace py = pybind11;
+using qwen2vl::RawView;
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "CUDA kernels of qwen2vl_kernels. Tensors come as (address, bytes per element, row stride, column stride).";
+
+  m.def("mrope_workspace_bytes", &qwen2vl::mrope_workspace_bytes, py::arg("tokens"), py::arg("images"),
+        py::arg("videos"));
+
+  m.def(
+      "mrope_positions",
+      [](const RawView& ids, const RawView& mask, const RawView& image_grids, const RawView& video_grids,
+         const RawView& cu_seqlens, const std::array<int64_t, 5>& sizes, const std::array<int64_t, 3>& tokens,
+         int64_t positions, int64_t delta, int64_t workspace, int64_t stream) {
+        const auto in = qwen2vl::mrope_input(ids, mask, image_grids, video_grids, cu_seqlens, sizes, tokens);
+        const char* failure = nullptr;
+        {
+          const py::gil_scoped_release release;
+          failure = qwen2vl::mrope_positions_cuda(
+              in, reinterpret_cast<int64_t*>(positions), reinterpret_cast<int64_t*>(delta),
+              reinterpret_cast<int64_t*>(workspace), reinterpret_cast<void*>(stream));
+        }
+        if (failure != nullptr) throw std::runtime_error(std::string("mrope_positions: launch failed: ") + failure);
+      },
+      py::arg("ids"), py::arg("mask"), py::arg("image_grids"), py::arg("video_grids"), py::arg("cu_seqlens"),
+      py::arg("sizes"), py::arg("tokens"), py::arg("positions"), py::arg("delta"), py::arg("workspace"),
+      py::arg("stream"));
+}

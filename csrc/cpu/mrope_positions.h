@@ -1,0 +1,30 @@
+#pragma once
+
+#include <cstdint>
+
+#include "../common/mrope.h"
+
+namespace qwen2vl {
+
+enum class MropeError : int64_t {
+  none = 0,
+  grid_entry,       // a grid entry is smaller than one
+  grid_not_merged,  // height or width is no multiple of the merge size
+  no_grid,          // a placeholder has no grid left
+  interrupted,      // another token stands inside of an item
+  cut,              // a sequence ends inside of an item
+  unused_grid,      // placeholders ran out before the grids did
+};
+
+// What went wrong and where; the Python side words it. `item` counts within its modality, `token` in the flattened
+// batch, `found` is the number of the item's placeholders seen.
+struct MropeStatus {
+  MropeError error;
+  bool video;
+  int64_t item, token, found;
+};
+
+// positions: (3, rows, columns); delta: (sequences). Both are written in full unless an error is returned.
+MropeStatus mrope_positions(const MropeInput& in, int64_t* positions, int64_t* delta);
+
+}  // namespace qwen2vl
