@@ -1,0 +1,211 @@
+"""Where the bytes of an image or a video come from: paths, URLs, data URIs, bytes and file objects.
+
+Nothing is guessed: a string is a URL when it carries a scheme, and a path otherwise. Network access happens
+only when the caller allows it.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import http.client
+import io
+import os
+import re
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, BinaryIO, cast
+
+from PIL import Image
+
+from qwen2vl.errors import MediaError
+
+REMOTE_TIMEOUT = 30.0  # seconds, for one socket operation
+REMOTE_DEADLINE = 600.0  # seconds, for a whole download
+_SPOOL_BYTES = (
+    64 << 20
+)  # what is read from a stream stays in memory up to this size, then goes to a temporary file
+_CHUNK_BYTES = 1 << 20
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")  # two letters at least, so that C:\ stays a path
+_REMOTE_SCHEMES = ("http", "https")
+
+
+def describe_source(source: object) -> str:
+    """A short name for messages: paths and URLs as they are, everything else by kind and length."""
+    if isinstance(source, str):
+        if source[:5].lower() == "data:":
+            kind = re.split("[;,]", source[5:64], maxsplit=1)[0] or "no media type"
+            return f"data URI ({kind}, {len(source)} characters)"
+        return repr(source) if len(source) <= 200 else f"{source[:60]!r}... ({len(source)} characters)"
+    if isinstance(source, os.PathLike):
+        return repr(os.fspath(source))
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"{type(source).__name__} of length {len(source)}"
+    if hasattr(source, "read"):
+        name = getattr(source, "name", None)
+        return (
+            f"file object {name!r}"
+            if isinstance(name, str)
+            else f"file object of type {type(source).__name__}"
+        )
+    if isinstance(source, Image.Image):
+        return f"{type(source).__name__} (mode {source.mode}, size {source.width} x {source.height})"
+    return f"object of type {type(source).__name__}"
+
+
+@contextlib.contextmanager
+def open_source(source: object, *, allow_remote: bool, max_bytes: int) -> Iterator[BinaryIO]:
+    """Open ``source`` as a seekable binary stream that starts at position 0.
+
+    Args:
+        source: path (``str`` or ``os.PathLike``), ``file://`` URL, base64 ``data:`` URI, ``bytes``,
+            ``bytearray``, ``memoryview`` or binary file object (read from where it stands, left open);
+            ``http://`` and ``https://`` URLs when ``allow_remote``.
+        allow_remote: whether http(s) URLs may be fetched. The host is not restricted: allow this for trusted
+            callers.
+        max_bytes: the most bytes read from a network or from a stream that has to be copied.
+
+    Raises:
+        MediaError: missing or unreadable file, malformed data URI, refused or failed URL, empty source, too
+            many bytes, or a type that is none of the above.
+    """
+    label = describe_source(source)
+    with contextlib.ExitStack() as stack:
+        if isinstance(source, (bytes, bytearray, memoryview)):
+            stream: IO[bytes] = io.BytesIO(source)
+        elif hasattr(source, "read"):
+            stream = _from_file_object(source, label, max_bytes, stack)
+        elif isinstance(source, str) and source[:5].lower() == "data:":
+            stream = io.BytesIO(_decode_data_uri(source, label))
+        elif isinstance(source, str) and (scheme := _SCHEME.match(source)):
+            name = scheme.group(1).lower()
+            if name == "file":
+                stream = stack.enter_context(_open_path(_file_url_path(source, label), label))
+            elif name in _REMOTE_SCHEMES:
+                if not allow_remote:
+                    raise MediaError(f"{label} is a remote address: pass allow_remote=True to fetch it")
+                stream = stack.enter_context(_download(source, label, max_bytes))
+            else:
+                raise MediaError(f"{label}: scheme {name!r} is not supported, want file, http or https")
+        elif isinstance(source, (str, os.PathLike)):
+            stream = stack.enter_context(_open_path(cast("str | os.PathLike[str]", source), label))
+        else:
+            raise MediaError(
+                f"source must be a path, URL, data URI, bytes or a binary file object, got an {label}"
+            )
+        if not stream.read(1):
+            raise MediaError(f"{label} is empty (0 bytes)")
+        stream.seek(0)
+        yield cast(BinaryIO, stream)
+
+
+def _open_path(path: str | os.PathLike[str], label: str) -> BinaryIO:
+    try:
+        if not os.path.exists(path):
+            raise MediaError(f"no such file: {label}")
+        if not os.path.isfile(path):
+            raise MediaError(f"{label} is not a regular file")
+        return Path(path).open("rb")
+    except OSError as error:  # no permission, or vanished in between
+        raise MediaError(f"{label} cannot be read: {error.strerror or error}") from error
+
+
+def _file_url_path(url: str, label: str) -> str:
+    parts = urllib.parse.urlsplit(url)
+    if parts.netloc not in ("", "localhost"):
+        raise MediaError(f"{label}: a file URL must name this machine, got host {parts.netloc!r}")
+    # A "?" or "#" in a file's name has to be escaped in a URL, so what stands unescaped is not part of the
+    # path.
+    return urllib.request.url2pathname(parts.path)
+
+
+def _decode_data_uri(uri: str, label: str) -> bytes:
+    header, comma, payload = uri[5:].partition(",")
+    if not comma:
+        raise MediaError(f"{label} has no comma between its header and its data")
+    if header.split(";")[-1].strip().lower() != "base64":
+        raise MediaError(f"{label} is not base64: want data:<type>;base64,<data>")
+    text = "".join(urllib.parse.unquote(payload).split())
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise MediaError(f"{label} holds malformed base64: {error}") from error
+
+
+def _from_file_object(source: Any, label: str, max_bytes: int, stack: contextlib.ExitStack) -> IO[bytes]:
+    try:
+        if not isinstance(source.read(0), bytes):
+            raise MediaError(f"{label} is opened in text mode, want binary")
+        if hasattr(source, "seekable") and source.seekable() and source.tell() == 0:
+            return source
+        spool = stack.enter_context(tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES))
+        _copy(source, spool, label, max_bytes)
+    except MediaError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:  # closed, write-only, or not quite a file
+        raise MediaError(f"{label} cannot be read: {error}") from error
+    return cast("IO[bytes]", spool)
+
+
+def _copy(source: Any, target: Any, label: str, max_bytes: int, deadline: float | None = None) -> None:
+    """Copy all of ``source`` to ``target`` and rewind the latter; refuse more than ``max_bytes``."""
+    total = 0
+    while chunk := source.read(_CHUNK_BYTES):
+        total += len(chunk)
+        if total > max_bytes:
+            raise MediaError(f"{label} holds more than the limit of {max_bytes} bytes")
+        if deadline is not None and time.monotonic() > deadline:
+            raise MediaError(f"{label} took longer than {REMOTE_DEADLINE:g} s to arrive")
+        target.write(chunk)
+    target.seek(0)
+
+
+class _CheckedRedirects(urllib.request.HTTPRedirectHandler):
+    """A server must not be able to send us to a local file or to another protocol."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):  # noqa: PLR0913
+        scheme = urllib.parse.urlsplit(newurl).scheme.lower()
+        if scheme not in _REMOTE_SCHEMES:
+            raise MediaError(f"{req.full_url!r} redirects to scheme {scheme!r}, want http or https")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _download(url: str, label: str, max_bytes: int) -> IO[bytes]:
+    # Built by hand: urllib's default opener would also serve file:, ftp: and data: addresses.
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler(),
+        urllib.request.HTTPHandler(),
+        urllib.request.HTTPSHandler(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPErrorProcessor(),
+        _CheckedRedirects(),
+        urllib.request.UnknownHandler(),
+    ):
+        opener.add_handler(handler)
+    spool = tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES)
+    try:
+        request = urllib.request.Request(url, headers={"User-Agent": "qwen2vl", "Accept": "*/*"})
+        with opener.open(request, timeout=REMOTE_TIMEOUT) as response:
+            declared = response.headers.get("Content-Length", "")
+            if declared.isdigit() and int(declared) > max_bytes:
+                raise MediaError(f"{label} declares {declared} bytes, more than the limit of {max_bytes}")
+            _copy(response, spool, label, max_bytes, time.monotonic() + REMOTE_DEADLINE)
+    except MediaError:
+        spool.close()
+        raise
+    except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
+        spool.close()
+        raise MediaError(f"{label} could not be fetched: {error}") from error
+    return cast("IO[bytes]", spool)

@@ -1,0 +1,237 @@
+"""Reading video files with PyAV: the time of every frame, then the wanted frames, upright and in RGB.
+
+PyAV is imported inside functions, because it is an optional dependency.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from qwen2vl.errors import MediaError
+from qwen2vl.image import composite_over_white
+
+MAX_SOURCE_FRAME_PIXELS = 8192 * 8192
+MAX_SOURCE_FRAMES = 5_000_000  # 46 hours at 30 frames per second
+
+# Containers that hold everything in one file. Playlists (HLS, DASH, concat) are left out on purpose: they
+# would make FFmpeg open other files and addresses that the caller never named.
+_CONTAINERS = "mov,matroska,avi,gif,webp_anim,apng,mpegts,mpeg,flv,ogg,asf,mxf,ivf,wav,mp3,flac,aac"
+_TIME_SLACK = 1e-3  # seconds: Matroska and FLV round timestamps to milliseconds
+
+
+def _import_av() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise MediaError('video files need PyAV: pip install "qwen2vl[video]"') from error
+    return av
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """When each frame of a video is shown.
+
+    Attributes:
+        ticks: (frames,) int64, increasing: presentation timestamps, or frame numbers where the file has none.
+        origin: tick of the file's first frame.
+        unit: seconds per tick.
+        declared_rate: frames per second that the file claims, 0.0 if none.
+        numbered: ticks are frame numbers.
+    """
+
+    ticks: np.ndarray
+    origin: int
+    unit: float
+    declared_rate: float
+    numbered: bool
+
+    def seconds(self, ticks: Any) -> Any:
+        """Seconds since the first frame of the file."""
+        return (ticks - self.origin) * self.unit
+
+    @property
+    def rate(self) -> float:
+        """Frames per second: as declared where the timestamps agree within 1 %, else as measured."""
+        if len(self.ticks) == 1:
+            return self.declared_rate
+        measured = (len(self.ticks) - 1) / (float(self.ticks[-1] - self.ticks[0]) * self.unit)
+        # Timestamps are rounded, and a count that falls just below an even number would lose two frames.
+        return self.declared_rate if abs(measured - self.declared_rate) <= 0.01 * measured else measured
+
+    @property
+    def duration(self) -> float:
+        """Seconds, the last frame's own time on screen included."""
+        return len(self.ticks) / self.rate if self.rate else 0.0
+
+    def between(self, start: float, end: float, label: str) -> Timeline:
+        """The frames from ``start`` to ``end`` in seconds, both included."""
+        seconds = self.seconds(self.ticks)
+        if start > seconds[-1] + _TIME_SLACK:
+            raise MediaError(f"start is {start:g} s, but the last frame of {label} is at {seconds[-1]:.3f} s")
+        inside = (seconds >= start - _TIME_SLACK) & (seconds <= end + _TIME_SLACK)
+        if not inside.any():
+            raise MediaError(f"{label} has no frame between start {start:g} s and end {end:g} s")
+        return replace(self, ticks=self.ticks[inside])
+
+    def choose(self, indices: np.ndarray) -> np.ndarray:
+        """The ticks to keep, given the frame numbers that would be right at a constant rate.
+
+        At a varying rate these are the frames on screen at len(indices) evenly spaced times.
+        """
+        even = np.linspace(self.ticks[0], self.ticks[-1], len(self.ticks))
+        if np.abs(self.ticks - even).max() * self.unit * self.rate <= 0.5:
+            return self.ticks[indices]
+        times = np.linspace(self.ticks[0], self.ticks[-1], len(indices))
+        return self.ticks[np.searchsorted(self.ticks, times, side="right") - 1]
+
+
+@contextmanager
+def _open_video(file: BinaryIO, label: str) -> Iterator[tuple[Any, Any]]:
+    """Open the container from its beginning; yields it and its first video stream. ``file`` stays open."""
+    av = _import_av()
+    file.seek(0)
+    try:
+        container = av.open(
+            file,
+            container_options={"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"},
+            metadata_errors="replace",
+            buffer_size=1 << 20,
+        )
+    except av.FFmpegError as error:
+        raise MediaError(
+            f"{label} is not a video in a supported container, or is damaged: {error.strerror}"
+        ) from error
+    with container:
+        cover = av.stream.Disposition.attached_pic
+        streams = [stream for stream in container.streams.video if not stream.disposition & cover]
+        if not streams:
+            raise MediaError(f"{label} has no video stream")
+        context = streams[0].codec_context
+        if context is None:
+            raise MediaError(f"{label}: no decoder for its video stream")
+        _check_frame_size(context.width, context.height, label)
+        streams[0].thread_type = "AUTO"
+        yield container, streams[0]
+
+
+def _check_frame_size(width: int, height: int, label: str) -> None:
+    if width * height > MAX_SOURCE_FRAME_PIXELS:
+        raise MediaError(
+            f"{label} has frames of {width} x {height} pixels, "
+            f"more than the limit of {MAX_SOURCE_FRAME_PIXELS}"
+        )
+
+
+def _reading(items: Iterable[Any], label: str) -> Iterator[Any]:
+    """``items`` with FFmpeg's errors as MediaError; errors of whoever consumes the items pass untouched."""
+    av = _import_av()
+    iterator = iter(items)
+    while True:
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        except av.FFmpegError as error:
+            raise MediaError(f"{label} is damaged: {error.strerror}") from error
+        yield item
+
+
+def read_timeline(file: BinaryIO, label: str) -> Timeline:
+    """Read all packets without decoding them: containers often report a wrong number of frames, or none.
+
+    Raises:
+        MediaError: not a supported video, no video stream, damaged, no frames, or more than
+            MAX_SOURCE_FRAMES.
+    """
+    with _open_video(file, label) as (container, stream):
+        stamps, count = array("q"), 0
+        for packet in _reading(container.demux(stream), label):
+            if packet.size == 0 or packet.is_discard:
+                continue
+            count += 1
+            if count > MAX_SOURCE_FRAMES:
+                raise MediaError(f"{label} has more than the limit of {MAX_SOURCE_FRAMES} frames")
+            if packet.pts is not None:
+                stamps.append(packet.pts)
+        if count == 0:
+            raise MediaError(f"{label} holds no video frames")
+        rate = float(stream.average_rate or stream.guessed_rate or 0)
+        if len(stamps) == count:
+            ticks = np.unique(np.frombuffer(stamps, np.int64))
+            return Timeline(ticks, int(ticks[0]), float(stream.time_base), rate, numbered=False)
+        if rate == 0:
+            raise MediaError(f"{label} reports neither timestamps nor a frame rate")
+        return Timeline(np.arange(count), 0, 1 / rate, rate, numbered=True)
+
+
+def kept_frames(
+    file: BinaryIO, label: str, timeline: Timeline, wanted: np.ndarray
+) -> Iterator[tuple[range, np.ndarray, float]]:
+    """Decode the frames at the ticks ``wanted`` (increasing, repeats allowed).
+
+    Yields:
+        the slots of ``wanted`` that a frame fills, the frame as (H, W, 3) uint8 RGB, and its time in seconds.
+        A frame that the file lacks is replaced by the next one, or at the end by the last.
+    """
+    slot, last = 0, None
+    for tick, frame in _presented_frames(file, label, timeline, int(wanted[0])):
+        last = (tick, frame)
+        until = int(np.searchsorted(wanted, tick, side="right"))
+        if until > slot:
+            yield range(slot, until), _to_rgb(frame, label), float(timeline.seconds(tick))
+            slot = until
+        if slot == len(wanted):
+            return
+    if last is None:
+        raise MediaError(f"{label} is damaged: no frame could be decoded")
+    tick, frame = last
+    yield range(slot, len(wanted)), _to_rgb(frame, label), float(timeline.seconds(tick))
+
+
+def _presented_frames(
+    file: BinaryIO, label: str, timeline: Timeline, first: int
+) -> Iterator[tuple[int, Any]]:
+    """(tick, frame) in order of presentation, beginning at or before tick ``first``."""
+    av = _import_av()
+    if first > timeline.origin and not timeline.numbered:
+        with _open_video(file, label) as (container, stream):
+            frames = _ticked_frames(container, stream, label, timeline)
+            try:
+                container.seek(first, stream=stream)
+                head = next(frames, None)
+            except (av.FFmpegError, MediaError):
+                head = None  # seeking only saves time: without a usable index the file is read from its start
+            if head is not None and head[0] <= first:
+                yield head
+                yield from frames
+                return
+    with _open_video(file, label) as (container, stream):
+        yield from _ticked_frames(container, stream, label, timeline)
+
+
+def _ticked_frames(container: Any, stream: Any, label: str, timeline: Timeline) -> Iterator[tuple[int, Any]]:
+    tick = -1
+    for frame in _reading(container.decode(stream), label):
+        stamp = frame.pts if frame.pts is not None else frame.dts
+        tick = tick + 1 if timeline.numbered or stamp is None else stamp
+        yield tick, frame
+
+
+def _to_rgb(frame: Any, label: str) -> np.ndarray:
+    av = _import_av()
+    _check_frame_size(frame.width, frame.height, label)
+    has_alpha = any(component.is_alpha for component in frame.format.components)
+    try:
+        pixels = frame.to_ndarray(format="rgba" if has_alpha else "rgb24")
+    except (av.FFmpegError, ValueError) as error:
+        raise MediaError(f"{label}: pixel format {frame.format.name} cannot be converted: {error}") from error
+    if has_alpha:
+        pixels = np.asarray(composite_over_white(Image.fromarray(pixels)))
+    return np.rot90(pixels, round(frame.rotation / 90))  # FFmpeg's angle is counterclockwise, like rot90's
