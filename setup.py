@@ -1,6 +1,7 @@
 """Build of the two compiled extensions; everything else about the package is in pyproject.toml.
 
-``qwen2vl_kernels._cpu`` is always built. ``qwen2vl_kernels._cuda`` is built where nvcc is found. Neither needs PyTorch.
+``qwen2vl_kernels._cpu`` is always built, ``qwen2vl_kernels._cuda`` where nvcc is found; neither needs
+PyTorch.
 
 Environment:
     QWEN2VL_BUILD_CUDA    auto (default): build _cuda if it builds, else install without it and remember why;
@@ -118,7 +119,8 @@ class Build(build_ext):
     def build_extensions(self) -> None:
         if os.name != "posix":
             raise SystemExit("qwen2vl builds on Linux and macOS")
-        mode, archs, jobs = cuda_mode(), requested_archs(), max_jobs()  # a bad value stops the build before it starts
+        # A bad value stops the build before it starts.
+        mode, archs, jobs = cuda_mode(), requested_archs(), max_jobs()
         self.temp = Path(self.build_temp).resolve()
         self.temp.mkdir(parents=True, exist_ok=True)
         cxx = shlex.split(os.environ.get("CXX", "c++"))
@@ -160,27 +162,31 @@ class Build(build_ext):
     def build_cuda(self, archs: list[tuple[str, bool]] | None, jobs: list[str]) -> str:
         nvcc = find_nvcc()
         flags, words = gencode(nvcc, archs)
-        host = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-        common = [nvcc, "-std=c++17", "-O3", *(flag for name in host for flag in ("-Xcompiler", name)), *self.includes()]
+        host = ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+        common = [nvcc, "-std=c++17", "-O3", *host, *self.includes()]
         link = [nvcc, "-shared", "-cudart", "static"]
-        self.ninja(CUDA, {".cpp": common, ".cu": [*common, *flags, "-Xptxas", "-v"]}, link, jobs)
+        self.ninja(CUDA, {".cpp": common, ".cu": [*common, *flags]}, link, jobs)
         return words
 
     def includes(self) -> list[str]:
         import pybind11
 
-        # As system headers: our own warnings stay readable.
-        system = [sysconfig.get_path("include"), pybind11.get_include()]
-        return ["-I", str(ROOT / "csrc"), "-I", str(self.temp), *(flag for path in system for flag in ("-isystem", path))]
+        ours = ["-I", str(ROOT / "csrc"), "-I", str(self.temp)]
+        # As system headers: warnings stay about our own code.
+        return [*ours, "-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
 
     def write_build_info(self, compiler: str, cuda_status: str) -> None:
-        values = {"VERSION": self.distribution.get_version(), "COMPILER": compiler, "CUDA_STATUS": cuda_status}
-        text = "#pragma once\n" + "".join(f'#define QWEN2VL_{k} R"info({v})info"\n' for k, v in values.items())
+        version = self.distribution.get_version()
+        values = {"VERSION": version, "COMPILER": compiler, "CUDA_STATUS": cuda_status}
+        lines = [f'#define QWEN2VL_{name} R"info({value})info"\n' for name, value in values.items()]
+        text = "#pragma once\n" + "".join(lines)
         header = self.temp / "build_info.h"
         if not header.exists() or header.read_text() != text:
             header.write_text(text)
 
-    def ninja(self, extension: Extension, compile: dict[str, list[str]], link: list[str], jobs: list[str]) -> None:
+    def ninja(
+        self, extension: Extension, compile: dict[str, list[str]], link: list[str], jobs: list[str]
+    ) -> None:
         """Build one extension; ``compile`` maps a source suffix to the command that compiles it."""
         import ninja
 
@@ -203,9 +209,12 @@ class Build(build_ext):
 
         program = os.path.join(ninja.BIN_DIR, "ninja")
         result = subprocess.run(
-            [program, "-f", str(file), *jobs, *(["-v"] if self.verbose > 1 else [])],
-            cwd=self.temp, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+            [program, "-f", str(file), *jobs],
+            cwd=self.temp,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         print(result.stdout, flush=True)
         if result.returncode != 0:
             raise BuildError(f"compiling {extension.name} failed: {first_error(result.stdout)}")

@@ -23,18 +23,18 @@ PYBIND11_MODULE(_cuda, m) {
       "mrope_positions",
       [](const RawView& ids, const RawView& mask, const RawView& image_grids, const RawView& video_grids,
          const RawView& cu_seqlens, const std::array<int64_t, 5>& sizes, const std::array<int64_t, 3>& tokens,
-         int64_t positions, int64_t delta, int64_t workspace, int64_t stream) {
+         int64_t positions, int64_t delta, int64_t workspace, int device, int64_t stream) {
         const auto in = qwen2vl::mrope_input(ids, mask, image_grids, video_grids, cu_seqlens, sizes, tokens);
         const char* failure = nullptr;
         {
           const py::gil_scoped_release release;
           failure = qwen2vl::mrope_positions_cuda(
               in, reinterpret_cast<int64_t*>(positions), reinterpret_cast<int64_t*>(delta),
-              reinterpret_cast<int64_t*>(workspace), reinterpret_cast<void*>(stream));
+              reinterpret_cast<int64_t*>(workspace), device, reinterpret_cast<void*>(stream));
         }
         if (failure != nullptr) throw std::runtime_error(std::string("mrope_positions: launch failed: ") + failure);
       },
       py::arg("ids"), py::arg("mask"), py::arg("image_grids"), py::arg("video_grids"), py::arg("cu_seqlens"),
       py::arg("sizes"), py::arg("tokens"), py::arg("positions"), py::arg("delta"), py::arg("workspace"),
-      py::arg("stream"));
+      py::arg("device"), py::arg("stream"));
 }

@@ -1,7 +1,8 @@
 """Loading of the two compiled extensions, and the reason when one of them is not there.
 
-``_cpu`` (from ``csrc/cpu``) is part of every build; ``_cuda`` (from ``csrc/cuda``) only of builds that found nvcc.
-Neither links against PyTorch: they take addresses, sizes and streams, so one build serves every PyTorch version.
+``_cpu`` (from ``csrc/cpu``) is part of every build; ``_cuda`` (from ``csrc/cuda``) only of builds that found
+nvcc. Neither links against PyTorch: they take addresses, sizes and streams, so one build serves every PyTorch
+version.
 """
 
 from __future__ import annotations
@@ -57,15 +58,15 @@ def cuda() -> ModuleType:
 
 
 def build_info() -> dict[str, str]:
-    """How the extensions were built: ``version``, ``compiler`` and ``cuda`` (architectures, or why it was left out)."""
+    """How the extensions were built: ``version``, ``compiler`` and ``cuda`` (for what, or why left out)."""
     return dict(_cpu.build_info()) if _cpu is not None else {}
 
 
 def view(tensor: torch.Tensor | None) -> View:
     """A tensor of at most two dimensions as ``(address, bytes per element, row stride, column stride)``.
 
-    This is how tensors reach the extensions; the strides count elements, and ``None`` is address 0. The caller keeps
-    the tensor alive for as long as the extension may read it.
+    This is how tensors reach the extensions; the strides count elements, and ``None`` is address 0. The
+    caller keeps the tensor alive for as long as the extension may read it.
     """
     if tensor is None:
         return (0, 1, 0, 0)
