@@ -1,8 +1,10 @@
-"""From chat messages to the segments of a ChatML prompt: plain text, control tokens, and places for images and videos.
+"""From chat messages to the segments of a ChatML prompt: plain text, control tokens, and places for images
+and videos.
 
-The layout is that of the released instruct template. A turn is `<|im_start|>role NEWLINE content <|im_end|> NEWLINE`, its
-content items stand side by side with no separator, an image is `<|vision_start|><|image_pad|><|vision_end|>`, and a
-conversation that does not begin with a system turn gets the default one.
+The layout is that of the released instruct template. A turn is `<|im_start|>role NEWLINE content <|im_end|>
+NEWLINE`, its content items stand side by side with no separator, an image is
+`<|vision_start|><|image_pad|><|vision_end|>`, and a conversation that does not begin with a system turn gets
+the default one.
 """
 
 import math
@@ -12,8 +14,8 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Literal
 
-from qwen2vl.errors import PromptError
-from qwen2vl.tokenizer import (
+from .errors import PromptError
+from .tokenizer import (
     GROUNDING_TOKENS,
     IM_END,
     IM_START,
@@ -75,18 +77,20 @@ def render(
     """Segments of one conversation.
 
     Args:
-        messages: a non-empty list of `{"role": "system" | "user" | "assistant", "content": str or list of items}`. An item is
-            text (`{"type": "text", "text": str}`), an image (`{"type": "image", "image": source}` or
-            `{"type": "image_url", "image_url": source or {"url": source}}`) or a video (the same with "video");
-            "type" may be left out. Images and videos take options beside their source, see `IMAGE_OPTIONS` and
-            `VIDEO_OPTIONS`. A key whose value is None counts as left out.
+        messages: a non-empty list of `{"role": "system" | "user" | "assistant", "content": str or list of
+            items}`. An item is text (`{"type": "text", "text": str}`), an image (`{"type": "image", "image":
+            source}` or `{"type": "image_url", "image_url": source or {"url": source}}`) or a video (the same
+            with "video"); "type" may be left out. Images and videos take options beside their source, see
+            `IMAGE_OPTIONS` and `VIDEO_OPTIONS`. A key whose value is None counts as left out.
         add_generation_prompt: end with the opening of an assistant turn.
-        add_vision_id: put "Picture N: " or "Video N: " before every item, counted over the whole conversation.
+        add_vision_id: put "Picture N: " or "Video N: " before every item, counted over the whole
+            conversation.
         where: the name that errors give to `messages`.
 
     Returns:
-        Segments in order. Neighbouring text is joined, so that it is tokenised as one. Text never stands for a control token;
-        only in assistant turns do the grounding markers (`GROUNDING_TOKENS`), which the model itself writes, keep their meaning.
+        Segments in order. Neighbouring text is joined, so that it is tokenised as one. Text never stands for
+        a control token; only in assistant turns do the grounding markers (`GROUNDING_TOKENS`), which the
+        model itself writes, keep their meaning.
 
     Raises:
         PromptError: naming the place, what it holds and what it wants.
@@ -125,7 +129,7 @@ def render(
 
 
 def segments_to_text(segments: Sequence[Segment]) -> str:
-    """The prompt as the released template writes it, with one placeholder for each image or video. For people to read."""
+    """The prompt as the released template writes it: one placeholder for each image or video."""
     return "".join(
         segment.text
         if isinstance(segment, Text)
@@ -177,7 +181,10 @@ def _read_message(message: object, where: str) -> tuple[str, list[Text | Media]]
 
 
 def _positive_int(value: object) -> int | None:
-    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) and value > 0 else None
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        return None
+    number = int(value)
+    return number if number > 0 else None
 
 
 def _positive(value: object) -> float | None:
@@ -218,6 +225,8 @@ VIDEO_OPTIONS: dict[str, _Option] = {
     "min_pixels": _int_option("min_pixels"),
     "max_pixels": _int_option("max_pixels"),
     "total_pixels": _int_option("total_pixels"),
+    "resized_height": _int_option("resized_height"),
+    "resized_width": _int_option("resized_width"),
 }
 
 # Payload key (and "type") -> kind.
@@ -247,7 +256,7 @@ def _read_item(item: object, where: str) -> Text | Media:
 
     kind = _KINDS[payload]
     options = IMAGE_OPTIONS if kind == "image" else VIDEO_OPTIONS if kind == "video" else {}
-    # A key without a value is harmless where another kind of item uses it: tables fill absent columns with None.
+    # Tables fill absent columns with None: harmless in any key that some kind of item has.
     others = {*_KINDS, *IMAGE_OPTIONS, *VIDEO_OPTIONS}
     checked = [key for key in item if key in given or key not in others]
     article = "an" if kind == "image" else "a"
@@ -273,7 +282,7 @@ def _read_url(source: Any, where: str) -> Any:
         raise PromptError(f"{where}.url: is missing")
     if source.get("detail", "auto") not in ("auto", None):
         raise PromptError(
-            f"{where}.detail: wants 'auto', got {source['detail']!r}; set min_pixels and max_pixels of the item"
+            f"{where}.detail: wants 'auto', got {source['detail']!r}; set the item's max_pixels instead"
         )
     return source["url"]
 

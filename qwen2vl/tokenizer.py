@@ -1,7 +1,8 @@
 """The byte-level BPE tokenizer of a Qwen2-VL checkpoint, with control tokens kept apart from text.
 
-Text and control tokens never share an entry point: `Tokenizer.encode_plain` knows no control tokens, and a control token
-is only ever looked up by its name. Hence no text, whoever wrote it, can open or close a turn or claim an image's place.
+Text and control tokens never share an entry point: `Tokenizer.encode_plain` knows no control tokens, and a
+control token is only ever looked up by its name. Hence no text, whoever wrote it, can open or close a turn or
+claim an image's place.
 """
 
 import codecs
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import tokenizers
 
-from qwen2vl.errors import CheckpointError, PromptError
+from .errors import CheckpointError, PromptError
 
 END_OF_TEXT = "<|endoftext|>"
 IM_START = "<|im_start|>"
@@ -54,8 +55,8 @@ class Tokenizer:
         end_id: id of <|im_end|>, which closes a turn.
 
     Raises:
-        CheckpointError: the tokenizer is not a byte-level BPE, lacks one of `REQUIRED_TOKENS`, or its ordinary
-            vocabulary can spell a control token.
+        CheckpointError: the tokenizer is not a byte-level BPE, lacks one of `REQUIRED_TOKENS`, or its
+            ordinary vocabulary can spell a control token.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer):
@@ -67,7 +68,8 @@ class Tokenizer:
         if not isinstance(backend.decoder, tokenizers.decoders.ByteLevel):
             got = type(backend.decoder).__name__
             raise CheckpointError(f"tokenizer: wants a byte-level BPE (decoder ByteLevel), got decoder {got}")
-        # A file may hold a control token in its vocabulary without flagging it special; only the flag keeps it out of text.
+        # A file may hold a control token in its vocabulary without flagging it special; only the flag keeps
+        # it out of text.
         known = [name for name in CONTROL_TOKENS if backend.token_to_id(name) is not None]
         backend.add_special_tokens(
             [tokenizers.AddedToken(name, special=True, normalized=False) for name in known]
@@ -100,7 +102,7 @@ class Tokenizer:
         if not path.is_file():
             hint = ""
             if (Path(folder) / "vocab.json").is_file():
-                hint = "; vocab.json with merges.txt is not read: save it once more with a fast tokenizer of transformers"
+                hint = "; vocab.json with merges.txt is not read, save a tokenizer.json with transformers"
             raise CheckpointError(f"{path}: no such file, and the tokenizer is read from it{hint}")
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
@@ -109,20 +111,22 @@ class Tokenizer:
         return cls(backend)
 
     def __len__(self) -> int:
-        """One more than the largest id, which is the least number of embedding rows that serves this tokenizer."""
+        """One more than the largest id: the least number of embedding rows that serves this tokenizer."""
         return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
 
     def id(self, name: str) -> int:
-        """Id of the control token `name`. Raises CheckpointError where the tokenizer has none of that name."""
+        """Id of the control token `name`. Raises CheckpointError where the tokenizer has none such."""
         try:
             return self.special_ids[name]
         except KeyError:
             raise CheckpointError(f"tokenizer: has no special token {name!r}") from None
 
     def encode_plain(self, text: str) -> list[int]:
-        """Token ids of `text` as ordinary text: "<|im_end|>" becomes the pieces of its spelling, never the control token.
+        """Token ids of `text` as ordinary text: "<|im_end|>" becomes the pieces of its spelling, never the
+        control token.
 
-        No token is put before or after. Raises PromptError for a value that is no str, or that UTF-8 cannot write.
+        No token is put before or after. Raises PromptError for a value that is no str, or that UTF-8 cannot
+        write.
         """
         if not isinstance(text, str):
             raise PromptError(f"text: wants a str, got {type(text).__name__}")
@@ -135,10 +139,11 @@ class Tokenizer:
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of `ids` (any iterable of ints, a 1-D tensor included); ids without a token, such as padding rows, give nothing.
+        """Text of `ids` (any iterable of ints, a 1-D tensor included); ids without a token, such as padding
+        rows, give nothing.
 
-        Bytes that form no UTF-8 character become U+FFFD. Grounding markers are control tokens: to parse boxes, decode with
-        `skip_special_tokens=False`.
+        Bytes that form no UTF-8 character become U+FFFD. Grounding markers are control tokens: to parse
+        boxes, decode with `skip_special_tokens=False`.
         """
         return self.backend.decode(_to_ints(ids), skip_special_tokens=skip_special_tokens)
 
@@ -159,8 +164,9 @@ class Tokenizer:
         token = self.backend.id_to_token(token_id)
         if token is None:
             return b""
-        # A token with any character outside the byte alphabet is taken as it stands, as the ByteLevel decoder does.
-        values = [_BYTE_OF_CHAR.get(char) for char in token]
+        # A token with any character outside the byte alphabet is taken as it stands, as the ByteLevel decoder
+        # does.
+        values = [BYTE_OF_CHAR.get(char) for char in token]
         known = [value for value in values if value is not None]
         return bytes(known) if len(known) == len(values) else token.encode("utf-8")
 
@@ -168,8 +174,8 @@ class Tokenizer:
 class StreamDecoder:
     """Text pieces of a sequence as its tokens arrive.
 
-    The pieces given by `push` and the last one given by `finish` concatenate to `Tokenizer.decode` of the whole sequence.
-    No piece ends inside a character: the bytes of an incomplete one wait for the next token.
+    The pieces given by `push` and the last one given by `finish` concatenate to `Tokenizer.decode` of the
+    whole sequence. No piece ends inside a character: the bytes of an incomplete one wait for the next token.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True):
@@ -185,7 +191,7 @@ class StreamDecoder:
         )
 
     def finish(self) -> str:
-        """What remains: U+FFFD where the sequence ended inside a character, otherwise nothing. Starts over afterwards."""
+        """What remains: U+FFFD if the sequence ended inside a character, else nothing. Then starts over."""
         rest = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return rest
@@ -200,7 +206,7 @@ def _to_ints(ids: Iterable[int]) -> list[int]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Character -> byte of the byte-level alphabet: printable Latin-1 stands for itself, the rest counts up from U+0100."""
+    """Character -> byte: printable Latin-1 stands for itself, the other bytes count up from U+0100."""
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
@@ -210,4 +216,4 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
 
 
-_BYTE_OF_CHAR = _byte_alphabet()
+BYTE_OF_CHAR = _byte_alphabet()

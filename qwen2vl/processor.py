@@ -1,0 +1,425 @@
+"""Chat messages with their images and videos in, the model's input tensors out."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from .config import Qwen2VLConfig
+from .errors import CheckpointError, MediaError, PromptError
+from .hub import resolve
+from .image import IMAGE_MEAN, IMAGE_STD, MAX_PIXELS, MIN_PIXELS, ImagePatches, preprocess_image
+from .prompt import Control, Media, Segment, Text, render
+from .tokenizer import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, Tokenizer
+from .video import MAX_FRAME_PIXELS, MAX_VIDEO_TOKENS, MIN_FRAME_PIXELS, VideoPatches, preprocess_video
+
+Messages = Sequence[Mapping[str, Any]]
+
+# (min, max) pixels of one image and of one video frame where nobody says otherwise.
+_IMAGE_PIXELS = (MIN_PIXELS, MAX_PIXELS)
+_FRAME_PIXELS = (MIN_FRAME_PIXELS, MAX_FRAME_PIXELS)
+
+
+@dataclass(frozen=True)
+class MediaInfo:
+    """What became of one image or video; sizes are (height, width) in pixels, times in seconds."""
+
+    kind: Literal["image", "video"]
+    where: str
+    source_size: tuple[int, int]
+    resized_size: tuple[int, int]
+    grid_thw: tuple[int, int, int]
+    num_tokens: int
+    duration: float | None = None
+    native_fps: float | None = None
+    frame_times: tuple[float, ...] = ()
+
+
+class Inputs(dict[str, torch.Tensor]):
+    """The keyword arguments of one call of the model.
+
+    Keys: `input_ids` and `attention_mask` (B, L) int64; where there are images `pixel_values` (patches, 1176)
+        uint8 and
+    `image_grid_thw` (images, 3) int64; where there are videos `pixel_values_videos` and `video_grid_thw`
+    likewise. Images are concatenated in order of appearance over the whole batch, and so, apart from them,
+    are videos.
+
+    Attributes:
+        media: one `MediaInfo` per image or video, in order of appearance.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], media: Iterable[MediaInfo] = ()):
+        super().__init__(tensors)
+        self.media = list(media)
+
+    def to(self, device: torch.device | str) -> "Inputs":
+        """A copy whose tensors are on `device`."""
+        return Inputs({name: tensor.to(device) for name, tensor in self.items()}, self.media)
+
+
+class Processor:
+    """Tokenizer and media preprocessing of one checkpoint.
+
+    Args:
+        min_pixels, max_pixels: limits of an image's area after resizing; its sides become multiples of
+            patch_size x merge_size within them.
+        patch_size, merge_size, temporal_patch_size: as the checkpoint's vision tower has them.
+        allow_remote: fetch http and https URLs. Off by default: messages may come from people who should not
+            make this machine send requests.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        patch_size: int = 14,
+        merge_size: int = 2,
+        temporal_patch_size: int = 2,
+        allow_remote: bool = False,
+    ):
+        self.tokenizer = tokenizer
+        self.min_pixels, self.max_pixels = _pixel_limits(_IMAGE_PIXELS, (min_pixels, max_pixels))
+        self.patch_size = patch_size
+        self.merge_size = merge_size
+        self.temporal_patch_size = temporal_patch_size
+        self.allow_remote = allow_remote
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        allow_remote: bool = False,
+    ) -> "Processor":
+        """Read tokenizer.json, config.json and, where present, preprocessor_config.json of a checkpoint.
+
+        Args:
+            name_or_path: a folder, or a hub id such as "Qwen/Qwen2-VL-2B-Instruct".
+            min_pixels, max_pixels: override the checkpoint's limits for images.
+
+        Raises:
+            CheckpointError: a file is missing or unreadable, or the files contradict one another.
+        """
+        folder = resolve(os.fspath(name_or_path))
+        config = Qwen2VLConfig.from_pretrained(folder)
+        tokenizer = Tokenizer.from_pretrained(folder)
+        _check_token_ids(config, tokenizer, folder)
+        settings = _read_image_settings(folder)
+        vision = config.vision
+        sizes = {
+            "patch_size": vision.patch_size,
+            "merge_size": vision.spatial_merge_size,
+            "temporal_patch_size": vision.temporal_patch_size,
+        }
+        for name, value in sizes.items():
+            if settings.get(name, value) != value:
+                raise CheckpointError(
+                    f"{folder}: {name} is {settings[name]!r} for images, but {value} in config.json"
+                )
+        limits = _pixel_limits(_IMAGE_PIXELS, _settings_limits(settings, folder), (min_pixels, max_pixels))
+        return cls(tokenizer, min_pixels=limits[0], max_pixels=limits[1], allow_remote=allow_remote, **sizes)
+
+    def __call__(
+        self,
+        messages: Messages | Sequence[Messages],
+        *,
+        add_generation_prompt: bool = True,
+        add_vision_id: bool = False,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        fps: float = 2.0,
+        num_frames: int | None = None,
+        min_frames: int = 4,
+        max_frames: int = 768,
+        video_min_pixels: int | None = None,
+        video_max_pixels: int | None = None,
+        max_video_tokens: int = MAX_VIDEO_TOKENS,
+        padding_side: Literal["left", "right"] = "left",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Inputs:
+        """Inputs for one conversation, or for a list of conversations as one batch.
+
+        An option of a media item wins over the same option given here, and this over the processor's own.
+        Where only one of a pair of limits is given it moves the other out of its way.
+
+        Args:
+            messages: see `qwen2vl.prompt.render`.
+            add_generation_prompt: end with the opening of an assistant turn.
+            add_vision_id: number pictures and videos in the text.
+            min_pixels, max_pixels: area of each image after resizing.
+            fps: video frames taken per second. Ignored where a number of frames is given.
+            num_frames: video frames taken.
+            min_frames, max_frames: limits of the number of frames that `fps` leads to.
+            video_min_pixels, video_max_pixels: area of each video frame after resizing.
+            max_video_tokens: cap on the tokens of one video; its frames shrink to fit.
+            padding_side: where shorter rows are filled with <|endoftext|>, with attention_mask 0 there.
+            progress: called with (frames done, frames in all) while a video is read.
+
+        Raises:
+            PromptError: messages are malformed.
+            MediaError: an image or video cannot be used; the message begins with its place.
+        """
+        if padding_side not in ("left", "right"):
+            raise PromptError(f"padding_side: wants 'left' or 'right', got {padding_side!r}")
+        prompts = [
+            render(
+                chat, add_generation_prompt=add_generation_prompt, add_vision_id=add_vision_id, where=where
+            )
+            for chat, where in _conversations(messages)
+        ]
+        # Item options are named as the preprocessing functions name them; see IMAGE_OPTIONS and
+        # VIDEO_OPTIONS.
+        image_limits = _pixel_limits((self.min_pixels, self.max_pixels), (min_pixels, max_pixels))
+        frame_limits = _pixel_limits(_FRAME_PIXELS, (video_min_pixels, video_max_pixels))
+        video_options = {
+            "fps": fps,
+            "num_frames": num_frames,
+            "min_frames": min_frames,
+            "max_frames": max_frames,
+            "max_tokens": max_video_tokens,
+            "progress": progress,
+        }
+        loaded: list[tuple[Media, ImagePatches | VideoPatches]] = []
+        rows: list[list[int]] = []
+        for segments in prompts:
+            pads: list[int] = []
+            for item in segments:
+                if isinstance(item, Media):
+                    try:
+                        if item.kind == "image":
+                            patches = self._load_image(item, image_limits)
+                        else:
+                            patches = self._load_video(item, frame_limits, video_options)
+                    except MediaError as error:
+                        raise MediaError(f"{item.where}: {error}") from error
+                    loaded.append((item, patches))
+                    pads.append(patches.num_tokens)
+            rows.append(self._encode(segments, pads))
+
+        tensors = self._pad(rows, padding_side)
+        for kind, pixels, grid in (
+            ("image", "pixel_values", "image_grid_thw"),
+            ("video", "pixel_values_videos", "video_grid_thw"),
+        ):
+            of_kind = [patches for item, patches in loaded if item.kind == kind]
+            if of_kind:
+                tensors[pixels] = torch.from_numpy(np.concatenate([patches.patches for patches in of_kind]))
+                tensors[grid] = torch.tensor([patches.grid_thw for patches in of_kind], dtype=torch.int64)
+        check_placeholders(
+            tensors["input_ids"],
+            tensors.get("image_grid_thw"),
+            tensors.get("video_grid_thw"),
+            image_token_id=self.tokenizer.id(IMAGE_PAD),
+            video_token_id=self.tokenizer.id(VIDEO_PAD),
+            merge_size=self.merge_size,
+        )
+        return Inputs(tensors, [_describe(item, patches) for item, patches in loaded])
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of one sequence; see `Tokenizer.decode`."""
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def batch_decode(
+        self, sequences: Iterable[Iterable[int]], *, skip_special_tokens: bool = True
+    ) -> list[str]:
+        """Texts of several sequences."""
+        return self.tokenizer.batch_decode(sequences, skip_special_tokens=skip_special_tokens)
+
+    def _load_image(self, item: Media, limits: tuple[int, int]) -> ImagePatches:
+        options = dict(item.options)
+        low, high = _pixel_limits(limits, (options.pop("min_pixels", None), options.pop("max_pixels", None)))
+        return preprocess_image(
+            item.source, min_pixels=low, max_pixels=high, **options, **self._shared_options()
+        )
+
+    def _load_video(
+        self, item: Media, limits: tuple[int, int], call_options: Mapping[str, Any]
+    ) -> VideoPatches:
+        own = dict(item.options)
+        low, high = _pixel_limits(limits, (own.pop("min_pixels", None), own.pop("max_pixels", None)))
+        options = dict(call_options)
+        if "fps" in own:
+            options["num_frames"] = None  # the item's rate wins over the call's number of frames
+        if "total_pixels" in own:
+            # As in qwen-vl-utils: the pixels of one frame of every time step, so that this many make a token.
+            pixels, per_token = own.pop("total_pixels"), (self.patch_size * self.merge_size) ** 2
+            if pixels < per_token:
+                raise PromptError(f"{item.where}.total_pixels: wants at least {per_token}, got {pixels}")
+            options["max_tokens"] = pixels // per_token
+        options.update(own)
+        return preprocess_video(
+            item.source, min_pixels=low, max_pixels=high, **options, **self._shared_options()
+        )
+
+    def _shared_options(self) -> dict[str, Any]:
+        return {
+            "patch_size": self.patch_size,
+            "merge_size": self.merge_size,
+            "temporal_patch_size": self.temporal_patch_size,
+            "allow_remote": self.allow_remote,
+        }
+
+    def _encode(self, segments: Sequence[Segment], pads: Sequence[int]) -> list[int]:
+        counts = iter(pads)
+        ids: list[int] = []
+        for segment in segments:
+            if isinstance(segment, Text):
+                ids += self.tokenizer.encode_plain(segment.text)
+            elif isinstance(segment, Control):
+                ids.append(self.tokenizer.id(segment.name))
+            else:
+                ids += [self.tokenizer.id(segment.pad)] * next(counts)
+        return ids
+
+    def _pad(self, rows: Sequence[Sequence[int]], side: str) -> dict[str, torch.Tensor]:
+        length = max(map(len, rows))
+        input_ids = torch.full((len(rows), length), self.tokenizer.pad_id, dtype=torch.int64)
+        attention_mask = torch.zeros_like(input_ids)
+        for n, row in enumerate(rows):
+            place = slice(length - len(row), length) if side == "left" else slice(0, len(row))
+            input_ids[n, place] = torch.tensor(row, dtype=torch.int64)
+            attention_mask[n, place] = 1
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def check_placeholders(
+    input_ids: torch.Tensor,
+    image_grid_thw: torch.Tensor | None = None,
+    video_grid_thw: torch.Tensor | None = None,
+    *,
+    image_token_id: int,
+    video_token_id: int,
+    merge_size: int = 2,
+) -> None:
+    """Check that every grid has its run of t * h * w / merge_size**2 placeholders, in order over the whole
+    batch.
+
+    Truncating ids inside an image or video, or dropping one of a batch, is what this finds.
+
+    Args:
+        input_ids: (B, L) int64.
+        image_grid_thw, video_grid_thw: (n, 3) int64 in patches, or None for none.
+
+    Raises:
+        PromptError: naming the first image or video that does not fit.
+    """
+    for kind, token_id, grids in (
+        ("image", image_token_id, image_grid_thw),
+        ("video", video_token_id, video_grid_thw),
+    ):
+        wanted = [] if grids is None else [tuple(grid) for grid in grids.tolist()]
+        found = _run_lengths(input_ids == token_id)
+        if len(found) != len(wanted):
+            raise PromptError(
+                f"{kind}_grid_thw: wants {len(found)}, one for each run of placeholders, got {len(wanted)}"
+            )
+        for n, ((t, h, w), length) in enumerate(zip(wanted, found, strict=True)):
+            if h % merge_size or w % merge_size or t * h * w // merge_size**2 != length:
+                raise PromptError(
+                    f"{kind}_grid_thw[{n}]: ({t}, {h}, {w}) merged {merge_size} x {merge_size} does not give "
+                    f"the {length} placeholders that input_ids has for it"
+                )
+
+
+def _run_lengths(mask: torch.Tensor) -> list[int]:
+    """Lengths of the runs of True in (B, L), row by row."""
+    edges = torch.nn.functional.pad(mask.to(torch.int8), (1, 1)).diff(dim=1)  # (B, L + 1)
+    starts = (edges == 1).nonzero()[:, 1]
+    ends = (edges == -1).nonzero()[:, 1]
+    return (ends - starts).tolist()
+
+
+def _conversations(messages: Any) -> list[tuple[Any, str]]:
+    if isinstance(messages, (list, tuple)) and messages and isinstance(messages[0], (list, tuple)):
+        return [(chat, f"messages[{n}]") for n, chat in enumerate(messages)]
+    return [(messages, "messages")]
+
+
+def _pixel_limits(limits: tuple[int, int], *scopes: tuple[int | None, int | None]) -> tuple[int, int]:
+    """(min, max) pixels after each narrower scope; a limit given alone moves the inherited other one."""
+    low, high = limits
+    for given_low, given_high in scopes:
+        if given_low is not None:
+            low, high = given_low, max(high, given_low)
+        if given_high is not None:
+            low, high = low if given_low is not None else min(low, given_high), given_high
+    return low, high
+
+
+def _describe(item: Media, patches: ImagePatches | VideoPatches) -> MediaInfo:
+    info = MediaInfo(
+        item.kind, item.where, patches.source_size, patches.resized_size, patches.grid_thw, patches.num_tokens
+    )
+    if isinstance(patches, ImagePatches):
+        return info
+    times = tuple(float(time) for time in patches.frame_times)
+    return replace(info, duration=patches.duration, native_fps=patches.native_fps, frame_times=times)
+
+
+def _check_token_ids(config: Qwen2VLConfig, tokenizer: Tokenizer, folder: Path) -> None:
+    for name, field in (
+        (IMAGE_PAD, "image_token_id"),
+        (VIDEO_PAD, "video_token_id"),
+        (VISION_START, "vision_start_token_id"),
+        (VISION_END, "vision_end_token_id"),
+    ):
+        if getattr(config, field) != tokenizer.id(name):
+            raise CheckpointError(
+                f"{folder}: {field} is {getattr(config, field)} in config.json, "
+                f"but {name} is {tokenizer.id(name)} in tokenizer.json"
+            )
+
+
+def _read_image_settings(folder: Path) -> dict[str, Any]:
+    """The image processor's settings, {} if none; transformers 5 saves them in processor_config.json."""
+    for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+        settings = data.get(key, {}) if isinstance(data, dict) and key else data
+        if not isinstance(settings, dict):
+            raise CheckpointError(f"{path}: wants a JSON object of settings, got {type(settings).__name__}")
+        for field, wanted in (("image_mean", IMAGE_MEAN), ("image_std", IMAGE_STD)):
+            given = settings.get(field)
+            # The model normalises by itself, with these values folded into its first layer.
+            if given is not None and not _same_values(given, wanted):
+                raise CheckpointError(
+                    f"{path}: {field} {given} is not supported; Qwen2-VL has {list(wanted)}"
+                )
+        return settings
+    return {}
+
+
+def _same_values(given: Any, wanted: Sequence[float]) -> bool:
+    if not isinstance(given, list) or len(given) != len(wanted):
+        return False
+    return all(isinstance(a, (int, float)) and abs(a - b) < 1e-4 for a, b in zip(given, wanted, strict=True))
+
+
+def _settings_limits(settings: Mapping[str, Any], folder: Path) -> tuple[int | None, int | None]:
+    size = settings.get("size") or {}
+    if not isinstance(size, Mapping):
+        raise CheckpointError(f"{folder}: size in preprocessor_config.json wants an object, got {size!r}")
+    limits = (
+        settings.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels"),
+        settings.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels"),
+    )
+    for name, value in zip(("min_pixels", "max_pixels"), limits, strict=True):
+        if value is not None and (not isinstance(value, int) or value <= 0):
+            raise CheckpointError(
+                f"{folder}: {name} in preprocessor_config.json wants a positive int, got {value!r}"
+            )
+    return limits
