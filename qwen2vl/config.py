@@ -152,7 +152,7 @@ class Qwen2VLConfig:
         section = tuple(rope.get("mrope_section", (16, 24, 24)))
         ties = [d["tie_word_embeddings"] for d in (data, text) if d.get("tie_word_embeddings") is not None]
         values: dict[str, Any] = {name: merged.get(name) for name in _REQUIRED_TEXT}
-        values["tie_word_embeddings"] = any(ties) if ties else None
+        values["tie_word_embeddings"] = any(ties)  # transformers writes it whenever it is true
         if missing := sorted(name for name, value in values.items() if value is None):
             raise CheckpointError(f"missing {', '.join(missing)}")
         for name in _INTEGERS:

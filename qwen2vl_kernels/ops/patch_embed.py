@@ -3,12 +3,13 @@
     patch_embed(x) = x @ weight.reshape(C, K)^T + bias
 
 A patch is a row of K = in_channels * temporal * patch * patch values in the weight's own order, so the strided 3D
-convolution of the checkpoint (weight ``(C, 3, 2, 14, 14)``) is one GEMM. With pixels p in 0..255 and
-``x = (p / 255 - mean) / std`` per channel (SPEC: CLIP's mean and std), folding gives the same product from raw bytes:
+convolution of the checkpoint (weight ``(C, 3, 2, 14, 14)``) is one GEMM. uint8 patches enter as ``x = p - 128``, exact
+in every float dtype. With the model's ``(p / 255 - mean) / std`` per channel, folding gives the same product from bytes:
 
-    weight' = weight / (255 std)        bias' = -sum_k weight_k mean / std
+    weight' = weight / (255 std)        bias' = sum_k weight_k (128 / 255 - mean) / std
 
-and for a still image, whose two frames are equal, the temporal halves add up: K 1176 -> 588.
+Centring matters in bfloat16: the rounding of weight' is multiplied by |x|, and |p - 128| is half of p or less.
+For a still image, whose two frames are equal, the temporal halves add up: K 1176 -> 588.
 Shapes: patches ``(T, K)`` uint8 or float; weight ``(C, K)`` or ``(C, in, t, p, p)``; bias ``(C,)`` or ``None``.
 """
 
@@ -26,8 +27,9 @@ from .._library import register_composite
 
 
 def patch_embed_ref(patches: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """The product in the weight's dtype; bytes 0..255 are exact in every float dtype."""
-    return F.linear(patches.to(weight.dtype), weight.flatten(1), bias)
+    """The product in the weight's dtype, bytes centred at 128."""
+    x = patches.to(weight.dtype)
+    return F.linear(x - 128 if patches.dtype == torch.uint8 else x, weight.flatten(1), bias)
 
 
 register_composite("patch_embed(Tensor patches, Tensor weight, Tensor? bias=None) -> Tensor", patch_embed_ref)
@@ -39,7 +41,8 @@ def patch_embed(
     """Embed packed patches.
 
     Args:
-        patches: ``(T, K)`` uint8 (with a folded weight) or any float dtype.
+        patches: ``(T, K)`` of any float dtype, or uint8 (weight and bias from :func:`fold_patch_embed`), of which 128
+            is subtracted.
         weight: ``(C, K)``, or the 5-D convolution weight ``(C, in, t, p, p)`` with in*t*p*p = K.
         bias: ``(C,)`` in weight's dtype, or ``None``.
         backend: ``None`` (choose), ``"eager"``.
@@ -60,7 +63,7 @@ def patch_embed(
 def fold_patch_embed(
     weight: torch.Tensor, mean: Sequence[float], std: Sequence[float], still: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fold ``(p / 255 - mean) / std`` into a convolution weight, so that uint8 patches go straight in.
+    """Fold ``(p / 255 - mean) / std`` into a convolution weight, so that uint8 patches go straight into patch_embed.
 
     Args:
         weight: ``(C, in, t, p, p)``.
@@ -84,7 +87,7 @@ def fold_patch_embed(
     std_t = torch.tensor(std, **per_channel).view(-1, 1, 1, 1)
     mean_t = torch.tensor(mean, **per_channel).view(-1, 1, 1, 1)
     w = w / std_t
-    bias = -(w * mean_t).flatten(1).sum(1)
+    bias = (w * (128 / 255 - mean_t)).flatten(1).sum(1)
     w = w / 255
     if still:
         w = w.sum(2)

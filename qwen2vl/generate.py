@@ -1,0 +1,288 @@
+"""Text generation: greedy or sampled, batched, streaming, with stop strings and a context check up front."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .cache import KVCache
+from .errors import ContextLengthError, PromptError
+
+if TYPE_CHECKING:
+    from .model import Qwen2VL
+    from .tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How to choose tokens and when to stop.
+
+    Attributes:
+        max_new_tokens: at most this many per sequence.
+        do_sample: draw from the distribution instead of taking its maximum.
+        temperature, top_k, top_p: shape the distribution in this order; ``top_k=0`` and ``top_p=1`` keep everything.
+        repetition_penalty: divides positive and multiplies negative scores of every id seen in prompt or answer
+            (Keskar et al. 2019, section 4.1).
+        seed: row b of a batch draws with ``seed + b``; ``None`` takes a fresh one. A row's draws do not depend on the
+            rest of its batch.
+        stop: texts at which a sequence ends; they are not part of the result.
+        eos_token_ids: ids at which a sequence ends; empty takes the checkpoint's.
+    """
+
+    max_new_tokens: int = 128
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("max_new_tokens", isinstance(self.max_new_tokens, int) and self.max_new_tokens >= 1, "an integer >= 1"),
+            ("temperature", self.temperature > 0, "> 0 (do_sample=False is greedy)"),
+            ("top_k", isinstance(self.top_k, int) and self.top_k >= 0, "an integer >= 0"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("repetition_penalty", self.repetition_penalty > 0, "> 0"),
+            ("stop", not isinstance(self.stop, str) and all(self.stop), "a sequence of non-empty strings"),
+        )
+        for name, ok, want in checks:
+            if not ok:
+                raise ValueError(f"{name} must be {want}, got {getattr(self, name)!r}")
+
+    @classmethod
+    def from_model(cls, model: Qwen2VL, **overrides: Any) -> GenerationConfig:
+        """The checkpoint's generation_config.json with ``overrides`` on top."""
+        known = {f.name for f in fields(cls)} - {"stop", "seed", "eos_token_ids"}
+        values = {k: v for k, v in model.generation_defaults.items() if k in known and v is not None}
+        return cls(**{**values, **overrides})
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """What :func:`generate` made, a list entry per sequence.
+
+    ``sequences``: new ids, without the id that ended them. ``texts``: decoded, empty without a tokenizer.
+    ``finish_reasons``: ``"stop"`` (an end id), ``"stop_string"`` or ``"length"``. ``timings`` in seconds:
+    ``vision``, ``prefill``, ``decode``, and ``decode_steps``, the number of steps after the first token.
+    """
+
+    sequences: list[list[int]]
+    texts: list[str]
+    finish_reasons: list[str]
+    prompt_tokens: list[int]
+    timings: dict[str, float]
+
+
+@dataclass
+class _Row:
+    """One sequence in progress: its ids, its text, and the tail held back while it may begin a stop string."""
+
+    decoder: Any
+    stop: tuple[str, ...]
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    shown: int = 0
+    reason: str = ""
+
+    def push(self, token: int, ends: frozenset[int], budget: int) -> str:
+        """Take a token; returns the text that is now certain to be part of the answer."""
+        if token in ends:
+            self.reason = "stop"
+        else:
+            self.ids.append(token)
+            if self.decoder is not None:
+                self.text += self.decoder.push(token)
+            if len(self.ids) >= budget:
+                self.reason = "length"
+        if self.reason and self.decoder is not None:
+            self.text += self.decoder.finish()
+        hits = [at for s in self.stop if (at := self.text.find(s)) >= 0]
+        if hits:
+            self.text, self.reason = self.text[: min(hits)], "stop_string"
+        certain = len(self.text) if self.reason else len(self.text) - self._held()
+        piece, self.shown = self.text[self.shown : certain], max(self.shown, certain)
+        return piece
+
+    def _held(self) -> int:
+        """Length of the longest tail of the text that begins a stop string."""
+        longest = max(map(len, self.stop), default=1) - 1
+        for length in range(min(longest, len(self.text)), 0, -1):
+            if any(s.startswith(self.text[-length:]) for s in self.stop):
+                return length
+        return 0
+
+
+class _Run:
+    """A batch in progress; iterating gives ``(row, token id, new text)`` for every token chosen."""
+
+    def __init__(
+        self, model: Qwen2VL, inputs: Mapping[str, torch.Tensor], tokenizer: Tokenizer | None, config: GenerationConfig
+    ) -> None:
+        if config.stop and tokenizer is None:
+            raise PromptError("stop strings need a tokenizer")
+        self.model, self.inputs, self.config = model, dict(inputs), config
+        ids = self.inputs["input_ids"]
+        mask = self.inputs.get("attention_mask")
+        self.prompt_tokens = [ids.shape[1]] * ids.shape[0] if mask is None else mask.bool().sum(1).tolist()
+        check_context(model, self.prompt_tokens, config.max_new_tokens)
+        self.rows = [_Row(tokenizer and tokenizer.stream_decoder(), config.stop) for _ in self.prompt_tokens]
+        self.timings: dict[str, float] = {"vision": 0.0, "prefill": 0.0, "decode": 0.0, "decode_steps": 0}
+        self.ends = _end_ids(model, config)
+
+    # inference_mode is entered around each forward, not around a yield: it is thread state that must not leak to
+    # the consumer between two tokens.
+    def __iter__(self) -> Iterator[tuple[int, int, str]]:
+        model, config, inputs = self.model, self.config, self.inputs
+        media_names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+        text = {k: v for k, v in inputs.items() if k not in ("pixel_values", "pixel_values_videos")}
+        batch = len(self.rows)
+        capacity = max(self.prompt_tokens) + config.max_new_tokens
+        choose = _Chooser(model, inputs, config)
+        with torch.inference_mode():
+            cache = KVCache(model.config.text, batch, capacity, device=model.device, dtype=model.dtype)
+            features = self._timed("vision", model.encode_media, *(inputs.get(name) for name in media_names))
+            logits = self._timed("prefill", model, **text, features=features, cache=cache, last_only=True)
+        while True:
+            with torch.inference_mode():
+                tokens = choose(logits[:, 0])
+            for index, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
+                if not row.reason:
+                    piece = row.push(token, self.ends, config.max_new_tokens)
+                    yield index, token, piece
+            if all(row.reason for row in self.rows):
+                return
+            with torch.inference_mode():
+                # Rows that have ended keep their place with a token nobody reads.
+                step = torch.tensor(tokens, device=model.device).unsqueeze(1)
+                logits = self._timed("decode", model, step, cache=cache, last_only=True)
+            self.timings["decode_steps"] += 1
+
+    def _timed(self, name: str, call: Callable, *args: Any, **kwargs: Any) -> Any:
+        begin = time.perf_counter()
+        result = call(*args, **kwargs)
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        self.timings[name] += time.perf_counter() - begin
+        return result
+
+
+class _Chooser:
+    """From the last logits of every sequence to its next token."""
+
+    def __init__(self, model: Qwen2VL, inputs: Mapping[str, torch.Tensor], config: GenerationConfig) -> None:
+        self.config = config
+        c = model.config
+        # An answer cannot hold an image: a placeholder id would ask for features that do not exist.
+        self.banned = torch.tensor([c.image_token_id, c.video_token_id, c.vision_token_id], device=model.device)
+        ids = inputs["input_ids"].to(model.device)
+        self.seen: torch.Tensor | None = None
+        if config.repetition_penalty != 1.0:
+            mask = inputs.get("attention_mask")
+            real = torch.ones_like(ids) if mask is None else mask.to(model.device)
+            self.seen = torch.zeros((ids.shape[0], c.text.vocab_size), dtype=torch.int64, device=model.device)
+            self.seen.scatter_add_(1, ids.long(), real.long())
+        self.generators: list[torch.Generator] = []
+        if config.do_sample:
+            seed = torch.seed() if config.seed is None else config.seed
+            rows = range(ids.shape[0])
+            self.generators = [torch.Generator(model.device).manual_seed((seed + row) % 2**63) for row in rows]
+
+    def __call__(self, logits: torch.Tensor) -> list[int]:
+        """``(B, vocab)`` to B ids."""
+        scores = logits.float()
+        if self.seen is not None:
+            p = self.config.repetition_penalty
+            scores = torch.where(self.seen > 0, torch.where(scores < 0, scores * p, scores / p), scores)
+        scores = scores.index_fill(1, self.banned, float("-inf"))
+        tokens = self._draw(scores) if self.config.do_sample else scores.argmax(-1)
+        if self.seen is not None:
+            self.seen.scatter_(1, tokens.unsqueeze(1), 1)
+        return tokens.tolist()
+
+    def _draw(self, scores: torch.Tensor) -> torch.Tensor:
+        config = self.config
+        scores = scores / config.temperature
+        if config.top_k:
+            kth = scores.topk(min(config.top_k, scores.shape[-1]), -1).values[:, -1:]
+            scores = scores.masked_fill(scores < kth, float("-inf"))
+        probabilities = scores.softmax(-1)
+        if config.top_p < 1:
+            ordered, order = probabilities.sort(-1, descending=True)
+            # Keep the smallest set that reaches top_p: drop what begins after it is reached.
+            beyond = ordered.cumsum(-1) - ordered >= config.top_p
+            probabilities = probabilities.masked_fill(beyond.gather(1, order.argsort(-1)), 0)
+        drawn = [torch.multinomial(p, 1, generator=g) for p, g in zip(probabilities, self.generators, strict=True)]
+        return torch.cat(drawn)
+
+
+def generate(
+    model: Qwen2VL,
+    inputs: Mapping[str, torch.Tensor],
+    *,
+    tokenizer: Tokenizer | None = None,
+    config: GenerationConfig | None = None,
+    on_token: Callable[[int, int, str], None] | None = None,
+) -> GenerationResult:
+    """Continue every sequence of a batch.
+
+    Args:
+        inputs: what :class:`qwen2vl.Processor` returns, or the same names as the model's call.
+        tokenizer: for texts and stop strings.
+        config: default :meth:`GenerationConfig.from_model`.
+        on_token: called with (row, token id, new text) as tokens are chosen.
+
+    Raises :class:`ContextLengthError` before anything runs when prompt and answer cannot fit.
+    """
+    run = _Run(model, inputs, tokenizer, config or GenerationConfig.from_model(model))
+    for row, token, piece in run:
+        if on_token is not None:
+            on_token(row, token, piece)
+    return GenerationResult(
+        sequences=[row.ids for row in run.rows],
+        texts=[row.text for row in run.rows] if tokenizer is not None else [],
+        finish_reasons=[row.reason for row in run.rows],
+        prompt_tokens=run.prompt_tokens,
+        timings=run.timings,
+    )
+
+
+def stream(
+    model: Qwen2VL,
+    inputs: Mapping[str, torch.Tensor],
+    *,
+    tokenizer: Tokenizer,
+    config: GenerationConfig | None = None,
+) -> Iterator[str]:
+    """Text of one sequence in pieces as they become certain; joined they are :func:`generate`'s text."""
+    if inputs["input_ids"].shape[0] != 1:
+        raise PromptError(f"input_ids: stream takes a batch of one, got {inputs['input_ids'].shape[0]}")
+    for _, _, piece in _Run(model, inputs, tokenizer, config or GenerationConfig.from_model(model)):
+        if piece:
+            yield piece
+
+
+def check_context(model: Qwen2VL, prompt_tokens: Sequence[int], max_new_tokens: int) -> None:
+    """Raise :class:`ContextLengthError` unless every prompt leaves room for ``max_new_tokens``."""
+    limit = model.config.text.max_position_embeddings
+    longest = max(prompt_tokens)
+    if longest + max_new_tokens > limit:
+        raise ContextLengthError(
+            f"the prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, together more than the model's "
+            f"{limit}; shorten the prompt, lower max_pixels (or a video's max_tokens), or ask for fewer tokens"
+        )
+
+
+def _end_ids(model: Qwen2VL, config: GenerationConfig) -> frozenset[int]:
+    if config.eos_token_ids:
+        return frozenset(config.eos_token_ids)
+    stated = model.generation_defaults.get("eos_token_id")
+    if stated is None:
+        return frozenset((model.config.eos_token_id, model.config.bos_token_id))
+    return frozenset(stated if isinstance(stated, list) else [stated])

@@ -1,0 +1,37 @@
+"""The two norms as modules: they hold the parameters under their checkpoint names and call the ops."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from qwen2vl_kernels import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+
+
+class RMSNorm(nn.Module):
+    """``norm(x)``, or with a pending residual ``norm(x, residual)`` giving the norm of the sum and the sum."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        if residual is None:
+            return rms_norm(x, self.weight, self.eps), x
+        return add_rms_norm(x, residual, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """As :class:`RMSNorm`, with mean and bias."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        if residual is None:
+            return layer_norm(x, self.weight, self.bias, self.eps), x
+        return add_layer_norm(x, residual, self.weight, self.bias, self.eps)

@@ -1,0 +1,89 @@
+"""A checkpoint with random weights in the released layout, for trying the real loading path without a download."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from .config import Qwen2VLConfig, TextConfig, VisionConfig
+from .model import Qwen2VL
+from .synthetic import write_byte_tokenizer
+
+#: config field -> special token's name
+_IDS = {
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+    "vision_token_id": "<|vision_pad|>",
+    "bos_token_id": "<|endoftext|>",
+    "eos_token_id": "<|im_end|>",
+    "pad_token_id": "<|endoftext|>",
+}
+
+
+def small_config(vocab_size: int = 512, **ids: int) -> Qwen2VLConfig:
+    """A model of about 2M parameters with the real proportions: vision head_dim 80, 2x2 merge, M-RoPE, grouped heads."""
+    text = TextConfig(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=vocab_size,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        mrope_section=(8, 12, 12),
+    )
+    vision = VisionConfig(hidden_size=256, depth=2, embed_dim=160, num_heads=2)
+    return Qwen2VLConfig(text=text, vision=vision, **ids)
+
+
+def write_random_checkpoint(
+    folder: str | Path,
+    config: Qwen2VLConfig | None = None,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    max_shard_bytes: int = 5 * 10**9,
+) -> Path:
+    """Write config, weights, a byte-level tokenizer and the processor's files; returns the folder.
+
+    Args:
+        config: default :func:`small_config` with the small tokenizer's own ids. A config given keeps its ids if they
+            are the released ones, which the tokenizer then uses too.
+        seed: of the weights; torch's global generator is left as it was.
+        dtype: of the stored weights.
+    """
+    folder = Path(folder)
+    released = config is not None and config.image_token_id == Qwen2VLConfig.image_token_id
+    names = write_byte_tokenizer(folder, released_ids=released)
+    ids = {field: names[token] for field, token in _IDS.items()}
+    config = small_config(**ids) if config is None else replace(config, **ids)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2VL.from_config(config, device="cpu", dtype=dtype)
+    model.generation_defaults = {
+        "bos_token_id": config.bos_token_id,
+        "pad_token_id": config.pad_token_id,
+        "eos_token_id": [config.eos_token_id, config.pad_token_id],
+        "do_sample": False,
+    }
+    model.save_pretrained(folder, max_shard_bytes)
+    vision = config.vision
+    preprocessor = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2VLProcessor",
+        "min_pixels": 3136,
+        "max_pixels": 12845056,
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.spatial_merge_size,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8")
+    return folder

@@ -1,0 +1,112 @@
+"""The language model: Qwen2 with multimodal rotary positions, run on packed sequences without padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from qwen2vl_kernels import mrope, mrope_, swiglu, varlen_attention
+
+from .cache import KVCache
+from .config import TextConfig
+from .layers import RMSNorm
+
+
+@dataclass(frozen=True)
+class Pack:
+    """What every layer needs to know about the packed tokens of one call.
+
+    ``positions (3, T)``; ``counts``: tokens of each sequence; ``cu_seqlens (B + 1,)`` int32, their bounds. With a
+    cache, ``slots (T,)`` says where the tokens' keys go, and ``resumed`` that some sequence had tokens before.
+    """
+
+    positions: torch.Tensor
+    inv_freq: torch.Tensor
+    counts: list[int]
+    cu_seqlens: torch.Tensor
+    cache: KVCache | None = None
+    slots: torch.Tensor | None = None
+    resumed: bool = False
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with M-RoPE."""
+
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.section = config.mrope_section
+        width, kv_width = config.hidden_size, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, kv_width)
+        self.v_proj = nn.Linear(width, kv_width)
+        self.o_proj = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: torch.Tensor, pack: Pack) -> torch.Tensor:
+        heads = (-1, self.head_dim)
+        q, k, v = (proj(x).unflatten(-1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (T, H, D)
+        rotate = mrope if q.requires_grad or k.requires_grad else mrope_
+        q, k = rotate(q, k, pack.positions, pack.inv_freq, self.section)
+        if pack.cache is not None and pack.slots is not None:
+            pack.cache.write(self.layer, pack.slots, k, v)
+        if pack.cache is not None and pack.resumed:
+            out = pack.cache.attend(self.layer, q, pack.counts, self.head_dim**-0.5)
+        else:
+            out = varlen_attention(q, k, v, pack.cu_seqlens, max(pack.counts), causal=True)
+        return self.o_proj(out.flatten(1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Layer(nn.Module):
+    """Pre-norm decoder layer. The MLP's output stays unadded until the next norm, which adds and normalises."""
+
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None, pack: Pack
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x, residual = self.input_layernorm(x, residual)
+        x, residual = self.post_attention_layernorm(self.self_attn(x, pack), residual)
+        return self.mlp(x), residual
+
+
+class Decoder(nn.Module):
+    """Embeddings, layers and the final norm; the head belongs to the whole model."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def inv_freq(self, device: torch.device) -> torch.Tensor:
+        """``theta^(-2j/D)`` for the D/2 pairs, float32 whatever the model's dtype (a buffer would be cast)."""
+        width = self.config.head_dim
+        exponent = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
+        return 1.0 / self.config.rope_theta**exponent
+
+    def forward(self, embeddings: torch.Tensor, pack: Pack) -> torch.Tensor:
+        """``(T, C)`` packed embeddings to ``(T, C)`` normed hidden states."""
+        x, residual = embeddings, None
+        for layer in self.layers:
+            x, residual = layer(x, residual, pack)
+        return self.norm(x, residual)[0]

@@ -1,0 +1,191 @@
+"""The vision tower: any number of images and videos, packed into one sequence of patches.
+
+675M parameters in every released size: patch embedding, 32 pre-norm blocks whose attention stays inside one image or
+one frame pair, 2D rotary embedding, and the 2x2 merger (Qwen2-VL, arXiv 2409.12191, section 2).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from qwen2vl_kernels import (
+    fold_patch_embed,
+    patch_embed,
+    patch_merge,
+    quick_gelu,
+    varlen_attention,
+    vision_positions,
+    vision_rope,
+    vision_rope_qkv_,
+    vision_rope_tables,
+)
+
+from .config import VisionConfig
+from .errors import PromptError
+from .image import IMAGE_MEAN, IMAGE_STD
+from .layers import LayerNorm
+
+Tables = tuple[torch.Tensor, torch.Tensor]
+
+
+class PatchEmbed(nn.Module):
+    """The strided 3D convolution of the checkpoint, held as its 5-D weight and run as a matrix product."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.proj = nn.Module()
+        shape = (config.embed_dim, config.in_channels, config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.proj.weight = nn.Parameter(torch.empty(shape))
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """``(T, K)`` patches, uint8 pixels or normalised floats, to ``(T, C)``."""
+        weight = self.proj.weight
+        if patches.dtype != torch.uint8:
+            return patch_embed(patches, weight)
+        return patch_embed(patches, *fold_patch_embed(weight, IMAGE_MEAN, IMAGE_STD))
+
+
+class Attention(nn.Module):
+    """Bidirectional attention inside each segment, with 2D rotary embedding."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.shape = (3, config.num_heads, config.head_dim)
+        self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
+        self.proj = nn.Linear(config.embed_dim, config.embed_dim)
+
+    def forward(self, x: torch.Tensor, tables: Tables, cu_seqlens: torch.Tensor, max_seqlen: int) -> torch.Tensor:
+        qkv = self.qkv(x).unflatten(-1, self.shape)  # (T, 3, H, D)
+        if qkv.requires_grad:
+            q, k, v = qkv.unbind(1)
+            q, k = vision_rope(q, k, *tables)
+        else:
+            q, k, v = vision_rope_qkv_(qkv, *tables).unbind(1)
+        return self.proj(varlen_attention(q, k, v, cu_seqlens, max_seqlen).flatten(1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        width = int(config.embed_dim * config.mlp_ratio)
+        self.fc1 = nn.Linear(config.embed_dim, width)
+        self.fc2 = nn.Linear(width, config.embed_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(quick_gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm block. The MLP's output stays unadded until the next norm, which adds and normalises in one pass."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(config.embed_dim, config.layer_norm_eps)
+        self.norm2 = LayerNorm(config.embed_dim, config.layer_norm_eps)
+        self.attn = Attention(config)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None, tables: Tables, cu_seqlens: torch.Tensor, max_seqlen: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x, residual = self.norm1(x, residual)
+        x, residual = self.norm2(self.attn(x, tables, cu_seqlens, max_seqlen), residual)
+        return self.mlp(x), residual
+
+
+class Merger(nn.Module):
+    """2x2 patches into one token of the language model's width."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.merge_size = config.spatial_merge_size
+        width = config.embed_dim * self.merge_size**2
+        self.ln_q = LayerNorm(config.embed_dim, config.layer_norm_eps)
+        self.mlp = nn.ModuleDict({"0": nn.Linear(width, width), "2": nn.Linear(width, config.hidden_size)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        fc1, fc2 = self.mlp["0"], self.mlp["2"]
+        return patch_merge(
+            x, self.ln_q.weight, self.ln_q.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias,
+            merge_size=self.merge_size, eps=self.ln_q.eps,
+        )  # fmt: skip
+
+
+class VisionTower(nn.Module):
+    """Packed patches to packed tokens."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.merger = Merger(config)
+
+    def forward(
+        self, pixel_values: torch.Tensor, grid_thw: torch.Tensor, *, max_patches: int | None = None
+    ) -> torch.Tensor:
+        """Encode packed patches.
+
+        Args:
+            pixel_values: ``(T, K)`` rows in block order, uint8 pixels or floats already normalised (K 1176).
+            grid_thw: ``(n, 3)`` integers, patches of each item in time, height and width.
+            max_patches: encode at most this many patches at a time (at least one frame pair), to bound memory.
+
+        Returns ``(T / merge_size^2, hidden_size)``. Raises :class:`PromptError` when the rows and grids disagree.
+        """
+        grids = self._check(pixel_values, grid_thw)
+        limit = max(pixel_values.shape[0], 1) if max_patches is None else max_patches
+        parts, start = [], 0
+        for group in _groups(grids, limit):
+            stop = start + sum(t * h * w for t, h, w in group)
+            parts.append(self._encode(pixel_values[start:stop], group))
+            start = stop
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _encode(self, pixel_values: torch.Tensor, grids: list[tuple[int, int, int]]) -> torch.Tensor:
+        device = self.patch_embed.proj.weight.device
+        positions = vision_positions(torch.tensor(grids), self.config.spatial_merge_size).to(device)
+        tables = vision_rope_tables(positions, self._inv_freq(device))
+        lengths = [h * w for t, h, w in grids for _ in range(t)]
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
+        x, residual = self.patch_embed(pixel_values.to(device)), None
+        for block in self.blocks:
+            x, residual = block(x, residual, tables, cu_seqlens, max(lengths))
+        return self.merger(x if residual is None else x + residual)
+
+    def _inv_freq(self, device: torch.device) -> torch.Tensor:
+        # Computed in float32 at every call: a buffer would be rounded by model.to(bfloat16).
+        half = self.config.head_dim // 2
+        exponent = torch.arange(0, half, 2, dtype=torch.float32, device=device) / half
+        return 1.0 / self.config.rope_theta**exponent  # (D/4,)
+
+    def _check(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> list[tuple[int, int, int]]:
+        if grid_thw.ndim != 2 or grid_thw.shape[1] != 3 or grid_thw.shape[0] == 0:
+            raise PromptError(f"grid_thw must have shape (items, 3) with items >= 1, got {tuple(grid_thw.shape)}")
+        grids = [(t, h, w) for t, h, w in grid_thw.tolist()]
+        m = self.config.spatial_merge_size
+        if bad := [g for g in grids if min(g) < 1 or g[1] % m or g[2] % m]:
+            raise PromptError(f"grid_thw: {bad[0]} must be positive, height and width multiples of {m}")
+        want = (sum(t * h * w for t, h, w in grids), self.config.patch_values)
+        if tuple(pixel_values.shape) != want:
+            raise PromptError(f"pixel_values must have shape {want} for these grids, got {tuple(pixel_values.shape)}")
+        return grids
+
+
+def _groups(grids: list[tuple[int, int, int]], limit: int) -> list[list[tuple[int, int, int]]]:
+    """Split items, and videos between frame pairs, into runs of at most ``limit`` patches where one pair allows it."""
+    groups: list[list[tuple[int, int, int]]] = [[]]
+    free = limit
+    for t, h, w in grids:
+        while t:
+            fit = min(t, free // (h * w))
+            if fit == 0 and groups[-1]:
+                groups.append([])
+                free = limit
+                continue
+            fit = max(fit, 1)
+            groups[-1].append((fit, h, w))
+            free -= fit * h * w
+            t -= fit
+    return groups

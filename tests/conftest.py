@@ -1,0 +1,29 @@
+"""Shared by all tests: seeds, the two-times error rule, and checkpoints that several files load."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
+    """Norm of the difference over the norm of the exact value, in float64. NaN never compares as small."""
+    got, exact = got.double(), exact.double()
+    return ((got - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+
+
+def assert_two_times(got: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, floor: float) -> None:
+    """``got`` may be at most twice as far from ``exact`` as the eager op in the same precision, plus a rounding floor."""
+    assert got.shape == exact.shape
+    allowed = 2 * relative_error(eager, exact) + floor
+    error = relative_error(got, exact)
+    assert error <= allowed, f"relative error {error:.3g}, allowed {allowed:.3g}"

@@ -1,0 +1,150 @@
+"""What holds for every op: registration under torch.ops, torch.compile without graph breaks, typed refusals, backends."""
+
+import pytest
+import torch
+
+import qwen2vl_kernels as K
+from qwen2vl_kernels import BackendError, use_backend
+from qwen2vl_kernels._backend import PREFERENCE, resolve, table
+
+
+def _x(*shape):
+    return torch.randn(shape, requires_grad=True)
+
+
+CU = torch.tensor([0, 2, 4], dtype=torch.int32)
+POSITIONS = torch.arange(12).view(3, 4)
+INV_FREQ = torch.tensor([1.0, 0.1, 0.01, 0.001])
+#: op under torch.ops -> arguments
+CALLS = {
+    "rms_norm": lambda: (_x(4, 8), _x(8)),
+    "add_rms_norm": lambda: (_x(4, 8), _x(4, 8), _x(8)),
+    "layer_norm": lambda: (_x(4, 8), _x(8), _x(8)),
+    "add_layer_norm": lambda: (_x(4, 8), _x(4, 8), _x(8), _x(8)),
+    "swiglu": lambda: (_x(4, 8), _x(4, 8)),
+    "quick_gelu": lambda: (_x(4, 8), _x(8)),
+    "mrope": lambda: (_x(4, 2, 8), _x(4, 1, 8), POSITIONS, INV_FREQ, [2, 1, 1]),
+    "mrope_": lambda: (torch.randn(4, 2, 8), torch.randn(4, 1, 8), POSITIONS, INV_FREQ, [2, 1, 1]),
+    "vision_rope": lambda: (_x(4, 2, 8), _x(4, 2, 8), torch.rand(4, 4), torch.rand(4, 4)),
+    "vision_rope_": lambda: (torch.randn(4, 2, 8), torch.randn(4, 2, 8), torch.rand(4, 4), torch.rand(4, 4)),
+    "vision_rope_qkv_": lambda: (torch.randn(4, 3, 2, 8), torch.rand(4, 4), torch.rand(4, 4)),
+    "patch_embed": lambda: (torch.randn(4, 8), _x(6, 8), _x(6)),
+    "patch_merge": lambda: (_x(8, 4), _x(4), _x(4), _x(16, 16), _x(16), _x(6, 16), _x(6)),
+    "varlen_attention": lambda: (_x(4, 2, 8), _x(4, 1, 8), _x(4, 1, 8), CU, True),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_registered_op_passes_opcheck(name):
+    # The reference attention reads cu_seqlens on the host, which fake tensors cannot; its schema and autograd can
+    # be checked.
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    tests = tests[:2] if name == "varlen_attention" else tests
+    torch.library.opcheck(getattr(torch.ops.qwen2vl, name).default, CALLS[name](), test_utils=tests)
+
+
+def _public(name):
+    def call(*arguments):
+        if name == "varlen_attention":
+            *arguments, causal = arguments
+            return K.varlen_attention(*arguments, 2, causal=causal)
+        if name == "patch_merge":
+            return K.patch_merge(*arguments)
+        return getattr(K, name)(*arguments)
+
+    return call
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_public_function_and_registered_op_agree(name):
+    def outputs(call, arguments):
+        result = call(*arguments)
+        tensors = [result] if isinstance(result, torch.Tensor) else list(result or ())
+        return tensors + [a for a in arguments if isinstance(a, torch.Tensor)]  # in-place results are arguments
+
+    torch.manual_seed(1)
+    ours = outputs(_public(name), CALLS[name]())
+    torch.manual_seed(1)
+    registered = outputs(getattr(torch.ops.qwen2vl, name), CALLS[name]())
+    for a, b in zip(ours[-len(registered) :], registered, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [n for n in CALLS if n != "varlen_attention"])
+def test_compiles_without_a_graph_break(name):
+    arguments = CALLS[name]()
+    torch._dynamo.reset()  # every name compiles the same wrapper anew
+    call = torch.compile(_public(name), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.manual_seed(2)
+        compiled = call(*[a.clone() if isinstance(a, torch.Tensor) else a for a in arguments])
+        eager = _public(name)(*[a.clone() if isinstance(a, torch.Tensor) else a for a in arguments])
+    torch.testing.assert_close(compiled, eager)
+
+
+REFUSALS = [
+    (lambda: K.rms_norm([1.0], _x(8)), TypeError, "rms_norm: x must be a torch.Tensor, got list"),
+    (lambda: K.rms_norm(_x(4, 8), _x(9)), ValueError, r"rms_norm: weight must have shape \(C\) with C=8, got \(9,\)"),
+    (lambda: K.rms_norm(_x(4, 8).long(), _x(8)), TypeError, "rms_norm: x must have one of the dtypes float32"),
+    (lambda: K.rms_norm(_x(4, 8), _x(8).half()), TypeError, "rms_norm: weight must have dtype torch.float32"),
+    (lambda: K.rms_norm(_x(4, 8), _x(8).to("meta")), ValueError, "rms_norm: weight must be on cpu like x, got meta"),
+    (lambda: K.add_rms_norm(_x(4, 8), _x(3, 8), _x(8)), ValueError, r"residual must have shape \(4, 8\)"),
+    (lambda: K.layer_norm(_x(4, 8), _x(8), _x(7)), ValueError, r"layer_norm: bias must have shape"),
+    (lambda: K.add_layer_norm(_x(4, 8), _x(4, 9), _x(8), _x(8)), ValueError, "add_layer_norm: residual"),
+    (lambda: K.swiglu(_x(4, 7)), ValueError, "swiglu: packed gate must have an even last size, got 7"),
+    (lambda: K.swiglu(_x(4, 8), _x(4, 6)), ValueError, "swiglu: up must have shape"),
+    (lambda: K.quick_gelu(_x(4, 8), _x(4)), ValueError, "quick_gelu: bias must have shape"),
+    (lambda: K.quick_gelu(None), TypeError, "quick_gelu: x must be a torch.Tensor, got NoneType"),
+    (lambda: K.mrope(_x(4, 2, 8), _x(3, 1, 8), POSITIONS, INV_FREQ, (2, 1, 1)), ValueError, "mrope: k must have shape"),
+    (lambda: K.mrope(_x(4, 2, 8), _x(4, 1, 8), POSITIONS.float(), INV_FREQ, (2, 1, 1)), TypeError, "mrope: positions"),
+    (lambda: K.mrope(_x(4, 2, 8), _x(4, 1, 8), POSITIONS[:2], INV_FREQ, (2, 1, 1)), ValueError, "mrope: positions"),
+    (lambda: K.mrope(_x(4, 2, 8), _x(4, 1, 8), POSITIONS, INV_FREQ, (2, 1, 2)), ValueError, "section .* must sum to"),
+    (lambda: K.mrope(_x(4, 2, 8), _x(4, 1, 8), POSITIONS, INV_FREQ, (4,)), ValueError, "section must be three"),
+    (lambda: K.mrope(_x(4, 2, 6), _x(4, 1, 6), POSITIONS, INV_FREQ, (2, 1, 1)), ValueError, "inv_freq has 4 pairs"),
+    (
+        lambda: K.mrope(_x(4, 2, 8).transpose(1, 2), _x(4, 1, 2), POSITIONS, INV_FREQ[:1], (1, 0, 0)),
+        ValueError,
+        "mrope: q must be contiguous in its last dimension",
+    ),
+    (lambda: K.vision_rope(_x(4, 2, 8), _x(4, 2, 8), _x(4, 5), _x(4, 5)), ValueError, "cos has 5 pairs"),
+    (lambda: K.vision_rope(_x(4, 2, 8), _x(4, 2, 8), _x(4, 4), _x(3, 4)), ValueError, "vision_rope: sin"),
+    (lambda: K.vision_rope_qkv_(_x(4, 2, 2, 8), _x(4, 4), _x(4, 4)), ValueError, "qkv must have shape"),
+    (lambda: K.vision_rope_tables(_x(4, 2), _x(2)), TypeError, "vision_rope_tables: positions"),
+    (lambda: K.patch_embed(_x(4, 8), None), TypeError, "patch_embed: weight must be a torch.Tensor"),
+    (lambda: K.patch_merge(_x(8, 4), _x(4), _x(4), _x(16, 15), _x(16), _x(6, 16), _x(6)), ValueError, "fc1_weight"),
+    (lambda: K.varlen_attention(_x(4, 2, 8), _x(4, 1, 7), _x(4, 1, 7), CU, 2), ValueError, "varlen_attention: k"),
+    (lambda: K.varlen_attention(_x(4, 2, 8), _x(4, 1, 8), _x(4, 1, 8), CU, 2.0), ValueError, "max_seqlen must be"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), REFUSALS, ids=[m for _, _, m in REFUSALS])
+def test_refusals_name_the_argument(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_named_backends_that_cannot_serve_raise():
+    x, w = torch.randn(4, 8), torch.randn(8)
+    with pytest.raises(BackendError, match="rms_norm: backend 'native' does not serve cpu tensors; these do: eager"):
+        K.rms_norm(x, w, backend="native")
+    with pytest.raises(BackendError, match="mrope_positions has no backend 'sdpa'"), use_backend(mrope_positions="sdpa"):
+        pass
+    with pytest.raises(BackendError, match="no op is called 'rope'"), use_backend(rope="eager"):
+        pass
+    with pytest.raises(BackendError, match="backend 'cuda' does not serve cpu tensors"):
+        resolve("mrope_positions", "cpu", "cuda")
+
+
+def test_use_backend_nests_and_restores():
+    assert resolve("varlen_attention", "cpu", None) == "sdpa"
+    with use_backend("eager"):
+        assert resolve("varlen_attention", "cpu", None) == "eager"
+        with use_backend(varlen_attention="blocked"):
+            assert resolve("varlen_attention", "cpu", None) == "blocked"
+            assert resolve("varlen_attention", "cpu", "sdpa") == "sdpa", "the argument wins"
+        assert resolve("varlen_attention", "cpu", None) == "eager"
+    assert resolve("varlen_attention", "cpu", None) == "sdpa"
+
+
+def test_table_has_a_row_for_every_op():
+    assert [row[0] for row in table("cpu")] == list(PREFERENCE)

@@ -1,0 +1,151 @@
+"""mrope and vision_rope against transformers' functions and complex-number rotation in float64."""
+
+import pytest
+import torch
+from transformers import Qwen2VLConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import (
+    Qwen2VLRotaryEmbedding,
+    apply_rotary_pos_emb,
+    apply_rotary_pos_emb_vision,
+)
+
+from qwen2vl_kernels import mrope, mrope_, vision_rope, vision_rope_, vision_rope_qkv_, vision_rope_tables
+from tests.conftest import assert_two_times
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def _turn(x, angles):
+    """Rotation as multiplication by exp(i angle), float64, independent of the cos/sin form."""
+    x, half = x.double(), angles.shape[-1]
+    z = torch.complex(x[..., :half], x[..., half : 2 * half]) * torch.polar(torch.ones(()).double(), angles)[:, None]
+    return torch.cat((z.real, z.imag, x[..., 2 * half :]), -1)
+
+
+def _axis_of_pair(section, interleaved):
+    t, h, w = section
+    if not interleaved:
+        return [0] * t + [1] * h + [2] * w
+    return [j % 3 if (j % 3 == 1 and j < 3 * h) or (j % 3 == 2 and j < 3 * w) else 0 for j in range(t + h + w)]
+
+
+def _angles(positions, inv_freq, section, interleaved=False):
+    axes = _axis_of_pair(section, interleaved)
+    return torch.stack([positions[a].double() * inv_freq[j].double() for j, a in enumerate(axes)], -1)
+
+
+def _inputs(tokens=11, heads=6, kv_heads=2, dim=128, dtype=torch.float32):
+    q, k = torch.randn(tokens, heads, dim).to(dtype), torch.randn(tokens, kv_heads, dim).to(dtype)
+    positions = torch.randint(0, 3000, (3, tokens))
+    inv_freq = 1.0 / 1e6 ** (torch.arange(0, dim, 2).float() / dim)  # in transformers' order of operations
+    return q, k, positions, inv_freq
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mrope_matches_transformers(dtype):
+    q, k, positions, inv_freq = _inputs(dtype=dtype)
+    config = Qwen2VLConfig(
+        text_config={
+            "hidden_size": 768,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        }
+    )
+    rotary = Qwen2VLRotaryEmbedding(config.text_config)
+    cos, sin = rotary(q, positions[:, None])
+    theirs = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin)
+    angles = _angles(positions, inv_freq, (16, 24, 24))
+    for got, their, x in zip(mrope(q, k, positions, inv_freq, (16, 24, 24)), theirs, (q, k), strict=True):
+        assert got.dtype == dtype
+        # The floor is float32's rounding of angles up to 3000 radians, 2^-24 * 3000.
+        assert_two_times(got, their[0].transpose(0, 1), _turn(x, angles), 2e-4)
+        if dtype == torch.float32:
+            torch.testing.assert_close(got, their[0].transpose(0, 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("section", "interleaved", "dim"),
+    [((16, 24, 24), False, 128), ((24, 20, 20), True, 128), ((0, 5, 3), False, 16), ((8, 12, 12), False, 80)],
+    ids=str,
+)
+def test_mrope_sections(section, interleaved, dim):
+    """Chunked, interleaved (Qwen3-VL), an empty axis, and partial rotary: 64 of 80 columns."""
+    q, k, positions, _ = _inputs(dim=dim)
+    pairs = sum(section)
+    inv_freq = 1e4 ** -(torch.arange(pairs).float() / pairs)
+    q_out, k_out = mrope(q, k, positions, inv_freq, section, interleaved=interleaved)
+    angles = _angles(positions, inv_freq, section, interleaved)
+    torch.testing.assert_close(q_out.double(), _turn(q, angles), rtol=0, atol=2e-3)
+    torch.testing.assert_close(k_out.double(), _turn(k, angles), rtol=0, atol=2e-3)
+    assert torch.equal(q_out[..., 2 * pairs :], q[..., 2 * pairs :])
+
+
+def test_equal_axes_are_plain_rope():
+    q, k, positions, inv_freq = _inputs()
+    flat = positions[:1].expand(3, -1)
+    a = mrope(q, k, flat, inv_freq, (16, 24, 24))
+    b = mrope(q, k, flat, inv_freq, (64, 0, 0))
+    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+def test_mrope_reads_packed_projections_in_place():
+    """q and k as strided views of one projection; the in-place form writes through the views and nowhere else."""
+    qkv = torch.randn(11, 10, 128)
+    q, k, v = qkv.split([6, 2, 2], 1)
+    _, _, positions, inv_freq = _inputs()
+    expected = mrope(q.clone(), k.clone(), positions, inv_freq, (16, 24, 24))
+    v_before = v.clone()
+    got = mrope_(q, k, positions.int(), inv_freq, (16, 24, 24))
+    assert got[0] is q and torch.equal(q, expected[0]) and torch.equal(k, expected[1]) and torch.equal(v, v_before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [64, 72, 80, 128])
+def test_vision_rope_matches_transformers(dtype, dim):
+    q, k = torch.randn(9, 4, dim).to(dtype), torch.randn(9, 4, dim).to(dtype)
+    positions = torch.randint(0, 200, (9, 2))
+    inv_freq = 1e4 ** -(torch.arange(0, dim // 2, 2).float() / (dim // 2))
+    cos, sin = vision_rope_tables(positions, inv_freq)
+    full = (torch.cat((cos, cos), -1), torch.cat((sin, sin), -1))
+    theirs = apply_rotary_pos_emb_vision(q, k, *full)
+    angles = torch.cat([positions[:, i, None].double() * inv_freq.double() for i in (0, 1)], -1)
+    for got, their, x in zip(vision_rope(q, k, cos, sin), theirs, (q, k), strict=True):
+        assert_two_times(got, their, _turn(x, angles), 2e-5)
+
+
+def test_vision_rope_in_place_forms_agree():
+    qkv = torch.randn(9, 3, 4, 80).bfloat16()
+    angles = torch.rand(9, 40) * 6
+    cos, sin = angles.cos().half(), angles.sin().half()
+    q, k, v = (x.clone() for x in qkv.unbind(1))
+    expected = vision_rope(q, k, cos, sin)
+    assert vision_rope_qkv_(qkv, cos, sin) is qkv
+    vision_rope_(q, k, cos, sin)
+    for got in (qkv[:, :2], torch.stack((q, k), 1)):
+        assert torch.equal(got, torch.stack(expected, 1))
+    assert torch.equal(qkv[:, 2], v)
+
+
+def test_in_place_is_refused_under_autograd():
+    q, k, positions, inv_freq = _inputs()
+    with pytest.raises(ValueError, match=r"mrope_: q requires grad"):
+        mrope_(q.requires_grad_(), k, positions, inv_freq, (16, 24, 24))
+    with pytest.raises(ValueError, match=r"vision_rope_qkv_: qkv requires grad"):
+        vision_rope_qkv_(torch.randn(2, 3, 2, 8, requires_grad=True), torch.ones(2, 4), torch.zeros(2, 4))
+    with torch.no_grad():
+        mrope_(q, k, positions, inv_freq, (16, 24, 24))
+
+
+def test_gradients():
+    q, k, positions, inv_freq = _inputs(3, 4, 2, 16)
+    q, k = q.double().requires_grad_(), k.double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda q, k: mrope(q, k, positions, inv_freq.double(), (2, 3, 3)), (q, k))
+    cos, sin = torch.randn(2, 3, 8).double()
+    assert torch.autograd.gradcheck(lambda q, k: vision_rope(q, k, cos, sin), (q, k))
+
+
+def test_no_tokens():
+    q, k, _, inv_freq = _inputs(0)
+    q_out, k_out = mrope(q, k, torch.zeros(3, 0, dtype=torch.int64), inv_freq, (16, 24, 24))
+    assert q_out.shape == (0, 6, 128) and k_out.shape == (0, 2, 128)

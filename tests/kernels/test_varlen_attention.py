@@ -1,0 +1,143 @@
+"""varlen_attention, every CPU backend, against a masked softmax in float64 written without segments."""
+
+import pytest
+import torch
+
+from qwen2vl_kernels import use_backend, varlen_attention
+from qwen2vl_kernels.ops.varlen_attention import varlen_attention_ref
+from tests.conftest import assert_two_times
+
+BACKENDS = ["eager", "sdpa", "blocked"]
+LENGTHS = [[1], [1, 63, 64, 65], [0, 130, 0], [257, 16, 1], [33, 33, 33], [], [600]]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def _exact(q, k, v, cu, causal, scale=None):
+    """One dense (T, T) score matrix with everything outside the own segment masked."""
+    q, k, v = q.double(), k.double(), v.double()
+    total, group = q.shape[0], q.shape[1] // k.shape[1]
+    rows = torch.arange(total)
+    segment = torch.bucketize(rows, cu[1:].long(), right=True)
+    allowed = (segment[:, None] == segment[None]) & (rows < cu[-1])[:, None] & (rows < cu[-1])[None]
+    if causal:
+        allowed &= rows[:, None] >= rows[None]
+    scores = torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(group, 1))
+    scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
+    weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1).nan_to_num(0)
+    return torch.einsum("hij,jhd->ihd", weights, v.repeat_interleave(group, 1))
+
+
+def _pack(lengths, heads=4, kv_heads=2, dim=80, dtype=torch.float32, tail=0):
+    total = sum(lengths) + tail
+    q = torch.randn(total, heads, dim).to(dtype)
+    k, v = torch.randn(2, total, kv_heads, dim).to(dtype)
+    cu = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    return q, k, v, cu, max(lengths, default=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_ragged_packs(lengths, causal, backend):
+    for dtype in DTYPES:
+        q, k, v, cu, longest = _pack(lengths, dtype=dtype, tail=5)
+        got = varlen_attention(q, k, v, cu, longest, causal=causal, backend=backend)
+        eager = varlen_attention_ref(q, k, v, cu, causal)
+        assert got.dtype == dtype
+        assert_two_times(got, eager, _exact(q, k, v, cu, causal), 1e-6)
+        assert torch.count_nonzero(got[sum(lengths) :]) == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 80), (7, 1, 128), (6, 2, 72), (2, 2, 64)], ids=str)
+def test_head_layouts(heads, kv_heads, dim, backend):
+    q, k, v, cu, longest = _pack([40, 3], heads, kv_heads, dim)
+    for scale in (None, 0.3):
+        got = varlen_attention(q, k, v, cu, longest, causal=True, softmax_scale=scale, backend=backend)
+        torch.testing.assert_close(got.double(), _exact(q, k, v, cu, True, scale), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packed_qkv_is_read_in_place(backend):
+    qkv = torch.randn(50, 3, 4, 80)
+    q, k, v = qkv.unbind(1)
+    cu = torch.tensor([0, 20, 50], dtype=torch.int32)
+    got = varlen_attention(q, k, v, cu, 30, backend=backend)
+    torch.testing.assert_close(got.double(), _exact(q, k, v, cu, False), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_segments_do_not_see_each_other_or_the_tail(backend):
+    q, k, v, cu, _ = _pack([5, 7], tail=4)
+    clean = varlen_attention(q, k, v, cu, 7, backend=backend)
+    for x in (q, k, v):
+        x[12:] = float("nan")
+    assert torch.equal(varlen_attention(q, k, v, cu, 7, backend=backend), clean)
+    for x in (k, v):
+        x[:5] = float("nan")
+    assert torch.equal(varlen_attention(q, k, v, cu, 7, backend=backend)[5:], clean[5:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_segment_is_bitwise_the_same_in_any_pack(backend):
+    q, k, v, cu, _ = _pack([300, 17, 300], dtype=torch.bfloat16)
+    together = varlen_attention(q, k, v, cu, 300, backend=backend)
+    for a, b in ((0, 300), (300, 317), (317, 617)):
+        alone = torch.tensor([0, b - a], dtype=torch.int32)
+        got = varlen_attention(q[a:b], k[a:b], v[a:b], alone, b - a, backend=backend)
+        assert torch.equal(got, together[a:b])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_of_ten_thousand_do_not_overflow(backend):
+    q, k, v, cu, longest = _pack([9, 4], dim=64)
+    q = q / q.norm(dim=-1, keepdim=True) * 1e4 * 8
+    k = k / k.norm(dim=-1, keepdim=True)
+    got = varlen_attention(q, k, v, cu, longest, backend=backend)
+    torch.testing.assert_close(got.double(), _exact(q, k, v, cu, False), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_float16_products_past_65504_stay_finite(backend):
+    """Qwen2's key biases: q.k overflows float16 unless it is scaled first."""
+    q, k, v, cu, longest = _pack([6], dim=64, dtype=torch.float16)
+    q, k = q + 40, k + 40  # q.k is about 64 * 1600 = 102400
+    got = varlen_attention(q, k, v, cu, longest, backend=backend)
+    assert_two_times(got, varlen_attention_ref(q, k, v, cu), _exact(q, k, v, cu, False), 1e-3)
+
+
+def test_gradients():
+    q, k, v, cu, longest = _pack([3, 0, 4], 4, 2, 8, torch.float64, tail=1)
+    for x in (q, k, v):
+        x.requires_grad_()
+    for backend in ("eager", "sdpa"):
+        assert torch.autograd.gradcheck(
+            lambda q, k, v: varlen_attention(q, k, v, cu, longest, causal=True, backend=backend), (q, k, v)
+        )
+
+
+def test_blocked_serves_long_bf16_inference_and_refuses_gradients():
+    q, k, v, cu, longest = _pack([300], dtype=torch.bfloat16)
+    chosen = varlen_attention(q, k, v, cu, longest)
+    assert torch.equal(chosen, varlen_attention(q, k, v, cu, longest, backend="blocked"))
+    with use_backend("eager"):
+        assert torch.equal(varlen_attention(q, k, v, cu, longest), varlen_attention_ref(q, k, v, cu))
+    with pytest.raises(ValueError, match="'blocked' has no backward"):
+        varlen_attention(q.requires_grad_(), k, v, cu, longest, backend="blocked")
+
+
+def test_bounds_are_checked():
+    q, k, v, _, _ = _pack([8])
+    for cu, longest, message in (
+        ([0, 9], 9, "cu_seqlens must rise from 0 to at most q's 8 rows, got \\[0, 9\\]"),
+        ([1, 8], 8, "cu_seqlens must rise from 0"),
+        ([0, 5, 3], 8, "cu_seqlens must rise from 0"),
+        ([0, 8], 7, "max_seqlen is 7, but cu_seqlens has a segment of 8 rows"),
+        ([], 7, "cu_seqlens must have at least one entry"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            varlen_attention(q, k, v, torch.tensor(cu, dtype=torch.int32), longest)
+    with pytest.raises(TypeError, match=r"cu_seqlens must have one of the dtypes int32, got torch.int64"):
+        varlen_attention(q, k, v, torch.tensor([0, 8]), 8)
+    with pytest.raises(ValueError, match="q's 4 heads must be a multiple of k's 3"):
+        varlen_attention(q, torch.randn(8, 3, 80), torch.randn(8, 3, 80), torch.tensor([0, 8]).int(), 8)
