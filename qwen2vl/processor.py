@@ -13,8 +13,16 @@ import torch
 from .config import Qwen2VLConfig
 from .errors import CheckpointError, MediaError, PromptError
 from .hub import resolve
-from .image import IMAGE_MEAN, IMAGE_STD, MAX_PIXELS, MIN_PIXELS, ImagePatches, preprocess_image
-from .prompt import Control, Media, Segment, Text, render
+from .image import (
+    IMAGE_MEAN,
+    IMAGE_STD,
+    MAX_PIXELS,
+    MIN_PIXELS,
+    ImagePatches,
+    check_positive_int,
+    preprocess_image,
+)
+from .prompt import Control, Media, Segment, Text, check_placeholders, render
 from .tokenizer import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, Tokenizer
 from .video import MAX_FRAME_PIXELS, MAX_VIDEO_TOKENS, MIN_FRAME_PIXELS, VideoPatches, preprocess_video
 
@@ -166,7 +174,8 @@ class Processor:
 
         Raises:
             PromptError: messages are malformed.
-            MediaError: an image or video cannot be used; the message begins with its place.
+            MediaError: an image or video cannot be used, and the message begins with its place; or an option
+                given here is out of range.
         """
         if padding_side not in ("left", "right"):
             raise PromptError(f"padding_side: wants 'left' or 'right', got {padding_side!r}")
@@ -176,10 +185,8 @@ class Processor:
             )
             for chat, where in _conversations(messages)
         ]
-        # Item options are named as the preprocessing functions name them; see IMAGE_OPTIONS and
-        # VIDEO_OPTIONS.
         image_limits = _pixel_limits((self.min_pixels, self.max_pixels), (min_pixels, max_pixels))
-        frame_limits = _pixel_limits(_FRAME_PIXELS, (video_min_pixels, video_max_pixels))
+        frame_limits = _pixel_limits(_FRAME_PIXELS, (video_min_pixels, video_max_pixels), prefix="video_")
         video_options = {
             "fps": fps,
             "num_frames": num_frames,
@@ -291,67 +298,24 @@ class Processor:
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
-def check_placeholders(
-    input_ids: torch.Tensor,
-    image_grid_thw: torch.Tensor | None = None,
-    video_grid_thw: torch.Tensor | None = None,
-    *,
-    image_token_id: int,
-    video_token_id: int,
-    merge_size: int = 2,
-) -> None:
-    """Check that every grid has its run of t * h * w / merge_size**2 placeholders, in order over the whole
-    batch.
-
-    Truncating ids inside an image or video, or dropping one of a batch, is what this finds.
-
-    Args:
-        input_ids: (B, L) int64.
-        image_grid_thw, video_grid_thw: (n, 3) int64 in patches, or None for none.
-
-    Raises:
-        PromptError: naming the first image or video that does not fit.
-    """
-    for kind, token_id, grids in (
-        ("image", image_token_id, image_grid_thw),
-        ("video", video_token_id, video_grid_thw),
-    ):
-        wanted = [] if grids is None else [tuple(grid) for grid in grids.tolist()]
-        found = _run_lengths(input_ids == token_id)
-        if len(found) != len(wanted):
-            raise PromptError(
-                f"{kind}_grid_thw: wants {len(found)}, one for each run of placeholders, got {len(wanted)}"
-            )
-        for n, ((t, h, w), length) in enumerate(zip(wanted, found, strict=True)):
-            if h % merge_size or w % merge_size or t * h * w // merge_size**2 != length:
-                raise PromptError(
-                    f"{kind}_grid_thw[{n}]: ({t}, {h}, {w}) merged {merge_size} x {merge_size} does not give "
-                    f"the {length} placeholders that input_ids has for it"
-                )
-
-
-def _run_lengths(mask: torch.Tensor) -> list[int]:
-    """Lengths of the runs of True in (B, L), row by row."""
-    edges = torch.nn.functional.pad(mask.to(torch.int8), (1, 1)).diff(dim=1)  # (B, L + 1)
-    starts = (edges == 1).nonzero()[:, 1]
-    ends = (edges == -1).nonzero()[:, 1]
-    return (ends - starts).tolist()
-
-
 def _conversations(messages: Any) -> list[tuple[Any, str]]:
     if isinstance(messages, (list, tuple)) and messages and isinstance(messages[0], (list, tuple)):
         return [(chat, f"messages[{n}]") for n, chat in enumerate(messages)]
     return [(messages, "messages")]
 
 
-def _pixel_limits(limits: tuple[int, int], *scopes: tuple[int | None, int | None]) -> tuple[int, int]:
+def _pixel_limits(
+    limits: tuple[int, int], *scopes: tuple[int | None, int | None], prefix: str = ""
+) -> tuple[int, int]:
     """(min, max) pixels after each narrower scope; a limit given alone moves the inherited other one."""
     low, high = limits
     for given_low, given_high in scopes:
         if given_low is not None:
-            low, high = given_low, max(high, given_low)
+            low = check_positive_int(f"{prefix}min_pixels", given_low)
+            high = max(high, low)
         if given_high is not None:
-            low, high = low if given_low is not None else min(low, given_high), given_high
+            high = check_positive_int(f"{prefix}max_pixels", given_high)
+            low = low if given_low is not None else min(low, high)
     return low, high
 
 

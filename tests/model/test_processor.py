@@ -16,8 +16,8 @@ import qwen2vl.processor
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import CheckpointError, MediaError, PromptError
 from qwen2vl.image import preprocess_image
-from qwen2vl.processor import MediaInfo, Processor, check_placeholders
-from qwen2vl.prompt import render, segments_to_text
+from qwen2vl.processor import MediaInfo, Processor
+from qwen2vl.prompt import check_placeholders, render, segments_to_text
 from qwen2vl.synthetic import write_byte_tokenizer
 from qwen2vl.video import preprocess_video
 
@@ -186,6 +186,13 @@ def test_pixel_limits_item_over_call_over_processor(folder, processor):
         MediaError, match=r"^messages\[0\].content\[0\]: .*min_pixels must not exceed max_pixels"
     ):
         processor(user(item), min_pixels=5000, max_pixels=4000)
+
+
+@pytest.mark.parametrize("value", [0, -5, 2.5, "784", True])
+@pytest.mark.parametrize("name", ["min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels"])
+def test_pixel_limits_of_a_call_are_checked(processor, name, value):
+    with pytest.raises(MediaError, match=f"^{name} must be a positive integer, got"):
+        processor([{"role": "user", "content": "x"}], **{name: value})
 
 
 def test_video_options_and_progress(processor):
