@@ -67,7 +67,7 @@ def find_nvcc() -> str:
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     if homes:  # who names a toolkit wants that one and no other
         nvcc = Path(homes[0]) / "bin" / "nvcc"
-        if not nvcc.exists():
+        if not os.access(nvcc, os.X_OK):
             raise BuildError(f"no nvcc in {homes[0]}, which CUDA_HOME or CUDA_PATH names")
         return str(nvcc)
     found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
@@ -107,6 +107,8 @@ def first_error(output: str) -> str:
 
 
 def compiler_name(cxx: list[str]) -> str:
+    if shutil.which(cxx[0]) is None:
+        raise BuildError(f"no C++ compiler {cxx[0]!r} found; set CXX")
     version = subprocess.run([*cxx, "--version"], capture_output=True, text=True)
     if version.returncode != 0 or not version.stdout.strip():
         raise BuildError(f"the C++ compiler {shlex.join(cxx)} does not run")
@@ -157,7 +159,7 @@ class Build(build_ext):
         link = ["-shared", "-pthread", *shlex.split(os.environ.get("LDFLAGS", ""))]
         if sys.platform == "darwin":
             link += ["-undefined", "dynamic_lookup"]
-        self.ninja(CPU, {".cpp": [*cxx, *common]}, [*cxx, *link], jobs)
+        self.run_ninja(CPU, {".cpp": [*cxx, *common]}, [*cxx, *link], jobs)
 
     def build_cuda(self, archs: list[tuple[str, bool]] | None, jobs: list[str]) -> str:
         nvcc = find_nvcc()
@@ -165,7 +167,7 @@ class Build(build_ext):
         host = ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
         common = [nvcc, "-std=c++17", "-O3", *host, *self.includes()]
         link = [nvcc, "-shared", "-cudart", "static"]
-        self.ninja(CUDA, {".cpp": common, ".cu": [*common, *flags]}, link, jobs)
+        self.run_ninja(CUDA, {".cpp": common, ".cu": [*common, *flags]}, link, jobs)
         return words
 
     def includes(self) -> list[str]:
@@ -184,7 +186,7 @@ class Build(build_ext):
         if not header.exists() or header.read_text() != text:
             header.write_text(text)
 
-    def ninja(
+    def run_ninja(
         self, extension: Extension, compile: dict[str, list[str]], link: list[str], jobs: list[str]
     ) -> None:
         """Build one extension; ``compile`` maps a source suffix to the command that compiles it."""

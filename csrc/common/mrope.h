@@ -52,11 +52,19 @@ struct Position {
   int64_t t, h, w;
 };
 
-// Extent of an item in tokens, after spatial merging. A grid that holds nothing is all zeros.
+// More tokens than one call may hold.
+constexpr int64_t kTooMany = 0x7fffffff;
+
+// Sides of an item in tokens, after spatial merging. A grid that holds nothing is all zeros; a side beyond kTooMany is
+// cut there, as no call has the tokens to fill it either way.
 struct Extent {
   int64_t t, h, w;
 
-  QWEN2VL_HD int64_t tokens() const { return t * h * w; }
+  // Saturates at kTooMany, so that sums over any grids stay clear of overflow.
+  QWEN2VL_HD int64_t tokens() const {
+    const int64_t frame = h * w < kTooMany ? h * w : kTooMany;
+    return t * frame < kTooMany ? t * frame : kTooMany;
+  }
 
   QWEN2VL_HD int64_t longest() const {
     const int64_t hw = h > w ? h : w;
@@ -65,19 +73,19 @@ struct Extent {
 
   QWEN2VL_HD int64_t shift() const { return tokens() - longest(); }
 
-  // `token` counts from the item's first, below 2^31; a side that is cut to 2^31 - 1 divides it to the same zero.
+  // `token` counts from the item's first.
   QWEN2VL_HD Position position(int64_t start, int64_t token) const {
-    constexpr int64_t most = 0x7fffffff;
-    const auto width = static_cast<int32_t>(w < most ? w : most), height = static_cast<int32_t>(h < most ? h : most);
     const auto index = static_cast<int32_t>(token);
+    const auto height = static_cast<int32_t>(h), width = static_cast<int32_t>(w);
     const int32_t line = index / width;
     return {start + line / height, start + line % height, start + index % width};
   }
 };
 
 QWEN2VL_HD inline Extent extent(const IntView& grids, int64_t item, int64_t merge_size) {
-  const Extent e{grids.at(item, 0), grids.at(item, 1) / merge_size, grids.at(item, 2) / merge_size};
-  return e.t > 0 && e.h > 0 && e.w > 0 ? e : Extent{0, 0, 0};
+  const int64_t t = grids.at(item, 0), h = grids.at(item, 1) / merge_size, w = grids.at(item, 2) / merge_size;
+  if (t < 1 || h < 1 || w < 1) return {0, 0, 0};
+  return {t < kTooMany ? t : kTooMany, h < kTooMany ? h : kTooMany, w < kTooMany ? w : kTooMany};
 }
 
 // Number of entries of the ascending `values` that are <= value.

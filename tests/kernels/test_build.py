@@ -1,0 +1,120 @@
+"""The build: what it refuses, what it survives, and what nvcc makes of the CUDA sources."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CSRC = ROOT / "csrc"
+SETTINGS = ("QWEN2VL_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "CUDA_HOME", "CUDA_PATH")
+
+
+def build(folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    """``setup.py build_ext`` into ``folder``."""
+    clean = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder / "lib")]
+    return subprocess.run(
+        [*command, "--build-temp", str(folder / "temp")],
+        cwd=ROOT,
+        env={**clean, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def toolkit_that_says(folder: Path, answer: str) -> str:
+    """A CUDA_HOME whose nvcc knows sm_90 and answers everything else with an error."""
+    nvcc = folder / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(
+        f'#!/bin/sh\n[ "$1" = --list-gpu-code ] && echo sm_90 && exit 0\necho "{answer}" >&2\nexit 1\n'
+    )
+    nvcc.chmod(0o755)
+    return str(folder / "cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("QWEN2VL_BUILD_CUDA", "yes", "QWEN2VL_BUILD_CUDA must be 0, 1 or auto, got 'yes'"),
+        (
+            "TORCH_CUDA_ARCH_LIST",
+            "8.0;Hopper",
+            "TORCH_CUDA_ARCH_LIST must list entries such as 8.0 .* got 'Hopper'",
+        ),
+        ("MAX_JOBS", "0", "MAX_JOBS must be a positive integer, got '0'"),
+    ],
+)
+def test_bad_settings_are_refused(tmp_path, name, value, says):
+    result = build(tmp_path, **{name: value})
+    assert result.returncode != 0
+    assert re.search(says, result.stderr), result.stderr
+    assert not (tmp_path / "lib").exists()
+
+
+def test_required_cuda_is_fatal(tmp_path):
+    result = build(tmp_path, QWEN2VL_BUILD_CUDA="1", CUDA_HOME=str(tmp_path))
+    assert result.returncode != 0
+    assert f"no nvcc in {tmp_path}" in result.stderr
+    home = toolkit_that_says(tmp_path, "unused")
+    result = build(tmp_path, QWEN2VL_BUILD_CUDA="1", CUDA_HOME=home, TORCH_CUDA_ARCH_LIST="5.2 9.0")
+    assert result.returncode != 0
+    assert "does not know sm_52, which TORCH_CUDA_ARCH_LIST asks for" in result.stderr
+
+
+def test_failed_cuda_leaves_a_working_cpu_build(tmp_path):
+    home = toolkit_that_says(tmp_path, "mrope_positions.cu(1): error: no such GPU")
+    result = build(tmp_path, CUDA_HOME=home)
+    assert result.returncode == 0, result.stderr
+    (library,) = (tmp_path / "lib").rglob("*.so")
+    assert library.name.startswith("_cpu.")
+    shutil.copy(library, tmp_path)
+    ran = subprocess.run(
+        [sys.executable, "-c", "import _cpu; print(_cpu.build_info()['cuda'])"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert re.match(r"left out: compiling qwen2vl_kernels\._cuda failed: .*error: no such GPU", ran.stdout)
+
+
+def test_sources_are_torch_free():
+    sources = [p for p in CSRC.rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"}]
+    assert len(sources) > 5
+    for source in sources:
+        for header in re.findall(r'#include\s*[<"]([^>"]+)', source.read_text()):
+            assert not re.match(r"(torch|ATen|c10|caffe2)[/.]", header), f"{source.name} includes {header}"
+
+
+def _nvcc() -> str:
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None:
+        pytest.skip("no nvcc: the CUDA sources are not compiled")
+    return nvcc
+
+
+@pytest.mark.parametrize("arch", ["80", "90", "100"])
+@pytest.mark.parametrize("source", sorted(CSRC.glob("cuda/*.cu")), ids=lambda path: path.stem)
+def test_cuda_kernels_do_not_spill(tmp_path, source, arch):
+    nvcc = _nvcc()
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    if f"sm_{arch}" not in known:
+        pytest.skip(f"this nvcc does not know sm_{arch}")
+    flags = ["-std=c++17", "-O3", "-Xptxas", "-v", "-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    command = [nvcc, *flags, "-I", str(CSRC), "-cubin", "-o", str(tmp_path / "cubin"), str(source)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    kernels = re.findall(r"Compiling entry function '(\w+)'", result.stderr)
+    frames = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr
+    )
+    assert kernels and len(frames) >= len(kernels)
+    assert set(frames) == {("0", "0", "0")}, result.stderr
