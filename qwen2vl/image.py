@@ -152,10 +152,12 @@ def load_image(
     if isinstance(source, Image.Image):
         _check_source_size(source, label, max_source_pixels)
         return _decode(source, label)
-    with open_source(source, allow_remote=allow_remote, max_bytes=MAX_IMAGE_BYTES) as stream:
-        with _open_image(stream, label, max_source_pixels) as image:
-            _check_source_size(image, label, max_source_pixels)
-            return _decode(image, label)
+    with (
+        open_source(source, allow_remote=allow_remote, max_bytes=MAX_IMAGE_BYTES) as stream,
+        _open_image(stream, label, max_source_pixels) as image,
+    ):
+        _check_source_size(image, label, max_source_pixels)
+        return _decode(image, label)
 
 
 def _open_image(stream: BinaryIO, label: str, max_source_pixels: int) -> Image.Image:

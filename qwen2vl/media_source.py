@@ -90,7 +90,7 @@ def open_source(source: object, *, allow_remote: bool, max_bytes: int) -> Iterat
             elif name in _REMOTE_SCHEMES:
                 if not allow_remote:
                     raise MediaError(f"{label} is a remote address: pass allow_remote=True to fetch it")
-                stream = stack.enter_context(_download(source, label, max_bytes))
+                stream = _download(source, label, max_bytes, stack)
             else:
                 raise MediaError(f"{label}: scheme {name!r} is not supported, want file, http or https")
         elif isinstance(source, (str, os.PathLike)):
@@ -144,7 +144,7 @@ def _from_file_object(source: Any, label: str, max_bytes: int, stack: contextlib
             raise MediaError(f"{label} is opened in text mode, want binary")
         if hasattr(source, "seekable") and source.seekable() and source.tell() == 0:
             return source
-        spool = stack.enter_context(tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES))
+        spool = stack.enter_context(_spool())
         _copy(source, spool, label, max_bytes)
     except MediaError:
         raise
@@ -155,7 +155,11 @@ def _from_file_object(source: Any, label: str, max_bytes: int, stack: contextlib
         AttributeError,
     ) as error:  # closed, write-only, or not quite a file
         raise MediaError(f"{label} cannot be read: {error}") from error
-    return cast("IO[bytes]", spool)
+    return spool
+
+
+def _spool() -> IO[bytes]:
+    return cast("IO[bytes]", tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES))
 
 
 def _copy(source: Any, target: Any, label: str, max_bytes: int, deadline: float | None = None) -> None:
@@ -174,14 +178,14 @@ def _copy(source: Any, target: Any, label: str, max_bytes: int, deadline: float 
 class _CheckedRedirects(urllib.request.HTTPRedirectHandler):
     """A server must not be able to send us to a local file or to another protocol."""
 
-    def redirect_request(self, req, fp, code, msg, headers, newurl):  # noqa: PLR0913
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
         scheme = urllib.parse.urlsplit(newurl).scheme.lower()
         if scheme not in _REMOTE_SCHEMES:
             raise MediaError(f"{req.full_url!r} redirects to scheme {scheme!r}, want http or https")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _download(url: str, label: str, max_bytes: int) -> IO[bytes]:
+def _download(url: str, label: str, max_bytes: int, stack: contextlib.ExitStack) -> IO[bytes]:
     # Built by hand: urllib's default opener would also serve file:, ftp: and data: addresses.
     opener = urllib.request.OpenerDirector()
     for handler in (
@@ -194,7 +198,7 @@ def _download(url: str, label: str, max_bytes: int) -> IO[bytes]:
         urllib.request.UnknownHandler(),
     ):
         opener.add_handler(handler)
-    spool = tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES)
+    spool = stack.enter_context(_spool())
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "qwen2vl", "Accept": "*/*"})
         with opener.open(request, timeout=REMOTE_TIMEOUT) as response:
@@ -203,9 +207,7 @@ def _download(url: str, label: str, max_bytes: int) -> IO[bytes]:
                 raise MediaError(f"{label} declares {declared} bytes, more than the limit of {max_bytes}")
             _copy(response, spool, label, max_bytes, time.monotonic() + REMOTE_DEADLINE)
     except MediaError:
-        spool.close()
         raise
     except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
-        spool.close()
         raise MediaError(f"{label} could not be fetched: {error}") from error
-    return cast("IO[bytes]", spool)
+    return spool

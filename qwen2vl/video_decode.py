@@ -22,7 +22,7 @@ MAX_SOURCE_FRAMES = 5_000_000  # 46 hours at 30 frames per second
 
 # Containers that hold everything in one file. Playlists (HLS, DASH, concat) are left out on purpose: they
 # would make FFmpeg open other files and addresses that the caller never named.
-_CONTAINERS = "mov,matroska,avi,gif,webp_anim,apng,mpegts,mpeg,flv,ogg,asf,mxf,ivf,wav,mp3,flac,aac"
+_CONTAINERS = "mov,matroska,avi,gif,apng,mpegts,mpeg,flv,ogg,asf,mxf,ivf,wav,mp3,flac,aac"
 _TIME_SLACK = 1e-3  # seconds: Matroska and FLV round timestamps to milliseconds
 
 
@@ -43,7 +43,7 @@ class Timeline:
         origin: tick of the file's first frame.
         unit: seconds per tick.
         declared_rate: frames per second that the file claims, 0.0 if none.
-        numbered: ticks are frame numbers.
+        numbered: ticks are frame numbers, counted while decoding.
     """
 
     ticks: np.ndarray
@@ -100,6 +100,7 @@ def _open_video(file: BinaryIO, label: str) -> Iterator[tuple[Any, Any]]:
     try:
         container = av.open(
             file,
+            mode="r",  # would otherwise be taken from file.mode
             container_options={"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"},
             metadata_errors="replace",
             buffer_size=1 << 20,
@@ -163,7 +164,8 @@ def read_timeline(file: BinaryIO, label: str) -> Timeline:
         if count == 0:
             raise MediaError(f"{label} holds no video frames")
         rate = float(stream.average_rate or stream.guessed_rate or 0)
-        if len(stamps) == count:
+        # AVI stores a rate and no times; FFmpeg numbers its packets in coded order, wrong with B-frames.
+        if len(stamps) == count and container.format.name != "avi":
             ticks = np.unique(np.frombuffer(stamps, np.int64))
             return Timeline(ticks, int(ticks[0]), float(stream.time_base), rate, numbered=False)
         if rate == 0:
@@ -234,4 +236,18 @@ def _to_rgb(frame: Any, label: str) -> np.ndarray:
         raise MediaError(f"{label}: pixel format {frame.format.name} cannot be converted: {error}") from error
     if has_alpha:
         pixels = np.asarray(composite_over_white(Image.fromarray(pixels)))
-    return np.rot90(pixels, round(frame.rotation / 90))  # FFmpeg's angle is counterclockwise, like rot90's
+    return _upright(pixels, frame.side_data.get(av.sidedata.sidedata.Type.DISPLAYMATRIX))
+
+
+def _upright(pixels: np.ndarray, matrix: Any) -> np.ndarray:
+    """Turn or mirror a frame as the container asks, by the nearest multiple of a right angle.
+
+    ``matrix`` is 3 x 3 int32 in row-major order: (x, y) goes to (a x + c y, b x + d y) with its first rows
+    (a, b, 0) and (c, d, 0). None leaves the frame as it is.
+    """
+    if matrix is None:
+        return pixels
+    a, b, _, c, d = (int(value) for value in np.frombuffer(matrix, np.int32)[:5])
+    if abs(b) > abs(a):
+        pixels, a, d = pixels.transpose(1, 0, 2), c, b
+    return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]

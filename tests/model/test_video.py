@@ -1,0 +1,594 @@
+"""Videos to patches: which frames, their size, what is decoded, memory, and what is refused."""
+
+import base64
+import io
+import math
+import subprocess
+import sys
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import qwen2vl.video_decode
+from qwen2vl.errors import MediaError
+from qwen2vl.image import resize_image
+from qwen2vl.video import frame_count, frame_indices, frame_size, preprocess_video
+from tests.model.media_fixtures import (
+    encode_image,
+    noise,
+    numbered_frame,
+    patches_to_frames,
+    read_number,
+    video_bytes,
+    with_display_matrix,
+    write_audio,
+    write_video,
+)
+
+FORMATS = [("mp4", "libx264"), ("matroska", "libx264"), ("avi", "mpeg4"), ("webm", "libvpx-vp9")]
+FORMATS += [("mpegts", "libx264"), ("mov", "mpeg4")]
+
+
+def numbered(count, **size):
+    return [numbered_frame(number, **size) for number in range(count)]
+
+
+def numbers(video):
+    """The numbers in the kept frames."""
+    return [read_number(frame) for frame in patches_to_frames(video.patches, video.grid_thw)]
+
+
+@pytest.fixture(scope="module")
+def clip():
+    """90 numbered frames, 3 s, 30 a second, H.264 in MP4."""
+    return video_bytes(numbered(90))
+
+
+# ------------------------------------------------------------------------------------------------- sampling
+
+
+@pytest.mark.parametrize(
+    ("total", "native", "options", "want"),
+    [
+        (300, 30.0, {}, 20),  # 10 s at 2 a second
+        (150, 30.0, {}, 10),
+        (160, 30.0, {}, 10),  # 10.67 -> 10
+        (179, 30.0, {}, 10),  # 11.93 -> 10: down to even
+        (30, 30.0, {}, 4),  # 1 s: min_frames
+        (3, 30.0, {}, 2),  # not more than there are, down to even
+        (2, 30.0, {}, 2),
+        (1, 30.0, {}, 2),  # the frame twice
+        (100_000, 25.0, {}, 768),
+        (100_000, 25.0, {"max_frames": 65}, 64),
+        (30, 30.0, {"min_frames": 5}, 6),
+        (300, 30.0, {"fps": 0.5}, 4),  # 5 -> 4
+        (300, 30.0, {"fps": 60}, 300),
+        (301, 30.0, {"fps": 60}, 300),
+        (300, 30.0, {"num_frames": 8}, 8),
+        (300, 30.0, {"num_frames": 5}, 4),  # 2.5 pairs -> 2
+        (300, 30.0, {"num_frames": 7}, 8),  # 3.5 pairs -> 4
+        (300, 30.0, {"num_frames": 300, "max_frames": 8}, 300),
+        (1, 30.0, {"num_frames": 8}, 2),
+    ],
+)
+def test_frame_count_by_hand(total, native, options, want):
+    assert frame_count(total, native, **options) == want
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    total=st.integers(1, 10_000),
+    native=st.floats(0.1, 240),
+    fps=st.floats(0.01, 120),
+    fewest=st.integers(1, 20),
+    most=st.integers(20, 800),
+)
+def test_frame_count_holds_its_bounds(total, native, fps, fewest, most):
+    count = frame_count(total, native, fps=fps, min_frames=fewest, max_frames=most)
+    indices = frame_indices(total, count)
+    assert count % 2 == 0 and 2 <= count <= max(2, min(total, most))
+    assert len(indices) == count and indices[0] == 0 and indices[-1] == total - 1
+    assert (np.diff(indices) >= 0).all() and (total == 1 or (np.diff(indices) > 0).all())
+    if total >= fewest + 1:
+        assert count >= min(fewest, most // 2 * 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"total_frames": 0}, "total_frames"),
+        ({"native_fps": 0}, "native_fps"),
+        ({"native_fps": math.nan}, "native_fps"),
+        ({"fps": -1}, "fps"),
+        ({"fps": math.inf}, "fps"),
+        ({"fps": "2"}, "fps"),
+        ({"fps": True}, "fps"),
+        ({"num_frames": 0}, "num_frames"),
+        ({"num_frames": 1}, r"num_frames must round to an even number in \[2, 100\], got 1"),
+        ({"num_frames": 102}, "num_frames"),
+        ({"num_frames": 4.0}, "num_frames"),
+        ({"min_frames": 0}, "min_frames"),
+        ({"min_frames": 10, "max_frames": 8}, "min_frames 10 and max_frames 8"),
+        ({"min_frames": 3, "max_frames": 3}, "leave no even number"),
+        ({"max_frames": 1}, "max_frames"),
+    ],
+)
+def test_frame_count_names_the_wrong_argument(arguments, match):
+    with pytest.raises(MediaError, match=match):
+        frame_count(**{"total_frames": 100, "native_fps": 30.0, **arguments})
+
+
+def test_frame_indices_by_hand():
+    assert frame_indices(100, 4).tolist() == [0, 33, 66, 99]
+    assert frame_indices(6, 4).tolist() == [0, 2, 3, 5]
+    assert frame_indices(1, 2).tolist() == [0, 0]
+    assert frame_indices(4, 4).tolist() == [0, 1, 2, 3]
+
+
+# ----------------------------------------------------------------------------------------------------- size
+
+
+def test_frame_size_by_hand():
+    assert frame_size(224, 224, 4) == (336, 336)  # up to 128 tokens a frame
+    assert frame_size(1080, 1920, 4) == (560, 1008)  # down to 768 tokens a frame: 20.8 x 36.9
+    assert frame_size(1080, 1920, 768) == (112, 224)  # 42 tokens for each of 384 steps: 4.9 x 8.6
+    assert frame_size(100, 100, 2, min_pixels=1, max_tokens=1) == (28, 28)
+    assert frame_size(28, 2800, 2, min_pixels=1, max_tokens=7) == (28, 196)
+    assert frame_size(480, 640, 4, patch_size=16, merge_size=1, temporal_patch_size=1) == (480, 640)
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    height=st.integers(1, 4000),
+    width=st.integers(1, 4000),
+    count=st.integers(1, 900),
+    low=st.integers(1, 700_000),
+    span=st.integers(0, 700_000),
+    tokens=st.integers(450, 40_000),
+)
+def test_token_cap_always_holds(height, width, count, low, span, tokens):
+    if max(height, width) / min(height, width) > 200:
+        return
+    limits = {"min_pixels": low, "max_pixels": low + span, "max_tokens": tokens}
+    new_height, new_width = frame_size(height, width, count, **limits)
+    assert new_height % 28 == new_width % 28 == 0 and new_height >= 28 and new_width >= 28
+    steps = -(-count // 2)
+    assert steps * new_height * new_width // 784 <= tokens
+    cap = min(low + span, tokens // steps * 784)
+    if 200 < max(height, width) < 4 * min(height, width) and cap > 200 * 784:  # used, not just respected
+        assert new_height * new_width >= 0.5 * min(cap, max(low, height * width))
+
+
+def test_frame_size_errors():
+    with pytest.raises(MediaError, match=r"900 frames are 450 time steps .* max_tokens = 449"):
+        frame_size(100, 100, 900, max_tokens=449)
+    for name in ("min_pixels", "max_pixels", "max_tokens", "patch_size", "merge_size", "temporal_patch_size"):
+        with pytest.raises(MediaError, match=name):
+            frame_size(100, 100, 4, **{name: 0})
+    with pytest.raises(MediaError, match="min_pixels must not exceed max_pixels"):
+        frame_size(100, 100, 4, min_pixels=2000, max_pixels=1000)
+    with pytest.raises(MediaError, match="aspect ratio"):
+        frame_size(10, 4000, 4)
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize(("format", "codec"), FORMATS)
+def test_kept_frames_of_every_container(format, codec):
+    data = video_bytes(numbered(75), format=format, codec=codec)
+    video = preprocess_video(data)
+    assert numbers(video) == [0, 25, 49, 74]  # 2.5 s at 2 a second: 5 -> 4
+    assert video.native_fps == 30 and video.duration == pytest.approx(2.5)
+    np.testing.assert_allclose(video.frame_times, [0, 25 / 30, 49 / 30, 74 / 30], atol=1e-3)
+    assert video.source_size == (56, 96) and video.resized_size == (252, 420)
+    assert video.grid_thw == (2, 18, 30) and video.num_tokens == 270
+    assert video.patches.shape == (1080, 1176) and video.patches.dtype == np.uint8
+    assert numbers(preprocess_video(data, num_frames=6)) == [0, 15, 30, 44, 59, 74]
+
+
+@pytest.mark.parametrize(("format", "codec"), FORMATS)
+def test_start_and_end(format, codec):
+    data = video_bytes(numbered(75), format=format, codec=codec)
+    video = preprocess_video(data, start=1, end=2, num_frames=4)
+    assert numbers(video) == [30, 40, 50, 60]
+    np.testing.assert_allclose(video.frame_times, [1, 4 / 3, 5 / 3, 2], atol=1e-3)
+    assert video.duration == pytest.approx(31 / 30, rel=1e-2)
+    assert numbers(preprocess_video(data, start=2.4, num_frames=2)) == [72, 74]
+    assert numbers(preprocess_video(data, end=0.1, num_frames=4)) == [0, 1, 2, 3]
+    assert numbers(preprocess_video(data, end=100, num_frames=2)) == [0, 74]
+    assert numbers(preprocess_video(data, start=1.5, end=1.51)) == [45, 45]  # one frame, twice
+
+
+def test_seeking_reads_less_and_gives_the_same(tmp_path):
+    path = tmp_path / "clip.mp4"
+    write_video(str(path), numbered(400), gop=20, options={"bf": "3"})
+    decoded = []
+    original = qwen2vl.video_decode._ticked_frames
+
+    def counting(*arguments):
+        for item in original(*arguments):
+            decoded.append(item[0])
+            yield item
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(qwen2vl.video_decode, "_ticked_frames", counting)
+        video = preprocess_video(path, start=12, num_frames=2)
+    assert numbers(video) == [360, 399]
+    assert len(decoded) < 100
+
+
+@pytest.mark.parametrize("start", [0.1, 0.33, 0.5, 0.77, 1.3, 2.2])
+@pytest.mark.parametrize(("format", "codec"), FORMATS[:5])
+def test_seeking_hits_the_right_frame(format, codec, start):
+    data = video_bytes(numbered(75), format=format, codec=codec, gop=9)
+    want = math.ceil(start * 30 - 0.05)
+    assert numbers(preprocess_video(data, start=start, num_frames=2)) == [want, 74]
+
+
+def test_rate_that_is_not_whole():
+    data = video_bytes(numbered(120), rate=Fraction(30000, 1001))
+    video = preprocess_video(data)
+    assert video.native_fps == pytest.approx(30000 / 1001) and video.grid_thw[0] == 4  # 8.008 -> 8
+    assert numbers(video) == [0, 17, 34, 51, 68, 85, 102, 119]
+
+
+def test_variable_frame_rate_is_sampled_by_time():
+    # 20 frames in the first second, then one every second: numbers would put nearly all kept frames up front.
+    times = [index * 50 for index in range(20)] + [1000 * second for second in range(1, 10)]
+    data = video_bytes(numbered(29), format="matroska", milliseconds=times)
+    video = preprocess_video(data, num_frames=10)
+    assert numbers(video) == [0, *range(20, 29)]
+    assert video.frame_times == pytest.approx([0, *range(1, 10)])
+    assert video.native_fps == pytest.approx(28 / 9)
+    paused = video_bytes(numbered(4), format="matroska", milliseconds=[0, 100, 200, 10_000])
+    assert numbers(preprocess_video(paused, num_frames=4)) == [0, 2, 2, 3]  # what is on screen
+
+
+def test_one_frame_is_repeated():
+    video = preprocess_video(video_bytes(numbered(1)))
+    assert video.grid_thw[0] == 1 and numbers(video) == [0, 0] and video.frame_times == (0.0, 0.0)
+
+
+def test_animations():
+    frames = [Image.fromarray(numbered_frame(number)) for number in range(8)]
+    for format in ("GIF", "PNG"):
+        data = encode_image(frames[0], format, save_all=True, append_images=frames[1:], duration=250)
+        video = preprocess_video(data)
+        assert numbers(video) == [0, 2, 5, 7] and video.native_fps == 4
+
+
+def test_transparent_frames_are_laid_over_white():
+    picture = Image.new("RGBA", (96, 56), (255, 0, 0, 0))
+    picture.paste((0, 0, 255, 255), (0, 0, 48, 56))
+    other = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    data = encode_image(picture, "PNG", save_all=True, append_images=[other], duration=100)
+    frames = patches_to_frames(*(lambda video: (video.patches, video.grid_thw))(preprocess_video(data)))
+    assert frames[0, 5, 5].tolist() == [0, 0, 255] and frames[0, 5, -5].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("matrix", "turn"),
+    [
+        ((1, 0, 0, 1), lambda frame: frame),
+        (
+            (0, 1, -1, 0),
+            lambda frame: np.rot90(frame, -1),
+        ),  # a phone held upright: shown a quarter turn clockwise
+        ((-1, 0, 0, -1), lambda frame: np.rot90(frame, 2)),
+        ((0, -1, 1, 0), lambda frame: np.rot90(frame, 1)),
+        ((-1, 0, 0, 1), lambda frame: frame[:, ::-1]),
+        ((1, 0, 0, -1), lambda frame: frame[::-1]),
+        ((0, 1, 1, 0), lambda frame: frame.transpose(1, 0, 2)),
+    ],
+)
+def test_rotation_metadata(matrix, turn):
+    stored = np.zeros((56, 112, 3), np.uint8)
+    stored[:28, :56], stored[:28, 56:] = 255, 128
+    data = with_display_matrix(video_bytes([stored] * 4), *matrix)
+    video = preprocess_video(data, min_pixels=784)
+    want = turn(stored)
+    assert video.source_size == want.shape[:2] == video.resized_size
+    frame = patches_to_frames(video.patches, video.grid_thw)[0]
+    assert np.abs(frame[::14, ::14].astype(int) - want[::14, ::14]).max() < 12
+
+
+def test_pixels_are_the_decoded_frame_resized():
+    frames = [noise(120, 200, seed=seed) for seed in range(4)]
+    data = video_bytes(frames)
+    with av.open(io.BytesIO(data)) as container:
+        decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    video = preprocess_video(data)
+    got = patches_to_frames(video.patches, video.grid_thw)
+    for frame, want in zip(got, decoded, strict=True):
+        np.testing.assert_array_equal(frame, resize_image(want, *video.resized_size))
+
+
+def test_token_cap_on_a_file(clip):
+    video = preprocess_video(clip, num_frames=40, max_tokens=100)
+    assert video.num_tokens <= 100 and video.grid_thw == (20, 2, 4)
+    assert preprocess_video(clip, resized_height=60, resized_width=84, min_pixels=784).resized_size == (
+        56,
+        84,
+    )
+    with pytest.raises(MediaError, match="40 frames are 20 time steps"):
+        preprocess_video(clip, num_frames=40, max_tokens=19)
+
+
+def test_progress_and_its_exceptions(clip):
+    calls = []
+    preprocess_video(clip, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(done, 6) for done in range(7)]
+
+    def cancel(done, total):
+        raise KeyError("stop")
+
+    with pytest.raises(KeyError, match="stop"):
+        preprocess_video(clip, progress=cancel)
+
+
+def test_every_kind_of_source(clip, tmp_path):
+    path = tmp_path / "clip.bin"
+    path.write_bytes(clip)
+    moved = io.BytesIO(b"junk" + clip)
+    moved.seek(4)
+    uri = "data:video/mp4;base64," + base64.b64encode(clip).decode()
+    want = preprocess_video(path).patches
+    with open(path, "rb") as file:
+        for source in (str(path), path.as_uri(), clip, memoryview(clip), io.BytesIO(clip), moved, uri, file):
+            np.testing.assert_array_equal(preprocess_video(source).patches, want)
+        assert not file.closed
+
+
+# ----------------------------------------------------------------------------------------- lists of frames
+
+
+def test_list_of_frames():
+    frames = numbered(5)
+    mixed = [frames[0], Image.fromarray(frames[1]), encode_image(frames[2]), frames[3], frames[4]]
+    for source in (mixed, tuple(mixed), np.stack(frames)):
+        video = preprocess_video(source, fps=2.0)
+        assert video.grid_thw[0] == 3 and numbers(video) == [0, 1, 2, 3, 4, 4]
+        assert video.frame_times == (0.0, 0.5, 1.0, 1.5, 2.0)
+        assert (video.native_fps, video.duration, video.source_size) == (2.0, 2.5, (56, 96))
+    assert numbers(preprocess_video(frames, num_frames=4)) == [0, 1, 3, 4]
+
+
+def test_list_of_one_and_of_different_sizes():
+    video = preprocess_video([numbered_frame(7)])
+    assert video.grid_thw[0] == 1 and numbers(video) == [7, 7]
+    video = preprocess_video([numbered_frame(1), numbered_frame(2, height=112, width=80)])
+    assert numbers(video) == [1, 2] and video.source_size == (56, 96)
+    np.testing.assert_array_equal(
+        patches_to_frames(video.patches, video.grid_thw)[1],
+        resize_image(numbered_frame(2, height=112, width=80), *video.resized_size),
+    )
+
+
+def test_list_errors():
+    with pytest.raises(MediaError, match="must not be empty"):
+        preprocess_video([])
+    with pytest.raises(MediaError, match=r"frame 1 of the list: no such file: 'b\.png'"):
+        preprocess_video([numbered_frame(0), "b.png"])
+    with pytest.raises(MediaError, match="start and end apply to video files"):
+        preprocess_video(numbered(4), start=1)
+    with pytest.raises(MediaError, match="is one image"):
+        preprocess_video(Image.new("RGB", (56, 56)))
+    with pytest.raises(MediaError, match="is one image"):
+        preprocess_video(numbered_frame(0))
+    with pytest.raises(MediaError, match="list of frames: aspect ratio"):
+        preprocess_video([np.zeros((1, 400, 3), np.uint8)])
+    with pytest.raises(MediaError, match="list of frames: 10 frames are 5 time steps"):
+        preprocess_video(numbered(10), max_tokens=4)
+
+
+# -------------------------------------------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"start": -1}, "start must be a finite number >= 0"),
+        ({"start": math.nan}, "start"),
+        ({"start": "1"}, "start"),
+        ({"end": 0}, "end must be a finite number > 0"),
+        ({"end": math.inf}, "end"),
+        ({"start": 2, "end": 2}, "end must be after start"),
+        ({"start": 3.2}, r"start is 3.2 s, but the last frame of .* is at 2.967 s"),
+        ({"start": 1.01, "end": 1.02}, "no frame between start 1.01 s and end 1.02 s"),
+        ({"num_frames": 92}, "num_frames must round"),
+        ({"fps": 0}, "fps"),
+        ({"fps": 0, "num_frames": 4}, "fps"),
+        ({"min_frames": 8, "max_frames": 4}, "min_frames"),
+        ({"min_pixels": 10, "max_pixels": 5}, "min_pixels"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"resized_width": 56}, "resized_height and resized_width"),
+        ({"patch_size": 0}, "patch_size"),
+    ],
+)
+def test_wrong_arguments(clip, arguments, match):
+    with pytest.raises(MediaError, match=match):
+        preprocess_video(clip, **arguments)
+
+
+def test_wrong_arguments_are_found_before_the_source_is_opened():
+    with pytest.raises(MediaError, match="fps"):
+        preprocess_video("no/such/file.mp4", fps=-1)
+
+
+def test_not_a_video(tmp_path):
+    (tmp_path / "text.mp4").write_text("this is not a video\n" * 50)
+    (tmp_path / "empty.mp4").touch()
+    write_audio(str(tmp_path / "sound.mp4"))
+    (tmp_path / "photo.png").write_bytes(encode_image(noise(30, 30), "JPEG"))
+    (tmp_path / "list.m3u8").write_text(
+        "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nsound.mp4\n#EXT-X-ENDLIST\n"
+    )
+    (tmp_path / "list.ffconcat").write_text("ffconcat version 1.0\nfile sound.mp4\n")
+    for name, match in [
+        ("text.mp4", "is not a video in a supported container"),
+        ("empty.mp4", "is empty"),
+        ("sound.mp4", "has no video stream"),
+        ("photo.png", "is not a video in a supported container"),
+        ("list.m3u8", "is not a video in a supported container"),
+        ("list.ffconcat", "is not a video in a supported container"),
+        ("missing.mp4", "no such file"),
+    ]:
+        with pytest.raises(MediaError, match=f"{name}.*{match}|{match}.*{name}"):
+            preprocess_video(tmp_path / name)
+    with pytest.raises(MediaError, match="source must be"):
+        preprocess_video(None)
+    with pytest.raises(MediaError, match="allow_remote"):
+        preprocess_video("http://127.0.0.1:9/a.mp4")
+
+
+def test_cover_art_is_not_a_video(tmp_path):
+    path = str(tmp_path / "song.mp4")
+    with av.open(path, "w") as container:
+        cover = container.add_stream("png", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 64, 64, "rgb24"
+        cover.disposition = av.stream.Disposition.attached_pic
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(noise(64, 64), format="rgb24")))
+        container.mux(cover.encode())
+    with pytest.raises(MediaError, match="has no video stream"):
+        preprocess_video(path)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.95])
+def test_truncated_file(clip, share):
+    with pytest.raises(MediaError, match=r"bytes of length \d+ .*damaged"):  # the index at the end is gone
+        preprocess_video(clip[: int(len(clip) * share)])
+
+
+def test_truncated_behind_its_index_gives_what_is_there():
+    data = video_bytes(numbered(75), format="matroska", gop=12)
+    video = preprocess_video(data[: len(data) // 2], num_frames=4)
+    kept = numbers(video)
+    assert kept[0] == 0 and 10 < kept[-1] < 74 and kept == sorted(kept)
+    np.testing.assert_allclose(video.frame_times, np.array(kept) / 30, atol=2e-3)
+
+
+def test_fewer_frames_than_promised(clip, monkeypatch):
+    original = qwen2vl.video_decode._ticked_frames
+
+    def short(*arguments):
+        for index, item in enumerate(original(*arguments)):
+            if index == 50:
+                return
+            yield item
+
+    monkeypatch.setattr(qwen2vl.video_decode, "_ticked_frames", short)
+    video = preprocess_video(clip, num_frames=4)
+    assert numbers(video) == [0, 30, 49, 49]
+    np.testing.assert_allclose(video.frame_times, [0, 1, 49 / 30, 49 / 30])
+    monkeypatch.setattr(qwen2vl.video_decode, "_ticked_frames", lambda *arguments: iter(()))
+    with pytest.raises(MediaError, match="no frame could be decoded"):
+        preprocess_video(clip)
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_files_without_timestamps(codec):
+    data = video_bytes(numbered(60), format="avi", codec=codec, options={"bf": "2"})
+    video = preprocess_video(data, start=1, num_frames=4)
+    assert numbers(video) == [30, 40, 49, 59]
+    assert video.frame_times == pytest.approx([1, 4 / 3, 49 / 30, 59 / 30])
+
+
+def test_huge_frames_are_refused(clip, monkeypatch):
+    monkeypatch.setattr(qwen2vl.video_decode, "MAX_SOURCE_FRAME_PIXELS", 5000)
+    with pytest.raises(MediaError, match="frames of 96 x 56 pixels, more than the limit of 5000"):
+        preprocess_video(clip)
+    monkeypatch.setattr(qwen2vl.video_decode, "MAX_SOURCE_FRAME_PIXELS", 6000)
+    monkeypatch.setattr(qwen2vl.video_decode, "MAX_SOURCE_FRAMES", 89)
+    with pytest.raises(MediaError, match="more than the limit of 89 frames"):
+        preprocess_video(clip)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    format=st.sampled_from(["mp4", "matroska", "avi"]),
+    changes=st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 255)), min_size=1, max_size=30),
+)
+def test_damaged_bytes_give_a_video_or_a_media_error(format, changes):
+    data = bytearray(DAMAGE_BASE[format])
+    for position, value in changes:
+        data[position % len(data)] = value
+    try:
+        video = preprocess_video(bytes(data))
+    except MediaError as error:
+        assert "bytes of length" in str(error)
+    else:
+        assert len(video.patches) == math.prod(video.grid_thw) and video.num_tokens <= 16384
+
+
+DAMAGE_BASE = {
+    format: video_bytes(numbered(12, height=32, width=48), format=format, codec=codec)
+    for format, codec in FORMATS[:3]
+}
+
+
+def test_missing_pyav_says_what_to_install(clip, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(MediaError, match=r'pip install "qwen2vl\[video\]"'):
+        preprocess_video(clip)
+    assert preprocess_video(numbered(2)).grid_thw[0] == 1  # frames need no decoder
+
+
+# ----------------------------------------------------------------------------------------- memory and noise
+
+MEMORY_SCRIPT = """
+import resource, sys
+from qwen2vl.video import preprocess_video
+preprocess_video(sys.argv[1], max_tokens=4)  # decoder, codecs and imports are in memory now
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+video = preprocess_video(sys.argv[2])
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print((after - before) * 1024, video.patches.nbytes, len(video.frame_times))
+"""
+
+
+def test_memory_is_bounded_by_the_result(tmp_path):
+    frame = noise(360, 640)
+    frames = (np.roll(frame, 3 * index, axis=1) for index in range(1500))
+    write_video(str(tmp_path / "long.mp4"), frames, gop=50, options={"preset": "ultrafast"})
+    write_video(str(tmp_path / "short.mp4"), [frame] * 8)
+    command = [sys.executable, "-c", MEMORY_SCRIPT, str(tmp_path / "short.mp4"), str(tmp_path / "long.mp4")]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    grown, result, kept = map(int, run.stdout.split())
+    assert kept == 100 and result > 50e6
+    # 1500 decoded frames are 1 GB; of what is kept, only the result may remain.
+    assert grown < result + 40e6, f"grew by {grown / 1e6:.0f} MB for a result of {result / 1e6:.0f} MB"
+
+
+NOISE_SCRIPT = """
+import sys
+from qwen2vl.errors import MediaError
+from qwen2vl.video import preprocess_video
+for path in sys.argv[1:]:
+    try:
+        preprocess_video(path)
+    except MediaError:
+        pass
+"""
+
+
+def test_nothing_is_printed(clip, tmp_path):
+    damaged = bytearray(clip)
+    start = clip.index(b"mdat") + 8
+    damaged[start + 1000 : start + 1300] = b"\xff" * 300
+    files = {
+        "good.mp4": clip,
+        "half.mp4": clip[: len(clip) // 2],
+        "damaged.mp4": bytes(damaged),
+        "x.mp4": b"x" * 99,
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    command = [sys.executable, "-c", NOISE_SCRIPT, *(str(tmp_path / name) for name in files)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (run.stdout, run.stderr) == ("", "")
