@@ -1,0 +1,67 @@
+# Every target but gpu works in .venv, which is made on first use with the versions of constraints.txt.
+#
+#   PYTHON=python3.12          another interpreter for .venv (or for gpu, which uses the machine's own)
+#   TORCH_PIP_ARGS=...         extra arguments for installing PyTorch, e.g. to choose a CPU build
+#   PYTEST_ARGS=...            extra arguments for pytest, e.g. -k rotary
+#   QWEN2VL_BUILD_CUDA=0|1|auto, MAX_JOBS, TORCH_CUDA_ARCH_LIST    the build of the extensions, see setup.py
+
+PYTHON ?= python3
+PIP := .venv/bin/python -m pip
+RUN := .venv/bin/python
+CSRC := $(shell find csrc -type f)
+CASES ?= $(basename $(notdir $(wildcard benchmarks/cases/[!_]*.py)))
+
+.PHONY: help install demo check test lint format gpu clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    Qwen2-VL (random weights) on a photo, several images and a video, step by step"
+	@echo "make check   the same checkpoint in transformers: logits and greedy tokens compared"
+	@echo "make test    the test suite"
+	@echo "make lint    ruff, pyright, clang-format;  make format  rewrites what they can"
+	@echo "make gpu     on a machine with a GPU: build in place, test, benchmark, with its own python3, no network"
+	@echo "make clean   remove .venv and everything that was built"
+
+# PyTorch goes first and alone: a build of the pinned version that is already there is kept by all that follows.
+.venv/torch.stamp: constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) install -c constraints.txt $(TORCH_PIP_ARGS) torch
+	@touch $@
+
+# Editable, so that the tests run against the tree; again when something compiled has changed.
+.venv/install.stamp: .venv/torch.stamp pyproject.toml setup.py $(CSRC)
+	@echo "installing qwen2vl and its tools, building the extensions ..."
+	@$(PIP) install --quiet -c constraints.txt -e ".[all]"
+	@touch $@
+
+install: .venv/install.stamp
+
+demo: .venv/install.stamp
+	@$(RUN) -m qwen2vl.demo
+
+check: .venv/install.stamp
+	@$(RUN) -m qwen2vl.demo --check
+
+test: .venv/install.stamp
+	@$(RUN) -m pytest $(PYTEST_ARGS)
+
+lint: .venv/install.stamp
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright --pythonpath $(RUN)
+	.venv/bin/clang-format --dry-run -Werror $(CSRC)
+
+format: .venv/install.stamp
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+	.venv/bin/clang-format -i $(CSRC)
+
+gpu:
+	$(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -m "not gpu" tests/kernels $(PYTEST_ARGS)
+	$(PYTHON) -m benchmarks run $(CASES)
+
+clean:
+	rm -rf .venv build dist demo_output *.egg-info qwen2vl_kernels/*.so .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
