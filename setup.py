@@ -28,7 +28,10 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0")
 CPU = Extension("qwen2vl_kernels._cpu", ["csrc/bind_cpu.cpp", "csrc/cpu/mrope_positions.cpp"])
-CUDA = Extension("qwen2vl_kernels._cuda", ["csrc/bind_cuda.cpp", "csrc/cuda/mrope_positions.cu"])
+CUDA = Extension(
+    "qwen2vl_kernels._cuda",
+    ["csrc/bind_cuda.cpp", "csrc/cuda/device.cu", "csrc/cuda/mrope_positions.cu"],
+)
 
 
 class BuildError(Exception):

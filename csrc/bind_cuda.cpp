@@ -8,6 +8,7 @@
 #include <string>
 
 #include "bind_views.h"
+#include "cuda/device.h"
 #include "cuda/mrope_positions.h"
 
 namespace py = pybind11;
@@ -15,6 +16,8 @@ using qwen2vl::RawView;
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of qwen2vl_kernels. Tensors come as (address, bytes per element, row stride, column stride).";
+
+  m.def("device_problem", &qwen2vl::device_problem, py::arg("device"), py::call_guard<py::gil_scoped_release>());
 
   m.def("mrope_workspace_bytes", &qwen2vl::mrope_workspace_bytes, py::arg("tokens"), py::arg("images"),
         py::arg("videos"));

@@ -8,6 +8,7 @@ version.
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -40,9 +41,18 @@ def cuda_reason() -> str | None:
     """Why the CUDA extension cannot serve, or ``None`` when it can."""
     if torch.version.hip is not None:
         return "this PyTorch is built for ROCm; the CUDA extension serves NVIDIA GPUs"
-    if _cuda_reason is None:
-        return None if torch.cuda.is_available() else "PyTorch sees no CUDA device"
-    return f"{_cuda_reason} ({_cpu.build_info()['cuda']})" if _cpu is not None else _cuda_reason
+    if _cuda is None:
+        return f"{_cuda_reason} ({_cpu.build_info()['cuda']})" if _cpu is not None else _cuda_reason
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device"
+    return _device_reason(torch.cuda.current_device())
+
+
+@cache
+def _device_reason(device: int) -> str | None:
+    """Asked once per device: an older driver, or a GPU that the extension was not built for."""
+    problem = cuda().device_problem(device)
+    return problem and f"GPU {device} cannot run the extension, {build_info()['cuda']}: {problem}"
 
 
 def cpu() -> ModuleType:
