@@ -44,8 +44,8 @@ inline MropeInput mrope_input(const RawView& ids, const RawView& mask, const Raw
     if (size < 0) throw pybind11::value_error("sizes must not be negative");
   }
   if (in.merge_size < 1) throw pybind11::value_error("merge_size must be at least 1");
-  if (in.rows > 0 && in.columns >= std::numeric_limits<int32_t>::max() / in.rows) {
-    throw pybind11::value_error("rows * columns must stay below 2^31");
+  if (in.rows > 0 && in.columns > (std::numeric_limits<int32_t>::max() - 1) / in.rows) {
+    throw pybind11::value_error("rows * columns must stay below 2^31 - 1");
   }
   if (in.cu_seqlens.given() ? in.rows != 1 : in.sequences != in.rows) {
     throw pybind11::value_error("sequences must be the rows, or the segments of a single row");
