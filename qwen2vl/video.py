@@ -153,11 +153,14 @@ def frame_size(
     )  # checks all arguments
     cap = min(max_pixels, budget * factor**2)
     size = smart_resize(height, width, factor=factor, min_pixels=min(min_pixels, cap), max_pixels=cap)
-    if size[0] * size[1] > budget * factor**2:  # rounding upwards to reach min_pixels went past the cap
-        size = smart_resize(height, width, factor=factor, min_pixels=1, max_pixels=budget * factor**2)
     rows, cols = size[0] // factor, size[1] // factor
-    if rows * cols > budget:  # a side held at one token keeps the other too long
-        rows, cols = min(rows, max(1, budget // cols)), min(cols, max(1, budget // rows))
+    if rows * cols > budget:  # rounding upwards to reach min_pixels went past the cap
+        scale = math.sqrt(budget / (height * width))
+        rows, cols = max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
+        rows, cols = (
+            min(rows, budget // cols or 1),
+            min(cols, budget // rows or 1),
+        )  # thin: one side held at 1
     return rows * factor, cols * factor
 
 

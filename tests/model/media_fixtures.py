@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from qwen2vl.image import IMAGE_MEAN, IMAGE_STD
+from qwen2vl.video import VideoPatches
 
 
 def noise(height: int, width: int, *, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -146,3 +147,13 @@ def unnormalise(rows: np.ndarray) -> np.ndarray:
     mean, std = np.array(IMAGE_MEAN)[:, None], np.array(IMAGE_STD)[:, None]
     values = rows.reshape(len(rows), 3, -1).astype(np.float64)
     return ((values * std + mean) * 255).reshape(len(rows), -1)
+
+
+def numbered(count: int, **size: int) -> list[np.ndarray]:
+    """Frames that carry 0, 1, ... count - 1."""
+    return [numbered_frame(number, **size) for number in range(count)]
+
+
+def numbers(video: VideoPatches) -> list[int]:
+    """The numbers in the kept frames."""
+    return [read_number(frame) for frame in patches_to_frames(video.patches, video.grid_thw)]
