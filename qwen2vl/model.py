@@ -86,8 +86,9 @@ class Qwen2VL(nn.Module):
         config: Qwen2VLConfig | str,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
+        std: float = 0.02,
     ) -> Qwen2VL:
-        """A model with random weights (normal, std 0.02; biases zero, norms one), drawn from torch's global generator.
+        """A model with random weights: normal with ``std``, biases zero, norms one; torch's global generator draws.
 
         ``config`` may be a preset's name. On ``device="meta"`` nothing is allocated.
         """
@@ -104,7 +105,7 @@ class Qwen2VL(nn.Module):
                 elif parameter.ndim == 1:
                     nn.init.ones_(parameter)
                 else:
-                    nn.init.normal_(parameter, std=0.02)
+                    nn.init.normal_(parameter, std=std)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:

@@ -25,20 +25,25 @@ _IDS = {
 }
 
 
-def small_config(vocab_size: int = 512, **ids: int) -> Qwen2VLConfig:
-    """A model of about 2M parameters with the real proportions: vision head_dim 80, 2x2 merge, M-RoPE, grouped heads."""
+def small_config(tie_word_embeddings: bool = True) -> Qwen2VLConfig:
+    """A model of about 2M parameters with the real proportions: vision head_dim 80, 2x2 merge, M-RoPE, grouped heads.
+
+    Its special tokens hold the last ids of a vocabulary of 512, until :func:`write_random_checkpoint` puts a
+    tokenizer's own.
+    """
     text = TextConfig(
         hidden_size=256,
         intermediate_size=512,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        vocab_size=vocab_size,
+        vocab_size=512,
         rms_norm_eps=1e-6,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tie_word_embeddings,
         mrope_section=(8, 12, 12),
     )
     vision = VisionConfig(hidden_size=256, depth=2, embed_dim=160, num_heads=2)
+    ids = {name: 511 - i for i, name in enumerate(_IDS)}
     return Qwen2VLConfig(text=text, vision=vision, **ids)
 
 
@@ -47,6 +52,7 @@ def write_random_checkpoint(
     config: Qwen2VLConfig | None = None,
     *,
     seed: int = 0,
+    std: float = 0.02,
     dtype: torch.dtype = torch.bfloat16,
     max_shard_bytes: int = 5 * 10**9,
 ) -> Path:
@@ -56,16 +62,17 @@ def write_random_checkpoint(
         config: default :func:`small_config` with the small tokenizer's own ids. A config given keeps its ids if they
             are the released ones, which the tokenizer then uses too.
         seed: of the weights; torch's global generator is left as it was.
+        std: of the weights. At 0.02 a small model mostly repeats its last token; at 0.1 it babbles.
         dtype: of the stored weights.
     """
     folder = Path(folder)
     released = config is not None and config.image_token_id == Qwen2VLConfig.image_token_id
     names = write_byte_tokenizer(folder, released_ids=released)
     ids = {field: names[token] for field, token in _IDS.items()}
-    config = small_config(**ids) if config is None else replace(config, **ids)
+    config = replace(small_config() if config is None else config, **ids)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2VL.from_config(config, device="cpu", dtype=dtype)
+        model = Qwen2VL.from_config(config, device="cpu", dtype=dtype, std=std)
     model.generation_defaults = {
         "bos_token_id": config.bos_token_id,
         "pad_token_id": config.pad_token_id,

@@ -180,11 +180,11 @@ def _groups(grids: list[tuple[int, int, int]], limit: int) -> list[list[tuple[in
     for t, h, w in grids:
         while t:
             fit = min(t, free // (h * w))
-            if fit == 0 and groups[-1]:
+            if fit < 1 and groups[-1]:
                 groups.append([])
                 free = limit
                 continue
-            fit = max(fit, 1)
+            fit = max(fit, 1)  # a frame pair larger than the limit goes alone
             groups[-1].append((fit, h, w))
             free -= fit * h * w
             t -= fit
