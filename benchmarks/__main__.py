@@ -1,0 +1,94 @@
+"""``python -m benchmarks``: list, run and report."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from . import environment, report
+from .case import Context
+from .run import RESULTS, GateError, case_names, load_case, run_case, write
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+
+
+@app.command("list")
+def list_() -> None:
+    """Name every case and say what it measures."""
+    for name in case_names():
+        print(f"{name:16s} {load_case(name).summary}")
+
+
+@app.command()
+def run(
+    names: Annotated[list[str], typer.Argument(metavar="CASE...", help="Cases to run, or 'all'.")],
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small shapes and two rounds, to see that it works.")
+    ] = False,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds, instead of as many as fit.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the JSON; default benchmarks/results/<device>.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")] = None,
+    checkpoint_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep the random checkpoints here (4.4 GB for the 2B) and use those that are there."
+        ),
+    ] = None,
+) -> None:
+    """Measure cases; a red parity gate stops its case and makes the exit status 1."""
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    if out is None and quick:
+        raise typer.BadParameter(
+            "--quick needs --out: its numbers do not belong among the results", param_hint="out"
+        )
+    folder = out if out is not None else RESULTS / environment.folder_name(where)
+    try:
+        cases = [load_case(name) for name in (case_names() if names == ["all"] else names)]
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="case") from error
+    red = False
+    with Context(device=where, quick=quick, rounds=rounds, checkpoint_dir=checkpoint_dir) as context:
+        for case in cases:
+            try:
+                result = run_case(case, context, command=_command())
+            except GateError as error:
+                console.print(str(error), style="bold red", markup=False)
+                red = True
+                continue
+            report.show(result, console)
+            console.print(f"written to {write(result, folder)}", soft_wrap=True)
+    if red:
+        raise typer.Exit(1)
+
+
+@app.command("report")
+def report_(
+    results: Annotated[Path, typer.Argument(help="Folder with results.")] = RESULTS,
+    write_to: Annotated[Path | None, typer.Option("--write", help="Write here instead of printing.")] = None,
+) -> None:
+    """Render the results as Markdown."""
+    found = report.read_results(results)
+    if not found:
+        raise typer.BadParameter(f"{results} holds no results", param_hint="results")
+    text = report.markdown(found)
+    if write_to is None:
+        print(text)
+    else:
+        write_to.write_text(text, encoding="utf-8")
+
+
+def _command() -> str:
+    return shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    app()

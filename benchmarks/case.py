@@ -1,0 +1,156 @@
+"""What a case declares: workloads, who runs them, what they cost, and the parity gate.
+
+A case is one file in ``benchmarks/cases`` that holds ``CASE = Case(name, summary, workloads)``; it is found by
+being there. ``workloads(context)`` is a generator: it yields one :class:`Workload` at a time and may free or reuse
+its inputs when resumed, which happens after the workload was measured.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of a parity gate: green when ``error <= allowed``. A NaN is red."""
+
+    name: str
+    error: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.allowed
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One contender of a workload.
+
+    Attributes:
+        name: what the table shows.
+        call: the work of one sample. In a timed workload its duration is measured and its result goes to the
+            gate; in one with ``units`` it returns the measured values by metric.
+        peer: somebody else's implementation, to which ours are compared.
+        before: run before every sample, outside of the timing (to rewind a cache, say).
+        warm: run instead of ``call`` to warm up where a whole call is too expensive.
+        skipped: why this provider cannot run here; it is reported and never called.
+    """
+
+    name: str
+    call: Callable[[], Any] | None = None
+    peer: bool = False
+    before: Callable[[], None] | None = None
+    warm: Callable[[], Any] | None = None
+    skipped: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.call is None) == (self.skipped is None):
+            raise ValueError(f"provider {self.name!r}: give either call or the reason in skipped")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One input on which all providers are measured in turn.
+
+    Attributes:
+        name: shape and setting, readable in a table.
+        providers: ours first, then the peers; names are unique.
+        gate: outputs by provider name, one call each, to checks; ``None`` where the case's own gate stands for it.
+        flops: floating-point operations of one unit of work, a multiply-add counting two.
+        bytes: bytes that must move to and from memory at least.
+        dtype: of the matrix products, selects the ceiling.
+        per_call: units of work in one call (decoding steps, say); times are reported per unit.
+        units: metrics that ``call`` itself returns, with their unit (``"s"`` or ``"B"``); ``None`` times the call.
+        min_rounds, max_rounds, budget_s: rounds are as many as fit the budget, within these bounds.
+    """
+
+    name: str
+    providers: Sequence[Provider]
+    gate: Callable[[Mapping[str, Any]], Sequence[Check]] | None = None
+    flops: float | None = None
+    bytes: float | None = None
+    dtype: torch.dtype = torch.float32
+    per_call: int = 1
+    units: Mapping[str, str] | None = None
+    min_rounds: int = 5
+    max_rounds: int = 100
+    budget_s: float = 3.0
+
+    def __post_init__(self) -> None:
+        names = [provider.name for provider in self.providers]
+        if len(set(names)) < len(names):
+            raise ValueError(f"workload {self.name!r}: provider names must be unique, got {names}")
+
+
+@dataclass
+class Context:
+    """Where and how a run measures; shared by the cases of one command.
+
+    Use it as a context manager: leaving it removes the temporary folders that cases asked for.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    quick: bool = False
+    rounds: int | None = None
+    checkpoint_dir: Path | None = None
+    _stack: ExitStack = field(default_factory=ExitStack, repr=False)
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def temporary(self) -> Path:
+        """A new folder that lives as long as the context."""
+        return Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="qwen2vl-bench-")))
+
+    def checkpoints(self) -> Path:
+        """Where cases write or find their checkpoints: ``checkpoint_dir``, else one temporary folder."""
+        if self.checkpoint_dir is None:
+            self.checkpoint_dir = self.temporary()
+        return self.checkpoint_dir
+
+
+@dataclass(frozen=True)
+class Case:
+    """A benchmark. ``gate`` is for checks that stand for all workloads; each may have its own as well."""
+
+    name: str
+    summary: str
+    workloads: Callable[[Context], Iterator[Workload]]
+    gate: Callable[[Context], Sequence[Check]] | None = None
+
+
+def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
+    """Norm of the difference over the norm of the exact value, in float64; infinite where shapes differ."""
+    if got.shape != exact.shape:
+        return math.inf
+    got, exact = got.detach().cpu().double(), exact.detach().cpu().double()
+    return ((got - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+
+
+def equal(name: str, got: torch.Tensor, want: torch.Tensor) -> Check:
+    """Bitwise equality as a check: the error is the number of differing elements."""
+    if got.shape != want.shape:
+        return Check(name, math.inf, 0)
+    return Check(name, float((got.cpu() != want.cpu()).sum()), 0)
+
+
+def two_times(
+    name: str, got: torch.Tensor, low: torch.Tensor, exact: torch.Tensor, floor: float = 0.0
+) -> Check:
+    """The two-times rule: ``got`` at most twice as far from ``exact`` as ``low``, the plain way in its precision.
+
+    ``floor`` is the rounding that no implementation avoids, as a relative error.
+    """
+    return Check(name, relative_error(got, exact), 2 * relative_error(low, exact) + floor)

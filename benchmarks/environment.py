@@ -1,0 +1,71 @@
+"""What a result must say about where it was measured."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import providers
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's or the CPU's marketing name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def slug(name: str) -> str:
+    """A folder name: ``"NVIDIA H200"`` becomes ``"nvidia-h200"``."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
+
+
+def folder_name(device: torch.device) -> str:
+    """The folder of this device's results; for a CPU it names the threads too, since virtual machines differ."""
+    name = slug(device_name(device))
+    return name if device.type == "cuda" else f"{name}-{torch.get_num_threads()}-threads"
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Device, versions, threads, load and commit, as they go into the JSON."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": device_name(device),
+        "device_type": device.type,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "load_average": [round(x, 2) for x in os.getloadavg()],
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": providers.versions(),
+        "commit": commit(),
+    }
+
+
+def commit() -> str | None:
+    """The commit measured, with ``+`` when tracked files differ from it; ``None`` outside of a checkout."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+
+    try:
+        head = git("rev-parse", "--short=12", "HEAD")
+        if head.returncode:
+            return None
+        return head.stdout.strip() + ("+" if git("diff", "--quiet", "HEAD").returncode else "")
+    except FileNotFoundError:  # no git
+        return None

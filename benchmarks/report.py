@@ -1,0 +1,125 @@
+"""Tables of results: on the terminal after a run, as Markdown from the JSON files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .run import SCHEMA
+
+COLUMNS = (
+    "workload",
+    "provider",
+    "median",
+    "min .. max",
+    "n",
+    "rate",
+    "of ceiling",
+    "ratio to peers (best to best)",
+)
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """Print a result as a table."""
+    table = Table(title=f"{result['case']}: {result['summary']}", caption=footer(result))
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column in ("workload", "provider") else "right")
+    previous = None
+    for row in result["rows"]:
+        group = (row["workload"], row["metric"])
+        if previous is not None and previous != group:
+            table.add_section()
+        cells = row_cells(row)
+        table.add_row("" if previous == group else cells[0], *cells[1:], style="dim" if row["peer"] else None)
+        previous = group
+    console.print(table)
+    for skip in result["skipped"]:
+        console.print(f"skipped: {skip['provider']} in {skip['workload']}: {skip['reason']}", style="yellow")
+
+
+def markdown(results: Iterable[dict[str, Any]]) -> str:
+    """All results as Markdown: a heading and a table a case."""
+    parts = []
+    for result in results:
+        lines = [f"## {result['case']} on {result['device']}", "", f"{result['summary']}.", ""]
+        lines += ["| " + " | ".join(COLUMNS) + " |", "|---|---|" + "---:|" * (len(COLUMNS) - 2)]
+        lines += ["| " + " | ".join(row_cells(row)) + " |" for row in result["rows"]]
+        lines += [
+            "",
+            footer(result) + f" `{result['command']}`, {result['date']}, commit {result['commit']}.",
+        ]
+        worst = max(result["gate"], key=lambda c: c["error"] / c["allowed"] if c["allowed"] else 0.0)
+        text = f"Parity gate: {len(result['gate'])} checks green"
+        if worst["allowed"]:
+            text += f"; nearest to its bound: {worst['name']}, {worst['error']:.2g} of {worst['allowed']:.2g}"
+        lines += ["", text + "."]
+        lines += [f"- Skipped: {s['provider']} in {s['workload']}: {s['reason']}." for s in result["skipped"]]
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """Every result below ``folder``. Raises ``ValueError`` for a file that is not one."""
+    results = []
+    for path in sorted(folder.rglob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if result.get("schema") != SCHEMA:
+            raise ValueError(f"{path}: schema must be {SCHEMA}, got {result.get('schema')!r}")
+        results.append(result)
+    return results
+
+
+def row_cells(row: dict[str, Any]) -> list[str]:
+    """A row of a result in the order of :data:`COLUMNS`."""
+    unit = row["unit"]
+    name = row["workload"] if row["metric"] == "time" else f"{row['workload']}: {row['metric']}"
+    rate = ""
+    if row.get("ceiling") == "matmul":
+        rate = f"{quantity(row['flops_per_s'])}FLOP/s"
+    elif row.get("ceiling") == "copy":
+        rate = f"{quantity(row['bytes_per_s'])}B/s"
+    ratios = [f"{r['median']:.2f}x ({r['best']:.2f}x) {peer}" for peer, r in row["ratios"].items()]
+    return [
+        name,
+        row["provider"],
+        value(row["median"], unit),
+        f"{value(row['min'], unit)} .. {value(row['max'], unit)}",
+        str(len(row["samples"])),
+        rate,
+        f"{100 * row['of_ceiling']:.0f} % {row['ceiling']}" if "of_ceiling" in row else "",
+        ", ".join(ratios),
+    ]
+
+
+def footer(result: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    text = f"{result['device']}, {result['threads']} threads, load {result['load_average'][0]}; {versions}."
+    ceilings = result["ceilings"]
+    if ceilings:
+        rates = [f"copy {quantity(ceilings['copy_bytes_per_s'])}B/s"]
+        rates += [f"{d} matmul {quantity(r)}FLOP/s" for d, r in ceilings["matmul_flops_per_s"].items()]
+        text += f" Ceilings in this run: {', '.join(rates)}."
+    return text + (" Quick shapes, no measurement." if result["quick"] else "")
+
+
+def value(x: float, unit: str) -> str:
+    """A number with three digits in a unit that suits it: seconds or bytes."""
+    if unit == "B":
+        return f"{x / 1e9:.2f} GB" if abs(x) >= 1e9 else f"{x / 1e6:.1f} MB"
+    for factor, name in ((1.0, "s"), (1e-3, "ms")):
+        if abs(x) >= factor:
+            return f"{x / factor:.3g} {name}" if x < 1000 * factor else f"{x / factor:.0f} {name}"
+    return f"{x * 1e6:.3g} µs"
+
+
+def quantity(x: float) -> str:
+    """``1.23e11`` as ``"123 G"``, ready for a unit."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if x >= factor:
+            return f"{x / factor:.3g} {prefix}"
+    return f"{x:.3g} "

@@ -1,0 +1,174 @@
+"""Clocks, interleaved rounds, spread, and the ceilings of the machine."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .case import Provider, Workload
+
+#: Larger than the last-level cache of any GPU in use, so that a sample finds its inputs in memory.
+_FLUSH_BYTES = 256 * 2**20
+#: A CPU sample shorter than this repeats the call, or the clock and the loop would be part of the result.
+_SHORTEST_SAMPLE_S = 1e-3
+
+
+class Clock:
+    """Seconds of one call: CUDA events on a GPU, ``perf_counter`` on a CPU.
+
+    On a GPU the cache is flushed first; that fill also keeps the device busy while the call is being launched,
+    so that a short kernel is timed and not the launch of it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._flush: torch.Tensor | None = None
+        if device.type == "cuda":
+            self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+    def time(self, call: Callable[[], Any], repeat: int = 1) -> float:
+        """Seconds of one of ``repeat`` calls in a row (on the CPU; a GPU sample is always one call)."""
+        if self._flush is not None:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self._flush.zero_()
+            start.record()
+            call()
+            end.record()
+            torch.cuda.synchronize(self.device)
+            return start.elapsed_time(end) * 1e-3
+        begin = time.perf_counter()
+        for _ in range(repeat):
+            call()
+        return (time.perf_counter() - begin) / repeat
+
+    def repeats(self, seconds: float) -> int:
+        """How many calls of ``seconds`` make a sample long enough."""
+        if self._flush is not None or seconds >= _SHORTEST_SAMPLE_S:
+            return 1
+        return math.ceil(_SHORTEST_SAMPLE_S / max(seconds, 1e-9))
+
+
+Samples = dict[str, dict[str, list[float]]]  # provider -> metric -> one value a round
+
+
+def measure(workload: Workload, clock: Clock, rounds: int | None = None) -> Samples:
+    """Run all providers in turn, round after round, each round starting with the next provider.
+
+    Whatever slows the machine down for a while hits all of them, and none always follows the same neighbour.
+    """
+    active = [provider for provider in workload.providers if provider.skipped is None]
+    samples: Samples = {provider.name: {} for provider in active}
+    repeats: dict[str, int] = {}
+    spent = 0.0
+    for provider in active:
+        begin = time.perf_counter()
+        repeats[provider.name] = 1 if workload.units is not None else _warm_up(provider, clock)
+        spent += time.perf_counter() - begin
+    done, begin, limit = 0, time.perf_counter(), rounds or workload.max_rounds
+    while active and done < limit:
+        if rounds is None and done >= workload.min_rounds and time.perf_counter() - begin > workload.budget_s:
+            break
+        shift = done % len(active)
+        for provider in active[shift:] + active[:shift]:
+            assert provider.call is not None
+            if provider.before is not None:
+                provider.before()
+            if workload.units is None:
+                values = {"time": clock.time(provider.call, repeats[provider.name]) / workload.per_call}
+            else:
+                values = {metric: float(value) for metric, value in provider.call().items()}
+            for metric, value in values.items():
+                samples[provider.name].setdefault(metric, []).append(value)
+        done += 1
+    return samples
+
+
+def _warm_up(provider: Provider, clock: Clock) -> int:
+    """Call until caches, code generation and allocators have settled; returns the calls of a sample."""
+    assert provider.call is not None
+    call = provider.warm or provider.call
+    for _ in range(2):
+        if provider.before is not None:
+            provider.before()
+        seconds = clock.time(call)
+        if seconds > 0.5:  # long enough to have settled within the call
+            return 1
+    # Only a call that needs no rewinding may be repeated.
+    return clock.repeats(seconds) if provider.before is None and provider.warm is None else 1
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Median, minimum, maximum and the samples themselves."""
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "samples": list(values),
+    }
+
+
+def ratio(peer: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
+    """How many times ours is faster (or smaller).
+
+    ``median``, ``min`` and ``max`` are taken over the rounds, whose samples saw the same machine; ``best`` compares
+    the two minima, which a noisy neighbour disturbs least.
+    """
+    paired = [p / max(o, 1e-12) for p, o in zip(peer, ours, strict=True)]
+    best = min(peer) / max(min(ours), 1e-12)
+    return {"median": statistics.median(paired), "min": min(paired), "max": max(paired), "best": best}
+
+
+class Ceilings:
+    """What this machine reaches now: a copy (bytes read plus written a second), a matrix product of each dtype.
+
+    Each is taken before and after the workloads; the better one counts, for a ceiling is what can be reached.
+    """
+
+    def __init__(self, clock: Clock, quick: bool = False) -> None:
+        self.clock, self.quick = clock, quick
+        self.copy = 0.0
+        self.matmul: dict[torch.dtype, float] = {}
+
+    def update(self, dtypes: Sequence[torch.dtype]) -> None:
+        """Measure the copy and the products of ``dtypes``, keeping the best so far."""
+        gpu = self.clock.device.type == "cuda"
+        size = 2**22 if self.quick else 2**30 if gpu else 2**28
+        source = torch.ones(size, dtype=torch.uint8, device=self.clock.device)
+        target = torch.empty_like(source)
+        self.copy = max(self.copy, 2 * size / self._typical(lambda: target.copy_(source)))
+        side = 256 if self.quick else 8192 if gpu else 2048
+        for dtype in dtypes:
+            a = torch.randn(side, side, device=self.clock.device).to(dtype)
+            b = torch.randn(side, side, device=self.clock.device).to(dtype)
+            rate = 2 * side**3 / self._typical(lambda a=a, b=b: a @ b)
+            self.matmul[dtype] = max(self.matmul.get(dtype, 0.0), rate)
+
+    def _typical(self, call: Callable[[], Any]) -> float:
+        """The median of seven after two calls to warm up."""
+        for _ in range(2):
+            self.clock.time(call)
+        return statistics.median(self.clock.time(call) for _ in range(7))
+
+    def floor_s(
+        self, flops: float | None, bytes_: float | None, dtype: torch.dtype
+    ) -> tuple[float, str] | None:
+        """The least time the declared work can take here, and which ceiling says so (the roofline)."""
+        bounds = []
+        if flops and self.matmul.get(dtype):
+            bounds.append((flops / self.matmul[dtype], "matmul"))
+        if bytes_ and self.copy:
+            bounds.append((bytes_ / self.copy, "copy"))
+        return max(bounds) if bounds else None
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "copy_bytes_per_s": self.copy,
+            "matmul_flops_per_s": {
+                str(dtype).removeprefix("torch."): rate for dtype, rate in self.matmul.items()
+            },
+        }
