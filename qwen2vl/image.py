@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 import threading
 import warnings
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ MIN_PIXELS = 56 * 56  # 4 tokens
 MAX_PIXELS = 12_845_056  # 16,384 tokens
 MAX_ASPECT_RATIO = 200
 MAX_SOURCE_PIXELS = 178_956_970  # where Pillow, too, calls an image a decompression bomb
-MAX_IMAGE_BYTES = 256 << 20
+MAX_IMAGE_BYTES = 1 << 30  # some decoders read the whole file before they look at it
 
 # Only formats that Pillow decodes by itself: EPS, for one, would run an interpreter on the file.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF")
@@ -161,11 +162,14 @@ def load_image(
 
 
 def _open_image(stream: BinaryIO, label: str, max_source_pixels: int) -> Image.Image:
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(0)
+    if size > MAX_IMAGE_BYTES:
+        raise MediaError(f"{label} has {size} bytes, more than the limit of {MAX_IMAGE_BYTES}")
     Image.init()
     formats = [name for name in _FORMATS if name in Image.OPEN]
     try:
-        # Our own limit follows. The lock is held for the header alone: warning filters belong to the whole
-        # process.
+        # The lock is held for the header alone: warning filters belong to the whole process.
         with _warnings_lock, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             return Image.open(stream, formats=formats)

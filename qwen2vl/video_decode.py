@@ -105,9 +105,9 @@ def _open_video(file: BinaryIO, label: str) -> Iterator[tuple[Any, Any]]:
             metadata_errors="replace",
             buffer_size=1 << 20,
         )
-    except av.FFmpegError as error:
+    except Exception as error:  # as in _reading
         raise MediaError(
-            f"{label} is not a video in a supported container, or is damaged: {error.strerror}"
+            f"{label} is not a video in a supported container, or is damaged: {_reason(error)}"
         ) from error
     with container:
         cover = av.stream.Disposition.attached_pic
@@ -130,17 +130,20 @@ def _check_frame_size(width: int, height: int, label: str) -> None:
         )
 
 
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
 def _reading(items: Iterable[Any], label: str) -> Iterator[Any]:
-    """``items`` with FFmpeg's errors as MediaError; errors of whoever consumes the items pass untouched."""
-    av = _import_av()
+    """``items`` with errors of reading as MediaError; errors of whoever consumes the items pass untouched."""
     iterator = iter(items)
     while True:
         try:
             item = next(iterator)
         except StopIteration:
             return
-        except av.FFmpegError as error:
-            raise MediaError(f"{label} is damaged: {error.strerror}") from error
+        except Exception as error:  # over hostile bytes PyAV also stumbles in ways of its own
+            raise MediaError(f"{label} is damaged: {_reason(error)}") from error
         yield item
 
 
@@ -232,8 +235,8 @@ def _to_rgb(frame: Any, label: str) -> np.ndarray:
     has_alpha = any(component.is_alpha for component in frame.format.components)
     try:
         pixels = frame.to_ndarray(format="rgba" if has_alpha else "rgb24")
-    except (av.FFmpegError, ValueError) as error:
-        raise MediaError(f"{label}: pixel format {frame.format.name} cannot be converted: {error}") from error
+    except Exception as error:  # as in _reading
+        raise MediaError(f"{label}: frames of format {frame.format.name} fail: {_reason(error)}") from error
     if has_alpha:
         pixels = np.asarray(composite_over_white(Image.fromarray(pixels)))
     return _upright(pixels, frame.side_data.get(av.sidedata.sidedata.Type.DISPLAYMATRIX))

@@ -233,6 +233,14 @@ def test_remote_failures(server, path, match):
         load_image(server[0] + path, allow_remote=True)
 
 
+def test_file_size_limit(tmp_path):
+    with open(tmp_path / "huge.webp", "wb") as file:
+        file.write(encode_image(noise(30, 30), "WEBP"))
+        file.truncate((1 << 30) + 1)  # sparse: takes no space on the disk
+    with pytest.raises(MediaError, match="has 1073741825 bytes, more than the limit of 1073741824"):
+        load_image(tmp_path / "huge.webp")
+
+
 def test_remote_size_limit_holds_without_a_declared_length(server, monkeypatch):
     monkeypatch.setattr("qwen2vl.image.MAX_IMAGE_BYTES", 100)
     with pytest.raises(MediaError, match="more than the limit of 100 bytes"):

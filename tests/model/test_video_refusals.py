@@ -1,5 +1,6 @@
 """Videos and arguments that are refused, damaged files, memory bound, and silence."""
 
+import io
 import math
 import subprocess
 import sys
@@ -143,6 +144,17 @@ def test_files_without_timestamps(codec):
     video = preprocess_video(data, start=1, num_frames=4)
     assert numbers(video) == [30, 40, 49, 59]
     assert video.frame_times == pytest.approx([1, 4 / 3, 49 / 30, 59 / 30])
+
+
+def test_errors_other_than_ffmpegs_are_typed_too(clip):
+    class Unreliable(io.BytesIO):
+        def read(self, size=-1):
+            if size > 1000:  # what the decoder asks for, not the first look at the file
+                raise RuntimeError("the disk is gone")
+            return super().read(size)
+
+    with pytest.raises(MediaError, match=r"file object of type Unreliable .*the disk is gone"):
+        preprocess_video(Unreliable(clip))
 
 
 def test_huge_frames_are_refused(clip, monkeypatch):
