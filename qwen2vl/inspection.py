@@ -71,9 +71,11 @@ def draw_patch_grid(
     size = (width * scale, height * scale)
     enlarged = Image.fromarray(np.ascontiguousarray(image)).resize(size, Image.Resampling.NEAREST)
     pixels = np.array(enlarged)
-    for lines in (pixels[:: patch_size * scale], pixels[:, :: patch_size * scale]):
-        # Darker on light ground, lighter on dark.
-        lines[:] = np.where(lines.mean(-1, keepdims=True) > 128, lines * 0.6, lines * 0.6 + 102)
+    # Darker on light ground, lighter on dark.
+    lines = np.where(pixels.mean(-1, keepdims=True) > 128, pixels * 0.6, pixels * 0.6 + 102).astype(np.uint8)
+    every = patch_size * scale
+    pixels[::every] = lines[::every]
+    pixels[:, ::every] = lines[:, ::every]
     rows, columns, side = height // block, width // block, block * scale
     ends = ((first_token, 0, 0), (first_token + rows * columns - 1, size[0] - side, size[1] - side))
     for _, left, top in ends:

@@ -1,0 +1,193 @@
+"""``qwen2vl inspect``: what images and videos become, in numbers and in pictures."""
+
+from __future__ import annotations
+
+import json
+import mimetypes
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .common import (
+    AllowRemoteOption,
+    FpsOption,
+    MaxPixelsOption,
+    MinPixelsOption,
+    printable,
+    progress_bar,
+)
+
+if TYPE_CHECKING:
+    from ..image import ImagePatches
+    from ..video import VideoPatches
+
+# Containers that not every system's table of media types knows.
+_VIDEO_SUFFIXES = (
+    ".mkv",
+    ".webm",
+    ".ts",
+    ".m2ts",
+    ".mts",
+    ".m4v",
+    ".flv",
+    ".ogv",
+    ".3gp",
+    ".wmv",
+    ".avi",
+    ".mp4",
+)
+
+
+class Kind(str, Enum):
+    """Choices of --as."""
+
+    image = "image"
+    video = "video"
+
+
+def inspect(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Images and videos.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Save pictures and plots here.")
+    ] = None,
+    kind: Annotated[Kind | None, typer.Option("--as", help="Read files so; default by their names' endings.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list, one object per file.")] = False,
+    min_pixels: MinPixelsOption = None,
+    max_pixels: MaxPixelsOption = None,
+    fps: FpsOption = 2.0,
+    allow_remote: AllowRemoteOption = False,
+) -> None:
+    """Show what a media file becomes: sizes, grid of patches, tokens.
+
+    With --out: for an image NAME-grid.png, its patches (thin lines) and tokens (thick lines); for a video
+    NAME-frames.png, the frames kept; for both NAME-positions.png, the position ids of text, media, text.
+    """
+    from ..image import MAX_PIXELS, MIN_PIXELS, preprocess_image
+    from ..video import MAX_FRAME_PIXELS, MIN_FRAME_PIXELS, preprocess_video
+
+    if min_pixels is not None and max_pixels is not None and min_pixels > max_pixels:
+        raise typer.BadParameter(f"{min_pixels} is more than --max-pixels {max_pixels}", param_hint="--min-pixels")
+    reports, names = [], _names(files)
+    for file, name in zip(files, names, strict=True):
+        what = kind or _kind(file)
+        defaults = (MIN_PIXELS, MAX_PIXELS) if what is Kind.image else (MIN_FRAME_PIXELS, MAX_FRAME_PIXELS)
+        low, high = _limits(defaults, min_pixels, max_pixels)
+        if what is Kind.image:
+            media = preprocess_image(file, min_pixels=low, max_pixels=high, allow_remote=allow_remote)
+        else:
+            with progress_bar("reading video frames") as report:
+                media = preprocess_video(
+                    file, fps=fps, min_pixels=low, max_pixels=high, allow_remote=allow_remote, progress=report
+                )
+        facts = _describe(file, what, media)
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            facts["pictures"] = [str(path) for path in save_pictures(out, name, what.value, media)]
+        if not as_json:
+            _print(facts)
+        reports.append(facts)
+    if as_json:
+        print(json.dumps(reports, ensure_ascii=False))
+
+
+def save_pictures(out: Path, name: str, kind: str, media: ImagePatches | VideoPatches) -> list[Path]:
+    """Write the pictures of one image or video into ``out``; returns their paths."""
+    from .. import inspection
+
+    frames = inspection.patches_to_frames(media.patches, media.grid_thw, merge_size=media.merge_size)
+    if kind == "image":
+        first = out / f"{name}-grid.png"
+        inspection.draw_patch_grid(frames[0], merge_size=media.merge_size).save(first)
+    else:
+        first = out / f"{name}-frames.png"
+        times: tuple[float, ...] = media.frame_times  # type: ignore[union-attr]
+        times += times[-1:] * (len(frames) - len(times))  # an odd last frame stands twice
+        tokens = media.num_tokens // media.grid_thw[0]
+        inspection.draw_contact_sheet(frames, times, tokens_per_step=tokens).save(first)
+    plot = out / f"{name}-positions.png"
+    inspection.plot_positions(
+        plot,
+        kind,
+        media.grid_thw,
+        title=f"M-RoPE position ids: text, {name}, text",
+        merge_size=media.merge_size,
+    )
+    return [first, plot]
+
+
+def _names(files: list[str]) -> list[str]:
+    """A name for the pictures of each file: its stem, numbered where two files share one."""
+    stems = [Path(file.rpartition("/")[2] or file).stem[:100] or "media" for file in files]
+    return [stem if stems.count(stem) == 1 else f"{stem}-{stems[: n + 1].count(stem)}" for n, stem in enumerate(stems)]
+
+
+def _kind(file: str) -> Kind:
+    guess = mimetypes.guess_type(file)[0] or ""
+    video = guess.startswith("video/") or file.lower().endswith(_VIDEO_SUFFIXES) or file.startswith("data:video/")
+    return Kind.video if video else Kind.image
+
+
+def _limits(defaults: tuple[int, int], low: int | None, high: int | None) -> tuple[int, int]:
+    """A limit given alone moves the other one out of its way, as the processor does."""
+    first, last = defaults[0] if low is None else low, defaults[1] if high is None else high
+    return (first, max(first, last)) if high is None else (min(first, last), last)
+
+
+def _describe(file: str, kind: Kind, media: ImagePatches | VideoPatches) -> dict[str, Any]:
+    path = Path(file)
+    facts: dict[str, Any] = {
+        "file": file,
+        "kind": kind.value,
+        "file_bytes": path.stat().st_size if len(file) < 4096 and path.is_file() else None,
+        "source_size": list(media.source_size),
+        "resized_size": list(media.resized_size),
+        "grid_thw": list(media.grid_thw),
+        "patches": media.patches.shape[0],
+        "tokens": media.num_tokens,
+        "patch_bytes": media.patches.nbytes,
+    }
+    if kind is Kind.video:
+        facts |= {
+            "duration": media.duration,  # type: ignore[union-attr]
+            "fps": media.native_fps,  # type: ignore[union-attr]
+            "frame_times": list(media.frame_times),  # type: ignore[union-attr]
+        }
+    return facts
+
+
+def _print(facts: dict[str, Any]) -> None:
+    t, gh, gw = facts["grid_thw"]
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"[bold]{escape(printable(facts['file'][:300]))}[/]")
+    table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 3, 0, 2))
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column()
+    size = f"{facts['source_size'][1]} × {facts['source_size'][0]} pixels"
+    if facts["file_bytes"] is not None:
+        size += f", {_bytes(facts['file_bytes'])}"
+    table.add_row(facts["kind"], size)
+    if facts["kind"] == "video":
+        times = facts["frame_times"]
+        table.add_row("duration", f"{facts['duration']:.2f} s at {facts['fps']:.2f} frames per second")
+        shown = [f"{s:.2f}" for s in times]
+        shown = shown if len(shown) <= 12 else [*shown[:6], "...", *shown[-3:]]
+        table.add_row("frames kept", f"{len(times)}, at {', '.join(shown)} s")
+    table.add_row("resized to", f"{facts['resized_size'][1]} × {facts['resized_size'][0]}")
+    table.add_row("grid", f"{t} × {gh} × {gw} (time × rows × columns) = {facts['patches']} patches")
+    table.add_row("tokens", f"{facts['tokens']}, and 2 marks")
+    table.add_row("patch data", f"{_bytes(facts['patch_bytes'])} (8-bit)")
+    for picture in facts.get("pictures", ()):
+        table.add_row("saved", escape(printable(picture)))
+    console.print(table)
+
+
+def _bytes(count: float) -> str:
+    if count < 1000:
+        return f"{count:.0f} bytes"
+    power = min(3, (len(f"{count:.0f}") - 1) // 3)
+    return f"{count / 1000**power:.1f} {('kB', 'MB', 'GB')[power - 1]}"
