@@ -21,8 +21,9 @@ class KVCache:
         self, config: TextConfig, batch: int, capacity: int, *, device: torch.device, dtype: torch.dtype
     ) -> None:
         shape = (config.num_hidden_layers, batch, capacity, config.num_key_value_heads, config.head_dim)
-        self.k = torch.empty(shape, device=device, dtype=dtype)
-        self.v = torch.empty(shape, device=device, dtype=dtype)
+        # Zeros, not empty: a shorter row's unwritten slots are masked, but 0 * NaN of stale memory is NaN.
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.capacity = capacity
         self.lengths = [0] * batch
         self.next_position = torch.zeros(batch, dtype=torch.int64, device=device)

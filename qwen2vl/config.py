@@ -82,7 +82,9 @@ class Qwen2VLConfig:
         t, v = self.text, self.vision
         problems = []
         if t.hidden_size % t.num_attention_heads:
-            problems.append(f"hidden_size {t.hidden_size} is no multiple of num_attention_heads {t.num_attention_heads}")
+            problems.append(
+                f"hidden_size {t.hidden_size} is no multiple of num_attention_heads {t.num_attention_heads}"
+            )
         if t.num_attention_heads % t.num_key_value_heads:
             problems.append(
                 f"num_attention_heads {t.num_attention_heads} is no multiple of num_key_value_heads "
@@ -95,7 +97,9 @@ class Qwen2VLConfig:
         if v.hidden_size != t.hidden_size:
             problems.append(f"vision hidden_size {v.hidden_size} differs from the text's {t.hidden_size}")
         ids = {name: getattr(self, name) for name in _TOKEN_IDS}
-        problems += [f"{n} {i} is outside the vocabulary of {t.vocab_size}" for n, i in ids.items() if i >= t.vocab_size]
+        problems += [
+            f"{n} {i} is outside the vocabulary of {t.vocab_size}" for n, i in ids.items() if i >= t.vocab_size
+        ]
         if problems:
             raise CheckpointError(f"config: {'; '.join(problems)}")
 
@@ -170,7 +174,7 @@ class Qwen2VLConfig:
                 rope_theta=float(vision_theta),
                 **{name: vision[name] for name in _VISION_FIELDS if name in vision},
             ),
-            torch_dtype=str(data.get("dtype") or data.get("torch_dtype") or "bfloat16").removeprefix("torch."),
+            torch_dtype=str(merged.get("dtype") or merged.get("torch_dtype") or "bfloat16").removeprefix("torch."),
             **ids,
         )
 

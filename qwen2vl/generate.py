@@ -45,7 +45,11 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         checks = (
-            ("max_new_tokens", isinstance(self.max_new_tokens, int) and self.max_new_tokens >= 1, "an integer >= 1"),
+            (
+                "max_new_tokens",
+                isinstance(self.max_new_tokens, int) and self.max_new_tokens >= 1,
+                "an integer >= 1",
+            ),
             ("temperature", self.temperature > 0, "> 0 (do_sample=False is greedy)"),
             ("top_k", isinstance(self.top_k, int) and self.top_k >= 0, "an integer >= 0"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
@@ -123,7 +127,11 @@ class _Run:
     """A batch in progress; iterating gives ``(row, token id, new text)`` for every token chosen."""
 
     def __init__(
-        self, model: Qwen2VL, inputs: Mapping[str, torch.Tensor], tokenizer: Tokenizer | None, config: GenerationConfig
+        self,
+        model: Qwen2VL,
+        inputs: Mapping[str, torch.Tensor],
+        tokenizer: Tokenizer | None,
+        config: GenerationConfig,
     ) -> None:
         if config.stop and tokenizer is None:
             raise PromptError("stop strings need a tokenizer")

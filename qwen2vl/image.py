@@ -125,9 +125,7 @@ def smart_resize(
     return new_height, new_width
 
 
-def load_image(
-    source: object, *, allow_remote: bool = False, max_source_pixels: int = MAX_SOURCE_PIXELS
-) -> np.ndarray:
+def load_image(source: object, *, allow_remote: bool = False, max_source_pixels: int = MAX_SOURCE_PIXELS) -> np.ndarray:
     """Read an image as upright 8-bit RGB.
 
     Args:
@@ -197,9 +195,7 @@ def _check_source_size(image: Image.Image, label: str, max_source_pixels: int) -
 def _decode(image: Image.Image, label: str) -> np.ndarray:
     try:
         image.load()
-        orientation = image.getexif().get(
-            _ORIENTATION_TAG, 1
-        )  # after load: PNG may carry EXIF behind its pixels
+        orientation = image.getexif().get(_ORIENTATION_TAG, 1)  # after load: PNG may carry EXIF behind its pixels
         upright = _to_rgb(image, label)
         if orientation in _UPRIGHT:
             upright = upright.transpose(_UPRIGHT[orientation])
@@ -220,8 +216,7 @@ def _to_rgb(image: Image.Image, label: str) -> Image.Image:
         return Image.fromarray(grey).convert("RGB")
     if image.mode in ("I", "F"):
         raise MediaError(
-            f"{label}: the range of 32-bit values (mode {image.mode}) is unknown, "
-            "convert them to 8 bits first"
+            f"{label}: the range of 32-bit values (mode {image.mode}) is unknown, convert them to 8 bits first"
         )
     if transparent is not None or {"A", "a"} & set(image.getbands()):
         if image.mode == "La":
@@ -309,9 +304,7 @@ class PatchBuffer:
     def put(self, index: int, frame: np.ndarray) -> None:
         """Write frame ``index``, (height, width, 3) uint8, to its place."""
         _, block_rows, block_cols, merge, _, _, temporal, patch, _ = self._array.shape
-        blocks = frame.reshape(block_rows, merge, patch, block_cols, merge, patch, 3).transpose(
-            0, 3, 1, 4, 6, 2, 5
-        )
+        blocks = frame.reshape(block_rows, merge, patch, block_cols, merge, patch, 3).transpose(0, 3, 1, 4, 6, 2, 5)
         last = index + 1 if index < self.num_frames - 1 else self.grid_thw[0] * temporal
         for slot in range(index, last):
             self._array[slot // temporal, ..., slot % temporal, :, :] = blocks
@@ -339,9 +332,7 @@ def frames_to_patches(
         MediaError: wrong shape or dtype.
     """
     if frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape or frames.dtype != np.uint8:
-        raise MediaError(
-            f"frames must be (T, H, W, 3) uint8 and not empty, got {frames.shape} {frames.dtype}"
-        )
+        raise MediaError(f"frames must be (T, H, W, 3) uint8 and not empty, got {frames.shape} {frames.dtype}")
     buffer = PatchBuffer(
         *frames.shape[:3],
         patch_size=patch_size,
@@ -379,15 +370,11 @@ def preprocess_image(
             given.
     """
     if (resized_height is None) != (resized_width is None):
-        raise MediaError(
-            f"resized_height and resized_width go together, got {resized_height!r} and {resized_width!r}"
-        )
+        raise MediaError(f"resized_height and resized_width go together, got {resized_height!r} and {resized_width!r}")
     factor = check_positive_int("patch_size", patch_size) * check_positive_int("merge_size", merge_size)
     pixels = load_image(source, allow_remote=allow_remote)
     source_size = (pixels.shape[0], pixels.shape[1])
-    wanted = (
-        source_size if resized_height is None or resized_width is None else (resized_height, resized_width)
-    )
+    wanted = source_size if resized_height is None or resized_width is None else (resized_height, resized_width)
     try:
         height, width = smart_resize(*wanted, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
     except MediaError as error:

@@ -164,9 +164,7 @@ def position_ids(kind: str, grid_thw: Sequence[int], *, merge_size: int = 2) -> 
     return positions[:, 0].numpy(), text, text + tokens
 
 
-def plot_positions(
-    path: Path, kind: str, grid_thw: Sequence[int], *, title: str, merge_size: int = 2
-) -> None:
+def plot_positions(path: Path, kind: str, grid_thw: Sequence[int], *, title: str, merge_size: int = 2) -> None:
     """Save a plot of :func:`position_ids`: three lines over the index in the sequence.
 
     Raises:
@@ -176,9 +174,7 @@ def plot_positions(
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ModuleNotFoundError as error:
-        raise Qwen2VLError(
-            f"the plot of position ids needs matplotlib ({error}); install qwen2vl[inspect]"
-        ) from error
+        raise Qwen2VLError(f"the plot of position ids needs matplotlib ({error}); install qwen2vl[inspect]") from error
     positions, begin, end = position_ids(kind, grid_thw, merge_size=merge_size)
     t, gh, gw = grid_thw
     figure = Figure(figsize=(12, 5), dpi=120, layout="constrained")
@@ -208,9 +204,7 @@ def plot_positions(
     figure.savefig(path)
 
 
-def _rule(
-    draw: ImageDraw.ImageDraw, size: tuple[int, int], every: int, width: int, colour: tuple[int, ...]
-) -> None:
+def _rule(draw: ImageDraw.ImageDraw, size: tuple[int, int], every: int, width: int, colour: tuple[int, ...]) -> None:
     """Lines over the whole picture, centred on the multiples of ``every``; the outermost lie on its edges."""
     for axis in (0, 1):
         for at in range(0, size[axis] + 1, every):

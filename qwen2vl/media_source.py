@@ -28,9 +28,7 @@ from qwen2vl.errors import MediaError
 
 REMOTE_TIMEOUT = 30.0  # seconds, for one socket operation
 REMOTE_DEADLINE = 600.0  # seconds, for a whole download
-_SPOOL_BYTES = (
-    64 << 20
-)  # what is read from a stream stays in memory up to this size, then goes to a temporary file
+_SPOOL_BYTES = 64 << 20  # what is read from a stream stays in memory up to this size, then goes to a temporary file
 _CHUNK_BYTES = 1 << 20
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")  # two letters at least, so that C:\ stays a path
 _REMOTE_SCHEMES = ("http", "https")
@@ -49,11 +47,7 @@ def describe_source(source: object) -> str:
         return f"{type(source).__name__} of length {len(source)}"
     if hasattr(source, "read"):
         name = getattr(source, "name", None)
-        return (
-            f"file object {name!r}"
-            if isinstance(name, str)
-            else f"file object of type {type(source).__name__}"
-        )
+        return f"file object {name!r}" if isinstance(name, str) else f"file object of type {type(source).__name__}"
     if isinstance(source, Image.Image):
         return f"{type(source).__name__} (mode {source.mode}, size {source.width} x {source.height})"
     return f"object of type {type(source).__name__}"
@@ -96,9 +90,7 @@ def open_source(source: object, *, allow_remote: bool, max_bytes: int) -> Iterat
         elif isinstance(source, (str, os.PathLike)):
             stream = stack.enter_context(_open_path(cast("str | os.PathLike[str]", source), label))
         else:
-            raise MediaError(
-                f"source must be a path, URL, data URI, bytes or a binary file object, got an {label}"
-            )
+            raise MediaError(f"source must be a path, URL, data URI, bytes or a binary file object, got an {label}")
         if not stream.read(1):
             raise MediaError(f"{label} is empty (0 bytes)")
         stream.seek(0)

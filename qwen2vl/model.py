@@ -137,18 +137,9 @@ class Qwen2VL(nn.Module):
         video_grid_thw: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Vision features of all images and of all videos, ``(tokens, hidden)`` each, from one packed tower call."""
-        kinds = [("pixel_values", pixel_values, "image_grid_thw", image_grid_thw)]
-        kinds.append(("pixel_values_videos", pixel_values_videos, "video_grid_thw", video_grid_thw))
-        given, merge = [], self.config.vision.spatial_merge_size**2
-        for rows_name, rows, grid_name, grid in kinds:
-            if (rows is None) != (grid is None):
-                raise PromptError(f"{rows_name} and {grid_name} must be given together")
-            if rows is not None and grid is not None and grid.shape[0]:
-                given.append((rows_name, rows, grid))
+        given = _media(pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
         if not given:
             return None, None
-        if len({rows.dtype for _, rows, _ in given}) > 1:
-            raise PromptError("pixel_values and pixel_values_videos must have one dtype (both uint8 or both float)")
         tokens = self.visual(
             torch.cat([rows for _, rows, _ in given]) if len(given) > 1 else given[0][1],
             torch.cat([grid for _, _, grid in given]) if len(given) > 1 else given[0][2],
@@ -156,6 +147,7 @@ class Qwen2VL(nn.Module):
         )
         if len(given) == 1:
             return (tokens, None) if given[0][0] == "pixel_values" else (None, tokens)
+        merge = self.config.vision.spatial_merge_size**2
         image, video = tokens.split([rows.shape[0] // merge for _, rows, _ in given])
         return image, video
 
@@ -215,6 +207,8 @@ class Qwen2VL(nn.Module):
         if cache is not None and cache.batch != batch:
             raise PromptError(f"cache holds {cache.batch} sequences, input_ids has {batch}")
 
+        if features is None:
+            _media(pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)  # refuse before any work
         positions, following = self._positions(
             input_ids, attention_mask, kept, position_ids, image_grid_thw, video_grid_thw, cache
         )
@@ -297,6 +291,27 @@ class Qwen2VL(nn.Module):
             following = real.amax((0, 2)) + 1
         flat = position_ids.flatten(1)
         return (flat if kept is None else flat[:, kept]), following
+
+
+def _media(
+    pixel_values: torch.Tensor | None,
+    image_grid_thw: torch.Tensor | None,
+    pixel_values_videos: torch.Tensor | None,
+    video_grid_thw: torch.Tensor | None,
+) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    """The kinds of media that are there, as (name, rows, grids)."""
+    given = []
+    for name, rows, grid_name, grid in (
+        ("pixel_values", pixel_values, "image_grid_thw", image_grid_thw),
+        ("pixel_values_videos", pixel_values_videos, "video_grid_thw", video_grid_thw),
+    ):
+        if (rows is None) != (grid is None):
+            raise PromptError(f"{name} and {grid_name} must be given together")
+        if rows is not None and grid is not None and grid.shape[0]:
+            given.append((name, rows, grid))
+    if len({rows.dtype for _, rows, _ in given}) > 1:
+        raise PromptError("pixel_values and pixel_values_videos must have one dtype (both uint8 or both float)")
+    return given
 
 
 def _device(device: torch.device | str | None) -> torch.device:

@@ -130,9 +130,7 @@ class Processor:
         }
         for name, value in sizes.items():
             if settings.get(name, value) != value:
-                raise CheckpointError(
-                    f"{folder}: {name} is {settings[name]!r} for images, but {value} in config.json"
-                )
+                raise CheckpointError(f"{folder}: {name} is {settings[name]!r} for images, but {value} in config.json")
         limits = _pixel_limits(_IMAGE_PIXELS, _settings_limits(settings, folder), (min_pixels, max_pixels))
         return cls(tokenizer, min_pixels=limits[0], max_pixels=limits[1], allow_remote=allow_remote, **sizes)
 
@@ -180,9 +178,7 @@ class Processor:
         if padding_side not in ("left", "right"):
             raise PromptError(f"padding_side: wants 'left' or 'right', got {padding_side!r}")
         prompts = [
-            render(
-                chat, add_generation_prompt=add_generation_prompt, add_vision_id=add_vision_id, where=where
-            )
+            render(chat, add_generation_prompt=add_generation_prompt, add_vision_id=add_vision_id, where=where)
             for chat, where in _conversations(messages)
         ]
         image_limits = _pixel_limits((self.min_pixels, self.max_pixels), (min_pixels, max_pixels))
@@ -235,22 +231,16 @@ class Processor:
         """Text of one sequence; see `Tokenizer.decode`."""
         return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
-    def batch_decode(
-        self, sequences: Iterable[Iterable[int]], *, skip_special_tokens: bool = True
-    ) -> list[str]:
+    def batch_decode(self, sequences: Iterable[Iterable[int]], *, skip_special_tokens: bool = True) -> list[str]:
         """Texts of several sequences."""
         return self.tokenizer.batch_decode(sequences, skip_special_tokens=skip_special_tokens)
 
     def _load_image(self, item: Media, limits: tuple[int, int]) -> ImagePatches:
         options = dict(item.options)
         low, high = _pixel_limits(limits, (options.pop("min_pixels", None), options.pop("max_pixels", None)))
-        return preprocess_image(
-            item.source, min_pixels=low, max_pixels=high, **options, **self._shared_options()
-        )
+        return preprocess_image(item.source, min_pixels=low, max_pixels=high, **options, **self._shared_options())
 
-    def _load_video(
-        self, item: Media, limits: tuple[int, int], call_options: Mapping[str, Any]
-    ) -> VideoPatches:
+    def _load_video(self, item: Media, limits: tuple[int, int], call_options: Mapping[str, Any]) -> VideoPatches:
         own = dict(item.options)
         low, high = _pixel_limits(limits, (own.pop("min_pixels", None), own.pop("max_pixels", None)))
         options = dict(call_options)
@@ -263,9 +253,7 @@ class Processor:
                 raise PromptError(f"{item.where}.total_pixels: wants at least {per_token}, got {pixels}")
             options["max_tokens"] = pixels // per_token
         options.update(own)
-        return preprocess_video(
-            item.source, min_pixels=low, max_pixels=high, **options, **self._shared_options()
-        )
+        return preprocess_video(item.source, min_pixels=low, max_pixels=high, **options, **self._shared_options())
 
     def _shared_options(self) -> dict[str, Any]:
         return {
@@ -304,9 +292,7 @@ def _conversations(messages: Any) -> list[tuple[Any, str]]:
     return [(messages, "messages")]
 
 
-def _pixel_limits(
-    limits: tuple[int, int], *scopes: tuple[int | None, int | None], prefix: str = ""
-) -> tuple[int, int]:
+def _pixel_limits(limits: tuple[int, int], *scopes: tuple[int | None, int | None], prefix: str = "") -> tuple[int, int]:
     """(min, max) pixels after each narrower scope; a limit given alone moves the inherited other one."""
     low, high = limits
     for given_low, given_high in scopes:
@@ -360,9 +346,7 @@ def _read_image_settings(folder: Path) -> dict[str, Any]:
             given = settings.get(field)
             # The model normalises by itself, with these values folded into its first layer.
             if given is not None and not _same_values(given, wanted):
-                raise CheckpointError(
-                    f"{path}: {field} {given} is not supported; Qwen2-VL has {list(wanted)}"
-                )
+                raise CheckpointError(f"{path}: {field} {given} is not supported; Qwen2-VL has {list(wanted)}")
         return settings
     return {}
 
@@ -383,7 +367,5 @@ def _settings_limits(settings: Mapping[str, Any], folder: Path) -> tuple[int | N
     )
     for name, value in zip(("min_pixels", "max_pixels"), limits, strict=True):
         if value is not None and (not isinstance(value, int) or value <= 0):
-            raise CheckpointError(
-                f"{folder}: {name} in preprocessor_config.json wants a positive int, got {value!r}"
-            )
+            raise CheckpointError(f"{folder}: {name} in preprocessor_config.json wants a positive int, got {value!r}")
     return limits

@@ -98,9 +98,7 @@ def render(
         PromptError: naming the place, what it holds and what it wants.
     """
     if isinstance(messages, str):
-        raise PromptError(
-            f'{where}: wants a list of messages, got a str; write [{{"role": "user", "content": ...}}]'
-        )
+        raise PromptError(f'{where}: wants a list of messages, got a str; write [{{"role": "user", "content": ...}}]')
     if not isinstance(messages, (list, tuple)):
         raise PromptError(f"{where}: wants a list of messages, got {type(messages).__name__}")
     if not messages:
@@ -133,11 +131,7 @@ def render(
 def segments_to_text(segments: Sequence[Segment]) -> str:
     """The prompt as the released template writes it: one placeholder for each image or video."""
     return "".join(
-        segment.text
-        if isinstance(segment, Text)
-        else segment.name
-        if isinstance(segment, Control)
-        else segment.pad
+        segment.text if isinstance(segment, Text) else segment.name if isinstance(segment, Control) else segment.pad
         for segment in segments
     )
 
@@ -330,9 +324,7 @@ def _read_url(source: Any, where: str) -> Any:
     if source.get("url") is None:
         raise PromptError(f"{where}.url: is missing")
     if source.get("detail", "auto") not in ("auto", None):
-        raise PromptError(
-            f"{where}.detail: wants 'auto', got {source['detail']!r}; set the item's max_pixels instead"
-        )
+        raise PromptError(f"{where}.detail: wants 'auto', got {source['detail']!r}; set the item's max_pixels instead")
     return source["url"]
 
 

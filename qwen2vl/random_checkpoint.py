@@ -43,8 +43,9 @@ def small_config(tie_word_embeddings: bool = True) -> Qwen2VLConfig:
         mrope_section=(8, 12, 12),
     )
     vision = VisionConfig(hidden_size=256, depth=2, embed_dim=160, num_heads=2)
-    ids = {name: 511 - i for i, name in enumerate(_IDS)}
-    return Qwen2VLConfig(text=text, vision=vision, **ids)
+    return replace(
+        Qwen2VLConfig.preset("2b"), text=text, vision=vision, **{name: 511 - i for i, name in enumerate(_IDS)}
+    )
 
 
 def write_random_checkpoint(

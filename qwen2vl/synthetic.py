@@ -87,9 +87,7 @@ def write_byte_tokenizer(folder: str | os.PathLike[str], *, released_ids: bool =
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            {"id": token_id, "content": name, **flags} for name, token_id in special_ids.items()
-        ],
+        "added_tokens": [{"id": token_id, "content": name, **flags} for name, token_id in special_ids.items()],
         "normalizer": {"type": "NFC"},
         "pre_tokenizer": {
             "type": "Sequence",
@@ -122,9 +120,7 @@ def write_byte_tokenizer(folder: str | os.PathLike[str], *, released_ids: bool =
     }
     tokenizer_config = {
         "add_prefix_space": False,
-        "added_tokens_decoder": {
-            str(token_id): {"content": name, **flags} for name, token_id in special_ids.items()
-        },
+        "added_tokens_decoder": {str(token_id): {"content": name, **flags} for name, token_id in special_ids.items()},
         "additional_special_tokens": [name for name in CONTROL_TOKENS if name != END_OF_TEXT],
         "bos_token": None,
         "chat_template": CHAT_TEMPLATE,

@@ -80,12 +80,10 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None, pack: Pack
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        x, residual = self.input_layernorm(x, residual)
-        x, residual = self.post_attention_layernorm(self.self_attn(x, pack), residual)
-        return self.mlp(x), residual
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
+        x, total = self.input_layernorm(x, residual)
+        x, total = self.post_attention_layernorm(self.self_attn(x, pack), total)
+        return self.mlp(x), total
 
 
 class Decoder(nn.Module):

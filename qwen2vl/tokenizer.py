@@ -62,18 +62,14 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer):
         missing = [name for name in REQUIRED_TOKENS if backend.token_to_id(name) is None]
         if missing:
-            raise CheckpointError(
-                f"tokenizer: lacks the special tokens {', '.join(missing)} that Qwen2-VL needs"
-            )
+            raise CheckpointError(f"tokenizer: lacks the special tokens {', '.join(missing)} that Qwen2-VL needs")
         if not isinstance(backend.decoder, tokenizers.decoders.ByteLevel):
             got = type(backend.decoder).__name__
             raise CheckpointError(f"tokenizer: wants a byte-level BPE (decoder ByteLevel), got decoder {got}")
         # A file may hold a control token in its vocabulary without flagging it special; only the flag keeps
         # it out of text.
         known = [name for name in CONTROL_TOKENS if backend.token_to_id(name) is not None]
-        backend.add_special_tokens(
-            [tokenizers.AddedToken(name, special=True, normalized=False) for name in known]
-        )
+        backend.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in known])
         backend.encode_special_tokens = True
         backend.no_padding()
         backend.no_truncation()
@@ -87,13 +83,9 @@ class Tokenizer:
         self._special_id_set = frozenset(self.special_ids.values())
         self.pad_id = self.special_ids[END_OF_TEXT]
         self.end_id = self.special_ids[IM_END]
-        reachable = [
-            name for name in self.special_ids if not self._special_id_set.isdisjoint(self.encode_plain(name))
-        ]
+        reachable = [name for name in self.special_ids if not self._special_id_set.isdisjoint(self.encode_plain(name))]
         if reachable:
-            raise CheckpointError(
-                f"tokenizer: ordinary text can spell the special tokens {', '.join(reachable)}"
-            )
+            raise CheckpointError(f"tokenizer: ordinary text can spell the special tokens {', '.join(reachable)}")
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> "Tokenizer":
@@ -147,9 +139,7 @@ class Tokenizer:
         """
         return self.backend.decode(_to_ints(ids), skip_special_tokens=skip_special_tokens)
 
-    def batch_decode(
-        self, sequences: Iterable[Iterable[int]], *, skip_special_tokens: bool = True
-    ) -> list[str]:
+    def batch_decode(self, sequences: Iterable[Iterable[int]], *, skip_special_tokens: bool = True) -> list[str]:
         """`decode` of each of `sequences` (lists, or a 2-D tensor)."""
         return [self.decode(ids, skip_special_tokens=skip_special_tokens) for ids in sequences]
 
@@ -186,9 +176,7 @@ class StreamDecoder:
     def push(self, token_id: int) -> str:
         """The text that became complete with `token_id`; often empty in the midst of a character."""
         (token_id,) = _to_ints([token_id])
-        return self._utf8.decode(
-            self._tokenizer.token_bytes(token_id, skip_special_tokens=self._skip_special_tokens)
-        )
+        return self._utf8.decode(self._tokenizer.token_bytes(token_id, skip_special_tokens=self._skip_special_tokens))
 
     def finish(self) -> str:
         """What remains: U+FFFD if the sequence ended inside a character, else nothing. Then starts over."""

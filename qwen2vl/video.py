@@ -92,17 +92,13 @@ def frame_count(
         if total_frames == 1:
             return 2
         if not 2 <= count <= total_frames:
-            raise MediaError(
-                f"num_frames must round to an even number in [2, {total_frames}], got {num_frames}"
-            )
+            raise MediaError(f"num_frames must round to an even number in [2, {total_frames}], got {num_frames}")
         return count
     fps = _check_seconds("fps", fps)
     fewest = -(-check_positive_int("min_frames", min_frames) // 2) * 2
     most = check_positive_int("max_frames", max_frames) // 2 * 2
     if fewest > most:
-        raise MediaError(
-            f"min_frames {min_frames} and max_frames {max_frames} leave no even number of frames"
-        )
+        raise MediaError(f"min_frames {min_frames} and max_frames {max_frames} leave no even number of frames")
     if total_frames == 1:
         return 2
     most = min(most, total_frames // 2 * 2)
@@ -139,8 +135,7 @@ def frame_size(
     """
     factor = check_positive_int("patch_size", patch_size) * check_positive_int("merge_size", merge_size)
     steps = -(
-        -check_positive_int("num_frames", num_frames)
-        // check_positive_int("temporal_patch_size", temporal_patch_size)
+        -check_positive_int("num_frames", num_frames) // check_positive_int("temporal_patch_size", temporal_patch_size)
     )
     budget = check_positive_int("max_tokens", max_tokens) // steps  # tokens for one time step
     if budget < 1:
@@ -148,9 +143,7 @@ def frame_size(
             f"{num_frames} frames are {steps} time steps of at least one token each, more than max_tokens = "
             f"{max_tokens}: keep fewer frames"
         )
-    smart_resize(
-        height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels
-    )  # checks all arguments
+    smart_resize(height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)  # checks all arguments
     cap = min(max_pixels, budget * factor**2)
     size = smart_resize(height, width, factor=factor, min_pixels=min(min_pixels, cap), max_pixels=cap)
     rows, cols = size[0] // factor, size[1] // factor
@@ -265,9 +258,7 @@ def preprocess_video(
             missing.
     """
     if (resized_height is None) != (resized_width is None):
-        raise MediaError(
-            f"resized_height and resized_width go together, got {resized_height!r} and {resized_width!r}"
-        )
+        raise MediaError(f"resized_height and resized_width go together, got {resized_height!r} and {resized_width!r}")
     resized = None if resized_height is None or resized_width is None else (resized_height, resized_width)
     sizes = {
         "min_pixels": min_pixels,

@@ -106,9 +106,7 @@ def _open_video(file: BinaryIO, label: str) -> Iterator[tuple[Any, Any]]:
             buffer_size=1 << 20,
         )
     except Exception as error:  # as in _reading
-        raise MediaError(
-            f"{label} is not a video in a supported container, or is damaged: {_reason(error)}"
-        ) from error
+        raise MediaError(f"{label} is not a video in a supported container, or is damaged: {_reason(error)}") from error
     with container:
         cover = av.stream.Disposition.attached_pic
         streams = [stream for stream in container.streams.video if not stream.disposition & cover]
@@ -125,8 +123,7 @@ def _open_video(file: BinaryIO, label: str) -> Iterator[tuple[Any, Any]]:
 def _check_frame_size(width: int, height: int, label: str) -> None:
     if width * height > MAX_SOURCE_FRAME_PIXELS:
         raise MediaError(
-            f"{label} has frames of {width} x {height} pixels, "
-            f"more than the limit of {MAX_SOURCE_FRAME_PIXELS}"
+            f"{label} has frames of {width} x {height} pixels, more than the limit of {MAX_SOURCE_FRAME_PIXELS}"
         )
 
 
@@ -200,9 +197,7 @@ def kept_frames(
     yield range(slot, len(wanted)), _to_rgb(frame, label), float(timeline.seconds(tick))
 
 
-def _presented_frames(
-    file: BinaryIO, label: str, timeline: Timeline, first: int
-) -> Iterator[tuple[int, Any]]:
+def _presented_frames(file: BinaryIO, label: str, timeline: Timeline, first: int) -> Iterator[tuple[int, Any]]:
     """(tick, frame) in order of presentation, beginning at or before tick ``first``."""
     av = _import_av()
     if first > timeline.origin and not timeline.numbered:

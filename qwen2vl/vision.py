@@ -6,6 +6,8 @@ one frame pair, 2D rotary embedding, and the 2x2 merger (Qwen2-VL, arXiv 2409.12
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -29,14 +31,21 @@ from .layers import LayerNorm
 Tables = tuple[torch.Tensor, torch.Tensor]
 
 
+class ConvWeight(nn.Module):
+    """The parameter of a convolution that is never run as one."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+
+
 class PatchEmbed(nn.Module):
     """The strided 3D convolution of the checkpoint, held as its 5-D weight and run as a matrix product."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.proj = nn.Module()
-        shape = (config.embed_dim, config.in_channels, config.temporal_patch_size, config.patch_size, config.patch_size)
-        self.proj.weight = nn.Parameter(torch.empty(shape))
+        p = config.patch_size
+        self.proj = ConvWeight(config.embed_dim, config.in_channels, config.temporal_patch_size, p, p)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """``(T, K)`` patches, uint8 pixels or normalised floats, to ``(T, C)``."""
@@ -87,11 +96,16 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None, tables: Tables, cu_seqlens: torch.Tensor, max_seqlen: int
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        tables: Tables,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        x, residual = self.norm1(x, residual)
-        x, residual = self.norm2(self.attn(x, tables, cu_seqlens, max_seqlen), residual)
-        return self.mlp(x), residual
+        x, total = self.norm1(x, residual)
+        x, total = self.norm2(self.attn(x, tables, cu_seqlens, max_seqlen), total)
+        return self.mlp(x), total
 
 
 class Merger(nn.Module):
@@ -105,7 +119,7 @@ class Merger(nn.Module):
         self.mlp = nn.ModuleDict({"0": nn.Linear(width, width), "2": nn.Linear(width, config.hidden_size)})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        fc1, fc2 = self.mlp["0"], self.mlp["2"]
+        fc1, fc2 = cast(nn.Linear, self.mlp["0"]), cast(nn.Linear, self.mlp["2"])
         return patch_merge(
             x, self.ln_q.weight, self.ln_q.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias,
             merge_size=self.merge_size, eps=self.ln_q.eps,

@@ -56,7 +56,9 @@ def resolve(op: str, device_type: str, requested: str | None, prefer: str | None
             return prefer
         return next(choice for choice in choices if choice == "eager" or unavailable(choice) is None)
     if name not in choices:
-        raise BackendError(f"{op}: backend {name!r} does not serve {device_type} tensors; these do: {', '.join(choices)}")
+        raise BackendError(
+            f"{op}: backend {name!r} does not serve {device_type} tensors; these do: {', '.join(choices)}"
+        )
     if (reason := unavailable(name)) is not None:
         raise BackendError(f"{op}: backend {name!r} is not available here: {reason}")
     return name

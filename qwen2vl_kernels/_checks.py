@@ -67,9 +67,7 @@ class Checker:
             if self.device is None:
                 self.device, self.first = value.device, name
             elif value.device != self.device:
-                raise ValueError(
-                    f"{self.op}: {name} must be on {self.device} like {self.first}, got {value.device}"
-                )
+                raise ValueError(f"{self.op}: {name} must be on {self.device} like {self.first}, got {value.device}")
         if contiguous_last and value.numel() and value.stride(-1) != 1:
             raise ValueError(
                 f"{self.op}: {name} must be contiguous in its last dimension, got strides {value.stride()}"
@@ -84,8 +82,7 @@ class Checker:
         wanted = ", ".join("..." if s is ... else str(s) for s in shape)
         known = ", ".join(f"{s}={self.sizes[s]}" for s in shape if isinstance(s, str) and s in self.sizes)
         raise ValueError(
-            f"{self.op}: {name} must have shape ({wanted}){f' with {known}' if known else ''}, "
-            f"got {tuple(value.shape)}"
+            f"{self.op}: {name} must have shape ({wanted}){f' with {known}' if known else ''}, got {tuple(value.shape)}"
         )
 
 

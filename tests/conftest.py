@@ -22,7 +22,7 @@ def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def assert_two_times(got: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, floor: float) -> None:
-    """``got`` may be at most twice as far from ``exact`` as the eager op in the same precision, plus a rounding floor."""
+    """``got`` may be at most twice as far from ``exact`` as the eager op in its precision, plus a rounding floor."""
     assert got.shape == exact.shape
     allowed = 2 * relative_error(eager, exact) + floor
     error = relative_error(got, exact)

@@ -37,7 +37,12 @@ register_composite(
 
 
 def layer_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-6, *, backend: str | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float = 1e-6,
+    *,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """LayerNorm over the last dimension.
 

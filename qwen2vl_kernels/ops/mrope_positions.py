@@ -61,9 +61,7 @@ def mrope_positions_ref(
     used = [0, 0]
 
     def refuse(error: _Error, video: int, item: int, token: int = -1, found: int = 0) -> None:
-        _refuse(
-            error, video, item, token, found, input_ids, image_grid_thw, video_grid_thw, spatial_merge_size
-        )
+        _refuse(error, video, item, token, found, input_ids, image_grid_thw, video_grid_thw, spatial_merge_size)
 
     for video, item in [(v, i) for v in (0, 1) for i in range(len(grids[v]))]:
         t, gh, gw = grids[video][item]
@@ -120,9 +118,7 @@ def _refuse(error, video, item, token, found, input_ids, image_grid_thw, video_g
     elif error == _Error.NO_GRID:
         what = f"{name} has {count} grids, but input_ids[{row}, {column}] is one more {modality} placeholder"
     elif error == _Error.UNUSED_GRID:
-        what = (
-            f"{name} has {count} grids, but the unmasked input_ids hold placeholders for only {item} of them"
-        )
+        what = f"{name} has {count} grids, but the unmasked input_ids hold placeholders for only {item} of them"
     else:
         t, gh, gw = grid
         needed = t * (gh // merge_size) * (gw // merge_size)
@@ -164,9 +160,7 @@ def _run_native(
         delta.data_ptr(),
     )
     if error:
-        _refuse(
-            error, video, item, token, found, input_ids, image_grid_thw, video_grid_thw, spatial_merge_size
-        )
+        _refuse(error, video, item, token, found, input_ids, image_grid_thw, video_grid_thw, spatial_merge_size)
     return positions, delta
 
 
@@ -284,9 +278,7 @@ def mrope_positions(
     if cu_seqlens is not None:
         check.tensor("cu_seqlens", cu_seqlens, ("S+1",), dtypes=(torch.int32,))
         check.require(cu_seqlens.shape[0] > 0, "cu_seqlens must hold at least one boundary, got none")
-        check.require(
-            input_ids.shape[0] == 1, f"input_ids must have one row with cu_seqlens, got {input_ids.shape[0]}"
-        )
+        check.require(input_ids.shape[0] == 1, f"input_ids must have one row with cu_seqlens, got {input_ids.shape[0]}")
     check.require(
         input_ids.numel() < 2**31 - 1,
         f"input_ids must hold fewer than 2^31 - 1 tokens, got {input_ids.numel()}",

@@ -3,12 +3,13 @@
     patch_embed(x) = x @ weight.reshape(C, K)^T + bias
 
 A patch is a row of K = in_channels * temporal * patch * patch values in the weight's own order, so the strided 3D
-convolution of the checkpoint (weight ``(C, 3, 2, 14, 14)``) is one GEMM. uint8 patches enter as ``x = p - 128``, exact
-in every float dtype. With the model's ``(p / 255 - mean) / std`` per channel, folding gives the same product from bytes:
+convolution of the checkpoint (weight ``(C, 3, 2, 14, 14)``) is one GEMM. uint8 patches enter as ``x = p - 128``,
+exact in every float dtype. With the model's ``(p / 255 - mean) / std`` per channel, folding gives the same product
+from bytes:
 
     weight' = weight / (255 std)        bias' = sum_k weight_k (128 / 255 - mean) / std
 
-Centring matters in bfloat16: the rounding of weight' is multiplied by |x|, and |p - 128| is half of p or less.
+Centring matters in bfloat16: the rounding of weight' is multiplied by |x|, and |p - 128| is at most 128.
 For a still image, whose two frames are equal, the temporal halves add up: K 1176 -> 588.
 Shapes: patches ``(T, K)`` uint8 or float; weight ``(C, K)`` or ``(C, in, t, p, p)``; bias ``(C,)`` or ``None``.
 """
@@ -36,7 +37,11 @@ register_composite("patch_embed(Tensor patches, Tensor weight, Tensor? bias=None
 
 
 def patch_embed(
-    patches: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str | None = None
+    patches: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """Embed packed patches.
 

@@ -103,7 +103,10 @@ def patch_merge(
             rows = int(grid_thw.prod(1).sum())
             check.require(rows == x.shape[0], f"grid_thw describes {rows} patches, but x has {x.shape[0]} rows")
             ok = bool((grid_thw[:, 1:] % merge_size == 0).all())
-            check.require(ok, f"grid_thw's heights and widths must be multiples of {merge_size}, got {grid_thw.tolist()}")
+            check.require(
+                ok,
+                f"grid_thw's heights and widths must be multiples of {merge_size}, got {grid_thw.tolist()}",
+            )
     resolve("patch_merge", x.device.type, backend)
     return patch_merge_ref(
         x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias,

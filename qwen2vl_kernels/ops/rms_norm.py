@@ -33,7 +33,8 @@ def add_rms_norm_ref(
 
 register_composite("rms_norm(Tensor x, Tensor weight, float eps=1e-6) -> Tensor", rms_norm_ref)
 register_composite(
-    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps=1e-6) -> (Tensor, Tensor)", add_rms_norm_ref
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps=1e-6) -> (Tensor, Tensor)",
+    add_rms_norm_ref,
 )
 
 
@@ -56,7 +57,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *, backen
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *, backend: str | None = None
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float = 1e-6,
+    *,
+    backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``x + residual``, and its RMSNorm over the last dimension.
 

@@ -25,9 +25,7 @@ def vision_positions_ref(grid_thw: torch.Tensor, merge_size: int = 2) -> torch.T
     parts = []
     for item, (t, gh, gw) in enumerate(grid_thw.tolist()):
         if min(t, gh, gw) < 1:
-            raise ValueError(
-                f"vision_positions: grid_thw[{item}] must hold numbers of at least 1, got {(t, gh, gw)}"
-            )
+            raise ValueError(f"vision_positions: grid_thw[{item}] must hold numbers of at least 1, got {(t, gh, gw)}")
         if gh % merge_size or gw % merge_size:
             raise ValueError(
                 f"vision_positions: grid_thw[{item}] must have its height and width divisible by "
@@ -55,9 +53,7 @@ register_opaque(
 )
 
 
-def vision_positions(
-    grid_thw: torch.Tensor, merge_size: int = 2, *, backend: str | None = None
-) -> torch.Tensor:
+def vision_positions(grid_thw: torch.Tensor, merge_size: int = 2, *, backend: str | None = None) -> torch.Tensor:
     """Patch coordinates for :func:`vision_rope_tables`.
 
     Args:

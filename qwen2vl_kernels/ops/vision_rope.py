@@ -47,9 +47,7 @@ def _vision_rope_qkv_ref(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 
 
 register_composite("vision_rope(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)", vision_rope_ref)
-register_composite(
-    "vision_rope_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin) -> ()", _vision_rope_inplace_ref
-)
+register_composite("vision_rope_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin) -> ()", _vision_rope_inplace_ref)
 register_composite("vision_rope_qkv_(Tensor(a!) qkv, Tensor cos, Tensor sin) -> ()", _vision_rope_qkv_ref)
 
 

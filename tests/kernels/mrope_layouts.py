@@ -32,9 +32,7 @@ def paper_rule(parts: list[tuple]) -> list[tuple[int, int, int]]:
             positions += [(start + n, start + n, start + n) for n in range(part[1])]
         else:
             _, t, h, w = part
-            positions += [
-                (start + k, start + i, start + j) for k in range(t) for i in range(h) for j in range(w)
-            ]
+            positions += [(start + k, start + i, start + j) for k in range(t) for i in range(h) for j in range(w)]
     return positions
 
 

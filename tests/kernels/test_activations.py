@@ -23,9 +23,7 @@ def test_quick_gelu(dtype, tracked):
     assert_two_times(got.detach(), ACT2FN["quick_gelu"](before), exact, 1e-7)
     assert torch.equal(x.detach(), before), "the input must survive"
     h = (before + bias).double()
-    assert_two_times(
-        quick_gelu(before, bias), ACT2FN["quick_gelu"](before + bias), h * torch.sigmoid(1.702 * h), 1e-7
-    )
+    assert_two_times(quick_gelu(before, bias), ACT2FN["quick_gelu"](before + bias), h * torch.sigmoid(1.702 * h), 1e-7)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

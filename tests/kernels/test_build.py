@@ -33,9 +33,7 @@ def toolkit_that_says(folder: Path, answer: str) -> str:
     """A CUDA_HOME whose nvcc knows sm_90 and answers everything else with an error."""
     nvcc = folder / "cuda" / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
-    nvcc.write_text(
-        f'#!/bin/sh\n[ "$1" = --list-gpu-code ] && echo sm_90 && exit 0\necho "{answer}" >&2\nexit 1\n'
-    )
+    nvcc.write_text(f'#!/bin/sh\n[ "$1" = --list-gpu-code ] && echo sm_90 && exit 0\necho "{answer}" >&2\nexit 1\n')
     nvcc.chmod(0o755)
     return str(folder / "cuda")
 
@@ -113,8 +111,6 @@ def test_cuda_kernels_do_not_spill(tmp_path, source, arch):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     kernels = re.findall(r"Compiling entry function '(\w+)'", result.stderr)
-    frames = re.findall(
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr
-    )
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
     assert kernels and len(frames) >= len(kernels)
     assert set(frames) == {("0", "0", "0")}, result.stderr

@@ -1,4 +1,4 @@
-"""What holds for every op: registration under torch.ops, torch.compile without graph breaks, typed refusals, backends."""
+"""What holds for every op: registration, torch.compile without graph breaks, typed refusals, backends."""
 
 import pytest
 import torch
@@ -84,10 +84,22 @@ def test_compiles_without_a_graph_break(name):
 
 REFUSALS = [
     (lambda: K.rms_norm([1.0], _x(8)), TypeError, "rms_norm: x must be a torch.Tensor, got list"),
-    (lambda: K.rms_norm(_x(4, 8), _x(9)), ValueError, r"rms_norm: weight must have shape \(C\) with C=8, got \(9,\)"),
-    (lambda: K.rms_norm(_x(4, 8).long(), _x(8)), TypeError, "rms_norm: x must have one of the dtypes float32"),
+    (
+        lambda: K.rms_norm(_x(4, 8), _x(9)),
+        ValueError,
+        r"rms_norm: weight must have shape \(C\) with C=8, got \(9,\)",
+    ),
+    (
+        lambda: K.rms_norm(_x(4, 8).long(), _x(8)),
+        TypeError,
+        "rms_norm: x must have one of the dtypes float32",
+    ),
     (lambda: K.rms_norm(_x(4, 8), _x(8).half()), TypeError, "rms_norm: weight must have dtype torch.float32"),
-    (lambda: K.rms_norm(_x(4, 8), _x(8).to("meta")), ValueError, "rms_norm: weight must be on cpu like x, got meta"),
+    (
+        lambda: K.rms_norm(_x(4, 8), _x(8).to("meta")),
+        ValueError,
+        "rms_norm: weight must be on cpu like x, got meta",
+    ),
     (lambda: K.add_rms_norm(_x(4, 8), _x(3, 8), _x(8)), ValueError, r"residual must have shape \(4, 8\)"),
     (lambda: K.layer_norm(_x(4, 8), _x(8), _x(7)), ValueError, r"layer_norm: bias must have shape"),
     (lambda: K.add_layer_norm(_x(4, 8), _x(4, 9), _x(8), _x(8)), ValueError, "add_layer_norm: residual"),
@@ -95,12 +107,36 @@ REFUSALS = [
     (lambda: K.swiglu(_x(4, 8), _x(4, 6)), ValueError, "swiglu: up must have shape"),
     (lambda: K.quick_gelu(_x(4, 8), _x(4)), ValueError, "quick_gelu: bias must have shape"),
     (lambda: K.quick_gelu(None), TypeError, "quick_gelu: x must be a torch.Tensor, got NoneType"),
-    (lambda: K.mrope(_x(4, 2, 8), _x(3, 1, 8), POSITIONS, INV_FREQ, (2, 1, 1)), ValueError, "mrope: k must have shape"),
-    (lambda: K.mrope(_x(4, 2, 8), _x(4, 1, 8), POSITIONS.float(), INV_FREQ, (2, 1, 1)), TypeError, "mrope: positions"),
-    (lambda: K.mrope(_x(4, 2, 8), _x(4, 1, 8), POSITIONS[:2], INV_FREQ, (2, 1, 1)), ValueError, "mrope: positions"),
-    (lambda: K.mrope(_x(4, 2, 8), _x(4, 1, 8), POSITIONS, INV_FREQ, (2, 1, 2)), ValueError, "section .* must sum to"),
-    (lambda: K.mrope(_x(4, 2, 8), _x(4, 1, 8), POSITIONS, INV_FREQ, (4,)), ValueError, "section must be three"),
-    (lambda: K.mrope(_x(4, 2, 6), _x(4, 1, 6), POSITIONS, INV_FREQ, (2, 1, 1)), ValueError, "inv_freq has 4 pairs"),
+    (
+        lambda: K.mrope(_x(4, 2, 8), _x(3, 1, 8), POSITIONS, INV_FREQ, (2, 1, 1)),
+        ValueError,
+        "mrope: k must have shape",
+    ),
+    (
+        lambda: K.mrope(_x(4, 2, 8), _x(4, 1, 8), POSITIONS.float(), INV_FREQ, (2, 1, 1)),
+        TypeError,
+        "mrope: positions",
+    ),
+    (
+        lambda: K.mrope(_x(4, 2, 8), _x(4, 1, 8), POSITIONS[:2], INV_FREQ, (2, 1, 1)),
+        ValueError,
+        "mrope: positions",
+    ),
+    (
+        lambda: K.mrope(_x(4, 2, 8), _x(4, 1, 8), POSITIONS, INV_FREQ, (2, 1, 2)),
+        ValueError,
+        "section .* must sum to",
+    ),
+    (
+        lambda: K.mrope(_x(4, 2, 8), _x(4, 1, 8), POSITIONS, INV_FREQ, (4,)),
+        ValueError,
+        "section must be three",
+    ),
+    (
+        lambda: K.mrope(_x(4, 2, 6), _x(4, 1, 6), POSITIONS, INV_FREQ, (2, 1, 1)),
+        ValueError,
+        "inv_freq has 4 pairs",
+    ),
     (
         lambda: K.mrope(_x(4, 2, 8).transpose(1, 2), _x(4, 1, 2), POSITIONS, INV_FREQ[:1], (1, 0, 0)),
         ValueError,
@@ -111,9 +147,21 @@ REFUSALS = [
     (lambda: K.vision_rope_qkv_(_x(4, 2, 2, 8), _x(4, 4), _x(4, 4)), ValueError, "qkv must have shape"),
     (lambda: K.vision_rope_tables(_x(4, 2), _x(2)), TypeError, "vision_rope_tables: positions"),
     (lambda: K.patch_embed(_x(4, 8), None), TypeError, "patch_embed: weight must be a torch.Tensor"),
-    (lambda: K.patch_merge(_x(8, 4), _x(4), _x(4), _x(16, 15), _x(16), _x(6, 16), _x(6)), ValueError, "fc1_weight"),
-    (lambda: K.varlen_attention(_x(4, 2, 8), _x(4, 1, 7), _x(4, 1, 7), CU, 2), ValueError, "varlen_attention: k"),
-    (lambda: K.varlen_attention(_x(4, 2, 8), _x(4, 1, 8), _x(4, 1, 8), CU, 2.0), ValueError, "max_seqlen must be"),
+    (
+        lambda: K.patch_merge(_x(8, 4), _x(4), _x(4), _x(16, 15), _x(16), _x(6, 16), _x(6)),
+        ValueError,
+        "fc1_weight",
+    ),
+    (
+        lambda: K.varlen_attention(_x(4, 2, 8), _x(4, 1, 7), _x(4, 1, 7), CU, 2),
+        ValueError,
+        "varlen_attention: k",
+    ),
+    (
+        lambda: K.varlen_attention(_x(4, 2, 8), _x(4, 1, 8), _x(4, 1, 8), CU, 2.0),
+        ValueError,
+        "max_seqlen must be",
+    ),
 ]
 
 
@@ -127,7 +175,10 @@ def test_named_backends_that_cannot_serve_raise():
     x, w = torch.randn(4, 8), torch.randn(8)
     with pytest.raises(BackendError, match="rms_norm: backend 'native' does not serve cpu tensors; these do: eager"):
         K.rms_norm(x, w, backend="native")
-    with pytest.raises(BackendError, match="mrope_positions has no backend 'sdpa'"), use_backend(mrope_positions="sdpa"):
+    with (
+        pytest.raises(BackendError, match="mrope_positions has no backend 'sdpa'"),
+        use_backend(mrope_positions="sdpa"),
+    ):
         pass
     with pytest.raises(BackendError, match="no op is called 'rope'"), use_backend(rope="eager"):
         pass

@@ -38,9 +38,7 @@ CPU_BACKENDS = [needs("eager"), needs("native")]
 @pytest.mark.parametrize("case", GOLDEN["cases"].values(), ids=GOLDEN["cases"])
 def test_golden(case, backend):
     mask = torch.tensor(case["attention_mask"])
-    image, video = (
-        None if g is None else torch.tensor(g) for g in (case["image_grid_thw"], case["video_grid_thw"])
-    )
+    image, video = (None if g is None else torch.tensor(g) for g in (case["image_grid_thw"], case["video_grid_thw"]))
     positions, delta = mrope_positions(
         torch.tensor(case["input_ids"]),
         image,
@@ -84,9 +82,7 @@ def test_packed_equals_single_runs(sequences, tail, backend):
     bounds = [0]
     for parts in sequences:
         bounds.append(bounds[-1] + len(token_ids(parts)))
-    ids = torch.tensor(
-        [[i for parts in sequences for i in token_ids(parts)] + [IMAGE] * tail], dtype=torch.int64
-    )
+    ids = torch.tensor([[i for parts in sequences for i in token_ids(parts)] + [IMAGE] * tail], dtype=torch.int64)
     positions, delta = mrope_positions(
         ids,
         grids(sequences, "image", 2),
@@ -150,9 +146,7 @@ def test_dtypes_and_strides(ids_dtype, mask_dtype, backend):
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
 def test_empty(shape, backend):
     ids = torch.zeros(shape, dtype=torch.int64)
-    positions, delta = mrope_positions(
-        ids, None, torch.empty(0, 3, dtype=torch.int64), **IDS, backend=backend
-    )
+    positions, delta = mrope_positions(ids, None, torch.empty(0, 3, dtype=torch.int64), **IDS, backend=backend)
     assert positions.shape == (3, *shape)
     assert delta.tolist() == [0] * shape[0]
 
@@ -197,9 +191,7 @@ def test_refuses_contents(backend):
         r"image_grid_thw\[1\] must hold numbers of at least 1, got \(1, 0, 4\)",
         image=[*FRAME, [1, 0, 4]],
     )
-    refused(
-        backend, r"video_grid_thw\[0\] must hold numbers of at least 1, got \(-1, 2, 4\)", video=[[-1, 2, 4]]
-    )
+    refused(backend, r"video_grid_thw\[0\] must hold numbers of at least 1, got \(-1, 2, 4\)", video=[[-1, 2, 4]])
     refused(
         backend,
         r"image_grid_thw\[0\] must have its height and width divisible by 2, got \(1, 3, 4\)",
@@ -249,9 +241,7 @@ def test_refuses_arguments():
     refused(None, "input_ids must have one row with cu_seqlens, got 2", ids=ROW * 2, cu=[0, 6])
     refused(None, "spatial_merge_size must be at least 1, got 0", spatial_merge_size=0)
     refused(None, "image_token_id and video_token_id must differ", image_token_id=VIDEO)
-    refused(
-        None, "image_grid_thw must be on cpu like input_ids, got meta", image=torch.tensor(FRAME).to("meta")
-    )
+    refused(None, "image_grid_thw must be on cpu like input_ids, got meta", image=torch.tensor(FRAME).to("meta"))
     refused("cuda", "backend 'cuda' does not serve cpu tensors", error=BackendError)
 
 
@@ -270,9 +260,7 @@ def test_native_refuses_what_eager_refuses(batch, data, backend):
     outcomes = []
     for name in ("eager", backend):
         try:
-            made = mrope_positions(
-                ids, image, video, mask, **IDS, spatial_merge_size=merge_size, backend=name
-            )
+            made = mrope_positions(ids, image, video, mask, **IDS, spatial_merge_size=merge_size, backend=name)
             outcomes.append([t.tolist() for t in made])
         except ValueError as error:
             outcomes.append(str(error))

@@ -156,9 +156,7 @@ def test_cuda(batch, backend):
     sequences, merge_size, mask = batch
     ids, positions, delta = expected_batch(sequences, mask)
     image, video = (grids(sequences, modality, merge_size).cuda() for modality in ("image", "video"))
-    got = mrope_positions(
-        ids.cuda(), image, video, mask.cuda(), **IDS, spatial_merge_size=merge_size, backend=backend
-    )
+    got = mrope_positions(ids.cuda(), image, video, mask.cuda(), **IDS, spatial_merge_size=merge_size, backend=backend)
     assert torch.equal(got[0].cpu(), positions)
     assert torch.equal(got[1].cpu(), delta)
 
@@ -198,7 +196,6 @@ def test_cuda_graph_replay(backend):
         made = [p for parts in sequences for p in paper_rule(parts)]
         assert torch.equal(positions[:, 0].cpu(), torch.tensor(made).T)
         shifts = [
-            0 if parts == [] else 1 + max(map(max, paper_rule(parts))) - len(paper_rule(parts))
-            for parts in sequences
+            0 if parts == [] else 1 + max(map(max, paper_rule(parts))) - len(paper_rule(parts)) for parts in sequences
         ]
         assert delta.tolist() == [*shifts, 0, 0, 0]

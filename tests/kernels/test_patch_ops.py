@@ -15,9 +15,7 @@ def test_patch_embed_is_the_strided_convolution():
     weight, patches = torch.randn(32, 3, 2, 14, 14), torch.randn(7, 1176)
     conv = torch.nn.functional.conv3d(patches.view(7, 3, 2, 14, 14), weight, stride=(2, 14, 14)).flatten(1)
     torch.testing.assert_close(patch_embed(patches, weight), conv, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(
-        patch_embed(patches, weight.flatten(1), torch.ones(32)), conv + 1, rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(patch_embed(patches, weight.flatten(1), torch.ones(32)), conv + 1, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

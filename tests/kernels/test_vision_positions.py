@@ -24,9 +24,7 @@ def block_order(grids: list[list[int]], merge_size: int) -> list[list[int]]:
 
 @given(
     merge_size=st.integers(1, 3),
-    items=st.lists(
-        st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=4
-    ),
+    items=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=4),
     dtype=st.sampled_from([torch.int32, torch.int64]),
 )
 def test_block_order(merge_size, items, dtype):
@@ -60,6 +58,4 @@ def test_refusals():
 
 
 def test_opcheck():
-    torch.library.opcheck(
-        torch.ops.qwen2vl.vision_positions.default, (torch.tensor([[2, 4, 6], [1, 2, 2]]), 2)
-    )
+    torch.library.opcheck(torch.ops.qwen2vl.vision_positions.default, (torch.tensor([[2, 4, 6], [1, 2, 2]]), 2))

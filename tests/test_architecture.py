@@ -1,0 +1,146 @@
+"""The import rules: kernels never import the model, ops import only leaves, optional stacks only inside functions."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+KERNELS, MODEL = ROOT / "qwen2vl_kernels", ROOT / "qwen2vl"
+#: Needed at import time by nothing: each is imported where it is used.
+OPTIONAL = {
+    "transformers",
+    "vllm",
+    "sglang",
+    "flash_attn",
+    "liger_kernel",
+    "av",
+    "matplotlib",
+    "torchvision",
+    "triton",
+}
+
+
+def _module(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imports(path: Path, *, top_level_only: bool = False) -> set[str]:
+    """Absolute names of the modules that a file imports, those under ``TYPE_CHECKING`` left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    package = _module(path).split(".") if path.name == "__init__.py" else _module(path).split(".")[:-1]
+    names: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if top_level_only and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            return
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                full = f"{stem}.{alias.name}"
+                is_module = (ROOT / Path(*full.split("."))).with_suffix(".py").exists() or (
+                    ROOT / Path(*full.split("."))
+                ).is_dir()
+                names.add(full if is_module else stem)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(tree)
+    return names
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.py"))
+
+
+def test_kernels_never_import_the_model():
+    for path in _files(KERNELS):
+        wrong = {name for name in _imports(path) if name.split(".")[0] in ("qwen2vl", "benchmarks", "tests")}
+        assert not wrong, f"{_module(path)} imports {wrong}"
+
+
+def test_an_op_imports_only_leaves():
+    for path in _files(KERNELS / "ops"):
+        ours = {name for name in _imports(path) if name.startswith("qwen2vl_kernels")}
+        wrong = {name for name in ours if not name.split(".")[1].startswith("_")}
+        assert not wrong, f"{_module(path)} imports {wrong}"
+    assert not (KERNELS / "ops" / "__init__.py").read_text(), "an empty __init__: functions must not shadow modules"
+
+
+def test_leaves_import_no_op():
+    for path in KERNELS.glob("_*.py"):
+        if path.name != "__init__.py":
+            wrong = {name for name in _imports(path) if name.startswith("qwen2vl_kernels.ops")}
+            assert not wrong, f"{_module(path)} imports {wrong}"
+
+
+@pytest.mark.parametrize("folder", [KERNELS, MODEL], ids=lambda p: p.name)
+def test_optional_packages_are_imported_inside_functions(folder):
+    for path in _files(folder):
+        wrong = {name for name in _imports(path, top_level_only=True) if name.split(".")[0] in OPTIONAL}
+        assert not wrong, f"{_module(path)} imports {wrong} at import time"
+
+
+def test_no_import_cycles():
+    graph = {
+        _module(p): {n for n in _imports(p, top_level_only=True) if n.startswith(("qwen2vl", "qwen2vl_kernels"))}
+        for folder in (KERNELS, MODEL)
+        for p in _files(folder)
+        if p.name != "__init__.py"
+    }
+    done: set[str] = set()
+
+    def walk(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, f"cycle: {' -> '.join((*trail, module))}"
+        if module in done or module not in graph:
+            return
+        for other in graph[module]:
+            walk(other, (*trail, module))
+        done.add(module)
+
+    for module in graph:
+        walk(module, ())
+
+
+def test_importing_the_packages_has_no_side_effects():
+    """No optional stack, no CUDA context, no output."""
+    code = (
+        "import sys, qwen2vl, qwen2vl_kernels, torch\n"
+        f"loaded = {sorted(OPTIONAL - {'triton'})!r}\n"
+        "assert not [m for m in loaded if m in sys.modules], [m for m in loaded if m in sys.modules]\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == ""
+
+
+def test_exports_are_explicit_and_complete():
+    import qwen2vl
+    import qwen2vl_kernels
+
+    for package in (qwen2vl, qwen2vl_kernels):
+        for name in package.__all__:
+            assert getattr(package, name).__doc__, f"{package.__name__}.{name} has no docstring"
+
+
+def test_files_can_be_read_whole():
+    for folder in (KERNELS, MODEL, ROOT / "benchmarks", ROOT / "csrc"):
+        for path in folder.rglob("*"):
+            if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"):
+                lines = len(path.read_text(encoding="utf-8").splitlines())
+                assert lines <= 450, f"{path.relative_to(ROOT)} has {lines} lines"
+
+
+def test_csrc_knows_no_torch():
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.is_file():
+            assert "torch/" not in path.read_text(encoding="utf-8"), path
