@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from .demo_media import draw_scene, write_video
 from .errors import MediaError, Qwen2VLError
@@ -173,7 +173,8 @@ def compare_with_transformers(folder: Path, prompts: list[tuple[str, list[dict[s
         transformers.logging.disable_progress_bar()
         other = transformers.Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     config = GenerationConfig(max_new_tokens=_NEW_TOKENS)
-    table = Table("prompt", "tokens", "largest logit", "largest difference", "greedy tokens", box=None, pad_edge=False)
+    names = ("prompt", "tokens", "largest logit", "largest difference", "greedy tokens")
+    table = Table(*(Column(name, no_wrap=True) for name in names), box=None, pad_edge=False)
     failed = []
     for title, content in prompts:
         inputs, _ = _prepare(processor, content)
