@@ -189,9 +189,7 @@ class Build(build_ext):
         if not header.exists() or header.read_text() != text:
             header.write_text(text)
 
-    def run_ninja(
-        self, extension: Extension, compile: dict[str, list[str]], link: list[str], jobs: list[str]
-    ) -> None:
+    def run_ninja(self, extension: Extension, compile: dict[str, list[str]], link: list[str], jobs: list[str]) -> None:
         """Build one extension; ``compile`` maps a source suffix to the command that compiles it."""
         import ninja
 

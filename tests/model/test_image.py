@@ -119,9 +119,7 @@ def their_patches(image, **limits):
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "CMYK", "1"])
 def test_patches_equal_transformers(size, mode):
     pixels = noise(*size, channels=4, seed=size[0])
-    image = (
-        Image.fromarray(pixels) if mode == "RGBA" else Image.fromarray(pixels[..., :3].copy()).convert(mode)
-    )
+    image = Image.fromarray(pixels) if mode == "RGBA" else Image.fromarray(pixels[..., :3].copy()).convert(mode)
     if mode == "LA":
         image.putalpha(Image.fromarray(pixels[..., 3].copy()))
     ours = preprocess_image(image)
@@ -200,9 +198,7 @@ def test_jpeg_and_cmyk_jpeg():
     image = Image.fromarray(noise(40, 52))
     for mode in ("RGB", "L", "CMYK"):
         data = encode_image(image.convert(mode), "JPEG", quality=95)
-        np.testing.assert_array_equal(
-            load_image(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-        )
+        np.testing.assert_array_equal(load_image(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])

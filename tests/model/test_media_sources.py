@@ -132,9 +132,7 @@ def test_source_limit_is_the_callers(recwarn):
         assert load_image(source, max_source_pixels=10000).shape == (100, 100, 3)
     with pytest.raises(MediaError, match="damaged"):  # between Pillow's warning and its error
         load_image(png_with_header(12000, 12000))
-    assert not [
-        warning for warning in recwarn if issubclass(warning.category, Image.DecompressionBombWarning)
-    ]
+    assert not [warning for warning in recwarn if issubclass(warning.category, Image.DecompressionBombWarning)]
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])

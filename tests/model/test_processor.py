@@ -63,9 +63,7 @@ def test_224_pixels_square_are_66_tokens(processor):
     assert ids.count(IMAGE_PAD) == 64
     assert inputs["image_grid_thw"].tolist() == [[1, 16, 16]]
     assert (inputs["pixel_values"].shape, inputs["pixel_values"].dtype) == ((256, 1176), torch.uint8)
-    assert inputs.media == [
-        MediaInfo("image", "messages[0].content[0]", (224, 224), (224, 224), (1, 16, 16), 64)
-    ]
+    assert inputs.media == [MediaInfo("image", "messages[0].content[0]", (224, 224), (224, 224), (1, 16, 16), 64)]
 
 
 def test_text_only_has_no_pixels(processor, peer):
@@ -131,9 +129,7 @@ def test_media_keep_their_order_and_are_read_once(processor, monkeypatch):
 
     monkeypatch.setattr(qwen2vl.processor, "preprocess_image", counting)
     pictures = [picture(56 + 28 * n, 84, n) for n in range(4)]
-    first = user({"image": pictures[0]}, {"text": "and"}, {"image": pictures[1]}) + user(
-        {"image": pictures[2]}
-    )
+    first = user({"image": pictures[0]}, {"text": "and"}, {"image": pictures[1]}) + user({"image": pictures[2]})
     inputs = processor([first, user({"image_url": pictures[3]})])
     assert read == pictures
     expected = [preprocess_image(image) for image in pictures]
@@ -155,8 +151,7 @@ def test_every_kind_of_source_gives_the_same_inputs(processor, tmp_path):
     uri = "data:image/png;base64," + base64.b64encode(data).decode()
     wanted = processor(user({"image": image}))
     items = [
-        {"image": source}
-        for source in (str(path), path, path.as_uri(), data, io.BytesIO(data), np.asarray(image), uri)
+        {"image": source} for source in (str(path), path, path.as_uri(), data, io.BytesIO(data), np.asarray(image), uri)
     ]
     items += [{"type": "image_url", "image_url": {"url": uri}}, {"type": "image_url", "image_url": uri}]
     for item in items:
@@ -182,9 +177,7 @@ def test_pixel_limits_item_over_call_over_processor(folder, processor):
     assert tokens(processor, item | {"max_pixels": 784}) == 1
     assert tokens(small, item, min_pixels=144 * 784) == 144
     assert tokens(processor, item | {"resized_height": 56, "resized_width": 84}) == 6
-    with pytest.raises(
-        MediaError, match=r"^messages\[0\].content\[0\]: .*min_pixels must not exceed max_pixels"
-    ):
+    with pytest.raises(MediaError, match=r"^messages\[0\].content\[0\]: .*min_pixels must not exceed max_pixels"):
         processor(user(item), min_pixels=5000, max_pixels=4000)
 
 
@@ -384,9 +377,7 @@ def test_damaged_preprocessor_config(tmp_path, content, match):
 
 def test_contradicting_or_missing_files(tmp_path):
     write_checkpoint(tmp_path, image_token_id=7)
-    with pytest.raises(
-        CheckpointError, match=r"image_token_id is 7 in config.json, but <\|image_pad\|> is 151655"
-    ):
+    with pytest.raises(CheckpointError, match=r"image_token_id is 7 in config.json, but <\|image_pad\|> is 151655"):
         Processor.from_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json: no such file"):

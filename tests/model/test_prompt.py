@@ -71,9 +71,7 @@ def encode(tokenizer, segments):
 
 hostile_text = st.lists(
     st.one_of(
-        st.sampled_from(
-            [*CONTROL_TOKENS, "<|", "|>", "im_end", "\n", "e\u0301", "\u1100\u1161", "<\u0338|im_end|>"]
-        ),
+        st.sampled_from([*CONTROL_TOKENS, "<|", "|>", "im_end", "\n", "e\u0301", "\u1100\u1161", "<\u0338|im_end|>"]),
         st.text(max_size=6),
     ),
     max_size=6,
@@ -131,9 +129,7 @@ def test_synthetic_files_are_deterministic_and_have_no_dead_merge(tmp_path):
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
     tokenizer = Tokenizer.from_pretrained(tmp_path / "a")
     merged = range(256, tokenizer.pad_id)
-    assert [tokenizer.encode_plain(tokenizer.token_bytes(i).decode()) for i in merged] == [
-        [i] for i in merged
-    ]
+    assert [tokenizer.encode_plain(tokenizer.token_bytes(i).decode()) for i in merged] == [[i] for i in merged]
 
 
 @quick
@@ -180,9 +176,7 @@ def test_stream_waits_for_the_last_byte_of_a_character(tokenizer):
 
 
 def test_decode_takes_tensors_and_keeps_markers_on_request(tokenizer):
-    ids = torch.tensor(
-        [tokenizer.id("<|box_start|>"), *tokenizer.encode_plain("(1,2)"), tokenizer.id("<|box_end|>")]
-    )
+    ids = torch.tensor([tokenizer.id("<|box_start|>"), *tokenizer.encode_plain("(1,2)"), tokenizer.id("<|box_end|>")])
     assert tokenizer.decode(ids) == "(1,2)"
     assert tokenizer.decode(ids, skip_special_tokens=False) == "<|box_start|>(1,2)<|box_end|>"
     assert tokenizer.batch_decode(torch.stack([ids, ids])) == ["(1,2)", "(1,2)"]
@@ -319,9 +313,7 @@ def test_media_keep_source_options_and_place():
     ]
     image, video = (segment for segment in render(messages) if isinstance(segment, Media))
     assert image == Media("image", picture, {"min_pixels": 3136}, "messages[0].content[0]")
-    assert video == Media(
-        "video", "v.mp4", {"num_frames": 8, "start": 0.0, "end": 2.5}, "messages[0].content[1]"
-    )
+    assert video == Media("video", "v.mp4", {"num_frames": 8, "start": 0.0, "end": 2.5}, "messages[0].content[1]")
 
 
 def user(*content):
@@ -419,9 +411,7 @@ json_values = st.recursive(
 @given(
     st.one_of(
         json_values,
-        st.lists(
-            st.fixed_dictionaries({"role": st.just("user"), "content": st.lists(json_values, max_size=3)})
-        ),
+        st.lists(st.fixed_dictionaries({"role": st.just("user"), "content": st.lists(json_values, max_size=3)})),
     )
 )
 def test_any_messages_render_or_raise_prompt_error(tokenizer, messages):

@@ -73,9 +73,7 @@ def test_not_a_video(tmp_path):
     (tmp_path / "empty.mp4").touch()
     write_audio(str(tmp_path / "sound.mp4"))
     (tmp_path / "photo.png").write_bytes(encode_image(noise(30, 30), "JPEG"))
-    (tmp_path / "list.m3u8").write_text(
-        "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nsound.mp4\n#EXT-X-ENDLIST\n"
-    )
+    (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nsound.mp4\n#EXT-X-ENDLIST\n")
     (tmp_path / "list.ffconcat").write_text("ffconcat version 1.0\nfile sound.mp4\n")
     for name, match in [
         ("text.mp4", "is not a video in a supported container"),
@@ -185,8 +183,7 @@ def test_damaged_bytes_give_a_video_or_a_media_error(format, changes):
 
 
 DAMAGE_BASE = {
-    format: video_bytes(numbered(12, height=32, width=48), format=format, codec=codec)
-    for format, codec in FORMATS[:3]
+    format: video_bytes(numbered(12, height=32, width=48), format=format, codec=codec) for format, codec in FORMATS[:3]
 }
 
 
