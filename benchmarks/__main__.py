@@ -28,28 +28,20 @@ def list_() -> None:
 @app.command()
 def run(
     names: Annotated[list[str], typer.Argument(metavar="CASE...", help="Cases to run, or 'all'.")],
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Small shapes and two rounds, to see that it works.")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Small shapes and two rounds, to see that it works.")] = False,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds, instead of as many as fit.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the JSON; default benchmarks/results/<device>.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the JSON; default benchmarks/results/<device>.")] = None,
     device: Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")] = None,
     checkpoint_dir: Annotated[
         Path | None,
-        typer.Option(
-            help="Keep the random checkpoints here (4.4 GB for the 2B) and use those that are there."
-        ),
+        typer.Option(help="Keep the random checkpoints here (4.4 GB for the 2B) and use those that are there."),
     ] = None,
 ) -> None:
     """Measure cases; a red parity gate stops its case and makes the exit status 1."""
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     console = Console(width=None if sys.stdout.isatty() else 200)
     if out is None and quick:
-        raise typer.BadParameter(
-            "--quick needs --out: its numbers do not belong among the results", param_hint="out"
-        )
+        raise typer.BadParameter("--quick needs --out: its numbers do not belong among the results", param_hint="out")
     folder = out if out is not None else RESULTS / environment.folder_name(where)
     try:
         cases = [load_case(name) for name in (case_names() if names == ["all"] else names)]

@@ -69,7 +69,8 @@ class Workload:
         bytes: bytes that must move to and from memory at least.
         dtype: of the matrix products, selects the ceiling.
         per_call: units of work in one call (decoding steps, say); times are reported per unit.
-        units: metrics that ``call`` itself returns, with their unit (``"s"`` or ``"B"``); ``None`` times the call.
+        units: metrics to take from what ``call`` returns, with their unit (``"s"`` or ``"B"``); ``None`` times
+            the call.
         min_rounds, max_rounds, budget_s: rounds are as many as fit the budget, within these bounds.
     """
 
@@ -146,9 +147,7 @@ def equal(name: str, got: torch.Tensor, want: torch.Tensor) -> Check:
     return Check(name, float((got.cpu() != want.cpu()).sum()), 0)
 
 
-def two_times(
-    name: str, got: torch.Tensor, low: torch.Tensor, exact: torch.Tensor, floor: float = 0.0
-) -> Check:
+def two_times(name: str, got: torch.Tensor, low: torch.Tensor, exact: torch.Tensor, floor: float = 0.0) -> Check:
     """The two-times rule: ``got`` at most twice as far from ``exact`` as ``low``, the plain way in its precision.
 
     ``floor`` is the rounding that no implementation avoids, as a relative error.

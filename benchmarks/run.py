@@ -120,10 +120,7 @@ def _wanted_ceilings(workload: Workload) -> set[torch.dtype]:
 
 def _without_calls(workload: Workload) -> Workload:
     """The declaration alone: calls hold on to inputs and models, whose memory the next workload needs."""
-    bare = [
-        replace(p, call=None if p.call is None else _nothing, before=None, warm=None)
-        for p in workload.providers
-    ]
+    bare = [replace(p, call=None if p.call is None else _nothing, before=None, warm=None) for p in workload.providers]
     return replace(workload, providers=bare, gate=None)
 
 

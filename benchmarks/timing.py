@@ -81,7 +81,8 @@ def measure(workload: Workload, clock: Clock, rounds: int | None = None) -> Samp
             if workload.units is None:
                 values = {"time": clock.time(provider.call, repeats[provider.name]) / workload.per_call}
             else:
-                values = {metric: float(value) for metric, value in provider.call().items()}
+                returned = provider.call()
+                values = {metric: float(returned[metric]) for metric in workload.units}
             for metric, value in values.items():
                 samples[provider.name].setdefault(metric, []).append(value)
         done += 1
@@ -154,9 +155,7 @@ class Ceilings:
             self.clock.time(call)
         return statistics.median(self.clock.time(call) for _ in range(7))
 
-    def floor_s(
-        self, flops: float | None, bytes_: float | None, dtype: torch.dtype
-    ) -> tuple[float, str] | None:
+    def floor_s(self, flops: float | None, bytes_: float | None, dtype: torch.dtype) -> tuple[float, str] | None:
         """The least time the declared work can take here, and which ceiling says so (the roofline)."""
         bounds = []
         if flops and self.matmul.get(dtype):
@@ -168,7 +167,5 @@ class Ceilings:
     def as_json(self) -> dict[str, Any]:
         return {
             "copy_bytes_per_s": self.copy,
-            "matmul_flops_per_s": {
-                str(dtype).removeprefix("torch."): rate for dtype, rate in self.matmul.items()
-            },
+            "matmul_flops_per_s": {str(dtype).removeprefix("torch."): rate for dtype, rate in self.matmul.items()},
         }

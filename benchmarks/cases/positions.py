@@ -18,9 +18,7 @@ _BACKENDS = {"cpu": ("native", "eager"), "cuda": ("cuda", "eager")}
 
 
 def workloads(context: Context) -> Iterator[Workload]:
-    tokens, images, side = (
-        (256, 2, 8) if context.quick else (16384, 8, 72)
-    )  # side: patches; 72 is 1008 pixels
+    tokens, images, side = (256, 2, 8) if context.quick else (16384, 8, 72)  # side: patches; 72 is 1008 pixels
     ids, grids = _sequence(tokens, images, side, context.device)
     found = [_ours(name, ids, grids) for name in _BACKENDS[context.device.type]]
     yield Workload(
