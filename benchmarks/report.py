@@ -48,7 +48,7 @@ def markdown(results: Iterable[dict[str, Any]]) -> str:
     for result in results:
         lines = [f"## {result['case']} on {result['device']}", "", f"{result['summary']}.", ""]
         lines += ["| " + " | ".join(COLUMNS) + " |", "|---|---|" + "---:|" * (len(COLUMNS) - 2)]
-        lines += ["| " + " | ".join(row_cells(row)) + " |" for row in result["rows"]]
+        lines += ["| " + " | ".join(c.replace("|", "\\|") for c in row_cells(row)) + " |" for row in result["rows"]]
         lines += [
             "",
             footer(result) + f" `{result['command']}`, {result['date']}, commit {result['commit']}.",
