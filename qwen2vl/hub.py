@@ -7,11 +7,14 @@ from pathlib import Path
 from .errors import CheckpointError
 
 #: What a checkpoint consists of here. Pickle files are never asked for.
-_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+_TEXT_FILES = ["*.json", "*.txt", "*.jinja"]
+_WEIGHT_FILES = ["*.safetensors"]
 
 
-def resolve(name_or_path: str | Path) -> Path:
+def resolve(name_or_path: str | Path, *, with_weights: bool = True) -> Path:
     """The folder of a checkpoint: a local folder as it is, ``"org/name"`` through huggingface_hub's cache.
+
+    ``with_weights``: also fetch the weights from the hub; a processor needs only the small files.
 
     Raises :class:`CheckpointError` when there is no such folder and the hub has or reaches no such repository.
     """
@@ -27,6 +30,6 @@ def resolve(name_or_path: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_FILES))
+        return Path(snapshot_download(name, allow_patterns=_TEXT_FILES + (_WEIGHT_FILES if with_weights else [])))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(f"{name}: no such folder, and the hub did not give it: {error}") from error

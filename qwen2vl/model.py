@@ -220,7 +220,7 @@ class Qwen2VL(nn.Module):
         if cache is not None:
             slots = cache.reserve(counts)
             cache.next_position = following
-        cu_seqlens = torch.tensor([0, *counts]).cumsum(0, dtype=torch.int32).to(self.device)
+        cu_seqlens = torch.tensor([0, *counts]).cumsum(0, dtype=torch.int32)  # on the host, as in the tower
         pack = Pack(positions, self.model.inv_freq(self.device), counts, cu_seqlens, cache, slots, resumed)
         hidden = self.model(hidden, pack)  # (T, C)
 

@@ -117,7 +117,7 @@ class Processor:
         Raises:
             CheckpointError: a file is missing or unreadable, or the files contradict one another.
         """
-        folder = resolve(os.fspath(name_or_path))
+        folder = resolve(os.fspath(name_or_path), with_weights=False)
         config = Qwen2VLConfig.from_pretrained(folder)
         tokenizer = Tokenizer.from_pretrained(folder)
         _check_token_ids(config, tokenizer, folder)

@@ -162,7 +162,8 @@ class VisionTower(nn.Module):
         positions = vision_positions(torch.tensor(grids), self.config.spatial_merge_size).to(device)
         tables = vision_rope_tables(positions, self._inv_freq(device))
         lengths = [h * w for t, h, w in grids for _ in range(t)]
-        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
+        # On the host: attention that splits there need not wait for the device in every block.
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
         x, residual = self.patch_embed(pixel_values.to(device)), None
         for block in self.blocks:
             x, residual = block(x, residual, tables, cu_seqlens, max(lengths))
