@@ -3,13 +3,14 @@
 #   PYTHON=python3.12          another interpreter for .venv (or for gpu, which uses the machine's own)
 #   TORCH_PIP_ARGS=...         extra arguments for installing PyTorch, e.g. to choose a CPU build
 #   PYTEST_ARGS=...            extra arguments for pytest, e.g. -k rotary
+#   CASES=...                   the benchmarks of make gpu; default all
 #   QWEN2VL_BUILD_CUDA=0|1|auto, MAX_JOBS, TORCH_CUDA_ARCH_LIST    the build of the extensions, see setup.py
 
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip
 RUN := .venv/bin/python
 CSRC := $(shell find csrc -type f)
-CASES ?= $(basename $(notdir $(wildcard benchmarks/cases/[!_]*.py)))
+CASES ?= all
 
 .PHONY: help install demo check test lint format gpu clean
 .DEFAULT_GOAL := help

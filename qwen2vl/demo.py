@@ -90,7 +90,7 @@ def _write_media(out: Path) -> list[tuple[str, list[dict[str, Any]]]]:
                 [{"type": "image", "image": files[0]}, {"type": "text", "text": "What does the sign say?"}],
             ),
             (
-                "Several images in one prompt",
+                "Several images",
                 [
                     *({"type": "image", "image": file} for file in files),
                     {"type": "text", "text": "Which of the pictures was taken at night?"},
@@ -173,7 +173,7 @@ def compare_with_transformers(folder: Path, prompts: list[tuple[str, list[dict[s
         transformers.logging.disable_progress_bar()
         other = transformers.Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     config = GenerationConfig(max_new_tokens=_NEW_TOKENS)
-    names = ("prompt", "tokens", "largest logit", "largest difference", "greedy tokens")
+    names = ("prompt", "tokens", "largest logit", "difference", "greedy tokens")
     table = Table(*(Column(name, no_wrap=True) for name in names), box=None, pad_edge=False)
     failed = []
     for title, content in prompts:

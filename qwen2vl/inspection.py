@@ -106,7 +106,7 @@ def draw_contact_sheet(
     steps = count // temporal_patch_size
     gap, caption, bar = 10, 22, 22
     # As near to a square sheet as whole time steps allow.
-    per_row = max(1, min(steps, round(math.sqrt(steps * height / width / temporal_patch_size))))
+    per_row = min(steps, math.ceil(math.sqrt(steps * height / width / temporal_patch_size)))
     columns = per_row * temporal_patch_size
     thumb_w = max(72, min(320, width, (_SHEET_WIDTH - gap) // columns - gap))
     thumb_h = max(1, round(thumb_w * height / width))

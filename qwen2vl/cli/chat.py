@@ -193,14 +193,17 @@ class _Chat:
             pieces.append(piece)
             print(printable(piece), end="", flush=True)
 
+        stopped = False
         try:
             inputs = self.processor(messages, **self.options)
             generate(self.model, inputs, tokenizer=self.processor.tokenizer, config=self.config, on_token=show)
         except KeyboardInterrupt:
+            stopped = True
+        print(flush=True)
+        if stopped:
             stderr.print("[dim](stopped)[/]")
             if not pieces:
                 return
-        print(flush=True)
         self.turns = [*self.turns, question, {"role": "assistant", "content": "".join(pieces)}]
         self.attached = []
 

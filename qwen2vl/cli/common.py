@@ -128,7 +128,8 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return "out of memory: lower --max-pixels, give fewer images, or take --dtype bfloat16"
     if isinstance(error, Qwen2VLError):
-        return _PLACE.sub("", str(error))  # the file is named anyway; nobody here wrote messages
+        # In the words of the command line: the file is named anyway, and nobody wrote messages.
+        return _PLACE.sub("", str(error)).replace("pass allow_remote=True", "give --allow-remote")
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
         where = f"{error.filename}: " if error.filename is not None else ""
         return f"{where}{error.strerror or error}"
@@ -165,7 +166,8 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     try:
         yield report
     finally:
-        bar.stop()
+        if bar.task_ids:
+            bar.stop()
 
 
 def load(

@@ -1,0 +1,394 @@
+"""The command line from outside: what it prints, what it saves, and how it fails."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from qwen2vl import GenerationConfig, Processor, Qwen2VL, generate
+from qwen2vl.cli import app
+from qwen2vl.cli.common import printable
+from qwen2vl.demo_media import draw_scene, write_video
+from qwen2vl.random_checkpoint import small_config, write_random_checkpoint
+from qwen2vl_kernels import _backend
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a checkpoint, two images and a video."""
+    folder = tmp_path_factory.mktemp("cli")
+    write_random_checkpoint(
+        folder / "model", small_config(tie_word_embeddings=False), std=0.1, dtype=torch.float32, seed=1
+    )
+    path = folder / "model" / "generation_config.json"
+    # No id that the model can choose, so that answers are as long as asked for.
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [999]}))
+    draw_scene(84, 56).save(folder / "day.png")
+    draw_scene(60, 120, night=True).save(folder / "a night.jpg")
+    write_video(folder / "balloon.mp4", width=64, height=48, seconds=2, fps=10)
+    (folder / "text.png").write_text("no picture at all")
+    return folder
+
+
+@pytest.fixture
+def run(place, monkeypatch):
+    """Runs the command line in that folder."""
+    monkeypatch.chdir(place)
+
+    def call(*args, stdin=None):
+        return CliRunner().invoke(app, [str(a) for a in args], input=stdin)
+
+    return call
+
+
+def answer(run, *args, **kwargs) -> dict:
+    result = run("generate", "--model", "model", "--json", "--max-new-tokens", 12, *args, **kwargs)
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+# ---------------------------------------------------------------------------------------------------- generate
+
+
+def test_json_describes_the_answer(run):
+    got = answer(run, "--video", "balloon.mp4", "--image", "day.png", "--prompt", "What?", "--max-pixels", 10_000)
+    processor = Processor.from_pretrained("model")
+    assert got["text"] == processor.decode(got["token_ids"])
+    assert got["finish_reason"] == "length"
+    video, image = got["media"]
+    assert image == {
+        "kind": "image",
+        "source": "day.png",
+        "source_size": [56, 84],
+        "resized_size": [56, 84],
+        "grid_thw": [1, 4, 6],
+        "tokens": 6,
+    }
+    assert video["kind"] == "video" and video["source"] == "balloon.mp4" and video["source_size"] == [48, 64]
+    height, width = video["resized_size"]
+    assert video["grid_thw"] == [2, height // 14, width // 14]
+    assert video["duration"] == pytest.approx(2) and video["fps"] == pytest.approx(10)
+    assert len(video["frame_times"]) == 4
+    text = len(processor([{"role": "user", "content": "What?"}])["input_ids"][0])
+    counts = got["tokens"]
+    assert counts["image"] == 6 and counts["video"] == video["tokens"] == height * width * 2 // 784
+    assert counts["prompt"] == text + counts["image"] + counts["video"] + 4  # two marks around each
+    assert counts["generated"] == len(got["token_ids"]) == 12
+    assert set(got["timings"]) == {"load", "prepare", "vision", "prefill", "decode", "total"}
+    parts = {name: seconds for name, seconds in got["timings"].items() if name != "total"}
+    assert all(seconds > 0 for seconds in parts.values()) and sum(parts.values()) <= got["timings"]["total"]
+    assert (got["model"], got["device"], got["dtype"]) == ("model", "cpu", "float32")
+
+
+def test_media_keep_their_order(run):
+    got = answer(run, "--image=day.png", "--video=balloon.mp4", "--prompt=x", "-i", "a night.jpg", "--max-pixels=9000")
+    assert [item["source"] for item in got["media"]] == ["day.png", "balloon.mp4", "a night.jpg"]
+    assert [item["kind"] for item in got["media"]] == ["image", "video", "image"]
+
+
+def test_text_streams(run, monkeypatch):
+    whole = answer(run, "--image", "day.png", "--prompt", "hi")["text"]
+    printed = []
+    module = importlib.import_module("qwen2vl.cli.generate")
+    monkeypatch.setattr(module, "print", lambda text="\n", **k: printed.append((text, k["flush"])), raising=False)
+    args = ("generate", "--model", "model", "--image", "day.png", "--prompt", "hi", "--max-new-tokens", 12)
+    assert run(*args).exit_code == 0
+    pieces = [piece for piece, _ in printed]
+    assert "".join(pieces) == whole + "\n" and len(pieces) == 13 and all(flushed for _, flushed in printed)
+
+
+def test_system_and_stdin_reach_the_prompt(run):
+    plain = answer(run, "--prompt", "hi")
+    assert answer(run, "--prompt", "-", stdin="hi\n")["token_ids"] == plain["token_ids"]
+    other = answer(run, "--prompt", "hi", "--system", "You are a helpful assistant who says nothing at all.")
+    assert other["tokens"]["prompt"] > plain["tokens"]["prompt"]
+
+
+def test_stop_string_ends_the_answer(run):
+    whole = answer(run, "--prompt", "hi")["text"]
+    stop = next(c for c in whole[3:] if whole.index(c) >= 3 and c.isprintable() and not c.isspace())
+    got = answer(run, "--prompt", "hi", "--stop", stop, "--stop", "never this")
+    assert got["finish_reason"] == "stop_string" and got["text"] == whole[: whole.index(stop)]
+
+
+def test_sampling_options(run):
+    greedy = answer(run, "--prompt", "hi")["token_ids"]
+    drawn = [answer(run, "--prompt", "hi", "--temperature", 2, "--seed", seed)["token_ids"] for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] and drawn[0] != drawn[2] and drawn[0] != greedy
+    for same in (("--temperature", 0), ("--top-k", 1), ("--top-p", 1e-6)):
+        assert answer(run, "--prompt", "hi", *same)["token_ids"] == greedy
+    punished = answer(run, "--prompt", "hi", "--repetition-penalty", 1e6)["token_ids"]
+    assert len(set(punished)) == len(punished)
+
+
+def test_sampling_options_replace_a_checkpoints_own(run, place):
+    """Released checkpoints say top_k 1: a temperature must not be lost to that."""
+    path = place / "model" / "generation_config.json"
+    before = path.read_text()
+    try:
+        path.write_text(json.dumps({**json.loads(before), "do_sample": True, "top_k": 1, "temperature": 0.01}))
+        as_stated = answer(run, "--prompt", "hi", "--seed", 1)["token_ids"]
+        drawn = answer(run, "--prompt", "hi", "--seed", 1, "--temperature", 2)["token_ids"]
+    finally:
+        path.write_text(before)
+    assert as_stated == answer(run, "--prompt", "hi")["token_ids"]
+    assert drawn == answer(run, "--prompt", "hi", "--seed", 1, "--temperature", 2)["token_ids"] != as_stated
+
+
+# ------------------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (("--image", "missing.png"), "missing.png"),
+        (("--image", "text.png"), "text.png"),
+        (("--video", "day.png"), "day.png"),
+        (("--video", "text.png"), "text.png"),
+        (("--image", "http://localhost:1/a.png"), "give --allow-remote"),
+        (("--device", "nowhere"), "--device nowhere"),
+        (("--max-new-tokens", 40_000), "40000"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(run, args, named):
+    result = run("generate", "--model", "model", "--prompt", "hi", *args)
+    assert result.exit_code == 1 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert named in result.stderr and "messages[" not in result.stderr
+
+
+def test_bad_checkpoints(run, place, tmp_path):
+    for model in ("no-such-folder", place / "day.png", tmp_path):
+        result = run("generate", "--model", model, "--prompt", "hi")
+        assert result.exit_code == 1 and str(model) in result.stderr.replace("\n", "")
+    (tmp_path / "config.json").write_bytes((place / "model" / "config.json").read_bytes())
+    result = run("generate", "--model", tmp_path, "--prompt", "hi")
+    assert result.exit_code == 1 and "tokenizer.json" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (("generate", "--prompt", "hi"), "no trained checkpoint"),
+        (("chat",), "no trained checkpoint"),
+        (("generate", "--model", "model"), "--prompt"),
+        (("generate", "--model", "model", "--prompt", "x", "--what"), "--what"),
+        (("generate", "--model", "model", "--prompt", "x", "--top-p", "2"), "--top-p"),
+        (("generate", "--model", "model", "--prompt", "x", "--dtype", "int8"), "--dtype"),
+        (("generate", "--model", "model", "--prompt", "x", "--stop", ""), "--stop"),
+        (("generate", "--model", "model", "--prompt", "x", "--min-pixels", "9", "--max-pixels", "4"), "--min-pixels"),
+        (("inspect",), "FILE"),
+        (("inspect", "day.png", "--as", "sound"), "--as"),
+        (("paint",), "paint"),
+    ],
+)
+def test_usage_errors(run, args, named):
+    result = run(*args)
+    assert result.exit_code == 2 and named in result.stderr and "Traceback" not in result.stderr
+
+
+def test_an_error_of_ours_is_not_hidden(run, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Processor, "__call__", broken)
+    result = run("generate", "--model", "model", "--prompt", "hi")
+    assert isinstance(result.exception, RuntimeError)
+
+
+def test_version_and_help(run):
+    assert run("--version").stdout.startswith("qwen2vl ")
+    for command in ("generate", "chat", "info", "inspect"):
+        assert command in run("--help").stdout
+        assert run(command, "--help").exit_code == 0
+
+
+def test_control_characters_do_not_reach_a_terminal():
+    assert printable("a\x1b[2Jb\n\tc\x7f\x9b", True) == "a␛[2Jb\n\tc␡\ufffd"
+    assert printable("a\x1b", False) == "a\x1b"
+
+
+# -------------------------------------------------------------------------------------------------------- chat
+
+
+def test_chat_is_a_conversation(run, monkeypatch):
+    """Two turns with media equal the same messages through the API, and no file is decoded twice."""
+    opened = []
+    module = importlib.import_module("qwen2vl.processor")
+    read_image, read_video = module.preprocess_image, module.preprocess_video
+    monkeypatch.setattr(module, "preprocess_image", lambda s, **k: opened.append(s) or read_image(s, **k))
+    monkeypatch.setattr(module, "preprocess_video", lambda s, **k: opened.append(s) or read_video(s, **k))
+    lines = [
+        "/image 'a night.jpg'",
+        "/video balloon.mp4",
+        "What is it?",
+        "And now?",
+        "/reset",
+        "What is it?",
+        "/quit",
+        "x",
+    ]
+    args = ("chat", "--model", "model", "--max-new-tokens", 6, "--max-pixels", 9000, "--repetition-penalty", 1e6)
+    result = run(*args, stdin="\n".join(lines))
+    assert result.exit_code == 0, result.stderr
+    assert [source for source in opened if isinstance(source, str)] == ["balloon.mp4"]
+    assert "a night.jpg" in result.stderr and "4 frames of 2.0 s, 64 × 48" in result.stderr
+
+    processor, model = Processor.from_pretrained("model", max_pixels=9000), Qwen2VL.from_pretrained("model")
+    config = GenerationConfig(max_new_tokens=6, repetition_penalty=1e6)
+
+    def ask(messages):
+        inputs = processor(messages, video_max_pixels=9000)
+        return generate(model, inputs, tokenizer=processor.tokenizer, config=config).texts[0]
+
+    media = [{"type": "image", "image": "a night.jpg"}, {"type": "video", "video": "balloon.mp4"}]
+    first = [{"role": "user", "content": [*media, {"type": "text", "text": "What is it?"}]}]
+    one = ask(first)
+    two = ask([*first, {"role": "assistant", "content": one}, {"role": "user", "content": "And now?"}])
+    alone = ask([{"role": "user", "content": "What is it?"}])
+    assert len({one, two, alone}) == 3
+    assert result.stdout == f"{one}\n{two}\n{alone}\n"
+
+
+def test_chat_system_prompt(run):
+    args = ("chat", "--model", "model", "--max-new-tokens", 6)
+    by_option = run(*args, "--system", "Be brief.", stdin="hi\n")
+    by_command = run(*args, stdin="/system Be brief.\nhi\n")
+    back = run(*args, "--system", "Be brief.", stdin="/system\nhi\n")
+    assert by_option.stdout == by_command.stdout != back.stdout == run(*args, stdin="hi\n").stdout
+
+
+@pytest.mark.parametrize("line", ["/image missing.png", "/image", "/picture day.png"])
+def test_a_piped_chat_ends_at_an_error(run, line):
+    result = run("chat", "--model", "model", stdin=f"{line}\nhi\n")
+    assert result.exit_code == 1 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_chat_on_a_terminal(place):
+    """An error does not end it, nor does Ctrl-C, which stops the answer; the conversation goes on."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "qwen2vl", "chat", "--model", str(place / "model"), "--max-new-tokens", "30000"]
+    environment = {**os.environ, "TERM": "dumb", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        cwd=place,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=_take_terminal,
+    )
+    os.close(theirs)
+    try:
+        assert "/help" in _read_until(ours, "> ")
+        os.write(ours, b"/image missing.png\n")
+        assert "error: no such file" in _read_until(ours, "png'\r\n> ")
+        os.write(ours, b"hello\n")
+        _read_until(ours, "hello\r\n")
+        assert os.read(ours, 1)  # the answer has begun
+        os.write(ours, b"\x03")
+        _read_until(ours, "\r\n(stopped)\r\n> ")
+        os.write(ours, b"/quit\n")
+        assert process.wait(timeout=30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
+def _take_terminal() -> None:
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def _read_until(terminal: int, wanted: str, seconds: float = 60) -> str:
+    seen, end = b"", time.monotonic() + seconds
+    while wanted.encode() not in seen:
+        ready, _, _ = select.select([terminal], [], [], max(0, end - time.monotonic()))
+        assert ready, f"no {wanted!r} in {seen[-2000:]!r}"
+        seen += os.read(terminal, 65536)
+    return seen.decode(errors="replace")
+
+
+# -------------------------------------------------------------------------------------------- info and inspect
+
+
+def test_info(run):
+    facts = json.loads(run("info", "--json").stdout)
+    assert facts["versions"]["torch"] and facts["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    for device in ("cpu", "cuda"):
+        rows = facts["backends"][device]
+        assert [(r["op"], r["backend"], r["not_taken"]) for r in rows] == _backend.table(device)
+    assert facts["threads"]["torch"] == torch.get_num_threads()
+    assert len(facts["gpus"]) == torch.cuda.device_count()
+    for extension in facts["extensions"].values():
+        assert extension["available"] == (extension["reason"] is None)
+    text = run("info").stdout
+    for row in facts["backends"]["cpu"]:
+        assert row["op"] in text
+    for reason in facts["unavailable"].values():
+        assert reason in text.replace("\n", " ")
+
+
+def test_inspect(run, tmp_path):
+    result = run("inspect", "day.png", "balloon.mp4", "--out", tmp_path / "new", "--json")
+    assert result.exit_code == 0, result.stderr
+    image, video = json.loads(result.stdout)
+    assert image["grid_thw"] == [1, 4, 6] and image["tokens"] == 6 and image["patches"] == 24
+    assert image["file_bytes"] == Path("day.png").stat().st_size and image["patch_bytes"] == 24 * 1176
+    assert [Path(p).name for p in image["pictures"]] == ["day-grid.png", "day-positions.png"]
+    assert [Path(p).name for p in video["pictures"]] == ["balloon-frames.png", "balloon-positions.png"]
+    assert video["frame_times"] == pytest.approx([0, 0.6, 1.3, 1.9])
+    sizes = {}
+    for path in image["pictures"] + video["pictures"]:
+        with Image.open(path) as picture:
+            picture.load()
+            assert picture.format == "PNG" and len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 8
+            sizes[Path(path).name] = picture.size
+    assert sizes["day-grid.png"] == (84 * 7, 56 * 7)  # enlarged by a whole factor, to 560 at least
+    assert sizes["day-positions.png"] == (1440, 600)
+    text = run("inspect", "day.png", "balloon.mp4").stdout
+    for said in ("84 × 56 pixels", "1 × 4 × 6", "6, and 2 marks", "2.00 s at 10.00 frames", "4, at 0.00, 0.60"):
+        assert said in text
+
+
+def test_inspect_options(run, place):
+    (small,) = json.loads(run("inspect", "day.png", "--max-pixels", 3136, "--json").stdout)
+    assert small["tokens"] <= 4
+    (forced,) = json.loads(run("inspect", "balloon.mp4", "--as", "video", "--fps", 5, "--json").stdout)
+    assert len(forced["frame_times"]) == 10
+    result = run("inspect", "balloon.mp4", "--as", "image")
+    assert result.exit_code == 1 and "balloon.mp4" in result.stderr
+
+
+def test_pictures_of_files_with_one_stem(run, place, tmp_path):
+    (tmp_path / "day.png").write_bytes((place / "a night.jpg").read_bytes())
+    reports = json.loads(run("inspect", "day.png", tmp_path / "day.png", "--out", tmp_path, "--json").stdout)
+    names = [Path(p).name for report in reports for p in report["pictures"]]
+    assert names == ["day-1-grid.png", "day-1-positions.png", "day-2-grid.png", "day-2-positions.png"]
+
+
+def test_inspect_without_matplotlib(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = run("inspect", "day.png", "--out", tmp_path)
+    assert result.exit_code == 1 and "qwen2vl[inspect]" in result.stderr
+    assert run("inspect", "day.png").exit_code == 0

@@ -1,0 +1,56 @@
+"""The demo runs as ``make demo`` and ``make check`` run it."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from qwen2vl import Qwen2VL
+from qwen2vl.demo import demo
+
+app = typer.Typer()
+app.command()(demo)
+
+
+def test_demo(tmp_path):
+    result = CliRunner().invoke(app, ["--out", str(tmp_path / "out"), "--keep"])
+    assert result.exit_code == 0, result.output
+    for said in ("weights are random", "1 × 32 × 48", "384", "560 × 224", "6 × 20 × 28", "kept: 0.00", "answer's ids"):
+        assert said in result.stdout
+    made = {path.name for path in (tmp_path / "out").iterdir()}
+    assert made == {
+        *("day.png", "night.png", "exit.jpg", "balloon.mp4", "checkpoint"),
+        *("day-grid.png", "day-positions.png", "balloon-frames.png", "balloon-positions.png"),
+    }
+    assert Qwen2VL.from_pretrained(tmp_path / "out" / "checkpoint").config.text.vocab_size == 512
+
+
+def test_demo_without_pyav(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    result = CliRunner().invoke(app, ["--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "no video" in result.stdout and "qwen2vl[video]" in result.stdout and "balloon" not in result.stdout
+
+
+def test_check_finds_equality(tmp_path):
+    pytest.importorskip("transformers")
+    result = CliRunner().invoke(app, ["--out", str(tmp_path), "--check"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("64 of 64 equal") == 3
+
+
+def test_check_finds_a_difference(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    load = Qwen2VL.from_pretrained
+
+    def loads_wrongly(*args, **kwargs):
+        model = load(*args, **kwargs)
+        next(model.visual.parameters()).data *= 1.01
+        return model
+
+    monkeypatch.setattr(Qwen2VL, "from_pretrained", loads_wrongly)
+    result = CliRunner().invoke(app, ["--out", str(tmp_path), "--check"])
+    assert result.exit_code == 1 and "not equal to transformers" in result.stderr
