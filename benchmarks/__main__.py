@@ -32,12 +32,17 @@ def run(
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds, instead of as many as fit.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the JSON; default benchmarks/results/<device>.")] = None,
     device: Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads on the CPU; fewer than its cores stand a busy machine better.")
+    ] = None,
     checkpoint_dir: Annotated[
         Path | None,
         typer.Option(help="Keep the random checkpoints here (4.4 GB for the 2B) and use those that are there."),
     ] = None,
 ) -> None:
     """Measure cases; a red parity gate stops its case and makes the exit status 1."""
+    if threads is not None:
+        torch.set_num_threads(threads)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     console = Console(width=None if sys.stdout.isatty() else 200)
     if out is None and quick:
@@ -51,7 +56,9 @@ def run(
     with Context(device=where, quick=quick, rounds=rounds, checkpoint_dir=checkpoint_dir) as context:
         for case in cases:
             try:
-                result = run_case(case, context, command=_command())
+                result = run_case(
+                    case, context, _command(), log=lambda line: console.print(line, style="dim", markup=False)
+                )
             except GateError as error:
                 console.print(str(error), style="bold red", markup=False)
                 red = True

@@ -6,7 +6,8 @@ import importlib
 import json
 import math
 import pkgutil
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,10 @@ def load_case(name: str) -> Case:
     return importlib.import_module(f"{cases.__name__}.{name}").CASE
 
 
-def run_case(case: Case, context: Context, command: str = "") -> dict[str, Any]:
-    """Measure ``case``; the result is what goes into its JSON.
+def run_case(
+    case: Case, context: Context, command: str = "", log: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
+    """Measure ``case``; the result is what goes into its JSON. ``log`` gets a line a provider as it is measured.
 
     Raises :class:`GateError` at the first red gate, and ``ValueError`` for a workload that no gate covers.
     """
@@ -69,6 +72,8 @@ def run_case(case: Case, context: Context, command: str = "") -> dict[str, Any]:
                 dtypes |= new
             rounds = context.rounds or (2 if context.quick else None)
             samples = measure(workload, clock, rounds)
+            for provider, by_metric in samples.items():
+                log(f"{workload.name}, {provider}: " + ", ".join(map(_brief, by_metric.items())))
             measured.append((_without_calls(workload), samples))
             del workload  # its inputs, before the case makes the next ones
         if dtypes:
@@ -116,6 +121,11 @@ def _workload_checks(workload: Workload) -> Sequence[Check]:
 
 def _wanted_ceilings(workload: Workload) -> set[torch.dtype]:
     return {workload.dtype} if workload.flops or workload.bytes else set()
+
+
+def _brief(metric: tuple[str, list[float]]) -> str:
+    name, values = metric
+    return f"{name} {statistics.median(values):.4g} ({min(values):.4g} .. {max(values):.4g})"
 
 
 def _without_calls(workload: Workload) -> Workload:

@@ -338,5 +338,8 @@ def test_load_measures_in_fresh_processes(tmp_path):
     got = in_subprocess("load", "ours", folder=folder, device="cpu")
     assert got["import"] > 0 and got["load and read every weight"] >= got["load"] > 0
     assert got["peak memory"] > 50e6
-    with pytest.raises(RuntimeError, match="load of ours failed"):
-        in_subprocess("load", "ours", folder=tmp_path / "absent", device="cpu")
+
+
+def test_a_failed_subprocess_is_an_error():
+    with pytest.raises(RuntimeError, match=r"nothing of ours failed with status 1:[\s\S]*KeyError"):
+        in_subprocess("nothing", "ours", folder="", device="cpu")

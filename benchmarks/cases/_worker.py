@@ -14,8 +14,14 @@ from typing import Any
 
 def in_subprocess(task: str, who: str, **arguments: Any) -> dict[str, float]:
     """Run a task of this module for ``who`` in a fresh process with this one's import path."""
+    import torch  # not at the top, which the processes that time their imports run through
+
     request = json.dumps({"task": task, "who": who, **{k: str(v) for k, v in arguments.items()}})
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
     done = subprocess.run([sys.executable, "-m", __name__, request], env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{task} of {who} failed with status {done.returncode}:\n{done.stderr[-2000:]}")
