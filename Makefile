@@ -45,8 +45,9 @@ demo: .venv/install.stamp
 check: .venv/install.stamp
 	@$(RUN) -m qwen2vl.demo --check
 
+# One worker a core and one thread a worker: threads of several workers would spin against each other.
 test: .venv/install.stamp
-	@$(RUN) -m pytest $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto $(PYTEST_ARGS)
 
 lint: .venv/install.stamp
 	.venv/bin/ruff check .

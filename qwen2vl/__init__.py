@@ -1,10 +1,17 @@
-"""Qwen2-VL in PyTorch on its own kernels: load a checkpoint, ask about images and videos, generate."""
+"""Qwen2-VL in PyTorch on its own kernels: load a checkpoint, ask about images and videos, generate.
 
-from .config import Qwen2VLConfig, TextConfig, VisionConfig
-from .errors import CheckpointError, ContextLengthError, MediaError, PromptError, Qwen2VLError
-from .generate import GenerationConfig, GenerationResult, generate, stream
-from .model import Qwen2VL
-from .processor import Inputs, Processor
+Names are imported when they are first used, so that ``qwen2vl --help`` does not wait for PyTorch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import Qwen2VLConfig, TextConfig, VisionConfig
+    from .errors import CheckpointError, ContextLengthError, MediaError, PromptError, Qwen2VLError
+    from .generation import GenerationConfig, GenerationResult, generate, stream
+    from .model import Qwen2VL
+    from .processor import Inputs, Processor
 
 __all__ = [
     "CheckpointError",
@@ -23,3 +30,18 @@ __all__ = [
     "generate",
     "stream",
 ]
+
+_MODULES = {
+    "config": ("Qwen2VLConfig", "TextConfig", "VisionConfig"),
+    "errors": ("CheckpointError", "ContextLengthError", "MediaError", "PromptError", "Qwen2VLError"),
+    "generation": ("GenerationConfig", "GenerationResult", "generate", "stream"),
+    "model": ("Qwen2VL",),
+    "processor": ("Inputs", "Processor"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)

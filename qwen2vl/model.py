@@ -36,7 +36,7 @@ class Qwen2VL(nn.Module):
         if not config.text.tie_word_embeddings:
             self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         self.max_vision_patches: int | None = None
-        #: generation_config.json as read, for :meth:`qwen2vl.generate.GenerationConfig.from_model`.
+        #: generation_config.json as read, for :meth:`qwen2vl.generation.GenerationConfig.from_model`.
         self.generation_defaults: dict = {}
 
     # ---------------------------------------------------------------------------------------------- making and saving

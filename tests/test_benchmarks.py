@@ -20,7 +20,7 @@ from benchmarks.case import Case, Check, Context, Provider, Workload, equal, rel
 from benchmarks.cases._worker import in_subprocess
 from benchmarks.run import GateError, case_names, load_case, run_case, write
 from benchmarks.timing import Ceilings, Clock, measure, ratio, spread
-from qwen2vl.random_checkpoint import write_random_checkpoint
+from qwen2vl.demo.checkpoint import write_random_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 

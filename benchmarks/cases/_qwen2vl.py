@@ -13,8 +13,8 @@ import torch
 from qwen2vl import Qwen2VL, Qwen2VLConfig
 from qwen2vl.cache import KVCache
 from qwen2vl.config import TextConfig, VisionConfig
+from qwen2vl.demo.checkpoint import small_config, write_random_checkpoint
 from qwen2vl.image import IMAGE_MEAN, IMAGE_STD
-from qwen2vl.random_checkpoint import small_config, write_random_checkpoint
 
 from ..case import Context
 

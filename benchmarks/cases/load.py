@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from qwen2vl import Qwen2VLConfig
-from qwen2vl.random_checkpoint import small_config
+from qwen2vl.demo.checkpoint import small_config
 
 from .. import providers
 from ..case import Case, Check, Context, Provider, Workload

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from qwen2vl import Qwen2VLConfig
-from qwen2vl.random_checkpoint import small_config
+from qwen2vl.demo.checkpoint import small_config
 
 from .. import providers
 from ..case import Case, Check, Context, Provider, Workload, relative_error, two_times

@@ -38,7 +38,7 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from ..generate import GenerationConfig
+    from ..generation import GenerationConfig
     from ..model import Qwen2VL
     from ..processor import Processor
 
@@ -181,7 +181,7 @@ class _Chat:
 
     def ask(self, text: str) -> None:
         """One turn. A question that cannot be answered leaves the conversation as it was."""
-        from ..generate import generate
+        from ..generation import generate
 
         question = {"role": "user", "content": [*self.attached, {"type": "text", "text": text}]}
         messages = [*self.turns, question]

@@ -20,7 +20,7 @@ from typer.core import TyperCommand
 from ..errors import CheckpointError, Qwen2VLError
 
 if TYPE_CHECKING:
-    from ..generate import GenerationConfig
+    from ..generation import GenerationConfig
     from ..model import Qwen2VL
     from ..processor import Processor
 
@@ -226,7 +226,7 @@ def generation_config(
     Any one of --temperature, --top-p and --top-k replaces all three of the checkpoint's: released ones come
     with top_k 1, under which a temperature would change nothing.
     """
-    from ..generate import GenerationConfig
+    from ..generation import GenerationConfig
 
     given: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed, "stop": tuple(stop or ())}
     if not all(given["stop"]):

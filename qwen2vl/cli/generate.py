@@ -105,7 +105,7 @@ def generate(
         inputs = processor(messages, progress=report, **video_options(min_pixels, max_pixels, fps))
     prepare_seconds = time.perf_counter() - at
 
-    from ..generate import generate as run
+    from ..generation import generate as run
 
     def show(row: int, token: int, piece: str) -> None:
         print(printable(piece), end="", flush=True)

@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 from qwen2vl import GenerationConfig, Processor, Qwen2VL, generate
 from qwen2vl.cli import app
 from qwen2vl.cli.common import printable
-from qwen2vl.demo_media import draw_scene, write_video
-from qwen2vl.random_checkpoint import small_config, write_random_checkpoint
+from qwen2vl.demo.checkpoint import small_config, write_random_checkpoint
+from qwen2vl.demo.media import draw_scene, write_video
 from qwen2vl_kernels import _backend
 
 ROOT = Path(__file__).resolve().parent.parent.parent

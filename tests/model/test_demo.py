@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from qwen2vl import Qwen2VL
-from qwen2vl.demo import demo
+from qwen2vl.demo.__main__ import demo
 
 app = typer.Typer()
 app.command()(demo)

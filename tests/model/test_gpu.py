@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from qwen2vl import GenerationConfig, Processor, Qwen2VL, generate
-from qwen2vl.random_checkpoint import small_config, write_random_checkpoint
+from qwen2vl.demo.checkpoint import small_config, write_random_checkpoint
 from tests.conftest import assert_two_times
 
 pytestmark = [

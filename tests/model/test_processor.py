@@ -14,11 +14,11 @@ from transformers import AutoTokenizer
 
 import qwen2vl.processor
 from qwen2vl.config import Qwen2VLConfig
+from qwen2vl.demo.tokenizer import write_byte_tokenizer
 from qwen2vl.errors import CheckpointError, MediaError, PromptError
 from qwen2vl.image import preprocess_image
 from qwen2vl.processor import MediaInfo, Processor
 from qwen2vl.prompt import check_placeholders, render, segments_to_text
-from qwen2vl.synthetic import write_byte_tokenizer
 from qwen2vl.video import preprocess_video
 
 IMAGE_PAD, VIDEO_PAD = 151655, 151656

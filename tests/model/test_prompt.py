@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from qwen2vl.demo.tokenizer import write_byte_tokenizer
 from qwen2vl.errors import CheckpointError, PromptError
 from qwen2vl.prompt import Control, Media, Text, render, segments_to_text
-from qwen2vl.synthetic import write_byte_tokenizer
 from qwen2vl.tokenizer import CONTROL_TOKENS, GROUNDING_TOKENS, Tokenizer
 
 # SPEC's description of the instruct template, written down a second time.

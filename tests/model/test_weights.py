@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen2vl import CheckpointError, Qwen2VL, Qwen2VLConfig
-from qwen2vl.random_checkpoint import small_config, write_random_checkpoint
+from qwen2vl.demo.checkpoint import small_config, write_random_checkpoint
 from tests.model import oracle
 
 IDS = torch.arange(10, 40)[None]

@@ -8,7 +8,7 @@ import json
 import os
 from pathlib import Path
 
-from .tokenizer import BYTE_OF_CHAR, CONTROL_TOKENS, END_OF_TEXT, IM_END
+from ..tokenizer import BYTE_OF_CHAR, CONTROL_TOKENS, END_OF_TEXT, IM_END
 
 RELEASED_FIRST_ID = 151643
 

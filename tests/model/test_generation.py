@@ -12,8 +12,8 @@ from transformers import (
 
 from qwen2vl import ContextLengthError, GenerationConfig, Processor, PromptError, Qwen2VL, generate, stream
 from qwen2vl.cache import KVCache
-from qwen2vl.generate import _Chooser
-from qwen2vl.random_checkpoint import small_config, write_random_checkpoint
+from qwen2vl.demo.checkpoint import small_config, write_random_checkpoint
+from qwen2vl.generation import _Chooser
 
 ENDLESS = (10**6,)
 

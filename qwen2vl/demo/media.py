@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .errors import MediaError
+from ..errors import MediaError
 
 _DAY = {
     "sky": ((86, 150, 222), (222, 238, 250)),

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from .config import Qwen2VLConfig, TextConfig, VisionConfig
-from .model import Qwen2VL
-from .synthetic import write_byte_tokenizer
+from ..config import Qwen2VLConfig, TextConfig, VisionConfig
+from ..model import Qwen2VL
+from .tokenizer import write_byte_tokenizer
 
 #: config field -> special token's name
 _IDS = {

@@ -19,14 +19,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from .demo_media import draw_scene, write_video
-from .errors import MediaError, Qwen2VLError
+from ..errors import MediaError, Qwen2VLError
+from .media import draw_scene, write_video
 
 if TYPE_CHECKING:
     import torch
 
-    from .model import Qwen2VL
-    from .processor import Inputs, Processor
+    from ..model import Qwen2VL
+    from ..processor import Inputs, Processor
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -65,7 +65,7 @@ def demo(
 def _write_checkpoint(folder: Path) -> None:
     import torch
 
-    from .random_checkpoint import small_config, write_random_checkpoint
+    from .checkpoint import small_config, write_random_checkpoint
 
     # Untied and with large weights, so that the noise has some life.
     write_random_checkpoint(folder, small_config(tie_word_embeddings=False), std=0.1, dtype=torch.float32)
@@ -111,7 +111,7 @@ def _write_media(out: Path) -> list[tuple[str, list[dict[str, Any]]]]:
 
 
 def _run(folder: Path, prompts: list[tuple[str, list[dict[str, Any]]]], out: Path) -> None:
-    from .generate import GenerationConfig, generate
+    from ..generation import GenerationConfig, generate
 
     processor, model = _load(folder)
     config = GenerationConfig(max_new_tokens=_NEW_TOKENS, do_sample=True, seed=0)
@@ -136,9 +136,9 @@ def _run(folder: Path, prompts: list[tuple[str, list[dict[str, Any]]]], out: Pat
             console.print(f"  answer: [red]{escape(ascii(result.texts[0][:60]))} ...[/]")
 
     with _step("Pictures of what the model sees"):
-        from .cli.inspect import save_pictures
-        from .image import preprocess_image
-        from .video import preprocess_video
+        from ..cli.inspect import save_pictures
+        from ..image import preprocess_image
+        from ..video import preprocess_video
 
         item = prompts[0][1][0]
         saved = save_pictures(out, "day", "image", preprocess_image(item["image"]))
@@ -165,7 +165,7 @@ def compare_with_transformers(folder: Path, prompts: list[tuple[str, list[dict[s
         raise Qwen2VLError(f"the comparison needs transformers ({error}); install qwen2vl[bench]") from error
     import torch
 
-    from .generate import GenerationConfig, generate
+    from ..generation import GenerationConfig, generate
 
     processor, model = _load(folder)
     with _step(f"The same checkpoint in transformers {transformers.__version__}"):
@@ -209,7 +209,7 @@ def _for_transformers(model: Qwen2VL, inputs: Inputs, ids: torch.Tensor) -> dict
 
     from qwen2vl_kernels import mrope_positions
 
-    from .image import IMAGE_MEAN, IMAGE_STD
+    from ..image import IMAGE_MEAN, IMAGE_STD
 
     config = model.config
     types = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
@@ -238,8 +238,8 @@ def _for_transformers(model: Qwen2VL, inputs: Inputs, ids: torch.Tensor) -> dict
 
 
 def _load(folder: Path) -> tuple[Processor, Qwen2VL]:
-    from .model import Qwen2VL
-    from .processor import Processor
+    from ..model import Qwen2VL
+    from ..processor import Processor
 
     with _step("Loading"):
         processor = Processor.from_pretrained(folder)
