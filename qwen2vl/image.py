@@ -125,7 +125,13 @@ def smart_resize(
     return new_height, new_width
 
 
-def load_image(source: object, *, allow_remote: bool = False, max_source_pixels: int = MAX_SOURCE_PIXELS) -> np.ndarray:
+def load_image(
+    source: object,
+    *,
+    allow_remote: bool = False,
+    max_source_pixels: int = MAX_SOURCE_PIXELS,
+    allow_local_files: bool = True,
+) -> np.ndarray:
     """Read an image as upright 8-bit RGB.
 
     Args:
@@ -135,6 +141,7 @@ def load_image(source: object, *, allow_remote: bool = False, max_source_pixels:
             pages the first is taken.
         allow_remote: whether http(s) URLs may be fetched.
         max_source_pixels: larger images are refused from their header, before any pixel is decoded.
+        allow_local_files: whether paths and ``file://`` URLs may be read; see ``open_source``.
 
     Returns:
         (H, W, 3) uint8. EXIF orientation is applied, transparency composited over white, 16-bit values scaled
@@ -152,7 +159,9 @@ def load_image(source: object, *, allow_remote: bool = False, max_source_pixels:
         _check_source_size(source, label, max_source_pixels)
         return _decode(source, label)
     with (
-        open_source(source, allow_remote=allow_remote, max_bytes=MAX_IMAGE_BYTES) as stream,
+        open_source(
+            source, allow_remote=allow_remote, max_bytes=MAX_IMAGE_BYTES, allow_local_files=allow_local_files
+        ) as stream,
         _open_image(stream, label, max_source_pixels) as image,
     ):
         _check_source_size(image, label, max_source_pixels)
@@ -355,6 +364,7 @@ def preprocess_image(
     merge_size: int = 2,
     temporal_patch_size: int = 2,
     allow_remote: bool = False,
+    allow_local_files: bool = True,
 ) -> ImagePatches:
     """Read an image, resize it by ``smart_resize`` and cut it into patches.
 
@@ -364,6 +374,7 @@ def preprocess_image(
         resized_height, resized_width: ask for this size instead of the source's own (give both); it is
             rounded and held to the range like any other.
         allow_remote: whether http(s) URLs may be fetched.
+        allow_local_files: whether paths and ``file://`` URLs may be read; see ``open_source``.
 
     Raises:
         MediaError: what ``load_image`` and ``smart_resize`` refuse, or only one of the two resized sides
@@ -372,7 +383,7 @@ def preprocess_image(
     if (resized_height is None) != (resized_width is None):
         raise MediaError(f"resized_height and resized_width go together, got {resized_height!r} and {resized_width!r}")
     factor = check_positive_int("patch_size", patch_size) * check_positive_int("merge_size", merge_size)
-    pixels = load_image(source, allow_remote=allow_remote)
+    pixels = load_image(source, allow_remote=allow_remote, allow_local_files=allow_local_files)
     source_size = (pixels.shape[0], pixels.shape[1])
     wanted = source_size if resized_height is None or resized_width is None else (resized_height, resized_width)
     try:
@@ -380,13 +391,10 @@ def preprocess_image(
     except MediaError as error:
         label = "image array" if isinstance(source, np.ndarray) else describe_source(source)
         raise MediaError(f"{label}: {error}") from None
-    buffer = PatchBuffer(
-        1,
-        height,
-        width,
+    patches, grid_thw = frames_to_patches(
+        resize_image(pixels, height, width)[None],
         patch_size=patch_size,
         temporal_patch_size=temporal_patch_size,
         merge_size=merge_size,
     )
-    buffer.put(0, resize_image(pixels, height, width))
-    return ImagePatches(buffer.patches, buffer.grid_thw, source_size, (height, width), merge_size)
+    return ImagePatches(patches, grid_thw, source_size, (height, width), merge_size)

@@ -1,7 +1,7 @@
 """Where the bytes of an image or a video come from: paths, URLs, data URIs, bytes and file objects.
 
 Nothing is guessed: a string is a URL when it carries a scheme, and a path otherwise. Network access happens
-only when the caller allows it.
+only when the caller allows it, and a caller can forbid files of this machine.
 """
 
 from __future__ import annotations
@@ -9,16 +9,18 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import functools
 import http.client
 import io
 import os
 import re
+import socket
 import tempfile
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
@@ -27,7 +29,7 @@ from PIL import Image
 from qwen2vl.errors import MediaError
 
 REMOTE_TIMEOUT = 30.0  # seconds, for one socket operation
-REMOTE_DEADLINE = 600.0  # seconds, for a whole download
+REMOTE_DEADLINE = 600.0  # seconds, for a whole download: connecting, redirects, headers and body
 _SPOOL_BYTES = 64 << 20  # what is read from a stream stays in memory up to this size, then goes to a temporary file
 _CHUNK_BYTES = 1 << 20
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")  # two letters at least, so that C:\ stays a path
@@ -54,7 +56,9 @@ def describe_source(source: object) -> str:
 
 
 @contextlib.contextmanager
-def open_source(source: object, *, allow_remote: bool, max_bytes: int) -> Iterator[BinaryIO]:
+def open_source(
+    source: object, *, allow_remote: bool, max_bytes: int, allow_local_files: bool = True
+) -> Iterator[BinaryIO]:
     """Open ``source`` as a seekable binary stream that starts at position 0.
 
     Args:
@@ -64,6 +68,8 @@ def open_source(source: object, *, allow_remote: bool, max_bytes: int) -> Iterat
         allow_remote: whether http(s) URLs may be fetched. The host is not restricted: allow this for trusted
             callers.
         max_bytes: the most bytes read from a network or from a stream that has to be copied.
+        allow_local_files: whether paths and ``file://`` URLs may be opened. Set False for sources named by people
+            who should not read this machine's files. File objects are taken all the same: the program opened them.
 
     Raises:
         MediaError: missing or unreadable file, malformed data URI, refused or failed URL, empty source, too
@@ -80,6 +86,7 @@ def open_source(source: object, *, allow_remote: bool, max_bytes: int) -> Iterat
         elif isinstance(source, str) and (scheme := _SCHEME.match(source)):
             name = scheme.group(1).lower()
             if name == "file":
+                _check_local(label, allow_local_files)
                 stream = stack.enter_context(_open_path(_file_url_path(source, label), label))
             elif name in _REMOTE_SCHEMES:
                 if not allow_remote:
@@ -88,6 +95,7 @@ def open_source(source: object, *, allow_remote: bool, max_bytes: int) -> Iterat
             else:
                 raise MediaError(f"{label}: scheme {name!r} is not supported, want file, http or https")
         elif isinstance(source, (str, os.PathLike)):
+            _check_local(label, allow_local_files)
             stream = stack.enter_context(_open_path(cast("str | os.PathLike[str]", source), label))
         else:
             raise MediaError(f"source must be a path, URL, data URI, bytes or a binary file object, got an {label}")
@@ -95,6 +103,11 @@ def open_source(source: object, *, allow_remote: bool, max_bytes: int) -> Iterat
             raise MediaError(f"{label} is empty (0 bytes)")
         stream.seek(0)
         yield cast(BinaryIO, stream)
+
+
+def _check_local(label: str, allowed: bool) -> None:
+    if not allowed:  # said before the file system is asked, so that nobody learns what exists
+        raise MediaError(f"{label} names a file of this machine, and allow_local_files is False")
 
 
 def _open_path(path: str | os.PathLike[str], label: str) -> BinaryIO:
@@ -137,7 +150,7 @@ def _from_file_object(source: Any, label: str, max_bytes: int, stack: contextlib
         if hasattr(source, "seekable") and source.seekable() and source.tell() == 0:
             return source
         spool = stack.enter_context(_spool())
-        _copy(source, spool, label, max_bytes)
+        _copy(source.read, spool, label, max_bytes)
     except MediaError:
         raise
     except (
@@ -154,15 +167,13 @@ def _spool() -> IO[bytes]:
     return cast("IO[bytes]", tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES))
 
 
-def _copy(source: Any, target: Any, label: str, max_bytes: int, deadline: float | None = None) -> None:
-    """Copy all of ``source`` to ``target`` and rewind the latter; refuse more than ``max_bytes``."""
+def _copy(read: Callable[[int], bytes], target: Any, label: str, max_bytes: int) -> None:
+    """Copy all that ``read`` gives to ``target`` and rewind the latter; refuse more than ``max_bytes``."""
     total = 0
-    while chunk := source.read(_CHUNK_BYTES):
+    while chunk := read(_CHUNK_BYTES):
         total += len(chunk)
         if total > max_bytes:
             raise MediaError(f"{label} holds more than the limit of {max_bytes} bytes")
-        if deadline is not None and time.monotonic() > deadline:
-            raise MediaError(f"{label} took longer than {REMOTE_DEADLINE:g} s to arrive")
         target.write(chunk)
     target.seek(0)
 
@@ -177,13 +188,86 @@ class _CheckedRedirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
+def _patience(deadline: float) -> float:
+    """Seconds that the next socket operation may take."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("timed out")
+    return min(REMOTE_TIMEOUT, left)
+
+
+class _TimedReader(io.RawIOBase):
+    """A socket read with the time left as the timeout of every operation: a trickle cannot outlast the deadline."""
+
+    def __init__(self, sock: socket.socket, deadline: float):
+        self._socket, self._deadline = sock, deadline
+        self._raw = sock.makefile("rb", buffering=0)  # keeps the socket open until the response is closed
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self._socket.settimeout(_patience(self._deadline))
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _TimedSocket:
+    """What a response asks of its socket: a buffered file."""
+
+    def __init__(self, sock: socket.socket, deadline: float):
+        self._socket, self._deadline = sock, deadline
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(_TimedReader(self._socket, self._deadline))
+
+
+class _TimedConnection(http.client.HTTPConnection):
+    """Connects, and reads headers and body, within ``deadline`` (of ``time.monotonic``)."""
+
+    def __init__(self, *args: Any, deadline: float, **options: Any):
+        super().__init__(*args, **options)
+        self._deadline = deadline
+        # urllib and a proxy's tunnel both make their responses through this attribute.
+        self.response_class = functools.partial(_timed_response, deadline)  # type: ignore[assignment]
+
+    def connect(self) -> None:
+        self.timeout = _patience(self._deadline)
+        super().connect()
+
+
+class _TimedTLSConnection(_TimedConnection, http.client.HTTPSConnection):
+    """The same over TLS, with the default context's checks."""
+
+
+def _timed_response(deadline: float, sock: socket.socket, *args: Any, **options: Any) -> http.client.HTTPResponse:
+    return http.client.HTTPResponse(cast(socket.socket, _TimedSocket(sock, deadline)), *args, **options)
+
+
+class _TimedHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """Serves http and https with connections that keep to ``deadline``."""
+
+    def __init__(self, deadline: float):
+        super().__init__()
+        self._deadline = deadline
+
+    def http_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(_TimedConnection, req, deadline=self._deadline)  # type: ignore[arg-type]
+
+    def https_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(_TimedTLSConnection, req, deadline=self._deadline)  # type: ignore[arg-type]
+
+
 def _download(url: str, label: str, max_bytes: int, stack: contextlib.ExitStack) -> IO[bytes]:
+    deadline = time.monotonic() + REMOTE_DEADLINE
     # Built by hand: urllib's default opener would also serve file:, ftp: and data: addresses.
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
+        _TimedHandler(deadline),
         urllib.request.HTTPDefaultErrorHandler(),
         urllib.request.HTTPErrorProcessor(),
         _CheckedRedirects(),
@@ -197,9 +281,12 @@ def _download(url: str, label: str, max_bytes: int, stack: contextlib.ExitStack)
             declared = response.headers.get("Content-Length", "")
             if declared.isdigit() and int(declared) > max_bytes:
                 raise MediaError(f"{label} declares {declared} bytes, more than the limit of {max_bytes}")
-            _copy(response, spool, label, max_bytes, time.monotonic() + REMOTE_DEADLINE)
+            # read1 gives what has arrived: read would wait for a whole chunk.
+            _copy(response.read1, spool, label, max_bytes)
     except MediaError:
         raise
     except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
+        if time.monotonic() >= deadline:
+            raise MediaError(f"{label} took longer than {REMOTE_DEADLINE:g} s to arrive") from error
         raise MediaError(f"{label} could not be fetched: {error}") from error
     return spool

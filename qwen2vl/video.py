@@ -78,10 +78,9 @@ def frame_count(
 ) -> int:
     """How many frames of a video to keep; always even.
 
-    With ``num_frames``: that number, rounded to even (ties as in ``round``). Otherwise ``fps`` frames for
-    every second, at least ``min_frames`` (rounded up to even), at most ``max_frames`` and ``total_frames``,
-    rounded down to even. A
-    video of one frame gives 2: the frame twice.
+    With ``num_frames``: that number, rounded to even (ties as in ``round``). Otherwise ``fps`` frames for every
+    second, at least ``min_frames`` (rounded up to even), at most ``max_frames`` and ``total_frames`` (each rounded
+    down to even). A video of one frame gives 2: the frame twice.
 
     Raises:
         MediaError: an argument out of range, or ``num_frames`` outside [2, total_frames].
@@ -126,8 +125,7 @@ def frame_size(
 ) -> tuple[int, int]:
     """The (height, width) in pixels at which the model sees every frame of a clip.
 
-    ``smart_resize`` within [min_pixels, max_pixels], where both shrink as far as needed for the whole clip to
-    stay
+    ``smart_resize`` within [min_pixels, max_pixels], where both shrink as far as needed for the whole clip to stay
     within ``max_tokens``. That cap always holds; every side is at least patch_size * merge_size.
 
     Raises:
@@ -233,6 +231,7 @@ def preprocess_video(
     temporal_patch_size: int = 2,
     progress: Progress | None = None,
     allow_remote: bool = False,
+    allow_local_files: bool = True,
 ) -> VideoPatches:
     """Sample a video, resize its frames and cut them into patches.
 
@@ -248,6 +247,7 @@ def preprocess_video(
         resized_height, resized_width: ask for this frame size instead of the source's own (give both).
         progress: called as ``progress(kept frames done, kept frames in all)``, first with 0.
         allow_remote: whether http(s) URLs may be fetched.
+        allow_local_files: whether paths and ``file://`` URLs may be read, of frames too; see ``open_source``.
 
     Frames of a file with even timestamps are chosen by number (``frame_indices``); where the rate varies, the
     frames on screen at evenly spaced times are. Should a file decode to fewer frames than it holds, its last
@@ -280,11 +280,14 @@ def preprocess_video(
     if isinstance(source, (list, tuple)) or (isinstance(source, np.ndarray) and source.ndim == 4):
         if start is not None or end is not None:
             raise MediaError("start and end apply to video files, not to a list of frames")
-        return _from_frames(source, fps, num_frames, sizes, resized, progress, allow_remote)
+        access = {"allow_remote": allow_remote, "allow_local_files": allow_local_files}
+        return _from_frames(source, fps, num_frames, sizes, resized, progress, access)
     if isinstance(source, (np.ndarray, Image.Image)):
         raise MediaError(f"{describe_source(source)} is one image: give a video or a list of frames")
     label = describe_source(source)
-    with open_source(source, allow_remote=allow_remote, max_bytes=MAX_VIDEO_BYTES) as file:
+    with open_source(
+        source, allow_remote=allow_remote, max_bytes=MAX_VIDEO_BYTES, allow_local_files=allow_local_files
+    ) as file:
         timeline = read_timeline(file, label).between(begin, stop, label)
         count = frame_count(len(timeline.ticks), timeline.rate or 1.0, fps=fps, **counts)
         wanted = timeline.choose(frame_indices(len(timeline.ticks), count))
@@ -301,7 +304,7 @@ def _from_frames(
     sizes: dict[str, int],
     resized: tuple[int, int] | None,
     progress: Progress | None,
-    allow_remote: bool,
+    access: dict[str, bool],
 ) -> VideoPatches:
     total = len(frames)
     if total == 0:
@@ -312,7 +315,7 @@ def _from_frames(
     writer = _ClipWriter("list of frames", len(kept), sizes, resized, progress)
     for slot, index in enumerate(kept):
         try:
-            frame = load_image(frames[index], allow_remote=allow_remote)
+            frame = load_image(frames[index], **access)
         except MediaError as error:
             raise MediaError(f"frame {index} of the list: {error}") from error
         writer.put([slot], frame, index / fps)

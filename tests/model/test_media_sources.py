@@ -1,9 +1,12 @@
 """Reading of images from every kind of source, hostile content and remote addresses."""
 
 import base64
+import contextlib
 import http.server
 import io
+import socket
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +28,10 @@ from tests.model.media_fixtures import (
 )
 
 # -------------------------------------------------------------------------------------------------- sources
+
+
+def data_uri(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
 def test_every_kind_of_source(tmp_path, monkeypatch):
@@ -93,6 +100,23 @@ def test_wrong_sources(source, match):
     with pytest.raises(MediaError, match=match) as caught:
         load_image(source)
     assert len(str(caught.value)) < 500
+
+
+def test_local_files_can_be_forbidden(tmp_path):
+    """Paths and file URLs are refused, whether or not the file exists; what the program holds is taken."""
+    pixels = noise(56, 56)
+    data = encode_image(pixels)
+    path = tmp_path / "a.png"
+    path.write_bytes(data)
+    named = [str(path), path, path.as_uri(), path.as_uri().replace("file", "FILE"), str(tmp_path / "none.png"), "C:\\x"]
+    for source in named:
+        for read in (load_image, preprocess_image, preprocess_video, lambda s, **k: preprocess_video([pixels, s], **k)):
+            with pytest.raises(MediaError, match="names a file of this machine, and allow_local_files is False"):
+                read(source, allow_local_files=False)
+    for source in (data, io.BytesIO(data), pixels, Image.open(io.BytesIO(data)), data_uri(data)):
+        np.testing.assert_array_equal(load_image(source, allow_local_files=False), pixels)
+    frames = preprocess_video([pixels, data, data_uri(data)], allow_local_files=False)
+    assert frames.grid_thw[0] == 2
 
 
 def test_closed_file_object(tmp_path):
@@ -185,6 +209,9 @@ def server(monkeypatch):
                 self.send_header("Location", target[self.path])
                 self.end_headers()
                 return
+            if self.path == "/slow-headers":
+                self.trickle(b"HTTP/1.0 200 OK\r\nX: ")
+                return
             self.send_response(404 if self.path == "/missing" else 200)
             if self.path == "/large":
                 self.send_header("Content-Length", str(1 << 40))
@@ -193,6 +220,16 @@ def server(monkeypatch):
                 self.wfile.write(data)
             if self.path == "/video":
                 self.wfile.write(video)
+            if self.path == "/slow-body":
+                self.trickle(data[:100])
+
+        def trickle(self, start):
+            """Some bytes, and then one every 50 ms, for 3 seconds or as long as somebody listens."""
+            with contextlib.suppress(OSError):
+                self.wfile.write(start)
+                for _ in range(60):
+                    time.sleep(0.05)
+                    self.wfile.write(b"a")
 
         def log_message(self, format, *args):
             pass
@@ -210,6 +247,8 @@ def test_remote_images(server):
     with pytest.raises(MediaError, match="allow_remote"):
         load_image(f"{address}/ok")
     assert not seen
+    fetched = load_image(f"{address}/ok", allow_remote=True, allow_local_files=False)
+    np.testing.assert_array_equal(fetched, noise(30, 44))
     for path in ("/ok", "/redirect"):
         np.testing.assert_array_equal(load_image(address + path, allow_remote=True), noise(30, 44))
 
@@ -229,6 +268,22 @@ def test_remote_images(server):
 def test_remote_failures(server, path, match):
     with pytest.raises(MediaError, match=match):
         load_image(server[0] + path, allow_remote=True)
+
+
+@pytest.mark.parametrize("path", ["/slow-headers", "/slow-body"])
+def test_a_trickle_does_not_outlast_the_deadline(server, monkeypatch, path):
+    monkeypatch.setattr("qwen2vl.media_source.REMOTE_DEADLINE", 0.4)
+    begin = time.monotonic()
+    with pytest.raises(MediaError, match=r"took longer than 0\.4 s to arrive"):
+        load_image(server[0] + path, allow_remote=True)
+    assert time.monotonic() - begin < 1.5
+
+
+def test_a_silent_server_is_left_at_the_deadline(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr("qwen2vl.media_source.REMOTE_DEADLINE", 0.4)
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(MediaError, match="took longer than"):
+        load_image(f"http://127.0.0.1:{silent.getsockname()[1]}/", allow_remote=True)
 
 
 def test_file_size_limit(tmp_path):
