@@ -7,11 +7,14 @@ Pillow's bicubic on 8-bit RGB, transparency is laid over white. Pixels stay uint
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import operator
 import os
 import threading
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -42,6 +45,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _warnings_lock = threading.Lock()
+# Pillow has errors of its own about damaged files: its log lines go where a program sends them, or nowhere.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,6 +173,14 @@ def load_image(
         return _decode(image, label)
 
 
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """For headers and metadata, which take no time: filters belong to the whole process, so one thread at a time."""
+    with _warnings_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _open_image(stream: BinaryIO, label: str, max_source_pixels: int) -> Image.Image:
     size = stream.seek(0, os.SEEK_END)
     stream.seek(0)
@@ -176,9 +189,7 @@ def _open_image(stream: BinaryIO, label: str, max_source_pixels: int) -> Image.I
     Image.init()
     formats = [name for name in _FORMATS if name in Image.OPEN]
     try:
-        # The lock is held for the header alone: warning filters belong to the whole process.
-        with _warnings_lock, warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with _without_warnings():
             return Image.open(stream, formats=formats)
     except Image.DecompressionBombError as error:
         raise MediaError(
@@ -204,7 +215,8 @@ def _check_source_size(image: Image.Image, label: str, max_source_pixels: int) -
 def _decode(image: Image.Image, label: str) -> np.ndarray:
     try:
         image.load()
-        orientation = image.getexif().get(_ORIENTATION_TAG, 1)  # after load: PNG may carry EXIF behind its pixels
+        with _without_warnings():  # after load: PNG may carry EXIF behind its pixels
+            orientation = image.getexif().get(_ORIENTATION_TAG, 1)
         upright = _to_rgb(image, label)
         if orientation in _UPRIGHT:
             upright = upright.transpose(_UPRIGHT[orientation])

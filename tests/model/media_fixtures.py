@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from qwen2vl.image import IMAGE_MEAN, IMAGE_STD
+from qwen2vl.inspection import patches_to_frames
 from qwen2vl.video import VideoPatches
 
 
@@ -116,30 +117,6 @@ def with_display_matrix(mp4: bytes, a: int, b: int, c: int, d: int) -> bytes:
     at = mp4.index(b"tkhd") + 4 + 40  # version 0: flags, times, ids and volume come before the matrix
     matrix = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
     return mp4[:at] + matrix + mp4[at + 36 :]
-
-
-def patches_to_frames(patches: np.ndarray, grid: tuple[int, int, int], merge: int = 2) -> np.ndarray:
-    """(2 t, H, W, 3) uint8 from patch rows, one patch at a time."""
-    steps, rows, cols = grid
-    frames = np.zeros((steps * 2, rows * 14, cols * 14, 3), np.uint8)
-    index = 0
-    for step in range(steps):
-        for block_row in range(rows // merge):
-            for block_col in range(cols // merge):
-                for row in range(block_row * merge, block_row * merge + merge):
-                    for col in range(block_col * merge, block_col * merge + merge):
-                        patch = patches[index].reshape(3, 2, 14, 14)
-                        for frame in range(2):
-                            for channel in range(3):
-                                frames[
-                                    step * 2 + frame,
-                                    row * 14 : row * 14 + 14,
-                                    col * 14 : col * 14 + 14,
-                                    channel,
-                                ] = patch[channel, frame]
-                        index += 1
-    assert index == len(patches)
-    return frames
 
 
 def unnormalise(rows: np.ndarray) -> np.ndarray:

@@ -5,6 +5,9 @@ import contextlib
 import http.server
 import io
 import socket
+import struct
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -23,6 +26,7 @@ from tests.model.media_fixtures import (
     noise,
     numbered,
     numbers,
+    png_chunk,
     png_with_header,
     video_bytes,
 )
@@ -182,6 +186,33 @@ def test_damaged_bytes_give_an_image_or_a_media_error(format, changes):
         assert "bytes of length" in str(error)
     else:
         assert item.patches.shape == (item.grid_thw[1] * item.grid_thw[2], 1176)
+
+
+def test_damaged_metadata_is_passed_over_in_silence(tmp_path):
+    """Neither Pillow's warnings nor its log lines reach stderr, even where every warning is shown."""
+    pixels = noise(40, 40)
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x09" + b"\x01\x12\0\x03"  # promises nine entries
+    encoded = encode_image(pixels)
+    at = encoded.index(b"IDAT") - 4
+    (tmp_path / "exif.png").write_bytes(encoded[:at] + png_chunk(b"eXIf", exif[6:]) + encoded[at:])
+    (tmp_path / "exif.jpg").write_bytes(encode_image(pixels, "JPEG", exif=exif))
+    tiff = bytearray(encode_image(pixels, "TIFF"))
+    at = tiff.index(struct.pack("<HHIH", 277, 3, 1, 3))  # samples per pixel
+    tiff[at + 8] = 200
+    (tmp_path / "samples.tiff").write_bytes(tiff)
+    code = """if True:
+        import sys, qwen2vl.errors
+        from qwen2vl.image import load_image
+        for path in sys.argv[1:]:
+            try:
+                print(load_image(path).shape)
+            except qwen2vl.errors.MediaError:
+                print("refused")
+    """
+    files = [str(tmp_path / name) for name in ("exif.png", "exif.jpg", "samples.tiff")]
+    done = subprocess.run([sys.executable, "-W", "always", "-c", code, *files], capture_output=True, text=True)
+    assert done.stdout.split("\n")[:3] == ["(40, 40, 3)", "(40, 40, 3)", "refused"]
+    assert done.stderr == ""
 
 
 # ---------------------------------------------------------------------------------------------------- remote

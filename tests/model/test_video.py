@@ -15,6 +15,7 @@ from PIL import Image
 import qwen2vl.video_decode
 from qwen2vl.errors import MediaError
 from qwen2vl.image import resize_image
+from qwen2vl.inspection import patches_to_frames
 from qwen2vl.video import frame_count, frame_indices, frame_size, preprocess_video
 from tests.model.media_fixtures import (
     encode_image,
@@ -22,7 +23,6 @@ from tests.model.media_fixtures import (
     numbered,
     numbered_frame,
     numbers,
-    patches_to_frames,
     video_bytes,
     with_display_matrix,
     write_video,
