@@ -1,14 +1,15 @@
 """Model configuration: the released flat config.json, the layouts transformers re-saves it in, and presets.
 
 Every field is explicit. A missing key that has a value in all released checkpoints takes that value; one that differs
-between sizes (widths, depths, rms_norm_eps, tie_word_embeddings) is required, because transformers' class defaults
-are those of the 72B and would build a different model without a word.
+between sizes (widths, depths, rms_norm_eps) is required, because transformers' class defaults are those of the 72B and
+would build a different model without a word. tie_word_embeddings is false where it is missing: transformers writes it
+whenever it is true, and a tied checkpoint read as untied fails loudly for want of a head.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ class VisionConfig:
     temporal_patch_size: int = 2
     rope_theta: float = 10_000.0
     layer_norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        _check_fields(self, "vision_config.")
 
     @property
     def head_dim(self) -> int:
@@ -56,6 +60,9 @@ class TextConfig:
     rope_theta: float = 1_000_000.0
     mrope_section: tuple[int, int, int] = (16, 24, 24)
     max_position_embeddings: int = 32768
+
+    def __post_init__(self) -> None:
+        _check_fields(self, "")
 
     @property
     def head_dim(self) -> int:
@@ -90,16 +97,20 @@ class Qwen2VLConfig:
                 f"num_attention_heads {t.num_attention_heads} is no multiple of num_key_value_heads "
                 f"{t.num_key_value_heads}"
             )
-        if len(t.mrope_section) != 3 or 2 * sum(t.mrope_section) != t.head_dim:
-            problems.append(f"mrope_section {t.mrope_section} must be three sizes summing to {t.head_dim // 2} pairs")
+        if 2 * sum(t.mrope_section) != t.head_dim:
+            problems.append(f"mrope_section {t.mrope_section} must sum to head_dim's {t.head_dim // 2} pairs")
         if v.embed_dim % v.num_heads or v.head_dim % 4:
             problems.append(f"vision embed_dim {v.embed_dim} over {v.num_heads} heads must give a multiple of 4")
         if v.hidden_size != t.hidden_size:
             problems.append(f"vision hidden_size {v.hidden_size} differs from the text's {t.hidden_size}")
-        ids = {name: getattr(self, name) for name in _TOKEN_IDS}
-        problems += [
-            f"{n} {i} is outside the vocabulary of {t.vocab_size}" for n, i in ids.items() if i >= t.vocab_size
-        ]
+        if v.in_channels != 3:
+            problems.append(f"in_channels must be 3 (RGB), got {v.in_channels}")
+        for name in _TOKEN_IDS:
+            token = getattr(self, name)
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < t.vocab_size:
+                problems.append(f"{name} {token!r} is outside the vocabulary of {t.vocab_size}")
+        if self.image_token_id == self.video_token_id:
+            problems.append(f"image_token_id and video_token_id must differ, got {self.image_token_id} twice")
         if problems:
             raise CheckpointError(f"config: {'; '.join(problems)}")
 
@@ -134,48 +145,47 @@ class Qwen2VLConfig:
         model_type = data.get("model_type", "qwen2_vl")
         if model_type != "qwen2_vl":
             raise CheckpointError(f"model_type is {model_type!r}; this package loads 'qwen2_vl'")
-        quantised = data.get("quantization_config") or {}
-        if quantised:
-            method = quantised.get("quant_method", "unknown method")
+        if data.get("quantization_config"):
+            method = _object(data, "quantization_config").get("quant_method", "unknown method")
             raise CheckpointError(
                 f"quantised checkpoints ({method}) are not supported; load the bfloat16 release of the same model"
             )
-        text = data.get("text_config") or data
-        vision = data.get("vision_config")
-        if not isinstance(vision, dict):
+        text = _object(data, "text_config") or data
+        vision = _object(data, "vision_config")
+        if not vision:
             raise CheckpointError("vision_config is missing")
         if (act := text.get("hidden_act", "silu")) != "silu" or vision.get("hidden_act", "quick_gelu") != "quick_gelu":
             raise CheckpointError(f"hidden_act {act!r} / {vision.get('hidden_act')!r} must be 'silu' / 'quick_gelu'")
         if text.get("use_sliding_window", False):
             raise CheckpointError("use_sliding_window is true; sliding-window attention is not supported")
         merged = {**data, **text}  # ids may stand at the top only, or in text_config only
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        rope = _object(text, "rope_parameters") or _object(text, "rope_scaling")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ("default", "mrope"):  # both mean: plain inverse frequencies, mixed by section
             raise CheckpointError(f"rope type {kind!r} is not supported; 'default' and 'mrope' are")
-        section = tuple(rope.get("mrope_section", (16, 24, 24)))
-        ties = [d["tie_word_embeddings"] for d in (data, text) if d.get("tie_word_embeddings") is not None]
-        values: dict[str, Any] = {name: merged.get(name) for name in _REQUIRED_TEXT}
-        values["tie_word_embeddings"] = any(ties)  # transformers writes it whenever it is true
-        if missing := sorted(name for name, value in values.items() if value is None):
+        section = rope.get("mrope_section", (16, 24, 24))
+        values: dict[str, Any] = {name: merged[name] for name in _TEXT_FIELDS if merged.get(name) is not None}
+        if missing := sorted(set(_REQUIRED_TEXT) - set(values)):
             raise CheckpointError(f"missing {', '.join(missing)}")
-        for name in _INTEGERS:
-            if not isinstance(values[name], int) or values[name] <= 0:
-                raise CheckpointError(f"{name} must be a positive integer, got {values[name]!r}")
-        values["rope_theta"] = float(rope.get("rope_theta", merged.get("rope_theta", 1_000_000.0)))
-        values["max_position_embeddings"] = merged.get("max_position_embeddings", 32768)
-        vision_theta = (vision.get("rope_parameters") or {}).get("rope_theta", 10_000.0)
-        ids = {name: merged[name] for name in _TOKEN_IDS if isinstance(merged.get(name), int)}
+        theta = rope.get("rope_theta", merged.get("rope_theta"))
+        if theta is not None:
+            values["rope_theta"] = theta
+        vision_values = {name: vision[name] for name in _VISION_FIELDS if vision.get(name) is not None}
+        if "rope_theta" in (vision_rope := _object(vision, "rope_parameters")):
+            vision_values["rope_theta"] = vision_rope["rope_theta"]
         return cls(
-            text=TextConfig(mrope_section=section, **values),  # type: ignore[arg-type]
+            text=TextConfig(
+                mrope_section=tuple(section) if isinstance(section, list) else section,
+                tie_word_embeddings=bool(data.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+                **values,
+            ),
             vision=VisionConfig(
                 hidden_size=vision.get("hidden_size", values["hidden_size"]),
                 in_channels=vision.get("in_channels", vision.get("in_chans", 3)),
-                rope_theta=float(vision_theta),
-                **{name: vision[name] for name in _VISION_FIELDS if name in vision},
+                **vision_values,
             ),
             torch_dtype=str(merged.get("dtype") or merged.get("torch_dtype") or "bfloat16").removeprefix("torch."),
-            **ids,
+            **{name: merged[name] for name in _TOKEN_IDS if merged.get(name) is not None},
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -217,8 +227,37 @@ class Qwen2VLConfig:
                 "spatial_merge_size": v.spatial_merge_size,
                 "spatial_patch_size": v.patch_size,
                 "temporal_patch_size": v.temporal_patch_size,
+                # transformers 5's name; the released files lack it and mean 10000.
+                **(
+                    {}
+                    if v.rope_theta == 1e4
+                    else {"rope_parameters": {"rope_type": "axial", "rope_theta": v.rope_theta}}
+                ),
             },
         }
+
+
+def _check_fields(config: VisionConfig | TextConfig, prefix: str) -> None:
+    """Every number positive and of its kind; floats may be written as integers."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        real = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if f.type == "int" and not (real and isinstance(value, int) and value > 0):
+            raise CheckpointError(f"{prefix}{f.name} must be a positive integer, got {value!r}")
+        if f.type == "float" and not (real and 0 < value < float("inf")):
+            raise CheckpointError(f"{prefix}{f.name} must be a positive number, got {value!r}")
+        if f.name == "mrope_section" and not (
+            isinstance(value, tuple) and len(value) == 3 and all(isinstance(n, int) and n >= 0 for n in value)
+        ):
+            raise CheckpointError(f"{prefix}mrope_section must be three non-negative integers, got {value!r}")
+
+
+def _object(data: dict[str, Any], key: str) -> dict[str, Any]:
+    """``data[key]`` as an object, empty where it is missing or null."""
+    value = data.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise CheckpointError(f"{key} must be a JSON object, got {value!r}")
+    return value or {}
 
 
 _TOKEN_IDS = (
@@ -231,15 +270,16 @@ _TOKEN_IDS = (
     "eos_token_id",
     "pad_token_id",
 )
-_INTEGERS = (
+_REQUIRED_TEXT = (
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
     "vocab_size",
+    "rms_norm_eps",
 )
-_REQUIRED_TEXT = (*_INTEGERS, "rms_norm_eps")
+_TEXT_FIELDS = (*_REQUIRED_TEXT, "max_position_embeddings")
 _VISION_FIELDS = (
     "depth",
     "embed_dim",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .cache import KVCache
-from .errors import ContextLengthError, PromptError
+from .errors import CheckpointError, ContextLengthError, PromptError
 
 if TYPE_CHECKING:
     from .model import Qwen2VL
@@ -50,10 +50,10 @@ class GenerationConfig:
                 isinstance(self.max_new_tokens, int) and self.max_new_tokens >= 1,
                 "an integer >= 1",
             ),
-            ("temperature", self.temperature > 0, "> 0 (do_sample=False is greedy)"),
+            ("temperature", _number(self.temperature) and self.temperature > 0, "> 0 (do_sample=False is greedy)"),
             ("top_k", isinstance(self.top_k, int) and self.top_k >= 0, "an integer >= 0"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("repetition_penalty", self.repetition_penalty > 0, "> 0"),
+            ("top_p", _number(self.top_p) and 0 < self.top_p <= 1, "in (0, 1]"),
+            ("repetition_penalty", _number(self.repetition_penalty) and self.repetition_penalty > 0, "> 0"),
             ("stop", not isinstance(self.stop, str) and all(self.stop), "a sequence of non-empty strings"),
         )
         for name, ok, want in checks:
@@ -62,10 +62,23 @@ class GenerationConfig:
 
     @classmethod
     def from_model(cls, model: Qwen2VL, **overrides: Any) -> GenerationConfig:
-        """The checkpoint's generation_config.json with ``overrides`` on top."""
+        """The checkpoint's generation_config.json with ``overrides`` on top.
+
+        Raises :class:`CheckpointError` when the file holds values that mean nothing.
+        """
         known = {f.name for f in fields(cls)} - {"stop", "seed", "eos_token_ids"}
         values = {k: v for k, v in model.generation_defaults.items() if k in known and v is not None}
-        return cls(**{**values, **overrides})
+        if values.get("temperature") == 0:  # some writers' way of saying greedy
+            values |= {"do_sample": False, "temperature": 1.0}
+        try:
+            stated = cls(**values)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"generation_config.json: {error}") from error
+        return replace(stated, **overrides)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -135,34 +148,28 @@ class _Run:
     ) -> None:
         if config.stop and tokenizer is None:
             raise PromptError("stop strings need a tokenizer")
-        self.model, self.inputs, self.config = model, dict(inputs), config
-        ids = self.inputs["input_ids"]
-        mask = self.inputs.get("attention_mask")
+        self.model, self.config = model, config
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         self.prompt_tokens = [ids.shape[1]] * ids.shape[0] if mask is None else mask.bool().sum(1).tolist()
         check_context(model, self.prompt_tokens, config.max_new_tokens)
         self.rows = [_Row(tokenizer and tokenizer.stream_decoder(), config.stop) for _ in self.prompt_tokens]
         self.timings: dict[str, float] = {"vision": 0.0, "prefill": 0.0, "decode": 0.0, "decode_steps": 0}
         self.ends = _end_ids(model, config)
+        self.choose = _Chooser(model, inputs, config)
+        self.prompt: dict[str, torch.Tensor] | None = dict(inputs)  # let go after the prefill: pixels are large
 
     # inference_mode is entered around each forward, not around a yield: it is thread state that must not leak to
     # the consumer between two tokens.
     def __iter__(self) -> Iterator[tuple[int, int, str]]:
-        model, config, inputs = self.model, self.config, self.inputs
-        media_names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
-        text = {k: v for k, v in inputs.items() if k not in ("pixel_values", "pixel_values_videos")}
-        batch = len(self.rows)
-        capacity = max(self.prompt_tokens) + config.max_new_tokens
-        choose = _Chooser(model, inputs, config)
+        model, budget = self.model, self.config.max_new_tokens
         with torch.inference_mode():
-            cache = KVCache(model.config.text, batch, capacity, device=model.device, dtype=model.dtype)
-            features = self._timed("vision", model.encode_media, *(inputs.get(name) for name in media_names))
-            logits = self._timed("prefill", model, **text, features=features, cache=cache, last_only=True)
+            cache, logits = self._prefill()
         while True:
             with torch.inference_mode():
-                tokens = choose(logits[:, 0])
+                tokens = self.choose(logits[:, 0])
             for index, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
                 if not row.reason:
-                    piece = row.push(token, self.ends, config.max_new_tokens)
+                    piece = row.push(token, self.ends, budget)
                     yield index, token, piece
             if all(row.reason for row in self.rows):
                 return
@@ -171,6 +178,17 @@ class _Run:
                 step = torch.tensor(tokens, device=model.device).unsqueeze(1)
                 logits = self._timed("decode", model, step, cache=cache, last_only=True)
             self.timings["decode_steps"] += 1
+
+    def _prefill(self) -> tuple[KVCache, torch.Tensor]:
+        if self.prompt is None:
+            raise RuntimeError("a run can be iterated once")
+        model, inputs, self.prompt = self.model, self.prompt, None
+        media_names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+        text = {k: v for k, v in inputs.items() if k not in ("pixel_values", "pixel_values_videos")}
+        capacity = max(self.prompt_tokens) + self.config.max_new_tokens
+        cache = KVCache(model.config.text, len(self.rows), capacity, device=model.device, dtype=model.dtype)
+        features = self._timed("vision", model.encode_media, *(inputs.get(name) for name in media_names))
+        return cache, self._timed("prefill", model, **text, features=features, cache=cache, last_only=True)
 
     def _timed(self, name: str, call: Callable, *args: Any, **kwargs: Any) -> Any:
         begin = time.perf_counter()
@@ -198,7 +216,8 @@ class _Chooser:
             self.seen.scatter_add_(1, ids.long(), real.long())
         self.generators: list[torch.Generator] = []
         if config.do_sample:
-            seed = torch.seed() if config.seed is None else config.seed
+            # Drawn from torch's generator, so that torch.manual_seed repeats an answer, and reseeding nothing.
+            seed = int(torch.randint(2**63 - 1, ())) if config.seed is None else config.seed
             rows = range(ids.shape[0])
             self.generators = [torch.Generator(model.device).manual_seed((seed + row) % 2**63) for row in rows]
 
@@ -268,12 +287,14 @@ def stream(
     tokenizer: Tokenizer,
     config: GenerationConfig | None = None,
 ) -> Iterator[str]:
-    """Text of one sequence in pieces as they become certain; joined they are :func:`generate`'s text."""
+    """Text of one sequence in pieces as they become certain; joined they are :func:`generate`'s text.
+
+    What :func:`generate` refuses is refused at the call, before the first piece is asked for.
+    """
     if inputs["input_ids"].shape[0] != 1:
         raise PromptError(f"input_ids: stream takes a batch of one, got {inputs['input_ids'].shape[0]}")
-    for _, _, piece in _Run(model, inputs, tokenizer, config or GenerationConfig.from_model(model)):
-        if piece:
-            yield piece
+    run = _Run(model, inputs, tokenizer, config or GenerationConfig.from_model(model))
+    return (piece for _, _, piece in run if piece)
 
 
 def check_context(model: Qwen2VL, prompt_tokens: Sequence[int], max_new_tokens: int) -> None:

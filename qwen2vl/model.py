@@ -113,11 +113,10 @@ class Qwen2VL(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {**self.config.to_dict(), "torch_dtype": str(self.dtype).removeprefix("torch.")}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        if self.generation_defaults:
-            text = json.dumps(self.generation_defaults, indent=2) + "\n"
-            (folder / "generation_config.json").write_text(text, encoding="utf-8")
         weights.save_weights(self, folder, max_shard_bytes)
+        weights.save_json(folder / "config.json", config)
+        if self.generation_defaults:
+            weights.save_json(folder / "generation_config.json", self.generation_defaults)
 
     @property
     def device(self) -> torch.device:
@@ -161,6 +160,7 @@ class Qwen2VL(nn.Module):
         video_grid_thw: torch.Tensor | None = None,
         *,
         position_ids: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         features: tuple[torch.Tensor | None, torch.Tensor | None] | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
@@ -177,6 +177,7 @@ class Qwen2VL(nn.Module):
                 does; all items of the batch in order of appearance.
             image_grid_thw, video_grid_thw: ``(items, 3)``.
             position_ids: ``(3, B, L)``, default built from ids, grids and cache (arXiv 2409.12191, section 2.1).
+            mm_token_type_ids: taken because transformers' processors return it, and not needed: the ids say it.
             features: the result of :meth:`encode_media`, to encode apart from the language model; the grids are
                 still needed.
             cache: keys and values of earlier tokens; the new tokens are appended. New media continue at the
@@ -186,29 +187,31 @@ class Qwen2VL(nn.Module):
         Returns ``(B, L, vocab)``, zero at padding, or ``(B, 1, vocab)``, in the model's dtype. Raises
         :class:`PromptError` when placeholders, grids and pixels disagree.
         """
-        if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+        batch = input_ids.shape[0] if input_ids.ndim else 0
+        if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32) or not input_ids.numel():
             raise PromptError(
-                f"input_ids must be integers of shape (B, L), got {input_ids.dtype} {tuple(input_ids.shape)}"
+                f"input_ids must be integers of shape (B, L), not empty, got {input_ids.dtype} {tuple(input_ids.shape)}"
             )
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             raise PromptError(
                 f"attention_mask must have input_ids' shape {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
             )
-        batch, length = input_ids.shape
+        if cache is not None and cache.batch != batch:
+            raise PromptError(f"cache holds {cache.batch} sequences, input_ids has {batch}")
+        if cache is not None and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            raise PromptError("cache: keys and values are kept for inference; call the model under torch.no_grad()")
+        if features is None:
+            _media(pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)  # refuse before any work
         if attention_mask is None:
-            kept, counts = None, [length] * batch
+            kept, counts = None, [input_ids.shape[1]] * batch
             ids = input_ids.flatten().to(self.device)
         else:
             kept = attention_mask.bool().flatten().nonzero().squeeze(1).to(self.device)
             counts = attention_mask.bool().sum(1).tolist()
             ids = input_ids.to(self.device).flatten()[kept]
-        if min(counts, default=0) == 0:
+        if min(counts) == 0:
             raise PromptError(f"attention_mask: every sequence needs at least one token, got lengths {counts}")
-        if cache is not None and cache.batch != batch:
-            raise PromptError(f"cache holds {cache.batch} sequences, input_ids has {batch}")
 
-        if features is None:
-            _media(pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)  # refuse before any work
         positions, following = self._positions(
             input_ids, attention_mask, kept, position_ids, image_grid_thw, video_grid_thw, cache
         )
@@ -216,21 +219,21 @@ class Qwen2VL(nn.Module):
             features = self.encode_media(pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
         hidden = self._embed(ids, features)
 
-        resumed, slots = cache is not None and any(cache.lengths), None
+        slots = totals = None
         if cache is not None:
-            slots = cache.reserve(counts)
-            cache.next_position = following
+            slots = cache.slots(counts)
+            totals = [have + new for have, new in zip(cache.lengths, counts, strict=True)]
         cu_seqlens = torch.tensor([0, *counts]).cumsum(0, dtype=torch.int32)  # on the host, as in the tower
-        pack = Pack(positions, self.model.inv_freq(self.device), counts, cu_seqlens, cache, slots, resumed)
+        pack = Pack(positions, self.model.inv_freq(self.device), counts, cu_seqlens, cache, slots, totals)
         hidden = self.model(hidden, pack)  # (T, C)
+        if cache is not None:
+            cache.commit(counts, following)
 
         if last_only:
-            return self._head(hidden[cu_seqlens[1:].long() - 1]).unsqueeze(1)
-        logits = self._head(hidden)
-        if kept is None:
-            return logits.unflatten(0, (batch, length))
-        padded = logits.new_zeros((batch * length, logits.shape[-1]))
-        return padded.index_copy(0, kept, logits).unflatten(0, (batch, length))
+            return self._head(hidden[(cu_seqlens[1:].long() - 1).to(self.device)]).unsqueeze(1)
+        if kept is not None:  # widen the hidden states, not the logits, which are a hundred times larger
+            hidden = hidden.new_zeros((input_ids.numel(), hidden.shape[1])).index_copy(0, kept, hidden)
+        return self._head(hidden).unflatten(0, tuple(input_ids.shape))
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         tied = self.config.text.tie_word_embeddings
@@ -240,12 +243,12 @@ class Qwen2VL(nn.Module):
         hidden = self.model.embed_tokens(ids)  # (T, C)
         tokens = (("image", self.config.image_token_id), ("video", self.config.video_token_id))
         for (kind, token), rows in zip(tokens, features, strict=True):
-            if rows is None:
-                continue
             places = ids == token
-            if (count := int(places.sum())) != rows.shape[0]:
-                raise PromptError(f"input_ids has {count} {kind} placeholders, the {kind} grids give {rows.shape[0]}")
-            hidden = hidden.masked_scatter(places.unsqueeze(1), rows.to(hidden.dtype))
+            have = 0 if rows is None else rows.shape[0]
+            if (count := int(places.sum())) != have:
+                raise PromptError(f"input_ids has {count} {kind} placeholders, the {kind}s given make {have} tokens")
+            if rows is not None:
+                hidden = hidden.masked_scatter(places.unsqueeze(1), rows.to(hidden.dtype))
         return hidden
 
     def _positions(
@@ -265,16 +268,21 @@ class Qwen2VL(nn.Module):
             steps = torch.arange(input_ids.shape[1], device=self.device)
             position_ids = (cache.next_position[:, None] + steps).expand(3, -1, -1)
             return position_ids.flatten(1), cache.next_position + input_ids.shape[1]
+        largest = int(input_ids.max())
+        if int(input_ids.min()) < 0 or largest >= self.config.text.vocab_size:
+            raise PromptError(f"input_ids must be in [0, {self.config.text.vocab_size}), got {largest}")
         if position_ids is None:
-            position_ids, delta = mrope_positions(
-                input_ids,
-                image_grid_thw,
-                video_grid_thw,
-                attention_mask,
-                image_token_id=self.config.image_token_id,
-                video_token_id=self.config.video_token_id,
-                spatial_merge_size=self.config.vision.spatial_merge_size,
-            )
+            # On the host, where every placeholder is checked against its grid; a prompt's ids are a few kilobytes.
+            host = [x if x is None else x.cpu() for x in (input_ids, image_grid_thw, video_grid_thw, attention_mask)]
+            try:
+                position_ids, delta = mrope_positions(
+                    *host,  # type: ignore[arg-type]
+                    image_token_id=self.config.image_token_id,
+                    video_token_id=self.config.video_token_id,
+                    spatial_merge_size=self.config.vision.spatial_merge_size,
+                )
+            except (TypeError, ValueError) as error:
+                raise PromptError(str(error)) from None
             position_ids, delta = position_ids.to(self.device), delta.to(self.device)
             tokens = input_ids.shape[1] if attention_mask is None else attention_mask.bool().sum(1).to(self.device)
             following = delta + tokens  # delta counts from the number of real tokens
@@ -307,7 +315,13 @@ def _media(
     ):
         if (rows is None) != (grid is None):
             raise PromptError(f"{name} and {grid_name} must be given together")
-        if rows is not None and grid is not None and grid.shape[0]:
+        if rows is None or grid is None:
+            continue
+        if grid.ndim != 2 or grid.shape[1] != 3 or grid.dtype not in (torch.int64, torch.int32):
+            raise PromptError(f"{grid_name} must be integers of shape (n, 3), got {grid.dtype} {tuple(grid.shape)}")
+        if rows.shape[0] and not grid.shape[0]:
+            raise PromptError(f"{name} has {rows.shape[0]} rows, but {grid_name} has no item")
+        if grid.shape[0]:
             given.append((name, rows, grid))
     if len({rows.dtype for _, rows, _ in given}) > 1:
         raise PromptError("pixel_values and pixel_values_videos must have one dtype (both uint8 or both float)")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qwen2vl_kernels import mrope, mrope_, swiglu, varlen_attention
+from qwen2vl_kernels import kvcache_attention, mrope, mrope_, swiglu, varlen_attention
 
 from .cache import KVCache
 from .config import TextConfig
@@ -19,7 +19,7 @@ class Pack:
     """What every layer needs to know about the packed tokens of one call.
 
     ``positions (3, T)``; ``counts``: tokens of each sequence; ``cu_seqlens (B + 1,)`` int32, their bounds. With a
-    cache, ``slots (T,)`` says where the tokens' keys go, and ``resumed`` that some sequence had tokens before.
+    cache, ``slots (T,)`` says where the tokens' keys go, and ``totals`` how many tokens each sequence then has.
     """
 
     positions: torch.Tensor
@@ -28,7 +28,12 @@ class Pack:
     cu_seqlens: torch.Tensor
     cache: KVCache | None = None
     slots: torch.Tensor | None = None
-    resumed: bool = False
+    totals: list[int] | None = None
+
+    @property
+    def resumed(self) -> bool:
+        """Whether some sequence had tokens before these."""
+        return self.totals is not None and self.totals != self.counts
 
 
 class Attention(nn.Module):
@@ -50,10 +55,11 @@ class Attention(nn.Module):
         q, k, v = (proj(x).unflatten(-1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (T, H, D)
         rotate = mrope if q.requires_grad or k.requires_grad else mrope_
         q, k = rotate(q, k, pack.positions, pack.inv_freq, self.section)
-        if pack.cache is not None and pack.slots is not None:
-            pack.cache.write(self.layer, pack.slots, k, v)
-        if pack.cache is not None and pack.resumed:
-            out = pack.cache.attend(self.layer, q, pack.counts, self.head_dim**-0.5)
+        cache = pack.cache
+        if cache is not None and pack.slots is not None:
+            cache.write(self.layer, pack.slots, k, v)
+        if cache is not None and pack.totals is not None and pack.resumed:
+            out = kvcache_attention(q, cache.k[self.layer], cache.v[self.layer], pack.counts, pack.totals)
         else:
             out = varlen_attention(q, k, v, pack.cu_seqlens, max(pack.counts), causal=True)
         return self.o_proj(out.flatten(1))

@@ -158,21 +158,34 @@ def save_weights(model: nn.Module, folder: Path, max_shard_bytes: int) -> None:
     names = [SINGLE_NAME] if len(groups) == 1 else [
         f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)
     ]  # fmt: skip
+    index = folder / INDEX_NAME
+    stale = _shards_of(index) | {SINGLE_NAME}
     weight_map: dict[str, str] = {}
     for name, group in zip(names, groups, strict=True):
         _replace(folder / name, lambda path, group=group: save_file(group, path, metadata={"format": "pt"}))
         weight_map.update(dict.fromkeys(group, name))
-    index = folder / INDEX_NAME
-    stale = set(shards(folder)) if index.exists() else set()
     if len(groups) > 1:
         total = sum(p.numel() * p.element_size() for p in model.parameters())
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
-        _replace(index, lambda path: Path(path).write_text(text, encoding="utf-8"))
-        stale.add(folder / SINGLE_NAME)
+        save_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
     else:
         index.unlink(missing_ok=True)
-    for path in stale - {folder / name for name in names}:
-        path.unlink(missing_ok=True)
+    for name in stale - set(names):
+        (folder / name).unlink(missing_ok=True)
+
+
+def save_json(path: Path, data: dict) -> None:
+    """Write ``data`` whole or not at all."""
+    text = json.dumps(data, indent=2) + "\n"
+    _replace(path, lambda scratch: Path(scratch).write_text(text, encoding="utf-8"))
+
+
+def _shards_of(index: Path) -> set[str]:
+    """File names that an earlier save's index lists; none where it is absent or not to be understood."""
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()
+    return {name for name in names if isinstance(name, str) and Path(name).name == name}
 
 
 def _shard(parameters: dict[str, nn.Parameter], most: int) -> Iterator[dict[str, torch.Tensor]]:

@@ -1,6 +1,7 @@
 """Kernels of Qwen2-VL as plain functions over packed tensors; see each function's docstring for shapes and dtypes."""
 
 from ._backend import BackendError, use_backend
+from .ops.kvcache_attention import kvcache_attention
 from .ops.layer_norm import add_layer_norm, layer_norm
 from .ops.mrope import mrope, mrope_
 from .ops.mrope_positions import mrope_positions
@@ -18,6 +19,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "fold_patch_embed",
+    "kvcache_attention",
     "layer_norm",
     "mrope",
     "mrope_",

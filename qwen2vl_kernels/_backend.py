@@ -15,8 +15,9 @@ from . import _native
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "mrope": {"cpu": ("eager",), "cuda": ("eager",)},
     "vision_rope": {"cpu": ("eager",), "cuda": ("eager",)},
-    # varlen_attention puts "blocked" first for the shapes where it measured faster.
+    # varlen_attention puts "blocked" first for bf16 inference, where it measured faster.
     "varlen_attention": {"cpu": ("sdpa", "blocked", "eager"), "cuda": ("sdpa", "eager")},
+    "kvcache_attention": {"cpu": ("sdpa", "eager"), "cuda": ("sdpa", "eager")},
     "patch_embed": {"cpu": ("eager",), "cuda": ("eager",)},
     "patch_merge": {"cpu": ("eager",), "cuda": ("eager",)},
     "rms_norm": {"cpu": ("eager",), "cuda": ("eager",)},

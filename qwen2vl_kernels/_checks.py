@@ -9,9 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 #: float64 is accepted by eager formulas so that gradients can be checked against finite differences.
-EAGER_FLOATS = (*FLOATS, torch.float64)
+EAGER_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTS = (torch.int64, torch.int32)
 
 

@@ -2,7 +2,7 @@
 
 An op whose only implementation is made of PyTorch operations is registered as *composite*: autograd, fake tensors and
 ``torch.compile`` follow from its parts, so a compiler may fuse them. An op backed by compiled code is *opaque*: it
-comes with one kernel per dispatch key and a fake that gives shapes without running.
+comes with one kernel per dispatch key, a fake that gives shapes without running, and, where it has one, a backward.
 """
 
 from __future__ import annotations
@@ -20,12 +20,25 @@ def register_composite(schema: str, eager: Callable) -> None:
     _LIBRARY.impl(_name(schema), eager, "CompositeImplicitAutograd")
 
 
-def register_opaque(schema: str, *, fake: Callable, **kernels: Callable) -> None:
-    """Register ``schema`` with a fake and one kernel per dispatch key, e.g. ``CPU=run_native, CUDA=run_cuda``."""
+def register_opaque(
+    schema: str,
+    *,
+    fake: Callable,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+    **kernels: Callable,
+) -> None:
+    """Register ``schema`` with a fake and one kernel per dispatch key, e.g. ``CPU=run_native, CUDA=run_cuda``.
+
+    ``setup_context(ctx, inputs, output)`` and ``backward(ctx, *grads)`` are ``torch.library.register_autograd``'s.
+    """
+    name = f"qwen2vl::{_name(schema)}"
     _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
     for key, kernel in kernels.items():
         _LIBRARY.impl(_name(schema), kernel, key)
-    torch.library.register_fake(f"qwen2vl::{_name(schema)}", fake, lib=_LIBRARY)
+    torch.library.register_fake(name, fake, lib=_LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_LIBRARY)
 
 
 def _name(schema: str) -> str:

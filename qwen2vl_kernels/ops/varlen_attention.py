@@ -22,12 +22,7 @@ import torch.nn.functional as F
 
 from .._backend import resolve
 from .._checks import Checker
-from .._library import register_composite
-
-#: Query rows that "blocked" works on at a time. On 2 Zen 5 cores, bf16, 512 beat 128 and 256 at every length.
-_BLOCK_ROWS = 512
-#: From this length on "blocked" beats PyTorch's attention there (1.3x at 256 rows, 2.9x at 5184, 2.4x causal 1333).
-_BLOCKED_MIN_SEQLEN = 256
+from .._library import register_opaque
 
 
 def varlen_attention_ref(
@@ -64,6 +59,12 @@ def varlen_attention_ref(
     return _per_segment(attend, q.shape[0], q.new_empty((0, q.shape[1], v.shape[2]), dtype=out_dtype), cu_seqlens)
 
 
+#: Query rows that "blocked" works on at a time. On 2 Zen 5 cores, bf16, 512 beat 128 and 256 at every length.
+_BLOCK_ROWS = 512
+#: From this length on "blocked" beats PyTorch's attention there (1.3x at 256 rows, 2.9x at 5184, 2.4x causal 1333).
+_BLOCKED_MIN_SEQLEN = 256
+
+
 def _per_segment(attend, total: int, empty: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     """Concatenate ``attend(rows)`` over the non-empty segments, zeros for the rows after the last."""
     bounds = cu_seqlens.tolist()
@@ -84,49 +85,101 @@ def _sdpa(q, k, v, cu_seqlens, causal, scale) -> torch.Tensor:
         return out.transpose(1, 2).flatten(0, 1)
 
     def attend(rows: slice) -> torch.Tensor:
-        qs, ks, vs = (x[rows].transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # (1, H, L, D)
-        out = F.scaled_dot_product_attention(qs, ks, vs, is_causal=causal, scale=scale, enable_gqa=gqa)
-        return out[0].transpose(0, 1)
+        return _sdpa_segment(q[rows], k[rows], v[rows], causal, scale)
 
     return _per_segment(attend, q.shape[0], q.new_empty((0, q.shape[1], v.shape[2])), cu_seqlens)
 
 
+def _sdpa_segment(q, k, v, causal, scale) -> torch.Tensor:
+    qs, ks, vs = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # (1, H, L, D)
+    gqa = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(qs, ks, vs, is_causal=causal, scale=scale, enable_gqa=gqa)
+    return out[0].transpose(0, 1)
+
+
 def _blocked(q, k, v, cu_seqlens, causal, scale) -> torch.Tensor:
+    """Long segments by :func:`_blocked_segment`, short ones by PyTorch's attention: each by its own length alone.
+
+    A choice by the longest segment of the pack would make a result depend on what it is packed with.
+    """
+    bounds = cu_seqlens.tolist()
+    if all(b - a < _BLOCKED_MIN_SEQLEN for a, b in zip(bounds, bounds[1:], strict=False)):
+        return _sdpa(q, k, v, cu_seqlens, causal, scale)
+
+    def attend(rows: slice) -> torch.Tensor:
+        segment = _blocked_segment if rows.stop - rows.start >= _BLOCKED_MIN_SEQLEN else _sdpa_segment
+        return segment(q[rows], k[rows], v[rows], causal, scale)
+
+    return _per_segment(attend, q.shape[0], q.new_empty((0, q.shape[1], v.shape[2])), cu_seqlens)
+
+
+def _blocked_segment(q, k, v, causal, scale) -> torch.Tensor:
     """Two matrix products and a softmax per head and block of query rows, scores in the working dtype.
 
     PyTorch's CPU attention runs bf16 at half the rate of its bf16 matrix products or less; keeping one block's
-    scores in cache and leaving the products to the GEMM library is faster on long segments. The rounding is that of
-    :func:`varlen_attention_ref`: scores and probabilities in the input dtype, softmax inside in float32.
+    scores in cache and leaving the products to the GEMM library is faster on long segments. One head's keys and
+    values are copied together for it at a time. The rounding is that of :func:`varlen_attention_ref`: scores and
+    probabilities in the input dtype, softmax inside in float32.
     """
-    out = q.new_zeros((q.shape[0], q.shape[1], v.shape[2]))
-    group = q.shape[1] // k.shape[1]
-    bounds = cu_seqlens.tolist()
-    for begin, end in zip(bounds, bounds[1:], strict=False):
-        if end == begin:
-            continue
-        buffer = q.new_empty((min(_BLOCK_ROWS, end - begin), end - begin))
-        for kv_head in range(k.shape[1]):
-            keys = k[begin:end, kv_head].t().contiguous()  # (D, L)
-            values = v[begin:end, kv_head].contiguous()  # (L, Dv)
-            for row in range(begin, end, _BLOCK_ROWS):
-                stop = min(row + _BLOCK_ROWS, end)
-                seen = stop - begin if causal else end - begin
-                scores = buffer[: stop - row, :seen]
+    length, heads, group = q.shape[0], q.shape[1], q.shape[1] // k.shape[1]
+    out = q.new_empty((length, heads, v.shape[2]))
+    buffer = q.new_empty((min(_BLOCK_ROWS, length), length))
+    for kv_head in range(k.shape[1]):
+        keys, values = k[:, kv_head].t().contiguous(), v[:, kv_head].contiguous()  # (D, L), (L, Dv)
+        for row in range(0, length, _BLOCK_ROWS):
+            stop = min(row + _BLOCK_ROWS, length)
+            seen = stop if causal else length
+            scores = buffer[: stop - row, :seen]
+            if causal:
+                future = torch.ones((stop - row, stop - row), dtype=torch.bool).triu(1)
+            for head in range(kv_head * group, (kv_head + 1) * group):
+                # alpha is applied to the float32 accumulator, so scaling costs no rounding of its own.
+                torch.addmm(scores, q[row:stop, head], keys[:, :seen], beta=0, alpha=scale, out=scores)
                 if causal:
-                    future = torch.ones((stop - row, stop - row), dtype=torch.bool).triu(1)
-                for head in range(kv_head * group, (kv_head + 1) * group):
-                    # alpha is applied to the float32 accumulator, so scaling costs no rounding of its own.
-                    torch.addmm(scores, q[row:stop, head], keys[:, :seen], beta=0, alpha=scale, out=scores)
-                    if causal:
-                        scores[:, row - begin :].masked_fill_(future, float("-inf"))
-                    out[row:stop, head] = scores.softmax(-1) @ values[:seen]
+                    scores[:, row:].masked_fill_(future, float("-inf"))
+                out[row:stop, head] = scores.softmax(-1) @ values[:seen]
     return out
 
 
-register_composite(
-    "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, bool causal=False,"
-    " float? softmax_scale=None) -> Tensor",
-    varlen_attention_ref,
+_BACKENDS = {"eager": varlen_attention_ref, "sdpa": _sdpa, "blocked": _blocked}
+
+
+def _run(q, k, v, cu_seqlens, max_seqlen, causal, softmax_scale, backend) -> torch.Tensor:
+    return _BACKENDS[backend](q, k, v, cu_seqlens, causal, softmax_scale).contiguous()
+
+
+def _run_backward(grad, q, k, v, cu_seqlens, max_seqlen, causal, softmax_scale, backend):
+    """The forward once more under autograd: these backends keep nothing for a backward of their own."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    with torch.enable_grad():
+        out = _BACKENDS[backend](*leaves, cu_seqlens, causal, softmax_scale)
+    return tuple(g.contiguous() for g in torch.autograd.grad(out, leaves, grad))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, cu_seqlens, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, cu_seqlens)
+
+
+def _backward(ctx, grad):
+    grads = torch.ops.qwen2vl.varlen_attention_backward(grad, *ctx.saved_tensors, *ctx.settings)
+    return (*grads, None, None, None, None, None)
+
+
+_ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int max_seqlen, bool causal, float softmax_scale"
+register_opaque(
+    f"varlen_attention({_ARGUMENTS}, str backend) -> Tensor",
+    fake=lambda q, k, v, *_: q.new_empty((q.shape[0], q.shape[1], v.shape[2])),
+    setup_context=_setup_context,
+    backward=_backward,
+    CPU=_run,
+    CUDA=_run,
+)
+register_opaque(
+    f"varlen_attention_backward(Tensor grad, {_ARGUMENTS}, str backend) -> (Tensor, Tensor, Tensor)",
+    fake=lambda grad, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
+    CPU=_run_backward,
+    CUDA=_run_backward,
 )
 
 
@@ -152,8 +205,8 @@ def varlen_attention(
         causal: a row sees only rows of its segment up to itself.
         softmax_scale: default ``D ** -0.5``.
         backend: ``None`` (choose), ``"eager"``, ``"sdpa"`` (PyTorch's fused attention per segment), ``"blocked"``
-            (CPU, no backward: blocked matrix products; chosen for bf16 segments of 256 rows or more). These read
-            ``cu_seqlens`` on the host, which waits for the device if it lies there.
+            (CPU, no backward: blocked matrix products for segments of 256 rows or more, ``"sdpa"`` for shorter ones;
+            the choice for bf16). These read ``cu_seqlens`` on the host, which waits for the device if it lies there.
 
     Returns ``(T, Hq, Dv)``; rows past ``cu_seqlens[-1]`` are zero. Raises ``TypeError``/``ValueError`` naming the
     argument that does not fit.
@@ -170,20 +223,19 @@ def varlen_attention(
     check.require(ok, f"cu_seqlens must be on {q.device} or cpu, got {cu_seqlens.device}")
     ok = isinstance(max_seqlen, int) and max_seqlen >= 0
     check.require(ok, f"max_seqlen must be a non-negative int, got {max_seqlen!r}")
-    if cu_seqlens.device.type == "cpu":
+    traced = torch.compiler.is_compiling() or type(q) is not torch.Tensor or q.is_meta
+    if cu_seqlens.device.type == "cpu" and not traced:
         _check_bounds(check, cu_seqlens.tolist(), q.shape[0], max_seqlen)
 
     tracked = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    long = q.device.type == "cpu" and q.dtype == torch.bfloat16 and max_seqlen >= _BLOCKED_MIN_SEQLEN
-    prefer = "blocked" if long and not tracked else None
+    prefer = "blocked" if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not tracked else None
     name = resolve("varlen_attention", q.device.type, backend, prefer)
     if name == "blocked" and tracked:
         raise ValueError("varlen_attention: backend 'blocked' has no backward; q, k and v must not require grad")
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    return _IMPLEMENTATIONS[name](q, k, v, cu_seqlens, causal, scale)
-
-
-_IMPLEMENTATIONS = {"eager": varlen_attention_ref, "sdpa": _sdpa, "blocked": _blocked}
+    if traced:  # tracers need one opaque op, because the implementations read cu_seqlens
+        return torch.ops.qwen2vl.varlen_attention(q, k, v, cu_seqlens, max_seqlen, causal, scale, name)
+    return _BACKENDS[name](q, k, v, cu_seqlens, causal, scale)
 
 
 def _check_bounds(check: Checker, bounds: list[int], total: int, max_seqlen: int) -> None:

@@ -198,10 +198,24 @@ def test_wrong_calls_name_the_argument(model, inputs):
 
 def test_cache_limits(model):
     cache = KVCache(model.config.text, 1, 4, device=model.device, dtype=model.dtype)
-    with pytest.raises(ContextLengthError, match="the cache holds 4 tokens a sequence, 5 are needed"):
-        model(torch.arange(5)[None], cache=cache)
-    with pytest.raises(PromptError, match="cache holds 1 sequences, input_ids has 2"):
-        model(torch.zeros(2, 3, dtype=torch.int64), cache=cache)
+    with torch.no_grad():
+        with pytest.raises(ContextLengthError, match="the cache holds 4 tokens a sequence, 5 are needed"):
+            model(torch.arange(5)[None], cache=cache)
+        with pytest.raises(PromptError, match="cache holds 1 sequences, input_ids has 2"):
+            model(torch.zeros(2, 3, dtype=torch.int64), cache=cache)
+    with pytest.raises(PromptError, match=r"call the model under torch.no_grad\(\)"):
+        model(torch.arange(3)[None], cache=cache)
+    assert cache.lengths == [0] and cache.next_position.tolist() == [0]
+
+
+def test_a_failed_call_leaves_the_cache_as_it_was(model, monkeypatch):
+    cache = KVCache(model.config.text, 1, 8, device=model.device, dtype=model.dtype)
+    with torch.no_grad():
+        model(torch.arange(3)[None], cache=cache)
+        monkeypatch.setattr(model.model.layers[1], "forward", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(torch.arange(2)[None], cache=cache)
+    assert cache.lengths == [3] and cache.next_position.tolist() == [3]
 
 
 def test_stream_takes_one_sequence(model, processor):
@@ -210,8 +224,17 @@ def test_stream_takes_one_sequence(model, processor):
         next(stream(model, batch, tokenizer=processor.tokenizer))
 
 
-def test_unwritten_slots_cannot_poison_shorter_rows(model):
-    """In a batch, slots past a short row's end are masked; they must also be finite, as 0 * NaN is NaN."""
-    torch.full((1 << 20,), float("nan"))  # memory that an uninitialised cache would be likely to get
-    cache = KVCache(model.config.text, 2, 64, device=model.device, dtype=model.dtype)
-    assert torch.isfinite(cache.k).all() and torch.isfinite(cache.v).all()
+def test_unwritten_slots_are_never_read(model, processor):
+    """A ragged batch over a cache full of NaN answers as over any other."""
+    batch = processor([[{"role": "user", "content": text}] for text in ("a", "Tell me more than that, please.")])
+    with torch.no_grad():
+        outputs = []
+        for poison in (0.0, float("nan")):
+            cache = KVCache(model.config.text, 2, 64, device=model.device, dtype=model.dtype)
+            cache.k.fill_(poison)
+            cache.v.fill_(poison)
+            model(**batch, cache=cache)
+            outputs.append(model(torch.tensor([[5, 6], [7, 8]]), cache=cache))
+            outputs.append(model(torch.tensor([[5], [7]]), cache=cache))
+    assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
+    assert torch.isfinite(outputs[0]).all()

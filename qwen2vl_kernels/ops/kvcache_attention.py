@@ -1,0 +1,137 @@
+"""Attention of new tokens to everything that their sequence holds in a key/value cache.
+
+Row b of the cache holds ``cache_seqlens[b]`` tokens, the last ``n_b`` of which are the queries (n_b = 1 in decoding):
+
+    o_i = sum_j softmax_j(softmax_scale * q_i . k_j) v_j,   j <= cache_seqlens[b] - n_b + i,   i = 0 .. n_b - 1
+
+the causal mask aligned at the bottom right, as in FlashAttention's ``flash_attn_with_kvcache``. For n_b = 2 of 5:
+
+    o o o o .
+    o o o o o
+
+Shapes: q ``(T, Hq, D)`` packed row after row, k_cache ``(B, capacity, Hk, D)``, v_cache ``(B, capacity, Hk, Dv)``, Hq a
+multiple of Hk. dtypes: float32, bfloat16, float16. Inference only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from .._backend import resolve
+from .._checks import Checker
+from .._library import register_opaque
+
+#: Query rows that share one mask, so that a long chunk on a long cache needs 256 x length and not length x length.
+_MASK_ROWS = 256
+
+
+def kvcache_attention_ref(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    new_tokens: Sequence[int],
+    cache_seqlens: Sequence[int],
+    softmax_scale: float,
+) -> torch.Tensor:
+    """The formula, row by row, the softmax in (at least) float32."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    group = q.shape[1] // k_cache.shape[2]
+    parts = []
+    for row, (part, seen) in enumerate(zip(q.split(list(new_tokens)), cache_seqlens, strict=True)):
+        queries = part.transpose(0, 1)  # (Hq, n, D)
+        keys = k_cache[row, :seen].transpose(0, 1).repeat_interleave(group, 0)  # (Hq, seen, D)
+        values = v_cache[row, :seen].transpose(0, 1).repeat_interleave(group, 0)
+        scores = ((queries * softmax_scale) @ keys.transpose(1, 2)).to(wide)
+        future = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(seen - part.shape[0] + 1)
+        weights = scores.masked_fill(future, float("-inf")).softmax(-1).to(values.dtype)
+        parts.append((weights @ values).transpose(0, 1))
+    return torch.cat(parts)
+
+
+def _sdpa(q, k_cache, v_cache, new_tokens, cache_seqlens, softmax_scale) -> torch.Tensor:
+    """PyTorch's fused attention, row by row: a row's result does not depend on how long the others are."""
+    gqa = q.shape[1] != k_cache.shape[2]
+    out = q.new_empty((q.shape[0], q.shape[1], v_cache.shape[3]))
+    start = 0
+    for row, (new, total) in enumerate(zip(new_tokens, cache_seqlens, strict=True)):
+        for first in range(0, new, _MASK_ROWS):
+            last = min(first + _MASK_ROWS, new)
+            seen = total - new + last
+            ks, vs = (x[row, :seen].transpose(0, 1).unsqueeze(0) for x in (k_cache, v_cache))  # (1, Hk, seen, D)
+            rows = slice(start + first, start + last)
+            mask = None
+            if last - first > 1:
+                mask = torch.ones((last - first, seen), dtype=torch.bool, device=q.device).tril(seen - (last - first))
+            queries = q[rows].transpose(0, 1).unsqueeze(0)
+            part = F.scaled_dot_product_attention(queries, ks, vs, mask, scale=softmax_scale, enable_gqa=gqa)
+            out[rows] = part[0].transpose(0, 1)
+        start += new
+    return out
+
+
+_BACKENDS = {"eager": kvcache_attention_ref, "sdpa": _sdpa}
+
+
+def _run(q, k_cache, v_cache, new_tokens, cache_seqlens, softmax_scale, backend) -> torch.Tensor:
+    return _BACKENDS[backend](q, k_cache, v_cache, new_tokens, cache_seqlens, softmax_scale)
+
+
+register_opaque(
+    "kvcache_attention(Tensor q, Tensor k_cache, Tensor v_cache, SymInt[] new_tokens, SymInt[] cache_seqlens,"
+    " float softmax_scale, str backend) -> Tensor",
+    fake=lambda q, k_cache, v_cache, *_: q.new_empty((q.shape[0], q.shape[1], v_cache.shape[3])),
+    CPU=_run,
+    CUDA=_run,
+)
+
+
+def kvcache_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    new_tokens: Sequence[int],
+    cache_seqlens: Sequence[int],
+    *,
+    softmax_scale: float | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Attention of each row's newest tokens, already in the cache, to all of that row's tokens.
+
+    Args:
+        q: ``(T, Hq, D)``, the new tokens of all rows, row after row; last dimension contiguous.
+        k_cache: ``(B, capacity, Hk, D)``, v_cache: ``(B, capacity, Hk, Dv)``, q's dtype, last dimension contiguous.
+        new_tokens: B integers on the host, the new tokens of each row, summing to T.
+        cache_seqlens: B integers on the host, the tokens in each row with the new ones; at most capacity.
+        softmax_scale: default ``D ** -0.5``.
+        backend: ``None`` (choose), ``"eager"``, ``"sdpa"`` (PyTorch's fused attention, row by row).
+
+    Returns ``(T, Hq, Dv)``. Raises ``TypeError``/``ValueError`` naming the argument that does not fit, also when an
+    input requires grad.
+    """
+    check = Checker("kvcache_attention")
+    check.tensor("q", q, ("T", "Hq", "D"), contiguous_last=True)
+    check.tensor("k_cache", k_cache, ("B", "capacity", "Hk", "D"), like=q, contiguous_last=True)
+    check.tensor("v_cache", v_cache, ("B", "capacity", "Hk", "Dv"), like=q, contiguous_last=True)
+    heads, (batch, capacity, kv_heads) = q.shape[1], k_cache.shape[:3]
+    check.require(
+        kv_heads > 0 and heads % kv_heads == 0, f"q's {heads} heads must be a multiple of k_cache's {kv_heads}"
+    )
+    for name, values in (("new_tokens", new_tokens), ("cache_seqlens", cache_seqlens)):
+        check.require(len(values) == batch, f"{name} must have one entry for each of {batch} rows, got {len(values)}")
+    ok = min(new_tokens, default=0) >= 0 and sum(new_tokens) == q.shape[0]
+    check.require(ok, f"new_tokens must be non-negative and sum to q's {q.shape[0]} rows, got {list(new_tokens)}")
+    ok = all(new <= total <= capacity for new, total in zip(new_tokens, cache_seqlens, strict=True))
+    check.require(
+        ok,
+        f"cache_seqlens must be at least new_tokens {list(new_tokens)} and at most the capacity {capacity}, "
+        f"got {list(cache_seqlens)}",
+    )
+    tracked = torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad)
+    check.require(not tracked, "q, k_cache and v_cache must not require grad; call it under torch.no_grad()")
+    name = resolve("kvcache_attention", q.device.type, backend)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    run = torch.ops.qwen2vl.kvcache_attention if torch.compiler.is_compiling() else _run
+    return run(q, k_cache, v_cache, new_tokens, cache_seqlens, scale, name)
