@@ -1,6 +1,5 @@
 """Chat messages with their images and videos in, the model's input tensors out."""
 
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,17 +12,16 @@ import torch
 from .config import Qwen2VLConfig
 from .errors import CheckpointError, MediaError, PromptError
 from .hub import resolve
-from .image import (
-    IMAGE_MEAN,
-    IMAGE_STD,
-    MAX_PIXELS,
-    MIN_PIXELS,
-    ImagePatches,
-    check_positive_int,
-    preprocess_image,
+from .image import MAX_PIXELS, MIN_PIXELS, ImagePatches, check_positive_int, preprocess_image
+from .processor_files import (
+    check_token_ids,
+    pixel_limits_of,
+    read_image_settings,
+    write_image_settings,
+    write_tokenizer_files,
 )
-from .prompt import Control, Media, Segment, Text, check_placeholders, render
-from .tokenizer import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, Tokenizer
+from .prompt import LOW_DETAIL_PIXELS, Control, Media, Segment, Text, check_placeholders, render
+from .tokenizer import IMAGE_PAD, VIDEO_PAD, Tokenizer
 from .video import MAX_FRAME_PIXELS, MAX_VIDEO_TOKENS, MIN_FRAME_PIXELS, VideoPatches, preprocess_video
 
 Messages = Sequence[Mapping[str, Any]]
@@ -51,11 +49,9 @@ class MediaInfo:
 class Inputs(dict[str, torch.Tensor]):
     """The keyword arguments of one call of the model.
 
-    Keys: `input_ids` and `attention_mask` (B, L) int64; where there are images `pixel_values` (patches, 1176)
-        uint8 and
-    `image_grid_thw` (images, 3) int64; where there are videos `pixel_values_videos` and `video_grid_thw`
-    likewise. Images are concatenated in order of appearance over the whole batch, and so, apart from them,
-    are videos.
+    Keys: `input_ids` and `attention_mask` (B, L) int64; where there are images `pixel_values` (patches, 1176) uint8
+    and `image_grid_thw` (images, 3) int64; where there are videos `pixel_values_videos` and `video_grid_thw`
+    likewise. Images are concatenated in order of appearance over the whole batch; videos are too, apart from them.
 
     Attributes:
         media: one `MediaInfo` per image or video, in order of appearance.
@@ -79,6 +75,9 @@ class Processor:
         patch_size, merge_size, temporal_patch_size: as the checkpoint's vision tower has them.
         allow_remote: fetch http and https URLs. Off by default: messages may come from people who should not
             make this machine send requests.
+        allow_local_files: open paths and `file://` URLs. Set it False when messages come from people who should not
+            read this machine's files; then only bytes, arrays, PIL images, file objects that the program opened
+            itself, data URIs and, with `allow_remote`, http(s) URLs are taken.
     """
 
     def __init__(
@@ -91,6 +90,7 @@ class Processor:
         merge_size: int = 2,
         temporal_patch_size: int = 2,
         allow_remote: bool = False,
+        allow_local_files: bool = True,
     ):
         self.tokenizer = tokenizer
         self.min_pixels, self.max_pixels = _pixel_limits(_IMAGE_PIXELS, (min_pixels, max_pixels))
@@ -98,6 +98,7 @@ class Processor:
         self.merge_size = merge_size
         self.temporal_patch_size = temporal_patch_size
         self.allow_remote = allow_remote
+        self.allow_local_files = allow_local_files
 
     @classmethod
     def from_pretrained(
@@ -107,12 +108,15 @@ class Processor:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         allow_remote: bool = False,
+        allow_local_files: bool = True,
     ) -> "Processor":
         """Read tokenizer.json, config.json and, where present, preprocessor_config.json of a checkpoint.
 
         Args:
             name_or_path: a folder, or a hub id such as "Qwen/Qwen2-VL-2B-Instruct".
             min_pixels, max_pixels: override the checkpoint's limits for images.
+            allow_remote, allow_local_files: what media may be named by messages, see the class. The checkpoint itself
+                is read either way.
 
         Raises:
             CheckpointError: a file is missing or unreadable, or the files contradict one another.
@@ -120,8 +124,8 @@ class Processor:
         folder = resolve(os.fspath(name_or_path), with_weights=False)
         config = Qwen2VLConfig.from_pretrained(folder)
         tokenizer = Tokenizer.from_pretrained(folder)
-        _check_token_ids(config, tokenizer, folder)
-        settings = _read_image_settings(folder)
+        check_token_ids(config, tokenizer, folder)
+        settings = read_image_settings(folder)
         vision = config.vision
         sizes = {
             "patch_size": vision.patch_size,
@@ -131,8 +135,41 @@ class Processor:
         for name, value in sizes.items():
             if settings.get(name, value) != value:
                 raise CheckpointError(f"{folder}: {name} is {settings[name]!r} for images, but {value} in config.json")
-        limits = _pixel_limits(_IMAGE_PIXELS, _settings_limits(settings, folder), (min_pixels, max_pixels))
-        return cls(tokenizer, min_pixels=limits[0], max_pixels=limits[1], allow_remote=allow_remote, **sizes)
+        limits = _pixel_limits(_IMAGE_PIXELS, pixel_limits_of(settings, folder), (min_pixels, max_pixels))
+        return cls(
+            tokenizer,
+            min_pixels=limits[0],
+            max_pixels=limits[1],
+            allow_remote=allow_remote,
+            allow_local_files=allow_local_files,
+            **sizes,
+        )
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write tokenizer.json, tokenizer_config.json, chat_template.json and preprocessor_config.json, with this
+        processor's limits, beside what `Qwen2VL.save_pretrained` writes; `from_pretrained` then reads the folder.
+
+        The folder is made where missing, and may be the one that this processor was read from. The chat template is
+        this package's own wording of the released one: it writes the same prompts.
+
+        Returns:
+            The folder.
+
+        Raises:
+            CheckpointError: the folder holds a processor_config.json that is no JSON.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tokenizer_files(folder, self.tokenizer)
+        write_image_settings(
+            folder,
+            min_pixels=self.min_pixels,
+            max_pixels=self.max_pixels,
+            patch_size=self.patch_size,
+            merge_size=self.merge_size,
+            temporal_patch_size=self.temporal_patch_size,
+        )
+        return folder
 
     def __call__(
         self,
@@ -237,12 +274,12 @@ class Processor:
 
     def _load_image(self, item: Media, limits: tuple[int, int]) -> ImagePatches:
         options = dict(item.options)
-        low, high = _pixel_limits(limits, (options.pop("min_pixels", None), options.pop("max_pixels", None)))
+        low, high = _item_limits(item, limits, options)
         return preprocess_image(item.source, min_pixels=low, max_pixels=high, **options, **self._shared_options())
 
     def _load_video(self, item: Media, limits: tuple[int, int], call_options: Mapping[str, Any]) -> VideoPatches:
         own = dict(item.options)
-        low, high = _pixel_limits(limits, (own.pop("min_pixels", None), own.pop("max_pixels", None)))
+        low, high = _item_limits(item, limits, own)
         options = dict(call_options)
         if "fps" in own:
             options["num_frames"] = None  # the item's rate wins over the call's number of frames
@@ -261,6 +298,7 @@ class Processor:
             "merge_size": self.merge_size,
             "temporal_patch_size": self.temporal_patch_size,
             "allow_remote": self.allow_remote,
+            "allow_local_files": self.allow_local_files,
         }
 
     def _encode(self, segments: Sequence[Segment], pads: Sequence[int]) -> list[int]:
@@ -305,6 +343,14 @@ def _pixel_limits(limits: tuple[int, int], *scopes: tuple[int | None, int | None
     return low, high
 
 
+def _item_limits(item: Media, limits: tuple[int, int], options: dict[str, Any]) -> tuple[int, int]:
+    """(min, max) pixels of one item, whose own limits are taken out of `options`."""
+    low, high = _pixel_limits(limits, (options.pop("min_pixels", None), options.pop("max_pixels", None)))
+    if item.detail == "low":
+        low, high = min(low, LOW_DETAIL_PIXELS), min(high, LOW_DETAIL_PIXELS)
+    return low, high
+
+
 def _describe(item: Media, patches: ImagePatches | VideoPatches) -> MediaInfo:
     info = MediaInfo(
         item.kind, item.where, patches.source_size, patches.resized_size, patches.grid_thw, patches.num_tokens
@@ -313,59 +359,3 @@ def _describe(item: Media, patches: ImagePatches | VideoPatches) -> MediaInfo:
         return info
     times = tuple(float(time) for time in patches.frame_times)
     return replace(info, duration=patches.duration, native_fps=patches.native_fps, frame_times=times)
-
-
-def _check_token_ids(config: Qwen2VLConfig, tokenizer: Tokenizer, folder: Path) -> None:
-    for name, field in (
-        (IMAGE_PAD, "image_token_id"),
-        (VIDEO_PAD, "video_token_id"),
-        (VISION_START, "vision_start_token_id"),
-        (VISION_END, "vision_end_token_id"),
-    ):
-        if getattr(config, field) != tokenizer.id(name):
-            raise CheckpointError(
-                f"{folder}: {field} is {getattr(config, field)} in config.json, "
-                f"but {name} is {tokenizer.id(name)} in tokenizer.json"
-            )
-
-
-def _read_image_settings(folder: Path) -> dict[str, Any]:
-    """The image processor's settings, {} if none; transformers 5 saves them in processor_config.json."""
-    for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
-        path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
-        settings = data.get(key, {}) if isinstance(data, dict) and key else data
-        if not isinstance(settings, dict):
-            raise CheckpointError(f"{path}: wants a JSON object of settings, got {type(settings).__name__}")
-        for field, wanted in (("image_mean", IMAGE_MEAN), ("image_std", IMAGE_STD)):
-            given = settings.get(field)
-            # The model normalises by itself, with these values folded into its first layer.
-            if given is not None and not _same_values(given, wanted):
-                raise CheckpointError(f"{path}: {field} {given} is not supported; Qwen2-VL has {list(wanted)}")
-        return settings
-    return {}
-
-
-def _same_values(given: Any, wanted: Sequence[float]) -> bool:
-    if not isinstance(given, list) or len(given) != len(wanted):
-        return False
-    return all(isinstance(a, (int, float)) and abs(a - b) < 1e-4 for a, b in zip(given, wanted, strict=True))
-
-
-def _settings_limits(settings: Mapping[str, Any], folder: Path) -> tuple[int | None, int | None]:
-    size = settings.get("size") or {}
-    if not isinstance(size, Mapping):
-        raise CheckpointError(f"{folder}: size in preprocessor_config.json wants an object, got {size!r}")
-    limits = (
-        settings.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels"),
-        settings.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels"),
-    )
-    for name, value in zip(("min_pixels", "max_pixels"), limits, strict=True):
-        if value is not None and (not isinstance(value, int) or value <= 0):
-            raise CheckpointError(f"{folder}: {name} in preprocessor_config.json wants a positive int, got {value!r}")
-    return limits

@@ -29,6 +29,36 @@ from .tokenizer import (
 
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
 ROLES = ("system", "user", "assistant")
+DETAILS = ("auto", "high", "low")
+LOW_DETAIL_PIXELS = 256 * 28 * 28  # 256 tokens
+
+# For other programs: `render` as a Jinja template, which is what checkpoints carry.
+CHAT_TEMPLATE = (
+    "{%- set seen = namespace(image=0, video=0) -%}"
+    "{%- if messages[0].role != 'system' -%}"
+    "{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}"
+    "{%- endif -%}"
+    "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message.role + '\\n' -}}"
+    "{%- if message.content is string -%}{{- message.content -}}"
+    "{%- else -%}"
+    "{%- for item in message.content -%}"
+    "{%- if item.type == 'image' or 'image' in item or 'image_url' in item -%}"
+    "{%- set seen.image = seen.image + 1 -%}"
+    "{%- if add_vision_id -%}{{- 'Picture ' ~ seen.image ~ ': ' -}}{%- endif -%}"
+    "{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}"
+    "{%- elif item.type == 'video' or 'video' in item or 'video_url' in item -%}"
+    "{%- set seen.video = seen.video + 1 -%}"
+    "{%- if add_vision_id -%}{{- 'Video ' ~ seen.video ~ ': ' -}}{%- endif -%}"
+    "{{- '<|vision_start|><|video_pad|><|vision_end|>' -}}"
+    "{%- else -%}{{- item.text -}}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- endif -%}"
+    "{{- '<|im_end|>\\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
 
 
 @dataclass(frozen=True)
@@ -53,12 +83,15 @@ class Media:
         source: what the item holds, as given (path, bytes, image, list of frames, ...).
         options: the item's own preprocessing options, under the names of `IMAGE_OPTIONS` or `VIDEO_OPTIONS`.
         where: the item's place in the messages, e.g. "messages[0].content[1]".
+        detail: "low" holds the image, or each frame, to `LOW_DETAIL_PIXELS` after resizing; "auto" and "high" change
+            nothing.
     """
 
     kind: Literal["image", "video"]
     source: Any
     options: dict[str, Any] = field(default_factory=dict)
     where: str = ""
+    detail: str = "auto"
 
     @property
     def pad(self) -> str:
@@ -80,10 +113,12 @@ def render(
 
     Args:
         messages: a non-empty list of `{"role": "system" | "user" | "assistant", "content": str or list of
-            items}`. An item is text (`{"type": "text", "text": str}`), an image (`{"type": "image", "image":
-            source}` or `{"type": "image_url", "image_url": source or {"url": source}}`) or a video (the same
-            with "video"); "type" may be left out. Images and videos take options beside their source, see
-            `IMAGE_OPTIONS` and `VIDEO_OPTIONS`. A key whose value is None counts as left out.
+            items}`. An item is text (`{"type": "text", "text": str}`), an image or a video; "type" may be left out
+            where the key says it. An image is one of `{"type": "image", "image": source}`, the same with key "url"
+            or "path", and `{"type": "image_url", "image_url": source or {"url": source, "detail": "auto", "high" or
+            "low"}}`, where "low" allows at most `LOW_DETAIL_PIXELS`; a video is the same with "video". Images and
+            videos take options beside their source, see `IMAGE_OPTIONS` and `VIDEO_OPTIONS`. A key whose value is
+            None counts as left out.
         add_generation_prompt: end with the opening of an assistant turn.
         add_vision_id: put "Picture N: " or "Video N: " before every item, counted over the whole
             conversation.
@@ -126,14 +161,6 @@ def render(
     if add_generation_prompt:
         segments += [Control(IM_START), Text("assistant\n")]
     return list(_join_text(segments))
-
-
-def segments_to_text(segments: Sequence[Segment]) -> str:
-    """The prompt as the released template writes it: one placeholder for each image or video."""
-    return "".join(
-        segment.text if isinstance(segment, Text) else segment.name if isinstance(segment, Control) else segment.pad
-        for segment in segments
-    )
 
 
 def check_placeholders(
@@ -280,6 +307,8 @@ _KINDS: dict[str, Literal["text", "image", "video"]] = {
     "video": "video",
     "video_url": "video",
 }
+# "type" -> keys under which an item may hold its source; the later ones do not say by themselves what it is.
+_SOURCE_KEYS = {kind: (kind,) for kind in _KINDS} | {kind: (kind, "url", "path") for kind in ("image", "video")}
 
 
 def _read_item(item: object, where: str) -> Text | Media:
@@ -300,32 +329,37 @@ def _read_item(item: object, where: str) -> Text | Media:
     kind = _KINDS[payload]
     options = IMAGE_OPTIONS if kind == "image" else VIDEO_OPTIONS if kind == "video" else {}
     # Tables fill absent columns with None: harmless in any key that some kind of item has.
-    others = {*_KINDS, *IMAGE_OPTIONS, *VIDEO_OPTIONS}
+    others = {*_KINDS, "url", "path", *IMAGE_OPTIONS, *VIDEO_OPTIONS}
     checked = [key for key in item if key in given or key not in others]
     article = "an" if kind == "image" else "a"
-    _refuse_unknown_keys(checked, ("type", payload, *options), f"{article} {kind} item", where)
-    if payload not in given:
+    sources = _SOURCE_KEYS[payload]
+    _refuse_unknown_keys(checked, ("type", *sources, *options), f"{article} {kind} item", where)
+    held = [key for key in sources if key in given]
+    if not held:
         raise PromptError(f"{where}.{payload}: is missing from this item of type {payload!r}")
+    if len(held) > 1:
+        raise PromptError(f"{where}: wants one of {_quoted(sources)}, got {_quoted(held)}")
 
-    source = given[payload]
+    source, detail = given[held[0]], "auto"
     if kind == "text":
         if not isinstance(source, str):
             raise PromptError(f"{where}.text: wants a str, got {type(source).__name__}")
         return Text(source)
     if payload.endswith("_url"):
-        source = _read_url(source, f"{where}.{payload}")
-    return Media(kind, source, _read_options(given, options, where), where)
+        source, detail = _read_url(source, f"{where}.{payload}")
+    return Media(kind, source, _read_options(given, options, where), where, detail)
 
 
-def _read_url(source: Any, where: str) -> Any:
+def _read_url(source: Any, where: str) -> tuple[Any, str]:
     if not isinstance(source, Mapping):
-        return source
+        return source, "auto"
     _refuse_unknown_keys(source, ("url", "detail"), "a URL", where)
     if source.get("url") is None:
         raise PromptError(f"{where}.url: is missing")
-    if source.get("detail", "auto") not in ("auto", None):
-        raise PromptError(f"{where}.detail: wants 'auto', got {source['detail']!r}; set the item's max_pixels instead")
-    return source["url"]
+    detail = "auto" if source.get("detail") is None else source["detail"]
+    if not isinstance(detail, str) or detail not in DETAILS:
+        raise PromptError(f"{where}.detail: wants one of {_quoted(DETAILS)}, got {detail!r}")
+    return source["url"], detail
 
 
 def _read_options(given: Mapping[str, Any], options: Mapping[str, _Option], where: str) -> dict[str, Any]:

@@ -52,7 +52,6 @@ class Tokenizer:
     Attributes:
         special_ids: name -> id of every control token that the file has.
         pad_id: id of <|endoftext|>, which pads batches.
-        end_id: id of <|im_end|>, which closes a turn.
 
     Raises:
         CheckpointError: the tokenizer is not a byte-level BPE, lacks one of `REQUIRED_TOKENS`, or its
@@ -82,7 +81,6 @@ class Tokenizer:
         }
         self._special_id_set = frozenset(self.special_ids.values())
         self.pad_id = self.special_ids[END_OF_TEXT]
-        self.end_id = self.special_ids[IM_END]
         reachable = [name for name in self.special_ids if not self._special_id_set.isdisjoint(self.encode_plain(name))]
         if reachable:
             raise CheckpointError(f"tokenizer: ordinary text can spell the special tokens {', '.join(reachable)}")
@@ -101,10 +99,6 @@ class Tokenizer:
         except Exception as error:  # tokenizers raises bare Exception for every kind of damage
             raise CheckpointError(f"{path}: not a readable tokenizer ({error})") from error
         return cls(backend)
-
-    def __len__(self) -> int:
-        """One more than the largest id: the least number of embedding rows that serves this tokenizer."""
-        return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
 
     def id(self, name: str) -> int:
         """Id of the control token `name`. Raises CheckpointError where the tokenizer has none such."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..config import Qwen2VLConfig, TextConfig, VisionConfig
+from ..image import MAX_PIXELS, MIN_PIXELS
 from ..model import Qwen2VL
+from ..processor_files import write_image_settings
 from .tokenizer import write_byte_tokenizer
 
 #: config field -> special token's name
@@ -82,16 +83,12 @@ def write_random_checkpoint(
     }
     model.save_pretrained(folder, max_shard_bytes)
     vision = config.vision
-    preprocessor = {
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": "Qwen2VLProcessor",
-        "min_pixels": 3136,
-        "max_pixels": 12845056,
-        "patch_size": vision.patch_size,
-        "temporal_patch_size": vision.temporal_patch_size,
-        "merge_size": vision.spatial_merge_size,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8")
+    write_image_settings(
+        folder,
+        min_pixels=MIN_PIXELS,
+        max_pixels=MAX_PIXELS,
+        patch_size=vision.patch_size,
+        merge_size=vision.spatial_merge_size,
+        temporal_patch_size=vision.temporal_patch_size,
+    )
     return folder

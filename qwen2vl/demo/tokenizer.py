@@ -8,7 +8,10 @@ import json
 import os
 from pathlib import Path
 
-from ..tokenizer import BYTE_OF_CHAR, CONTROL_TOKENS, END_OF_TEXT, IM_END
+import tokenizers
+
+from ..processor_files import write_tokenizer_files
+from ..tokenizer import BYTE_OF_CHAR, CONTROL_TOKENS, Tokenizer
 
 RELEASED_FIRST_ID = 151643
 
@@ -31,33 +34,6 @@ pic ture|Ġ picture|v i|vi d|vid e|vide o|Ġ video|Ġt he|an d|Ġ and|Ġ in|Ġ i
 Ġ of|Ġ a|Ġ s|Ġ w|Ġ o|h at|W hat|Ġw hat|a s|s is|as sis|assis t|assist an|assistan t|s y|s t|sy st
 syst e|syste m|e s|i t|e d|a l|Ċ Ċ|Ġ Ġ|Ã ©|Ð ¾
 """
-
-CHAT_TEMPLATE = (
-    "{%- set seen = namespace(image=0, video=0) -%}"
-    "{%- if messages[0].role != 'system' -%}"
-    "{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}"
-    "{%- endif -%}"
-    "{%- for message in messages -%}"
-    "{{- '<|im_start|>' + message.role + '\\n' -}}"
-    "{%- if message.content is string -%}{{- message.content -}}"
-    "{%- else -%}"
-    "{%- for item in message.content -%}"
-    "{%- if item.type == 'image' or 'image' in item or 'image_url' in item -%}"
-    "{%- set seen.image = seen.image + 1 -%}"
-    "{%- if add_vision_id -%}{{- 'Picture ' ~ seen.image ~ ': ' -}}{%- endif -%}"
-    "{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}"
-    "{%- elif item.type == 'video' or 'video' in item or 'video_url' in item -%}"
-    "{%- set seen.video = seen.video + 1 -%}"
-    "{%- if add_vision_id -%}{{- 'Video ' ~ seen.video ~ ': ' -}}{%- endif -%}"
-    "{{- '<|vision_start|><|video_pad|><|vision_end|>' -}}"
-    "{%- else -%}{{- item.text -}}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- endif -%}"
-    "{{- '<|im_end|>\\n' -}}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
-)
 
 
 def write_byte_tokenizer(folder: str | os.PathLike[str], *, released_ids: bool = False) -> dict[str, int]:
@@ -118,29 +94,7 @@ def write_byte_tokenizer(folder: str | os.PathLike[str], *, released_ids: bool =
             "merges": merges,
         },
     }
-    tokenizer_config = {
-        "add_prefix_space": False,
-        "added_tokens_decoder": {str(token_id): {"content": name, **flags} for name, token_id in special_ids.items()},
-        "additional_special_tokens": [name for name in CONTROL_TOKENS if name != END_OF_TEXT],
-        "bos_token": None,
-        "chat_template": CHAT_TEMPLATE,
-        "clean_up_tokenization_spaces": False,
-        "eos_token": IM_END,
-        "errors": "replace",
-        "model_max_length": 32768,
-        "pad_token": END_OF_TEXT,
-        "padding_side": "left",
-        "split_special_tokens": False,
-        "tokenizer_class": "Qwen2Tokenizer",
-        "unk_token": None,
-    }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (
-        ("tokenizer.json", tokenizer),
-        ("tokenizer_config.json", tokenizer_config),
-        ("chat_template.json", {"chat_template": CHAT_TEMPLATE}),
-    ):
-        text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
-        (folder / name).write_bytes(text.encode("utf-8"))
+    write_tokenizer_files(folder, Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(tokenizer))))
     return special_ids

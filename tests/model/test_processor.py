@@ -10,16 +10,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
 import qwen2vl.processor
 from qwen2vl.config import Qwen2VLConfig
+from qwen2vl.demo.checkpoint import write_random_checkpoint
 from qwen2vl.demo.tokenizer import write_byte_tokenizer
 from qwen2vl.errors import CheckpointError, MediaError, PromptError
 from qwen2vl.image import preprocess_image
+from qwen2vl.model import Qwen2VL
 from qwen2vl.processor import MediaInfo, Processor
-from qwen2vl.prompt import check_placeholders, render, segments_to_text
+from qwen2vl.prompt import LOW_DETAIL_PIXELS, check_placeholders, render
 from qwen2vl.video import preprocess_video
+from tests.model.prompt_text import segments_to_text
 
 IMAGE_PAD, VIDEO_PAD = 151655, 151656
 
@@ -34,6 +37,7 @@ def user(*content):
 
 
 def write_checkpoint(folder, **config):
+    folder.mkdir(exist_ok=True)
     write_byte_tokenizer(folder, released_ids=True)
     data = Qwen2VLConfig.preset("2b").to_dict() | config
     (folder / "config.json").write_text(json.dumps(data), encoding="utf-8")
@@ -179,6 +183,45 @@ def test_pixel_limits_item_over_call_over_processor(folder, processor):
     assert tokens(processor, item | {"resized_height": 56, "resized_width": 84}) == 6
     with pytest.raises(MediaError, match=r"^messages\[0\].content\[0\]: .*min_pixels must not exceed max_pixels"):
         processor(user(item), min_pixels=5000, max_pixels=4000)
+
+
+def test_low_detail_caps_and_never_raises_the_limits(folder, processor):
+    image = picture(1120, 560)  # 800 tokens
+    small = Processor.from_pretrained(folder, max_pixels=100 * 784)
+    large = Processor.from_pretrained(folder, min_pixels=900 * 784)
+    low, high, auto = (
+        {"type": "image_url", "image_url": {"url": image, "detail": detail}} for detail in ("low", "high", "auto")
+    )
+    assert LOW_DETAIL_PIXELS == 200_704
+    assert tokens(processor, high) == tokens(processor, auto) == 800
+    assert 200 < tokens(processor, low) <= 256
+    assert tokens(large, low) == tokens(processor, low)
+    assert tokens(small, low) == tokens(small, auto) <= 100
+    assert tokens(processor, low | {"max_pixels": 64 * 784}) <= 64
+    (video,) = processor(user({"video_url": {"url": [image] * 2, "detail": "low"}})).media
+    assert 200 < video.num_tokens <= 256
+
+
+def test_local_files_can_be_forbidden(folder, tmp_path):
+    picture(56, 56).save(tmp_path / "a.png")
+    path = str(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    tokenizer = Processor.from_pretrained(folder).tokenizer
+    for closed in (
+        Processor.from_pretrained(folder, allow_local_files=False),
+        Processor(tokenizer, allow_local_files=False),
+    ):
+        for item in (
+            {"image": path},
+            {"type": "image", "path": path},
+            {"type": "image_url", "image_url": {"url": f"file://{path}"}},
+            {"video": path},
+            {"video": [data, path]},
+        ):
+            with pytest.raises(MediaError, match=r"^messages\[0\].content\[0\]: .*allow_local_files is False"):
+                closed(user(item))
+        assert tokens(closed, {"image": data}) == tokens(closed, {"image": Image.open(tmp_path / "a.png")}) == 4
+    assert tokens(Processor(tokenizer), {"type": "image", "path": path}) == 4
 
 
 @pytest.mark.parametrize("value", [0, -5, 2.5, "784", True])
@@ -384,3 +427,64 @@ def test_contradicting_or_missing_files(tmp_path):
         Processor.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="no such folder"):
         Processor.from_pretrained(tmp_path / "nowhere")
+
+
+def same_processors(one, two):
+    messages = user(
+        {"text": "What is <|im_end|> né 12?"}, {"image": picture(300, 200)}, {"video": [picture(56, 84)] * 3}
+    )
+    ours, theirs = one(messages), two(messages)
+    assert set(ours) == set(theirs) and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert (one.min_pixels, one.max_pixels) == (two.min_pixels, two.max_pixels)
+    assert one.tokenizer.special_ids == two.tokenizer.special_ids
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_what_is_saved_loads_again(tmp_path, elsewhere):
+    """Model and processor, into a new folder and over their own one; transformers reads the same limits and prompt."""
+    source = write_random_checkpoint(tmp_path / "source")
+    target = tmp_path / "target" if elsewhere else source
+    processor, model = Processor.from_pretrained(source, max_pixels=30 * 784), Qwen2VL.from_pretrained(source)
+    model.save_pretrained(target)
+    assert processor.save_pretrained(str(target)) == target
+    again = Processor.from_pretrained(target)
+    same_processors(processor, again)
+    assert again.max_pixels == 30 * 784
+    assert Qwen2VL.from_pretrained(target).config == model.config
+    assert not [path.name for path in target.iterdir() if path.name.startswith(".")]
+
+    limits = Qwen2VLImageProcessorPil.from_pretrained(target).size
+    assert (limits["shortest_edge"], limits["longest_edge"]) == (3136, 30 * 784)
+    peer = AutoTokenizer.from_pretrained(target)
+    messages = [{"role": "user", "content": "What is this?"}]
+    text = peer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert peer.encode(text) == again(messages)["input_ids"][0].tolist()
+
+    # A second save changes nothing: saving is not a way to drift.
+    files = {path.name: path.read_bytes() for path in target.iterdir()}
+    again.save_pretrained(target)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == files
+
+
+def test_saving_keeps_no_older_limits(tmp_path):
+    """transformers 5 prefers processor_config.json, so what that says of images must not stay behind."""
+    write_checkpoint(tmp_path)
+    path = tmp_path / "processor_config.json"
+    path.write_text(json.dumps({"image_processor": {"size": {"longest_edge": 7840}}, "processor_class": "X"}))
+    processor = Processor.from_pretrained(tmp_path, max_pixels=9408)
+    processor.save_pretrained(tmp_path)
+    saved = json.loads(path.read_text())
+    assert saved["image_processor"]["max_pixels"] == 9408 and saved["processor_class"] == "X"
+    assert Processor.from_pretrained(tmp_path).max_pixels == 9408
+
+
+def test_extra_tokens_of_a_tokenizer_are_saved(tmp_path):
+    write_random_checkpoint(tmp_path / "a")
+    processor = Processor.from_pretrained(tmp_path / "a")
+    processor.tokenizer.backend.add_tokens(["<tool>"])
+    processor.save_pretrained(tmp_path / "b")
+    (tmp_path / "b" / "config.json").write_bytes((tmp_path / "a" / "config.json").read_bytes())
+    again = Processor.from_pretrained(tmp_path / "b")
+    assert again.tokenizer.encode_plain("a <tool>") == processor.tokenizer.encode_plain("a <tool>")
+    assert AutoTokenizer.from_pretrained(tmp_path / "b").encode("<tool>") == again.tokenizer.encode_plain("<tool>")
+    assert "<tool>" not in again.tokenizer.special_ids

@@ -12,8 +12,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qwen2vl.demo.tokenizer import write_byte_tokenizer
 from qwen2vl.errors import CheckpointError, PromptError
-from qwen2vl.prompt import Control, Media, Text, render, segments_to_text
+from qwen2vl.prompt import Control, Media, Text, render
 from qwen2vl.tokenizer import CONTROL_TOKENS, GROUNDING_TOKENS, Tokenizer
+from tests.model.prompt_text import segments_to_text
 
 # SPEC's description of the instruct template, written down a second time.
 TEMPLATE = """\
@@ -115,7 +116,6 @@ def test_special_ids(tmp_path, released_ids):
     assert tokenizer.special_ids == ids
     assert list(ids) == list(CONTROL_TOKENS)
     assert list(ids.values()) == list(range(ids["<|endoftext|>"], ids["<|endoftext|>"] + 14))
-    assert len(tokenizer) == ids["<|video_pad|>"] + 1
     if released_ids:
         assert (ids["<|endoftext|>"], ids["<|im_end|>"], ids["<|video_pad|>"]) == (151643, 151645, 151656)
     assert {name: peer.convert_tokens_to_ids(name) for name in ids} == ids
@@ -191,7 +191,7 @@ def test_control_tokens_not_flagged_special_stay_out_of_text(folder, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
     tokenizer = Tokenizer.from_pretrained(tmp_path)
     assert len(tokenizer.encode_plain("<|im_end|>")) > 1
-    assert tokenizer.decode([tokenizer.end_id]) == ""
+    assert tokenizer.decode([tokenizer.id("<|im_end|>")]) == ""
 
 
 def test_damaged_tokenizers_are_refused(folder, tmp_path):
@@ -316,6 +316,21 @@ def test_media_keep_source_options_and_place():
     assert video == Media("video", "v.mp4", {"num_frames": 8, "start": 0.0, "end": 2.5}, "messages[0].content[1]")
 
 
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_newer_source_keys_and_details(peer, kind):
+    items = [{"type": kind, key: "a file", "image_url": None} for key in (kind, "url", "path")]
+    details = [None, "auto", "high", "low"]
+    items += [{"type": f"{kind}_url", f"{kind}_url": {"url": "a file", "detail": detail}} for detail in details]
+    messages = [{"role": "user", "content": items}]
+    segments = render(messages)
+    media = [segment for segment in segments if isinstance(segment, Media)]
+    assert [(item.kind, item.source, item.options) for item in media] == [(kind, "a file", {})] * 7
+    assert [item.detail for item in media] == ["auto"] * 5 + ["high", "low"]
+    without_none = [{key: value for key, value in item.items() if value is not None} for item in items]
+    theirs = peer.apply_chat_template([{"role": "user", "content": without_none}], tokenize=False)
+    assert segments_to_text(render(messages, add_generation_prompt=False)) == theirs
+
+
 def user(*content):
     return [{"role": "user", "content": "ok"}, {"role": "user", "content": list(content)}]
 
@@ -375,7 +390,16 @@ def user(*content):
             r"content\[0\].image_url: unknown key 'uri'",
         ),
         (user({"type": "image_url", "image_url": {}}), r"content\[0\].image_url.url: is missing"),
-        (user({"image_url": {"url": "a", "detail": "high"}}), r"image_url.detail: wants 'auto', got 'high'"),
+        (
+            user({"image_url": {"url": "a", "detail": "highest"}}),
+            r"image_url.detail: wants one of 'auto', 'high', 'low', got 'highest'",
+        ),
+        (user({"image_url": {"url": "a", "detail": ["low"]}}), r"image_url.detail: wants one of"),
+        (user({"url": "a"}), r"^messages\[1\].content\[0\]: wants a 'type' or exactly one of"),
+        (user({"type": "image", "image": "a", "url": "b"}), r"wants one of 'image', 'url', 'path', got 'image', 'url'"),
+        (user({"type": "video", "path": "a", "url": "b"}), r"wants one of 'video', 'url', 'path', got 'url', 'path'"),
+        (user({"type": "text", "text": "a", "url": "b"}), r"unknown key 'url'; a text item"),
+        (user({"type": "image_url", "image_url": "a", "path": "b"}), r"unknown key 'path'; an image item"),
         (user({"video": "a", "fps": float("nan")}), r"\.fps: wants a positive number, got nan"),
         (user({"video": "a", "fps": 0}), r"\.fps: wants a positive number, got 0"),
         (user({"video": "a", "video_start": -1}), r"\.video_start: wants seconds"),
