@@ -223,17 +223,26 @@ class _Chooser:
 
     def __call__(self, logits: torch.Tensor) -> list[int]:
         """``(B, vocab)`` to B ids."""
-        scores = logits.float()
-        if self.seen is not None:
-            p = self.config.repetition_penalty
-            scores = torch.where(self.seen > 0, torch.where(scores < 0, scores * p, scores / p), scores)
-        scores = scores.index_fill(1, self.banned, float("-inf"))
-        tokens = self._draw(scores) if self.config.do_sample else scores.argmax(-1)
+        scores = self.scores(logits)
+        if self.config.do_sample:
+            rows = zip(self.probabilities(scores), self.generators, strict=True)
+            tokens = torch.cat([torch.multinomial(p, 1, generator=g) for p, g in rows])
+        else:
+            tokens = scores.argmax(-1)
         if self.seen is not None:
             self.seen.scatter_(1, tokens.unsqueeze(1), 1)
         return tokens.tolist()
 
-    def _draw(self, scores: torch.Tensor) -> torch.Tensor:
+    def scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """``(B, vocab)`` float32 with the repetition penalty, minus infinity at what is never generated."""
+        scores = logits.float()
+        if self.seen is not None:
+            p = self.config.repetition_penalty
+            scores = torch.where(self.seen > 0, torch.where(scores < 0, scores * p, scores / p), scores)
+        return scores.index_fill(1, self.banned, float("-inf"))
+
+    def probabilities(self, scores: torch.Tensor) -> torch.Tensor:
+        """``(B, vocab)``, what a draw falls by: temperature, top_k and top_p; ``torch.multinomial`` normalises."""
         config = self.config
         scores = scores / config.temperature
         if config.top_k:
@@ -245,8 +254,7 @@ class _Chooser:
             # Keep the smallest set that reaches top_p: drop what begins after it is reached.
             beyond = ordered.cumsum(-1) - ordered >= config.top_p
             probabilities = probabilities.masked_fill(beyond.gather(1, order.argsort(-1)), 0)
-        drawn = [torch.multinomial(p, 1, generator=g) for p, g in zip(probabilities, self.generators, strict=True)]
-        return torch.cat(drawn)
+        return probabilities
 
 
 def generate(
