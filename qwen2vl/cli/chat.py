@@ -18,6 +18,7 @@ from .common import (
     FpsOption,
     MaxNewTokensOption,
     MaxPixelsOption,
+    MaxVisionPatchesOption,
     MinPixelsOption,
     ModelOption,
     RepetitionPenaltyOption,
@@ -68,6 +69,7 @@ def chat(
     allow_remote: AllowRemoteOption = False,
     device: DeviceOption = None,
     dtype: DTypeOption = None,
+    max_vision_patches: MaxVisionPatchesOption = None,
 ) -> None:
     """Talk about images and videos, turn by turn. /help lists the commands.
 
@@ -80,6 +82,7 @@ def chat(
         min_pixels=min_pixels,
         max_pixels=max_pixels,
         allow_remote=allow_remote,
+        max_vision_patches=max_vision_patches,
     )
     config = generation_config(
         loaded,

@@ -99,6 +99,17 @@ DeviceOption = Annotated[
     str | None,
     typer.Option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.", rich_help_panel=_MACHINE),
 ]
+MaxVisionPatchesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-vision-patches",
+        metavar="N",
+        min=1,
+        help="Patches that go through the vision tower at once, at least one image or video; default: all. "
+        "Lower takes less memory.",
+        rich_help_panel=_MACHINE,
+    ),
+]
 DTypeOption = Annotated[
     DType | None, typer.Option("--dtype", help="Default: the checkpoint's.", rich_help_panel=_MACHINE)
 ]
@@ -133,12 +144,23 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
         where = f"{error.filename}: " if error.filename is not None else ""
         return f"{where}{error.strerror or error}"
+    if isinstance(error, (ValueError, TypeError)) and _raised_in(error) == "qwen2vl_kernels":
+        return str(error)  # the kernels check what they are given, with errors of Python's own types
     return None
+
+
+def _raised_in(error: Exception) -> str:
+    """Name of the package whose code raised the error; "" where none did."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return "" if place is None else place.tb_frame.f_globals.get("__name__", "").partition(".")[0]
 
 
 def print_error(message: str) -> None:
     """``error: ...`` on stderr."""
-    stderr.print(f"[bold red]error:[/] {escape(printable(message, stderr.is_terminal))}")
+    line = " ".join(message.split("\n"))
+    stderr.print(f"[bold red]error:[/] {escape(printable(line, stderr.is_terminal))}")
 
 
 def printable(text: str, terminal: bool | None = None) -> str:
@@ -178,6 +200,7 @@ def load(
     min_pixels: int | None,
     max_pixels: int | None,
     allow_remote: bool,
+    max_vision_patches: int | None,
 ) -> tuple[Qwen2VL, Processor]:
     """Model and processor of --model."""
     if model is None:
@@ -207,6 +230,7 @@ def load(
         loaded = Qwen2VL.from_pretrained(
             folder, device=device, dtype=None if dtype is None else dtype.value, progress=report
         )
+    loaded.max_vision_patches = max_vision_patches
     return loaded, processor
 
 

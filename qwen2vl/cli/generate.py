@@ -16,6 +16,7 @@ from .common import (
     FpsOption,
     MaxNewTokensOption,
     MaxPixelsOption,
+    MaxVisionPatchesOption,
     MinPixelsOption,
     ModelOption,
     RepetitionPenaltyOption,
@@ -59,6 +60,7 @@ def generate(
     allow_remote: AllowRemoteOption = False,
     device: DeviceOption = None,
     dtype: DTypeOption = None,
+    max_vision_patches: MaxVisionPatchesOption = None,
 ) -> None:
     """Answer one prompt about images and videos.
 
@@ -81,6 +83,7 @@ def generate(
         min_pixels=min_pixels,
         max_pixels=max_pixels,
         allow_remote=allow_remote,
+        max_vision_patches=max_vision_patches,
     )
     load_seconds = time.perf_counter() - begin
     config = generation_config(

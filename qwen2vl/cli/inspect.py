@@ -121,9 +121,20 @@ def save_pictures(out: Path, name: str, kind: str, media: ImagePatches | VideoPa
 
 
 def _names(files: list[str]) -> list[str]:
-    """A name for the pictures of each file: its stem, numbered where two files share one."""
+    """A name for the pictures of each file: its stem, numbered where two files share one. No name comes twice."""
     stems = [Path(file.rpartition("/")[2] or file).stem[:100] or "media" for file in files]
-    return [stem if stems.count(stem) == 1 else f"{stem}-{stems[: n + 1].count(stem)}" for n, stem in enumerate(stems)]
+    # Compared without case: so do the file systems of some machines.
+    keys = [stem.casefold() for stem in stems]
+    taken = {key for key in keys if keys.count(key) == 1}
+    names = []
+    for stem, key in zip(stems, keys, strict=True):
+        name, number = stem, 0
+        while keys.count(key) > 1 and (number == 0 or name.casefold() in taken):
+            number += 1
+            name = f"{stem}-{number}"
+        taken.add(name.casefold())
+        names.append(name)
+    return names
 
 
 def _kind(file: str) -> Kind:

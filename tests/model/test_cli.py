@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+import qwen2vl_kernels
 from qwen2vl import GenerationConfig, Processor, Qwen2VL, generate
 from qwen2vl.cli import app
 from qwen2vl.cli.common import printable
@@ -202,13 +203,34 @@ def test_usage_errors(run, args, named):
     assert result.exit_code == 2 and named in result.stderr and "Traceback" not in result.stderr
 
 
-def test_an_error_of_ours_is_not_hidden(run, monkeypatch):
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError, TypeError])
+def test_an_error_of_ours_is_not_hidden(run, monkeypatch, kind):
     def broken(*args, **kwargs):
-        raise RuntimeError("a bug")
+        raise kind("a bug")
 
     monkeypatch.setattr(Processor, "__call__", broken)
     result = run("generate", "--model", "model", "--prompt", "hi")
-    assert isinstance(result.exception, RuntimeError)
+    assert type(result.exception) is kind
+
+
+@pytest.mark.parametrize("wrong", [3, torch.zeros(2, 5)])
+def test_what_the_kernels_refuse_is_one_line(run, monkeypatch, wrong):
+    """Their checks raise TypeError and ValueError, which elsewhere would be bugs of ours."""
+    monkeypatch.setattr(Processor, "__call__", lambda *a, **k: qwen2vl_kernels.rms_norm(wrong, torch.ones(4)))
+    result = run("generate", "--model", "model", "--prompt", "hi")
+    assert result.exit_code == 1 and result.stderr.startswith("error: rms_norm: ") and result.stderr.count("\n") == 1
+
+
+def test_max_vision_patches_reaches_the_tower(run, monkeypatch):
+    seen = []
+    tower = type(Qwen2VL.from_pretrained("model").visual)
+    forward = tower.forward
+    monkeypatch.setattr(tower, "forward", lambda self, *a, **k: seen.append(k["max_patches"]) or forward(self, *a, **k))
+    args = ("--image", "day.png", "--image", "a night.jpg", "--prompt", "hi")
+    assert answer(run, *args)["token_ids"] == answer(run, *args, "--max-vision-patches", 24)["token_ids"]
+    lines = "/image day.png\nhi\n"
+    assert run("chat", "--model", "model", "-n", 2, "--max-vision-patches", 30, stdin=lines).exit_code == 0
+    assert seen == [None, 24, 30]
 
 
 def test_version_and_help(run):
@@ -385,6 +407,19 @@ def test_pictures_of_files_with_one_stem(run, place, tmp_path):
     reports = json.loads(run("inspect", "day.png", tmp_path / "day.png", "--out", tmp_path, "--json").stdout)
     names = [Path(p).name for report in reports for p in report["pictures"]]
     assert names == ["day-1-grid.png", "day-1-positions.png", "day-2-grid.png", "day-2-positions.png"]
+
+
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        (["x/a.png", "y/a.png", "a-1.png"], ["a-2", "a-3", "a-1"]),
+        (["a-1.png", "x/a.png", "z/a-1.png", "y/a.png"], ["a-1-1", "a-1", "a-1-2", "a-2"]),
+        (["x/a.png", "y/a.png", "z/a-1.png", "w/a-1.jpg"], ["a-1", "a-2", "a-1-1", "a-1-2"]),
+        (["a.png", "b.png", "A.png"], ["a-1", "b", "A-2"]),
+    ],
+)
+def test_names_of_pictures_are_unique(files, names):
+    assert importlib.import_module("qwen2vl.cli.inspect")._names(files) == names
 
 
 def test_inspect_without_matplotlib(run, tmp_path, monkeypatch):
