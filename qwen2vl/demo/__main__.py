@@ -157,7 +157,8 @@ def compare_with_transformers(folder: Path, prompts: list[tuple[str, list[dict[s
     """Run prompts through our model and transformers' from one checkpoint, in float32 on the CPU.
 
     Prints the largest difference of the logits at every position of the prompt, and whether the greedy tokens are
-    the same. Raises :class:`Qwen2VLError` where they differ, or transformers is missing.
+    the same. Position ids are part of the comparison, except those of prompts with a video, which transformers takes
+    from us. Raises :class:`Qwen2VLError` where they differ, or transformers is missing.
     """
     try:
         import transformers
@@ -199,12 +200,19 @@ def compare_with_transformers(folder: Path, prompts: list[tuple[str, list[dict[s
             failed.append(title)
     console.print("\n[bold]Ours against transformers[/], float32, every position of the prompt")
     console.print(table)
+    console.print(
+        "Position ids: transformers' own for text and images; ours for the prompt with a video, where transformers 5.3 "
+        "and later\nplace the text after a long video wrongly."
+    )
     if failed:
         raise Qwen2VLError(f"not equal to transformers: {', '.join(failed)}")
 
 
 def _for_transformers(model: Qwen2VL, inputs: Inputs, ids: torch.Tensor) -> dict[str, Any]:
-    """Our inputs with the sequence ``ids`` as transformers takes them: normalised floats, and types of tokens."""
+    """Our inputs with the sequence ``ids`` as transformers takes them: normalised floats, and types of tokens.
+
+    From these types it makes position ids of its own, which a comparison is to check; only with a video it gets ours.
+    """
     import torch
 
     from qwen2vl_kernels import mrope_positions
@@ -256,7 +264,7 @@ def _prepare(processor: Processor, content: list[dict[str, Any]]) -> tuple[Input
 
 
 def _print_media(content: list[dict[str, Any]], inputs: Inputs) -> None:
-    table = Table("file", "size", "resized", "grid", "patches", "tokens", box=None, pad_edge=False, padding=(0, 2))
+    table = Table("  file", "size", "resized", "grid", "patches", "tokens", box=None, pad_edge=False, padding=(0, 2))
     for item, info in zip(content, inputs.media, strict=False):
         grid = " × ".join(map(str, info.grid_thw))
         sizes = [f"{width} × {height}" for height, width in (info.source_size, info.resized_size)]

@@ -62,7 +62,7 @@ def draw_scene(width: int, height: int, *, night: bool = False, text: str = "QWE
         pane = (left + side * unit, ground - 4.6 * unit, left + (side + 1.5) * unit, ground - 3.1 * unit)
         draw.rectangle(pane, fill=colours["window"], outline=(250, 250, 250), width=max(2, int(unit / 8)))
 
-    trunk = 0.56 * w
+    trunk = max(0.56 * w, left + 11 * unit)  # clear of the house, in narrow pictures too
     draw.rectangle((trunk - 0.3 * unit, ground - 3 * unit, trunk + 0.3 * unit, ground), fill=(84, 58, 38))
     for across, up, size in ((0, 5.2, 1.7), (-1.2, 4, 1.5), (1.2, 4, 1.5)):
         centre = (trunk + across * unit, ground - up * unit)
@@ -95,7 +95,7 @@ def write_video(path: Path, *, width: int = 320, height: int = 240, seconds: flo
         # MPEG-4 part 2, which every build of FFmpeg can encode.
         stream = container.add_stream("mpeg4", rate=fps)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.bit_rate = 400_000
+        stream.bit_rate = 1_000_000
         for n in range(count):
             frame = background.copy()
             way = n / max(1, count - 1)

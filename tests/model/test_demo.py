@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
 
+import qwen2vl.model
+import qwen2vl_kernels
 from qwen2vl import Qwen2VL
 from qwen2vl.demo.__main__ import demo
+from qwen2vl.demo.media import draw_scene
 
 app = typer.Typer()
 app.command()(demo)
@@ -40,6 +44,30 @@ def test_check_finds_equality(tmp_path):
     result = CliRunner().invoke(app, ["--out", str(tmp_path), "--check"])
     assert result.exit_code == 0, result.output
     assert result.stdout.count("64 of 64 equal") == 3
+    assert "ours for the prompt with a video" in result.stdout
+
+
+def test_check_finds_wrong_positions(tmp_path, monkeypatch):
+    """Ours may not reach both sides: with images a mistake in them shows, and transformers is not given any."""
+    pytest.importorskip("transformers")
+    right = qwen2vl_kernels.mrope_positions
+
+    def wrong(*args, **kwargs):
+        positions, delta = right(*args, **kwargs)
+        return positions.roll(1, 0), delta  # the axes in another order
+
+    for module in (qwen2vl_kernels, qwen2vl.model):
+        monkeypatch.setattr(module, "mrope_positions", wrong)
+    result = CliRunner().invoke(app, ["--out", str(tmp_path), "--check"])
+    assert result.exit_code == 1
+    assert "not equal to transformers: One photo, Several images" in result.stderr
+
+
+def test_night_tree_leaves_the_windows_free():
+    """A narrow picture, where the tree once stood before the house."""
+    lit = (np.asarray(draw_scene(308, 448, night=True)) == (255, 214, 120)).all(-1)
+    door = 308 // 3
+    assert lit[:, :door].sum() == lit[:, door:].sum() > 200
 
 
 def test_check_finds_a_difference(tmp_path, monkeypatch):
