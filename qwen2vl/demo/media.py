@@ -93,9 +93,9 @@ def write_video(path: Path, *, width: int = 320, height: int = 240, seconds: flo
     count = round(seconds * fps)
     with av.open(str(path), "w") as container:
         # MPEG-4 part 2, which every build of FFmpeg can encode.
-        stream = container.add_stream("mpeg4", rate=fps)
+        stream = container.add_stream("mpeg4", rate=fps, options={"qmax": "3"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.bit_rate = 1_000_000
+        stream.bit_rate = 400_000
         for n in range(count):
             frame = background.copy()
             way = n / max(1, count - 1)

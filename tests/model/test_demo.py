@@ -67,7 +67,7 @@ def test_night_tree_leaves_the_windows_free():
     """A narrow picture, where the tree once stood before the house."""
     lit = (np.asarray(draw_scene(308, 448, night=True)) == (255, 214, 120)).all(-1)
     door = 308 // 3
-    assert lit[:, :door].sum() == lit[:, door:].sum() > 200
+    assert lit[:, door:].sum() > 0.9 * lit[:, :door].sum() > 200
 
 
 def test_check_finds_a_difference(tmp_path, monkeypatch):
