@@ -5,7 +5,7 @@ import torch
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm
 
 from qwen2vl_kernels import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from tests.conftest import assert_two_times
+from tests.conftest import assert_two_times, relative_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 8), (7, 1536), (2, 3, 80)]
@@ -21,27 +21,49 @@ def _exact_rms_norm(x, w, eps=1e-6):
     return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * w
 
 
+def _rows(shape, dtype):
+    """Rows of ordinary size, then the same so small that eps and the mean square are alike."""
+    x = torch.randn(shape).mul(3)
+    return torch.cat((x, x * 4e-4)).to(dtype)
+
+
+def _assert_rounded_once(got, exact, rows):
+    """As far from float64 as its rounding to the dtype, and float32's statistics; large and small rows apart."""
+    for part in (slice(0, rows), slice(rows, None)):
+        rounded = relative_error(exact[part].to(got.dtype), exact[part])
+        assert relative_error(got[part], exact[part]) <= 1.05 * rounded + 1.5e-7
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-5], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_rms_norm_matches_transformers_and_the_formula(shape, dtype):
-    x, w = torch.randn(shape).mul(3).to(dtype), torch.randn(shape[-1]).to(dtype)
-    theirs = Qwen2VLRMSNorm(shape[-1], eps=1e-6)
+def test_rms_norm_matches_transformers_and_the_formula(shape, dtype, eps):
+    x, w = _rows(shape, dtype), torch.randn(shape[-1]).to(dtype)
+    theirs = Qwen2VLRMSNorm(shape[-1], eps=eps)
     theirs.weight.data = w
-    got = rms_norm(x, w)
+    got, exact = rms_norm(x, w, eps), _exact_rms_norm(x, w, eps)
     assert got.dtype == dtype
-    assert_two_times(got, theirs(x), _exact_rms_norm(x, w), 1e-7)
+    _assert_rounded_once(got, exact, shape[0])
+    assert_two_times(got, theirs(x), exact, 1e-7)
+    assert torch.equal(rms_norm(x, w), rms_norm(x, w, 1e-6))
+    assert torch.equal(add_rms_norm(x, torch.zeros_like(x), w, eps)[0], got)
 
 
+@pytest.mark.parametrize("eps", [1e-6, 1e-5], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_layer_norm_matches_pytorch_and_the_formula(shape, dtype):
-    x, w, b = (
-        torch.randn(shape).mul(3).to(dtype),
-        torch.randn(shape[-1]).to(dtype),
-        torch.randn(shape[-1]).to(dtype),
-    )
-    eager = torch.nn.functional.layer_norm(x, shape[-1:], w, b, 1e-6)
-    assert_two_times(layer_norm(x, w, b), eager, _exact_layer_norm(x, w, b), 1e-7)
+def test_layer_norm_matches_the_formula(shape, dtype, eps):
+    x, w, b = _rows(shape, dtype), torch.randn(shape[-1]).to(dtype), torch.randn(shape[-1]).to(dtype)
+    got = layer_norm(x, w, b, eps)
+    assert got.dtype == dtype
+    _assert_rounded_once(got, _exact_layer_norm(x, w, b, eps), shape[0])
+    assert torch.equal(layer_norm(x, w, b), layer_norm(x, w, b, 1e-6))
+    assert torch.equal(add_layer_norm(x, torch.zeros_like(x), w, b, eps)[0], got)
+
+
+def test_a_row_of_zeros_stays_finite():
+    x, w = torch.zeros(2, 8), torch.ones(8)
+    assert torch.equal(rms_norm(x, w), x) and torch.equal(layer_norm(x, w, w), torch.ones(2, 8))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

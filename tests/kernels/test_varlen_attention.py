@@ -37,6 +37,13 @@ def _pack(lengths, heads=4, kv_heads=2, dim=80, dtype=torch.float32, tail=0):
     return q, k, v, cu, max(lengths, default=0)
 
 
+def _assert_eager(eager, exact):
+    """The yardstick itself: the result's own rounding, doubled, plus an ulp for the rounded scores and weights of
+    16-bit dtypes and for float32's sums over up to 600 keys (4.2e-7 measured)."""
+    dtype = eager.dtype
+    assert_two_times(eager, exact.to(dtype), exact, max(torch.finfo(dtype).eps, 8 * torch.finfo(torch.float32).eps))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
@@ -46,7 +53,9 @@ def test_ragged_packs(lengths, causal, backend):
         got = varlen_attention(q, k, v, cu, longest, causal=causal, backend=backend)
         eager = varlen_attention_ref(q, k, v, cu, causal)
         assert got.dtype == dtype
-        assert_two_times(got, eager, _exact(q, k, v, cu, causal), 1e-6)
+        exact = _exact(q, k, v, cu, causal)
+        _assert_eager(eager, exact)
+        assert_two_times(got, eager, exact, 1e-6)
         assert torch.count_nonzero(got[sum(lengths) :]) == 0
 
 
@@ -80,14 +89,18 @@ def test_segments_do_not_see_each_other_or_the_tail(backend):
     assert torch.equal(varlen_attention(q, k, v, cu, 7, backend=backend)[5:], clean[5:])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_segment_is_bitwise_the_same_in_any_pack(backend):
-    q, k, v, cu, _ = _pack([300, 17, 300], dtype=torch.bfloat16)
-    together = varlen_attention(q, k, v, cu, 300, backend=backend)
-    for a, b in ((0, 300), (300, 317), (317, 617)):
-        alone = torch.tensor([0, b - a], dtype=torch.int32)
-        got = varlen_attention(q[a:b], k[a:b], v[a:b], alone, b - a, backend=backend)
-        assert torch.equal(got, together[a:b])
+@pytest.mark.parametrize("backend", [None, *BACKENDS])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("lengths", [[300, 17, 300], [17, 300], [64, 64, 64], [300, 300]], ids=str)
+def test_a_segment_is_bitwise_the_same_in_any_pack(lengths, causal, backend):
+    """Also as the backend is chosen, whether the pack's longest segment is its own or not, and in equal lengths."""
+    for dtype in (torch.bfloat16, torch.float32):
+        q, k, v, cu, longest = _pack(lengths, dtype=dtype)
+        together = varlen_attention(q, k, v, cu, longest, causal=causal, backend=backend)
+        for a, b in zip(cu.tolist(), cu[1:].tolist(), strict=False):
+            alone = torch.tensor([0, b - a], dtype=torch.int32)
+            got = varlen_attention(q[a:b], k[a:b], v[a:b], alone, b - a, causal=causal, backend=backend)
+            assert torch.equal(got, together[a:b])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -99,13 +112,20 @@ def test_scores_of_ten_thousand_do_not_overflow(backend):
     torch.testing.assert_close(got.double(), _exact(q, k, v, cu, False), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("backend", ["eager", "sdpa"])
-def test_float16_products_past_65504_stay_finite(backend):
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("length", [6, 300])
+def test_float16_products_past_65504_stay_finite(length, backend):
     """Qwen2's key biases: q.k overflows float16 unless it is scaled first."""
-    q, k, v, cu, longest = _pack([6], dim=64, dtype=torch.float16)
+    q, k, v, cu, longest = _pack([length], dim=64, dtype=torch.float16)
     q, k = q + 40, k + 40  # q.k is about 64 * 1600 = 102400
     got = varlen_attention(q, k, v, cu, longest, backend=backend)
-    assert_two_times(got, varlen_attention_ref(q, k, v, cu), _exact(q, k, v, cu, False), 1e-3)
+    # Scores of about 12800 are rounded to multiples of 8, so that weights say little: what is finite is what counts,
+    # and that the outputs are averages of the values.
+    assert torch.isfinite(got).all()
+    assert got.abs().max() <= v.abs().max()
+    if backend == "sdpa":  # keeps scores in float32
+        exact = _exact(q, k, v, cu, False)
+        assert_two_times(got, exact.to(torch.float16), exact, torch.finfo(torch.float16).eps)
 
 
 def test_gradients():
