@@ -15,6 +15,7 @@ from . import hub, weights
 from .cache import KVCache
 from .config import Qwen2VLConfig
 from .errors import CheckpointError, PromptError
+from .layers import Linear
 from .text import Decoder, Pack
 from .vision import VisionTower
 
@@ -34,7 +35,7 @@ class Qwen2VL(nn.Module):
         self.visual = VisionTower(config.vision)
         self.model = Decoder(config.text)
         if not config.text.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+            self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         self.max_vision_patches: int | None = None
         #: generation_config.json as read, for :meth:`qwen2vl.generation.GenerationConfig.from_model`.
         self.generation_defaults: dict = {}

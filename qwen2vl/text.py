@@ -11,7 +11,7 @@ from qwen2vl_kernels import kvcache_attention, mrope, mrope_, swiglu, varlen_att
 
 from .cache import KVCache
 from .config import TextConfig
-from .layers import RMSNorm
+from .layers import Embedding, Linear, RMSNorm
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.section = config.mrope_section
         width, kv_width = config.hidden_size, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, kv_width)
-        self.v_proj = nn.Linear(width, kv_width)
-        self.o_proj = nn.Linear(width, width, bias=False)
+        self.q_proj = Linear(width, width)
+        self.k_proj = Linear(width, kv_width)
+        self.v_proj = Linear(width, kv_width)
+        self.o_proj = Linear(width, width, bias=False)
 
     def forward(self, x: torch.Tensor, pack: Pack) -> torch.Tensor:
         heads = (-1, self.head_dim)
@@ -68,9 +68,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
@@ -98,7 +98,7 @@ class Decoder(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

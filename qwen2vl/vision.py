@@ -26,7 +26,7 @@ from qwen2vl_kernels import (
 from .config import VisionConfig
 from .errors import PromptError
 from .image import IMAGE_MEAN, IMAGE_STD
-from .layers import LayerNorm
+from .layers import LayerNorm, Linear
 
 Tables = tuple[torch.Tensor, torch.Tensor]
 
@@ -61,8 +61,8 @@ class Attention(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.shape = (3, config.num_heads, config.head_dim)
-        self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
-        self.proj = nn.Linear(config.embed_dim, config.embed_dim)
+        self.qkv = Linear(config.embed_dim, 3 * config.embed_dim)
+        self.proj = Linear(config.embed_dim, config.embed_dim)
 
     def forward(self, x: torch.Tensor, tables: Tables, cu_seqlens: torch.Tensor, max_seqlen: int) -> torch.Tensor:
         qkv = self.qkv(x).unflatten(-1, self.shape)  # (T, 3, H, D)
@@ -78,8 +78,8 @@ class MLP(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         width = int(config.embed_dim * config.mlp_ratio)
-        self.fc1 = nn.Linear(config.embed_dim, width)
-        self.fc2 = nn.Linear(width, config.embed_dim)
+        self.fc1 = Linear(config.embed_dim, width)
+        self.fc2 = Linear(width, config.embed_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(quick_gelu(self.fc1(x)))
@@ -116,10 +116,10 @@ class Merger(nn.Module):
         self.merge_size = config.spatial_merge_size
         width = config.embed_dim * self.merge_size**2
         self.ln_q = LayerNorm(config.embed_dim, config.layer_norm_eps)
-        self.mlp = nn.ModuleDict({"0": nn.Linear(width, width), "2": nn.Linear(width, config.hidden_size)})
+        self.mlp = nn.ModuleDict({"0": Linear(width, width), "2": Linear(width, config.hidden_size)})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        fc1, fc2 = cast(nn.Linear, self.mlp["0"]), cast(nn.Linear, self.mlp["2"])
+        fc1, fc2 = cast(Linear, self.mlp["0"]), cast(Linear, self.mlp["2"])
         return patch_merge(
             x, self.ln_q.weight, self.ln_q.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias,
             merge_size=self.merge_size, eps=self.ln_q.eps,
