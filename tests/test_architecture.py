@@ -132,6 +132,23 @@ def test_exports_are_explicit_and_complete():
             assert getattr(package, name).__doc__, f"{package.__name__}.{name} has no docstring"
 
 
+def test_exports_are_no_modules_once_every_submodule_is_imported():
+    """Importing a submodule sets its name on the package: one named like an export would take the export's place."""
+    modules = [_module(path) for folder in (MODEL, KERNELS) for path in _files(folder) if path.stem != "__main__"]
+    code = (
+        "import importlib, qwen2vl, qwen2vl_kernels\n"
+        f"for name in {modules!r}: importlib.import_module(name)\n"
+        "for package in (qwen2vl, qwen2vl_kernels):\n"
+        "    for name in package.__all__:\n"
+        "        thing = getattr(package, name)\n"
+        "        assert callable(thing), f'{package.__name__}.{name} is {thing!r}'\n"
+        "        print(package.__name__, name)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "qwen2vl generate\n" in result.stdout and "qwen2vl_kernels mrope\n" in result.stdout
+
+
 def test_files_can_be_read_whole():
     for folder in (KERNELS, MODEL, ROOT / "benchmarks", ROOT / "csrc"):
         for path in folder.rglob("*"):

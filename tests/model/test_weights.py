@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from qwen2vl import CheckpointError, Qwen2VL, Qwen2VLConfig
 from qwen2vl.demo.checkpoint import small_config, write_random_checkpoint
+from qwen2vl.weights import load_weights
 from tests.model import oracle
 
 IDS = torch.arange(10, 40)[None]
@@ -98,21 +99,79 @@ def test_module_paths_of_transformers_as_names(folder, bare):
     assert torch.equal(_logits(folder), expected)
 
 
-def test_nested_config_of_transformers_4(original, folder):
-    """4.52-4.57: text_config with rope_scaling and the tie flag, vision_config under its own model_type."""
-    flat = json.loads((folder / "config.json").read_text())
+def _nested_4(flat):
+    """4.52-4.57: text_config with rope_scaling, theta and the tie flag, vision_config under its own model_type."""
     text_keys = [k for k in flat if k not in ("architectures", "model_type", "vision_config")]
-    nested = {
+    section = flat["rope_scaling"]["mrope_section"]
+    rope = {"rope_type": "default", "type": "default", "mrope_section": section}
+    return {
         "model_type": "qwen2_vl",
         "image_token_id": flat["image_token_id"],
         "video_token_id": flat["video_token_id"],
-        "text_config": {k: flat[k] for k in text_keys}
-        | {"model_type": "qwen2_vl_text", "rope_scaling": {"rope_type": "default", "type": "default",
-           "mrope_section": flat["rope_scaling"]["mrope_section"]}},
+        "text_config": {k: flat[k] for k in text_keys} | {"model_type": "qwen2_vl_text", "rope_scaling": rope},
         "vision_config": flat["vision_config"] | {"model_type": "qwen2_vl"},
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(nested))
-    assert Qwen2VLConfig.from_pretrained(folder) == Qwen2VLConfig.from_pretrained(original)
+    }
+
+
+def _nested_5(flat):
+    """5.x: text_config with rope_parameters, which hold theta; ids at the top."""
+    text = _nested_4(flat)["text_config"]
+    rope = text.pop("rope_scaling") | {"rope_theta": text.pop("rope_theta")}
+    ids = {k: text.pop(k) for k in list(text) if k.startswith(("image", "video", "vision"))}
+    dtype, tie = text.pop("torch_dtype"), text.pop("tie_word_embeddings")
+    return {
+        "model_type": "qwen2_vl",
+        "dtype": dtype,
+        "tie_word_embeddings": tie,
+        **ids,
+        "text_config": text | {"rope_parameters": rope, "dtype": dtype},
+        "vision_config": flat["vision_config"] | {"model_type": "qwen2_vl_vision", "dtype": dtype},
+    }
+
+
+LAYOUTS = {"flat": dict, "nested 4.x": _nested_4, "nested 5.x": _nested_5}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_says_the_same(layout, folder):
+    config = Qwen2VLConfig.from_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(LAYOUTS[layout](config.to_dict())))
+    assert Qwen2VLConfig.from_pretrained(folder) == config
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("text", "vision"),
+    [
+        ({"rms_norm_eps": 1e-5}, {}),
+        ({"rope_theta": 5e5}, {}),
+        ({"max_position_embeddings": 4096}, {}),
+        ({"mrope_section": (10, 11, 11)}, {}),
+        ({}, {"rope_theta": 5e3}),
+        ({}, {"mlp_ratio": 2.5, "depth": 3, "num_heads": 4}),
+        ({"rms_norm_eps": 1e-5, "rope_theta": 5e5, "intermediate_size": 320}, {"rope_theta": 5e3, "patch_size": 16}),
+    ],
+    ids=str,
+)
+def test_every_value_is_read_from_every_layout(layout, text, vision):
+    config = small_config(False)
+    config = replace(config, text=replace(config.text, **text), vision=replace(config.vision, **vision))
+    assert Qwen2VLConfig.from_dict(LAYOUTS[layout](config.to_dict())) == config
+
+
+def test_a_value_that_differs_survives_saving_and_loading(tmp_path):
+    """Vision's theta too, which the released layout has no name for."""
+    config = small_config(False)
+    text = replace(config.text, rms_norm_eps=1e-5, rope_theta=5e5)
+    config = replace(config, text=text, vision=replace(config.vision, rope_theta=5e3), torch_dtype="float32")
+    model = Qwen2VL.from_config(config, device="cpu")
+    model.save_pretrained(tmp_path)
+    again = Qwen2VL.from_pretrained(tmp_path, device="cpu")
+    assert again.config == config
+    with torch.no_grad():
+        assert torch.equal(again(IDS), model(IDS))
+    (tmp_path / "config.json").write_text(json.dumps(_nested_5(config.to_dict())))
+    assert torch.equal(_logits(tmp_path), model(IDS).detach())
 
 
 def test_dtype_is_converted_and_validated(folder):
@@ -122,6 +181,52 @@ def test_dtype_is_converted_and_validated(folder):
         assert torch.equal(parameter, stored[name].bfloat16())
     with pytest.raises(CheckpointError, match="dtype must be one of float32, bfloat16, float16, got 'int8'"):
         Qwen2VL.from_pretrained(folder, dtype="int8")
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.float64], ids=str)
+def test_other_float_types_load(stored, folder):
+    originals = load_file(folder / "model.safetensors")
+    _rewrite(folder, lambda tensors: tensors.update({name: t.to(stored) for name, t in tensors.items()}))
+    model = Qwen2VL.from_pretrained(folder, device="cpu", dtype="float32")
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.float32 and torch.equal(parameter, originals[name].to(stored).float())
+
+
+def test_loading_leaves_what_is_trained_as_it_was(folder):
+    config = Qwen2VLConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = Qwen2VL(config)
+    model.visual.requires_grad_(False)
+    ignore = ("lm_head.weight",) if config.text.tie_word_embeddings else ()
+    load_weights(model, folder, device=torch.device("cpu"), dtype=torch.float32, ignore=ignore)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad != name.startswith("visual."), name
+    assert all(p.requires_grad for p in Qwen2VL.from_pretrained(folder, device="cpu").parameters())
+
+
+@pytest.mark.parametrize(
+    "index",
+    ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "gone.safetensors"}}', '{"weight_map": {"a": 5}}', "\xff"],
+    ids=ascii,
+)
+def test_saving_over_a_broken_index(index, folder):
+    expected = _logits(folder)
+    model = Qwen2VL.from_pretrained(folder, device="cpu")
+    (folder / "model.safetensors.index.json").write_bytes(index.encode("latin-1"))
+    model.save_pretrained(folder)
+    assert torch.equal(_logits(folder), expected)
+    assert [p.name for p in folder.glob("*.safetensors*")] == ["model.safetensors"]
+
+
+def test_saving_removes_only_its_own_kind_of_file(folder):
+    """An index that names a file outside of the folder is not followed there."""
+    outside = folder.parent / "precious.safetensors"
+    outside.write_bytes(b"x")
+    index = {"weight_map": {"a": "../precious.safetensors"}}
+    model = Qwen2VL.from_pretrained(folder, device="cpu")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    model.save_pretrained(folder)
+    assert outside.exists()
 
 
 def test_one_error_lists_every_tensor_that_does_not_fit(folder):
@@ -199,6 +304,15 @@ def _config(**changes):
     return apply
 
 
+def _vision(**changes):
+    def apply(folder):
+        config = json.loads((folder / "config.json").read_text())
+        config["vision_config"].update(changes)
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return apply
+
+
 DAMAGE = [
     (_truncate, "model.safetensors: damaged or truncated"),
     (_empty, "model.safetensors: damaged or truncated"),
@@ -220,6 +334,42 @@ DAMAGE = [
     (_config(use_sliding_window=True), "use_sliding_window"),
     (_config(rope_scaling={"type": "yarn"}), "rope type 'yarn' is not supported"),
     (_config(rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]}), "mrope_section"),
+    (
+        _config(rope_scaling={"type": "mrope", "mrope_section": None}),
+        "mrope_section must be three non-negative integers, got None",
+    ),
+    (
+        _config(rope_scaling={"type": "mrope", "mrope_section": [8, 12, "12"]}),
+        "mrope_section must be three non-negative integers, got .8, 12, '12'",
+    ),
+    (_config(rope_scaling="mrope"), "rope_scaling must be a JSON object, got 'mrope'"),
+    (_config(text_config=[1]), r"text_config must be a JSON object, got \[1\]"),
+    (_config(vision_config="none"), "vision_config must be a JSON object, got 'none'"),
+    (_config(quantization_config=True), "quantization_config must be a JSON object, got True"),
+    (_config(rms_norm_eps="x"), "rms_norm_eps must be a positive number, got 'x'"),
+    (_config(rms_norm_eps=True), "rms_norm_eps must be a positive number, got True"),
+    (_config(rms_norm_eps=-1e-6), "rms_norm_eps must be a positive number, got -1e-06"),
+    (_config(rope_theta=0), "rope_theta must be a positive number, got 0"),
+    (_config(rope_theta=float("inf")), "rope_theta must be a positive number, got inf"),
+    (_config(num_hidden_layers=2.0), "num_hidden_layers must be a positive integer, got 2.0"),
+    (_config(num_hidden_layers=True), "num_hidden_layers must be a positive integer, got True"),
+    (_config(torch_dtype="int8"), "dtype must be one of float32, bfloat16, float16, got 'int8'"),
+    (_vision(depth="x"), "vision_config.depth must be a positive integer, got 'x'"),
+    (_vision(depth=-3), "vision_config.depth must be a positive integer, got -3"),
+    (_vision(num_heads=0), "vision_config.num_heads must be a positive integer, got 0"),
+    (_vision(num_heads=3), "vision embed_dim 160 over 3 heads must give a multiple of 4"),
+    (_vision(hidden_size=128), "vision hidden_size 128 differs from the text's 256"),
+    (_vision(in_channels=1), r"in_channels must be 3 \(RGB\), got 1"),
+    (_vision(rope_parameters={"rope_theta": 0}), "vision_config.rope_theta must be a positive number, got 0"),
+    (_vision(rope_parameters=[1]), "rope_parameters must be a JSON object"),
+    (_vision(hidden_act="gelu"), "hidden_act 'silu' / 'gelu' must be 'silu' / 'quick_gelu'"),
+    (_config(hidden_act="gelu"), "hidden_act 'gelu' / "),
+    (_config(image_token_id=-5), "image_token_id -5 is outside the vocabulary of 512"),
+    (_config(image_token_id="5"), "image_token_id '5' is outside the vocabulary of 512"),
+    (
+        _config(image_token_id=7, video_token_id=7),
+        "image_token_id and video_token_id must differ, got 7 twice",
+    ),
     (_config(image_token_id=9999), "image_token_id 9999 is outside the vocabulary of 512"),
     (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
     (lambda f: (f / "config.json").write_text("[]"), "must hold a JSON object"),
@@ -228,7 +378,7 @@ DAMAGE = [
 ]
 
 
-@pytest.mark.parametrize(("damage", "message"), DAMAGE, ids=[m[:40] for _, m in DAMAGE])
+@pytest.mark.parametrize(("damage", "message"), DAMAGE, ids=[m[:56] for _, m in DAMAGE])
 def test_refusals(damage, message, folder):
     damage(folder)
     with pytest.raises(CheckpointError, match=message):
