@@ -70,7 +70,8 @@ def greedy(oracle, model_config, inputs, steps: int) -> list[int]:
     banned = [model_config.image_token_id, model_config.video_token_id, model_config.vision_token_id]
     tokens: list[int] = []
     for _ in range(steps):
-        logits = oracle(**oracle_inputs(model_config, inputs, tokens), use_cache=False).logits[0, -1]
+        arguments = oracle_inputs(model_config, inputs, tokens)
+        logits = oracle(**arguments, use_cache=False, logits_to_keep=1).logits[0, -1]
         logits[banned] = float("-inf")
         tokens.append(int(logits.argmax()))
     return tokens

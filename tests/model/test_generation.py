@@ -1,19 +1,31 @@
 """Choosing tokens, stopping, streaming, limits, and what a wrong call to the model says."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from transformers import (
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from qwen2vl import ContextLengthError, GenerationConfig, Processor, PromptError, Qwen2VL, generate, stream
+from qwen2vl import (
+    CheckpointError,
+    ContextLengthError,
+    GenerationConfig,
+    Processor,
+    PromptError,
+    Qwen2VL,
+    generate,
+    stream,
+)
 from qwen2vl.cache import KVCache
 from qwen2vl.demo.checkpoint import small_config, write_random_checkpoint
-from qwen2vl.generation import _Chooser
+from qwen2vl.generation import _Chooser, _Row
 
 ENDLESS = (10**6,)
 
@@ -90,34 +102,120 @@ def test_sampling_is_seeded_per_row(model, processor):
     assert _run(model, alone, do_sample=True, top_k=1, seed=1).sequences == _run(model, alone).sequences
 
 
-@pytest.mark.parametrize(("top_k", "top_p", "penalty"), [(5, 1.0, 1.0), (0, 0.3, 1.0), (20, 0.8, 1.3)])
-def test_the_distribution_is_transformers(model, top_k, top_p, penalty):
-    """Draws fall where transformers' processors leave probability, in its proportions."""
-    ids = torch.tensor([[3, 4, 5, 4]])
-    logits = torch.randn(1, 512) * 4
-    processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty)])
-    scores = processors(ids, logits.clone())
-    c = model.config
-    scores[:, [c.image_token_id, c.video_token_id, c.vision_token_id]] = float("-inf")
-    scores = scores / 0.7
-    if top_k:
-        scores = TopKLogitsWarper(top_k)(ids, scores)
-    if top_p < 1:
-        scores = TopPLogitsWarper(top_p)(ids, scores)
-    expected = scores.softmax(-1)[0]
+def _filtered(config, ids, logits, banned):
+    """The distribution that transformers' processors leave of one row's logits."""
+    scores = RepetitionPenaltyLogitsProcessor(config.repetition_penalty)(ids, logits.clone())
+    scores[:, banned] = float("-inf")
+    steps = [TemperatureLogitsWarper(config.temperature)]
+    steps += [TopKLogitsWarper(config.top_k)] if config.top_k else []
+    steps += [TopPLogitsWarper(config.top_p)] if config.top_p < 1 else []
+    return LogitsProcessorList(steps)(ids, scores).softmax(-1)[0]
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "penalty"),
+    [
+        (1.0, 0, 1.0, 1.3),
+        (0.7, 5, 1.0, 1.0),
+        (1.5, 0, 0.3, 1.0),
+        (1.0, 0, 0.8, 1.3),
+        (0.7, 60, 0.8, 1.3),
+        (1.2, 60, 0.9, 0.8),
+    ],
+)
+def test_the_distribution_is_transformers(model, temperature, top_k, top_p, penalty):
+    """Flat logits, ids already seen among the likeliest with both signs, two rows, one of them padded."""
+    logits = torch.randn(2, 512) - 1.5
+    order = logits.argsort(-1, descending=True)
+    ids = order[:, :96:3].clone()  # ranks 0, 3, .. 93; about 30 scores of a row are positive
+    mask = torch.ones_like(ids)
+    mask[0, :8] = 0
+    ids[0, :8] = order[0, 1]  # padding, and a likely id: it has not been seen
+    for row in (0, 1):
+        signs = logits[row, ids[row][mask[row].bool()]] > 0
+        assert 0 < signs.sum() < len(signs)
     config = GenerationConfig(
-        do_sample=True, temperature=0.7, top_k=top_k, top_p=top_p, repetition_penalty=penalty, seed=3
+        do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=penalty, seed=3
     )
-    chooser = _Chooser(model, {"input_ids": ids}, config)
-    seen = None if chooser.seen is None else chooser.seen.clone()
-    counts = torch.zeros(512)
-    for _ in range(2000):
-        counts[chooser(logits)[0]] += 1
-        if seen is not None:
-            chooser.seen.copy_(seen)
+    chooser = _Chooser(model, {"input_ids": ids, "attention_mask": mask}, config)
+    got = chooser.probabilities(chooser.scores(logits))
+    got = got / got.sum(-1, keepdim=True)
+    c = model.config
+    for row in (0, 1):
+        real = ids[row][mask[row].bool()][None]
+        banned = [c.image_token_id, c.video_token_id, c.vision_token_id]
+        expected = _filtered(config, real, logits[row][None], banned)
+        assert (expected > 0).sum() >= 5 and expected.max() < 0.5, "a distribution that says something"
+        torch.testing.assert_close(got[row], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_answers_own_tokens_are_penalised(model):
+    config = GenerationConfig(repetition_penalty=2.0)
+    chooser = _Chooser(model, {"input_ids": torch.tensor([[3]])}, config)
+    logits = torch.zeros(1, 512)
+    logits[0, 7], logits[0, 8] = 3.0, 2.0
+    assert [chooser(logits)[0] for _ in range(3)] == [7, 8, 7]
+
+
+def test_draws_fall_by_the_distribution(model):
+    logits = torch.randn(1, 512)
+    chooser = _Chooser(model, {"input_ids": torch.tensor([[3]])}, GenerationConfig(do_sample=True, top_k=8, seed=3))
+    expected = chooser.probabilities(chooser.scores(logits))[0]
+    counts = torch.bincount(torch.tensor([chooser(logits)[0] for _ in range(4000)]), minlength=512)
     assert torch.count_nonzero(counts[expected == 0]) == 0
-    # 2000 draws: five standard deviations of a proportion are at most 0.056.
-    torch.testing.assert_close(counts / 2000, expected, rtol=0, atol=0.056)
+    # 4000 draws: five standard deviations of a proportion are at most 0.04.
+    torch.testing.assert_close(counts / 4000, expected, rtol=0, atol=0.04)
+
+
+class _Letters:
+    """A decoder that makes one character of a token and keeps ``tail`` for the end."""
+
+    def __init__(self, tail=""):
+        self.tail = tail
+
+    def push(self, token):
+        return chr(token)
+
+    def finish(self):
+        return self.tail
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "pieces", "reason"),
+    [
+        ((), "abc", ["a", "b", "c"], ""),
+        # Held back while it may become the stop string, and gone when it does.
+        (("abc",), "xabcz", ["x", "", "", ""], "stop_string"),
+        # A near miss is released at the character that tells, but for what may begin the stop string anew.
+        (("abc",), "abxab", ["", "", "abx", "", ""], ""),
+        (("aab",), "aaab", ["", "", "a", ""], "stop_string"),
+        # Two stop strings that overlap: the earlier end wins, and nothing of either was shown.
+        (("abcd", "bc"), "xabcd", ["x", "", "", "a"], "stop_string"),
+        (("bcde", "abx"), "abcdq", ["", "", "a", "", "bcdq"], ""),
+        (("a", "bc"), "bca", ["", ""], "stop_string"),
+    ],
+)
+def test_text_that_may_begin_a_stop_string_is_held_back(stop, text, pieces, reason):
+    row = _Row(_Letters(), stop)
+    got = []
+    for letter in text:
+        got.append(row.push(ord(letter), frozenset(), 99))
+        assert "".join(got) == row.text[: row.shown]
+        if row.reason:
+            break
+    assert got == pieces and row.reason == reason
+    if reason:
+        assert row.text == "".join(pieces)
+
+
+def test_text_held_back_is_released_at_the_end():
+    row = _Row(_Letters(tail="!"), ("abc",))
+    assert [row.push(ord(x), frozenset({0}), 99) for x in "ab"] == ["", ""]
+    assert row.push(0, frozenset({0}), 99) == "ab!" and row.reason == "stop" and row.ids == [97, 98]
+    row = _Row(_Letters(), ("abc",))
+    assert [row.push(ord(x), frozenset(), 2) for x in "ab"] == ["", "ab"] and row.reason == "length"
+    row = _Row(_Letters(tail="c"), ("abc",))  # a stop string that the decoder's last characters complete
+    assert [row.push(ord(x), frozenset(), 2) for x in "ab"] == ["", ""] and row.reason == "stop_string"
 
 
 def test_placeholders_are_never_generated(model, processor, inputs):
@@ -137,16 +235,63 @@ def test_context_is_checked_before_anything_runs(model, inputs, monkeypatch):
         _run(model, inputs, max_new_tokens=32768)
 
 
-def test_the_checkpoint_defaults_are_used(model):
-    model.generation_defaults, saved = (
-        {"do_sample": True, "top_p": 0.5, "eos_token_id": 3},
-        model.generation_defaults,
+def test_the_checkpoint_defaults_are_used(model, monkeypatch):
+    monkeypatch.setattr(
+        model, "generation_defaults", {"do_sample": True, "top_p": 0.5, "top_k": None, "pad_token_id": 3}
     )
-    try:
-        config = GenerationConfig.from_model(model, temperature=0.5)
-        assert (config.do_sample, config.top_p, config.temperature) == (True, 0.5, 0.5)
-    finally:
-        model.generation_defaults = saved
+    config = GenerationConfig.from_model(model, temperature=0.5)
+    assert config == GenerationConfig(do_sample=True, top_p=0.5, temperature=0.5)
+    monkeypatch.setattr(model, "generation_defaults", {"do_sample": True, "temperature": 0.0})
+    assert GenerationConfig.from_model(model) == GenerationConfig(), "temperature 0 is greedy"
+    assert GenerationConfig.from_model(model, do_sample=True, temperature=0.7).temperature == 0.7
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"temperature": "hot"}, {"temperature": -1}, {"top_p": 2}, {"top_k": "many"}, {"max_new_tokens": 0}],
+    ids=str,
+)
+def test_defaults_that_mean_nothing_are_the_checkpoints_fault(values, model, monkeypatch):
+    monkeypatch.setattr(model, "generation_defaults", values)
+    with pytest.raises(CheckpointError, match=f"generation_config.json: {next(iter(values))} must be"):
+        GenerationConfig.from_model(model)
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["integer", "list"])
+def test_the_checkpoints_end_ids_end_an_answer(many, model, inputs, monkeypatch):
+    free = _run(model, inputs).sequences[0]
+    end = next(token for at, token in enumerate(free) if at >= 3 and token not in free[:at])
+    monkeypatch.setattr(model, "generation_defaults", {"eos_token_id": [500, end] if many else end})
+    got = generate(model, inputs, config=GenerationConfig(max_new_tokens=16))
+    assert got.sequences[0] == free[: free.index(end)] and got.finish_reasons == ["stop"]
+    assert _run(model, inputs).sequences[0] == free, "ids that the caller names come first"
+
+
+def test_without_stated_end_ids_the_configs_end_an_answer(model, inputs, monkeypatch):
+    free = _run(model, inputs).sequences[0]
+    end = next(token for at, token in enumerate(free) if at >= 3 and token not in free[:at])
+    monkeypatch.setattr(model, "generation_defaults", {})
+    for name in ("eos_token_id", "bos_token_id"):
+        monkeypatch.setattr(model, "config", replace(model.config, **{name: end}))
+        got = generate(model, inputs, config=GenerationConfig(max_new_tokens=16))
+        assert got.sequences[0] == free[: free.index(end)] and got.finish_reasons == ["stop"]
+        monkeypatch.undo()
+        monkeypatch.setattr(model, "generation_defaults", {})
+
+
+def test_sampling_takes_its_seed_from_torch_and_reseeds_nothing(model, inputs):
+    options = {"do_sample": True, "temperature": 1.5, "max_new_tokens": 12}
+    answers, following = [], []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        answers += [_run(model, inputs, **options).sequences for _ in range(2)]
+        following.append(torch.rand(()).item())
+    assert answers[:2] == answers[2:4], "torch.manual_seed repeats an answer"
+    assert answers[0] != answers[1] and answers[0] != answers[4], "and does not make all answers one"
+    assert following[0] == following[1] != following[2]
+    before = torch.get_rng_state()
+    _run(model, inputs, seed=5, **options)
+    assert torch.equal(torch.get_rng_state(), before), "a seed of its own leaves torch's generator alone"
 
 
 @pytest.mark.parametrize(
@@ -172,19 +317,34 @@ def _without(inputs, *names):
 def test_wrong_calls_name_the_argument(model, inputs):
     grid, pixels = inputs["image_grid_thw"], inputs["pixel_values"]
     ids = inputs["input_ids"]
+    positions = torch.arange(ids.shape[1]).expand(3, 1, -1)
+    no_media = _without(inputs, "image_grid_thw", "pixel_values")
     cases = [
         (_without(inputs, "image_grid_thw"), "pixel_values and image_grid_thw must be given together"),
+        (_without(inputs, "pixel_values"), "pixel_values and image_grid_thw must be given together"),
         ({**inputs, "pixel_values": pixels[:-1]}, r"pixel_values must have shape \(24, 1176\) .* got \(23, 1176\)"),
         ({**inputs, "pixel_values": pixels[:, :-1]}, r"pixel_values must have shape \(24, 1176\)"),
         ({**inputs, "image_grid_thw": grid * 2, "pixel_values": pixels.repeat(8, 1)}, "image"),
         ({**inputs, "image_grid_thw": torch.tensor([[1, 3, 8]])}, "height and width divisible by 2, got"),
+        ({**inputs, "image_grid_thw": grid.float()}, r"image_grid_thw must be integers .*, got torch.float32"),
+        ({**inputs, "image_grid_thw": grid[0]}, r"image_grid_thw must be integers of shape \(n, 3\), got .* \(3,\)"),
+        ({**inputs, "image_grid_thw": grid[:0]}, "pixel_values has 24 rows, but image_grid_thw has no item"),
+        (
+            {**no_media, "input_ids": torch.tensor([[5, 6]]), "attention_mask": None, "pixel_values": pixels,
+             "image_grid_thw": grid[:0]},
+            "pixel_values has 24 rows, but image_grid_thw has no item",
+        ),
         ({**inputs, "attention_mask": inputs["attention_mask"][:, :-1]}, "attention_mask must have input_ids' shape"),
         ({**inputs, "attention_mask": torch.zeros_like(ids)}, "every sequence needs at least one token"),
         ({**inputs, "input_ids": ids[0]}, r"input_ids must be integers of shape \(B, L\)"),
         ({**inputs, "input_ids": ids.float()}, "input_ids must be integers"),
+        ({"input_ids": ids[:0]}, r"input_ids must be integers of shape \(B, L\), not empty, got .* \(0, "),
+        ({"input_ids": ids[:, :0]}, r"input_ids must be integers of shape \(B, L\), not empty"),
+        ({"input_ids": torch.tensor([[1, 512]])}, r"input_ids must be in \[0, 512\), got 512"),
         ({**inputs, "position_ids": torch.zeros(1, 3, 4)}, "position_ids must have shape"),
         ({**inputs, "input_ids": ids.masked_fill(ids == model.config.image_token_id, 5)}, "image"),
-        (_without(inputs, "image_grid_thw", "pixel_values"), "image"),
+        (no_media, "image"),
+        ({**no_media, "position_ids": positions}, "input_ids has 6 image placeholders, the images given make 0 tokens"),
         (
             {**inputs, "pixel_values_videos": pixels.float(), "video_grid_thw": grid,
              "position_ids": torch.zeros(3, *ids.shape).long()},
@@ -192,8 +352,43 @@ def test_wrong_calls_name_the_argument(model, inputs):
         ),
     ]  # fmt: skip
     for arguments, message in cases:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(PromptError, match=message):
             model(**arguments)
+
+
+def test_a_negative_id_is_named(model):
+    with pytest.raises(PromptError, match=r"input_ids must be in \[0, 512\), got -1"):
+        model(torch.tensor([[1, -1, 5]]))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1, 0)], ids=str)
+def test_generate_refuses_an_empty_batch(shape, model, processor):
+    empty = {"input_ids": torch.zeros(shape, dtype=torch.int64)}
+    with pytest.raises(PromptError, match="input_ids must be integers of shape"):
+        generate(model, empty)
+
+
+def test_placeholders_without_pixels_are_refused_on_a_warm_cache(model, inputs):
+    ids = inputs["input_ids"]
+    cache = KVCache(model.config.text, 1, 64, device=model.device, dtype=model.dtype)
+    with torch.no_grad():
+        model(torch.arange(3)[None], cache=cache)
+        for arguments in (
+            {},
+            {"attention_mask": torch.ones_like(ids)},
+            {"position_ids": torch.zeros(3, *ids.shape).long()},
+        ):
+            with pytest.raises(PromptError, match="image"):
+                model(ids, cache=cache, **arguments)
+    assert cache.lengths == [3] and cache.next_position.tolist() == [3]
+
+
+def test_token_types_of_transformers_processors_are_taken(model, inputs):
+    types = (inputs["input_ids"] == model.config.image_token_id).int()
+    with torch.no_grad():
+        assert torch.equal(model(**inputs, mm_token_type_ids=types), model(**inputs))
+    with_types = {**inputs, "mm_token_type_ids": types}
+    assert _run(model, with_types).sequences == _run(model, inputs).sequences
 
 
 def test_cache_limits(model):
@@ -218,10 +413,12 @@ def test_a_failed_call_leaves_the_cache_as_it_was(model, monkeypatch):
     assert cache.lengths == [3] and cache.next_position.tolist() == [3]
 
 
-def test_stream_takes_one_sequence(model, processor):
+def test_stream_refuses_at_the_call(model, processor, inputs):
     batch = processor([[{"role": "user", "content": text}] for text in ("a", "b")])
     with pytest.raises(PromptError, match="stream takes a batch of one, got 2"):
-        next(stream(model, batch, tokenizer=processor.tokenizer))
+        stream(model, batch, tokenizer=processor.tokenizer)
+    with pytest.raises(ContextLengthError, match="max_new_tokens is 32768"):
+        stream(model, inputs, tokenizer=processor.tokenizer, config=GenerationConfig(max_new_tokens=32768))
 
 
 def test_unwritten_slots_are_never_read(model, processor):
