@@ -269,9 +269,10 @@ class Qwen2VL(nn.Module):
             steps = torch.arange(input_ids.shape[1], device=self.device)
             position_ids = (cache.next_position[:, None] + steps).expand(3, -1, -1)
             return position_ids.flatten(1), cache.next_position + input_ids.shape[1]
-        largest = int(input_ids.max())
-        if int(input_ids.min()) < 0 or largest >= self.config.text.vocab_size:
-            raise PromptError(f"input_ids must be in [0, {self.config.text.vocab_size}), got {largest}")
+        smallest, largest = (int(x) for x in input_ids.aminmax())
+        if smallest < 0 or largest >= self.config.text.vocab_size:
+            wrong = smallest if smallest < 0 else largest
+            raise PromptError(f"input_ids must be in [0, {self.config.text.vocab_size}), got {wrong}")
         if position_ids is None:
             # On the host, where every placeholder is checked against its grid; a prompt's ids are a few kilobytes.
             host = [x if x is None else x.cpu() for x in (input_ids, image_grid_thw, video_grid_thw, attention_mask)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qwen2vl_kernels import kvcache_attention, mrope, mrope_, swiglu, varlen_attention
+from qwen2vl_kernels import kvcache_attention, mrope, mrope_, swiglu, swiglu_, varlen_attention
 
 from .cache import KVCache
 from .config import TextConfig
@@ -73,7 +73,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(swiglu(gate, up) if gate.requires_grad or up.requires_grad else swiglu_(gate, up))
 
 
 class Layer(nn.Module):

@@ -16,6 +16,7 @@ from qwen2vl_kernels import (
     patch_embed,
     patch_merge,
     quick_gelu,
+    quick_gelu_,
     varlen_attention,
     vision_positions,
     vision_rope,
@@ -82,7 +83,8 @@ class MLP(nn.Module):
         self.fc2 = Linear(width, config.embed_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(quick_gelu(self.fc1(x)))
+        h = self.fc1(x)
+        return self.fc2(quick_gelu(h) if h.requires_grad else quick_gelu_(h))
 
 
 class Block(nn.Module):

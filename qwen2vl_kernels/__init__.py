@@ -7,9 +7,9 @@ from .ops.mrope import mrope, mrope_
 from .ops.mrope_positions import mrope_positions
 from .ops.patch_embed import fold_patch_embed, patch_embed
 from .ops.patch_merge import patch_merge
-from .ops.quick_gelu import quick_gelu
+from .ops.quick_gelu import quick_gelu, quick_gelu_
 from .ops.rms_norm import add_rms_norm, rms_norm
-from .ops.swiglu import swiglu
+from .ops.swiglu import swiglu, swiglu_
 from .ops.varlen_attention import varlen_attention
 from .ops.vision_positions import vision_positions
 from .ops.vision_rope import vision_rope, vision_rope_, vision_rope_qkv_, vision_rope_tables
@@ -27,8 +27,10 @@ __all__ = [
     "patch_embed",
     "patch_merge",
     "quick_gelu",
+    "quick_gelu_",
     "rms_norm",
     "swiglu",
+    "swiglu_",
     "use_backend",
     "varlen_attention",
     "vision_positions",

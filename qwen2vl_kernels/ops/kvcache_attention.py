@@ -53,21 +53,25 @@ def kvcache_attention_ref(
 
 def _sdpa(q, k_cache, v_cache, new_tokens, cache_seqlens, softmax_scale) -> torch.Tensor:
     """PyTorch's fused attention, row by row: a row's result does not depend on how long the others are."""
-    gqa = q.shape[1] != k_cache.shape[2]
+    kv_heads, gqa = k_cache.shape[2], q.shape[1] != k_cache.shape[2]
     out = q.new_empty((q.shape[0], q.shape[1], v_cache.shape[3]))
     start = 0
     for row, (new, total) in enumerate(zip(new_tokens, cache_seqlens, strict=True)):
         for first in range(0, new, _MASK_ROWS):
             last = min(first + _MASK_ROWS, new)
-            seen = total - new + last
+            seen, rows = total - new + last, slice(start + first, start + last)
             ks, vs = (x[row, :seen].transpose(0, 1).unsqueeze(0) for x in (k_cache, v_cache))  # (1, Hk, seen, D)
-            rows = slice(start + first, start + last)
-            mask = None
-            if last - first > 1:
+            if last - first == 1:
+                # The heads that share keys become rows of one query: every key is read once, not once a head. 8x
+                # faster than a grouped call at 1333 tokens, 12/2 heads, bf16 (2 Zen 5 cores).
+                queries = q[rows].unflatten(1, (kv_heads, -1))  # (1, Hk, Hq / Hk, D)
+                part = F.scaled_dot_product_attention(queries, ks, vs, scale=softmax_scale)
+                out[rows] = part.flatten(1, 2)
+            else:
                 mask = torch.ones((last - first, seen), dtype=torch.bool, device=q.device).tril(seen - (last - first))
-            queries = q[rows].transpose(0, 1).unsqueeze(0)
-            part = F.scaled_dot_product_attention(queries, ks, vs, mask, scale=softmax_scale, enable_gqa=gqa)
-            out[rows] = part[0].transpose(0, 1)
+                queries = q[rows].transpose(0, 1).unsqueeze(0)
+                part = F.scaled_dot_product_attention(queries, ks, vs, mask, scale=softmax_scale, enable_gqa=gqa)
+                out[rows] = part[0].transpose(0, 1)
         start += new
     return out
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .._backend import resolve
-from .._checks import Checker
+from .._checks import Checker, no_grad_through
 from .._library import register_composite
 
 
@@ -25,7 +25,12 @@ def swiglu_ref(gate: torch.Tensor, up: torch.Tensor | None = None, *, upcast: bo
     return F.silu(gate).mul_(up)
 
 
+def _swiglu_inplace(gate: torch.Tensor, up: torch.Tensor) -> None:
+    F.silu(gate, inplace=True).mul_(up)
+
+
 register_composite("swiglu(Tensor gate, Tensor? up=None) -> Tensor", swiglu_ref)
+register_composite("swiglu_(Tensor(a!) gate, Tensor up) -> ()", _swiglu_inplace)
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor | None = None, *, backend: str | None = None) -> torch.Tensor:
@@ -46,3 +51,14 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor | None = None, *, backend: str |
         check.tensor("up", up, tuple(gate.shape), like=gate)
     resolve("swiglu", gate.device.type, backend)
     return swiglu_ref(gate, up)
+
+
+def swiglu_(gate: torch.Tensor, up: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
+    """:func:`swiglu` of split tensors in place: ``gate`` is overwritten and returned. Refused when it requires grad."""
+    check = Checker("swiglu_")
+    check.tensor("gate", gate, (..., "F"))
+    check.tensor("up", up, tuple(gate.shape), like=gate)
+    no_grad_through("swiglu_", "swiglu", gate=gate, up=up)
+    resolve("swiglu", gate.device.type, backend)
+    _swiglu_inplace(gate, up)
+    return gate

@@ -37,9 +37,17 @@ def vision_rope_ref(
 
 
 def _vision_rope_inplace_ref(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    q_out, k_out = vision_rope_ref(q, k, cos, sin)
-    q.copy_(q_out)
-    k.copy_(k_out)
+    # On a CPU in pieces whose temporaries stay in a core's cache: twice as fast on 5184 tokens (2 Zen 5 cores).
+    tokens = q.shape[0]
+    step = _PIECE_TOKENS if q.device.type == "cpu" and not torch.compiler.is_compiling() else max(tokens, 1)
+    for start in range(0, tokens, step):
+        rows = slice(start, start + step)
+        q_out, k_out = vision_rope_ref(q[rows], k[rows], cos[rows], sin[rows])
+        q[rows].copy_(q_out)
+        k[rows].copy_(k_out)
+
+
+_PIECE_TOKENS = 256
 
 
 def _vision_rope_qkv_ref(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.activations import ACT2FN
 
-from qwen2vl_kernels import quick_gelu, swiglu
+from qwen2vl_kernels import quick_gelu, quick_gelu_, swiglu, swiglu_
 from qwen2vl_kernels.ops.quick_gelu import quick_gelu_ref
 from qwen2vl_kernels.ops.swiglu import swiglu_ref
 from tests.conftest import assert_two_times
@@ -63,3 +63,20 @@ def test_gradients():
     assert torch.autograd.gradcheck(quick_gelu, (x, bias))
     assert torch.autograd.gradcheck(swiglu, (x, y))
     assert torch.autograd.gradcheck(swiglu, (x,))
+
+
+def test_in_place_forms_equal_the_others():
+    """Row counts below, at and above the pieces that the in-place forms work in; strided rows; refused under autograd."""
+    for rows in (0, 1, 51, 52, 300):
+        wide = torch.randn(rows, 2, 5120).bfloat16()
+        x, up, bias = wide[:, 0], wide[:, 1].clone(), torch.randn(5120).bfloat16()
+        expected = quick_gelu(x), swiglu(x, up), quick_gelu(x, bias)
+        assert torch.equal(quick_gelu_(x.clone()), expected[0])
+        assert torch.equal(quick_gelu_(x.clone(), bias), expected[2])
+        assert torch.equal(swiglu_(x.clone(), up), expected[1])
+        other = wide[:, 1].clone()
+        assert quick_gelu_(x) is x and torch.equal(x, expected[0]) and torch.equal(wide[:, 1], other)
+    with pytest.raises(ValueError, match="quick_gelu_: x requires grad"):
+        quick_gelu_(torch.randn(2, 4, requires_grad=True))
+    with pytest.raises(ValueError, match="swiglu_: up requires grad"):
+        swiglu_(torch.randn(2, 4), torch.randn(2, 4, requires_grad=True))

@@ -23,6 +23,8 @@ CALLS = {
     "add_layer_norm": lambda: (_x(4, 8), _x(4, 8), _x(8), _x(8)),
     "swiglu": lambda: (_x(4, 8), _x(4, 8)),
     "quick_gelu": lambda: (_x(4, 8), _x(8)),
+    "swiglu_": lambda: (torch.randn(4, 8), torch.randn(4, 8)),
+    "quick_gelu_": lambda: (torch.randn(4, 8), torch.randn(8)),
     "mrope": lambda: (_x(4, 2, 8), _x(4, 1, 8), POSITIONS, INV_FREQ, [2, 1, 1]),
     "mrope_": lambda: (torch.randn(4, 2, 8), torch.randn(4, 1, 8), POSITIONS, INV_FREQ, [2, 1, 1]),
     "vision_rope": lambda: (_x(4, 2, 8), _x(4, 2, 8), torch.rand(4, 4), torch.rand(4, 4)),
