@@ -11,9 +11,9 @@ import torch
 
 from .cache import KVCache
 from .errors import CheckpointError, ContextLengthError, PromptError
+from .model import Qwen2VL, check_input_ids
 
 if TYPE_CHECKING:
-    from .model import Qwen2VL
     from .tokenizer import Tokenizer
 
 
@@ -150,8 +150,7 @@ class _Run:
             raise PromptError("stop strings need a tokenizer")
         self.model, self.config = model, config
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-        if ids.ndim != 2 or not ids.numel():
-            raise PromptError(f"input_ids must have shape (B, L), not empty, got {tuple(ids.shape)}")
+        check_input_ids(ids, mask)
         self.prompt_tokens = [ids.shape[1]] * ids.shape[0] if mask is None else mask.bool().sum(1).tolist()
         check_context(model, self.prompt_tokens, config.max_new_tokens)
         self.rows = [_Row(tokenizer and tokenizer.stream_decoder(), config.stop) for _ in self.prompt_tokens]

@@ -188,15 +188,8 @@ class Qwen2VL(nn.Module):
         Returns ``(B, L, vocab)``, zero at padding, or ``(B, 1, vocab)``, in the model's dtype. Raises
         :class:`PromptError` when placeholders, grids and pixels disagree.
         """
-        batch = input_ids.shape[0] if input_ids.ndim else 0
-        if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32) or not input_ids.numel():
-            raise PromptError(
-                f"input_ids must be integers of shape (B, L), not empty, got {input_ids.dtype} {tuple(input_ids.shape)}"
-            )
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise PromptError(
-                f"attention_mask must have input_ids' shape {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
-            )
+        check_input_ids(input_ids, attention_mask)
+        batch = input_ids.shape[0]
         if cache is not None and cache.batch != batch:
             raise PromptError(f"cache holds {cache.batch} sequences, input_ids has {batch}")
         if cache is not None and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
@@ -301,6 +294,18 @@ class Qwen2VL(nn.Module):
             following = real.amax((0, 2)) + 1
         flat = position_ids.flatten(1)
         return (flat if kept is None else flat[:, kept]), following
+
+
+def check_input_ids(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    """Raise :class:`PromptError` unless both are what the model's call takes."""
+    if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32) or not input_ids.numel():
+        raise PromptError(
+            f"input_ids must be integers of shape (B, L), not empty, got {input_ids.dtype} {tuple(input_ids.shape)}"
+        )
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise PromptError(
+            f"attention_mask must have input_ids' shape {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
+        )
 
 
 def _media(
