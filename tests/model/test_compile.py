@@ -1,4 +1,4 @@
-"""torch.compile over a vision block and a decoder layer: one graph each, the eager results, with and without autograd."""
+"""torch.compile over a vision block and a decoder layer: one graph, the eager results, with and without autograd."""
 
 import pytest
 import torch
