@@ -191,6 +191,8 @@ class _Letters:
         (("aab",), "aaab", ["", "", "a", ""], "stop_string"),
         # Two stop strings that overlap: the earlier end wins, and nothing of either was shown.
         (("abcd", "bc"), "xabcd", ["x", "", "", "a"], "stop_string"),
+        # Both end at one character: the text ends where the earlier one begins.
+        (("bc", "abc"), "xabc", ["x", "", "", ""], "stop_string"),
         (("bcde", "abx"), "abcdq", ["", "", "a", "", "bcdq"], ""),
         (("a", "bc"), "bca", ["", ""], "stop_string"),
     ],
