@@ -266,6 +266,12 @@ def test_given_positions_are_used_and_continued(side, model, processor):
     for a, b, c in zip(expected, got, far, strict=True):
         assert torch.equal(a, b)
         torch.testing.assert_close(c, a, rtol=0, atol=5e-5)  # only differences of positions count
+    for axis in range(3):  # whichever axis is furthest
+        ahead = positions + 7 * (torch.arange(3) == axis)[:, None, None]
+        cache = KVCache(model.config.text, 3, 300, device=model.device, dtype=model.dtype)
+        with torch.no_grad():
+            model(**inputs, position_ids=ahead, cache=cache)
+        assert cache.next_position.tolist() == [f + 7 for f in following]
 
 
 def test_bounding_the_vision_batch_changes_nothing(model, processor, monkeypatch):
@@ -341,44 +347,48 @@ def _frequencies(theta, width):
     return theta ** -(torch.arange(0, width, 2).double() / width)
 
 
-def _angle_model(folder):
-    """A model turned to bf16, and one in float64 with the same rounded weights."""
-    rounded = Qwen2VL.from_pretrained(folder, device="cpu").to(torch.bfloat16)
-    exact = Qwen2VL.from_pretrained(folder, device="cpu").to(torch.bfloat16).double()
-    return rounded, exact
+def _angle_models(folder):
+    """Ours turned to bf16, transformers' in bf16, and transformers' in float32 with the same rounded weights."""
+    ours = Qwen2VL.from_pretrained(folder, device="cpu").to(torch.bfloat16)
+    return ours, oracle.load(folder, torch.bfloat16), oracle.load(folder, torch.bfloat16).float()
 
 
 def test_text_angles_stay_float32_in_a_bf16_model(folder):
     """At positions in the thousands: an inverse frequency of bf16's eight bits would be radians off."""
-    rounded, exact = _angle_model(folder)
-    theirs = oracle.load(folder, torch.bfloat16)
+    ours, theirs, exact = _angle_models(folder)
     ids = torch.randint(10, 300, (1, 48))
-    steps = torch.randint(1, 120, (3, 48)).cumsum(1)[:, None]  # from 60 apart: not only the offset counts
+    steps = torch.randint(1, 120, (3, 48)).cumsum(1)[:, None]  # about 60 apart: an offset alone cancels out
     assert steps.max() >= 2000
-    inv_freq = rounded.model.inv_freq(torch.device("cpu"))
-    want = _frequencies(rounded.config.text.rope_theta, rounded.config.text.head_dim)
-    assert inv_freq.dtype == torch.float32 and relative_error(inv_freq, want) < 1e-7
+    inv_freq = ours.model.inv_freq(torch.device("cpu"))
+    assert inv_freq.dtype == torch.float32
+    assert relative_error(inv_freq, _frequencies(ours.config.text.rope_theta, ours.config.text.head_dim)) < 1e-7
     with torch.no_grad():
-        expected = exact(ids, position_ids=steps)
+        expected = exact(input_ids=ids, position_ids=steps).logits
         eager = theirs(input_ids=ids, position_ids=steps).logits
-        assert_two_times(rounded(ids, position_ids=steps), eager, expected, 1e-3)
-        assert relative_error(eager, expected) < 0.03, "transformers' own angles are float32"
-        near = exact(ids, position_ids=torch.arange(48).expand(3, 1, -1))
-    assert relative_error(near, expected) > 0.3, "the positions matter"
+        near = exact(input_ids=ids, position_ids=steps // 100).logits
+        assert_two_times(ours(ids, position_ids=steps), eager, expected, 1e-3)
+    assert relative_error(eager, expected) < 0.03 < 0.3 < relative_error(near, expected), "the positions matter"
 
 
 def test_vision_angles_stay_float32_in_a_bf16_model(folder):
-    rounded, exact = _angle_model(folder)
-    theirs = oracle.load(folder, torch.bfloat16)
+    ours, theirs, exact = _angle_models(folder)
     pixels, grid = torch.randint(0, 256, (1200, 1176), dtype=torch.uint8), torch.tensor([[1, 2, 600]])
-    inv_freq = rounded.visual._inv_freq(torch.device("cpu"))
-    want = _frequencies(rounded.config.vision.rope_theta, rounded.config.vision.head_dim // 2)
-    assert inv_freq.dtype == torch.float32 and relative_error(inv_freq, want) < 1e-7
+    inv_freq = ours.visual._inv_freq(torch.device("cpu"))
+    assert inv_freq.dtype == torch.float32
+    assert (
+        relative_error(inv_freq, _frequencies(ours.config.vision.rope_theta, ours.config.vision.head_dim // 2)) < 1e-7
+    )
     floats = oracle.float_rows(pixels)
     with torch.no_grad():
-        expected = exact.visual(floats.double(), grid)
+        for tower in (ours.visual, theirs.model.visual, exact.model.visual):
+            for block in tower.blocks:
+                # Larger queries and keys, without which attention is too even for angles to matter.
+                block.attn.qkv.weight[: 2 * block.attn.qkv.in_features].mul_(4)
+        expected = exact.model.visual(floats, grid_thw=grid).pooler_output
         eager = theirs.model.visual(floats, grid_thw=grid).pooler_output
-        assert_two_times(rounded.visual(pixels, grid), eager, expected, 1e-3)
+        turned = exact.model.visual(floats, grid_thw=grid[:, [0, 2, 1]]).pooler_output
+        assert_two_times(ours.visual(pixels, grid), eager, expected, 1e-3)
+    assert relative_error(eager, expected) < 0.03 < 0.3 < relative_error(turned, expected), "the positions matter"
 
 
 @pytest.mark.parametrize("case", ["text", "image", "mixed"])
