@@ -343,6 +343,22 @@ def test_other_norm_eps_and_thetas(tmp_path):
             torch.testing.assert_close(model(**inputs), expected, rtol=0, atol=5e-5)
 
 
+def test_vision_norms_add_their_eps(folder, processor):
+    """With a residual stream so small that eps and its variance are alike, in every norm of the tower."""
+    ours, theirs = Qwen2VL.from_pretrained(folder, device="cpu"), oracle.load(folder)
+    inputs = processor(CASES["image"])
+    with torch.no_grad():
+        for tower in (ours.visual, theirs.model.visual):
+            for name, parameter in tower.named_parameters():
+                if name.endswith(("patch_embed.proj.weight", "attn.proj.weight", "mlp.fc2.weight")):
+                    parameter.mul_(1e-3)
+        expected = theirs.model.visual(
+            oracle.float_rows(inputs["pixel_values"]), grid_thw=inputs["image_grid_thw"]
+        ).pooler_output
+        got = ours.visual(inputs["pixel_values"], inputs["image_grid_thw"])
+    assert relative_error(got, expected) < 2e-5
+
+
 def _frequencies(theta, width):
     return theta ** -(torch.arange(0, width, 2).double() / width)
 
