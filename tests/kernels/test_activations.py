@@ -66,7 +66,7 @@ def test_gradients():
 
 
 def test_in_place_forms_equal_the_others():
-    """Row counts below, at and above the pieces that the in-place forms work in; strided rows; refused under autograd."""
+    """Row counts below, at and above the pieces they work in; strided rows; refused under autograd."""
     for rows in (0, 1, 51, 52, 300):
         wide = torch.randn(rows, 2, 5120).bfloat16()
         x, up, bias = wide[:, 0], wide[:, 1].clone(), torch.randn(5120).bfloat16()
