@@ -46,9 +46,10 @@ class KVCache:
         return torch.cat(flat).to(self.k.device)
 
     def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Store ``k, v (T, Hk, D)`` at the flat ``slots (T,)`` of a layer."""
-        self.k[layer].flatten(0, 1).index_copy_(0, slots, k)
-        self.v[layer].flatten(0, 1).index_copy_(0, slots, v)
+        """Store ``k, v (T, Hk, D)`` at the flat ``slots (T,)`` of a layer; rows beyond T are idle and left out."""
+        tokens = slots.shape[0]
+        self.k[layer].flatten(0, 1).index_copy_(0, slots, k[:tokens])
+        self.v[layer].flatten(0, 1).index_copy_(0, slots, v[:tokens])
 
     def commit(self, counts: list[int], next_position: torch.Tensor) -> None:
         """The new tokens are stored in every layer: count them."""

@@ -8,6 +8,17 @@ from torch import nn
 from qwen2vl_kernels import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 
+def idle_rows(x: torch.Tensor) -> int:
+    """Rows to append to packed ``x (T, C)`` for the sake of the matrix products; nothing attends to them.
+
+    16-bit products on a CPU (oneDNN) run at two thirds of their rate when T is no multiple of 8: on 2 Zen 5 cores
+    1333 x 1536 times 1536 x 8960 takes 54 ms, with 1336 rows 41 ms. Float32 and small T show no difference.
+    """
+    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16) or x.shape[0] < 256:
+        return 0
+    return -x.shape[0] % 8
+
+
 class Linear(nn.Linear):
     """PyTorch's, with values left to a checkpoint or :meth:`qwen2vl.Qwen2VL.from_config`.
 

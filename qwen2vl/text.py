@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from qwen2vl_kernels import kvcache_attention, mrope, mrope_, swiglu, swiglu_, varlen_attention
 
 from .cache import KVCache
 from .config import TextConfig
-from .layers import Embedding, Linear, RMSNorm
+from .layers import Embedding, Linear, RMSNorm, idle_rows
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,10 @@ class Decoder(nn.Module):
 
     def forward(self, embeddings: torch.Tensor, pack: Pack) -> torch.Tensor:
         """``(T, C)`` packed embeddings to ``(T, C)`` normed hidden states."""
-        x, residual = embeddings, None
+        x, residual, tokens = embeddings, None, embeddings.shape[0]
+        if not pack.resumed and (idle := idle_rows(x)):
+            x = F.pad(x, (0, 0, 0, idle))
+            pack = replace(pack, positions=F.pad(pack.positions, (0, idle)))
         for layer in self.layers:
             x, residual = layer(x, residual, pack)
-        return self.norm(x, residual)[0]
+        return self.norm(x, residual)[0][:tokens]

@@ -6,9 +6,11 @@ one frame pair, 2D rotary embedding, and the 2x2 merger (Qwen2-VL, arXiv 2409.12
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from qwen2vl_kernels import (
@@ -27,9 +29,10 @@ from qwen2vl_kernels import (
 from .config import VisionConfig
 from .errors import PromptError
 from .image import IMAGE_MEAN, IMAGE_STD
-from .layers import LayerNorm, Linear
+from .layers import LayerNorm, Linear, idle_rows
 
-Tables = tuple[torch.Tensor, torch.Tensor]
+#: Cosines and sines of the patches' positions.
+Tables = Sequence[torch.Tensor]
 
 
 class ConvWeight(nn.Module):
@@ -167,9 +170,13 @@ class VisionTower(nn.Module):
         # On the host: attention that splits there need not wait for the device in every block.
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
         x, residual = self.patch_embed(pixel_values.to(device)), None
+        patches = x.shape[0]
+        if idle := idle_rows(x):
+            x, *tables = (F.pad(rows, (0, 0, 0, idle)) for rows in (x, *tables))
         for block in self.blocks:
             x, residual = block(x, residual, tables, cu_seqlens, max(lengths))
-        return self.merger(x if residual is None else x + residual)
+        x = x if residual is None else x + residual
+        return self.merger(x[:patches])
 
     def _inv_freq(self, device: torch.device) -> torch.Tensor:
         # Computed in float32 at every call: a buffer would be rounded by model.to(bfloat16).
