@@ -85,8 +85,18 @@ def report_(
         write_to.write_text(text, encoding="utf-8")
 
 
+#: Options that name a folder of this machine and change no number: left out of the command that results quote.
+_PLACES = ("--checkpoint-dir", "--out")
+
+
 def _command() -> str:
-    return shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
+    words, given = [], iter(sys.argv[1:])
+    for word in given:
+        if word in _PLACES:
+            next(given, None)
+        elif not word.startswith(tuple(f"{option}=" for option in _PLACES)):
+            words.append(word)
+    return shlex.join(["python", "-m", "benchmarks", *words])
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from benchmarks import environment, providers, report
-from benchmarks.__main__ import app
+from benchmarks.__main__ import _command, app
 from benchmarks.case import Case, Check, Context, Provider, Workload, equal, relative_error, two_times
 from benchmarks.cases._worker import in_subprocess
 from benchmarks.run import GateError, case_names, load_case, run_case, write
@@ -343,3 +343,9 @@ def test_load_measures_in_fresh_processes(tmp_path):
 def test_a_failed_subprocess_is_an_error():
     with pytest.raises(RuntimeError, match=r"nothing of ours failed with status 1:[\s\S]*KeyError"):
         in_subprocess("nothing", "ours", folder="", device="cpu")
+
+
+def test_the_quoted_command_names_no_folder(monkeypatch):
+    words = ["run", "load", "--checkpoint-dir", "/somewhere", "--quick", "--out=/elsewhere", "--rounds", "2"]
+    monkeypatch.setattr("sys.argv", ["benchmarks", *words])
+    assert _command() == "python -m benchmarks run load --quick --rounds 2"
