@@ -118,10 +118,7 @@ def load_weights(
             found[name] = file.get_tensor(stored).to(device).to(dtype)
             if progress is not None:
                 progress(done, len(wanted))
-    trainable = {name: parameter.requires_grad for name, parameter in wanted.items()}
-    model.load_state_dict(found, strict=True, assign=True)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trainable[name])
+    model.load_state_dict(found, strict=True, assign=True)  # keeps each parameter's requires_grad
 
 
 def _compare(wanted: dict[str, nn.Parameter], where: dict[str, tuple]) -> list[str]:
