@@ -146,6 +146,8 @@ class _Run:
         tokenizer: Tokenizer | None,
         config: GenerationConfig,
     ) -> None:
+        if tokenizer is not None and not hasattr(tokenizer, "stream_decoder"):
+            raise TypeError(f"tokenizer must be a processor's tokenizer, got {type(tokenizer).__name__}")
         if config.stop and tokenizer is None:
             raise PromptError("stop strings need a tokenizer")
         self.model, self.config = model, config
@@ -311,9 +313,11 @@ def check_context(model: Qwen2VL, prompt_tokens: Sequence[int], max_new_tokens: 
     limit = model.config.text.max_position_embeddings
     longest = max(prompt_tokens)
     if longest + max_new_tokens > limit:
+        room = limit - longest
+        advice = f"at most {room} new tokens fit" if room > 0 else "shorten it, or lower max_pixels or a video's tokens"
         raise ContextLengthError(
             f"the prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, together more than the model's "
-            f"{limit}; shorten the prompt, lower max_pixels (or a video's max_tokens), or ask for fewer tokens"
+            f"{limit}; {advice}"
         )
 
 

@@ -202,7 +202,10 @@ def _shard(parameters: dict[str, nn.Parameter], most: int) -> Iterator[dict[str,
 def _replace(path: Path, write: Callable[[str], object]) -> None:
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        scratch.touch()
+        mode = scratch.stat().st_mode  # what the umask allows; safetensors would leave the file to its owner alone
         write(str(scratch))
+        scratch.chmod(mode)
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)

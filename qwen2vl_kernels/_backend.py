@@ -28,6 +28,9 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "mrope_positions": {"cpu": ("native", "eager"), "cuda": ("cuda", "eager")},
 }
 
+#: What an op takes for some shapes before the table's first choice, in words for :func:`table`.
+SHAPE_CHOICES = {("varlen_attention", "cpu"): "bf16 inference: blocked"}
+
 _forced: dict[str, str] = {}  # op -> backend, set by use_backend
 
 
@@ -97,5 +100,6 @@ def table(device_type: str = "cpu") -> list[tuple[str, str, str]]:
         choices = by_device.get(device_type, ("eager",))
         taken = resolve(op, device_type, None)
         missed = [f"{c}: {unavailable(c)}" for c in choices[: choices.index(taken)]]
-        rows.append((op, taken, "; ".join(missed)))
+        special = SHAPE_CHOICES.get((op, device_type)) if op not in _forced else None
+        rows.append((op, f"{taken} ({special})" if special else taken, "; ".join(missed)))
     return rows

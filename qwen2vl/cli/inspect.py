@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mimetypes
 from enum import Enum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -96,7 +97,10 @@ def inspect(
 
 
 def save_pictures(out: Path, name: str, kind: str, media: ImagePatches | VideoPatches) -> list[Path]:
-    """Write the pictures of one image or video into ``out``; returns their paths."""
+    """Write the pictures of one image or video into ``out``; returns their paths.
+
+    Without matplotlib the plot of the position ids is left out, and said so on stderr.
+    """
     from .. import inspection
 
     frames = inspection.patches_to_frames(media.patches, media.grid_thw, merge_size=media.merge_size)
@@ -109,12 +113,15 @@ def save_pictures(out: Path, name: str, kind: str, media: ImagePatches | VideoPa
         times += times[-1:] * (len(frames) - len(times))  # an odd last frame stands twice
         tokens = media.num_tokens // media.grid_thw[0]
         inspection.draw_contact_sheet(frames, times, tokens_per_step=tokens).save(first)
+    if find_spec("matplotlib") is None:
+        typer.echo("no plot of position ids: it needs matplotlib; install qwen2vl[inspect]", err=True)
+        return [first]
     plot = out / f"{name}-positions.png"
     inspection.plot_positions(
         plot,
         kind,
         media.grid_thw,
-        title=f"M-RoPE position ids: text, {name}, text",
+        title=f"M-RoPE position ids of an example: text, {name}, text",
         merge_size=media.merge_size,
     )
     return [first, plot]

@@ -437,3 +437,14 @@ def test_unwritten_slots_are_never_read(model, processor):
             outputs.append(model(torch.tensor([[5], [7]]), cache=cache))
     assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
     assert torch.isfinite(outputs[0]).all()
+
+
+def test_the_processor_is_not_a_tokenizer(model, processor, inputs):
+    with pytest.raises(TypeError, match="tokenizer must be a processor's tokenizer, got Processor"):
+        generate(model, inputs, tokenizer=processor)
+
+
+def test_the_context_error_says_what_would_fit(model, inputs):
+    room = 32768 - inputs["input_ids"].shape[1]
+    with pytest.raises(ContextLengthError, match=f"at most {room} new tokens fit"):
+        _run(model, inputs, max_new_tokens=40000)

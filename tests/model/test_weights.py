@@ -432,3 +432,11 @@ def test_released_names():
 def test_unknown_preset():
     with pytest.raises(CheckpointError, match="preset: '3b' is unknown; the presets are 2b, 7b, 72b"):
         Qwen2VL.from_config("3b")
+
+
+def test_files_are_as_readable_as_the_umask_allows(folder, tmp_path):
+    """safetensors writes for the owner alone; a checkpoint in a shared folder is for its readers."""
+    Qwen2VL.from_pretrained(folder, device="cpu").save_pretrained(tmp_path / "saved", max_shard_bytes=500_000)
+    probe = tmp_path / "probe"
+    probe.touch()
+    assert {path.stat().st_mode for path in (tmp_path / "saved").iterdir()} == {probe.stat().st_mode}
