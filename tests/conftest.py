@@ -6,8 +6,13 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
 
+import hypothesis
 import pytest
 import torch
+
+# Time limits per example measure the machine's other work, not the code.
+hypothesis.settings.register_profile("no-deadline", deadline=None)
+hypothesis.settings.load_profile("no-deadline")
 
 
 @pytest.fixture(autouse=True)
