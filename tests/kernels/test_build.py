@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,35 @@ def test_cuda_kernels_do_not_spill(tmp_path, source, arch):
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
     assert kernels and len(frames) >= len(kernels)
     assert set(frames) == {("0", "0", "0")}, result.stderr
+
+
+@pytest.mark.slow
+def test_a_wheel_from_the_sdist_works_from_an_empty_folder(tmp_path):
+    """sdist, wheel from that sdist, install, import: nothing is missing, and torch is not needed to build."""
+    pytest.importorskip("build", reason="the package 'build' is not installed")
+    blocker = tmp_path / "no-torch"
+    blocker.mkdir()
+    (blocker / "torch.py").write_text("raise ImportError('torch was imported at build time')\n")
+    clean = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+
+    def run(*command: str, path: Path) -> str:
+        environment = {**clean, "QWEN2VL_BUILD_CUDA": "0", "PYTHONPATH": str(path)}
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+        return result.stdout
+
+    source, site = tmp_path / "source", tmp_path / "site"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.so", "*.egg-info"))
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist", str(source), path=blocker)
+    (wheel,), (sdist,) = (tmp_path / "dist").glob("*.whl"), (tmp_path / "dist").glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    assert {str(path.relative_to(ROOT)) for path in CSRC.rglob("*") if path.is_file()} <= packed
+    run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(wheel), path=blocker)
+    code = (
+        "import qwen2vl, qwen2vl_kernels, qwen2vl_kernels._native as n\n"
+        "print(qwen2vl.__file__, n.cpu_reason(), n.cuda_reason(), qwen2vl.Qwen2VL.__name__)\n"
+    )
+    said = run(sys.executable, "-c", code, path=site)
+    assert said.startswith(str(site)) and " None " in said and "Qwen2VL" in said
+    assert "QWEN2VL_BUILD_CUDA" in said, "why there is no CUDA extension"
