@@ -11,6 +11,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CSRC = ROOT / "csrc"
@@ -126,24 +127,26 @@ def test_a_wheel_from_the_sdist_works_from_an_empty_folder(tmp_path):
     (blocker / "torch.py").write_text("raise ImportError('torch was imported at build time')\n")
     clean = {name: value for name, value in os.environ.items() if name not in SETTINGS}
 
-    def run(*command: str, path: Path) -> str:
-        environment = {**clean, "QWEN2VL_BUILD_CUDA": "0", "PYTHONPATH": str(path)}
+    def run(*command: str, path: str) -> str:
+        environment = {**clean, "QWEN2VL_BUILD_CUDA": "0", "PYTHONPATH": path}
         result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
         return result.stdout
 
     source, site = tmp_path / "source", tmp_path / "site"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.so", "*.egg-info"))
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist", str(source), path=blocker)
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist", str(source), path=str(blocker))
     (wheel,), (sdist,) = (tmp_path / "dist").glob("*.whl"), (tmp_path / "dist").glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
     assert {str(path.relative_to(ROOT)) for path in CSRC.rglob("*") if path.is_file()} <= packed
-    run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(wheel), path=blocker)
+    run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(wheel), path=str(blocker))
     code = (
         "import qwen2vl, qwen2vl_kernels, qwen2vl_kernels._native as n\n"
         "print(qwen2vl.__file__, n.cpu_reason(), n.cuda_reason(), qwen2vl.Qwen2VL.__name__)\n"
     )
-    said = run(sys.executable, "-c", code, path=site)
+    # -S: an editable install of this tree hooks itself into imports there and would lend its own extensions.
+    packages = Path(torch.__file__).parent.parent
+    said = run(sys.executable, "-S", "-c", code, path=f"{site}{os.pathsep}{packages}")
     assert said.startswith(str(site)) and " None " in said and "Qwen2VL" in said
     assert "QWEN2VL_BUILD_CUDA" in said, "why there is no CUDA extension"
