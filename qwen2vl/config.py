@@ -8,12 +8,12 @@ whenever it is true, and a tied checkpoint read as untied fails loudly for want 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
+from .files import read_json
 
 
 @dataclass(frozen=True)
@@ -126,12 +126,9 @@ class Qwen2VLConfig:
     def from_pretrained(cls, folder: str | Path) -> Qwen2VLConfig:
         """Read ``folder/config.json``. Raises :class:`CheckpointError` saying what is missing or unsupported."""
         path = Path(folder) / "config.json"
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CheckpointError(f"{path}: no such file; a checkpoint folder holds a config.json") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+        if not path.exists():
+            raise CheckpointError(f"{path}: no such file; a checkpoint folder holds a config.json")
+        data = read_json(path)
         if not isinstance(data, dict):
             raise CheckpointError(f"{path}: must hold a JSON object, got {type(data).__name__}")
         try:

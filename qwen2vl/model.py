@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from . import hub, weights
 from .cache import KVCache
 from .config import Qwen2VLConfig
 from .errors import CheckpointError, PromptError
+from .files import read_json, write_json
 from .layers import Linear
 from .text import Decoder, Pack
 from .vision import VisionTower
@@ -75,10 +75,10 @@ class Qwen2VL(nn.Module):
         )
         path = folder / "generation_config.json"
         if path.is_file():
-            try:
-                model.generation_defaults = dict(json.loads(path.read_text(encoding="utf-8")))
-            except (ValueError, TypeError) as error:
-                raise CheckpointError(f"{path}: cannot be read as a JSON object: {error}") from error
+            defaults = read_json(path)
+            if not isinstance(defaults, dict):
+                raise CheckpointError(f"{path}: must hold a JSON object, got {type(defaults).__name__}")
+            model.generation_defaults = defaults
         return model.eval()
 
     @classmethod
@@ -115,9 +115,9 @@ class Qwen2VL(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         config = {**self.config.to_dict(), "torch_dtype": str(self.dtype).removeprefix("torch.")}
         weights.save_weights(self, folder, max_shard_bytes)
-        weights.save_json(folder / "config.json", config)
+        write_json(folder / "config.json", config)
         if self.generation_defaults:
-            weights.save_json(folder / "generation_config.json", self.generation_defaults)
+            write_json(folder / "generation_config.json", self.generation_defaults)
 
     @property
     def device(self) -> torch.device:

@@ -1,13 +1,12 @@
 """The files of a checkpoint folder that a processor reads and writes: image settings, tokenizer and chat template."""
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .config import Qwen2VLConfig
 from .errors import CheckpointError
+from .files import read_json, write_json, write_text
 from .image import IMAGE_MEAN, IMAGE_STD
 from .prompt import CHAT_TEMPLATE
 from .tokenizer import END_OF_TEXT, IM_END, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, Tokenizer
@@ -40,7 +39,7 @@ def read_image_settings(folder: Path) -> dict[str, Any]:
         path = folder / name
         if not path.is_file():
             continue
-        data = _read_json(path)
+        data = read_json(path)
         settings = data.get(key, {}) if isinstance(data, dict) and key else data
         if not isinstance(settings, dict):
             raise CheckpointError(f"{path}: wants a JSON object of settings, got {type(settings).__name__}")
@@ -84,10 +83,10 @@ def write_image_settings(
         "image_mean": list(IMAGE_MEAN),
         "image_std": list(IMAGE_STD),
     }
-    _write_json(folder / "preprocessor_config.json", settings)
+    write_json(folder / "preprocessor_config.json", settings)
     other = folder / "processor_config.json"
-    if other.is_file() and isinstance(data := _read_json(other), dict):
-        _write_json(other, data | {"image_processor": settings})
+    if other.is_file() and isinstance(data := read_json(other), dict):
+        write_json(other, data | {"image_processor": settings})
 
 
 def write_tokenizer_files(folder: Path, tokenizer: Tokenizer) -> None:
@@ -112,30 +111,9 @@ def write_tokenizer_files(folder: Path, tokenizer: Tokenizer) -> None:
         "tokenizer_class": "Qwen2Tokenizer",
         "unk_token": None,
     }
-    _write(folder / "tokenizer.json", tokenizer.backend.to_str(pretty=True) + "\n")
-    _write_json(folder / "tokenizer_config.json", config)
-    _write_json(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
-
-
-def _write_json(path: Path, data: Any) -> None:
-    _write(path, json.dumps(data, ensure_ascii=False, indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all: the folder may be the one that the processor was read from."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(text.encode("utf-8"))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(folder / "tokenizer.json", tokenizer.backend.to_str(pretty=True) + "\n")
+    write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
 
 
 def _same_values(given: Any, wanted: Sequence[float]) -> bool:

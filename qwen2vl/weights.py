@@ -6,8 +6,6 @@ identity and loading only rewrites prefixes. Nothing is unpickled.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .errors import CheckpointError
+from .files import read_json, write_json, write_whole
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -49,8 +48,8 @@ def shards(folder: Path) -> list[Path]:
     index = folder / INDEX_NAME
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            names = sorted(set(read_json(index)["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: is not a safetensors index: {error!r}") from error
         if outside := [n for n in names if not isinstance(n, str) or Path(n).name != n]:
             raise CheckpointError(f"{index}: names files outside the folder: {outside}")
@@ -159,28 +158,22 @@ def save_weights(model: nn.Module, folder: Path, max_shard_bytes: int) -> None:
     stale = _shards_of(index) | {SINGLE_NAME}
     weight_map: dict[str, str] = {}
     for name, group in zip(names, groups, strict=True):
-        _replace(folder / name, lambda path, group=group: save_file(group, path, metadata={"format": "pt"}))
+        write_whole(folder / name, lambda path, group=group: save_file(group, path, metadata={"format": "pt"}))
         weight_map.update(dict.fromkeys(group, name))
     if len(groups) > 1:
         total = sum(p.numel() * p.element_size() for p in model.parameters())
-        save_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
     else:
         index.unlink(missing_ok=True)
     for name in stale - set(names):
         (folder / name).unlink(missing_ok=True)
 
 
-def save_json(path: Path, data: dict) -> None:
-    """Write ``data`` whole or not at all."""
-    text = json.dumps(data, indent=2) + "\n"
-    _replace(path, lambda scratch: Path(scratch).write_text(text, encoding="utf-8"))
-
-
 def _shards_of(index: Path) -> set[str]:
     """File names that an earlier save's index lists; none where it is absent or not to be understood."""
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        names = set(read_json(index)["weight_map"].values())
+    except (CheckpointError, KeyError, TypeError, AttributeError):
         return set()
     return {name for name in names if isinstance(name, str) and Path(name).name == name}
 
@@ -197,15 +190,3 @@ def _shard(parameters: dict[str, nn.Parameter], most: int) -> Iterator[dict[str,
         group[name] = tensor.contiguous()
         size += bytes_
     yield group
-
-
-def _replace(path: Path, write: Callable[[str], object]) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.touch()
-        mode = scratch.stat().st_mode  # what the umask allows; safetensors would leave the file to its owner alone
-        write(str(scratch))
-        scratch.chmod(mode)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)

@@ -76,25 +76,23 @@ def _per_segment(attend, total: int, empty: torch.Tensor, cu_seqlens: torch.Tens
 
 def _sdpa(q, k, v, cu_seqlens, causal, scale) -> torch.Tensor:
     """PyTorch's fused attention, one call a segment, or one for all when every segment is as long as the first."""
-    gqa = q.shape[1] != k.shape[1]
     bounds = cu_seqlens.tolist()
     lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
     if len(lengths) > 1 and lengths[0] > 0 and lengths.count(lengths[0]) * lengths[0] == q.shape[0]:
-        qb, kb, vb = (x.unflatten(0, (-1, lengths[0])).transpose(1, 2) for x in (q, k, v))  # (S, H, L, D)
-        out = F.scaled_dot_product_attention(qb, kb, vb, is_causal=causal, scale=scale, enable_gqa=gqa)
-        return out.transpose(1, 2).flatten(0, 1)
+        return _sdpa_equal(q, k, v, lengths[0], causal, scale)
 
     def attend(rows: slice) -> torch.Tensor:
-        return _sdpa_segment(q[rows], k[rows], v[rows], causal, scale)
+        return _sdpa_equal(q[rows], k[rows], v[rows], rows.stop - rows.start, causal, scale)
 
     return _per_segment(attend, q.shape[0], q.new_empty((0, q.shape[1], v.shape[2])), cu_seqlens)
 
 
-def _sdpa_segment(q, k, v, causal, scale) -> torch.Tensor:
-    qs, ks, vs = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # (1, H, L, D)
+def _sdpa_equal(q, k, v, length: int, causal, scale) -> torch.Tensor:
+    """One fused call over segments of ``length`` rows each."""
+    qb, kb, vb = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))  # (S, H, L, D)
     gqa = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(qs, ks, vs, is_causal=causal, scale=scale, enable_gqa=gqa)
-    return out[0].transpose(0, 1)
+    out = F.scaled_dot_product_attention(qb, kb, vb, is_causal=causal, scale=scale, enable_gqa=gqa)
+    return out.transpose(1, 2).flatten(0, 1)
 
 
 def _blocked(q, k, v, cu_seqlens, causal, scale) -> torch.Tensor:
@@ -107,8 +105,10 @@ def _blocked(q, k, v, cu_seqlens, causal, scale) -> torch.Tensor:
         return _sdpa(q, k, v, cu_seqlens, causal, scale)
 
     def attend(rows: slice) -> torch.Tensor:
-        segment = _blocked_segment if rows.stop - rows.start >= _BLOCKED_MIN_SEQLEN else _sdpa_segment
-        return segment(q[rows], k[rows], v[rows], causal, scale)
+        length = rows.stop - rows.start
+        if length >= _BLOCKED_MIN_SEQLEN:
+            return _blocked_segment(q[rows], k[rows], v[rows], causal, scale)
+        return _sdpa_equal(q[rows], k[rows], v[rows], length, causal, scale)
 
     return _per_segment(attend, q.shape[0], q.new_empty((0, q.shape[1], v.shape[2])), cu_seqlens)
 
