@@ -17,34 +17,14 @@ from qwen2vl import (
     CheckpointError,
     ContextLengthError,
     GenerationConfig,
-    Processor,
     PromptError,
-    Qwen2VL,
     generate,
     stream,
 )
 from qwen2vl.cache import KVCache
-from qwen2vl.demo.checkpoint import small_config, write_random_checkpoint
 from qwen2vl.generation import _Chooser, _Row
 
 ENDLESS = (10**6,)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_random_checkpoint(
-        tmp_path_factory.mktemp("checkpoint"), small_config(False), dtype=torch.float32, std=0.08
-    )
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return Qwen2VL.from_pretrained(folder, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def processor(folder):
-    return Processor.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

@@ -5,19 +5,12 @@ import pytest
 import torch
 
 from qwen2vl import GenerationConfig, Processor, Qwen2VL, generate
-from qwen2vl.demo.checkpoint import small_config, write_random_checkpoint
 from tests.conftest import assert_two_times
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device"),
 ]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
-    return write_random_checkpoint(folder, small_config(False), dtype=torch.float32, std=0.08)
 
 
 @pytest.fixture(scope="module")
