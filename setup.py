@@ -27,7 +27,16 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0")
-CPU = Extension("qwen2vl_kernels._cpu", ["csrc/bind_cpu.cpp", "csrc/cpu/mrope_positions.cpp"])
+CPU = Extension(
+    "qwen2vl_kernels._cpu",
+    [
+        "csrc/bind_cpu.cpp",
+        "csrc/cpu/image_to_patches.cpp",
+        "csrc/cpu/mrope_positions.cpp",
+        "csrc/cpu/resample.cpp",
+        "csrc/cpu/resample_x86.cpp",
+    ],
+)
 CUDA = Extension(
     "qwen2vl_kernels._cuda",
     ["csrc/bind_cuda.cpp", "csrc/cuda/device.cu", "csrc/cuda/mrope_positions.cu"],
@@ -157,7 +166,9 @@ class Build(build_ext):
         super().run()
 
     def build_cpu(self, cxx: list[str], jobs: list[str]) -> None:
-        common = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
+        # No contraction into multiply-adds: weights of the resize are to be the same numbers on every machine.
+        common = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-ffp-contract=off"]
+        common += ["-Wall", "-Wextra"]
         common += shlex.split(os.environ.get("CXXFLAGS", "")) + self.includes()
         link = ["-shared", "-pthread", *shlex.split(os.environ.get("LDFLAGS", ""))]
         if sys.platform == "darwin":
@@ -167,8 +178,8 @@ class Build(build_ext):
     def build_cuda(self, archs: list[tuple[str, bool]] | None, jobs: list[str]) -> str:
         nvcc = find_nvcc()
         flags, words = gencode(nvcc, archs)
-        host = ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
-        common = [nvcc, "-std=c++17", "-O3", *host, *self.includes()]
+        host = ["-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall,-Wextra"]
+        common = [nvcc, "-std=c++17", "-O3", "-fmad=false", *host, *self.includes()]
         link = [nvcc, "-shared", "-cudart", "static"]
         self.run_ninja(CUDA, {".cpp": common, ".cu": [*common, *flags]}, link, jobs)
         return words

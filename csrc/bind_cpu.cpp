@@ -6,10 +6,14 @@
 #include <cstdint>
 #include <map>
 #include <string>
+#include <vector>
 
+#include "bind_frames.h"
 #include "bind_views.h"
 #include "build_info.h"
+#include "cpu/image_to_patches.h"
 #include "cpu/mrope_positions.h"
+#include "cpu/resample.h"
 
 namespace py = pybind11;
 using qwen2vl::RawView;
@@ -40,4 +44,22 @@ PYBIND11_MODULE(_cpu, m) {
       },
       py::arg("ids"), py::arg("mask"), py::arg("image_grids"), py::arg("video_grids"), py::arg("cu_seqlens"),
       py::arg("sizes"), py::arg("tokens"), py::arg("positions"), py::arg("delta"));
+
+  m.def("row_kernels", [] {
+    std::vector<std::string> names;
+    for (const qwen2vl::RowKernels& kernels : qwen2vl::row_kernels()) names.emplace_back(kernels.name);
+    return names;
+  });
+
+  // frames: see frame_job. options: patch, merge, PatchType, address of the table, threads, index of the row kernels.
+  m.def(
+      "image_to_patches",
+      [](const std::vector<qwen2vl::RawFrame>& frames, const std::array<int64_t, 6>& options) {
+        const qwen2vl::PatchOptions checked = qwen2vl::patch_options(options, qwen2vl::row_kernels().size());
+        std::vector<qwen2vl::FrameJob> jobs;
+        for (const qwen2vl::RawFrame& frame : frames) jobs.push_back(qwen2vl::frame_job(frame, checked));
+        const py::gil_scoped_release release;
+        qwen2vl::image_to_patches(jobs, checked);
+      },
+      py::arg("frames"), py::arg("options"));
 }

@@ -1,6 +1,7 @@
 """Kernels of Qwen2-VL as plain functions over packed tensors; see each function's docstring for shapes and dtypes."""
 
 from ._backend import BackendError, use_backend
+from .ops.image_to_patches import image_to_patches, images_to_patches
 from .ops.kvcache_attention import kvcache_attention
 from .ops.layer_norm import add_layer_norm, layer_norm
 from .ops.mrope import mrope, mrope_
@@ -9,6 +10,7 @@ from .ops.patch_embed import fold_patch_embed, patch_embed
 from .ops.patch_merge import patch_merge
 from .ops.quick_gelu import quick_gelu, quick_gelu_
 from .ops.rms_norm import add_rms_norm, rms_norm
+from .ops.smart_resize import smart_resize
 from .ops.swiglu import swiglu, swiglu_
 from .ops.varlen_attention import varlen_attention
 from .ops.vision_positions import vision_positions
@@ -19,6 +21,8 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "fold_patch_embed",
+    "image_to_patches",
+    "images_to_patches",
     "kvcache_attention",
     "layer_norm",
     "mrope",
@@ -29,6 +33,7 @@ __all__ = [
     "quick_gelu",
     "quick_gelu_",
     "rms_norm",
+    "smart_resize",
     "swiglu",
     "swiglu_",
     "use_backend",

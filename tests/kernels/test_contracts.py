@@ -33,6 +33,7 @@ CALLS = {
     "patch_embed": lambda: (torch.randn(4, 8), _x(6, 8), _x(6)),
     "patch_merge": lambda: (_x(8, 4), _x(4), _x(4), _x(16, 16), _x(16), _x(6, 16), _x(6)),
     "varlen_attention": lambda: (_x(4, 2, 8), _x(4, 1, 8), _x(4, 1, 8), CU, 2, True, 0.35, "sdpa"),
+    "image_to_patches": lambda: (torch.randint(0, 256, (30, 40, 3)).byte(), 28, 56, 14, 2, None, None, None, "native"),
     "kvcache_attention": lambda: (torch.randn(3, 2, 8), *torch.randn(2, 2, 5, 1, 8), [1, 2], [3, 5], 0.35, "sdpa"),
 }
 
@@ -50,6 +51,8 @@ def _public(name):
         if name == "kvcache_attention":
             *arguments, scale, backend = arguments
             return K.kvcache_attention(*arguments, softmax_scale=scale, backend=backend)
+        if name == "image_to_patches":
+            return K.image_to_patches(*arguments[:3])
         return getattr(K, name)(*arguments)
 
     return call
