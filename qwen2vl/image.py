@@ -1,8 +1,8 @@
 """Images to patches: reading, orientation and colour, dynamic resolution, and the order of patch rows.
 
 The rules are those of the released processor: sizes are multiples of 28 within a range of pixels, resizing is
-Pillow's bicubic on 8-bit RGB, transparency is laid over white. Pixels stay uint8; normalisation with
-``IMAGE_MEAN`` and ``IMAGE_STD`` is folded into the patch embedding.
+Pillow's bicubic on 8-bit RGB, transparency is laid over white. Pixels stay uint8 and a still image's two equal frames
+stay one; normalisation with ``IMAGE_MEAN`` and ``IMAGE_STD`` is folded into the patch embedding.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
+import torch
 from PIL import Image
 
+import qwen2vl_kernels
 from qwen2vl.errors import MediaError
 from qwen2vl.media_source import describe_source, open_source
+from qwen2vl_kernels import image_to_patches
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 MIN_PIXELS = 56 * 56  # 4 tokens
 MAX_PIXELS = 12_845_056  # 16,384 tokens
-MAX_ASPECT_RATIO = 200
 MAX_SOURCE_PIXELS = 178_956_970  # where Pillow, too, calls an image a decompression bomb
 MAX_IMAGE_BYTES = 1 << 30  # some decoders read the whole file before they look at it
 
@@ -54,7 +56,7 @@ class ImagePatches:
     """What an image becomes.
 
     Attributes:
-        patches: (gh * gw, 3 * temporal_patch_size * patch_size**2) uint8, rows in merge-block order.
+        patches: (gh * gw, 3 * patch_size**2) uint8, rows in merge-block order: one of a still image's equal frames.
         grid_thw: (1, gh, gw), in patches.
         source_size: (height, width) in pixels, upright, before resizing.
         resized_size: (height, width) in pixels that the patches cover.
@@ -87,47 +89,11 @@ def check_positive_int(name: str, value: object) -> int:
 def smart_resize(
     height: int, width: int, *, factor: int = 28, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS
 ) -> tuple[int, int]:
-    """The size at which the model sees an image: multiples of ``factor``, within a range of pixels.
-
-    Sides are rounded to the nearest multiple (half to even); a product outside [min_pixels, max_pixels] is
-    scaled by one ratio, down with floor (at least ``factor`` a side) or up with ceil. As in the released
-    processor, the upward ceil may pass ``max_pixels`` and is not corrected.
-
-    Args:
-        height, width: source size in pixels.
-        factor: patch_size * merge_size.
-        min_pixels, max_pixels: range of height * width after resizing.
-
-    Returns:
-        (height, width) in pixels.
-
-    Raises:
-        MediaError: a value is not a positive integer, min_pixels > max_pixels, or one side is more than 200
-            times the other.
-    """
-    height, width = check_positive_int("height", height), check_positive_int("width", width)
-    factor = check_positive_int("factor", factor)
-    min_pixels, max_pixels = (
-        check_positive_int("min_pixels", min_pixels),
-        check_positive_int("max_pixels", max_pixels),
-    )
-    if min_pixels > max_pixels:
-        raise MediaError(f"min_pixels must not exceed max_pixels, got {min_pixels} > {max_pixels}")
-    if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
-        raise MediaError(
-            f"aspect ratio must be at most {MAX_ASPECT_RATIO}, "
-            f"got {max(height, width) / min(height, width):g} (height {height}, width {width})"
-        )
-    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
-    if new_height * new_width > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        new_height = max(factor, math.floor(height / shrink / factor) * factor)
-        new_width = max(factor, math.floor(width / shrink / factor) * factor)
-    elif new_height * new_width < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        new_height = math.ceil(height * grow / factor) * factor
-        new_width = math.ceil(width * grow / factor) * factor
-    return new_height, new_width
+    """``qwen2vl_kernels.smart_resize``, whose refusals become MediaError."""
+    try:
+        return qwen2vl_kernels.smart_resize(height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
+    except ValueError as error:
+        raise MediaError(str(error)) from None
 
 
 def load_image(
@@ -279,19 +245,8 @@ def _array_to_rgb(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
-def resize_image(array: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Pillow's antialiased bicubic resize of an (H, W, 3) uint8 array to (height, width, 3)."""
-    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
-        raise MediaError(f"array must be (H, W, 3) uint8, got {array.shape} {array.dtype}")
-    height, width = check_positive_int("height", height), check_positive_int("width", width)
-    if array.shape[:2] == (height, width):
-        return array
-    image = Image.fromarray(np.ascontiguousarray(array))
-    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
-
-
 class PatchBuffer:
-    """The uint8 patches of one image or clip, filled frame by frame, so that no frame needs to be kept.
+    """The uint8 patches of a clip, filled frame by frame, so that no frame needs to be kept.
 
     Rows run over (time step, block row, block column, row in block, column in block), each row over (channel,
     frame in step, patch row, patch column). Where the number of frames is no multiple of
@@ -299,7 +254,7 @@ class PatchBuffer:
 
     Args:
         num_frames: frames that will be put.
-        height, width: size of every frame in pixels, multiples of patch_size * merge_size.
+        height, width: what every frame is resized to, in pixels, multiples of patch_size * merge_size.
     """
 
     def __init__(
@@ -313,56 +268,41 @@ class PatchBuffer:
         merge_size: int = 2,
     ):
         self.num_frames = check_positive_int("num_frames", num_frames)
-        factor = check_positive_int("patch_size", patch_size) * check_positive_int("merge_size", merge_size)
+        self.patch_size = check_positive_int("patch_size", patch_size)
+        self.merge_size = check_positive_int("merge_size", merge_size)
         steps = -(-num_frames // check_positive_int("temporal_patch_size", temporal_patch_size))
+        factor = patch_size * merge_size
         if height % factor or width % factor or height < 1 or width < 1:
             raise MediaError(f"frames must have sides that are multiples of {factor}, got {height} x {width}")
         self.height, self.width = height, width
         self.grid_thw = (steps, height // patch_size, width // patch_size)
-        blocks = (steps, height // factor, width // factor, merge_size, merge_size)
-        self._array = np.empty((*blocks, 3, temporal_patch_size, patch_size, patch_size), np.uint8)
+        area = patch_size**2
+        # (time step, patch, channel, frame in step, pixel)
+        self._rows = torch.empty((steps, height * width // area, 3, temporal_patch_size, area), dtype=torch.uint8)
 
     def put(self, index: int, frame: np.ndarray) -> None:
-        """Write frame ``index``, (height, width, 3) uint8, to its place."""
-        _, block_rows, block_cols, merge, _, _, temporal, patch, _ = self._array.shape
-        blocks = frame.reshape(block_rows, merge, patch, block_cols, merge, patch, 3).transpose(0, 3, 1, 4, 6, 2, 5)
-        last = index + 1 if index < self.num_frames - 1 else self.grid_thw[0] * temporal
-        for slot in range(index, last):
-            self._array[slot // temporal, ..., slot % temporal, :, :] = blocks
+        """Resize frame ``index``, (H, W, 3) uint8 of any size, and write its patches to their place."""
+        step, slot = divmod(index, self._rows.shape[3])
+        image_to_patches(
+            _with_contiguous_pixels(frame),
+            self.height,
+            self.width,
+            patch_size=self.patch_size,
+            merge_size=self.merge_size,
+            out=self._rows[step, :, :, slot],
+        )
+        if index == self.num_frames - 1:
+            self._rows[step, :, :, slot + 1 :] = self._rows[step, :, :, slot : slot + 1]
 
     @property
     def patches(self) -> np.ndarray:
         """(t * gh * gw, 3 * temporal_patch_size * patch_size**2) uint8, a view of the buffer."""
-        return self._array.reshape(math.prod(self.grid_thw), -1)
+        return self._rows.flatten(0, 1).flatten(1).numpy()
 
 
-def frames_to_patches(
-    frames: np.ndarray, *, patch_size: int = 14, temporal_patch_size: int = 2, merge_size: int = 2
-) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """Cut frames into the rows that the patch embedding takes.
-
-    Args:
-        frames: (T, H, W, 3) uint8, sides multiples of patch_size * merge_size. If T is no multiple of
-            temporal_patch_size the last frame is repeated; an image is T = 1.
-
-    Returns:
-        patches (t * gh * gw, 3 * temporal_patch_size * patch_size**2) uint8 in merge-block order, and (t, gh,
-        gw).
-
-    Raises:
-        MediaError: wrong shape or dtype.
-    """
-    if frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape or frames.dtype != np.uint8:
-        raise MediaError(f"frames must be (T, H, W, 3) uint8 and not empty, got {frames.shape} {frames.dtype}")
-    buffer = PatchBuffer(
-        *frames.shape[:3],
-        patch_size=patch_size,
-        temporal_patch_size=temporal_patch_size,
-        merge_size=merge_size,
-    )
-    for index, frame in enumerate(frames):
-        buffer.put(index, frame)
-    return buffer.patches, buffer.grid_thw
+def _with_contiguous_pixels(array: np.ndarray) -> np.ndarray:
+    """Rows may lie anywhere, but a mirrored or turned picture is copied once."""
+    return array if array.strides[1:] == (array.shape[2], 1) else np.ascontiguousarray(array)
 
 
 def preprocess_image(
@@ -374,7 +314,7 @@ def preprocess_image(
     resized_width: int | None = None,
     patch_size: int = 14,
     merge_size: int = 2,
-    temporal_patch_size: int = 2,
+    num_threads: int | None = None,
     allow_remote: bool = False,
     allow_local_files: bool = True,
 ) -> ImagePatches:
@@ -385,6 +325,7 @@ def preprocess_image(
         min_pixels, max_pixels: range of the resized image's pixels; one token stands for 28 x 28 of them.
         resized_height, resized_width: ask for this size instead of the source's own (give both); it is
             rounded and held to the range like any other.
+        num_threads: at most so many for the resize; default ``torch.get_num_threads()``.
         allow_remote: whether http(s) URLs may be fetched.
         allow_local_files: whether paths and ``file://`` URLs may be read; see ``open_source``.
 
@@ -403,10 +344,13 @@ def preprocess_image(
     except MediaError as error:
         label = "image array" if isinstance(source, np.ndarray) else describe_source(source)
         raise MediaError(f"{label}: {error}") from None
-    patches, grid_thw = frames_to_patches(
-        resize_image(pixels, height, width)[None],
+    patches = image_to_patches(
+        _with_contiguous_pixels(pixels),
+        height,
+        width,
         patch_size=patch_size,
-        temporal_patch_size=temporal_patch_size,
         merge_size=merge_size,
+        num_threads=num_threads,
     )
-    return ImagePatches(patches, grid_thw, source_size, (height, width), merge_size)
+    grid_thw = (1, height // patch_size, width // patch_size)
+    return ImagePatches(patches.numpy(), grid_thw, source_size, (height, width), merge_size)

@@ -27,7 +27,7 @@ _SHEET_WIDTH = 1600
 def patches_to_frames(
     patches: np.ndarray, grid_thw: Sequence[int], *, patch_size: int = 14, merge_size: int = 2
 ) -> np.ndarray:
-    """The inverse of :func:`qwen2vl.image.frames_to_patches`.
+    """The inverse of :func:`qwen2vl_kernels.images_to_patches` at the size of the frames.
 
     Args:
         patches: (t * gh * gw, 3 * temporal_patch_size * patch_size**2) uint8 in merge-block order.

@@ -141,8 +141,8 @@ class Qwen2VL(nn.Module):
         if not given:
             return None, None
         tokens = self.visual(
-            torch.cat([rows for _, rows, _ in given]) if len(given) > 1 else given[0][1],
-            torch.cat([grid for _, _, grid in given]) if len(given) > 1 else given[0][2],
+            [rows for _, rows, _ in given],
+            [grid for _, _, grid in given],
             max_patches=self.max_vision_patches,
         )
         if len(given) == 1:
@@ -175,7 +175,8 @@ class Qwen2VL(nn.Module):
             input_ids: ``(B, L)`` integers; each image or video stands as as many placeholder ids as it has tokens.
             attention_mask: ``(B, L)``, 0 marks padding anywhere; default no padding.
             pixel_values, pixel_values_videos: ``(patches, 1176)`` uint8 pixels, or floats normalised as transformers
-                does; all items of the batch in order of appearance.
+                does; for images also ``(patches, 588)`` uint8, one of a still image's two equal frames. All items of
+                the batch in order of appearance.
             image_grid_thw, video_grid_thw: ``(items, 3)``.
             position_ids: ``(3, B, L)``, default built from ids, grids and cache (arXiv 2409.12191, section 2.1).
             mm_token_type_ids: taken because transformers' processors return it, and not needed: the ids say it.
@@ -330,8 +331,6 @@ def _media(
             raise PromptError(f"{name} has {rows.shape[0]} rows, but {grid_name} has no item")
         if grid.shape[0]:
             given.append((name, rows, grid))
-    if len({rows.dtype for _, rows, _ in given}) > 1:
-        raise PromptError("pixel_values and pixel_values_videos must have one dtype (both uint8 or both float)")
     return given
 
 

@@ -1,12 +1,12 @@
 """Chat messages with their images and videos in, the model's input tensors out."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from .config import Qwen2VLConfig
@@ -49,9 +49,10 @@ class MediaInfo:
 class Inputs(dict[str, torch.Tensor]):
     """The keyword arguments of one call of the model.
 
-    Keys: `input_ids` and `attention_mask` (B, L) int64; where there are images `pixel_values` (patches, 1176) uint8
-    and `image_grid_thw` (images, 3) int64; where there are videos `pixel_values_videos` and `video_grid_thw`
-    likewise. Images are concatenated in order of appearance over the whole batch; videos are too, apart from them.
+    Keys: `input_ids` and `attention_mask` (B, L) int64; where there are images `pixel_values` (patches, 588) uint8, one
+    of their two equal frames, and `image_grid_thw` (images, 3) int64; where there are videos `pixel_values_videos`
+    (patches, 1176) uint8 and `video_grid_thw` likewise. Images are concatenated in order of appearance over the whole
+    batch; videos are too, apart from them.
 
     Attributes:
         media: one `MediaInfo` per image or video, in order of appearance.
@@ -228,22 +229,10 @@ class Processor:
             "max_tokens": max_video_tokens,
             "progress": progress,
         }
-        loaded: list[tuple[Media, ImagePatches | VideoPatches]] = []
-        rows: list[list[int]] = []
-        for segments in prompts:
-            pads: list[int] = []
-            for item in segments:
-                if isinstance(item, Media):
-                    try:
-                        if item.kind == "image":
-                            patches = self._load_image(item, image_limits)
-                        else:
-                            patches = self._load_video(item, frame_limits, video_options)
-                    except MediaError as error:
-                        raise MediaError(f"{item.where}: {error}") from error
-                    loaded.append((item, patches))
-                    pads.append(patches.num_tokens)
-            rows.append(self._encode(segments, pads))
+        media = [item for segments in prompts for item in segments if isinstance(item, Media)]
+        loaded = list(zip(media, self._load(media, image_limits, frame_limits, video_options), strict=True))
+        pads = iter([patches.num_tokens for _, patches in loaded])
+        rows = [self._encode(segments, pads) for segments in prompts]
 
         tensors = self._pad(rows, padding_side)
         for kind, pixels, grid in (
@@ -252,7 +241,8 @@ class Processor:
         ):
             of_kind = [patches for item, patches in loaded if item.kind == kind]
             if of_kind:
-                tensors[pixels] = torch.from_numpy(np.concatenate([patches.patches for patches in of_kind]))
+                packed = [torch.from_numpy(patches.patches) for patches in of_kind]
+                tensors[pixels] = torch.cat(packed) if len(packed) > 1 else packed[0]
                 tensors[grid] = torch.tensor([patches.grid_thw for patches in of_kind], dtype=torch.int64)
         check_placeholders(
             tensors["input_ids"],
@@ -272,10 +262,53 @@ class Processor:
         """Texts of several sequences."""
         return self.tokenizer.batch_decode(sequences, skip_special_tokens=skip_special_tokens)
 
-    def _load_image(self, item: Media, limits: tuple[int, int]) -> ImagePatches:
+    def _load(
+        self,
+        media: Sequence[Media],
+        image_limits: tuple[int, int],
+        frame_limits: tuple[int, int],
+        video_options: Mapping[str, Any],
+    ) -> list[ImagePatches | VideoPatches]:
+        """All items in order. Several images are read side by side, the rest one after another.
+
+        A file object or PIL image may stand in two places and must not be read from two threads at once.
+        """
+        aside = [item.kind == "image" and isinstance(item.source, (str, bytes, os.PathLike)) for item in media]
+        cores = torch.get_num_threads()
+        workers = max(1, min(cores, sum(aside)))
+
+        def load(item: Media) -> ImagePatches | VideoPatches:
+            try:
+                if item.kind == "video":
+                    return self._load_video(item, frame_limits, video_options)
+                return self._load_image(item, image_limits, cores // workers)
+            except MediaError as error:
+                raise MediaError(f"{item.where}: {error}") from error
+
+        if workers == 1:
+            return [load(item) for item in media]
+        with ThreadPoolExecutor(workers) as pool:
+            waiting = [pool.submit(load, item) if ahead else None for item, ahead in zip(media, aside, strict=True)]
+            try:
+                return [
+                    load(i) if future is None else future.result() for i, future in zip(media, waiting, strict=True)
+                ]
+            finally:
+                pool.shutdown(cancel_futures=True)  # after an error nobody waits for the rest
+
+    def _load_image(self, item: Media, limits: tuple[int, int], threads: int) -> ImagePatches:
         options = dict(item.options)
         low, high = _item_limits(item, limits, options)
-        return preprocess_image(item.source, min_pixels=low, max_pixels=high, **options, **self._shared_options())
+        return preprocess_image(
+            item.source,
+            min_pixels=low,
+            max_pixels=high,
+            num_threads=threads,
+            patch_size=self.patch_size,
+            merge_size=self.merge_size,
+            **options,
+            **self._access(),
+        )
 
     def _load_video(self, item: Media, limits: tuple[int, int], call_options: Mapping[str, Any]) -> VideoPatches:
         own = dict(item.options)
@@ -290,19 +323,21 @@ class Processor:
                 raise PromptError(f"{item.where}.total_pixels: wants at least {per_token}, got {pixels}")
             options["max_tokens"] = pixels // per_token
         options.update(own)
-        return preprocess_video(item.source, min_pixels=low, max_pixels=high, **options, **self._shared_options())
+        return preprocess_video(
+            item.source,
+            min_pixels=low,
+            max_pixels=high,
+            patch_size=self.patch_size,
+            merge_size=self.merge_size,
+            temporal_patch_size=self.temporal_patch_size,
+            **options,
+            **self._access(),
+        )
 
-    def _shared_options(self) -> dict[str, Any]:
-        return {
-            "patch_size": self.patch_size,
-            "merge_size": self.merge_size,
-            "temporal_patch_size": self.temporal_patch_size,
-            "allow_remote": self.allow_remote,
-            "allow_local_files": self.allow_local_files,
-        }
+    def _access(self) -> dict[str, Any]:
+        return {"allow_remote": self.allow_remote, "allow_local_files": self.allow_local_files}
 
-    def _encode(self, segments: Sequence[Segment], pads: Sequence[int]) -> list[int]:
-        counts = iter(pads)
+    def _encode(self, segments: Sequence[Segment], pads: Iterator[int]) -> list[int]:
         ids: list[int] = []
         for segment in segments:
             if isinstance(segment, Text):
@@ -310,7 +345,7 @@ class Processor:
             elif isinstance(segment, Control):
                 ids.append(self.tokenizer.id(segment.name))
             else:
-                ids += [self.tokenizer.id(segment.pad)] * next(counts)
+                ids += [self.tokenizer.id(segment.pad)] * next(pads)
         return ids
 
     def _pad(self, rows: Sequence[Sequence[int]], side: str) -> dict[str, torch.Tensor]:

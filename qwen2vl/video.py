@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from qwen2vl.errors import MediaError
-from qwen2vl.image import PatchBuffer, check_positive_int, load_image, resize_image, smart_resize
+from qwen2vl.image import PatchBuffer, check_positive_int, load_image, smart_resize
 from qwen2vl.media_source import describe_source, open_source
 from qwen2vl.video_decode import kept_frames, read_timeline
 
@@ -181,9 +181,8 @@ class _ClipWriter:
 
     def put(self, slots: Sequence[int], frame: np.ndarray, seconds: float) -> None:
         buffer = self.buffer or self._allocate(frame)
-        resized = resize_image(frame, buffer.height, buffer.width)
         for slot in slots:
-            buffer.put(slot, resized)
+            buffer.put(slot, frame)
             self.times.append(seconds)
         if self.progress is not None:
             self.progress(len(self.times), self.count)

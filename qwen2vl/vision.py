@@ -52,11 +52,15 @@ class PatchEmbed(nn.Module):
         self.proj = ConvWeight(config.embed_dim, config.in_channels, config.temporal_patch_size, p, p)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """``(T, K)`` patches, uint8 pixels or normalised floats, to ``(T, C)``."""
+        """``(T, K)`` patches, uint8 pixels or normalised floats, to ``(T, C)``.
+
+        Bytes may be those of still images, ``(T, K / temporal_patch_size)``: one of their equal frames.
+        """
         weight = self.proj.weight
         if patches.dtype != torch.uint8:
             return patch_embed(patches, weight)
-        return patch_embed(patches, *fold_patch_embed(weight, IMAGE_MEAN, IMAGE_STD))
+        still = patches.shape[1] != weight[0].numel()
+        return patch_embed(patches, *fold_patch_embed(weight, IMAGE_MEAN, IMAGE_STD, still))
 
 
 class Attention(nn.Module):
@@ -142,34 +146,44 @@ class VisionTower(nn.Module):
         self.merger = Merger(config)
 
     def forward(
-        self, pixel_values: torch.Tensor, grid_thw: torch.Tensor, *, max_patches: int | None = None
+        self,
+        pixel_values: torch.Tensor | Sequence[torch.Tensor],
+        grid_thw: torch.Tensor | Sequence[torch.Tensor],
+        *,
+        max_patches: int | None = None,
     ) -> torch.Tensor:
         """Encode packed patches.
 
         Args:
-            pixel_values: ``(T, K)`` rows in block order, uint8 pixels or floats already normalised (K 1176).
-            grid_thw: ``(n, 3)`` integers, patches of each item in time, height and width.
+            pixel_values: ``(T, K)`` rows in block order, uint8 pixels or floats already normalised (K 1176), or uint8
+                pixels of still images, one of two equal frames each (K 588). Several kinds come as a sequence, of
+                images and of videos for instance, and are encoded together.
+            grid_thw: ``(n, 3)`` integers, patches of each item in time, height and width; a sequence if pixel_values
+                is one.
             max_patches: encode at most this many patches at a time (at least one frame pair), to bound memory.
 
         Returns ``(T / merge_size^2, hidden_size)``. Raises :class:`PromptError` when the rows and grids disagree.
         """
-        grids = self._check(pixel_values, grid_thw)
-        limit = max(pixel_values.shape[0], 1) if max_patches is None else max_patches
+        kinds = [pixel_values] if isinstance(pixel_values, torch.Tensor) else list(pixel_values)
+        grids = [grid_thw] if isinstance(grid_thw, torch.Tensor) else list(grid_thw)
+        items = [item for rows, grid in zip(kinds, grids, strict=True) for item in self._check(rows, grid)]
+        limit = sum(rows.shape[0] for rows in kinds) if max_patches is None else max_patches
         parts, start = [], 0
-        for group in _groups(grids, limit):
+        for group in _groups(items, limit):
             stop = start + sum(t * h * w for t, h, w in group)
-            parts.append(self._encode(pixel_values[start:stop], group))
+            parts.append(self._encode(_slice(kinds, start, stop), group))
             start = stop
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _encode(self, pixel_values: torch.Tensor, grids: list[tuple[int, int, int]]) -> torch.Tensor:
+    def _encode(self, kinds: list[torch.Tensor], grids: list[tuple[int, int, int]]) -> torch.Tensor:
         device = self.patch_embed.proj.weight.device
         positions = vision_positions(torch.tensor(grids), self.config.spatial_merge_size).to(device)
         tables = vision_rope_tables(positions, self._inv_freq(device))
         lengths = [h * w for t, h, w in grids for _ in range(t)]
         # On the host: attention that splits there need not wait for the device in every block.
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
-        x, residual = self.patch_embed(pixel_values.to(device)), None
+        embedded = [self.patch_embed(rows.to(device)) for rows in kinds]
+        x, residual = embedded[0] if len(embedded) == 1 else torch.cat(embedded), None
         patches = x.shape[0]
         if idle := idle_rows(x):
             x, *tables = (F.pad(rows, (0, 0, 0, idle)) for rows in (x, *tables))
@@ -191,10 +205,27 @@ class VisionTower(nn.Module):
         m = self.config.spatial_merge_size
         if bad := [g for g in grids if min(g) < 1 or g[1] % m or g[2] % m]:
             raise PromptError(f"grid_thw: {bad[0]} must be positive, height and width multiples of {m}")
-        want = (sum(t * h * w for t, h, w in grids), self.config.patch_values)
-        if tuple(pixel_values.shape) != want:
-            raise PromptError(f"pixel_values must have shape {want} for these grids, got {tuple(pixel_values.shape)}")
+        patches, values = sum(t * h * w for t, h, w in grids), self.config.patch_values
+        still = values // self.config.temporal_patch_size
+        shape = tuple(pixel_values.shape)
+        if shape == (patches, still) and pixel_values.dtype == torch.uint8 and all(t == 1 for t, _, _ in grids):
+            return grids
+        if shape != (patches, values):
+            raise PromptError(
+                f"pixel_values must have shape {(patches, values)} for these grids, or {(patches, still)} as uint8 "
+                f"pixels of still images, got {shape} {pixel_values.dtype}"
+            )
         return grids
+
+
+def _slice(kinds: list[torch.Tensor], start: int, stop: int) -> list[torch.Tensor]:
+    """Rows ``start`` to ``stop`` of the kinds one after the other."""
+    found = []
+    for rows in kinds:
+        if start < rows.shape[0] and stop > 0:
+            found.append(rows[max(start, 0) : stop])
+        start, stop = start - rows.shape[0], stop - rows.shape[0]
+    return found
 
 
 def _groups(grids: list[tuple[int, int, int]], limit: int) -> list[list[tuple[int, int, int]]]:

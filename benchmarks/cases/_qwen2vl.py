@@ -45,8 +45,9 @@ def checkpoint(
 class Prompt:
     """One image between some text.
 
-    ``ids (1, L)``, ``grid (1, 3)``, ``pixels (patches, 1176)`` uint8, ``rows`` the same normalised to float32 as
-    transformers' processor does, ``kinds (1, L)`` 1 at image tokens, ``next_ids``: ids fed while decoding.
+    ``ids (1, L)``, ``grid (1, 3)``, ``pixels (patches, 588)`` uint8, ``rows (patches, 1176)`` the same normalised
+    to float32 as transformers' processor does, ``kinds (1, L)`` 1 at image tokens, ``next_ids``: ids fed
+    while decoding.
     """
 
     ids: torch.Tensor
@@ -65,10 +66,10 @@ def make_prompt(config: Qwen2VLConfig, side: int, text: int, steps: int, device:
     """An image of ``side`` x ``side`` patches of noise among ``text`` text tokens, the vision marks included."""
     generator = torch.Generator().manual_seed(0)
     vision = config.vision
-    pixels = torch.randint(0, 256, (side * side, vision.patch_values), dtype=torch.uint8, generator=generator)
-    repeat = vision.patch_values // vision.in_channels
-    mean = torch.tensor(IMAGE_MEAN).repeat_interleave(repeat)
-    std = torch.tensor(IMAGE_STD).repeat_interleave(repeat)
+    shape = (side * side, vision.in_channels, 1, vision.patch_size**2)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
+    rows = ((pixels.float() / 255 - mean) / std).expand(-1, -1, vision.temporal_patch_size, -1)
     image = [config.image_token_id] * (side // vision.spatial_merge_size) ** 2
     words = torch.randint(10, 200, (text - 2 + steps,), generator=generator).tolist()
     before, after, following = words[:14], words[14 : text - 2], words[text - 2 :]
@@ -77,8 +78,8 @@ def make_prompt(config: Qwen2VLConfig, side: int, text: int, steps: int, device:
     return Prompt(
         ids=ids_t,
         grid=torch.tensor([[1, side, side]], device=device),
-        pixels=pixels.to(device),
-        rows=((pixels.float() / 255 - mean) / std).to(device),
+        pixels=pixels.flatten(1).to(device),
+        rows=rows.flatten(1).to(device),
         kinds=(ids_t == config.image_token_id).int(),
         next_ids=[torch.tensor([[i]], device=device) for i in following],
     )

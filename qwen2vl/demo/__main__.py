@@ -228,7 +228,9 @@ def _for_transformers(model: Qwen2VL, inputs: Inputs, ids: torch.Tensor) -> dict
     }
     for pixels, grid in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):
         if pixels in inputs:
-            rows = inputs[pixels].unflatten(1, (3, -1)).float() / 255
+            vision = config.vision
+            rows = inputs[pixels].unflatten(1, (3, -1, vision.patch_size**2)).float() / 255
+            rows = rows.expand(-1, -1, vision.temporal_patch_size, -1).flatten(2)  # it shows a still image twice
             mean, std = (torch.tensor(values).view(3, 1) for values in (IMAGE_MEAN, IMAGE_STD))
             given[pixels] = ((rows - mean) / std).flatten(1)
             given[grid] = inputs[grid]

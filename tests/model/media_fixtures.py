@@ -134,3 +134,13 @@ def numbered(count: int, **size: int) -> list[np.ndarray]:
 def numbers(video: VideoPatches) -> list[int]:
     """The numbers in the kept frames."""
     return [read_number(frame) for frame in patches_to_frames(video.patches, video.grid_thw)]
+
+
+def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Pillow's bicubic of an (H, W, 3) array, with the order of passes that Pillow 13 has."""
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    down = image.height - height
+    rows_first = down > 0 and down > 2 * (image.width - width)
+    first = (image.width, height) if rows_first else (width, image.height)
+    bicubic = Image.Resampling.BICUBIC
+    return np.asarray(image.resize(first, bicubic).resize((width, height), bicubic))

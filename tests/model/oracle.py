@@ -16,7 +16,12 @@ def load(folder, dtype=torch.float32, attention="sdpa"):
 
 
 def float_rows(patches: torch.Tensor) -> torch.Tensor:
-    """uint8 patches to the rows that transformers' processor would have made of the same pixels."""
+    """uint8 patches to the rows that transformers' processor would have made of the same pixels.
+
+    It shows a still image, of which we keep one frame, twice.
+    """
+    if patches.shape[1] == 3 * 14 * 14:
+        patches = patches.view(-1, 3, 1, 14 * 14).expand(-1, 3, 2, 14 * 14).flatten(1)
     mean, std = (torch.tensor(x).repeat_interleave(2 * 14 * 14) for x in (IMAGE_MEAN, IMAGE_STD))
     return (patches.float() / 255 - mean) / std
 

@@ -376,7 +376,7 @@ def test_inspect(run, tmp_path):
     assert result.exit_code == 0, result.stderr
     image, video = json.loads(result.stdout)
     assert image["grid_thw"] == [1, 4, 6] and image["tokens"] == 6 and image["patches"] == 24
-    assert image["file_bytes"] == Path("day.png").stat().st_size and image["patch_bytes"] == 24 * 1176
+    assert image["file_bytes"] == Path("day.png").stat().st_size and image["patch_bytes"] == 24 * 588
     assert [Path(p).name for p in image["pictures"]] == ["day-grid.png", "day-positions.png"]
     assert [Path(p).name for p in video["pictures"]] == ["balloon-frames.png", "balloon-positions.png"]
     assert video["frame_times"] == pytest.approx([0, 0.6, 1.3, 1.9])

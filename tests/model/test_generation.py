@@ -304,7 +304,7 @@ def test_wrong_calls_name_the_argument(model, inputs):
     cases = [
         (_without(inputs, "image_grid_thw"), "pixel_values and image_grid_thw must be given together"),
         (_without(inputs, "pixel_values"), "pixel_values and image_grid_thw must be given together"),
-        ({**inputs, "pixel_values": pixels[:-1]}, r"pixel_values must have shape \(24, 1176\) .* got \(23, 1176\)"),
+        ({**inputs, "pixel_values": pixels[:-1]}, r"pixel_values must have shape \(24, 1176\) .* got \(23, 588\)"),
         ({**inputs, "pixel_values": pixels[:, :-1]}, r"pixel_values must have shape \(24, 1176\)"),
         ({**inputs, "image_grid_thw": grid * 2, "pixel_values": pixels.repeat(8, 1)}, "image"),
         ({**inputs, "image_grid_thw": torch.tensor([[1, 3, 8]])}, "height and width divisible by 2, got"),
@@ -327,11 +327,9 @@ def test_wrong_calls_name_the_argument(model, inputs):
         ({**inputs, "input_ids": ids.masked_fill(ids == model.config.image_token_id, 5)}, "image"),
         (no_media, "image"),
         ({**no_media, "position_ids": positions}, "input_ids has 6 image placeholders, the images given make 0 tokens"),
-        (
-            {**inputs, "pixel_values_videos": pixels.float(), "video_grid_thw": grid,
-             "position_ids": torch.zeros(3, *ids.shape).long()},
-            "must have one dtype",
-        ),
+        ({**inputs, "pixel_values": pixels.float()}, r"got \(24, 588\) torch.float32"),
+        ({**inputs, "pixel_values_videos": pixels, "video_grid_thw": grid * torch.tensor([2, 1, 1]),
+          "position_ids": torch.zeros(3, *ids.shape).long()}, r"must have shape \(48, 1176\) .* got \(24, 588\)"),
     ]  # fmt: skip
     for arguments, message in cases:
         with pytest.raises(PromptError, match=message):

@@ -11,11 +11,12 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as their_smart_resize
 
 from qwen2vl.errors import MediaError
-from qwen2vl.image import frames_to_patches, load_image, preprocess_image, resize_image, smart_resize
+from qwen2vl.image import PatchBuffer, load_image, preprocess_image, smart_resize
 from tests.model.media_fixtures import (
     encode_image,
     noise,
     png_chunk,
+    resized,
     unnormalise,
 )
 
@@ -91,7 +92,7 @@ def test_token_counts():
     ]:
         item = preprocess_image(np.zeros((*size, 3), np.uint8))
         assert (item.grid_thw, item.num_tokens) == (grid, tokens)
-        assert item.patches.shape == (grid[1] * grid[2], 1176) and item.patches.dtype == np.uint8
+        assert item.patches.shape == (grid[1] * grid[2], 588) and item.patches.dtype == np.uint8
         assert item.source_size == size and item.resized_size == (grid[1] * 14, grid[2] * 14)
 
 
@@ -126,12 +127,21 @@ def test_patches_equal_transformers(size, mode):
     assert ours.grid_thw == grid
     back = unnormalise(rows)
     assert np.abs(back - back.round()).max() < 0.01
-    np.testing.assert_array_equal(ours.patches, back.round().astype(np.uint8))
+    first, second = np.moveaxis(back.round().astype(np.uint8).reshape(-1, 3, 2, 196), 2, 0)
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(ours.patches, first.reshape(-1, 588))
+
+
+def filled(frames, height, width, **sizes):
+    buffer = PatchBuffer(len(frames), height, width, **sizes)
+    for index, frame in enumerate(frames):
+        buffer.put(index, frame)
+    return buffer.patches, buffer.grid_thw
 
 
 def test_patch_order_against_single_patches():
     frames = np.stack([noise(56, 84, seed=seed) for seed in range(4)])
-    patches, grid = frames_to_patches(frames)
+    patches, grid = filled(frames, 56, 84)
     assert grid == (2, 4, 6) and patches.shape == (48, 1176)
     for n, row in enumerate(patches.reshape(48, 3, 2, 14, 14)):
         step, n = divmod(n, 24)
@@ -145,45 +155,31 @@ def test_patch_order_against_single_patches():
 @pytest.mark.parametrize("count", [1, 3])
 def test_odd_frames_repeat_the_last(count):
     frames = np.stack([noise(56, 56, seed=seed) for seed in range(count)])
-    patches, grid = frames_to_patches(frames)
-    again, grid_again = frames_to_patches(np.concatenate([frames, frames[-1:]]))
+    patches, grid = filled(frames, 56, 56)
+    again, grid_again = filled(np.concatenate([frames, frames[-1:]]), 56, 56)
     assert grid == grid_again == ((count + 1) // 2, 4, 4)
     np.testing.assert_array_equal(patches, again)
 
 
 def test_other_patch_sizes():
     frames = np.stack([noise(64, 96, seed=seed) for seed in range(3)])
-    patches, grid = frames_to_patches(frames, patch_size=16, temporal_patch_size=1, merge_size=1)
+    patches, grid = filled(frames, 64, 96, patch_size=16, temporal_patch_size=1, merge_size=1)
     assert grid == (3, 4, 6) and patches.shape == (72, 768)
     want = frames[2, 16:32, 32:48].transpose(2, 0, 1).reshape(-1)  # frame 2, row 1, column 2
     np.testing.assert_array_equal(patches[2 * 24 + 1 * 6 + 2], want)
 
 
-@pytest.mark.parametrize(
-    "frames",
-    [
-        np.zeros((56, 56, 3), np.uint8),
-        np.zeros((1, 56, 56, 4), np.uint8),
-        np.zeros((0, 56, 56, 3), np.uint8),
-        np.zeros((1, 56, 56, 3), np.float32),
-        np.zeros((1, 57, 56, 3), np.uint8),
-        np.zeros((1, 56, 14, 3), np.uint8),
-    ],
-)
-def test_frames_to_patches_checks_its_input(frames):
-    with pytest.raises(MediaError, match="frames must"):
-        frames_to_patches(frames)
+def test_frames_are_resized_and_may_be_mirrored_or_turned():
+    frames = [noise(70, 90, seed=1)[::-1], noise(70, 90, seed=2)[:, ::-1], noise(90, 70, seed=3).transpose(1, 0, 2)]
+    patches, _ = filled(frames, 56, 84)
+    plain, _ = filled([resized(frame, 56, 84) for frame in frames], 56, 84)
+    np.testing.assert_array_equal(patches, plain)
 
 
-def test_resize_image_is_pillow_bicubic_and_checks_its_input():
-    pixels = noise(50, 60)
-    want = np.asarray(Image.fromarray(pixels).resize((84, 28), Image.Resampling.BICUBIC))
-    np.testing.assert_array_equal(resize_image(pixels, 28, 84), want)
-    np.testing.assert_array_equal(resize_image(pixels[:, ::2], 50, 30), pixels[:, ::2])
-    with pytest.raises(MediaError, match="array must be"):
-        resize_image(pixels[..., 0], 28, 28)
-    with pytest.raises(MediaError, match="height must be"):
-        resize_image(pixels, 0, 28)
+@pytest.mark.parametrize(("height", "width"), [(57, 56), (56, 14), (0, 56)])
+def test_patch_buffer_checks_its_size(height, width):
+    with pytest.raises(MediaError, match="frames must have sides that are multiples of 28"):
+        PatchBuffer(1, height, width)
 
 
 # -------------------------------------------------------------------------------------------------- formats

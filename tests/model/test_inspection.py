@@ -7,16 +7,18 @@ import pytest
 from PIL import Image
 
 from qwen2vl.errors import MediaError
-from qwen2vl.image import frames_to_patches
 from qwen2vl.inspection import draw_contact_sheet, draw_patch_grid, patches_to_frames, plot_positions, position_ids
+from qwen2vl_kernels import images_to_patches
 
 MAGENTA = (235, 20, 130)
 
 
+@pytest.mark.parametrize("slots", [1, 2])
 @pytest.mark.parametrize(("frames", "height", "width"), [(2, 28, 28), (2, 56, 84), (6, 112, 28)])
-def test_patches_to_frames_is_the_inverse(frames, height, width):
+def test_patches_to_frames_is_the_inverse(frames, height, width, slots):
     pixels = np.random.default_rng(0).integers(0, 256, (frames, height, width, 3), np.uint8)
-    assert np.array_equal(patches_to_frames(*frames_to_patches(pixels)), pixels)
+    patches = images_to_patches([pixels], [(height, width)], temporal_patch_size=slots).numpy()
+    assert np.array_equal(patches_to_frames(patches, (frames // slots, height // 14, width // 14)), pixels)
 
 
 def test_patches_to_frames_checks_shapes():

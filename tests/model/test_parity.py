@@ -263,12 +263,30 @@ def test_bounding_the_vision_batch_changes_nothing(model, processor, monkeypatch
         expected = model(**inputs)
         seen = []
         encode = model.visual._encode
-        monkeypatch.setattr(model.visual, "_encode", lambda rows, grids: seen.append(len(rows)) or encode(rows, grids))
+        monkeypatch.setattr(
+            model.visual, "_encode", lambda kinds, grids: seen.append(sum(map(len, kinds))) or encode(kinds, grids)
+        )
         monkeypatch.setattr(model, "max_vision_patches", 40)
         got = model(**inputs)
     # Images of 4x4, 8x22, 4x4, 10x4 and 6x6 patches, then a clip of 5 pairs of 4x4, two of which fit into 40.
     assert seen == [16, 176, 16, 40, 36, 32, 32, 16]
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_one_frame_of_a_still_image_stands_for_both(model, processor):
+    """588 and 1176 bytes a patch mean the same; floats and clips always have both frames."""
+    inputs = processor(CASES["five images"])
+    pixels, grid = inputs["pixel_values"], inputs["image_grid_thw"]
+    twice = pixels.view(-1, 3, 1, 196).expand(-1, 3, 2, 196).flatten(1)
+    with torch.no_grad():
+        one, two = model.visual(pixels, grid), model.visual(twice, grid)
+        floats = model.visual(oracle.float_rows(pixels), grid)
+        mixed = model.visual([twice, pixels], [grid, grid])
+    assert relative_error(one, two) < 1e-6 and relative_error(one, floats) < 1e-5
+    assert relative_error(mixed, torch.cat((two, one))) < 1e-6
+    for wrong, wrong_grid in ((pixels.float(), grid), (pixels, grid * torch.tensor([2, 1, 1]))):
+        with pytest.raises(ValueError, match=r"pixel_values must have shape .* got \(284, 588\)"):
+            model.visual(wrong[:284], wrong_grid)
 
 
 def test_bf16_is_as_close_as_transformers(folder, theirs, processor):

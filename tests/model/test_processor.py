@@ -66,8 +66,27 @@ def test_224_pixels_square_are_66_tokens(processor):
     assert ids[start : start + 66] == [151652, *[IMAGE_PAD] * 64, 151653]
     assert ids.count(IMAGE_PAD) == 64
     assert inputs["image_grid_thw"].tolist() == [[1, 16, 16]]
-    assert (inputs["pixel_values"].shape, inputs["pixel_values"].dtype) == ((256, 1176), torch.uint8)
+    assert (inputs["pixel_values"].shape, inputs["pixel_values"].dtype) == ((256, 588), torch.uint8)
     assert inputs.media == [MediaInfo("image", "messages[0].content[0]", (224, 224), (224, 224), (1, 16, 16), 64)]
+
+
+def test_many_images_keep_their_order_and_the_first_wrong_one_is_named(processor, tmp_path, monkeypatch):
+    """Files are read by several threads at once, objects that may be shared by none."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    pixels = [picture(56, 28 * n, n) for n in range(2, 12)]
+    files = [tmp_path / f"{n}.png" for n in range(10)]
+    for file, image in zip(files, pixels, strict=True):
+        image.save(file)
+    with open(files[0], "rb") as stream:
+        shared = [{"image": stream}, *[{"image": Image.open(files[1])}] * 3]
+        inputs = processor(user(*[{"image": str(file)} for file in files], *shared))
+    alone = [processor(user({"image": image}))["pixel_values"] for image in [*pixels, pixels[0], *[pixels[1]] * 3]]
+    assert torch.equal(inputs["pixel_values"], torch.cat(alone))
+    files[4].write_bytes(b"no image")
+    files[8].unlink()
+    for _ in range(5):
+        with pytest.raises(MediaError, match=r"^messages\[0\]\.content\[4\]: .*4\.png"):
+            processor(user(*[{"image": str(file)} for file in files]))
 
 
 def test_text_only_has_no_pixels(processor, peer):

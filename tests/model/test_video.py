@@ -14,7 +14,6 @@ from PIL import Image
 
 import qwen2vl.video_decode
 from qwen2vl.errors import MediaError
-from qwen2vl.image import resize_image
 from qwen2vl.inspection import patches_to_frames
 from qwen2vl.video import frame_count, frame_indices, frame_size, preprocess_video
 from tests.model.media_fixtures import (
@@ -23,6 +22,7 @@ from tests.model.media_fixtures import (
     numbered,
     numbered_frame,
     numbers,
+    resized,
     video_bytes,
     with_display_matrix,
     write_video,
@@ -296,7 +296,7 @@ def test_pixels_are_the_decoded_frame_resized():
     video = preprocess_video(data)
     got = patches_to_frames(video.patches, video.grid_thw)
     for frame, want in zip(got, decoded, strict=True):
-        np.testing.assert_array_equal(frame, resize_image(want, *video.resized_size))
+        np.testing.assert_array_equal(frame, resized(want, *video.resized_size))
 
 
 def test_token_cap_on_a_file(clip):
@@ -356,7 +356,7 @@ def test_list_of_one_and_of_different_sizes():
     assert numbers(video) == [1, 2] and video.source_size == (56, 96)
     np.testing.assert_array_equal(
         patches_to_frames(video.patches, video.grid_thw)[1],
-        resize_image(numbered_frame(2, height=112, width=80), *video.resized_size),
+        resized(numbered_frame(2, height=112, width=80), *video.resized_size),
     )
 
 
