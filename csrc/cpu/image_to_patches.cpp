@@ -177,36 +177,72 @@ class DownThenAcross {
   std::vector<const uint8_t*> rows_;
 };
 
-// Spreads one output row over the patches it crosses.
-template <class Value>
-void scatter_row(const FrameJob& job, const PatchOptions& options, int64_t y, const uint8_t* planes,
-                 int64_t plane_stride) {
-  const int64_t patch = options.patch, columns = job.out_width / patch;
-  const PatchIndex index{static_cast<int32_t>(patch), static_cast<int32_t>(options.merge),
-                         static_cast<int32_t>(columns)};
-  auto* const start = static_cast<Value*>(job.out) + (y % patch) * patch;
-  const auto grid_row = static_cast<int32_t>(y / patch);
-  for (int64_t column = 0; column < columns; ++column) {
-    Value* const values = start + index.packed_row(grid_row, static_cast<int32_t>(column)) * job.patch_stride;
-    for (int64_t c = 0; c < 3; ++c) {
-      const uint8_t* const bytes = planes + c * plane_stride + column * patch;
-      for (int64_t copy = 0; copy < job.copies; ++copy) {
-        Value* const out = values + c * job.channel_stride + copy * patch * patch;
-        if constexpr (sizeof(Value) == 1) {
-          if (patch == 14) {  // two moves of 8 that overlap
-            std::memcpy(out, bytes, 8);
-            std::memcpy(out + 6, bytes + 6, 8);
-          } else {
-            std::memcpy(out, bytes, static_cast<size_t>(patch));
-          }
-        } else {
-          const auto* const table = static_cast<const Value*>(options.table) + 256 * c;
-          for (int64_t x = 0; x < patch; ++x) out[x] = table[bytes[x]];
-        }
-      }
+// Spreads output rows over the patches they cross.
+class Scatter {
+ public:
+  Scatter(const FrameJob& job, const PatchOptions& options)
+      : job_(job), options_(options), starts_(static_cast<size_t>(job.out_width / options.patch)) {}
+
+  void row(int64_t y, const uint8_t* planes, int64_t plane_stride) {
+    const int64_t grid_row = y / options_.patch;
+    if (grid_row != grid_row_) find_starts(grid_row);
+    switch (options_.type) {
+      case PatchType::uint8:
+        return write<uint8_t>(y, planes, plane_stride);
+      case PatchType::float32:
+        return write<float>(y, planes, plane_stride);
+      case PatchType::bfloat16:
+        return write<uint16_t>(y, planes, plane_stride);
     }
   }
-}
+
+ private:
+  // Divisions once for a row of patches.
+  void find_starts(int64_t grid_row) {
+    const PatchIndex index{static_cast<int32_t>(options_.patch), static_cast<int32_t>(options_.merge),
+                           static_cast<int32_t>(starts_.size())};
+    for (size_t column = 0; column < starts_.size(); ++column) {
+      starts_[column] =
+          index.packed_row(static_cast<int32_t>(grid_row), static_cast<int32_t>(column)) * job_.patch_stride;
+    }
+    grid_row_ = grid_row;
+  }
+
+  template <class Value>
+  void write(int64_t y, const uint8_t* planes, int64_t plane_stride) const {
+    const int64_t patch = options_.patch;
+    Value* const first = static_cast<Value*>(job_.out) + (y % patch) * patch;
+    for (const int64_t start : starts_) {
+      for (int64_t c = 0; c < 3; ++c) {
+        const auto* const table = options_.table ? static_cast<const Value*>(options_.table) + 256 * c : nullptr;
+        Value* out = first + start + c * job_.channel_stride;
+        for (int64_t copy = 0; copy < job_.copies; ++copy, out += patch * patch) {
+          write_piece(planes + c * plane_stride, patch, table, out);
+        }
+      }
+      planes += patch;
+    }
+  }
+
+  static void write_piece(const uint8_t* bytes, int64_t patch, const uint8_t*, uint8_t* out) {
+    if (patch == 14) {  // two moves of 8 that overlap
+      std::memcpy(out, bytes, 8);
+      std::memcpy(out + 6, bytes + 6, 8);
+    } else {
+      std::memcpy(out, bytes, static_cast<size_t>(patch));
+    }
+  }
+
+  template <class Value>
+  static void write_piece(const uint8_t* bytes, int64_t patch, const Value* table, Value* out) {
+    for (int64_t x = 0; x < patch; ++x) out[x] = table[bytes[x]];
+  }
+
+  const FrameJob& job_;
+  const PatchOptions& options_;
+  std::vector<int64_t> starts_;  // of the patches that cross the current row, in values
+  int64_t grid_row_ = -1;
+};
 
 struct FramePlan {
   std::shared_ptr<const AxisTaps> across, down;
@@ -214,20 +250,8 @@ struct FramePlan {
 
 template <class Rows>
 void scatter_band(const FrameJob& job, const PatchOptions& options, int64_t begin, int64_t end, Rows rows) {
-  for (int64_t y = begin; y < end; ++y) {
-    const uint8_t* const planes = rows(y);
-    switch (options.type) {
-      case PatchType::uint8:
-        scatter_row<uint8_t>(job, options, y, planes, rows.plane_stride());
-        break;
-      case PatchType::float32:
-        scatter_row<float>(job, options, y, planes, rows.plane_stride());
-        break;
-      case PatchType::bfloat16:
-        scatter_row<uint16_t>(job, options, y, planes, rows.plane_stride());
-        break;
-    }
-  }
+  Scatter scatter(job, options);
+  for (int64_t y = begin; y < end; ++y) scatter.row(y, rows(y), rows.plane_stride());
 }
 
 void run_band(const FrameJob& job, const FramePlan& plan, const PatchOptions& options, const RowKernels& kernels,

@@ -29,10 +29,10 @@ QWEN2VL_AVX512 inline __m512i by_channel() {
   return _mm512_broadcast_i32x4(_mm_setr_epi8(0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11, -1, -1, -1, -1));
 }
 
+// d0 has kHalfWeight in it already.
 QWEN2VL_AVX512 inline __m512i combine(__m512i d0, __m512i d1, __m512i d2) {
-  const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(d0, _mm512_set1_epi32(kHalfWeight)),
-                                       _mm512_add_epi32(_mm512_slli_epi32(d1, 8), _mm512_slli_epi32(d2, 16)));
-  return _mm512_srai_epi32(sum, kWeightBits);
+  const __m512i high = _mm512_add_epi32(d1, _mm512_slli_epi32(d2, 8));
+  return _mm512_srai_epi32(_mm512_add_epi32(d0, _mm512_slli_epi32(high, 8)), kWeightBits);
 }
 
 // The sums of one output pixel for four rows, a row to a lane: red, green, blue, nothing.
@@ -41,7 +41,7 @@ QWEN2VL_AVX512 inline __m512i four_rows(const AxisTaps& taps, int64_t i, const u
   const int64_t offset = 3 * static_cast<int64_t>(taps.quad_first[at]);
   const int32_t* digits = taps.digits.data() + 3 * taps.quad_begin[at];
   const uint8_t *a = rows[0] + offset, *b = rows[1] + offset, *c = rows[2] + offset, *d = rows[3] + offset;
-  __m512i d0 = _mm512_setzero_si512(), d1 = d0, d2 = d0;
+  __m512i d0 = _mm512_set1_epi32(kHalfWeight), d1 = _mm512_setzero_si512(), d2 = d1;
   constexpr __mmask16 kRead = (1 << kQuadBytes) - 1;
   for (int64_t quad = taps.quad_begin[at]; quad < taps.quad_begin[at + 1]; ++quad, digits += 3) {
     const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_maskz_loadu_epi8(kRead, a)),
@@ -104,7 +104,7 @@ QWEN2VL_AVX512 void vertical_avx512(const AxisTaps& taps, int64_t i, const uint8
   const int64_t vectors = bytes / 64 * 64;
   for (int64_t start = 0; start < vectors; start += 64) {
     __m512i d[4][3];
-    for (auto& part : d) part[0] = part[1] = part[2] = _mm512_setzero_si512();
+    for (auto& part : d) part[0] = _mm512_set1_epi32(kHalfWeight), part[1] = part[2] = _mm512_setzero_si512();
     for (int64_t quad = 0; quad < quads; ++quad) {
       __m512i row[4];
       for (int lane = 0; lane < 4; ++lane) {
