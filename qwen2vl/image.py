@@ -281,7 +281,7 @@ class PatchBuffer:
         self._rows = torch.empty((steps, height * width // area, 3, temporal_patch_size, area), dtype=torch.uint8)
 
     def put(self, index: int, frame: np.ndarray) -> None:
-        """Resize frame ``index``, (H, W, 3) uint8 of any size, and write its patches to their place."""
+        """Resize frame ``index``, (H, W, 3) or (H, W, 4) uint8 of any size, and write its patches to their place."""
         step, slot = divmod(index, self._rows.shape[3])
         image_to_patches(
             _with_contiguous_pixels(frame),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +20,12 @@ from qwen2vl.errors import MediaError
 from qwen2vl.image import PatchBuffer, check_positive_int, load_image, smart_resize
 from qwen2vl.media_source import describe_source, open_source
 from qwen2vl.video_decode import kept_frames, read_timeline
+from qwen2vl.video_process import Decoder
 
 MIN_FRAME_PIXELS = 128 * 784
 MAX_FRAME_PIXELS = 768 * 784
 MAX_VIDEO_TOKENS = 16384
+DECODE_TIMEOUT = 600.0  # seconds
 MAX_VIDEO_BYTES = 4 << 30  # for what has to be downloaded or copied; a file on disk may be larger
 Progress = Callable[[int, int], object]
 
@@ -229,6 +232,8 @@ def preprocess_video(
     merge_size: int = 2,
     temporal_patch_size: int = 2,
     progress: Progress | None = None,
+    timeout: float | None = DECODE_TIMEOUT,
+    isolate: bool = True,
     allow_remote: bool = False,
     allow_local_files: bool = True,
 ) -> VideoPatches:
@@ -245,6 +250,9 @@ def preprocess_video(
         min_pixels, max_pixels, max_tokens: see ``frame_size``.
         resized_height, resized_width: ask for this frame size instead of the source's own (give both).
         progress: called as ``progress(kept frames done, kept frames in all)``, first with 0.
+        timeout: seconds that decoding a file may take, ``None`` for no limit. Without ``isolate`` it is not watched.
+        isolate: decode files in a process of their own, which costs a third of a second to start and lets decoding
+            and resizing overlap; a file that crashes or hangs the decoder is then refused like any damaged one.
         allow_remote: whether http(s) URLs may be fetched.
         allow_local_files: whether paths and ``file://`` URLs may be read, of frames too; see ``open_source``.
 
@@ -273,6 +281,7 @@ def preprocess_video(
     frame_size(100, 100, 2, **sizes)
     begin = 0.0 if start is None else _check_seconds("start", start, zero=True)
     stop = math.inf if end is None else _check_seconds("end", end)
+    timeout = None if timeout is None else _check_seconds("timeout", timeout)
     if stop <= begin:
         raise MediaError(f"end must be after start, got start {begin:g} s and end {stop:g} s")
 
@@ -284,14 +293,19 @@ def preprocess_video(
     if isinstance(source, (np.ndarray, Image.Image)):
         raise MediaError(f"{describe_source(source)} is one image: give a video or a list of frames")
     label = describe_source(source)
-    with open_source(
-        source, allow_remote=allow_remote, max_bytes=MAX_VIDEO_BYTES, allow_local_files=allow_local_files
-    ) as file:
-        timeline = read_timeline(file, label).between(begin, stop, label)
+    with (
+        open_source(
+            source, allow_remote=allow_remote, max_bytes=MAX_VIDEO_BYTES, allow_local_files=allow_local_files
+        ) as file,
+        Decoder(file, label, timeout) if isolate else nullcontext() as decoder,
+    ):
+        timeline = decoder.timeline() if decoder else read_timeline(file, label)
+        timeline = timeline.between(begin, stop, label)
         count = frame_count(len(timeline.ticks), timeline.rate or 1.0, fps=fps, **counts)
         wanted = timeline.choose(frame_indices(len(timeline.ticks), count))
         writer = _ClipWriter(label, count, sizes, resized, progress)
-        for slots, frame, seconds in kept_frames(file, label, timeline, wanted):
+        frames = decoder.kept_frames(wanted) if decoder else kept_frames(file, label, timeline, wanted)
+        for slots, frame, seconds in frames:
             writer.put(slots, frame, seconds)
         return writer.finish(timeline.duration, timeline.rate)
 

@@ -1,6 +1,7 @@
-"""Reading video files with PyAV: the time of every frame, then the wanted frames, upright and in RGB.
+"""Reading video files with PyAV: the time of every frame, then the wanted frames, upright and in RGB or RGBA.
 
-PyAV is imported inside functions, because it is an optional dependency.
+PyAV is imported inside functions, because it is an optional dependency; torch and what needs it is not imported at
+all, because the decoding process must start quickly.
 """
 
 from __future__ import annotations
@@ -12,10 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
 
 from qwen2vl.errors import MediaError
-from qwen2vl.image import composite_over_white
 
 MAX_SOURCE_FRAME_PIXELS = 8192 * 8192
 MAX_SOURCE_FRAMES = 5_000_000  # 46 hours at 30 frames per second
@@ -179,7 +178,8 @@ def kept_frames(
     """Decode the frames at the ticks ``wanted`` (increasing, repeats allowed).
 
     Yields:
-        the slots of ``wanted`` that a frame fills, the frame as (H, W, 3) uint8 RGB, and its time in seconds.
+        the slots of ``wanted`` that a frame fills, the frame as (H, W, 3) uint8 RGB or (H, W, 4) RGBA, and its time in
+        seconds.
         A frame that the file lacks is replaced by the next one, or at the end by the last.
     """
     slot, last = 0, None
@@ -187,14 +187,14 @@ def kept_frames(
         last = (tick, frame)
         until = int(np.searchsorted(wanted, tick, side="right"))
         if until > slot:
-            yield range(slot, until), _to_rgb(frame, label), float(timeline.seconds(tick))
+            yield range(slot, until), _pixels(frame, label), float(timeline.seconds(tick))
             slot = until
         if slot == len(wanted):
             return
     if last is None:
         raise MediaError(f"{label} is damaged: no frame could be decoded")
     tick, frame = last
-    yield range(slot, len(wanted)), _to_rgb(frame, label), float(timeline.seconds(tick))
+    yield range(slot, len(wanted)), _pixels(frame, label), float(timeline.seconds(tick))
 
 
 def _presented_frames(file: BinaryIO, label: str, timeline: Timeline, first: int) -> Iterator[tuple[int, Any]]:
@@ -224,7 +224,7 @@ def _ticked_frames(container: Any, stream: Any, label: str, timeline: Timeline) 
         yield tick, frame
 
 
-def _to_rgb(frame: Any, label: str) -> np.ndarray:
+def _pixels(frame: Any, label: str) -> np.ndarray:
     av = _import_av()
     _check_frame_size(frame.width, frame.height, label)
     has_alpha = any(component.is_alpha for component in frame.format.components)
@@ -232,8 +232,6 @@ def _to_rgb(frame: Any, label: str) -> np.ndarray:
         pixels = frame.to_ndarray(format="rgba" if has_alpha else "rgb24")
     except Exception as error:  # as in _reading
         raise MediaError(f"{label}: frames of format {frame.format.name} fail: {_reason(error)}") from error
-    if has_alpha:
-        pixels = np.asarray(composite_over_white(Image.fromarray(pixels)))
     return _upright(pixels, frame.side_data.get(av.sidedata.sidedata.Type.DISPLAYMATRIX))
 
 

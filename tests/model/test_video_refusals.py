@@ -128,12 +128,12 @@ def test_fewer_frames_than_promised(clip, monkeypatch):
             yield item
 
     monkeypatch.setattr(qwen2vl.video_decode, "_ticked_frames", short)
-    video = preprocess_video(clip, num_frames=4)
+    video = preprocess_video(clip, num_frames=4, isolate=False)
     assert numbers(video) == [0, 30, 49, 49]
     np.testing.assert_allclose(video.frame_times, [0, 1, 49 / 30, 49 / 30])
     monkeypatch.setattr(qwen2vl.video_decode, "_ticked_frames", lambda *arguments: iter(()))
     with pytest.raises(MediaError, match="no frame could be decoded"):
-        preprocess_video(clip)
+        preprocess_video(clip, isolate=False)
 
 
 @pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
@@ -158,11 +158,11 @@ def test_errors_other_than_ffmpegs_are_typed_too(clip):
 def test_huge_frames_are_refused(clip, monkeypatch):
     monkeypatch.setattr(qwen2vl.video_decode, "MAX_SOURCE_FRAME_PIXELS", 5000)
     with pytest.raises(MediaError, match="frames of 96 x 56 pixels, more than the limit of 5000"):
-        preprocess_video(clip)
+        preprocess_video(clip, isolate=False)
     monkeypatch.setattr(qwen2vl.video_decode, "MAX_SOURCE_FRAME_PIXELS", 6000)
     monkeypatch.setattr(qwen2vl.video_decode, "MAX_SOURCE_FRAMES", 89)
     with pytest.raises(MediaError, match="more than the limit of 89 frames"):
-        preprocess_video(clip)
+        preprocess_video(clip, isolate=False)
 
 
 @settings(max_examples=60, deadline=None)
@@ -175,7 +175,7 @@ def test_damaged_bytes_give_a_video_or_a_media_error(format, changes):
     for position, value in changes:
         data[position % len(data)] = value
     try:
-        video = preprocess_video(bytes(data))
+        video = preprocess_video(bytes(data), isolate=False)
     except MediaError as error:
         assert "bytes of length" in str(error)
     else:
@@ -191,6 +191,8 @@ def test_missing_pyav_says_what_to_install(clip, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(MediaError, match=r'pip install "qwen2vl\[video\]"'):
         preprocess_video(clip)
+    with pytest.raises(MediaError, match=r'pip install "qwen2vl\[video\]"'):
+        preprocess_video(clip, isolate=False)
     assert preprocess_video(numbered(2)).grid_thw[0] == 1  # frames need no decoder
 
 
