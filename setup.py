@@ -39,7 +39,12 @@ CPU = Extension(
 )
 CUDA = Extension(
     "qwen2vl_kernels._cuda",
-    ["csrc/bind_cuda.cpp", "csrc/cuda/device.cu", "csrc/cuda/mrope_positions.cu"],
+    [
+        "csrc/bind_cuda.cpp",
+        "csrc/cuda/device.cu",
+        "csrc/cuda/image_to_patches.cu",
+        "csrc/cuda/mrope_positions.cu",
+    ],
 )
 
 

@@ -56,8 +56,7 @@ PYBIND11_MODULE(_cpu, m) {
       "image_to_patches",
       [](const std::vector<qwen2vl::RawFrame>& frames, const std::array<int64_t, 6>& options) {
         const qwen2vl::PatchOptions checked = qwen2vl::patch_options(options, qwen2vl::row_kernels().size());
-        std::vector<qwen2vl::FrameJob> jobs;
-        for (const qwen2vl::RawFrame& frame : frames) jobs.push_back(qwen2vl::frame_job(frame, checked));
+        const std::vector<qwen2vl::FrameJob> jobs = qwen2vl::frame_jobs(frames, checked);
         const py::gil_scoped_release release;
         qwen2vl::image_to_patches(jobs, checked);
       },

@@ -6,9 +6,12 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
+#include "bind_frames.h"
 #include "bind_views.h"
 #include "cuda/device.h"
+#include "cuda/image_to_patches.h"
 #include "cuda/mrope_positions.h"
 
 namespace py = pybind11;
@@ -40,4 +43,30 @@ PYBIND11_MODULE(_cuda, m) {
       py::arg("ids"), py::arg("mask"), py::arg("image_grids"), py::arg("video_grids"), py::arg("cu_seqlens"),
       py::arg("sizes"), py::arg("tokens"), py::arg("positions"), py::arg("delta"), py::arg("workspace"),
       py::arg("device"), py::arg("stream"));
+
+  // frames: see frame_job, with addresses in device memory; options: as for the CPU, the table in host memory. The last
+  // two options do not matter here.
+  m.def(
+      "image_to_patches_workspace_bytes",
+      [](const std::vector<qwen2vl::RawFrame>& frames, const std::array<int64_t, 6>& options) {
+        const qwen2vl::PatchOptions checked = qwen2vl::patch_options(options, 1);
+        return qwen2vl::image_to_patches_workspace_bytes(qwen2vl::frame_jobs(frames, checked), checked);
+      },
+      py::arg("frames"), py::arg("options"));
+
+  m.def(
+      "image_to_patches",
+      [](const std::vector<qwen2vl::RawFrame>& frames, const std::array<int64_t, 6>& options, int64_t workspace,
+         int device, int64_t stream) {
+        const qwen2vl::PatchOptions checked = qwen2vl::patch_options(options, 1);
+        const std::vector<qwen2vl::FrameJob> jobs = qwen2vl::frame_jobs(frames, checked);
+        const char* failure = nullptr;
+        {
+          const py::gil_scoped_release release;
+          failure = qwen2vl::image_to_patches_cuda(jobs, checked, reinterpret_cast<uint8_t*>(workspace), device,
+                                                   reinterpret_cast<void*>(stream));
+        }
+        if (failure != nullptr) throw std::runtime_error(std::string("image_to_patches: launch failed: ") + failure);
+      },
+      py::arg("frames"), py::arg("options"), py::arg("workspace"), py::arg("device"), py::arg("stream"));
 }

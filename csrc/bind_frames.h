@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <limits>
 #include <string>
+#include <vector>
 
 #include "cpu/image_to_patches.h"
 
@@ -40,6 +41,12 @@ inline FrameJob frame_job(const RawFrame& raw, const PatchOptions& options) {
   if (raw[10] < 1) refuse("copies must be at least 1");
   return {reinterpret_cast<const uint8_t*>(raw[0]), raw[1], raw[2], raw[3], raw[4], raw[5], raw[6],
           reinterpret_cast<void*>(raw[7]),          raw[8], raw[9], raw[10]};
+}
+
+inline std::vector<FrameJob> frame_jobs(const std::vector<RawFrame>& frames, const PatchOptions& options) {
+  std::vector<FrameJob> jobs;
+  for (const RawFrame& frame : frames) jobs.push_back(frame_job(frame, options));
+  return jobs;
 }
 
 }  // namespace qwen2vl

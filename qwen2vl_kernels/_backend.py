@@ -26,7 +26,7 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "quick_gelu": {"cpu": ("eager",), "cuda": ("eager",)},
     "vision_positions": {"cpu": ("eager",), "cuda": ("eager",)},
     "mrope_positions": {"cpu": ("native", "eager"), "cuda": ("cuda", "eager")},
-    "image_to_patches": {"cpu": ("native", "eager"), "cuda": ("eager",)},
+    "image_to_patches": {"cpu": ("native", "eager"), "cuda": ("cuda", "eager")},
 }
 
 #: What an op takes for some shapes before the table's first choice, in words for :func:`table`.

@@ -52,8 +52,8 @@ struct BicubicAxis {
     return {static_cast<int32_t>(first), static_cast<int32_t>(last - first)};
   }
 
-  // Writes the weights of window(i), in units of 2^-kWeightBits.
-  QWEN2VL_HD void weights(int64_t i, int32_t* out_weights) const {
+  // Writes the weights of window(i), in units of 2^-kWeightBits, `stride` apart.
+  QWEN2VL_HD void weights(int64_t i, int32_t* out_weights, int64_t stride = 1) const {
     const TapWindow taps = window(i);
     const double c = center(i), shrink = 1.0 / stretch();
     double sum = 0;
@@ -62,7 +62,7 @@ struct BicubicAxis {
       double weight = cubic_kernel((j + taps.first - c + 0.5) * shrink);
       if (sum != 0) weight /= sum;
       weight *= 1 << kWeightBits;
-      out_weights[j] = static_cast<int32_t>(weight < 0 ? weight - 0.5 : weight + 0.5);
+      out_weights[j * stride] = static_cast<int32_t>(weight < 0 ? weight - 0.5 : weight + 0.5);
     }
   }
 };

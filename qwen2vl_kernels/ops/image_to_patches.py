@@ -139,10 +139,9 @@ def _run_eager(frames: Sequence[_Frame], options: _Options) -> None:
             frame.out[:, :, copy * area : (copy + 1) * area] = patches
 
 
-def _run_native(frames: Sequence[_Frame], options: _Options, kernels: int = 0) -> None:
-    """``kernels`` counts the instruction sets of this machine, best first."""
-    table = options.table()
-    jobs = []
+def _raw(frames: Sequence[_Frame]) -> list[tuple[int, ...]]:
+    """Frames as both extensions take them: RawFrame in csrc/bind_frames.h."""
+    raw = []
     for frame in frames:
         image = frame.pixels
         if isinstance(image, torch.Tensor):
@@ -150,14 +149,34 @@ def _run_native(frames: Sequence[_Frame], options: _Options, kernels: int = 0) -
         else:
             address, row_bytes = image.__array_interface__["data"][0], image.strides[0]
         place = (frame.out.data_ptr(), frame.out.stride(0), frame.out.stride(1), frame.copies)
-        jobs.append((address, *image.shape, row_bytes, frame.height, frame.width, *place))
-    kind = _DTYPES.index(options.dtype)
+        raw.append((address, *image.shape, row_bytes, frame.height, frame.width, *place))
+    return raw
+
+
+def _run_native(frames: Sequence[_Frame], options: _Options, kernels: int = 0) -> None:
+    """``kernels`` counts the instruction sets of this machine, best first."""
+    table = options.table()
     address = 0 if table is None else table.data_ptr()
     threads = options.threads or torch.get_num_threads()
-    _native.cpu().image_to_patches(jobs, (options.patch, options.merge, kind, address, threads, kernels))
+    kind = _DTYPES.index(options.dtype)
+    _native.cpu().image_to_patches(_raw(frames), (options.patch, options.merge, kind, address, threads, kernels))
 
 
-_BACKENDS = {"eager": _run_eager, "native": _run_native}
+def _run_cuda(frames: Sequence[_Frame], options: _Options) -> None:
+    """Launches on the current stream; nothing is copied from the host, nothing waits."""
+    if not frames:
+        return
+    extension, device, table = _native.cuda(), frames[0].out.device, options.table()
+    address = 0 if table is None else table.data_ptr()  # host memory, read before the call returns
+    raw, plain = _raw(frames), (options.patch, options.merge, _DTYPES.index(options.dtype), address, 1, 0)
+    with torch.cuda.device(device):
+        size = extension.image_to_patches_workspace_bytes(raw, plain)
+        workspace = torch.empty((size,), dtype=torch.uint8, device=device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        extension.image_to_patches(raw, plain, workspace.data_ptr(), device.index, stream)
+
+
+_BACKENDS = {"eager": _run_eager, "native": _run_native, "cuda": _run_cuda}
 
 
 def _run_op(image, height, width, patch_size, merge_size, mean, std, dtype, backend) -> torch.Tensor:
@@ -206,7 +225,11 @@ def image_to_patches(
             ``(gh * gw, 3, p * p)`` with contiguous last dimension, so that a frame can go straight into its slot of
             a video's rows. Pinned memory is welcome.
         num_threads: at most so many threads; default ``torch.get_num_threads()``. The GIL is released.
-        backend: ``None`` (choose), ``"native"``, ``"eager"``.
+        backend: ``None`` (choose), ``"eager"``, ``"native"`` (CPU) or ``"cuda"``.
+
+    Pixels on a GPU are resized there, by ``"cuda"`` on the current stream: nothing waits for the device, so that
+    ``image.pin_memory().to("cuda", non_blocking=True)`` uploads the bytes while the host goes on, and a CUDA graph can
+    capture the call; ``mean`` and ``std`` are constants of that graph.
 
     Returns ``(gh * gw, 3 * p * p)``, or ``out``. Equal inputs give equal bytes on every machine and backend.
     Raises ``TypeError``/``ValueError`` naming the argument that does not fit.

@@ -103,12 +103,13 @@ def _nvcc() -> str:
 
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
 @pytest.mark.parametrize("source", sorted(CSRC.glob("cuda/*.cu")), ids=lambda path: path.stem)
-def test_cuda_kernels_do_not_spill(tmp_path, source, arch):
+def test_cuda_kernels_compile_without_spills_or_warnings(tmp_path, source, arch):
     nvcc = _nvcc()
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
     if f"sm_{arch}" not in known:
         pytest.skip(f"this nvcc does not know sm_{arch}")
-    flags = ["-std=c++17", "-O3", "-Xptxas", "-v", "-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    flags = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v"]
+    flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
     command = [nvcc, *flags, "-I", str(CSRC), "-cubin", "-o", str(tmp_path / "cubin"), str(source)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -116,6 +117,7 @@ def test_cuda_kernels_do_not_spill(tmp_path, source, arch):
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
     assert kernels and len(frames) >= len(kernels)
     assert set(frames) == {("0", "0", "0")}, result.stderr
+    assert "warning" not in result.stderr.lower(), result.stderr
 
 
 @pytest.mark.slow

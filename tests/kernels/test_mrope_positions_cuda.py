@@ -5,10 +5,7 @@ For the CPU they are compiled with a stand-in for threads, barriers and shuffles
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,40 +27,19 @@ from .mrope_layouts import (
     paper_rule,
     token_ids,
 )
+from .on_host import SANITIZERS, build_on_host
 
-HERE = Path(__file__).resolve().parent
 UNWRITTEN = -(2**63)  # what the host program fills its outputs with
-
-
-def _build_on_host(folder: Path, *flags: str) -> Path:
-    compiler = os.environ.get("CXX") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler to run the CUDA kernels on the CPU with")
-    program = folder / "mrope_positions"
-    source = HERE / "host" / "mrope_positions.cpp"
-    include = HERE.parent.parent / "csrc"
-    common = ["-std=c++17", "-O1", "-g", "-Wno-unknown-pragmas"]
-    built = subprocess.run(
-        [*compiler.split(), *common, *flags, "-I", str(include), str(source), "-o", str(program)],
-        capture_output=True,
-        text=True,
-    )
-    if flags and built.returncode != 0 and "san" in built.stderr:
-        pytest.skip(f"the compiler has no sanitizers: {built.stderr.strip().splitlines()[-1]}")
-    assert built.returncode == 0, built.stderr
-    return program
 
 
 @pytest.fixture(scope="module")
 def on_host(tmp_path_factory):
-    return _build_on_host(tmp_path_factory.mktemp("host"))
+    return build_on_host("mrope_positions", tmp_path_factory.mktemp("host"))
 
 
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory):
-    return _build_on_host(
-        tmp_path_factory.mktemp("sanitized"), "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
-    )
+    return build_on_host("mrope_positions", tmp_path_factory.mktemp("sanitized"), *SANITIZERS)
 
 
 def _run_on_host(program, ids, image, video, mask, cu, merge_size, threads):

@@ -10,15 +10,18 @@
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <memory>
 #include <vector>
 
 #define __device__
 #define __global__
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define QWEN2VL_DYNAMIC_SHARED(type, name) type* const name = reinterpret_cast<type*>(on_host::dynamic_shared.get())
 
 struct Index {
-  unsigned x;
+  unsigned x, y;
 };
 static Index threadIdx, blockIdx, blockDim;
 
@@ -34,6 +37,7 @@ static ucontext_t scheduler;
 static std::vector<Fiber> fibers;
 static std::vector<int64_t> exchange;
 static const std::function<void()>* body;
+static std::unique_ptr<char[]> dynamic_shared;
 
 inline void barrier() { swapcontext(&fibers[threadIdx.x].context, &scheduler); }
 
@@ -47,8 +51,9 @@ inline void run_block(unsigned block, unsigned threads, const std::function<void
   blockIdx.x = block;
   blockDim.x = threads;
   exchange.assign(threads, 0);
-  fibers = std::vector<Fiber>(threads);
+  if (fibers.size() != threads) fibers = std::vector<Fiber>(threads);
   for (Fiber& fiber : fibers) {
+    fiber.done = false;
     fiber.stack.resize(256 * 1024);
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.data();
@@ -68,6 +73,18 @@ inline void run_block(unsigned block, unsigned threads, const std::function<void
       std::exit(2);
     }
   }
+}
+
+// Blocks (x, y) one after the other, each with `shared_bytes` of dynamic shared memory and not a byte more.
+inline void run_grid(unsigned blocks, unsigned rows, unsigned threads, size_t shared_bytes,
+                     const std::function<void()>& kernel) {
+  for (blockIdx.y = 0; blockIdx.y < rows; ++blockIdx.y) {
+    for (unsigned block = 0; block < blocks; ++block) {
+      dynamic_shared.reset(new char[shared_bytes]);
+      run_block(block, threads, kernel);
+    }
+  }
+  blockIdx.y = 0;
 }
 
 }  // namespace on_host
