@@ -310,6 +310,16 @@ def test_positions_by_command(tmp_path):
     assert "## positions on" in text
 
 
+def test_preprocess_by_command(tmp_path):
+    """Its gate holds ours to Pillow and transformers, bit by bit."""
+    done = command("run", "preprocess", "--quick", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr + done.stdout
+    written = json.loads((tmp_path / "preprocess.json").read_text())
+    assert {"uint8", "uint8, 1 thread", "float32", "torch"} <= {row["provider"] for row in written["rows"]}
+    assert all(row["bytes_per_s"] > 0 for row in written["rows"])
+    assert any("against transformers" in check["name"] for check in written["gate"])
+
+
 def test_command_refuses_unknown_cases_and_quick_numbers_among_results(tmp_path):
     unknown = CliRunner().invoke(app, ["run", "nothing", "--out", str(tmp_path)])
     assert unknown.exit_code == 2 and "nothing" in unknown.output
