@@ -35,6 +35,7 @@ CPU = Extension(
         "csrc/cpu/mrope_positions.cpp",
         "csrc/cpu/resample.cpp",
         "csrc/cpu/resample_x86.cpp",
+        "csrc/cpu/vision_positions.cpp",
     ],
 )
 CUDA = Extension(

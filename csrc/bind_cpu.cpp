@@ -14,6 +14,7 @@
 #include "cpu/image_to_patches.h"
 #include "cpu/mrope_positions.h"
 #include "cpu/resample.h"
+#include "cpu/vision_positions.h"
 
 namespace py = pybind11;
 using qwen2vl::RawView;
@@ -44,6 +45,31 @@ PYBIND11_MODULE(_cpu, m) {
       },
       py::arg("ids"), py::arg("mask"), py::arg("image_grids"), py::arg("video_grids"), py::arg("cu_seqlens"),
       py::arg("sizes"), py::arg("tokens"), py::arg("positions"), py::arg("delta"));
+
+  // Returns (item, patches): see GridSum.
+  m.def(
+      "count_patches",
+      [](const RawView& grids, int64_t items, int64_t merge, int64_t most) {
+        if (items < 0 || merge < 1 || most < 0) throw py::value_error("items, merge and most must not be negative");
+        const auto sum = qwen2vl::count_patches(qwen2vl::int_view("grids", grids), items, merge, most);
+        return py::make_tuple(sum.item, sum.patches);
+      },
+      py::arg("grids"), py::arg("items"), py::arg("merge"), py::arg("most"));
+
+  // `patches` is the room at `positions`; the grids are counted again, so that no caller can make them pass it.
+  m.def(
+      "vision_positions",
+      [](const RawView& grids, int64_t items, int64_t merge, int64_t patches, int64_t positions) {
+        const auto view = qwen2vl::int_view("grids", grids);
+        if (items < 0 || merge < 1 || patches < 0)
+          throw py::value_error("items, merge and patches must not be negative");
+        if (qwen2vl::count_patches(view, items, merge, patches).patches != patches) {
+          throw py::value_error("the grids do not hold that many patches");
+        }
+        const py::gil_scoped_release release;
+        qwen2vl::vision_positions(view, items, merge, reinterpret_cast<int64_t*>(positions));
+      },
+      py::arg("grids"), py::arg("items"), py::arg("merge"), py::arg("patches"), py::arg("positions"));
 
   m.def("row_kernels", [] {
     std::vector<std::string> names;

@@ -15,22 +15,24 @@ from __future__ import annotations
 
 import torch
 
+from .. import _native
 from .._backend import resolve
 from .._checks import INTS, Checker
 from .._library import register_opaque
 
+MAX_PATCHES = 2**31 - 1  # of one call: 32 GB of positions
+
 
 def vision_positions_ref(grid_thw: torch.Tensor, merge_size: int = 2) -> torch.Tensor:
     """Grid by grid: coordinates in raster order, regrouped into merge blocks, repeated t times."""
-    parts = []
+    parts, total = [], 0
     for item, (t, gh, gw) in enumerate(grid_thw.tolist()):
-        if min(t, gh, gw) < 1:
-            raise ValueError(f"vision_positions: grid_thw[{item}] must hold numbers of at least 1, got {(t, gh, gw)}")
-        if gh % merge_size or gw % merge_size:
-            raise ValueError(
-                f"vision_positions: grid_thw[{item}] must have its height and width divisible by "
-                f"{merge_size}, got {(t, gh, gw)}"
-            )
+        total += t * gh * gw
+        if min(t, gh, gw) < 1 or gh % merge_size or gw % merge_size:
+            _refuse(grid_thw, item, merge_size)
+    if total > MAX_PATCHES:
+        _refuse(grid_thw, -1, merge_size)
+    for t, gh, gw in grid_thw.tolist():
         blocks = (gh // merge_size, merge_size, gw // merge_size, merge_size)
         rows = torch.arange(gh, device=grid_thw.device).view(blocks[0], merge_size, 1, 1).expand(blocks)
         columns = torch.arange(gw, device=grid_thw.device).view(1, 1, blocks[2], merge_size).expand(blocks)
@@ -40,16 +42,45 @@ def vision_positions_ref(grid_thw: torch.Tensor, merge_size: int = 2) -> torch.T
     return torch.cat(parts) if parts else torch.empty((0, 2), dtype=torch.int64, device=grid_thw.device)
 
 
-def _fake(grid_thw: torch.Tensor, merge_size: int = 2) -> torch.Tensor:
+def _refuse(grid_thw: torch.Tensor, item: int, merge_size: int) -> None:
+    """Word what is wrong with a grid, or with the sum of all."""
+    if item < 0:
+        raise ValueError(f"vision_positions: grid_thw must hold at most {MAX_PATCHES} patches in all")
+    grid = tuple(grid_thw[item].tolist())
+    if min(grid) < 1:
+        raise ValueError(f"vision_positions: grid_thw[{item}] must hold numbers of at least 1, got {grid}")
+    raise ValueError(
+        f"vision_positions: grid_thw[{item}] must have its height and width divisible by {merge_size}, got {grid}"
+    )
+
+
+def _run_native(grid_thw: torch.Tensor, merge_size: int = 2) -> torch.Tensor:
+    items, view = grid_thw.shape[0], _native.view(grid_thw)
+    item, patches = _native.cpu().count_patches(view, items, merge_size, MAX_PATCHES)
+    if patches < 0:
+        _refuse(grid_thw, item, merge_size)
+    positions = torch.empty((patches, 2), dtype=torch.int64)
+    _native.cpu().vision_positions(view, items, merge_size, patches, positions.data_ptr())
+    return positions
+
+
+_BACKENDS = {"eager": vision_positions_ref, "native": _run_native}
+
+
+def _run(grid_thw: torch.Tensor, merge_size: int, backend: str) -> torch.Tensor:
+    return _BACKENDS[backend](grid_thw, merge_size)
+
+
+def _fake(grid_thw: torch.Tensor, merge_size: int, backend: str) -> torch.Tensor:
     patches = torch.library.get_ctx().new_dynamic_size()
     return torch.empty((patches, 2), dtype=torch.int64, device=grid_thw.device)
 
 
 register_opaque(
-    "vision_positions(Tensor grid_thw, int merge_size=2) -> Tensor",
+    "vision_positions(Tensor grid_thw, int merge_size, str backend) -> Tensor",
     fake=_fake,
-    CPU=vision_positions_ref,
-    CUDA=vision_positions_ref,
+    CPU=_run,
+    CUDA=_run,
 )
 
 
@@ -59,7 +90,7 @@ def vision_positions(grid_thw: torch.Tensor, merge_size: int = 2, *, backend: st
     Args:
         grid_thw: ``(n, 3)`` int64 or int32, ``(t, gh, gw)`` of every image or video in patches.
         merge_size: patches a side of a merge block.
-        backend: ``None`` (choose), ``"eager"``.
+        backend: ``None`` (choose), ``"native"``, ``"eager"``.
 
     Returns ``(T, 2)`` int64 on grid_thw's device: the row and column of each patch within its frame. T
     depends on the contents, so grids that live on a GPU are read on the host: keep them on the CPU and move
@@ -69,7 +100,7 @@ def vision_positions(grid_thw: torch.Tensor, merge_size: int = 2, *, backend: st
     check = Checker("vision_positions")
     check.tensor("grid_thw", grid_thw, ("n", 3), dtypes=INTS)
     check.require(merge_size >= 1, f"merge_size must be at least 1, got {merge_size}")
-    resolve("vision_positions", grid_thw.device.type, backend)
+    chosen = resolve("vision_positions", grid_thw.device.type, backend)
     if torch.compiler.is_compiling() or type(grid_thw) is not torch.Tensor:
-        return torch.ops.qwen2vl.vision_positions(grid_thw, merge_size)
-    return vision_positions_ref(grid_thw, merge_size)
+        return torch.ops.qwen2vl.vision_positions(grid_thw, merge_size, chosen)
+    return _run(grid_thw, merge_size, chosen)
