@@ -325,7 +325,7 @@ def preprocess_image(
         min_pixels, max_pixels: range of the resized image's pixels; one token stands for 28 x 28 of them.
         resized_height, resized_width: ask for this size instead of the source's own (give both); it is
             rounded and held to the range like any other.
-        num_threads: at most so many for the resize; default ``torch.get_num_threads()``.
+        num_threads: at most so many for the resize; see ``image_to_patches``.
         allow_remote: whether http(s) URLs may be fetched.
         allow_local_files: whether paths and ``file://`` URLs may be read; see ``open_source``.
 

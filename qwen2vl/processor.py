@@ -281,7 +281,7 @@ class Processor:
             try:
                 if item.kind == "video":
                     return self._load_video(item, frame_limits, video_options)
-                return self._load_image(item, image_limits, cores // workers)
+                return self._load_image(item, image_limits, None if workers == 1 else cores // workers)
             except MediaError as error:
                 raise MediaError(f"{item.where}: {error}") from error
 
@@ -296,7 +296,7 @@ class Processor:
             finally:
                 pool.shutdown(cancel_futures=True)  # after an error nobody waits for the rest
 
-    def _load_image(self, item: Media, limits: tuple[int, int], threads: int) -> ImagePatches:
+    def _load_image(self, item: Media, limits: tuple[int, int], threads: int | None) -> ImagePatches:
         options = dict(item.options)
         low, high = _item_limits(item, limits, options)
         return preprocess_image(

@@ -27,7 +27,7 @@ from ..case import Case, Check, Context, Provider, Workload, equal
 RELEASED = 12_845_056  # pixels at most: the released checkpoints' setting
 DEFAULT = 1_003_520  # transformers' default, 1280 tokens
 CLIP = 512 * 784  # 64 frames of a clip share 16384 tokens
-_LEVELS = 2.5 / 255 / min(IMAGE_STD)  # torch's bicubic rounds otherwise, by up to two levels
+_LEVELS = 3.5 / 255 / min(IMAGE_STD)  # torch's bicubic rounds otherwise, by up to three levels of 255 on noise
 
 
 def workloads(context: Context) -> Iterator[Workload]:

@@ -21,8 +21,6 @@
 namespace qwen2vl {
 namespace {
 
-// Below this many input and output pixels to a thread, starting it costs more than it brings.
-constexpr int64_t kPixelsPerThread = 1 << 17;
 constexpr int64_t kBandsPerThread = 4;  // so that threads that lag do little harm
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -286,7 +284,7 @@ void image_to_patches(const std::vector<FrameJob>& jobs, const PatchOptions& opt
     pixels += job.height * job.width + job.out_height * job.out_width;
   }
 
-  const int64_t threads = std::clamp<int64_t>(pixels / kPixelsPerThread, 1, options.threads);
+  const int64_t threads = options.threads;
   std::vector<Band> bands;
   for (size_t n = 0; n < jobs.size(); ++n) {
     const int64_t share = jobs[n].height * jobs[n].width + jobs[n].out_height * jobs[n].out_width;
@@ -315,7 +313,9 @@ void image_to_patches(const std::vector<FrameJob>& jobs, const PatchOptions& opt
   };
   std::vector<std::thread> helpers;
   try {
-    for (int64_t n = 1; n < threads; ++n) helpers.emplace_back(work);
+    for (int64_t n = 1; n < std::min<int64_t>(threads, static_cast<int64_t>(bands.size())); ++n) {
+      helpers.emplace_back(work);
+    }
   } catch (const std::system_error&) {
     // No more threads to be had: those that run share the work.
   }

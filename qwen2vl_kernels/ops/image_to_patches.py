@@ -34,6 +34,7 @@ from .._library import register_opaque
 
 _DTYPES = (torch.uint8, torch.float32, torch.bfloat16)  # in the order of PatchType in csrc/cpu/image_to_patches.h
 _WEIGHT_BITS = 22
+_PIXELS_PER_THREAD = 1 << 21  # in and out: about 2 ms; for less, waiting for a thread on a busy machine costs more
 
 #: What the pixels of an image may come as.
 Pixels = torch.Tensor | np.ndarray
@@ -110,7 +111,7 @@ class _Options:
     dtype: torch.dtype
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
-    threads: int | None  # None: as many as PyTorch uses
+    threads: int | None  # None: chosen by size
 
     def table(self) -> torch.Tensor | None:
         return None if self.mean is None or self.std is None else _value_table(self.mean, self.std, self.dtype)
@@ -157,7 +158,10 @@ def _run_native(frames: Sequence[_Frame], options: _Options, kernels: int = 0) -
     """``kernels`` counts the instruction sets of this machine, best first."""
     table = options.table()
     address = 0 if table is None else table.data_ptr()
-    threads = options.threads or torch.get_num_threads()
+    threads = options.threads
+    if threads is None:
+        pixels = sum(frame.pixels.shape[0] * frame.pixels.shape[1] + frame.height * frame.width for frame in frames)
+        threads = max(1, min(torch.get_num_threads(), pixels // _PIXELS_PER_THREAD))
     kind = _DTYPES.index(options.dtype)
     _native.cpu().image_to_patches(_raw(frames), (options.patch, options.merge, kind, address, threads, kernels))
 
@@ -224,7 +228,7 @@ def image_to_patches(
         out: written and returned instead of a new tensor: ``(gh * gw, 3 * p * p)`` with contiguous rows, or
             ``(gh * gw, 3, p * p)`` with contiguous last dimension, so that a frame can go straight into its slot of
             a video's rows. Pinned memory is welcome.
-        num_threads: at most so many threads; default ``torch.get_num_threads()``. The GIL is released.
+        num_threads: at most so many threads; default up to ``torch.get_num_threads()``, by size. The GIL is released.
         backend: ``None`` (choose), ``"eager"``, ``"native"`` (CPU) or ``"cuda"``.
 
     Pixels on a GPU are resized there, by ``"cuda"`` on the current stream: nothing waits for the device, so that
