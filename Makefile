@@ -4,17 +4,19 @@
 #   TORCH_PIP_ARGS=...         extra arguments for installing PyTorch, e.g. to choose a CPU build
 #   PYTEST_ARGS=...            extra arguments for pytest, e.g. -k rotary
 #   CASES=...                   the benchmarks of make gpu; default all
+#   FUZZ_SECONDS=60, FUZZER=libfuzzer, FUZZ_CXX=..., FUZZ_DIR=...    make fuzz: time a target, engine, compiler, folder
 #   QWEN2VL_BUILD_CUDA=0|1|auto, MAX_JOBS, TORCH_CUDA_ARCH_LIST    the build of the extensions, see setup.py
 
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip
 RUN := .venv/bin/python
 CSRC := $(shell find csrc -type f)
+FUZZ := $(wildcard tests/fuzz/*.cpp tests/fuzz/*.h)
 CASES ?= all
 # Only these files are imported by make gpu: the machine may lack what the other tests need.
 GPU_TESTS = $(shell grep -rl --include='test_*.py' 'mark\.gpu' tests)
 
-.PHONY: help install demo check test lint format gpu clean
+.PHONY: help install demo check test lint format fuzz gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -22,6 +24,7 @@ help:
 	@echo "make check   the same checkpoint in transformers: logits and greedy tokens compared"
 	@echo "make test    the test suite"
 	@echo "make lint    ruff, pyright, clang-format;  make format  rewrites what they can"
+	@echo "make fuzz    the C++ of the CPU on random input, under the address and undefined behaviour sanitizers"
 	@echo "make gpu     on a machine with a GPU: build in place, test, benchmark, with its own python3, no network"
 	@echo "make clean   remove .venv and everything that was built"
 
@@ -53,12 +56,31 @@ lint: .venv/install.stamp
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright --pythonpath $(RUN)
-	.venv/bin/clang-format --dry-run -Werror $(CSRC)
+	.venv/bin/clang-format --dry-run -Werror $(CSRC) $(FUZZ)
 
 format: .venv/install.stamp
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
-	.venv/bin/clang-format -i $(CSRC)
+	.venv/bin/clang-format -i $(CSRC) $(FUZZ)
+
+# Without libFuzzer the targets have a main of their own, which knows nothing of coverage but needs no clang.
+FUZZ_SECONDS ?= 60
+FUZZ_DIR ?= build/fuzz$(addprefix -,$(FUZZER))
+FUZZ_CXX ?= $(if $(filter libfuzzer,$(FUZZER)),clang++,c++)
+FUZZ_FLAGS = -std=c++17 -O1 -g -fno-sanitize-recover=all -ffp-contract=off -pthread -Icsrc \
+	$(if $(filter libfuzzer,$(FUZZER)),-fsanitize=fuzzer$(,)address$(,)undefined -DQWEN2VL_LIBFUZZER,-fsanitize=address$(,)undefined)
+FUZZ_TARGETS = $(addprefix $(FUZZ_DIR)/,image_to_patches mrope_positions)
+, := ,
+
+$(FUZZ_DIR)/%: tests/fuzz/%.cpp $(CSRC) $(FUZZ)
+	@mkdir -p $(FUZZ_DIR)
+	$(FUZZ_CXX) $(FUZZ_FLAGS) $< csrc/cpu/$*.cpp $(if $(filter image%,$*),$(wildcard csrc/cpu/resample*.cpp)) -o $@
+
+fuzz: $(FUZZ_TARGETS)
+	@for target in $^; do \
+		echo "$$target for $(FUZZ_SECONDS) s"; \
+		$$target -max_total_time=$(FUZZ_SECONDS) $(if $(filter libfuzzer,$(FUZZER)),-len_control=0 -max_len=320) -artifact_prefix=$$target- || exit 1; \
+	done
 
 gpu:
 	$(PYTHON) setup.py build_ext --inplace
