@@ -85,6 +85,30 @@ def report_(
         write_to.write_text(text, encoding="utf-8")
 
 
+@app.command("aot")
+def aot(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[GROUP]...", help="Default: every group.")] = None,
+    targets: Annotated[list[str] | None, typer.Option("--target", help="Default: every target.")] = None,
+    failures_only: Annotated[bool, typer.Option("--failures", help="Print only what fails a gate.")] = False,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes that compile; default one a core.")] = None,
+) -> None:
+    """Compile every Triton kernel without a GPU and check spills, shared memory, vector width and matrix units.
+
+    A gate that fails makes the exit status 1.
+    """
+    from . import aot as ahead
+
+    try:
+        reports = ahead.compile_all(names, targets, jobs)
+    except (ValueError, RuntimeError) as error:
+        raise typer.BadParameter(str(error)) from error
+    failed = [r for r in reports if r.failures]
+    ahead.show(failed if failures_only else reports, Console(width=None if sys.stdout.isatty() else 200))
+    print(f"{len(reports)} kernels compiled, {len(failed)} fail a gate")
+    if failed:
+        raise typer.Exit(1)
+
+
 #: Options that name a folder of this machine and change no number: left out of the command that results quote.
 _PLACES = ("--checkpoint-dir", "--out")
 

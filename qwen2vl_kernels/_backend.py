@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from . import _native
+from . import _native, _triton
 
 #: op -> device type -> backends, first choice first. ROCm tensors have device type "cuda" in PyTorch.
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
@@ -20,8 +20,8 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "kvcache_attention": {"cpu": ("sdpa", "eager"), "cuda": ("sdpa", "eager")},
     "patch_embed": {"cpu": ("eager",), "cuda": ("eager",)},
     "patch_merge": {"cpu": ("eager",), "cuda": ("eager",)},
-    "rms_norm": {"cpu": ("eager",), "cuda": ("eager",)},
-    "layer_norm": {"cpu": ("eager",), "cuda": ("eager",)},
+    "rms_norm": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
+    "layer_norm": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
     "swiglu": {"cpu": ("eager",), "cuda": ("eager",)},
     "quick_gelu": {"cpu": ("eager",), "cuda": ("eager",)},
     "vision_positions": {"cpu": ("native", "eager"), "cuda": ("eager",)},
@@ -39,8 +39,10 @@ class BackendError(ValueError):
     """The backend asked for cannot serve this op here; the message says why."""
 
 
-def unavailable(backend: str) -> str | None:
-    """Why ``backend`` cannot run in this process, or ``None`` when it can."""
+def unavailable(backend: str, device_type: str) -> str | None:
+    """Why ``backend`` cannot run on such tensors in this process, or ``None`` when it can."""
+    if backend == "triton":
+        return _triton.reason(device_type)
     if backend == "native":
         return _native.cpu_reason()
     if backend == "cuda":
@@ -57,14 +59,14 @@ def resolve(op: str, device_type: str, requested: str | None, prefer: str | None
     choices = PREFERENCE[op].get(device_type, ("eager",))
     name = requested if requested is not None else _forced.get(op)
     if name is None:
-        if prefer is not None and prefer in choices and unavailable(prefer) is None:
+        if prefer is not None and prefer in choices and unavailable(prefer, device_type) is None:
             return prefer
-        return next(choice for choice in choices if choice == "eager" or unavailable(choice) is None)
+        return next(choice for choice in choices if choice == "eager" or unavailable(choice, device_type) is None)
     if name not in choices:
         raise BackendError(
             f"{op}: backend {name!r} does not serve {device_type} tensors; these do: {', '.join(choices)}"
         )
-    if (reason := unavailable(name)) is not None:
+    if (reason := unavailable(name, device_type)) is not None:
         raise BackendError(f"{op}: backend {name!r} is not available here: {reason}")
     return name
 
@@ -100,7 +102,7 @@ def table(device_type: str = "cpu") -> list[tuple[str, str, str]]:
     for op, by_device in PREFERENCE.items():
         choices = by_device.get(device_type, ("eager",))
         taken = resolve(op, device_type, None)
-        missed = [f"{c}: {unavailable(c)}" for c in choices[: choices.index(taken)]]
+        missed = [f"{c}: {unavailable(c, device_type)}" for c in choices[: choices.index(taken)]]
         special = SHAPE_CHOICES.get((op, device_type)) if op not in _forced else None
         rows.append((op, f"{taken} ({special})" if special else taken, "; ".join(missed)))
     return rows

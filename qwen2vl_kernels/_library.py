@@ -3,6 +3,7 @@
 An op whose only implementation is made of PyTorch operations is registered as *composite*: autograd, fake tensors and
 ``torch.compile`` follow from its parts, so a compiler may fuse them. An op backed by compiled code is *opaque*: it
 comes with one kernel per dispatch key, a fake that gives shapes without running, and, where it has one, a backward.
+An op with both kinds is a composite that asks which backend serves and then runs the formula or calls an opaque op.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 _LIBRARY = torch.library.Library("qwen2vl", "DEF")
 
@@ -39,6 +41,20 @@ def register_opaque(
     torch.library.register_fake(name, fake, lib=_LIBRARY)
     if backward is not None:
         torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def direct(*tensors: torch.Tensor | None) -> bool:
+    """Whether an opaque op's kernel may be called without PyTorch's dispatcher, which costs some 10 us a call.
+
+    It may unless a compiler traces, autograd follows one of ``tensors``, or one is of a class with its own dispatch.
+    """
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return False
+    tracked = torch.is_grad_enabled()
+    return all(
+        t is None or (type(t) in (torch.Tensor, torch.nn.Parameter) and not (tracked and t.requires_grad))
+        for t in tensors
+    )
 
 
 def _name(schema: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
@@ -9,6 +10,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
 import hypothesis
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated, so before the ops are imported
+    if importlib.util.find_spec("triton") is not None:
+        from tests import interpreter
+
+        interpreter.repair()
+
+#: Where a test of a Triton kernel puts its tensors: on a GPU the kernel runs as compiled, else it is interpreted.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # Time limits per example measure the machine's other work, not the code.
 hypothesis.settings.register_profile("no-deadline", deadline=None)

@@ -62,7 +62,9 @@ def collect() -> dict[str, Any]:
             device: [{"op": op, "backend": backend, "not_taken": missed} for op, backend, missed in rows]
             for device, rows in tables.items()
         },
-        "unavailable": {name: reason for name in backends if (reason := _backend.unavailable(name)) is not None},
+        "unavailable": {
+            name: reason for name in backends if (reason := _backend.unavailable(name, "cuda")) is not None
+        },
         "gpus": [
             {"name": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "memory": gpu.total_memory} for gpu in gpus
         ],

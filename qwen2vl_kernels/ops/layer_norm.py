@@ -3,7 +3,8 @@
     layer_norm(x) = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias     (Ba et al. 2016, eq. 4; biased variance)
     add_layer_norm(x, r): s = x + r (rounded to the input dtype); return layer_norm(s), s
 
-Shapes: x, residual ``(..., C)``; weight, bias ``(C,)``. dtypes: float32, bfloat16, float16; statistics are float32.
+Shapes: x, residual ``(..., C)``; weight, bias ``(C,)``. dtypes: float32, bfloat16, float16; statistics are float32. The
+kernels are in ``_norm``, which rms_norm shares.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from .._backend import resolve
 from .._checks import Checker
 from .._library import register_composite
+from .._norm import norm
 
 
 def layer_norm_ref(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -29,10 +31,22 @@ def add_layer_norm_ref(
     return layer_norm_ref(total, weight, bias, eps), total
 
 
-register_composite("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps=1e-6) -> Tensor", layer_norm_ref)
+def _run(x, weight, bias, eps=1e-6, backend=None) -> torch.Tensor:
+    if resolve("layer_norm", x.device.type, backend) == "eager":
+        return layer_norm_ref(x, weight, bias, eps)
+    return norm(x, None, weight, bias, eps, centred=True)[0]
+
+
+def _run_add(x, residual, weight, bias, eps=1e-6, backend=None) -> tuple[torch.Tensor, torch.Tensor]:
+    if resolve("layer_norm", x.device.type, backend) == "eager":
+        return add_layer_norm_ref(x, residual, weight, bias, eps)
+    return norm(x, residual, weight, bias, eps, centred=True)
+
+
+register_composite("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps=1e-6) -> Tensor", _run)
 register_composite(
     "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps=1e-6) -> (Tensor, Tensor)",
-    add_layer_norm_ref,
+    _run_add,
 )
 
 
@@ -50,7 +64,7 @@ def layer_norm(
         x: ``(..., C)``.
         weight, bias: ``(C,)``, same dtype as ``x``.
         eps: added to the variance.
-        backend: ``None`` (choose), ``"eager"``.
+        backend: ``None`` (choose), ``"triton"``, ``"eager"``.
 
     Returns ``(..., C)`` in x's dtype. Raises ``TypeError``/``ValueError`` naming the argument that does not fit.
     """
@@ -58,8 +72,7 @@ def layer_norm(
     check.tensor("x", x, (..., "C"))
     check.tensor("weight", weight, ("C",), like=x)
     check.tensor("bias", bias, ("C",), like=x)
-    resolve("layer_norm", x.device.type, backend)
-    return layer_norm_ref(x, weight, bias, eps)
+    return _run(x, weight, bias, eps, backend)
 
 
 def add_layer_norm(
@@ -80,5 +93,4 @@ def add_layer_norm(
     check.tensor("residual", residual, tuple(x.shape), like=x)
     check.tensor("weight", weight, ("C",), like=x)
     check.tensor("bias", bias, ("C",), like=x)
-    resolve("layer_norm", x.device.type, backend)
-    return add_layer_norm_ref(x, residual, weight, bias, eps)
+    return _run_add(x, residual, weight, bias, eps, backend)

@@ -3,7 +3,8 @@
     rms_norm(x) = x / sqrt(mean(x^2) + eps) * weight                      (Zhang & Sennrich 2019, eq. 4)
     add_rms_norm(x, r): s = x + r (rounded to the input dtype); return rms_norm(s), s
 
-Shapes: x, residual ``(..., C)``; weight ``(C,)``. dtypes: float32, bfloat16, float16; statistics are float32.
+Shapes: x, residual ``(..., C)``; weight ``(C,)``. dtypes: float32, bfloat16, float16; statistics are float32. The
+kernels are in ``_norm``, which layer_norm shares.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from .._backend import resolve
 from .._checks import Checker
 from .._library import register_composite
+from .._norm import norm
 
 
 def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -31,10 +33,21 @@ def add_rms_norm_ref(
     return rms_norm_ref(total, weight, eps), total
 
 
-register_composite("rms_norm(Tensor x, Tensor weight, float eps=1e-6) -> Tensor", rms_norm_ref)
+def _run(x, weight, eps=1e-6, backend=None) -> torch.Tensor:
+    if resolve("rms_norm", x.device.type, backend) == "eager":
+        return rms_norm_ref(x, weight, eps)
+    return norm(x, None, weight, None, eps, centred=False)[0]
+
+
+def _run_add(x, residual, weight, eps=1e-6, backend=None) -> tuple[torch.Tensor, torch.Tensor]:
+    if resolve("rms_norm", x.device.type, backend) == "eager":
+        return add_rms_norm_ref(x, residual, weight, eps)
+    return norm(x, residual, weight, None, eps, centred=False)
+
+
+register_composite("rms_norm(Tensor x, Tensor weight, float eps=1e-6) -> Tensor", _run)
 register_composite(
-    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps=1e-6) -> (Tensor, Tensor)",
-    add_rms_norm_ref,
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps=1e-6) -> (Tensor, Tensor)", _run_add
 )
 
 
@@ -45,15 +58,14 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *, backen
         x: ``(..., C)``.
         weight: ``(C,)``, same dtype as ``x``.
         eps: added to the mean square.
-        backend: ``None`` (choose), ``"eager"``.
+        backend: ``None`` (choose), ``"triton"``, ``"eager"``.
 
     Returns ``(..., C)`` in x's dtype. Raises ``TypeError``/``ValueError`` naming the argument that does not fit.
     """
     check = Checker("rms_norm")
     check.tensor("x", x, (..., "C"))
     check.tensor("weight", weight, ("C",), like=x)
-    resolve("rms_norm", x.device.type, backend)
-    return rms_norm_ref(x, weight, eps)
+    return _run(x, weight, eps, backend)
 
 
 def add_rms_norm(
@@ -72,5 +84,4 @@ def add_rms_norm(
     check.tensor("x", x, (..., "C"))
     check.tensor("residual", residual, tuple(x.shape), like=x)
     check.tensor("weight", weight, ("C",), like=x)
-    resolve("rms_norm", x.device.type, backend)
-    return add_rms_norm_ref(x, residual, weight, eps)
+    return _run_add(x, residual, weight, eps, backend)

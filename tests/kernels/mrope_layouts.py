@@ -19,7 +19,7 @@ IDS: dict[str, Any] = {"image_token_id": IMAGE, "video_token_id": VIDEO}
 
 def needs(backend: str):
     """A parameter that is skipped, saying why, where the backend cannot run."""
-    reason = unavailable(backend)
+    reason = unavailable(backend, "cpu")
     return pytest.param(backend, marks=pytest.mark.skipif(reason is not None, reason=f"{backend}: {reason}"))
 
 

@@ -1,0 +1,73 @@
+"""Every Triton kernel compiled ahead of time, without a GPU, as a real call would launch it; see ``compiler``.
+
+A file here that holds ``SPECIMENS``, a tuple of :class:`compiler.Specimen`, is a group, found by being there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import pkgutil
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from .compiler import TARGETS, Report, Specimen, compile_for
+
+
+def groups() -> dict[str, tuple[Specimen, ...]]:
+    """The specimens of every group, by its name."""
+    modules = {name: importlib.import_module(f"{__name__}.{name}") for _, name, _ in pkgutil.iter_modules(__path__)}
+    return {name: module.SPECIMENS for name, module in sorted(modules.items()) if hasattr(module, "SPECIMENS")}
+
+
+def compile_all(
+    names: Sequence[str] | None = None, targets: Sequence[str] | None = None, jobs: int | None = None
+) -> list[Report]:
+    """Compile groups for targets, by default all for all, in ``jobs`` processes.
+
+    Raises ``ValueError`` for a name that is none and ``RuntimeError`` where Triton cannot compile.
+    """
+    known = groups()
+    for what, given, have in (("group", names, known), ("target", targets, TARGETS)):
+        for name in given or ():
+            if name not in have:
+                raise ValueError(f"no {what} is called {name!r}; there are {', '.join(have)}")
+    work = [
+        (group, place, target)
+        for group in names or known
+        for place in range(len(known[group]))
+        for target in targets or TARGETS
+    ]
+    jobs = min(jobs or os.cpu_count() or 1, len(work))
+    if jobs == 1:
+        return [report for part in map(_compile, work) for report in part]
+    # Fresh processes: threads of PyTorch and LLVM that run here do not survive a fork.
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        return [report for part in pool.map(_compile, work, chunksize=1) for report in part]
+
+
+def _compile(work: tuple[str, int, str]) -> list[Report]:
+    group, place, target = work
+    return list(compile_for(groups()[group][place], target))
+
+
+def show(reports: Sequence[Report], console: Console) -> None:
+    """A table with one row for each kernel and target."""
+    table = Table(title="Ahead-of-time compilation")
+    for heading in ("call", "kernel", "target"):
+        table.add_column(heading)
+    for heading in ("registers", "spilled", "shared", "16-byte", "matrix"):
+        table.add_column(heading, justify="right")
+    table.add_column("fails")
+    previous = None
+    for r in reports:
+        if previous is not None and r.specimen != previous:
+            table.add_section()
+        call, previous = (r.specimen if r.specimen != previous else ""), r.specimen
+        wide = f"{r.wide:.0%}" if r.wide is not None else "-"
+        row = (call, r.kernel, r.target, str(r.registers), str(r.spilled), str(r.shared), wide, str(r.matrix))
+        table.add_row(*row, "; ".join(r.failures), style="red" if r.failures else None)
+    console.print(table)

@@ -1,0 +1,210 @@
+"""Compile recorded launches for GPUs that are not here, and read the machine code.
+
+The launchers of the ops run on "meta" tensors of the released models' shapes; ``qwen2vl_kernels._triton.record``
+collects what they would launch, with the strides, alignments and configurations of such a call. Each launch is
+specialised as Triton's JIT does (divisibility by 16, the value 1) and compiled for every target.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen2vl_kernels import _triton
+from qwen2vl_kernels._triton import Launch, Target, record
+
+#: name -> what configurations are chosen for, architecture as Triton's compiler takes it, threads of a warp, bytes of
+#: shared memory that one program may have.
+TARGETS: dict[str, tuple[Target, Any, int, int]] = {
+    "sm_80": (Target("cuda", 80), 80, 32, 163 << 10),
+    "sm_90": (Target("cuda", 90), 90, 32, 227 << 10),
+    "sm_100": (Target("cuda", 100), 100, 32, 227 << 10),
+    "sm_120": (Target("cuda", 120), 120, 32, 99 << 10),
+    "gfx942": (Target("hip", 0), "gfx942", 64, 64 << 10),
+}
+
+_POINTERS = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A call of an op's launcher, and what its machine code must show beside no spills.
+
+    Attributes:
+        name: what the table shows.
+        run: calls the launcher on tensors of the "meta" device.
+        wide: least share, by bytes, of instructions on global memory that move 16 bytes a thread; 0 where the layout
+            forbids them.
+        matrix: whether every kernel of it must use the matrix units.
+    """
+
+    name: str
+    run: Callable[[], object]
+    wide: float = 0.0
+    matrix: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one kernel became on one target. Memory in bytes."""
+
+    specimen: str
+    kernel: str
+    target: str
+    registers: int
+    spilled: int
+    shared: int
+    wide: float | None  # share of the bytes that 16-byte instructions move, each counted once; None: no such access
+    matrix: int  # instructions on the matrix units
+    failures: tuple[str, ...]
+
+
+def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor that has everything but memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def label(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def compile_for(specimen: Specimen, target: str) -> Iterator[Report]:
+    """Compile what ``specimen`` launches for ``target``, one report a kernel that differs from those before."""
+    if (missing := _triton.reason("cuda")) is not None:
+        raise RuntimeError(missing)
+    if _triton.INTERPRETED:
+        raise RuntimeError("kernels are interpreted in this process; unset TRITON_INTERPRET to compile them")
+    chosen, arch, warp, shared_limit = TARGETS[target]
+    with record(chosen) as launches, torch.no_grad():
+        specimen.run()
+    if not launches:
+        raise ValueError(f"{specimen.name}: nothing was launched")
+    seen = set()
+    for launch in launches:
+        source, key = _source(launch)
+        if key in seen:
+            continue
+        seen.add(key)
+        yield _read(specimen, launch, target, _compile(source, launch, chosen.backend, arch, warp), shared_limit)
+
+
+def _source(launch: Launch) -> tuple[Any, object]:
+    """The kernel specialised to the launch's arguments, and what identifies the result."""
+    from triton.compiler import ASTSource
+
+    signature: dict[str, str] = {}
+    constexprs: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list] = {}
+    values = iter(launch.args)
+    for place, parameter in enumerate(launch.kernel.params):
+        name = parameter.name
+        value = launch.constexprs[name] if name in launch.constexprs else next(values)
+        kind = "constexpr" if parameter.is_constexpr or value is None else _kind(value)
+        special = not parameter.do_not_specialize
+        if isinstance(value, int) and not isinstance(value, bool) and special and value == 1:
+            kind = "constexpr"
+        signature[name] = kind
+        if kind == "constexpr":
+            constexprs[(place,)] = value
+        elif isinstance(value, torch.Tensor) or (isinstance(value, int) and special and value % 16 == 0):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    if leftover := list(values):
+        raise ValueError(f"{launch.kernel.__name__}: {len(leftover)} arguments too many")
+    key = (launch.kernel.__name__, str(signature), str(constexprs), str(attributes), str(launch.options))
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constexprs, attrs=attributes), key
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"*{_POINTERS[value.dtype]}"
+    if isinstance(value, bool):
+        return "u1"
+    if isinstance(value, int):
+        return "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
+    if isinstance(value, float):
+        return "fp32"
+    raise TypeError(f"no kernel takes {type(value).__name__}")
+
+
+def _compile(source: Any, launch: Launch, backend: str, arch: Any, warp: int) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    return triton.compile(source, target=GPUTarget(backend, arch, warp), options=dict(launch.options))
+
+
+def _read(specimen: Specimen, launch: Launch, target: str, compiled: Any, shared_limit: int) -> Report:
+    read = _read_gcn if "amdgcn" in compiled.asm else _read_sass
+    registers, spilled, widths, matrix = read(compiled)
+    shared = compiled.metadata.shared
+    moved = sum(width * count for width, count in widths.items())
+    wide = sum(width * count for width, count in widths.items() if width >= 16) / moved if moved else None
+    failures = []
+    if spilled:
+        failures.append(f"{spilled} bytes spilled")
+    if shared > shared_limit:
+        failures.append(f"{shared} bytes of shared memory, {shared_limit} at most")
+    if wide is not None and wide < specimen.wide:
+        failures.append(f"{wide:.0%} of the bytes in 16-byte accesses, {specimen.wide:.0%} wanted: {dict(widths)}")
+    if specimen.matrix and not matrix:
+        failures.append("no instruction on the matrix units")
+    name = launch.kernel.__name__.strip("_")
+    return Report(specimen.name, name, target, registers, spilled, shared, wide, matrix, tuple(failures))
+
+
+def _read_sass(compiled: Any) -> tuple[int, int, Counter[int], int]:
+    """Registers a thread, bytes of local memory, instructions on global memory by width, matrix instructions."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        usage = _output(tools / "cuobjdump", "--dump-resource-usage", path)
+        sass = _output(tools / "nvdisasm", "-c", path)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump does not tell the registers: {usage}")
+    registers, stack, local = map(int, found.groups())
+    widths: Counter[int] = Counter()
+    for modifiers in re.findall(r"\b(?:LDG|STG|LDGSTS)((?:\.\w+)*)", sass):
+        bits = re.search(r"\.(?:U8|S8|8)\b|\.(?:U16|S16|16)\b|\.(64|128|256)\b", modifiers)
+        widths[4 if bits is None else int(bits[1]) // 8 if bits[1] else 1 if "8" in bits[0] else 2] += 1
+    matrix = len(re.findall(r"\b(?:HMMA|IMMA|HGMMA|QGMMA|IGMMA|UTCHMMA|UTCQMMA|OMMA|QMMA|DMMA)\b", sass))
+    return registers, stack + local, widths, matrix
+
+
+def _read_gcn(compiled: Any) -> tuple[int, int, Counter[int], int]:
+    text = compiled.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        return int(found[1]) if found else 0
+
+    widths: Counter[int] = Counter()
+    sizes = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2, "ubyte": 1, "byte": 1}
+    for kind in re.findall(r"\b(?:global|buffer)_(?:load|store)_(dwordx[234]|dword|ushort|short|ubyte|byte)", text):
+        widths[sizes[kind]] += 1
+    spilled = 4 * number("vgpr_spill_count") + number("private_segment_fixed_size")
+    return number("vgpr_count"), spilled, widths, len(re.findall(r"\bv_mfma_", text))
+
+
+def _output(*command: object) -> str:
+    return subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True).stdout

@@ -1,0 +1,66 @@
+"""Every Triton kernel compiled for GPUs that need not be here, and the gates on what it became."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from benchmarks import aot
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def _python(*arguments: str) -> subprocess.CompletedProcess:
+    """A process of its own: the kernels of this one may be interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("group", aot.groups())
+def test_every_kernel_passes_the_gates_on_every_target(group):
+    result = _python("-m", "benchmarks", "aot", group, "--failures", "--jobs", "1")
+    assert result.returncode == 0, result.stdout + result.stderr
+    compiled = int(result.stdout.split()[-7])
+    assert compiled >= len(aot.TARGETS) * len(aot.groups()[group]), result.stdout
+
+
+_FAILING = """
+import json, torch
+from qwen2vl_kernels import _norm
+from benchmarks.aot.compiler import Specimen, TARGETS, compile_for, meta
+
+def run(columns):
+    x, weight = (meta(*shape, dtype=torch.float32) for shape in ((64, columns), (columns,)))
+    _norm.launch_forward(x, x, weight, weight, 1e-6, True)
+
+found = {}
+for target in TARGETS:
+    narrow = Specimen("narrow", lambda: run(81), wide=0.9, matrix=True)
+    large = Specimen("large", lambda: run(131072))
+    reports = [report for specimen in (narrow, large) for report in compile_for(specimen, target)]
+    found[target] = [failure for report in reports for failure in report.failures]
+print(json.dumps(found))
+"""
+
+
+def test_a_kernel_that_breaks_them_fails_the_gates():
+    """Rows of 81 values cannot be read 16 bytes at a time, and 131072 values do not fit a program's registers."""
+    result = _python("-c", _FAILING)
+    assert result.returncode == 0, result.stderr
+    for target, failures in json.loads(result.stdout.splitlines()[-1]).items():
+        for part in ("of the bytes in 16-byte accesses", "no instruction on the matrix units", "bytes spilled"):
+            assert any(part in failure for failure in failures), (target, part, failures)
+
+
+def test_it_refuses_to_compile_interpreted_kernels():
+    command = [sys.executable, "-m", "benchmarks", "aot", "norm", "--target", "sm_90", "--jobs", "1"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2 and "interpreted in this process" in result.stderr
+    assert "no group is called 'rotary'" in " ".join(_python("-m", "benchmarks", "aot", "rotary").stderr.split())
