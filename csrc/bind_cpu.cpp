@@ -31,20 +31,21 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "mrope_positions",
       [](const RawView& ids, const RawView& mask, const RawView& image_grids, const RawView& video_grids,
-         const RawView& cu_seqlens, const std::array<int64_t, 5>& sizes, const std::array<int64_t, 3>& tokens,
-         int64_t positions, int64_t delta) {
-        const auto in = qwen2vl::mrope_input(ids, mask, image_grids, video_grids, cu_seqlens, sizes, tokens);
+         const RawView& cu_seqlens, const RawView& state, const std::array<int64_t, 5>& sizes,
+         const std::array<int64_t, 3>& tokens, int64_t positions, int64_t delta, int64_t state_out) {
+        const auto in = qwen2vl::mrope_input(ids, mask, image_grids, video_grids, cu_seqlens, state, sizes, tokens);
         qwen2vl::MropeStatus status;
         {
           const py::gil_scoped_release release;
-          status =
-              qwen2vl::mrope_positions(in, reinterpret_cast<int64_t*>(positions), reinterpret_cast<int64_t*>(delta));
+          status = qwen2vl::mrope_positions(in, reinterpret_cast<int64_t*>(positions),
+                                            reinterpret_cast<int64_t*>(delta), reinterpret_cast<int64_t*>(state_out));
         }
         return py::make_tuple(static_cast<int64_t>(status.error), status.video, status.item, status.token,
                               status.found);
       },
       py::arg("ids"), py::arg("mask"), py::arg("image_grids"), py::arg("video_grids"), py::arg("cu_seqlens"),
-      py::arg("sizes"), py::arg("tokens"), py::arg("positions"), py::arg("delta"));
+      py::arg("state"), py::arg("sizes"), py::arg("tokens"), py::arg("positions"), py::arg("delta"),
+      py::arg("state_out"));
 
   // Returns (item, patches): see GridSum.
   m.def(

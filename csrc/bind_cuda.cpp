@@ -23,26 +23,28 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("device_problem", &qwen2vl::device_problem, py::arg("device"), py::call_guard<py::gil_scoped_release>());
 
   m.def("mrope_workspace_bytes", &qwen2vl::mrope_workspace_bytes, py::arg("tokens"), py::arg("images"),
-        py::arg("videos"));
+        py::arg("videos"), py::arg("sequences"));
 
   m.def(
       "mrope_positions",
       [](const RawView& ids, const RawView& mask, const RawView& image_grids, const RawView& video_grids,
-         const RawView& cu_seqlens, const std::array<int64_t, 5>& sizes, const std::array<int64_t, 3>& tokens,
-         int64_t positions, int64_t delta, int64_t workspace, int device, int64_t stream) {
-        const auto in = qwen2vl::mrope_input(ids, mask, image_grids, video_grids, cu_seqlens, sizes, tokens);
+         const RawView& cu_seqlens, const RawView& state, const std::array<int64_t, 5>& sizes,
+         const std::array<int64_t, 3>& tokens, int64_t positions, int64_t delta, int64_t state_out, int64_t workspace,
+         int device, int64_t stream) {
+        const auto in = qwen2vl::mrope_input(ids, mask, image_grids, video_grids, cu_seqlens, state, sizes, tokens);
         const char* failure = nullptr;
         {
           const py::gil_scoped_release release;
           failure = qwen2vl::mrope_positions_cuda(
               in, reinterpret_cast<int64_t*>(positions), reinterpret_cast<int64_t*>(delta),
-              reinterpret_cast<int64_t*>(workspace), device, reinterpret_cast<void*>(stream));
+              reinterpret_cast<int64_t*>(state_out), reinterpret_cast<int64_t*>(workspace), device,
+              reinterpret_cast<void*>(stream));
         }
         if (failure != nullptr) throw std::runtime_error(std::string("mrope_positions: launch failed: ") + failure);
       },
       py::arg("ids"), py::arg("mask"), py::arg("image_grids"), py::arg("video_grids"), py::arg("cu_seqlens"),
-      py::arg("sizes"), py::arg("tokens"), py::arg("positions"), py::arg("delta"), py::arg("workspace"),
-      py::arg("device"), py::arg("stream"));
+      py::arg("state"), py::arg("sizes"), py::arg("tokens"), py::arg("positions"), py::arg("delta"),
+      py::arg("state_out"), py::arg("workspace"), py::arg("device"), py::arg("stream"));
 
   // frames: see frame_job, with addresses in device memory; options: as for the CPU, the table in host memory. The last
   // two options do not matter here.

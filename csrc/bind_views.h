@@ -25,7 +25,7 @@ inline IntView int_view(const char* name, const RawView& raw) {
 
 // sizes: rows, columns, images, videos, sequences; tokens: image id, video id, merge size.
 inline MropeInput mrope_input(const RawView& ids, const RawView& mask, const RawView& image_grids,
-                              const RawView& video_grids, const RawView& cu_seqlens,
+                              const RawView& video_grids, const RawView& cu_seqlens, const RawView& state,
                               const std::array<int64_t, 5>& sizes, const std::array<int64_t, 3>& tokens) {
   const MropeInput in{int_view("ids", ids),
                       int_view("mask", mask),
@@ -39,7 +39,8 @@ inline MropeInput mrope_input(const RawView& ids, const RawView& mask, const Raw
                       sizes[4],
                       tokens[0],
                       tokens[1],
-                      tokens[2]};
+                      tokens[2],
+                      int_view("state", state)};
   for (const int64_t size : sizes) {
     if (size < 0) throw pybind11::value_error("sizes must not be negative");
   }

@@ -5,7 +5,7 @@ from .ops.image_to_patches import image_to_patches, images_to_patches
 from .ops.kvcache_attention import kvcache_attention
 from .ops.layer_norm import add_layer_norm, layer_norm
 from .ops.mrope import mrope, mrope_
-from .ops.mrope_positions import mrope_positions
+from .ops.mrope_positions import mrope_positions, mrope_positions_chunk
 from .ops.patch_embed import fold_patch_embed, patch_embed
 from .ops.patch_merge import patch_merge
 from .ops.quick_gelu import quick_gelu, quick_gelu_
@@ -28,6 +28,7 @@ __all__ = [
     "mrope",
     "mrope_",
     "mrope_positions",
+    "mrope_positions_chunk",
     "patch_embed",
     "patch_merge",
     "quick_gelu",

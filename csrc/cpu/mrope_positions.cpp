@@ -13,8 +13,8 @@ struct Items {
   bool video;
   int64_t next = 0;
 
-  MropeStatus status(MropeError error, int64_t token, int64_t found) const {
-    return {error, video, next, token, found};
+  MropeStatus status(MropeError error, bool carried, int64_t token, int64_t found) const {
+    return {error, video, carried ? -1 : next, token, found};
   }
 
   MropeStatus check() const {
@@ -29,7 +29,7 @@ struct Items {
 
 }  // namespace
 
-MropeStatus mrope_positions(const MropeInput& in, int64_t* positions, int64_t* delta) {
+MropeStatus mrope_positions(const MropeInput& in, int64_t* positions, int64_t* delta, int64_t* state) {
   Items images{in.image_grids, in.images, in.merge_size, false};
   Items videos{in.video_grids, in.videos, in.merge_size, true};
   for (const Items* items : {&images, &videos}) {
@@ -54,49 +54,61 @@ MropeStatus mrope_positions(const MropeInput& in, int64_t* positions, int64_t* d
   for (int64_t sequence = 0; sequence < in.sequences; ++sequence) {
     const int64_t first = in.begin(sequence), last = in.begin(sequence + 1);
     const int64_t row = in.cu_seqlens.given() ? 0 : sequence;
-    int64_t start = 0;  // where the next token, or the current item, begins
-    int64_t kept = 0;
-    Items* open = nullptr;  // the modality of the item being filled
-    Extent e{};
-    int64_t inside = 0, k = 0, i = 0, j = 0;  // placeholder within the item, and its coordinates
+    MropeState now = in.before(sequence);
+    if (!now.sound()) return {MropeError::state, false, sequence, -1, 0};
+    Items* open = now.modality == 0 ? nullptr : now.modality == 1 ? &images : &videos;
+    bool carried = open != nullptr;  // the open item began in an earlier call
+    Extent e = now.item;
+    int64_t k = 0, i = 0, j = 0;  // coordinates within the item
+    if (carried) {
+      j = now.inside % e.w;
+      i = now.inside / e.w % e.h;
+      k = now.inside / e.w / e.h;
+    }
     for (int64_t token = first; token < last; ++token) {
       const int64_t column = token - row * in.columns;
       if (in.mask.given() && in.mask.at(row, column) == 0) {
         write(token, 0, 0, 0);
         continue;
       }
-      ++kept;
+      ++now.kept;
       const int64_t id = in.ids.at(row, column);
       Items* const items = id == in.image_token ? &images : id == in.video_token ? &videos : nullptr;
-      if (open != nullptr && items != open) return open->status(MropeError::interrupted, token, inside);
+      if (open != nullptr && items != open) return open->status(MropeError::interrupted, carried, token, now.inside);
       if (items == nullptr) {
-        write(token, start, start, start);
-        ++start;
+        write(token, now.start, now.start, now.start);
+        ++now.start;
         continue;
       }
       if (open == nullptr) {
-        if (items->next == items->count) return items->status(MropeError::no_grid, token, 0);
+        if (items->next == items->count) return items->status(MropeError::no_grid, false, token, 0);
         e = extent(items->grids, items->next, in.merge_size);
         open = items;
-        inside = k = i = j = 0;
+        now.inside = k = i = j = 0;
       }
-      write(token, start + k, start + i, start + j);
-      ++inside;
+      write(token, now.start + k, now.start + i, now.start + j);
+      ++now.inside;
       if (++j < e.w) continue;
       j = 0;
       if (++i < e.h) continue;
       i = 0;
       if (++k < e.t) continue;
-      start += e.longest();
-      ++open->next;
+      now.start += e.longest();
+      if (!carried) ++open->next;
       open = nullptr;
+      carried = false;
     }
-    if (open != nullptr) return open->status(MropeError::cut, last, inside);
-    delta[sequence] = start - kept;
+    if (open != nullptr && state == nullptr) return open->status(MropeError::cut, carried, last, now.inside);
+    now.modality = open == nullptr ? 0 : open == &images ? 1 : 2;
+    now.item = open == nullptr ? Extent{0, 0, 0} : e;
+    if (open == nullptr) now.inside = 0;
+    if (open != nullptr && !carried) ++open->next;
+    delta[sequence] = now.delta();
+    if (state != nullptr) now.store(state + kStateSize * sequence);
   }
 
   for (const Items* items : {&images, &videos}) {
-    if (items->next < items->count) return items->status(MropeError::unused_grid, -1, 0);
+    if (items->next < items->count) return items->status(MropeError::unused_grid, false, -1, 0);
   }
   return {MropeError::none, false, 0, -1, 0};
 }

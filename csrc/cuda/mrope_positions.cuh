@@ -18,25 +18,29 @@ struct MropeWorkspace {
   int64_t* image_shifts;
   int64_t* video_ends;
   int64_t* video_shifts;
+  int64_t* bases;
   Counts* counts;
 
-  static int64_t bytes(int64_t tokens, int64_t images, int64_t videos) {
-    const int64_t sums = 2 * (images + videos) + 2;
+  static int64_t bytes(int64_t tokens, int64_t images, int64_t videos, int64_t sequences) {
+    const int64_t sums = 2 * (images + videos + sequences) + 2;
     return sums * static_cast<int64_t>(sizeof(int64_t)) + (tokens + 1) * static_cast<int64_t>(sizeof(Counts));
   }
 
-  static MropeWorkspace at(int64_t* memory, int64_t images, int64_t videos) {
+  static MropeWorkspace at(int64_t* memory, int64_t images, int64_t videos, int64_t sequences) {
     MropeWorkspace out{};
     out.image_ends = memory;
     out.image_shifts = out.image_ends + images;
     out.video_ends = out.image_shifts + images + 1;
     out.video_shifts = out.video_ends + videos;
-    out.counts = reinterpret_cast<Counts*>(out.video_shifts + videos + 1);
+    out.bases = out.video_shifts + videos + 1;
+    out.counts = reinterpret_cast<Counts*>(out.bases + 2 * sequences);
     return out;
   }
 
   QWEN2VL_HD MropeSums sums(const MropeInput& in) const {
-    return {counts, {image_ends, image_shifts, in.images}, {video_ends, video_shifts, in.videos}};
+    return {counts,
+            {{image_ends, image_shifts, in.images}, {video_ends, video_shifts, in.videos}},
+            in.state.given() ? bases : nullptr};
   }
 };
 
@@ -101,11 +105,15 @@ __global__ void __launch_bounds__(kScanThreads) mrope_scan(MropeInput in, MropeW
     before = add_packed(before, all);
   }
   if (threadIdx.x == 0) out.counts[tokens] = before;
+  if (!in.state.given()) return;
+  // A sequence's first item follows from where the one before it was cut: a walk, one thread a modality.
+  __syncthreads();
+  if (threadIdx.x < 2) place_items(in, out.sums(in), static_cast<int>(threadIdx.x), out.bases);
 }
 
-// One thread a token; the first `sequences` threads also write the deltas.
+// One thread a token; the first `sequences` threads also write the deltas and, unless it is null, the state.
 __global__ void __launch_bounds__(kFillThreads)
-    mrope_fill(MropeInput in, MropeWorkspace workspace, int64_t* positions, int64_t* delta) {
+    mrope_fill(MropeInput in, MropeWorkspace workspace, int64_t* positions, int64_t* delta, int64_t* state) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t tokens = in.tokens();
   const MropeSums sums = workspace.sums(in);
@@ -115,7 +123,11 @@ __global__ void __launch_bounds__(kFillThreads)
     positions[tokens + index] = at.h;
     positions[2 * tokens + index] = at.w;
   }
-  if (index < in.sequences) delta[index] = sequence_delta(in, sums, index);
+  if (index < in.sequences) {
+    const MropeState after = state_after(in, sums, index);
+    delta[index] = after.delta();
+    if (state != nullptr) after.store(state + kStateSize * index);
+  }
 }
 
 }  // namespace qwen2vl

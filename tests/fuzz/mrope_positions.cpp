@@ -185,8 +185,8 @@ struct Sums {
   qwen2vl::MropeSums get(const MropeInput& in) const {
     const auto numbers = [](const Buffer& buffer) { return reinterpret_cast<const int64_t*>(buffer.data()); };
     return {reinterpret_cast<const Counts*>(counts.data()),
-            {numbers(ends[0]), numbers(shifts[0]), in.images},
-            {numbers(ends[1]), numbers(shifts[1]), in.videos}};
+            {{numbers(ends[0]), numbers(shifts[0]), in.images}, {numbers(ends[1]), numbers(shifts[1]), in.videos}},
+            nullptr};
   }
 };
 
@@ -194,7 +194,8 @@ void check_cpu(const MropeInput& in, const qwen2vl::MropeSums& sums) {
   const Buffer positions(24 * in.tokens()), delta(8 * in.sequences);
   const auto* const got = reinterpret_cast<const int64_t*>(positions.data());
   const auto* const got_delta = reinterpret_cast<const int64_t*>(delta.data());
-  const MropeStatus status = qwen2vl::mrope_positions(in, const_cast<int64_t*>(got), const_cast<int64_t*>(got_delta));
+  const MropeStatus status =
+      qwen2vl::mrope_positions(in, const_cast<int64_t*>(got), const_cast<int64_t*>(got_delta), nullptr);
 
   std::vector<Position> want;
   std::vector<int64_t> want_delta;
@@ -215,7 +216,86 @@ void check_cpu(const MropeInput& in, const qwen2vl::MropeSums& sums) {
   }
   for (int64_t n = 0; n < in.sequences; ++n) {
     fuzz::expect(got_delta[n] == want_delta[static_cast<size_t>(n)], "a delta of the CPU pass", n);
-    fuzz::expect(qwen2vl::sequence_delta(in, sums, n) == got_delta[n], "a delta from the prefix sums", n);
+    fuzz::expect(qwen2vl::state_after(in, sums, n).delta() == got_delta[n], "a delta from the prefix sums", n);
+  }
+}
+
+// The same call cut in two at every row's or segment's own place: the same positions, deltas and no word of an error,
+// from the CPU pass and from the prefix sums.
+void check_chunks(const MropeInput& whole, fuzz::Bytes& bytes) {
+  std::vector<Position> want;
+  std::vector<int64_t> want_delta;
+  if (!walk(whole, want, want_delta)) return;
+  std::vector<int64_t> cuts;
+  for (int64_t sequence = 0; sequence < whole.sequences; ++sequence) {
+    const int64_t size = whole.begin(sequence + 1) - whole.begin(sequence);
+    cuts.push_back(whole.begin(sequence) + bytes.below(size + 1));
+  }
+  // Items that begin before the cut of their sequence; the parts of all sequences are laid end to end.
+  std::vector<int64_t> state(static_cast<size_t>(qwen2vl::kStateSize * whole.sequences), 0);
+  int64_t used[2] = {0, 0};
+  std::vector<int64_t> begun[2][2];
+  const IntView* const grids[2] = {&whole.image_grids, &whole.video_grids};
+  for (int64_t sequence = 0; sequence < whole.sequences; ++sequence) {
+    int64_t left = 0;
+    for (int64_t token = whole.begin(sequence); token < whole.begin(sequence + 1); ++token) {
+      const int64_t id = whole.id(token);
+      if (!whole.kept(token) || (id != whole.image_token && id != whole.video_token)) continue;
+      if (left-- > 0) continue;
+      const int video = id == whole.image_token ? 0 : 1;
+      const Extent e = qwen2vl::extent(*grids[video], used[video], whole.merge_size);
+      left = e.tokens() - 1;
+      std::vector<int64_t>& to = begun[token < cuts[static_cast<size_t>(sequence)] ? 0 : 1][video];
+      for (int side = 0; side < 3; ++side) to.push_back(grids[video]->at(used[video], side));
+      ++used[video];
+    }
+  }
+  for (int part = 0; part < 2; ++part) {
+    std::vector<int64_t> part_ids, part_mask, bounds{0}, tokens;
+    for (int64_t sequence = 0; sequence < whole.sequences; ++sequence) {
+      const int64_t cut = cuts[static_cast<size_t>(sequence)];
+      const int64_t first = part == 0 ? whole.begin(sequence) : cut, last = part == 0 ? cut : whole.begin(sequence + 1);
+      for (int64_t token = first; token < last; ++token) {
+        tokens.push_back(token);
+        part_ids.push_back(whole.id(token));
+        part_mask.push_back(whole.mask.given() ? whole.at(whole.mask, token) : 1);
+      }
+      bounds.push_back(static_cast<int64_t>(tokens.size()));
+    }
+    const auto size = static_cast<int64_t>(tokens.size());
+    MropeInput in = whole;
+    in.ids = {part_ids.data(), 8, 0, 1};
+    if (whole.mask.given()) in.mask = {part_mask.data(), 8, 0, 1};
+    in.image_grids = {begun[part][0].data(), 8, 3, 1};
+    in.video_grids = {begun[part][1].data(), 8, 3, 1};
+    in.cu_seqlens = {bounds.data(), 8, 0, 1};
+    in.rows = 1;
+    in.columns = size;
+    in.images = static_cast<int64_t>(begun[part][0].size()) / 3;
+    in.videos = static_cast<int64_t>(begun[part][1].size()) / 3;
+    in.state = {state.data(), 8, qwen2vl::kStateSize, 1};
+    std::vector<int64_t> got(tokens.size() * 3), delta(cuts.size()), after(state.size()), bases(2 * cuts.size());
+    const MropeStatus status = qwen2vl::mrope_positions(in, got.data(), delta.data(), after.data());
+    fuzz::expect(status.error == MropeError::none, "a chunk is refused", static_cast<int64_t>(status.error));
+    const Sums owned(in);
+    qwen2vl::MropeSums sums = owned.get(in);
+    for (int which = 0; which < 2; ++which) qwen2vl::place_items(in, sums, which, bases.data());
+    sums.bases = bases.data();
+    for (int64_t n = 0; n < size; ++n) {
+      const Position& p = want[static_cast<size_t>(tokens[static_cast<size_t>(n)])];
+      const int64_t* const g = got.data() + n;
+      fuzz::expect(g[0] == p.t && g[size] == p.h && g[2 * size] == p.w, "a position of a chunk, CPU pass", n);
+      const Position s = qwen2vl::token_position(in, sums, n);
+      fuzz::expect(s.t == p.t && s.h == p.h && s.w == p.w, "a position of a chunk, prefix sums", n);
+    }
+    for (int64_t n = 0; n < in.sequences; ++n) {
+      int64_t summed[qwen2vl::kStateSize];
+      qwen2vl::state_after(in, sums, n).store(summed);
+      fuzz::expect(std::equal(summed, summed + qwen2vl::kStateSize, after.data() + qwen2vl::kStateSize * n),
+                   "a state from the prefix sums", n);
+      if (part == 1) fuzz::expect(delta[static_cast<size_t>(n)] == want_delta[static_cast<size_t>(n)], "a delta", n);
+    }
+    state = after;
   }
 }
 
@@ -271,12 +351,23 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   {
     const Sums owned(in);
     check_cpu(in, owned.get(in));
+    check_chunks(in, bytes);
   }
 
   if (packed) in.cu_seqlens = wild_at.view;
   const Sums owned(in);
   const qwen2vl::MropeSums sums = owned.get(in);
   for (int64_t token = 0; token < in.tokens(); ++token) qwen2vl::token_position(in, sums, token);
-  for (int64_t n = 0; n < in.sequences; ++n) qwen2vl::sequence_delta(in, sums, n);
+  for (int64_t n = 0; n < in.sequences; ++n) qwen2vl::state_after(in, sums, n);
+
+  // The same from states of any content, which reach a GPU unchecked.
+  std::vector<int64_t> states;
+  for (int64_t n = 0; n < in.sequences * qwen2vl::kStateSize; ++n) states.push_back(any_number(bytes));
+  in.state = {states.data(), 8, qwen2vl::kStateSize, 1};
+  std::vector<int64_t> bases(static_cast<size_t>(2 * in.sequences));
+  for (int which = 0; which < 2; ++which) qwen2vl::place_items(in, sums, which, bases.data());
+  const qwen2vl::MropeSums placed{sums.counts, {sums.items[0], sums.items[1]}, bases.data()};
+  for (int64_t token = 0; token < in.tokens(); ++token) qwen2vl::token_position(in, placed, token);
+  for (int64_t n = 0; n < in.sequences; ++n) qwen2vl::state_after(in, placed, n).delta();
   return 0;
 }

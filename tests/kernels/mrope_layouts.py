@@ -5,6 +5,7 @@ A sequence is a list of parts: ``("text", n)`` or ``("image" | "video", t, h, w)
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
 from typing import Any
 
 import pytest
@@ -91,3 +92,56 @@ def expected_batch(sequences, mask):
             positions[:, row, kept] = torch.tensor(made).T
             delta[row] = 1 + max(max(p) for p in made) - len(made)
     return ids, positions, delta
+
+
+def cut(ids: torch.Tensor, kept: torch.Tensor, items: list[tuple], cuts: list[int]):
+    """The chunks of one sequence: ids, mask, and the ``("image" | "video", t, h, w)`` that begin in each."""
+    begins, at = [], 0
+    vision = [token for token in range(len(ids)) if kept[token] and ids[token] in (IMAGE, VIDEO)]
+    for item in items:
+        begins.append(vision[at])
+        at += item[1] * item[2] * item[3]
+    for first, last in pairwise([0, *cuts, len(ids)]):
+        begun = [item for item, begin in zip(items, begins, strict=True) if first <= begin < last]
+        yield ids[first:last], kept[first:last], begun
+
+
+def chunked(run, sequences, mask, cuts: list[list[int]], merge_size: int, packed: bool):
+    """Positions, deltas and final state of a batch whose rows go through ``run`` in chunks cut at ``cuts[row]``.
+
+    ``run(ids, images, videos, mask, cu_seqlens, state)`` returns what ``mrope_positions_chunk`` does. All rows have
+    as many chunks; padded to the longest on the right, or packed.
+    """
+    ids, want, want_delta = expected_batch(sequences, mask)
+    chunks = [
+        list(cut(ids[row], mask[row], [p for p in parts if p[0] != "text"], cuts[row]))
+        for row, parts in enumerate(sequences)
+    ]
+    state, delta, made = None, None, [[] for _ in sequences]
+    for step in zip(*chunks, strict=True):
+        begun = [items for _, _, items in step]
+        lengths = [len(part) for part, _, _ in step]
+        cu = None
+        if packed:
+            part_ids, part_mask = (torch.cat([one[n] for one in step])[None] for n in (0, 1))
+            cu = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        else:
+            part_ids, part_mask = (torch.zeros(len(step), max(lengths), dtype=torch.int64) for _ in range(2))
+            for row, (one_ids, one_mask, _) in enumerate(step):
+                part_ids[row, : len(one_ids)], part_mask[row, : len(one_ids)] = one_ids, one_mask
+        images, videos = (grids(begun, modality, merge_size) for modality in ("image", "video"))
+        positions, delta, state = run(part_ids, images, videos, part_mask, cu, state)
+        at = 0
+        for row, length in enumerate(lengths):
+            made[row].append(positions[:, 0, at : at + length] if packed else positions[:, row, :length])
+            at += length
+    return torch.stack([torch.cat(parts, 1) for parts in made], 1), delta, state, want, want_delta
+
+
+@st.composite
+def chunked_batches(draw):
+    sequences, merge_size, mask = draw(batches())
+    count = draw(st.integers(0, 4))
+    place = st.integers(0, mask.shape[1])
+    cuts = [sorted(draw(st.lists(place, min_size=count, max_size=count))) for _ in sequences]
+    return sequences, mask, cuts, merge_size, draw(st.booleans())

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen2vl_kernels import BackendError, mrope_positions
+from qwen2vl_kernels import BackendError, mrope_positions, mrope_positions_chunk
 
 from .mrope_layouts import (
     IDS,
@@ -19,6 +19,8 @@ from .mrope_layouts import (
     TEXT,
     VIDEO,
     batches,
+    chunked,
+    chunked_batches,
     expected_batch,
     grids,
     needs,
@@ -149,6 +151,91 @@ def test_empty(shape, backend):
     positions, delta = mrope_positions(ids, None, torch.empty(0, 3, dtype=torch.int64), **IDS, backend=backend)
     assert positions.shape == (3, *shape)
     assert delta.tolist() == [0] * shape[0]
+
+
+# ---------------------------------------------------------------------------------------------- chunks
+
+
+def _chunk(backend, merge_size=2):
+    def run(ids, images, videos, mask, cu_seqlens, state):
+        return mrope_positions_chunk(
+            ids, images, videos, mask, state=state, cu_seqlens=cu_seqlens, **IDS, spatial_merge_size=merge_size,
+            backend=backend,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@settings(max_examples=150, deadline=None)
+@given(batch=chunked_batches())
+def test_chunks_laid_end_to_end(batch, backend):
+    sequences, mask, cuts, merge_size, packed = batch
+    positions, delta, state, want, want_delta = chunked(
+        _chunk(backend, merge_size), sequences, mask, cuts, merge_size, packed
+    )
+    assert torch.equal(positions, want)
+    assert torch.equal(delta, want_delta)
+    assert torch.equal(state[:, 0], mask.sum(1) + delta) and torch.equal(state[:, 1], mask.sum(1))
+    assert not state[:, 2:].any()
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_a_chunk_that_ends_inside_of_a_video(backend):
+    """What follows the video is known before it is complete; rows of the state may be moved and strided."""
+    run = _chunk(backend)
+    ids = torch.tensor([[TEXT, TEXT, VIDEO, VIDEO, VIDEO], [TEXT] * 5])
+    _, delta, state = run(ids, None, torch.tensor([[2, 4, 6]]), None, None, None)
+    assert state.tolist() == [[2, 5, 2, 3, 2, 2, 3], [5, 5, 0, 0, 0, 0, 0]]
+    assert delta.tolist() == [2 + 3 - (2 + 12), 0]
+    moved = state.flip(0).T.contiguous().T
+    positions, delta, after = run(torch.tensor([[TEXT] * 10, [VIDEO] * 9 + [TEXT]]), None, None, None, None, moved)
+    want = paper_rule([("text", 2), ("video", 2, 2, 3), ("text", 1)])[5:]
+    assert torch.equal(positions[:, 1].T, torch.tensor(want))
+    assert positions[0, 0].tolist() == list(range(5, 15))
+    assert delta.tolist() == [0, -9] and after[:, 2:].eq(0).all()
+    assert torch.equal(moved, state.flip(0))  # not written to
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_refuses_chunks(backend):
+    run = _chunk(backend)
+    row = torch.tensor([[TEXT, IMAGE]])
+    _, _, state = run(row, torch.tensor([[1, 4, 4]]), None, None, None, None)
+    cases = [
+        ([[IMAGE, TEXT]], r"go on with the image placeholders that state cut after 2, got: input_ids\[0, 1\] is 1"),
+        ([[TEXT, IMAGE]], r"state cut after 1, got: input_ids\[0, 0\] is 1"),
+        ([[VIDEO, IMAGE]], r"state cut after 1, got: input_ids\[0, 0\] is 8"),
+        ([[IMAGE] * 4], r"image_grid_thw has 0 grids, but input_ids\[0, 3\] is one more image"),
+    ]
+    for ids, message in cases:
+        with pytest.raises(ValueError, match=message):
+            run(torch.tensor(ids), None, None, None, None, state)
+    with pytest.raises(ValueError, match=r"image_grid_thw has 1 grids, .* for only 0"):
+        run(torch.tensor([[TEXT]]), torch.tensor(FRAME), None, None, None, None)
+    for column, value in [(0, 2**62), (1, -1), (2, 3), (2, 0), (3, 0), (3, 4), (4, 0), (5, -1), (6, 2**31)]:
+        broken = state.clone()
+        broken[0, column] = value
+        with pytest.raises(ValueError, match=r"state\[0\] must be what mrope_positions_chunk returned"):
+            run(torch.tensor([[IMAGE]]), None, None, None, None, broken)
+    for wrong, error, message in [
+        (state.int(), TypeError, "state must have one of the dtypes int64"),
+        (state[:, :6], ValueError, r"state must have shape \(S, 7\)"),
+        (state.repeat(2, 1), ValueError, "state must have a row for each of 1 sequences, got 2"),
+        ([[0] * 7], TypeError, "mrope_positions_chunk: state must be a torch.Tensor, got list"),
+        (state.to("meta"), ValueError, "state must be on cpu like input_ids, got meta"),
+    ]:
+        with pytest.raises(error, match=message):
+            run(row, None, None, None, None, wrong)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_empty_chunks(backend):
+    positions, delta, state = _chunk(backend)(torch.zeros(0, 4, dtype=torch.int64), None, None, None, None, None)
+    assert positions.shape == (3, 0, 4) and delta.shape == (0,) and state.shape == (0, 7)
+    start = torch.tensor([[3, 5, 1, 2, 1, 2, 2]])
+    positions, delta, state = _chunk(backend)(torch.zeros(1, 0, dtype=torch.int64), None, None, None, None, start)
+    assert positions.shape == (3, 1, 0) and torch.equal(state, start) and delta.tolist() == [3 + 2 - (5 + 2)]
 
 
 # ---------------------------------------------------------------------------------------------- refusals
@@ -291,6 +378,14 @@ def test_opcheck(backend):
     torch.library.opcheck(torch.ops.qwen2vl.mrope_positions.default, _library_arguments(backend))
 
 
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_opcheck_of_chunks(backend):
+    *tensors, image, video, merge_size, name = _library_arguments(backend)
+    state = torch.zeros(2, 7, dtype=torch.int64)
+    arguments = (*tensors, state, image, video, merge_size, name)
+    torch.library.opcheck(torch.ops.qwen2vl.mrope_positions_chunk.default, arguments)
+
+
 def test_traces_to_one_op():
     def positions(ids, grid):
         made, delta = mrope_positions(ids, grid, None, **IDS)
@@ -306,5 +401,6 @@ def test_meta_and_fake_tensors():
     ids = torch.empty(2, 6, dtype=torch.int64, device="meta")
     positions, delta = mrope_positions(ids, None, None, **IDS)
     assert (positions.shape, delta.shape, positions.device.type) == ((3, 2, 6), (2,), "meta")
+    assert mrope_positions_chunk(ids, None, None, **IDS)[2].shape == (2, 7)
     cu = torch.empty(4, dtype=torch.int32, device="meta")
     assert mrope_positions(ids[:1], None, None, cu_seqlens=cu, **IDS)[1].shape == (3,)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen2vl_kernels import mrope_positions
+from qwen2vl_kernels import mrope_positions, mrope_positions_chunk
 from qwen2vl_kernels.ops.mrope_positions import mrope_positions_ref
 
 from .mrope_layouts import (
@@ -21,6 +21,8 @@ from .mrope_layouts import (
     TEXT,
     VIDEO,
     batches,
+    chunked,
+    chunked_batches,
     expected_batch,
     grids,
     needs,
@@ -42,7 +44,7 @@ def sanitized(tmp_path_factory):
     return build_on_host("mrope_positions", tmp_path_factory.mktemp("sanitized"), *SANITIZERS)
 
 
-def _run_on_host(program, ids, image, video, mask, cu, merge_size, threads):
+def _run_on_host(program, ids, image, video, mask, cu, merge_size, threads, state=None):
     sequences = ids.shape[0] if cu is None else len(cu) - 1
     head = [
         *ids.shape,
@@ -54,14 +56,15 @@ def _run_on_host(program, ids, image, video, mask, cu, merge_size, threads):
         merge_size,
         mask is not None,
         cu is not None,
+        state is not None,
     ]
-    tensors = [t for t in (ids, mask, image, video, cu) if t is not None]
+    tensors = [t for t in (ids, mask, image, video, cu, state) if t is not None]
     numbers = [*map(int, head), threads, *(n for t in tensors for n in t.flatten().tolist())]
     ran = subprocess.run([program], input=" ".join(map(str, numbers)), capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     values = torch.tensor([int(n) for n in ran.stdout.split()], dtype=torch.int64)
-    positions, delta = values.split([3 * ids.numel(), sequences])
-    return positions.view(3, *ids.shape), delta
+    positions, delta, after = values.split([3 * ids.numel(), sequences, 0 if state is None else state.numel()])
+    return positions.view(3, *ids.shape), delta, *([] if state is None else [after.view(-1, 7)])
 
 
 @settings(max_examples=60, deadline=None)
@@ -73,6 +76,21 @@ def test_cuda_kernels_on_host(on_host, batch, threads):
     got = _run_on_host(on_host, ids, image, video, mask, None, merge_size, threads)
     assert torch.equal(got[0], positions)
     assert torch.equal(got[1], delta)
+
+
+@settings(max_examples=60, deadline=None)
+@given(batch=chunked_batches(), threads=st.sampled_from([32, 64]))
+def test_cuda_kernels_on_host_in_chunks(on_host, batch, threads):
+    sequences, mask, cuts, merge_size, packed = batch
+
+    def run(ids, image, video, mask, cu, state):
+        state = torch.zeros(len(sequences), 7, dtype=torch.int64) if state is None else state
+        return _run_on_host(on_host, ids, image, video, mask, cu, merge_size, threads, state)
+
+    positions, delta, state, want, want_delta = chunked(run, sequences, mask, cuts, merge_size, packed)
+    assert torch.equal(positions, want)
+    assert torch.equal(delta, want_delta)
+    assert torch.equal(state[:, 0], mask.sum(1) + delta) and not state[:, 2:].any()
 
 
 def test_cuda_kernels_on_host_in_many_steps(on_host):
@@ -116,9 +134,11 @@ def test_cuda_kernels_stay_in_bounds(sanitized, data):
     mask = filled(rows, columns, values=st.integers(0, 1)) if data.draw(st.booleans()) else None
     image, video = (filled(data.draw(st.integers(0, 4)), 3, values=number) for _ in range(2))
     cu = filled(data.draw(st.integers(1, 5)), values=st.integers(-3, 50)) if packed else None
-    positions, delta = _run_on_host(sanitized, ids, image, video, mask, cu, data.draw(st.integers(1, 3)), 32)
-    assert not (positions == UNWRITTEN).any() and not (delta == UNWRITTEN).any()
-    assert delta.shape == (rows if cu is None else len(cu) - 1,)
+    count = rows if cu is None else len(cu) - 1
+    state = filled(count, 7, values=number) if data.draw(st.booleans()) else None
+    outputs = _run_on_host(sanitized, ids, image, video, mask, cu, data.draw(st.integers(1, 3)), 32, state)
+    assert not any((output == UNWRITTEN).any() for output in outputs)
+    assert outputs[1].shape == (count,)
 
 
 # ---------------------------------------------------------------------------------------------- on a GPU
@@ -135,6 +155,26 @@ def test_cuda(batch, backend):
     got = mrope_positions(ids.cuda(), image, video, mask.cuda(), **IDS, spatial_merge_size=merge_size, backend=backend)
     assert torch.equal(got[0].cpu(), positions)
     assert torch.equal(got[1].cpu(), delta)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", [needs("cuda")])
+@settings(max_examples=50, deadline=None)
+@given(batch=chunked_batches())
+def test_cuda_in_chunks(batch, backend):
+    sequences, mask, cuts, merge_size, packed = batch
+
+    def run(ids, image, video, mask, cu, state):
+        moved = (None if t is None else t.cuda() for t in (ids, image, video, mask))
+        cu = None if cu is None else cu.cuda()
+        return mrope_positions_chunk(
+            *moved, state=state, cu_seqlens=cu, **IDS, spatial_merge_size=merge_size, backend=backend
+        )
+
+    positions, delta, state, want, want_delta = chunked(run, sequences, mask, cuts, merge_size, packed)
+    assert torch.equal(positions.cpu(), want)
+    assert torch.equal(delta.cpu(), want_delta)
+    assert not state[:, 2:].any()
 
 
 @pytest.mark.gpu
