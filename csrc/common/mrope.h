@@ -180,15 +180,18 @@ struct ItemSums {
 
 struct MropeSums {
   const Counts* counts;  // (tokens + 1)
-  ItemSums items[2];     // images, videos
+  ItemSums image, video;
   const int64_t* bases;  // (sequences, 2), from place_items; null where no sequence is cut
+
+  // A copy, as an array indexed at run time would live in local memory.
+  QWEN2VL_HD ItemSums items(int which) const { return which == 0 ? image : video; }
 };
 
 // A sequence that is cut leaves an item incomplete, and one that goes on begins with placeholders of an item that is
 // not in this call: a count of placeholders then is no rank among those of the items. What has to be added to it, for
 // one modality and every sequence, is written to bases[2 * sequence + which].
 QWEN2VL_HD inline void place_items(const MropeInput& in, const MropeSums& sums, int which, int64_t* bases) {
-  const ItemSums& items = sums.items[which];
+  const ItemSums items = sums.items(which);
   int64_t next = 0;  // the first item that has not begun
   for (int64_t sequence = 0; sequence < in.sequences; ++sequence) {
     const int64_t from = sums.counts[in.begin(sequence)].of(which);
@@ -220,7 +223,7 @@ QWEN2VL_HD inline MropeState state_at(const MropeInput& in, const MropeSums& sum
   now.modality = now.inside = 0;
   now.item = {0, 0, 0};
   for (int which = 0; which < 2; ++which) {
-    const ItemSums& items = sums.items[which];
+    const ItemSums items = sums.items(which);
     const int64_t base = sums.bases == nullptr ? 0 : sums.bases[2 * sequence + which];
     const int64_t first = from.of(which) + (which == open ? carried : 0) + base;
     const int64_t last = to.of(which) + base;

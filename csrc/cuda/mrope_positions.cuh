@@ -39,7 +39,8 @@ struct MropeWorkspace {
 
   QWEN2VL_HD MropeSums sums(const MropeInput& in) const {
     return {counts,
-            {{image_ends, image_shifts, in.images}, {video_ends, video_shifts, in.videos}},
+            {image_ends, image_shifts, in.images},
+            {video_ends, video_shifts, in.videos},
             in.state.given() ? bases : nullptr};
   }
 };

@@ -185,7 +185,8 @@ struct Sums {
   qwen2vl::MropeSums get(const MropeInput& in) const {
     const auto numbers = [](const Buffer& buffer) { return reinterpret_cast<const int64_t*>(buffer.data()); };
     return {reinterpret_cast<const Counts*>(counts.data()),
-            {{numbers(ends[0]), numbers(shifts[0]), in.images}, {numbers(ends[1]), numbers(shifts[1]), in.videos}},
+            {numbers(ends[0]), numbers(shifts[0]), in.images},
+            {numbers(ends[1]), numbers(shifts[1]), in.videos},
             nullptr};
   }
 };
@@ -366,7 +367,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   in.state = {states.data(), 8, qwen2vl::kStateSize, 1};
   std::vector<int64_t> bases(static_cast<size_t>(2 * in.sequences));
   for (int which = 0; which < 2; ++which) qwen2vl::place_items(in, sums, which, bases.data());
-  const qwen2vl::MropeSums placed{sums.counts, {sums.items[0], sums.items[1]}, bases.data()};
+  const qwen2vl::MropeSums placed{sums.counts, sums.image, sums.video, bases.data()};
   for (int64_t token = 0; token < in.tokens(); ++token) qwen2vl::token_position(in, placed, token);
   for (int64_t n = 0; n < in.sequences; ++n) qwen2vl::state_after(in, placed, n).delta();
   return 0;
