@@ -45,6 +45,7 @@ CUDA = Extension(
         "csrc/cuda/device.cu",
         "csrc/cuda/image_to_patches.cu",
         "csrc/cuda/mrope_positions.cu",
+        "csrc/cuda/vision_positions.cu",
     ],
 )
 

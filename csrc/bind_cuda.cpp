@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cstdint>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -13,6 +14,7 @@
 #include "cuda/device.h"
 #include "cuda/image_to_patches.h"
 #include "cuda/mrope_positions.h"
+#include "cuda/vision_positions.h"
 
 namespace py = pybind11;
 using qwen2vl::RawView;
@@ -45,6 +47,27 @@ PYBIND11_MODULE(_cuda, m) {
       py::arg("ids"), py::arg("mask"), py::arg("image_grids"), py::arg("video_grids"), py::arg("cu_seqlens"),
       py::arg("state"), py::arg("sizes"), py::arg("tokens"), py::arg("positions"), py::arg("delta"),
       py::arg("state_out"), py::arg("workspace"), py::arg("device"), py::arg("stream"));
+
+  m.def(
+      "vision_positions",
+      [](const RawView& grids, int64_t items, int64_t merge, int64_t patches, int64_t positions, int64_t workspace,
+         int device, int64_t stream) {
+        const auto view = qwen2vl::int_view("grids", grids);
+        if (items < 0 || patches < 0 || patches > std::numeric_limits<int32_t>::max()) {
+          throw py::value_error("items must not be negative, patches must be in [0, 2^31)");
+        }
+        if (merge < 1 || merge >= 1 << 15) throw py::value_error("merge must be in [1, 2^15)");
+        const char* failure = nullptr;
+        {
+          const py::gil_scoped_release release;
+          failure = qwen2vl::vision_positions_cuda(view, items, merge, patches, reinterpret_cast<int64_t*>(positions),
+                                                   reinterpret_cast<int64_t*>(workspace), device,
+                                                   reinterpret_cast<void*>(stream));
+        }
+        if (failure != nullptr) throw std::runtime_error(std::string("vision_positions: launch failed: ") + failure);
+      },
+      py::arg("grids"), py::arg("items"), py::arg("merge"), py::arg("patches"), py::arg("positions"),
+      py::arg("workspace"), py::arg("device"), py::arg("stream"));
 
   // frames: see frame_job, with addresses in device memory; options: as for the CPU, the table in host memory. The last
   // two options do not matter here.

@@ -177,7 +177,10 @@ class VisionTower(nn.Module):
 
     def _encode(self, kinds: list[torch.Tensor], grids: list[tuple[int, int, int]]) -> torch.Tensor:
         device = self.patch_embed.proj.weight.device
-        positions = vision_positions(torch.tensor(grids), self.config.spatial_merge_size).to(device)
+        count = sum(rows.shape[0] for rows in kinds)
+        # The grids are a few bytes to copy, the positions of a GPU's pack would be hundreds of kilobytes.
+        grid_thw = torch.tensor(grids).to(device)
+        positions = vision_positions(grid_thw, self.config.spatial_merge_size, num_patches=count)
         tables = vision_rope_tables(positions, self._inv_freq(device))
         lengths = [h * w for t, h, w in grids for _ in range(t)]
         # On the host: attention that splits there need not wait for the device in every block.

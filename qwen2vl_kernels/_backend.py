@@ -24,7 +24,7 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "layer_norm": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
     "swiglu": {"cpu": ("eager",), "cuda": ("eager",)},
     "quick_gelu": {"cpu": ("eager",), "cuda": ("eager",)},
-    "vision_positions": {"cpu": ("native", "eager"), "cuda": ("eager",)},
+    "vision_positions": {"cpu": ("native", "eager"), "cuda": ("cuda", "eager")},
     "mrope_positions": {"cpu": ("native", "eager"), "cuda": ("cuda", "eager")},
     "image_to_patches": {"cpu": ("native", "eager"), "cuda": ("cuda", "eager")},
 }

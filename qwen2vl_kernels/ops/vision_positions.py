@@ -23,7 +23,7 @@ from .._library import register_opaque
 MAX_PATCHES = 2**31 - 1  # of one call: 32 GB of positions
 
 
-def vision_positions_ref(grid_thw: torch.Tensor, merge_size: int = 2) -> torch.Tensor:
+def vision_positions_ref(grid_thw: torch.Tensor, merge_size: int = 2, num_patches: int | None = None) -> torch.Tensor:
     """Grid by grid: coordinates in raster order, regrouped into merge blocks, repeated t times."""
     parts, total = [], 0
     for item, (t, gh, gw) in enumerate(grid_thw.tolist()):
@@ -32,6 +32,7 @@ def vision_positions_ref(grid_thw: torch.Tensor, merge_size: int = 2) -> torch.T
             _refuse(grid_thw, item, merge_size)
     if total > MAX_PATCHES:
         _refuse(grid_thw, -1, merge_size)
+    _check_count(total, num_patches)
     for t, gh, gw in grid_thw.tolist():
         blocks = (gh // merge_size, merge_size, gw // merge_size, merge_size)
         rows = torch.arange(gh, device=grid_thw.device).view(blocks[0], merge_size, 1, 1).expand(blocks)
@@ -54,53 +55,94 @@ def _refuse(grid_thw: torch.Tensor, item: int, merge_size: int) -> None:
     )
 
 
-def _run_native(grid_thw: torch.Tensor, merge_size: int = 2) -> torch.Tensor:
-    items, view = grid_thw.shape[0], _native.view(grid_thw)
-    item, patches = _native.cpu().count_patches(view, items, merge_size, MAX_PATCHES)
+def _check_count(held: int, num_patches: int | None) -> None:
+    if num_patches is not None and held != num_patches:
+        raise ValueError(f"vision_positions: grid_thw must hold num_patches = {num_patches} patches in all, got {held}")
+
+
+def _count(grid_thw: torch.Tensor, merge_size: int) -> int:
+    """Patches of grids on the CPU."""
+    item, patches = _native.cpu().count_patches(_native.view(grid_thw), grid_thw.shape[0], merge_size, MAX_PATCHES)
     if patches < 0:
         _refuse(grid_thw, item, merge_size)
+    return patches
+
+
+def _run_native(grid_thw: torch.Tensor, merge_size: int, num_patches: int | None) -> torch.Tensor:
+    patches = _count(grid_thw, merge_size)
+    _check_count(patches, num_patches)
     positions = torch.empty((patches, 2), dtype=torch.int64)
-    _native.cpu().vision_positions(view, items, merge_size, patches, positions.data_ptr())
+    view = _native.view(grid_thw)
+    _native.cpu().vision_positions(view, grid_thw.shape[0], merge_size, patches, positions.data_ptr())
     return positions
 
 
-_BACKENDS = {"eager": vision_positions_ref, "native": _run_native}
+def _run_cuda(grid_thw: torch.Tensor, merge_size: int, num_patches: int | None) -> torch.Tensor:
+    device, items = grid_thw.device, grid_thw.shape[0]
+    if num_patches is None:
+        num_patches = _count(grid_thw.cpu(), merge_size)
+    with torch.cuda.device(device):
+        positions = torch.empty((num_patches, 2), dtype=torch.int64, device=device)
+        workspace = torch.empty((items,), dtype=torch.int64, device=device)
+        _native.cuda().vision_positions(
+            _native.view(grid_thw),
+            items,
+            merge_size,
+            num_patches,
+            positions.data_ptr(),
+            workspace.data_ptr(),
+            positions.device.index,
+            torch.cuda.current_stream(device).cuda_stream,
+        )
+    return positions
 
 
-def _run(grid_thw: torch.Tensor, merge_size: int, backend: str) -> torch.Tensor:
-    return _BACKENDS[backend](grid_thw, merge_size)
+_BACKENDS = {"eager": vision_positions_ref, "native": _run_native, "cuda": _run_cuda}
 
 
-def _fake(grid_thw: torch.Tensor, merge_size: int, backend: str) -> torch.Tensor:
-    patches = torch.library.get_ctx().new_dynamic_size()
+def _run(grid_thw: torch.Tensor, merge_size: int, num_patches: int | None, backend: str) -> torch.Tensor:
+    return _BACKENDS[backend](grid_thw, merge_size, num_patches)
+
+
+def _fake(grid_thw: torch.Tensor, merge_size: int, num_patches: int | None, backend: str) -> torch.Tensor:
+    patches = torch.library.get_ctx().new_dynamic_size() if num_patches is None else num_patches
     return torch.empty((patches, 2), dtype=torch.int64, device=grid_thw.device)
 
 
 register_opaque(
-    "vision_positions(Tensor grid_thw, int merge_size, str backend) -> Tensor",
+    "vision_positions(Tensor grid_thw, int merge_size, SymInt? num_patches, str backend) -> Tensor",
     fake=_fake,
     CPU=_run,
     CUDA=_run,
 )
 
 
-def vision_positions(grid_thw: torch.Tensor, merge_size: int = 2, *, backend: str | None = None) -> torch.Tensor:
+def vision_positions(
+    grid_thw: torch.Tensor, merge_size: int = 2, *, num_patches: int | None = None, backend: str | None = None
+) -> torch.Tensor:
     """Patch coordinates for :func:`vision_rope_tables`.
 
     Args:
         grid_thw: ``(n, 3)`` int64 or int32, ``(t, gh, gw)`` of every image or video in patches.
         merge_size: patches a side of a merge block.
-        backend: ``None`` (choose), ``"native"``, ``"eager"``.
+        num_patches: T, where the caller knows it (the rows of ``pixel_values``). On a GPU nothing is then read on
+            the host, the call can be captured in a CUDA graph, and contents are not checked: a grid with an entry
+            below 1 or sides that ``merge_size`` does not divide holds nothing, patches beyond the last grid are at
+            (0, 0), and grids beyond T are left out.
+        backend: ``None`` (choose), ``"native"`` (CPU), ``"cuda"``, ``"eager"``.
 
-    Returns ``(T, 2)`` int64 on grid_thw's device: the row and column of each patch within its frame. T
-    depends on the contents, so grids that live on a GPU are read on the host: keep them on the CPU and move
-    the result. Raises ``TypeError``/``ValueError`` naming ``grid_thw`` or ``merge_size`` for wrong types,
-    shapes or contents.
+    Returns ``(T, 2)`` int64 on grid_thw's device: the row and column of each patch within its frame. Raises
+    ``TypeError``/``ValueError`` naming ``grid_thw``, ``merge_size`` or ``num_patches`` for wrong types, shapes or
+    contents; ``ValueError`` too where ``num_patches`` is given, on the CPU, and not what the grids hold.
     """
     check = Checker("vision_positions")
     check.tensor("grid_thw", grid_thw, ("n", 3), dtypes=INTS)
-    check.require(merge_size >= 1, f"merge_size must be at least 1, got {merge_size}")
+    check.require(1 <= merge_size < 2**15, f"merge_size must be in [1, 2^15), got {merge_size}")
+    check.require(
+        num_patches is None or 0 <= num_patches <= MAX_PATCHES,
+        f"num_patches must be in [0, {MAX_PATCHES}], got {num_patches}",
+    )
     chosen = resolve("vision_positions", grid_thw.device.type, backend)
-    if torch.compiler.is_compiling() or type(grid_thw) is not torch.Tensor:
-        return torch.ops.qwen2vl.vision_positions(grid_thw, merge_size, chosen)
-    return _run(grid_thw, merge_size, chosen)
+    if torch.compiler.is_compiling() or type(grid_thw) is not torch.Tensor or grid_thw.is_meta:
+        return torch.ops.qwen2vl.vision_positions(grid_thw, merge_size, num_patches, chosen)
+    return _run(grid_thw, merge_size, num_patches, chosen)
