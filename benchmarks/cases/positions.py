@@ -1,4 +1,4 @@
-"""M-RoPE positions of one long sequence with images, on the host or the device."""
+"""Positions of one long sequence with images and of its patches, on the host or the device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qwen2vl_kernels import BackendError, mrope_positions
+from qwen2vl_kernels import BackendError, mrope_positions, vision_positions
 
 from .. import providers
 from ..case import Case, Check, Context, Provider, Workload, equal
@@ -26,6 +26,16 @@ def workloads(context: Context) -> Iterator[Workload]:
         providers=[*found, _transformers(ids, grids)],
         gate=_gate,
         bytes=ids.nbytes + 3 * ids.nbytes,  # ids in, three rows of positions out
+    )
+    patches = images * side * side
+    yield Workload(
+        name=f"rows and columns of the {patches} patches of these images",
+        providers=[
+            *(_patches(name, grids, patches) for name in _BACKENDS[context.device.type]),
+            _transformers_patches(grids),
+        ],
+        gate=lambda outputs: [equal(f"{name} positions", got, outputs["eager"]) for name, got in outputs.items()],
+        bytes=grids.nbytes + 16 * patches,  # grids in, two numbers a patch out
     )
 
 
@@ -64,6 +74,25 @@ def _transformers(ids: torch.Tensor, grids: torch.Tensor) -> Provider:
     return Provider(name, partial(model.get_rope_index, **inputs), peer=True)
 
 
+def _patches(backend: str, grids: torch.Tensor, patches: int) -> Provider:
+    call = partial(vision_positions, grids, num_patches=patches, backend=backend)
+    try:
+        call()
+    except BackendError as error:
+        return Provider(backend, skipped=str(error))
+    return Provider(backend, call)
+
+
+def _transformers_patches(grids: torch.Tensor) -> Provider:
+    if (reason := providers.why_not("transformers")) is not None:
+        return Provider("transformers", skipped=reason, peer=True)
+    try:
+        from transformers.vision_utils import get_vision_position_ids
+    except ImportError:
+        return Provider("transformers", skipped="this version has no get_vision_position_ids", peer=True)
+    return Provider("transformers", partial(get_vision_position_ids, grids, 2), peer=True)
+
+
 def _gate(outputs: Mapping[str, Any]) -> list[Check]:
     """Bitwise equal to the eager reference: images only, where transformers' positions are right too."""
     positions, delta = outputs["eager"]
@@ -74,4 +103,6 @@ def _gate(outputs: Mapping[str, Any]) -> list[Check]:
     return checks
 
 
-CASE = Case("positions", "M-RoPE position ids built from token ids and grids", workloads)
+CASE = Case(
+    "positions", "position ids built from token ids and grids: of M-RoPE, and of the tower's patches", workloads
+)

@@ -2,10 +2,11 @@
 
 Every provider begins with the form it likes best, made before the clock starts (arrays for ours, PIL images for
 Pillow and transformers, channels-last tensors for torch), runs on the same number of threads as far as it can use them,
-and allocates its own result. Ours are the bytes that this package's model takes, the same on one thread, and the
-normalised float32 rows that transformers' processor makes. ``torch`` is what torchvision does: an antialiased bicubic
-of uint8, then normalisation and the cut. ``Pillow`` is its resize alone, without patches. The declared bytes are those
-of the input, so that the rate is in bytes of pixels a second, beside the machine's copy.
+and allocates its own result, but for one row. Ours are the bytes that this package's model takes, the same on one
+thread, and the normalised float32 rows that transformers' processor makes, in new memory and in a caller's buffer.
+``torch`` is what torchvision does: an antialiased bicubic of uint8, then normalisation and the cut. ``Pillow`` is its
+resize alone, without patches. The declared bytes are those of the input, so that the rate is in bytes of pixels a
+second, beside the machine's copy.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def _workload(name: str, arrays: Sequence[np.ndarray], max_pixels: int, *, clip:
     items: Sequence[Any] = [list(arrays)] if clip else arrays
     item_sizes = sizes[:1] if clip else sizes
     ours = partial(images_to_patches, items, item_sizes, temporal_patch_size=2 if clip else 1)
-    normal = {"mean": IMAGE_MEAN, "std": IMAGE_STD}
+    floats = partial(images_to_patches, items, item_sizes, mean=IMAGE_MEAN, std=IMAGE_STD)
+    buffer = torch.empty_like(floats())
     pictures = [Image.fromarray(array) for array in arrays]
     tensors = [torch.from_numpy(array).permute(2, 0, 1) for array in arrays]
     if clip:
@@ -71,7 +73,8 @@ def _workload(name: str, arrays: Sequence[np.ndarray], max_pixels: int, *, clip:
         providers=[
             Provider("uint8", ours),
             Provider("uint8, 1 thread", partial(ours, num_threads=1)),
-            Provider("float32", partial(images_to_patches, items, item_sizes, **normal)),
+            Provider("float32", floats),
+            Provider("float32 into a buffer", partial(floats, out=buffer)),
             theirs,
             Provider("torch", partial(_torch_path, tensors, sizes, clip), peer=True),
             Provider("Pillow, resize alone", partial(_pillow, pictures, sizes), peer=True),
@@ -133,6 +136,7 @@ def _gate(clip: bool, outputs: Mapping[str, Any]) -> list[Check]:
     expected = torch.cat(cut).flatten(1)
     checks = [equal(f"{name} against Pillow", outputs[name], expected) for name in ("uint8", "uint8, 1 thread")]
     floats = outputs["float32"]
+    checks.append(equal("float32 into a buffer against float32", outputs["float32 into a buffer"], floats))
     if "transformers" in outputs:
         checks.append(equal("float32 against transformers", floats, outputs["transformers"]))
     difference = (outputs["torch"] - floats).abs().max().item() if outputs["torch"].shape == floats.shape else np.inf
