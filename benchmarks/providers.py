@@ -13,6 +13,7 @@ PEERS: dict[str, tuple[str, tuple[int, int]]] = {
     "torchvision": ("torchvision", (0, 19)),
     "PIL": ("pillow", (10, 1)),
     "triton": ("triton", (3, 4)),
+    "qwen_vl_utils": ("qwen-vl-utils", (0, 0)),
 }
 
 

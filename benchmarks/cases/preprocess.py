@@ -5,8 +5,8 @@ Pillow and transformers, channels-last tensors for torch), runs on the same numb
 and allocates its own result, but for one row. Ours are the bytes that this package's model takes, the same on one
 thread, and the normalised float32 rows that transformers' processor makes, in new memory and in a caller's buffer.
 ``torch`` is what torchvision does: an antialiased bicubic of uint8, then normalisation and the cut. ``Pillow`` is its
-resize alone, without patches. The declared bytes are those of the input, so that the rate is in bytes of pixels a
-second, beside the machine's copy.
+resize alone, without patches, and ``qwen-vl-utils`` its own way to that. The declared bytes are those of the input, so
+that the rate is in bytes of pixels a second, beside the machine's copy.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ def _workload(name: str, arrays: Sequence[np.ndarray], max_pixels: int, *, clip:
             Provider("float32", floats),
             Provider("float32 into a buffer", partial(floats, out=buffer)),
             theirs,
+            _qwen_vl_utils(pictures, max_pixels, clip),
             Provider("torch", partial(_torch_path, tensors, sizes, clip), peer=True),
             Provider("Pillow, resize alone", partial(_pillow, pictures, sizes), peer=True),
         ],
@@ -93,6 +94,17 @@ def _transformers(pictures: Sequence[Image.Image], max_pixels: int) -> Provider:
     processor = Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=max_pixels)
     call: Callable[[], torch.Tensor] = lambda: processor(list(pictures), return_tensors="pt")["pixel_values"]  # noqa: E731
     return Provider("transformers", call, peer=True)
+
+
+def _qwen_vl_utils(pictures: Sequence[Image.Image], max_pixels: int, clip: bool) -> Provider:
+    """Its fetch and resize: pictures, without patches."""
+    name = "qwen-vl-utils, resize alone"
+    if clip or (reason := providers.why_not("qwen_vl_utils")) is not None:
+        return Provider(name, skipped="it takes a clip as a file" if clip else reason, peer=True)
+    from qwen_vl_utils import fetch_image  # pyright: ignore[reportMissingImports]
+
+    requests = [{"image": picture, "min_pixels": 3136, "max_pixels": max_pixels} for picture in pictures]
+    return Provider(name, lambda: [fetch_image(request) for request in requests], peer=True)
 
 
 def _pillow(pictures: Sequence[Image.Image], sizes: Sequence[tuple[int, int]]) -> list[Image.Image]:
