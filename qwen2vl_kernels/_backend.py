@@ -13,8 +13,8 @@ from . import _native, _triton
 
 #: op -> device type -> backends, first choice first. ROCm tensors have device type "cuda" in PyTorch.
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
-    "mrope": {"cpu": ("eager",), "cuda": ("eager",)},
-    "vision_rope": {"cpu": ("eager",), "cuda": ("eager",)},
+    "mrope": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
+    "vision_rope": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
     # varlen_attention puts "blocked" first for bf16 inference, where it measured faster.
     "varlen_attention": {"cpu": ("sdpa", "blocked", "eager"), "cuda": ("sdpa", "eager")},
     "kvcache_attention": {"cpu": ("sdpa", "eager"), "cuda": ("sdpa", "eager")},

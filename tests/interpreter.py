@@ -1,7 +1,8 @@
 """Triton's interpreter, which runs kernels on the CPU, made to round and multiply bfloat16 as GPUs do.
 
 As it comes (3.6 to 3.9) it truncates float32 to bfloat16, converts other types to bfloat16's bit pattern as if it were
-an integer, and multiplies matrices of bit patterns.
+an integer, and multiplies matrices of bit patterns. A condition on scalars becomes an int32 when it meets a tensor, and
+what they make together is no mask.
 """
 
 from __future__ import annotations
@@ -45,3 +46,10 @@ def repair() -> None:
     builder.cast_impl = cast
     builder.create_fp_to_fp = create_fp_to_fp
     builder.create_dot = create_dot
+    splat = builder.create_splat
+
+    def create_splat(self, shape, value):
+        made = splat(self, shape, value)
+        return handle_of(made.data.astype(bool), tl.int1) if value.data.dtype == bool else made
+
+    builder.create_splat = create_splat

@@ -5,7 +5,7 @@
 The 2D form of Qwen2-VL (arXiv 2409.12191, section 2.1) lies in the tables: the first half of the pairs turns with a
 patch's row, the second half with its column (:func:`vision_rope_tables`). Shapes: q, k ``(T, H, D)`` or packed qkv
 ``(T, 3, H, D)``; cos, sin ``(T, R/2)``, R <= D. dtypes: float32, bfloat16, float16, tables of any float dtype; the
-rotation is float32.
+rotation is float32. The kernels are in ``_rotary``, which mrope shares.
 """
 
 from __future__ import annotations
@@ -15,14 +15,10 @@ import torch
 from .._backend import resolve
 from .._checks import INTS, Checker, no_grad_through
 from .._library import register_composite
-from .._rotary import rotate
+from .._rotary import Angles, rotate, rotate_in_place, rotated, tables
 
 
-def vision_rope_tables(positions: torch.Tensor, inv_freq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of ``positions (T, 2)`` (row, column) and ``inv_freq (D/4,)`` float32: two ``(T, D/2)``."""
-    check = Checker("vision_rope_tables")
-    check.tensor("positions", positions, ("T", 2), dtypes=INTS)
-    check.tensor("inv_freq", inv_freq, ("D/4",), dtypes=(torch.float32, torch.float64))
+def vision_rope_tables_ref(positions: torch.Tensor, inv_freq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     angles = (positions.to(inv_freq.dtype).unsqueeze(-1) * inv_freq).flatten(1)  # (T, 2, D/4) -> (T, D/2)
     return angles.cos(), angles.sin()
 
@@ -36,7 +32,7 @@ def vision_rope_ref(
     return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
-def _vision_rope_inplace_ref(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+def _in_place_ref(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     # On a CPU in pieces whose temporaries stay in a core's cache: twice as fast on 5184 tokens (2 Zen 5 cores).
     tokens = q.shape[0]
     step = _PIECE_TOKENS if q.device.type == "cpu" and not torch.compiler.is_compiling() else max(tokens, 1)
@@ -50,13 +46,49 @@ def _vision_rope_inplace_ref(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor
 _PIECE_TOKENS = 256
 
 
-def _vision_rope_qkv_ref(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    _vision_rope_inplace_ref(qkv[:, 0], qkv[:, 1], cos, sin)
+def _run_tables(positions, inv_freq, backend=None) -> tuple[torch.Tensor, torch.Tensor]:
+    if resolve("vision_rope", positions.device.type, backend) == "eager":
+        return vision_rope_tables_ref(positions, inv_freq)
+    return tables(positions, inv_freq)
 
 
-register_composite("vision_rope(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)", vision_rope_ref)
-register_composite("vision_rope_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin) -> ()", _vision_rope_inplace_ref)
-register_composite("vision_rope_qkv_(Tensor(a!) qkv, Tensor cos, Tensor sin) -> ()", _vision_rope_qkv_ref)
+def _run(q, k, cos, sin, backend=None) -> tuple[torch.Tensor, torch.Tensor]:
+    tracked = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
+    if resolve("vision_rope", q.device.type, backend, prefer="eager" if tracked else None) == "eager":
+        return vision_rope_ref(q, k, cos, sin)
+    if tracked:
+        raise ValueError("vision_rope: cos and sin must not require grad with backend 'triton', which gives them none")
+    return rotated(q, k, Angles(cos=cos, sin=sin))
+
+
+def _run_in_place(q, k, cos, sin, backend=None) -> None:
+    if resolve("vision_rope", q.device.type, backend) == "eager":
+        _in_place_ref(q, k, cos, sin)
+    else:
+        rotate_in_place(q, k, Angles(cos=cos, sin=sin))
+
+
+def _run_qkv(qkv, cos, sin, backend=None) -> None:
+    _run_in_place(qkv[:, 0], qkv[:, 1], cos, sin, backend)
+
+
+register_composite("vision_rope(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)", _run)
+register_composite("vision_rope_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin) -> ()", _run_in_place)
+register_composite("vision_rope_qkv_(Tensor(a!) qkv, Tensor cos, Tensor sin) -> ()", _run_qkv)
+register_composite("vision_rope_tables(Tensor positions, Tensor inv_freq) -> (Tensor, Tensor)", _run_tables)
+
+
+def vision_rope_tables(
+    positions: torch.Tensor, inv_freq: torch.Tensor, *, backend: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of ``positions (T, 2)`` (row, column) and ``inv_freq (D/4,)`` float32: two ``(T, D/2)``.
+
+    backend: ``None`` (choose), ``"triton"``, ``"eager"``. Raises ``TypeError``/``ValueError`` naming the argument.
+    """
+    check = Checker("vision_rope_tables")
+    check.tensor("positions", positions, ("T", 2), dtypes=INTS)
+    check.tensor("inv_freq", inv_freq, ("D/4",), dtypes=(torch.float32, torch.float64))
+    return _run_tables(positions, inv_freq, backend)
 
 
 def vision_rope(
@@ -67,13 +99,12 @@ def vision_rope(
     Args:
         q, k: ``(T, H, D)``, one dtype, any token and head strides, last dimension contiguous.
         cos, sin: ``(T, R/2)`` of any float dtype, R <= D; columns from R on pass through.
-        backend: ``None`` (choose), ``"eager"``.
+        backend: ``None`` (choose), ``"triton"``, ``"eager"``.
 
     Returns new ``(q, k)``. Raises ``TypeError``/``ValueError`` naming the argument that does not fit.
     """
     _check("vision_rope", q, k, cos, sin)
-    resolve("vision_rope", q.device.type, backend)
-    return vision_rope_ref(q, k, cos, sin)
+    return _run(q, k, cos, sin, backend)
 
 
 def vision_rope_(
@@ -82,8 +113,7 @@ def vision_rope_(
     """:func:`vision_rope` in place: q and k are overwritten and returned. Refused when either requires grad."""
     _check("vision_rope_", q, k, cos, sin)
     no_grad_through("vision_rope_", "vision_rope", q=q, k=k)
-    resolve("vision_rope", q.device.type, backend)
-    _vision_rope_inplace_ref(q, k, cos, sin)
+    _run_in_place(q, k, cos, sin, backend)
     return q, k
 
 
@@ -98,8 +128,7 @@ def vision_rope_qkv_(
     check.tensor("qkv", qkv, ("T", 3, "H", "D"), contiguous_last=True)
     _check("vision_rope_qkv_", qkv[:, 0], qkv[:, 1], cos, sin)
     no_grad_through("vision_rope_qkv_", "vision_rope on its q and k", qkv=qkv)
-    resolve("vision_rope", qkv.device.type, backend)
-    _vision_rope_qkv_ref(qkv, cos, sin)
+    _run_qkv(qkv, cos, sin, backend)
     return qkv
 
 

@@ -1,0 +1,61 @@
+"""mrope and vision_rope with the heads of the released models, in every form and source of angles."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from qwen2vl_kernels._rotary import Angles, launch_rotation, launch_tables
+
+from .compiler import Specimen, label, meta
+
+_TOKENS = 4100
+_CHUNKED, _INTERLEAVED = (16, 24, 24), (24, 20, 20)
+
+
+def _mrope(heads: int, kv_heads: int, dtype: torch.dtype, interleaved: bool, cached: bool, in_place: bool) -> None:
+    q, k = meta(_TOKENS, heads, 128, dtype=dtype), meta(_TOKENS, kv_heads, 128, dtype=dtype)
+    angles = Angles.of_cache(
+        meta(3, _TOKENS, dtype=torch.int64),
+        meta(64, dtype=torch.float32),
+        meta(32768, 128, dtype=dtype) if cached else None,
+        _INTERLEAVED if interleaved else _CHUNKED,
+        interleaved,
+    )
+    launch_rotation(q, k, *((q, k) if in_place else (torch.empty_like(q), torch.empty_like(k))), angles)
+
+
+def _vision(heads: int, columns: int, dtype: torch.dtype) -> None:
+    qkv = meta(_TOKENS, 3, heads, columns, dtype=dtype)
+    tables = (meta(_TOKENS, columns // 2, dtype=torch.float32) for _ in range(2))
+    cos, sin = tables
+    q, k = qkv[:, 0], qkv[:, 1]
+    launch_rotation(q, k, q, k, Angles(cos=cos, sin=sin))
+    launch_rotation(q, k, torch.empty_like(q), torch.empty_like(k), Angles(cos=cos, sin=sin, inverse=True))
+
+
+def _tables() -> None:
+    launch_tables(meta(_TOKENS, 2, dtype=torch.int64), meta(20, dtype=torch.float32))
+
+
+def _specimen(heads: int, kv_heads: int, dtype: torch.dtype, form: str) -> Specimen:
+    settings = ("interleaved" in form, "cache" in form, "in place" in form)
+    return Specimen(
+        f"mrope {heads}+{kv_heads} {label(dtype)} {form}", partial(_mrope, heads, kv_heads, dtype, *settings), wide=0.8
+    )
+
+
+SPECIMENS = (
+    _specimen(12, 2, torch.bfloat16, "in place"),
+    _specimen(12, 2, torch.bfloat16, "new"),
+    _specimen(12, 2, torch.float32, "in place"),
+    _specimen(28, 4, torch.bfloat16, "in place, interleaved"),
+    _specimen(64, 8, torch.bfloat16, "in place, cache"),
+    Specimen("vision_rope 16x80 bfloat16", partial(_vision, 16, 80, torch.bfloat16), wide=0.8),
+    Specimen("vision_rope 16x80 float32", partial(_vision, 16, 80, torch.float32), wide=0.8),
+    Specimen("vision_rope 16x64 bfloat16", partial(_vision, 16, 64, torch.bfloat16), wide=0.8),
+    Specimen("vision_rope 16x128 float16", partial(_vision, 16, 128, torch.float16), wide=0.8),
+    Specimen("vision_rope 16x72 bfloat16", partial(_vision, 16, 72, torch.bfloat16)),  # halves of 72 bytes
+    Specimen("vision_rope_tables 80", _tables),
+)
