@@ -15,8 +15,8 @@ class KVCache:
     free slot. ``next_position[b]`` is the M-RoPE position that follows them, on all three axes; it belongs to the
     request, not to the model (a model that remembers it answers the next request with the last one's positions).
 
-    A call of the model takes slots with :meth:`slots`, writes them layer by layer, and ends with :meth:`commit`, so a
-    call that fails on the way leaves the cache as it was.
+    A call of the model takes slots with :meth:`slots`, stores into them layer by layer (``append_kv``), and ends with
+    :meth:`commit`, so a call that fails on the way leaves the cache as it was.
     """
 
     def __init__(
@@ -44,12 +44,6 @@ class KVCache:
         begins = [row * self.capacity + have for row, have in enumerate(self.lengths)]
         flat = [torch.arange(begin, begin + new) for begin, new in zip(begins, counts, strict=True)]
         return torch.cat(flat).to(self.k.device)
-
-    def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Store ``k, v (T, Hk, D)`` at the flat ``slots (T,)`` of a layer; rows beyond T are idle and left out."""
-        tokens = slots.shape[0]
-        self.k[layer].flatten(0, 1).index_copy_(0, slots, k[:tokens])
-        self.v[layer].flatten(0, 1).index_copy_(0, slots, v[:tokens])
 
     def commit(self, counts: list[int], next_position: torch.Tensor) -> None:
         """The new tokens are stored in every layer: count them."""

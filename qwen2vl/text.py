@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qwen2vl_kernels import kvcache_attention, mrope, mrope_, swiglu, swiglu_, varlen_attention
+from qwen2vl_kernels import append_kv, kvcache_attention, mrope, mrope_, swiglu, swiglu_, varlen_attention
 
 from .cache import KVCache
 from .config import TextConfig
@@ -20,7 +20,8 @@ class Pack:
     """What every layer needs to know about the packed tokens of one call.
 
     ``positions (3, T)``; ``counts``: tokens of each sequence; ``cu_seqlens (B + 1,)`` int32, their bounds. With a
-    cache, ``slots (T,)`` says where the tokens' keys go, and ``totals`` how many tokens each sequence then has.
+    cache, ``slots (T,)`` says where the tokens' keys go (nowhere, where negative), and ``totals`` how many tokens each
+    sequence then has.
     """
 
     positions: torch.Tensor
@@ -54,11 +55,19 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, pack: Pack) -> torch.Tensor:
         heads = (-1, self.head_dim)
         q, k, v = (proj(x).unflatten(-1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (T, H, D)
-        rotate = mrope if q.requires_grad or k.requires_grad else mrope_
-        q, k = rotate(q, k, pack.positions, pack.inv_freq, self.section)
-        cache = pack.cache
-        if cache is not None and pack.slots is not None:
-            cache.write(self.layer, pack.slots, k, v)
+        cache, angles = pack.cache, {"positions": pack.positions, "inv_freq": pack.inv_freq, "section": self.section}
+        if q.requires_grad or k.requires_grad:
+            if pack.resumed:
+                raise ValueError("tokens in a cache get no gradients: call the model under torch.no_grad()")
+            q, k = mrope(q, k, **angles)
+            if cache is not None and pack.slots is not None:
+                append_kv(k.detach(), v.detach(), cache.k[self.layer], cache.v[self.layer], pack.slots)
+        elif cache is not None and pack.slots is not None:
+            layer = (cache.k[self.layer], cache.v[self.layer])
+            # The attention of a prefill reads k itself.
+            append_kv(k, v, *layer, pack.slots, q=q, overwrite_k=not pack.resumed, **angles)
+        else:
+            q, k = mrope_(q, k, **angles)
         if cache is not None and pack.totals is not None and pack.resumed:
             out = kvcache_attention(q, cache.k[self.layer], cache.v[self.layer], pack.counts, pack.totals)
         else:
@@ -115,7 +124,8 @@ class Decoder(nn.Module):
         x, residual, tokens = embeddings, None, embeddings.shape[0]
         if not pack.resumed and (idle := idle_rows(x)):
             x = F.pad(x, (0, 0, 0, idle))
-            pack = replace(pack, positions=F.pad(pack.positions, (0, idle)))
+            slots = None if pack.slots is None else F.pad(pack.slots, (0, idle), value=-1)
+            pack = replace(pack, positions=F.pad(pack.positions, (0, idle)), slots=slots)
         for layer in self.layers:
             x, residual = layer(x, residual, pack)
         return self.norm(x, residual)[0][:tokens]

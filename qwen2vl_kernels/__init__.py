@@ -1,6 +1,7 @@
 """Kernels of Qwen2-VL as plain functions over packed tensors; see each function's docstring for shapes and dtypes."""
 
 from ._backend import BackendError, use_backend
+from .ops.append_kv import append_kv
 from .ops.image_to_patches import image_to_patches, images_to_patches
 from .ops.kvcache_attention import kvcache_attention
 from .ops.layer_norm import add_layer_norm, layer_norm
@@ -20,6 +21,7 @@ __all__ = [
     "BackendError",
     "add_layer_norm",
     "add_rms_norm",
+    "append_kv",
     "fold_patch_embed",
     "image_to_patches",
     "images_to_patches",

@@ -15,6 +15,7 @@ from . import _native, _triton
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "mrope": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
     "vision_rope": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
+    "append_kv": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
     # varlen_attention puts "blocked" first for bf16 inference, where it measured faster.
     "varlen_attention": {"cpu": ("sdpa", "blocked", "eager"), "cuda": ("sdpa", "eager")},
     "kvcache_attention": {"cpu": ("sdpa", "eager"), "cuda": ("sdpa", "eager")},

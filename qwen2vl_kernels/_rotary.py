@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ._checks import Checker
 from ._library import direct, register_opaque
 from ._triton import Target, accumulator, cdiv, jit, launch, next_power_of_2, target_of, tl
 
@@ -26,6 +27,61 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     a, b = x[..., :half].to(cos.dtype), x[..., half : 2 * half].to(cos.dtype)
     turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
     return turned if 2 * half == x.shape[-1] else torch.cat((turned, x[..., 2 * half :]), -1)
+
+
+def by_axis(values: torch.Tensor, section: Sequence[int], interleaved: bool = False) -> torch.Tensor:
+    """Of ``values (3, T, R/2)``, one row of all pairs an axis, each pair's own axis: ``(T, R/2)``."""
+    if not interleaved:
+        return torch.cat([part[axis] for axis, part in enumerate(values.split(list(section), -1))], -1)
+    mixed = values[0].clone()
+    for axis in (1, 2):
+        pairs = slice(axis, 3 * section[axis], 3)
+        mixed[:, pairs] = values[axis][:, pairs]
+    return mixed
+
+
+def mrope_cos_sin(
+    positions: torch.Tensor,
+    inv_freq: torch.Tensor | None,
+    section: Sequence[int],
+    interleaved: bool = False,
+    cos_sin_cache: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``(T, R/2)`` cosines and sines of every token and pair, in at least float32."""
+    if cos_sin_cache is not None:
+        wide = torch.promote_types(cos_sin_cache.dtype, torch.float32)
+        cos, sin = cos_sin_cache.to(wide)[positions].chunk(2, -1)  # (3, T, R/2) each
+        return by_axis(cos, section, interleaved), by_axis(sin, section, interleaved)
+    assert inv_freq is not None
+    # A product, not a matrix product: TF32 would round positions above 2048.
+    angles = by_axis(positions.to(inv_freq.dtype).unsqueeze(-1) * inv_freq, section, interleaved)
+    return angles.cos(), angles.sin()
+
+
+def check_angles(check: Checker, x, inv_freq, section, interleaved, cos_sin_cache) -> None:
+    """Refuse positions' sources that do not fit rows ``x`` of D columns, or each other."""
+    check.require(
+        (inv_freq is None) != (cos_sin_cache is None),
+        "inv_freq and cos_sin_cache: one must be given, got " + ("neither" if inv_freq is None else "both"),
+    )
+    columns = x.shape[-1]
+    if inv_freq is not None:
+        check.tensor("inv_freq", inv_freq, ("R/2",), dtypes=(torch.float32, torch.float64))
+        name, pairs = "inv_freq", inv_freq.shape[0]
+    else:
+        check.tensor("cos_sin_cache", cos_sin_cache, ("P", "R"))
+        rows, width = cos_sin_cache.shape
+        check.require(
+            width % 2 == 0 and rows > 0, f"cos_sin_cache must have shape (P, R), P > 0, R even, got {(rows, width)}"
+        )
+        name, pairs = "cos_sin_cache", width // 2
+    check.require(2 * pairs <= columns, f"{name} has {pairs} pairs, but q's head_dim {columns} holds {columns // 2}")
+    ok = len(section) == 3 and all(isinstance(s, int) and s >= 0 for s in section)
+    check.require(ok, f"section must be three non-negative integers, got {section!r}")
+    check.require(sum(section) == pairs, f"section {tuple(section)} must sum to {name}'s {pairs} pairs")
+    if interleaved:
+        highest = max(3 * section[1] - 2, 3 * section[2] - 1)
+        check.require(highest < pairs, f"section {tuple(section)} does not fit {pairs} pairs when interleaved")
 
 
 @dataclass(frozen=True)
@@ -84,10 +140,10 @@ def cos_sin(
     if inv_freq is not None:
         frequency = tl.load(inv_freq + column, mask=valid, other=0.0)
         angle = position.to(frequency.dtype) * frequency
-        if ACC == tl.float64:
-            c, s = tl.cos(angle), tl.sin(angle)
-        else:
+        if ACC == tl.float32:  # noqa: SIM300
             c, s = _cos_sin_float32(angle)
+        else:
+            c, s = tl.cos(angle), tl.sin(angle)
     else:
         if positions is not None:
             at_row = tl.minimum(tl.maximum(position, 0), last_position).to(tl.int64) * table_row + column

@@ -1,4 +1,4 @@
-"""mrope and vision_rope with the heads of the released models, in every form and source of angles."""
+"""mrope, append_kv and vision_rope with the heads of the released models, in every form and source of angles."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from qwen2vl_kernels._rotary import Angles, launch_rotation, launch_tables
+from qwen2vl_kernels.ops.append_kv import launch_append
 
 from .compiler import Specimen, label, meta
 
@@ -24,6 +25,16 @@ def _mrope(heads: int, kv_heads: int, dtype: torch.dtype, interleaved: bool, cac
         interleaved,
     )
     launch_rotation(q, k, *((q, k) if in_place else (torch.empty_like(q), torch.empty_like(k))), angles)
+
+
+def _append(heads: int, kv_heads: int, dtype: torch.dtype, overwrite: bool) -> None:
+    """Into pages of 16 slots, or into the rows of a contiguous cache."""
+    packed = meta(_TOKENS, heads + 2 * kv_heads, 128, dtype=dtype)
+    q, k, v = packed.split((heads, kv_heads, kv_heads), 1)
+    caches = [meta(*((4, 2048) if overwrite else (512, 16)), kv_heads, 128, dtype=dtype) for _ in range(2)]
+    positions, slots = meta(3, _TOKENS, dtype=torch.int64), meta(_TOKENS, dtype=torch.int64)
+    inv_freq = meta(64, dtype=torch.float32)
+    launch_append(k, v, *caches, slots, q, positions, inv_freq, _CHUNKED, False, None, overwrite)
 
 
 def _vision(heads: int, columns: int, dtype: torch.dtype) -> None:
@@ -52,6 +63,8 @@ SPECIMENS = (
     _specimen(12, 2, torch.float32, "in place"),
     _specimen(28, 4, torch.bfloat16, "in place, interleaved"),
     _specimen(64, 8, torch.bfloat16, "in place, cache"),
+    Specimen("append_kv 12+2 bfloat16 paged", partial(_append, 12, 2, torch.bfloat16, False), wide=0.8),
+    Specimen("append_kv 28+4 bfloat16 contiguous", partial(_append, 28, 4, torch.bfloat16, True), wide=0.8),
     Specimen("vision_rope 16x80 bfloat16", partial(_vision, 16, 80, torch.bfloat16), wide=0.8),
     Specimen("vision_rope 16x80 float32", partial(_vision, 16, 80, torch.float32), wide=0.8),
     Specimen("vision_rope 16x64 bfloat16", partial(_vision, 16, 64, torch.bfloat16), wide=0.8),

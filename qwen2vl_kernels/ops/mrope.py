@@ -23,36 +23,7 @@ import torch
 from .._backend import resolve
 from .._checks import INTS, Checker, no_grad_through
 from .._library import register_composite
-from .._rotary import Angles, rotate, rotate_in_place, rotated
-
-
-def by_axis(values: torch.Tensor, section: Sequence[int], interleaved: bool = False) -> torch.Tensor:
-    """Of ``values (3, T, R/2)``, one row of all pairs an axis, each pair's own axis: ``(T, R/2)``."""
-    if not interleaved:
-        return torch.cat([part[axis] for axis, part in enumerate(values.split(list(section), -1))], -1)
-    mixed = values[0].clone()
-    for axis in (1, 2):
-        pairs = slice(axis, 3 * section[axis], 3)
-        mixed[:, pairs] = values[axis][:, pairs]
-    return mixed
-
-
-def mrope_cos_sin(
-    positions: torch.Tensor,
-    inv_freq: torch.Tensor | None,
-    section: Sequence[int],
-    interleaved: bool = False,
-    cos_sin_cache: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ``(T, R/2)`` cosines and sines of every token and pair, in at least float32."""
-    if cos_sin_cache is not None:
-        wide = torch.promote_types(cos_sin_cache.dtype, torch.float32)
-        cos, sin = cos_sin_cache.to(wide)[positions].chunk(2, -1)  # (3, T, R/2) each
-        return by_axis(cos, section, interleaved), by_axis(sin, section, interleaved)
-    assert inv_freq is not None
-    # A product, not a matrix product: TF32 would round positions above 2048.
-    angles = by_axis(positions.to(inv_freq.dtype).unsqueeze(-1) * inv_freq, section, interleaved)
-    return angles.cos(), angles.sin()
+from .._rotary import Angles, check_angles, mrope_cos_sin, rotate, rotate_in_place, rotated
 
 
 def mrope_ref(
@@ -144,29 +115,3 @@ def _check(op, q, k, positions, inv_freq, section, interleaved, cos_sin_cache) -
     check.tensor("k", k, ("T", "Hk", "D"), like=q, contiguous_last=True)
     check.tensor("positions", positions, (3, "T"), dtypes=INTS)
     check_angles(check, q, inv_freq, section, interleaved, cos_sin_cache)
-
-
-def check_angles(check: Checker, x, inv_freq, section, interleaved, cos_sin_cache) -> None:
-    """Refuse what :func:`mrope` refuses of its angles, for rows ``x`` of D columns."""
-    check.require(
-        (inv_freq is None) != (cos_sin_cache is None),
-        "inv_freq and cos_sin_cache: one must be given, got " + ("neither" if inv_freq is None else "both"),
-    )
-    columns = x.shape[-1]
-    if inv_freq is not None:
-        check.tensor("inv_freq", inv_freq, ("R/2",), dtypes=(torch.float32, torch.float64))
-        name, pairs = "inv_freq", inv_freq.shape[0]
-    else:
-        check.tensor("cos_sin_cache", cos_sin_cache, ("P", "R"))
-        rows, width = cos_sin_cache.shape
-        check.require(
-            width % 2 == 0 and rows > 0, f"cos_sin_cache must have shape (P, R), P > 0, R even, got {(rows, width)}"
-        )
-        name, pairs = "cos_sin_cache", width // 2
-    check.require(2 * pairs <= columns, f"{name} has {pairs} pairs, but q's head_dim {columns} holds {columns // 2}")
-    ok = len(section) == 3 and all(isinstance(s, int) and s >= 0 for s in section)
-    check.require(ok, f"section must be three non-negative integers, got {section!r}")
-    check.require(sum(section) == pairs, f"section {tuple(section)} must sum to {name}'s {pairs} pairs")
-    if interleaved:
-        highest = max(3 * section[1] - 2, 3 * section[2] - 1)
-        check.require(highest < pairs, f"section {tuple(section)} does not fit {pairs} pairs when interleaved")
