@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ._elementwise import as_rows
 from ._library import direct, register_opaque
 from ._triton import Target, accumulator, cdiv, jit, launch, next_power_of_2, target_of, tl
 
@@ -114,11 +115,6 @@ def _backward_kernel(
         tl.store(dbias + at, tl.sum(bias_sum, 0, keep_dims=True), mask=valid)
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """``(..., C)`` as ``(rows, C)``: a view wherever the leading dimensions can be walked with one stride."""
-    return x.reshape(-1, x.shape[-1])
-
-
 def launch_forward(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -134,8 +130,8 @@ def launch_forward(
         return y, total, mean, rstd
     acc, columns = accumulator(x.dtype), x.shape[-1]
     chosen = forward_config(columns, x.dtype, target_of(x.device))
-    flat = _rows(x)
-    other = None if residual is None else _rows(residual)
+    flat = as_rows(x)
+    other = None if residual is None else as_rows(residual)
     launch(
         _forward_kernel,
         (cdiv(flat.shape[0], chosen.rows),),
@@ -179,8 +175,8 @@ def launch_backward(
         return ds, torch.zeros_like(weight), weight.new_zeros(columns if biased else 0)
     acc = accumulator(s.dtype)
     chosen = backward_config(columns, s.dtype, target_of(s.device))
-    flat, grad = _rows(s), _rows(dy)
-    other = None if dtotal is None else _rows(dtotal)
+    flat, grad = as_rows(s), as_rows(dy)
+    other = None if dtotal is None else as_rows(dtotal)
     rows = flat.shape[0]
     run = chosen.rows * cdiv(rows, chosen.rows * _BACKWARD_PROGRAMS)  # rows of a program
     programs = cdiv(rows, run)

@@ -43,3 +43,12 @@ def assert_two_times(got: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor
     allowed = 2 * relative_error(eager, exact) + floor
     error = relative_error(got, exact)
     assert error <= allowed, f"relative error {error:.3g}, allowed {allowed:.3g}"
+
+
+def triton_where_it_serves() -> dict[str, str]:
+    """``use_backend``'s arguments for every op that has Triton kernels; skips the test where they cannot run."""
+    from qwen2vl_kernels._backend import PREFERENCE, unavailable
+
+    if (reason := unavailable("triton", DEVICE)) is not None:
+        pytest.skip(f"triton: {reason}")
+    return {op: "triton" for op, row in PREFERENCE.items() if "triton" in row[DEVICE]}

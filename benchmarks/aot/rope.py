@@ -31,10 +31,10 @@ def _append(heads: int, kv_heads: int, dtype: torch.dtype, overwrite: bool) -> N
     """Into pages of 16 slots, or into the rows of a contiguous cache."""
     packed = meta(_TOKENS, heads + 2 * kv_heads, 128, dtype=dtype)
     q, k, v = packed.split((heads, kv_heads, kv_heads), 1)
-    caches = [meta(*((4, 2048) if overwrite else (512, 16)), kv_heads, 128, dtype=dtype) for _ in range(2)]
+    cache = meta(*((4, 2048) if overwrite else (512, 16)), kv_heads, 128, dtype=dtype)
     positions, slots = meta(3, _TOKENS, dtype=torch.int64), meta(_TOKENS, dtype=torch.int64)
     inv_freq = meta(64, dtype=torch.float32)
-    launch_append(k, v, *caches, slots, q, positions, inv_freq, _CHUNKED, False, None, overwrite)
+    launch_append(k, v, cache, cache, slots, q, positions, inv_freq, _CHUNKED, False, None, overwrite)
 
 
 def _vision(heads: int, columns: int, dtype: torch.dtype) -> None:

@@ -1,5 +1,7 @@
 """``use_backend("eager")`` is the reference model: the formulas alone, in prefill, decoding and a resumed chunk."""
 
+import copy
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from qwen2vl import GenerationConfig, Qwen2VL, generate
 from qwen2vl.demo.checkpoint import small_config
 from qwen2vl_kernels import use_backend
 from qwen2vl_kernels.ops import kvcache_attention, varlen_attention
+from tests.conftest import assert_two_times, triton_where_it_serves
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +38,52 @@ def test_every_table_entry_has_an_implementation(module):
 
     table = PREFERENCE[module.__name__.split(".")[-1]]
     assert {name for row in table.values() for name in row} == set(module._BACKENDS)
+
+
+def _image_prompt(config):
+    """Two rows, each with text around an image of 4 by 6 patches, one padded."""
+    image = [config.image_token_id] * 6
+    rows = [[5, 6, config.vision_start_token_id, *image, 7, 8, 9], [3, config.vision_start_token_id, *image, 4]]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    patches = torch.randint(0, 256, (48, 588), dtype=torch.uint8)
+    grid = torch.tensor([[1, 4, 6], [1, 4, 6]])
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": patches, "image_grid_thw": grid}
+
+
+def _logits_and_gradients(model, inputs):
+    model.zero_grad()
+    with torch.enable_grad():
+        logits = model(**inputs)
+        kept = logits[inputs["attention_mask"].bool()]
+        kept.square().mean().backward()
+    return {"logits": kept.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_triton_is_the_eager_model(model):
+    """Logits and every gradient of a tiny model with every Triton kernel that there is, against the formulas."""
+    inputs = _image_prompt(model.config)
+    for parameter in model.parameters():
+        parameter.requires_grad_()
+    try:
+        with use_backend("eager"):
+            eager = _logits_and_gradients(model, inputs)
+            exact = _logits_and_gradients(copy.deepcopy(model).double(), inputs)
+        with use_backend(**triton_where_it_serves()):
+            got = _logits_and_gradients(model, inputs)
+    finally:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+    assert got.keys() == eager.keys() and len(got) > 30
+    for name, value in got.items():
+        assert_two_times(value, eager[name], exact[name], 1e-6)
+
+
+def test_triton_generates_the_same_tokens(model):
+    config = GenerationConfig(max_new_tokens=4, eos_token_ids=(10**6,))
+    inputs = _image_prompt(model.config)
+    expected = generate(model, inputs, config=config).sequences
+    with use_backend(**triton_where_it_serves()):
+        assert generate(model, inputs, config=config).sequences == expected

@@ -7,6 +7,8 @@ from qwen2vl import Qwen2VL
 from qwen2vl.cache import KVCache
 from qwen2vl.demo.checkpoint import small_config
 from qwen2vl.text import Pack
+from qwen2vl_kernels import use_backend
+from tests.conftest import triton_where_it_serves
 
 CU = torch.tensor([0, 8, 20], dtype=torch.int32)
 
@@ -14,6 +16,12 @@ CU = torch.tensor([0, 8, 20], dtype=torch.int32)
 @pytest.fixture(scope="module")
 def model():
     return Qwen2VL.from_config(small_config(), device="cpu", dtype="float32", std=0.1)
+
+
+@pytest.fixture(params=["default", "triton"], autouse=True)
+def _backends(request):
+    with use_backend(**(triton_where_it_serves() if request.param == "triton" else {})):
+        yield
 
 
 def _whole_graph(module):

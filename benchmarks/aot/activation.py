@@ -1,0 +1,47 @@
+"""quick_gelu at the width of the vision tower, swiglu at those of the language models."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from qwen2vl_kernels.ops import quick_gelu, swiglu
+
+from .compiler import Specimen, label, meta
+
+_TOKENS = 4100
+
+
+def _quick_gelu(dtype: torch.dtype, biased: bool) -> None:
+    x, bias = meta(_TOKENS, 5120, dtype=dtype), meta(5120, dtype=dtype) if biased else None
+    quick_gelu.launch_forward(x, bias)
+    quick_gelu.launch_in_place(x, bias)
+    quick_gelu.launch_backward(x, x, bias)
+
+
+def _swiglu(columns: int, dtype: torch.dtype, packed: bool) -> None:
+    dy = meta(_TOKENS, columns, dtype=dtype)
+    gate, up = (meta(_TOKENS, 2 * columns, dtype=dtype), None) if packed else (dy, dy)
+    swiglu.launch_forward(gate, up)
+    swiglu.launch_backward(dy, gate, up)
+
+
+SPECIMENS = (
+    *(
+        Specimen(f"quick_gelu 5120 {label(dtype)}{' + bias' * biased}", partial(_quick_gelu, dtype, biased), wide=0.9)
+        for dtype in (torch.bfloat16, torch.float32)
+        for biased in (False, True)
+    ),
+    *(
+        Specimen(
+            f"swiglu {columns} {label(dtype)}{' packed' * packed}", partial(_swiglu, columns, dtype, packed), wide=0.9
+        )
+        for columns, dtype, packed in (
+            (8960, torch.bfloat16, False),
+            (8960, torch.float32, False),
+            (18944, torch.bfloat16, True),
+            (29568, torch.float16, False),
+        )
+    ),
+)
