@@ -19,8 +19,8 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     # varlen_attention puts "blocked" first for bf16 inference, where it measured faster.
     "varlen_attention": {"cpu": ("sdpa", "blocked", "eager"), "cuda": ("sdpa", "eager")},
     "kvcache_attention": {"cpu": ("sdpa", "eager"), "cuda": ("sdpa", "eager")},
-    "patch_embed": {"cpu": ("eager",), "cuda": ("eager",)},
-    "patch_merge": {"cpu": ("eager",), "cuda": ("eager",)},
+    "patch_embed": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
+    "patch_merge": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
     "rms_norm": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
     "layer_norm": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
     "swiglu": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},

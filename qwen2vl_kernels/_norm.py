@@ -48,7 +48,7 @@ _BACKWARD_PROGRAMS = 512
 
 @jit(do_not_specialize=["rows"])
 def _forward_kernel(
-    x, residual, weight, bias, y, total, mean, rstd,
+    x, order, residual, weight, bias, y, total, mean, rstd,
     rows, x_row, x_column, residual_row, residual_column, eps,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CENTRED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +56,8 @@ def _forward_kernel(
     column = tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
     valid = column < COLUMNS
     mask = (row < rows) & valid
-    s = tl.load(x + row * x_row + column * x_column, mask=mask, other=0.0)
+    source = row if order is None else tl.load(order + row, mask=row < rows, other=0)
+    s = tl.load(x + source * x_row + column * x_column, mask=mask, other=0.0)
     if residual is not None:
         s = s.to(ACC) + tl.load(residual + row * residual_row + column * residual_column, mask=mask, other=0.0).to(ACC)
         s = s.to(total.dtype.element_ty)
@@ -78,7 +79,7 @@ def _forward_kernel(
 
 @jit(do_not_specialize=["rows", "run"])
 def _backward_kernel(
-    dy, s, dtotal, weight, mean, rstd, ds, dweight, dbias,
+    dy, s, order, dtotal, weight, mean, rstd, ds, dweight, dbias,
     rows, run, dy_row, dy_column, s_row, s_column, dtotal_row, dtotal_column,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CENTRED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -93,7 +94,8 @@ def _backward_kernel(
         row = first + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
         mask = (row < end) & valid
         r = tl.load(rstd + row, mask=row < end, other=0.0)
-        n = tl.load(s + row * s_row + column * s_column, mask=mask, other=0.0).to(ACC)
+        source = row if order is None else tl.load(order + row, mask=row < end, other=0)
+        n = tl.load(s + source * s_row + column * s_column, mask=mask, other=0.0).to(ACC)
         g = tl.load(dy + row * dy_row + column * dy_column, mask=mask, other=0.0).to(ACC)
         if CENTRED:
             n -= tl.load(mean + row, mask=row < end, other=0.0)
@@ -108,7 +110,7 @@ def _backward_kernel(
         out *= r
         if dtotal is not None:
             out += tl.load(dtotal + row * dtotal_row + column * dtotal_column, mask=mask, other=0.0).to(ACC)
-        tl.store(ds + row * COLUMNS + column, out.to(ds.dtype.element_ty), mask=mask)
+        tl.store(ds + source * COLUMNS + column, out.to(ds.dtype.element_ty), mask=mask)
     at = tl.program_id(0).to(tl.int64) * COLUMNS + column
     tl.store(dweight + at, tl.sum(weight_sum, 0, keep_dims=True), mask=valid)
     if dbias is not None:
@@ -122,10 +124,14 @@ def launch_forward(
     bias: torch.Tensor | None,
     eps: float,
     centred: bool,
+    order: torch.Tensor | None = None,
     statistics: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``(y, total, mean, rstd)``: total is empty without a residual, the statistics ``(rows,)`` unless wanted."""
-    y, total, mean, rstd = _fake_forward(x, residual, weight, bias, eps, centred, statistics)
+    """``(y, total, mean, rstd)``: total is empty without a residual, the statistics ``(rows,)`` unless wanted.
+
+    ``order (rows,)`` int64: row r of y and of the statistics is that of row ``order[r]`` of x; not with a residual.
+    """
+    y, total, mean, rstd = _fake_forward(x, residual, weight, bias, eps, centred, order, statistics)
     if x.numel() == 0:
         return y, total, mean, rstd
     acc, columns = accumulator(x.dtype), x.shape[-1]
@@ -137,6 +143,7 @@ def launch_forward(
         (cdiv(flat.shape[0], chosen.rows),),
         x.device,
         flat,
+        order,
         other,
         weight.contiguous(),
         None if bias is None else bias.contiguous(),
@@ -167,6 +174,7 @@ def launch_backward(
     rstd: torch.Tensor,
     centred: bool,
     biased: bool,
+    order: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``(ds, dweight, dbias)``, dbias empty unless ``biased``."""
     ds = torch.empty(s.shape, dtype=s.dtype, device=s.device)
@@ -187,6 +195,7 @@ def launch_backward(
         s.device,
         grad,
         flat,
+        order,
         other,
         weight.contiguous(),
         mean if centred else None,
@@ -210,7 +219,7 @@ def launch_backward(
     return ds, sums[0], sums[1] if biased else weight.new_empty(0)
 
 
-def _fake_forward(x, residual, weight, bias, eps, centred, statistics=True):
+def _fake_forward(x, residual, weight, bias, eps, centred, order=None, statistics=True):
     wide = torch.promote_types(x.dtype, torch.float32)
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -220,30 +229,30 @@ def _fake_forward(x, residual, weight, bias, eps, centred, statistics=True):
     return y, total, mean, rstd
 
 
-def _fake_backward(dy, s, dtotal, weight, mean, rstd, centred, biased):
+def _fake_backward(dy, s, dtotal, weight, mean, rstd, centred, biased, order=None):
     return s.new_empty(s.shape), torch.empty_like(weight), weight.new_empty(weight.shape[0] if biased else 0)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, residual, weight, bias, _, ctx.centred = inputs
+    x, residual, weight, bias, _, ctx.centred, order = inputs
     _, total, mean, rstd = output
     ctx.added, ctx.biased = residual is not None, bias is not None
     ctx.mark_non_differentiable(*((mean, rstd) if ctx.added else (total, mean, rstd)))
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(total if ctx.added else x, weight, mean, rstd)
+    ctx.save_for_backward(total if ctx.added else x, weight, mean, rstd, order)
 
 
 def _backward(ctx, dy, dtotal, _dmean, _drstd):
-    s, weight, mean, rstd = ctx.saved_tensors
+    s, weight, mean, rstd, order = ctx.saved_tensors
     if dy is None:
-        return dtotal, dtotal, None, None, None, None
-    arguments = (dy, s, dtotal, weight, mean, rstd, ctx.centred, ctx.biased)
+        return dtotal, dtotal, None, None, None, None, None
+    arguments = (dy, s, dtotal, weight, mean, rstd, ctx.centred, ctx.biased, order)
     ds, dweight, dbias = torch.ops.qwen2vl.norm_backward(*arguments)
-    return ds, ds if ctx.added else None, dweight, dbias if ctx.biased else None, None, None
+    return ds, ds if ctx.added else None, dweight, dbias if ctx.biased else None, None, None, None
 
 
 register_opaque(
-    "norm_forward(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool centred)"
+    "norm_forward(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool centred, Tensor? order)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_forward,
     setup_context=_setup_context,
@@ -253,7 +262,7 @@ register_opaque(
 )
 register_opaque(
     "norm_backward(Tensor dy, Tensor s, Tensor? dtotal, Tensor weight, Tensor mean, Tensor rstd, bool centred,"
-    " bool biased) -> (Tensor, Tensor, Tensor)",
+    " bool biased, Tensor? order) -> (Tensor, Tensor, Tensor)",
     fake=_fake_backward,
     CPU=launch_backward,
     CUDA=launch_backward,
@@ -267,8 +276,9 @@ def norm(
     bias: torch.Tensor | None,
     eps: float,
     centred: bool,
+    order: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(y, total)`` of either norm; total is empty without a residual."""
+    """``(y, total)`` of either norm; total is empty without a residual. ``order`` as for :func:`launch_forward`."""
     if direct(x, residual, weight, bias):
-        return launch_forward(x, residual, weight, bias, eps, centred, statistics=False)[:2]
-    return torch.ops.qwen2vl.norm_forward(x, residual, weight, bias, eps, centred)[:2]
+        return launch_forward(x, residual, weight, bias, eps, centred, order, statistics=False)[:2]
+    return torch.ops.qwen2vl.norm_forward(x, residual, weight, bias, eps, centred, order)[:2]

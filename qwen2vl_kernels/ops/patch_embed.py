@@ -12,6 +12,7 @@ from bytes:
 Centring matters in bfloat16: the rounding of weight' is multiplied by |x|, and |p - 128| is at most 128.
 For a still image, whose two frames are equal, the temporal halves add up: K 1176 -> 588.
 Shapes: patches ``(T, K)`` uint8 or float; weight ``(C, K)`` or ``(C, in, t, p, p)``; bias ``(C,)`` or ``None``.
+The kernel is in ``_linear``, which patch_merge shares.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from .._backend import resolve
 from .._checks import EAGER_FLOATS, Checker
 from .._library import register_composite
+from .._linear import MATRIX_DTYPES, linear
 
 
 def patch_embed_ref(patches: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -33,7 +35,15 @@ def patch_embed_ref(patches: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
     return F.linear(x - 128 if patches.dtype == torch.uint8 else x, weight.flatten(1), bias)
 
 
-register_composite("patch_embed(Tensor patches, Tensor weight, Tensor? bias=None) -> Tensor", patch_embed_ref)
+def _run(patches, weight, bias=None, backend=None) -> torch.Tensor:
+    # Without matrix units the library's product is the faster one.
+    prefer = None if weight.dtype in MATRIX_DTYPES else "eager"
+    if resolve("patch_embed", patches.device.type, backend, prefer) == "eager":
+        return patch_embed_ref(patches, weight, bias)
+    return linear(patches, weight.flatten(1), bias)
+
+
+register_composite("patch_embed(Tensor patches, Tensor weight, Tensor? bias=None) -> Tensor", _run)
 
 
 def patch_embed(
@@ -50,7 +60,7 @@ def patch_embed(
             is subtracted.
         weight: ``(C, K)``, or the 5-D convolution weight ``(C, in, t, p, p)`` with in*t*p*p = K.
         bias: ``(C,)`` in weight's dtype, or ``None``.
-        backend: ``None`` (choose), ``"eager"``.
+        backend: ``None`` (choose), ``"triton"``, ``"eager"``.
 
     Returns ``(T, C)`` in weight's dtype. Raises ``TypeError``/``ValueError`` naming the argument that does not fit.
     """
@@ -61,8 +71,7 @@ def patch_embed(
     check.require(width == patches.shape[1], f"patches has {patches.shape[1]} values a row, but weight takes {width}")
     if bias is not None:
         check.tensor("bias", bias, ("C",), like=weight)
-    resolve("patch_embed", patches.device.type, backend)
-    return patch_embed_ref(patches, weight, bias)
+    return _run(patches, weight, bias, backend)
 
 
 def fold_patch_embed(

@@ -123,5 +123,8 @@ def test_opcheck():
         torch.randn(5, 12, device=DEVICE, requires_grad=True),
         torch.randn(12, device=DEVICE, requires_grad=True),
     )
-    for arguments in ((x, None, weight, None, 1e-6, False), (x, x.detach(), weight, weight.detach(), 1e-6, True)):
+    for arguments in (
+        (x, None, weight, None, 1e-6, False, None),
+        (x, x.detach(), weight, weight.detach(), 1e-6, True, None),
+    ):
         torch.library.opcheck(torch.ops.qwen2vl.norm_forward.default, arguments)
