@@ -1,0 +1,162 @@
+"""What the cases of single ops share: providers made of a call, forward and backward, and the two-times gate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from qwen2vl_kernels import BackendError
+
+from .. import providers
+from ..case import Check, Context, Provider, Workload, two_times
+
+Tensors = Sequence[torch.Tensor]
+
+BACKENDS = {"cuda": ("triton", "eager"), "cpu": ("eager",)}
+
+
+def token_counts(context: Context) -> Sequence[int]:
+    """On a GPU from a thumbnail's to a long context's; on a CPU, where the formulas run, one."""
+    if context.quick:
+        return (64,)
+    return (1024, 8192, 32768) if context.device.type == "cuda" else (1024,)
+
+
+def dtype(context: Context) -> torch.dtype:
+    return torch.bfloat16
+
+
+def random(context: Context, *shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator(context.device).manual_seed(seed)
+    return (torch.randn(shape, generator=generator, device=context.device) * scale).to(dtype(context))
+
+
+def made(name: str, make: Callable[[], Callable[[], Any]], *, module: str | None = None, peer: bool = True) -> Provider:
+    """The provider of ``make()``, skipped where ``module`` is missing or older, or the backend cannot run here."""
+    if module is not None and (reason := providers.why_not(module)) is not None:
+        return Provider(name, skipped=reason, peer=peer)
+    try:
+        call = make()
+        call()
+    except (BackendError, ImportError) as error:
+        return Provider(name, skipped=str(error), peer=peer)
+    return Provider(name, call, peer=peer)
+
+
+def compiled(context: Context, function: Callable) -> Callable | None:
+    """``function`` through torch.compile, on a GPU; ``None`` elsewhere."""
+    return torch.compile(function, dynamic=False) if context.device.type == "cuda" else None
+
+
+class Op:
+    """One op on one set of inputs, with who runs it.
+
+    Args:
+        formula: what transformers does, written out, in the inputs' precision; it is a peer, also compiled, and in
+            float64 the truth. It and all others take the inputs and return a tensor or a tuple.
+        ours: called with the inputs and ``backend=``.
+        inputs: tensors; those in ``constants`` stay as they are in float64 and have no gradient.
+        peers: name -> (module that must be there, function that makes the callable). A callable with a true attribute
+            ``in_place`` overwrites its inputs: it gets copies of its own, restored before every sample.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        formula: Callable,
+        ours: Callable,
+        inputs: Tensors,
+        constants: Tensors = (),
+        peers: Mapping[str, tuple[str, Callable[[], Callable]]] | None = None,
+        floor: float = 1e-6,
+    ) -> None:
+        self.context, self.formula, self.ours, self.floor = context, formula, ours, floor
+        self.inputs, self.constants, self.peers = tuple(inputs), tuple(constants), dict(peers or {})
+
+    def forward(self, name: str, *, bytes: float, flops: float | None = None) -> Workload:
+        return self._workload(name, lambda run: partial(run, *self.inputs, *self.constants), bytes, flops)
+
+    def backward(self, name: str, *, bytes: float, flops: float | None = None) -> Workload:
+        """The gradients of the inputs alone: the forward is done before the clock starts."""
+        return self._workload(f"{name}, backward", self._gradient, bytes, flops)
+
+    def _workload(self, name: str, prepare: Callable, bytes: float, flops: float | None) -> Workload:
+        contenders = [
+            made(backend, lambda b=backend: prepare(partial(self.ours, backend=b)), peer=False)
+            for backend in BACKENDS[self.context.device.type]
+        ]
+        contenders.append(made("transformers' formula", lambda: prepare(self.formula)))
+        if (fast := compiled(self.context, self.formula)) is not None:
+            contenders.append(made("the same, torch.compile", lambda: prepare(fast)))
+        for peer, (module, make) in self.peers.items():
+            contenders.append(self._peer(peer, module, make, prepare))
+        return Workload(
+            name,
+            contenders,
+            gate=partial(self._gate, prepare),
+            bytes=bytes,
+            flops=flops,
+            dtype=dtype(self.context),
+        )
+
+    def _peer(self, name: str, module: str, make: Callable[[], Callable], prepare: Callable) -> Provider:
+        originals, resets = self.inputs, []
+
+        def prepared() -> Callable[[], Any]:
+            run = make()
+            if not getattr(run, "in_place", False):
+                return prepare(run)
+            copies = self.inputs = tuple(x.clone() for x in originals)
+            call = prepare(run)
+            resets.extend(zip(copies, originals, strict=True))
+            resets.extend(getattr(call, "gradients", ()))
+            return call
+
+        try:
+            provider = made(name, prepared, module=module)
+        finally:
+            self.inputs = originals
+        if not resets:
+            return provider
+        return replace(provider, before=lambda: [target.copy_(source) for target, source in resets])
+
+    def _gradient(self, run: Callable) -> Callable[[], Tensors]:
+        with torch.inference_mode(False), torch.enable_grad():
+            inputs = [x.clone().requires_grad_() for x in self.inputs]
+            outputs = _tuple(run(*inputs, *(c.clone() for c in self.constants)))
+            grads = [self._grad(n, o) for n, o in enumerate(outputs)]
+
+        def call() -> Tensors:
+            with torch.inference_mode(False):
+                return torch.autograd.grad(outputs, inputs, grads, retain_graph=True)
+
+        call.gradients = [(g, g.clone()) for g in grads]  # for peers that write into what they are given
+        return call
+
+    def _grad(self, n: int, output: torch.Tensor) -> torch.Tensor:
+        generator = torch.Generator(output.device).manual_seed(100 + n)
+        shape = (output.numel(),)
+        made = torch.randn(shape, generator=generator, device=output.device).to(dtype(self.context))
+        return made.view(output.shape).to(output.dtype)
+
+    def _gate(self, prepare: Callable, outputs: Mapping[str, Any]) -> list[Check]:
+        keep = self.inputs
+        low = _tuple(prepare(self.formula)())
+        self.inputs = tuple(x.double() if x.is_floating_point() else x for x in keep)
+        try:
+            exact = _tuple(prepare(self.formula)())
+        finally:
+            self.inputs = keep
+        return [
+            two_times(f"{name}, result {n}", got, low[n].view(got.shape), exact[n].view(got.shape), self.floor)
+            for name, results in outputs.items()
+            for n, got in enumerate(_tuple(results))
+        ]
+
+
+def _tuple(results: Any) -> Tensors:
+    return (results,) if isinstance(results, torch.Tensor) else tuple(results)
