@@ -11,9 +11,10 @@ import torch
 import typer
 from rich.console import Console
 
-from . import environment, report
+from . import environment, plot, report
 from .case import Context
 from .run import RESULTS, GateError, case_names, load_case, run_case, write
+from .timing import Clock
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
@@ -73,8 +74,9 @@ def run(
 def report_(
     results: Annotated[Path, typer.Argument(help="Folder with results.")] = RESULTS,
     write_to: Annotated[Path | None, typer.Option("--write", help="Write here instead of printing.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Draw roofline plots into this folder (needs matplotlib).")] = None,
 ) -> None:
-    """Render the results as Markdown."""
+    """Render the results as Markdown, and as plots of the share of the machine's ceilings by size."""
     found = report.read_results(results)
     if not found:
         raise typer.BadParameter(f"{results} holds no results", param_hint="results")
@@ -83,6 +85,9 @@ def report_(
         print(text)
     else:
         write_to.write_text(text, encoding="utf-8")
+    if plots is not None:
+        for path in plot.plot_all(found, plots):
+            print(f"written to {path}", file=sys.stderr)
 
 
 @app.command("aot")
@@ -107,6 +112,30 @@ def aot(
     print(f"{len(reports)} kernels compiled, {len(failed)} fail a gate")
     if failed:
         raise typer.Exit(1)
+
+
+@app.command("tune")
+def tune_(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[PART]...", help="Only subjects whose name has one.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=64, help="Rows of the inputs.")] = 8192,
+) -> None:
+    """Time candidate launch configurations on this GPU beside those that ship."""
+    from . import tune
+
+    if (missing := tune.why_not()) is not None:
+        raise typer.BadParameter(missing, param_hint="device")
+    clock = Clock(torch.device("cuda"))
+    for subject in tune.subjects(tokens):
+        if not names or any(name in subject.name for name in names):
+            trial = tune.tune(subject, clock)
+            gain = trial.chosen_s / trial.best_s
+            print(f"{trial.subject}: {1e6 * trial.chosen_s:.1f} us with {trial.chosen}", flush=True)
+            print(
+                f"  best {1e6 * trial.best_s:.1f} us ({gain:.2f}x) with {trial.best}; {trial.failed} do not fit",
+                flush=True,
+            )
 
 
 #: Options that name a folder of this machine and change no number: left out of the command that results quote.

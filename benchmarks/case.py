@@ -71,6 +71,7 @@ class Workload:
         per_call: units of work in one call (decoding steps, say); times are reported per unit.
         units: metrics to take from what ``call`` returns, with their unit (``"s"`` or ``"B"``); ``None`` times
             the call.
+        series, size: what this is one point of, and which, for plots: an op and its tokens, say.
         min_rounds, max_rounds, budget_s: rounds are as many as fit the budget, within these bounds.
     """
 
@@ -82,6 +83,8 @@ class Workload:
     dtype: torch.dtype = torch.float32
     per_call: int = 1
     units: Mapping[str, str] | None = None
+    series: str | None = None
+    size: int | None = None
     min_rounds: int = 5
     max_rounds: int = 100
     budget_s: float = 3.0

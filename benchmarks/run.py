@@ -162,6 +162,8 @@ def _rows(workload: Workload, samples: Samples, ceilings: Ceilings) -> list[dict
                     if peer != provider.name and (theirs := samples.get(peer, {}).get(metric))
                 },
             }
+            if workload.series is not None:
+                row |= {"series": workload.series, "size": workload.size}
             if workload.units is None:
                 row.update(_rates(workload, row["median"], floor))
             rows.append(row)

@@ -77,14 +77,14 @@ class Op:
         self.context, self.formula, self.ours, self.floor = context, formula, ours, floor
         self.inputs, self.constants, self.peers = tuple(inputs), tuple(constants), dict(peers or {})
 
-    def forward(self, name: str, *, bytes: float, flops: float | None = None) -> Workload:
-        return self._workload(name, lambda run: partial(run, *self.inputs, *self.constants), bytes, flops)
+    def forward(self, series: str, tokens: int, *, bytes: float, flops: float | None = None) -> Workload:
+        return self._workload(series, tokens, lambda run: partial(run, *self.inputs, *self.constants), bytes, flops)
 
-    def backward(self, name: str, *, bytes: float, flops: float | None = None) -> Workload:
+    def backward(self, series: str, tokens: int, *, bytes: float, flops: float | None = None) -> Workload:
         """The gradients of the inputs alone: the forward is done before the clock starts."""
-        return self._workload(f"{name}, backward", self._gradient, bytes, flops)
+        return self._workload(f"{series}, backward", tokens, self._gradient, bytes, flops)
 
-    def _workload(self, name: str, prepare: Callable, bytes: float, flops: float | None) -> Workload:
+    def _workload(self, series: str, tokens: int, prepare: Callable, bytes: float, flops: float | None) -> Workload:
         contenders = [
             made(backend, lambda b=backend: prepare(partial(self.ours, backend=b)), peer=False)
             for backend in BACKENDS[self.context.device.type]
@@ -95,12 +95,14 @@ class Op:
         for peer, (module, make) in self.peers.items():
             contenders.append(self._peer(peer, module, make, prepare))
         return Workload(
-            name,
+            f"{series}, {tokens} tokens",
             contenders,
             gate=partial(self._gate, prepare),
             bytes=bytes,
             flops=flops,
             dtype=dtype(self.context),
+            series=series,
+            size=tokens,
         )
 
     def _peer(self, name: str, module: str, make: Callable[[], Callable], prepare: Callable) -> Provider:

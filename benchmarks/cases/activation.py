@@ -43,16 +43,16 @@ def _quick_gelu(context: Context, tokens: int, columns: int) -> Iterator[Workloa
         (f"quick_gelu {tokens}x{columns} + bias", (x, bias)),
     ):
         op = Op(context, _formula_quick_gelu, quick_gelu, inputs)
-        yield op.forward(name, bytes=2 * row)
-        yield op.backward(name, bytes=3 * row)
+        yield op.forward(name, tokens, bytes=2 * row)
+        yield op.backward(name, tokens, bytes=3 * row)
 
 
 def _swiglu(context: Context, tokens: int, columns: int) -> Iterator[Workload]:
     gate, up = random(context, tokens, columns, scale=3), random(context, tokens, columns, seed=1)
-    name, row = f"swiglu {tokens}x{columns}", 2 * tokens * columns
+    name, row = f"swiglu {columns}", 2 * tokens * columns
     op = Op(context, _formula_swiglu, swiglu, (gate, up), peers={"Liger": ("liger_kernel", _liger_swiglu)})
-    yield op.forward(name, bytes=3 * row)
-    yield op.backward(name, bytes=5 * row)
+    yield op.forward(name, tokens, bytes=3 * row)
+    yield op.backward(name, tokens, bytes=5 * row)
 
 
 CASE = Case("activation", "QuickGELU and SwiGLU, forward and backward", workloads)

@@ -40,9 +40,9 @@ def _merge(context: Context, tokens: int, hidden: int) -> Iterator[Workload]:
     flops = 2 * merged * wide * (wide + hidden)
     moved = sum(x.nbytes for x in inputs) + 2 * merged * hidden
     op = Op(context, _formula, patch_merge, inputs)
-    name = f"patch_merge {tokens}x{channels} to {hidden}"
-    yield op.forward(name, bytes=moved, flops=flops)
-    yield op.backward(name, bytes=2 * moved, flops=2 * flops)
+    name = f"patch_merge {channels} to {hidden}"
+    yield op.forward(name, tokens, bytes=moved, flops=flops)
+    yield op.backward(name, tokens, bytes=2 * moved, flops=2 * flops)
 
 
 CASE = Case("merge", "The 2x2 token merger, forward and backward", workloads)

@@ -69,12 +69,11 @@ def _liger_layer() -> Callable:
 def _rms(context: Context, tokens: int, columns: int) -> Iterator[Workload]:
     x, residual = random(context, tokens, columns), random(context, tokens, columns, seed=1)
     weight, row = random(context, columns, seed=2), 2 * tokens * columns  # bytes of one tensor
-    name = f"{tokens}x{columns}"
     torch_own = ("triton", lambda: lambda x, weight: F.rms_norm(x, (columns,), weight, EPS))
     peers = {"Liger": ("liger_kernel", _liger_rms), "torch.rms_norm": torch_own}
     op = Op(context, _formula_rms, rms_norm, (x, weight), peers=peers)
-    yield op.forward(f"rms_norm {name}", bytes=2 * row)
-    yield op.backward(f"rms_norm {name}", bytes=3 * row)
+    yield op.forward(f"rms_norm {columns}", tokens, bytes=2 * row)
+    yield op.backward(f"rms_norm {columns}", tokens, bytes=3 * row)
     op = Op(
         context,
         _formula_add_rms,
@@ -82,20 +81,20 @@ def _rms(context: Context, tokens: int, columns: int) -> Iterator[Workload]:
         (x, residual, weight),
         peers={"Liger": ("liger_kernel", _liger_add_rms)},
     )
-    yield op.forward(f"add_rms_norm {name}", bytes=4 * row)
-    yield op.backward(f"add_rms_norm {name}", bytes=4 * row)
+    yield op.forward(f"add_rms_norm {columns}", tokens, bytes=4 * row)
+    yield op.backward(f"add_rms_norm {columns}", tokens, bytes=4 * row)
 
 
 def _layer(context: Context, tokens: int, columns: int) -> Iterator[Workload]:
     x, residual = random(context, tokens, columns), random(context, tokens, columns, seed=1)
     weight, bias = random(context, columns, seed=2), random(context, columns, seed=3)
-    name, row = f"{tokens}x{columns}", 2 * tokens * columns
+    row = 2 * tokens * columns
     op = Op(context, _formula_layer, layer_norm, (x, weight, bias), peers={"Liger": ("liger_kernel", _liger_layer)})
-    yield op.forward(f"layer_norm {name}", bytes=2 * row)
-    yield op.backward(f"layer_norm {name}", bytes=3 * row)
+    yield op.forward(f"layer_norm {columns}", tokens, bytes=2 * row)
+    yield op.backward(f"layer_norm {columns}", tokens, bytes=3 * row)
     op = Op(context, _formula_add_layer, add_layer_norm, (x, residual, weight, bias))
-    yield op.forward(f"add_layer_norm {name}", bytes=4 * row)
-    yield op.backward(f"add_layer_norm {name}", bytes=4 * row)
+    yield op.forward(f"add_layer_norm {columns}", tokens, bytes=4 * row)
+    yield op.backward(f"add_layer_norm {columns}", tokens, bytes=4 * row)
 
 
 CASE = Case("norm", "LayerNorm and RMSNorm, alone and after a residual sum, forward and backward", workloads)

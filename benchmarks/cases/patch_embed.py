@@ -57,14 +57,16 @@ def _workload(context: Context, tokens: int, *, still: bool, copied: bool) -> Wo
     contenders.append(made("linear on float32 rows", lambda: lambda: _formula(bring(theirs_in), flat)))
     if (fast := compiled(context, _formula)) is not None:
         contenders.append(made("the same, torch.compile", lambda: lambda: fast(bring(theirs_in), flat)))
-    kind = "stills" if still else "videos"
+    series = f"patch_embed of {'stills' if still else 'videos'}{', from the host' if copied else ''}"
     return Workload(
-        f"{tokens} patches of {kind}{', from the host' if copied else ''}",
+        f"{series}, {tokens} tokens",
         contenders,
         gate=partial(_gate, exact, low),
         bytes=ours_in.nbytes + folded[0].nbytes + 2 * tokens * columns,
         flops=2 * tokens * columns * ours_in.shape[1],
         dtype=dtype(context),
+        series=series,
+        size=tokens,
     )
 
 

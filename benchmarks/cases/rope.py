@@ -58,9 +58,9 @@ def _vision(context: Context, tokens: int, heads: int, columns: int) -> Iterator
         return run
 
     op = Op(context, formula, vision_rope, (q, k), (cos, sin), peers={"flash-attn": ("flash_attn", flash)})
-    name, moved = f"vision_rope {tokens}x{heads}x{columns}", 2 * (q.nbytes + k.nbytes)
-    yield op.forward(name, bytes=moved)
-    yield op.backward(name, bytes=moved)
+    name, moved = f"vision_rope {heads}x{columns}", 2 * (q.nbytes + k.nbytes)
+    yield op.forward(name, tokens, bytes=moved)
+    yield op.backward(name, tokens, bytes=moved)
 
 
 def _mrope(context: Context, tokens: int, heads: int, kv_heads: int) -> Iterator[Workload]:
@@ -96,9 +96,9 @@ def _mrope(context: Context, tokens: int, heads: int, kv_heads: int) -> Iterator
         return mrope(q, k, positions, inv_freq, SECTION, backend=backend)
 
     op = Op(context, formula, ours, (q, k), (positions,), peers={"Liger": ("liger_kernel", liger)})
-    name, moved = f"mrope {tokens}x{heads}+{kv_heads}x128", 2 * (q.nbytes + k.nbytes)
-    yield op.forward(name, bytes=moved)
-    yield op.backward(name, bytes=moved)
+    name, moved = f"mrope {heads}+{kv_heads}x128", 2 * (q.nbytes + k.nbytes)
+    yield op.forward(name, tokens, bytes=moved)
+    yield op.backward(name, tokens, bytes=moved)
     yield _append(context, q, k, positions, inv_freq, (cos, sin), full)
 
 
@@ -133,7 +133,8 @@ def _append(context: Context, q, k, positions, inv_freq, tables, full) -> Worklo
         return k_cache.clone() if k.dtype == torch.float64 else k_cache, v_cache
 
     moved = 2 * (q.nbytes + k.nbytes + v.nbytes)
-    return Op(context, formula, ours, (q, k, v)).forward(f"append_kv {tokens}x{q.shape[1]}+{kv_heads}x128", bytes=moved)
+    op = Op(context, formula, ours, (q, k, v))
+    return op.forward(f"append_kv {q.shape[1]}+{kv_heads}x128", tokens, bytes=moved)
 
 
 CASE = Case("rope", "M-RoPE, vision RoPE and the cache append, forward and backward", workloads)

@@ -1,0 +1,98 @@
+"""``python -m tests.kernels.one_of_each``: every kernel once on a small ragged shape, for compute-sanitizer."""
+
+from __future__ import annotations
+
+import torch
+
+import qwen2vl_kernels as K
+from qwen2vl_kernels._backend import PREFERENCE, unavailable
+
+
+def main(device: str = "cuda") -> list[str]:
+    """Runs what can run on ``device`` and returns the ops' names."""
+
+    def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.randn(shape, device=device).to(dtype).requires_grad_()
+
+    def backward(*outputs: torch.Tensor) -> None:
+        torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
+
+    x, weight, bias = random(37, 1280), random(1280), random(1280)
+    q, k, v = random(37, 3, 128), random(37, 2, 128), random(37, 2, 128)
+    positions = torch.arange(37, device=device).expand(3, -1)
+    inv_freq, section = torch.rand(64, device=device), (16, 24, 24)
+    grid = torch.tensor([[1, 4, 6], [3, 2, 2]], device=device)
+    ids = torch.tensor([[5, *[7] * 6, 5, *[8] * 3, 5]], device=device)
+    tokens = {"image_token_id": 7, "video_token_id": 8}
+    merger = [random(*s) for s in ((1280,), (1280,), (128, 5120), (128,), (72, 128), (72,))]
+    pixels = torch.randint(0, 256, (37, 588), dtype=torch.uint8, device=device)
+    photo = torch.randint(0, 256, (61, 83, 3), dtype=torch.uint8, device=device)
+
+    def mrope(backend: str) -> None:
+        backward(*K.mrope(q, k, positions, inv_freq, section, backend=backend))
+        K.mrope_(q.detach().clone(), k.detach().clone(), positions, inv_freq, section, backend=backend)
+
+    def vision_rope(backend: str) -> None:
+        cos, sin = K.vision_rope_tables(positions[:2].T, inv_freq[:20], backend=backend)
+        backward(*K.vision_rope(random(37, 2, 80), random(37, 2, 80), cos, sin, backend=backend))
+        K.vision_rope_qkv_(random(37, 3, 2, 80).detach(), cos, sin, backend=backend)
+
+    def append_kv(backend: str) -> None:
+        caches = [torch.zeros(3, 16, 2, 128, dtype=torch.bfloat16, device=device) for _ in range(2)]
+        slots = torch.arange(37, device=device) + 11
+        given = {"q": q.detach().clone(), "positions": positions, "inv_freq": inv_freq, "section": section}
+        K.append_kv(k.detach(), v.detach(), *caches, slots, **given, backend=backend)
+        K.append_kv(k.detach(), v.detach(), *caches, slots - 40, backend=backend)
+
+    def norms(backend: str) -> None:
+        backward(K.rms_norm(x, weight, backend=backend), *K.add_rms_norm(x, x, weight, backend=backend))
+
+    def layer_norms(backend: str) -> None:
+        backward(K.layer_norm(x, weight, bias, backend=backend), *K.add_layer_norm(x, x, weight, bias, backend=backend))
+
+    def activations(backend: str) -> None:
+        backward(K.quick_gelu(x, bias, backend=backend))
+        K.quick_gelu_(x.detach().clone(), backend=backend)
+
+    def swiglu(backend: str) -> None:
+        backward(K.swiglu(x, random(37, 1280), backend=backend), K.swiglu(x, backend=backend))
+        K.swiglu_(x.detach().clone(), x.detach(), backend=backend)
+
+    def patch_embed(backend: str) -> None:
+        backward(K.patch_embed(pixels, random(72, 588), random(72), backend=backend))
+        backward(K.patch_embed(random(37, 588), random(72, 588), backend=backend))
+
+    def patch_merge(backend: str) -> None:
+        backward(K.patch_merge(x[:36], *merger, order="raster", grid_thw=grid, backend=backend))
+
+    def positions_of(backend: str) -> None:
+        K.mrope_positions(ids, grid[:1], grid[1:], **tokens, backend=backend)
+        K.mrope_positions_chunk(ids[:, :4], grid[:1], None, **tokens, backend=backend)
+
+    runs = {
+        "mrope": mrope,
+        "vision_rope": vision_rope,
+        "append_kv": append_kv,
+        "rms_norm": norms,
+        "layer_norm": layer_norms,
+        "quick_gelu": activations,
+        "swiglu": swiglu,
+        "patch_embed": patch_embed,
+        "patch_merge": patch_merge,
+        "mrope_positions": positions_of,
+        "vision_positions": lambda backend: K.vision_positions(grid, num_patches=36, backend=backend),
+        "image_to_patches": lambda backend: K.image_to_patches(photo, 56, 84, backend=backend),
+    }
+    done = []
+    for op, run in runs.items():
+        for backend in PREFERENCE[op][device]:
+            if backend in ("triton", "cuda") and unavailable(backend, device) is None:
+                run(backend)
+                done.append(op)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return done
+
+
+if __name__ == "__main__":
+    print("one of each:", ", ".join(main()))
