@@ -57,9 +57,11 @@ def _forward_kernel(
     valid = column < COLUMNS
     mask = (row < rows) & valid
     source = row if order is None else tl.load(order + row, mask=row < rows, other=0)
-    s = tl.load(x + source * x_row + column * x_column, mask=mask, other=0.0)
+    s = tl.load(x + source * x_row + column.to(tl.int64) * x_column, mask=mask, other=0.0)
     if residual is not None:
-        s = s.to(ACC) + tl.load(residual + row * residual_row + column * residual_column, mask=mask, other=0.0).to(ACC)
+        s = s.to(ACC) + tl.load(
+            residual + row * residual_row + column.to(tl.int64) * residual_column, mask=mask, other=0.0
+        ).to(ACC)
         s = s.to(total.dtype.element_ty)
         tl.store(total + row * COLUMNS + column, s, mask=mask)
     s = s.to(ACC)  # of the rounded sum, as an addition followed by a norm has it
@@ -91,12 +93,12 @@ def _backward_kernel(
     begin = tl.program_id(0).to(tl.int64) * run
     end = tl.minimum(begin + run, rows)
     for first in range(begin, end, ROWS):
-        row = first + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
+        row = (first + tl.arange(0, ROWS)[:, None]).to(tl.int64)  # (ROWS, 1)
         mask = (row < end) & valid
         r = tl.load(rstd + row, mask=row < end, other=0.0)
         source = row if order is None else tl.load(order + row, mask=row < end, other=0)
-        n = tl.load(s + source * s_row + column * s_column, mask=mask, other=0.0).to(ACC)
-        g = tl.load(dy + row * dy_row + column * dy_column, mask=mask, other=0.0).to(ACC)
+        n = tl.load(s + source * s_row + column.to(tl.int64) * s_column, mask=mask, other=0.0).to(ACC)
+        g = tl.load(dy + row * dy_row + column.to(tl.int64) * dy_column, mask=mask, other=0.0).to(ACC)
         if CENTRED:
             n -= tl.load(mean + row, mask=row < end, other=0.0)
         n = tl.where(mask, n * r, 0.0)
@@ -109,7 +111,9 @@ def _backward_kernel(
             out -= tl.sum(g, 1, keep_dims=True) / COLUMNS
         out *= r
         if dtotal is not None:
-            out += tl.load(dtotal + row * dtotal_row + column * dtotal_column, mask=mask, other=0.0).to(ACC)
+            out += tl.load(dtotal + row * dtotal_row + column.to(tl.int64) * dtotal_column, mask=mask, other=0.0).to(
+                ACC
+            )
         tl.store(ds + source * COLUMNS + column, out.to(ds.dtype.element_ty), mask=mask)
     at = tl.program_id(0).to(tl.int64) * COLUMNS + column
     tl.store(dweight + at, tl.sum(weight_sum, 0, keep_dims=True), mask=valid)

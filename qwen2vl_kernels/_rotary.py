@@ -166,7 +166,7 @@ def turn_heads(
     """
     column = tl.arange(0, BLOCK)[None, :]
     for n in tl.static_range(COUNT):  # pyright: ignore[reportGeneralTypeIssues]
-        head = first + n
+        head = first.to(tl.int64) + n
         mask = live & (column < PAIRS) & (head < HEADS)
         at, to = x + from_row + head * x_head, out + to_row + head * out_head
         a = tl.load(at + column, mask=mask, other=0.0).to(c.dtype)

@@ -47,9 +47,11 @@ def made(name: str, make: Callable[[], Callable[[], Any]], *, module: str | None
     return Provider(name, call, peer=peer)
 
 
-def compiled(context: Context, function: Callable) -> Callable | None:
-    """``function`` through torch.compile, on a GPU; ``None`` elsewhere."""
-    return torch.compile(function, dynamic=False) if context.device.type == "cuda" else None
+def compiled(context: Context, function: Callable, tokens: int) -> Callable | None:
+    """``function`` through torch.compile, on a GPU at one size, as each takes seconds to compile; else ``None``."""
+    if context.device.type != "cuda" or tokens != 8192:
+        return None
+    return torch.compile(function, dynamic=False)
 
 
 class Op:
@@ -90,7 +92,7 @@ class Op:
             for backend in BACKENDS[self.context.device.type]
         ]
         contenders.append(made("transformers' formula", lambda: prepare(self.formula)))
-        if (fast := compiled(self.context, self.formula)) is not None:
+        if (fast := compiled(self.context, self.formula, tokens)) is not None:
             contenders.append(made("the same, torch.compile", lambda: prepare(fast)))
         for peer, (module, make) in self.peers.items():
             contenders.append(self._peer(peer, module, make, prepare))

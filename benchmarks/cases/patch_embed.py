@@ -55,7 +55,7 @@ def _workload(context: Context, tokens: int, *, still: bool, copied: bool) -> Wo
 
     contenders = [ours(backend) for backend in BACKENDS[device.type]]
     contenders.append(made("linear on float32 rows", lambda: lambda: _formula(bring(theirs_in), flat)))
-    if (fast := compiled(context, _formula)) is not None:
+    if (fast := compiled(context, _formula, tokens)) is not None:
         contenders.append(made("the same, torch.compile", lambda: lambda: fast(bring(theirs_in), flat)))
     series = f"patch_embed of {'stills' if still else 'videos'}{', from the host' if copied else ''}"
     return Workload(

@@ -63,7 +63,7 @@ def _copy_heads(
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)[None, :]
     for n in tl.static_range(COUNT):  # pyright: ignore[reportGeneralTypeIssues]
-        head = first + n
+        head = first.to(tl.int64) + n
         mask = live & (column < COLUMNS) & (head < HEADS)
         value = tl.load(x + from_row + head * x_head + column, mask=mask, other=0.0)
         tl.store(out + to_row + head * out_head + column, value, mask=mask)

@@ -50,11 +50,11 @@ def _forward_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = (row < rows) & (column < COLUMNS)
-    h = tl.load(x + row * x_row + column * x_column, mask=mask, other=0.0).to(ACC)
+    h = tl.load(x + row * x_row + column.to(tl.int64) * x_column, mask=mask, other=0.0).to(ACC)
     if bias is not None:
         h += tl.load(bias + column, mask=column < COLUMNS, other=0.0).to(ACC)
     out = h / (1 + tl.exp(-1.702 * h))
-    tl.store(y + row * y_row + column * y_column, out.to(y.dtype.element_ty), mask=mask)
+    tl.store(y + row * y_row + column.to(tl.int64) * y_column, out.to(y.dtype.element_ty), mask=mask)
 
 
 @jit(do_not_specialize=["rows", "run"])
@@ -68,10 +68,10 @@ def _backward_kernel(
     end = tl.minimum(begin + run, rows)
     bias_sum = tl.zeros((ROWS, BLOCK), ACC)
     for first in range(begin, end, ROWS):
-        row = first + tl.arange(0, ROWS)[:, None]
+        row = (first + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         mask = (row < end) & valid
-        h = tl.load(x + row * x_row + column * x_column, mask=mask, other=0.0).to(ACC)
-        g = tl.load(dy + row * dy_row + column * dy_column, mask=mask, other=0.0).to(ACC)
+        h = tl.load(x + row * x_row + column.to(tl.int64) * x_column, mask=mask, other=0.0).to(ACC)
+        g = tl.load(dy + row * dy_row + column.to(tl.int64) * dy_column, mask=mask, other=0.0).to(ACC)
         if bias is not None:
             h += tl.load(bias + column, mask=valid, other=0.0).to(ACC)
         sigmoid = 1 / (1 + tl.exp(-1.702 * h))

@@ -40,10 +40,10 @@ def _forward_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = (row < rows) & (column < COLUMNS)
-    g = tl.load(gate + row * gate_row + column * gate_column, mask=mask, other=0.0).to(ACC)
-    u = tl.load(up + row * up_row + column * up_column, mask=mask, other=0.0).to(ACC)
+    g = tl.load(gate + row * gate_row + column.to(tl.int64) * gate_column, mask=mask, other=0.0).to(ACC)
+    u = tl.load(up + row * up_row + column.to(tl.int64) * up_column, mask=mask, other=0.0).to(ACC)
     out = g / (1 + tl.exp(-g)) * u
-    tl.store(y + row * y_row + column * y_column, out.to(y.dtype.element_ty), mask=mask)
+    tl.store(y + row * y_row + column.to(tl.int64) * y_column, out.to(y.dtype.element_ty), mask=mask)
 
 
 @jit(do_not_specialize=["rows"])
@@ -54,9 +54,9 @@ def _backward_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = (row < rows) & (column < COLUMNS)
-    d = tl.load(dy + row * dy_row + column * dy_column, mask=mask, other=0.0).to(ACC)
-    g = tl.load(gate + row * gate_row + column * gate_column, mask=mask, other=0.0).to(ACC)
-    u = tl.load(up + row * up_row + column * up_column, mask=mask, other=0.0).to(ACC)
+    d = tl.load(dy + row * dy_row + column.to(tl.int64) * dy_column, mask=mask, other=0.0).to(ACC)
+    g = tl.load(gate + row * gate_row + column.to(tl.int64) * gate_column, mask=mask, other=0.0).to(ACC)
+    u = tl.load(up + row * up_row + column.to(tl.int64) * up_column, mask=mask, other=0.0).to(ACC)
     sigmoid = 1 / (1 + tl.exp(-g))
     out = row * out_row + column
     tl.store(dgate + out, (d * u * sigmoid * (1 + g * (1 - sigmoid))).to(dgate.dtype.element_ty), mask=mask)

@@ -64,3 +64,46 @@ def test_it_refuses_to_compile_interpreted_kernels():
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 2 and "interpreted in this process" in result.stderr
     assert "no group is called 'rotary'" in " ".join(_python("-m", "benchmarks", "aot", "rotary").stderr.split())
+
+
+_SPECIALISED = """
+import json, torch
+from benchmarks.aot import compiler
+from benchmarks.aot.compiler import meta
+from qwen2vl_kernels import _linear, _norm, _rotary
+from qwen2vl_kernels._triton import Target, record
+from qwen2vl_kernels.ops import append_kv, quick_gelu, swiglu
+
+bf16 = torch.bfloat16
+
+def run(tokens):
+    x, weight = meta(tokens, 1280, dtype=bf16), meta(1280, dtype=bf16)
+    statistics = meta(tokens, dtype=torch.float32)
+    _norm.launch_forward(x, x, weight, weight, 1e-6, True)
+    _norm.launch_backward(x, x, x, weight, statistics, statistics, True, True)
+    quick_gelu.launch_forward(x, weight)
+    quick_gelu.launch_backward(x, x, weight)
+    swiglu.launch_forward(x, x)
+    swiglu.launch_backward(x, x, x)
+    _linear.launch_linear(meta(tokens, 588, dtype=torch.uint8), meta(1280, 588, dtype=bf16), weight, False)
+    q, k = meta(tokens, 12, 128, dtype=bf16), meta(tokens, 2, 128, dtype=bf16)
+    positions, inv_freq = meta(3, tokens, dtype=torch.int64), meta(64, dtype=torch.float32)
+    angles = _rotary.Angles(positions, inv_freq, section=(16, 24, 24))
+    _rotary.launch_rotation(q, k, q, k, angles)
+    cache, slots = meta(3 + tokens % 5, 16 * (1 + tokens % 3), 2, 128, dtype=bf16), meta(tokens, dtype=torch.int64)
+    append_kv.launch_append(k, k, cache, cache, slots, q, positions, inv_freq, (16, 24, 24), False, None, True)
+    _rotary.launch_tables(meta(tokens, 2, dtype=torch.int64), meta(20, dtype=torch.float32))
+
+kinds = []
+for tokens in (1, 2, 15, 16, 100, 4096, 100_000):
+    with record(Target("cuda", 90)) as launches:
+        run(tokens)
+    kinds.append([compiler._source(launch)[1] for launch in launches])
+print(json.dumps([len(kinds[0]), [n for n, names in enumerate(zip(*kinds)) if len(set(names)) > 1]]))
+"""
+
+
+def test_no_kernel_is_compiled_again_for_another_number_of_tokens():
+    result = _python("-c", _SPECIALISED)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1]) == [10, []]

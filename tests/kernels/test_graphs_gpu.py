@@ -1,0 +1,75 @@
+"""The Triton ops captured in a CUDA graph once, replayed on other contents and padding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import qwen2vl_kernels as K
+
+pytestmark = pytest.mark.gpu
+
+SECTION = (16, 24, 24)
+
+
+def _layer(x, residual, q, k, v, positions, inv_freq, caches, slots, weight, gate):
+    """What surrounds the matrix products and the attention of a decoder layer, in the order of one."""
+    normed, total = K.add_rms_norm(x, residual, weight, backend="triton")
+    given = {"positions": positions, "inv_freq": inv_freq, "section": SECTION, "overwrite_k": True}
+    K.append_kv(k, v, *caches, slots, q=q, **given, backend="triton")
+    return normed, total, K.swiglu(gate, normed, backend="triton"), K.quick_gelu(total, weight, backend="triton")
+
+
+def test_a_decoder_layer():
+    tokens, columns = 24, 256
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def fill(*shape):
+        return torch.randn(shape, generator=generator, device="cuda").bfloat16()
+
+    shapes = [(tokens, columns), (tokens, columns), (tokens, 3, 128), (tokens, 2, 128), (tokens, 2, 128)]
+    tensors = [fill(*shape) for shape in shapes]
+    positions = torch.randint(0, 999, (3, tokens), device="cuda")
+    inv_freq, weight = torch.rand(64, device="cuda"), fill(columns)
+    caches = [torch.zeros(4, 16, 2, 128, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+    slots, gate = torch.arange(tokens, device="cuda"), fill(tokens, columns)
+    static = (*tensors, positions, inv_freq, caches, slots, weight, gate)
+    _layer(*static)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = _layer(*static)
+    for round in range(3):
+        fresh = [fill(*shape) for shape in shapes]
+        for target, source in zip(tensors, fresh, strict=True):
+            target.copy_(source)
+        positions.copy_(torch.randint(0, 999, (3, tokens), device="cuda"))
+        slots.copy_(torch.randperm(64, device="cuda")[:tokens])
+        slots[tokens - 5 * round :] = -1  # padding
+        for cache in caches:
+            cache.zero_()
+        graph.replay()
+        got = [t.clone() for t in (*captured, *tensors, *caches)]
+        for cache in caches:
+            cache.zero_()
+        again = _layer(*fresh, positions, inv_freq, caches, slots, weight, gate)
+        for one, two in zip(got, (*again, *fresh, *caches), strict=True):
+            assert torch.equal(one, two)
+
+
+def test_a_merger_from_raster_order():
+    x = torch.randn(40, 64, device="cuda").bfloat16()
+    shapes = ((64,), (64,), (96, 256), (96,), (72, 96), (72,))
+    parameters = [torch.randn(shape, device="cuda").bfloat16() for shape in shapes]
+    grid = torch.tensor([[1, 4, 6], [4, 2, 2]], device="cuda")
+    run = lambda: K.patch_merge(x, *parameters, order="raster", grid_thw=grid, backend="triton")  # noqa: E731
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for grids in ([[1, 4, 6], [4, 2, 2]], [[1, 4, 4], [1, 6, 4]]):
+        grid.copy_(torch.tensor(grids))
+        graph.replay()
+        got = captured.clone()
+        assert torch.equal(got, run())

@@ -1,0 +1,96 @@
+"""Offsets beyond 2^31 elements: a few rows, heads, columns and slots that lie that far apart.
+
+The memory between them is never touched, so that it costs address space only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from qwen2vl_kernels import append_kv, layer_norm, mrope, mrope_, patch_embed, quick_gelu, quick_gelu_, rms_norm, swiglu
+from qwen2vl_kernels._backend import unavailable
+from tests.conftest import DEVICE
+
+if (reason := unavailable("triton", DEVICE)) is not None:
+    pytest.skip(f"triton: {reason}", allow_module_level=True)
+
+FAR = 2**30  # a stride that fits 32 bits; three of it do not
+
+
+@pytest.fixture(scope="module")
+def memory():
+    """3.2 GiB elements of bfloat16."""
+    try:
+        return torch.empty(3 * FAR + 2**20, dtype=torch.bfloat16, device=DEVICE)
+    except RuntimeError as error:
+        pytest.skip(f"6.4 GB cannot be reserved: {error}")
+
+
+def _spread(memory: torch.Tensor, *shape: int, far: int) -> torch.Tensor:
+    """Random values of ``shape``, neighbours in dimension ``far`` FAR elements apart, the others packed."""
+    dense = torch.randn(shape, device=DEVICE).bfloat16()
+    strides = list(torch.empty([n if d != far else 1 for d, n in enumerate(shape)], device="meta").stride())
+    strides[far] = FAR
+    return memory.as_strided(shape, strides).copy_(dense)
+
+
+ROWWISE: dict[str, Callable] = {
+    "rms_norm": lambda x, backend: rms_norm(x, torch.ones_like(x[0]).contiguous(), backend=backend),
+    "layer_norm": lambda x, backend: layer_norm(x, *[torch.ones_like(x[0]).contiguous()] * 2, backend=backend),
+    "quick_gelu": lambda x, backend: quick_gelu(x, backend=backend),
+    "swiglu": lambda x, backend: swiglu(x, x, backend=backend),
+    "patch_embed": lambda x, backend: patch_embed(
+        x, torch.ones(8, x.shape[1], device=DEVICE).bfloat16(), backend=backend
+    ),
+}
+
+
+@pytest.mark.parametrize("far", [0, 1], ids=["rows", "columns"])
+@pytest.mark.parametrize("name", ROWWISE)
+def test_rows_and_columns(memory, name, far):
+    x = _spread(memory, *((4, 16) if far == 0 else (5, 4)), far=far)
+    got, want = ROWWISE[name](x, "triton"), ROWWISE[name](x.contiguous(), "triton")
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "quick_gelu", "swiglu"])
+def test_gradients(memory, name):
+    x = _spread(memory, 4, 16, far=0).requires_grad_()
+    dense = x.detach().clone().contiguous().requires_grad_()
+    grads = [torch.autograd.grad(ROWWISE[name](t, "triton").float().square().sum(), t)[0] for t in (x, dense)]
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("far", [0, 1], ids=["tokens", "heads"])
+def test_rotation(memory, far):
+    shape = (4, 2, 16) if far == 0 else (3, 4, 16)
+    q = _spread(memory, *shape, far=far)
+    dense, k = q.clone().contiguous(), torch.randn(shape[0], 1, 16, device=DEVICE).bfloat16()
+    positions = torch.randint(0, 99, (3, shape[0]), device=DEVICE)
+    settings = (positions, torch.rand(8, device=DEVICE), (2, 3, 3))
+    want = mrope(dense, k, *settings, backend="triton")[0]
+    assert torch.equal(mrope(q, k, *settings, backend="triton")[0], want)
+    mrope_(q, k, *settings, backend="triton")
+    assert torch.equal(q, want)
+
+
+def test_in_place(memory):
+    x = _spread(memory, 4, 16, far=0)
+    want = quick_gelu(x.clone().contiguous(), backend="triton")
+    assert torch.equal(quick_gelu_(x, backend="triton"), want)
+
+
+def test_slots(memory):
+    """Blocks of a cache that far apart, and a contiguous one whose last slots are."""
+    k = torch.randn(2, 1, 16, device=DEVICE).bfloat16()
+    blocks = memory.as_strided((4, 2, 1, 16), (FAR, 16, 16, 1))
+    slots = torch.tensor([7, 1], device=DEVICE)
+    append_kv(k, k, blocks, blocks, slots, backend="triton")
+    assert torch.equal(blocks[3, 1], k[0]) and torch.equal(blocks[0, 1], k[1])
+    capacity = 3 * FAR // 16
+    flat = memory[: capacity * 16].view(1, capacity, 1, 16)
+    append_kv(k, k, flat, flat, torch.tensor([capacity - 1, 5], device=DEVICE), backend="triton")
+    assert torch.equal(flat[0, -1], k[0]) and torch.equal(flat[0, 5], k[1])
