@@ -6,8 +6,13 @@ import pytest
 import torch
 
 import qwen2vl_kernels as K
+from qwen2vl_kernels._backend import unavailable
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device"),
+    pytest.mark.skipif(unavailable("triton", "cuda") is not None, reason=f"triton: {unavailable('triton', 'cuda')}"),
+]
 
 SECTION = (16, 24, 24)
 
