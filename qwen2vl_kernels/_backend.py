@@ -17,7 +17,7 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "vision_rope": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
     "append_kv": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
     # varlen_attention puts "blocked" first for bf16 inference, where it measured faster.
-    "varlen_attention": {"cpu": ("sdpa", "blocked", "eager"), "cuda": ("sdpa", "eager")},
+    "varlen_attention": {"cpu": ("sdpa", "blocked", "eager", "triton"), "cuda": ("sdpa", "triton", "eager")},
     "kvcache_attention": {"cpu": ("sdpa", "eager"), "cuda": ("sdpa", "eager")},
     "patch_embed": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
     "patch_merge": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},

@@ -392,7 +392,9 @@ def test_plots(tmp_path):
 def test_tuning_reaches_every_launcher():
     """Every subject launches with the candidate it is given."""
     names = []
-    for subject in tune.subjects(64, "meta"):
+    with record(Target("cuda", 90)):
+        subjects = list(tune.subjects(64, "meta"))
+    for subject in subjects:
         for values in (min, max):
             wanted = {name: values(options) for name, options in subject.grid.items()}
             choose = getattr(subject.module, subject.function)
@@ -400,8 +402,9 @@ def test_tuning_reaches_every_launcher():
             with pytest.MonkeyPatch.context() as patch, record(Target("cuda", 90)) as launches:
                 patch.setattr(subject.module, subject.function, candidate)
                 subject.run()
-            (launch,) = launches
-            assert launch.options["num_warps"] == wanted["num_warps"]
+            # The backward of attention also has a pass of its own before the two that are tuned.
+            tuned = [launch for launch in launches if launch.kernel.__name__ != "_delta_kernel"]
+            assert tuned and {launch.options["num_warps"] for launch in tuned} == {wanted["num_warps"]}
         names.append(subject.name)
     assert len(names) == len(set(names)) >= 15
 

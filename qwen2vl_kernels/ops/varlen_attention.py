@@ -12,7 +12,8 @@ Segment s is rows ``cu_seqlens[s] .. cu_seqlens[s + 1]``: an image, a video fram
     . . o o o                   . . o o o
 
 Shapes: q ``(T, Hq, D)``, k ``(T, Hk, D)``, v ``(T, Hk, Dv)``, Hq a multiple of Hk (query head h reads key head
-``h // (Hq / Hk)``), cu_seqlens ``(S + 1,)`` int32. dtypes: float32, bfloat16, float16.
+``h // (Hq / Hk)``), cu_seqlens ``(S + 1,)`` int32. dtypes: float32, bfloat16, float16. The Triton kernels are in
+``_attention``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .._attention import attention
 from .._backend import resolve
 from .._checks import Checker
 from .._library import register_opaque
@@ -141,7 +143,7 @@ def _blocked_segment(q, k, v, causal, scale) -> torch.Tensor:
     return out
 
 
-_BACKENDS = {"eager": varlen_attention_ref, "sdpa": _sdpa, "blocked": _blocked}
+_BACKENDS = {"eager": varlen_attention_ref, "sdpa": _sdpa, "blocked": _blocked, "triton": attention}
 
 
 def _run(q, k, v, cu_seqlens, max_seqlen, causal, softmax_scale, backend) -> torch.Tensor:
@@ -207,6 +209,8 @@ def varlen_attention(
         backend: ``None`` (choose), ``"eager"``, ``"sdpa"`` (PyTorch's fused attention per segment), ``"blocked"``
             (CPU, no backward: blocked matrix products for segments of 256 rows or more, ``"sdpa"`` for shorter ones;
             the choice for bf16). These read ``cu_seqlens`` on the host, which waits for the device if it lies there.
+            ``"triton"`` reads nothing there and can be captured in a CUDA graph; a result does not depend on the pack.
+            It is not chosen by itself: no GPU has measured it yet.
 
     Returns ``(T, Hq, Dv)``; rows past ``cu_seqlens[-1]`` are zero. Raises ``TypeError``/``ValueError`` naming the
     argument that does not fit.
@@ -233,6 +237,8 @@ def varlen_attention(
     if name == "blocked" and tracked:
         raise ValueError("varlen_attention: backend 'blocked' has no backward; q, k and v must not require grad")
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    if name == "triton":  # an op of its own, which keeps what its backward needs
+        return attention(q, k, v, cu_seqlens, causal, scale)
     if traced:  # tracers need one opaque op, because the implementations read cu_seqlens
         return torch.ops.qwen2vl.varlen_attention(q, k, v, cu_seqlens, max_seqlen, causal, scale, name)
     return _BACKENDS[name](q, k, v, cu_seqlens, causal, scale)

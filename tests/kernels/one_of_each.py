@@ -65,6 +65,12 @@ def main(device: str = "cuda") -> list[str]:
     def patch_merge(backend: str) -> None:
         backward(K.patch_merge(x[:36], *merger, order="raster", grid_thw=grid, backend=backend))
 
+    def attention(backend: str) -> None:
+        cu_seqlens = torch.tensor([0, 20, 20, 35], dtype=torch.int32)
+        for causal, heads in ((False, 2), (True, 1)):
+            q, k, v = random(37, 2, 80), random(37, heads, 80), random(37, heads, 80)
+            backward(K.varlen_attention(q, k, v, cu_seqlens, 20, causal=causal, backend=backend))
+
     def positions_of(backend: str) -> None:
         K.mrope_positions(ids, grid[:1], grid[1:], **tokens, backend=backend)
         K.mrope_positions_chunk(ids[:, :4], grid[:1], None, **tokens, backend=backend)
@@ -73,6 +79,7 @@ def main(device: str = "cuda") -> list[str]:
         "mrope": mrope,
         "vision_rope": vision_rope,
         "append_kv": append_kv,
+        "varlen_attention": attention,
         "rms_norm": norms,
         "layer_norm": layer_norms,
         "quick_gelu": activations,

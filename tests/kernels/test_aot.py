@@ -107,3 +107,28 @@ def test_no_kernel_is_compiled_again_for_another_number_of_tokens():
     result = _python("-c", _SPECIALISED)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout.splitlines()[-1]) == [10, []]
+
+
+_WORK = """
+import json, torch
+from functools import partial
+from benchmarks.aot.attention import _attention
+from benchmarks.aot.compiler import Specimen, compile_for
+from qwen2vl_kernels._attention import column_blocks
+
+found = {}
+for columns in (64, 80, 96, 128):
+    specimen = Specimen("attention", partial(_attention, 16, 16, columns, torch.bfloat16, False))
+    forward = next(compile_for(specimen, "sm_80"))
+    found[columns] = forward.matrix, sum(column_blocks(columns))
+print(json.dumps(found))
+"""
+
+
+def test_a_head_of_80_columns_costs_what_80_columns_need():
+    """Matrix instructions of an iteration on sm_80, where each has one size: those of 64, 80, 96 and 128 columns."""
+    result = _python("-c", _WORK)
+    assert result.returncode == 0, result.stderr
+    counts = {int(d): found for d, found in json.loads(result.stdout.splitlines()[-1]).items()}
+    for columns, (instructions, worked) in counts.items():
+        assert worked == columns and instructions * 128 == counts[128][0] * columns
