@@ -15,35 +15,40 @@ _plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def tiles(cu_seqlens: torch.Tensor, rows: int, total: int, device: torch.device) -> torch.Tensor:
     """``(n, 3)`` int32 on ``device``: first row, segment begin and segment end of every tile of ``rows`` rows.
 
-    n is the most that ``total`` rows in these segments can need; tiles too many are (0, 0, 0). Nothing is read on the
-    host. Made once for a ``cu_seqlens`` and shared by all layers, until it is written to.
+    From boundaries on the CPU n is what they need; on a device it is the most that ``total`` rows in these segments can
+    need, tiles too many are (0, 0, 0), and nothing is read on the host. Made once for a ``cu_seqlens`` and shared by
+    all layers, until it is written to.
     """
+
+    def make() -> torch.Tensor:
+        exact = cu_seqlens.device.type == "cpu"
+        return make_tiles(cu_seqlens, rows, total, exact).to(device, non_blocking=True)
+
     if cu_seqlens.is_inference():  # whether it was written to cannot be told
-        return _make_tiles(cu_seqlens, rows, total).to(device, non_blocking=True)
+        return make()
     known = _plans.get(cu_seqlens)
     if known is None or known[0] != cu_seqlens._version:
         known = _plans[cu_seqlens] = (cu_seqlens._version, {})
     key = (rows, total, device)
     if key not in known[1]:
-        known[1][key] = _make_tiles(cu_seqlens, rows, total).to(device, non_blocking=True)
+        known[1][key] = make()
     return known[1][key]
 
 
-def _make_tiles(cu_seqlens: torch.Tensor, rows: int, total: int) -> torch.Tensor:
+def make_tiles(cu_seqlens: torch.Tensor, rows: int, total: int, exact: bool) -> torch.Tensor:
+    """The tiles where ``cu_seqlens`` is; ``exact`` leaves those too many out, which has to know how many are not."""
     bounds = cu_seqlens.long().clamp(0, total)
     begins, lengths = bounds[:-1], bounds.diff().clamp_min(0)
     segments = lengths.shape[0]
+    most = total // rows + min(segments, total) if segments else 0
     order = lengths.argsort(descending=True, stable=True)
     begins, lengths = begins[order], lengths[order]
     counts = (lengths + rows - 1) // rows
     ends = counts.cumsum(0)
-    most = total // rows + min(segments, total)
     place = torch.arange(most, device=cu_seqlens.device)
-    if segments == 0:
-        return torch.zeros((most, 3), dtype=torch.int32, device=cu_seqlens.device)
     segment = torch.searchsorted(ends, place, right=True)
     real = segment < segments
-    segment = segment.clamp(max=segments - 1)
+    segment = segment.clamp(max=max(segments - 1, 0))
     first = begins[segment] + (place - (ends - counts)[segment]) * rows
     made = torch.stack((first, begins[segment], begins[segment] + lengths[segment]), 1)
-    return (made * real[:, None]).int()
+    return (made[real] if exact else made * real[:, None]).int()

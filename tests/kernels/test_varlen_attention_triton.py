@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from qwen2vl_kernels import varlen_attention
 from qwen2vl_kernels._attention import column_blocks, launch_backward, launch_forward
 from qwen2vl_kernels._backend import unavailable
-from qwen2vl_kernels._tiles import tiles
+from qwen2vl_kernels._tiles import make_tiles, tiles
 from qwen2vl_kernels.ops.varlen_attention import varlen_attention_ref
 from tests.conftest import DEVICE, assert_two_times
 
@@ -124,7 +124,10 @@ def test_tiles_cover_every_row_once(lengths, tail, rows):
             seen += range(first, min(first + rows, end))
             sizes.append(end - begin)
     assert sorted(seen) == list(range(sum(lengths))) and sizes == sorted(sizes, reverse=True)
-    assert all(tile == [0, 0, 0] for tile in made[len(sizes) :])
+    assert len(made) == len(sizes) == sum(-(-n // rows) for n in lengths)
+    on_device = make_tiles(cu, rows, sum(lengths) + tail, exact=False).tolist()
+    assert on_device[: len(made)] == made and all(tile == [0, 0, 0] for tile in on_device[len(made) :])
+    assert len(on_device) <= (sum(lengths) + tail) // rows + len(lengths)
 
 
 def test_tiles_are_made_once_for_all_layers():
