@@ -56,7 +56,7 @@ class Attention(nn.Module):
         heads = (-1, self.head_dim)
         q, k, v = (proj(x).unflatten(-1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (T, H, D)
         cache, angles = pack.cache, {"positions": pack.positions, "inv_freq": pack.inv_freq, "section": self.section}
-        if q.requires_grad or k.requires_grad:
+        if q.requires_grad or k.requires_grad or v.requires_grad:
             if pack.resumed:
                 raise ValueError("tokens in a cache get no gradients: call the model under torch.no_grad()")
             q, k = mrope(q, k, **angles)
