@@ -16,6 +16,8 @@ from ..case import Check, Context, Provider, Workload, two_times
 
 Tensors = Sequence[torch.Tensor]
 
+DTYPE = torch.bfloat16
+
 BACKENDS = {"cuda": ("triton", "eager"), "cpu": ("eager",)}
 
 
@@ -26,13 +28,9 @@ def token_counts(context: Context) -> Sequence[int]:
     return (1024, 8192, 32768) if context.device.type == "cuda" else (1024,)
 
 
-def dtype(context: Context) -> torch.dtype:
-    return torch.bfloat16
-
-
 def random(context: Context, *shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
     generator = torch.Generator(context.device).manual_seed(seed)
-    return (torch.randn(shape, generator=generator, device=context.device) * scale).to(dtype(context))
+    return (torch.randn(shape, generator=generator, device=context.device) * scale).to(DTYPE)
 
 
 def made(name: str, make: Callable[[], Callable[[], Any]], *, module: str | None = None, peer: bool = True) -> Provider:
@@ -102,7 +100,7 @@ class Op:
             gate=partial(self._gate, prepare),
             bytes=bytes,
             flops=flops,
-            dtype=dtype(self.context),
+            dtype=DTYPE,
             series=series,
             size=tokens,
         )
@@ -144,7 +142,7 @@ class Op:
     def _grad(self, n: int, output: torch.Tensor) -> torch.Tensor:
         generator = torch.Generator(output.device).manual_seed(100 + n)
         shape = (output.numel(),)
-        made = torch.randn(shape, generator=generator, device=output.device).to(dtype(self.context))
+        made = torch.randn(shape, generator=generator, device=output.device).to(DTYPE)
         return made.view(output.shape).to(output.dtype)
 
     def _gate(self, prepare: Callable, outputs: Mapping[str, Any]) -> list[Check]:

@@ -18,7 +18,7 @@ from qwen2vl_kernels import varlen_attention
 from qwen2vl_kernels.ops.varlen_attention import varlen_attention_ref
 
 from ..case import Case, Check, Context, Provider, Workload, two_times
-from ._ops import dtype, made, random
+from ._ops import DTYPE, made, random
 
 _BACKENDS = {"cuda": ("triton", "sdpa"), "cpu": ("sdpa", "blocked")}
 
@@ -53,41 +53,39 @@ def _both(
         host = cu_seqlens if backend == "triton" else cu_seqlens.cpu()
         return lambda q, k, v: varlen_attention(q, k, v, host, longest, causal=causal, backend=backend)
 
-    runs: dict[str, tuple[str | None, Callable[[], Callable]]] = {
-        backend: (None, partial(ours, backend)) for backend in _BACKENDS[context.device.type]
-    }
-    peers = {
-        "torch varlen": (None, partial(_torch_varlen, cu_seqlens, longest, causal)),
-        "flash-attn": ("flash_attn", partial(_flash, cu_seqlens, longest, causal)),
-    }
-    if columns == 80 and context.device.type == "cuda":
-        peers["ours, padded to 128"] = (None, partial(_padded, ours("triton")))
+    peers: dict[str, tuple[str | None, Callable[[], Callable]]] = {}
+    if context.device.type == "cuda":
+        peers["torch varlen"] = (None, partial(_torch_varlen, cu_seqlens, longest, causal))
+        peers["flash-attn"] = ("flash_attn", partial(_flash, cu_seqlens, longest, causal))
+        if columns == 80:
+            peers["ours, padded to 128"] = (None, partial(_padded, ours("triton")))
     for suffix, prepare, work in (
         ("", partial(_forward, (q, k, v)), flops),
         (", backward", partial(_gradient, (q, k, v), grad), 2.5 * flops),
     ):
         contenders: list[Provider] = []
-        for source, peer in ((runs, False), (peers, True)):
-            for provider, (module, make) in source.items():
-                if suffix and provider == "blocked":
-                    contenders.append(Provider(provider, skipped="it has no backward"))
-                    continue
-                contenders.append(_made(provider, prepare, make, module, peer))
+        for backend in _BACKENDS[context.device.type]:
+            if suffix and backend == "blocked":
+                contenders.append(Provider(backend, skipped="it has no backward"))
+            else:
+                contenders.append(made(backend, partial(prepare, ours(backend)), peer=False))
+        contenders += [_peer(provider, prepare, make, module) for provider, (module, make) in peers.items()]
         yield Workload(
             name + suffix,
             contenders,
             gate=partial(_gate, prepare, cu_seqlens, causal, (q, k, v), grad if suffix else None),
             flops=work,
             bytes=2 * (q.nbytes + k.nbytes + v.nbytes),
-            dtype=dtype(context),
+            dtype=DTYPE,
         )
 
 
-def _made(name: str, prepare: Callable, make: Callable[[], Callable], module: str | None, peer: bool) -> Provider:
+def _peer(name: str, prepare: Callable, make: Callable[[], Callable], module: str | None) -> Provider:
+    """A peer that is there but refuses this GPU or these shapes is skipped, in its own words."""
     try:
-        return made(name, lambda: prepare(make()), module=module, peer=peer)
-    except (RuntimeError, NotImplementedError) as error:  # PyTorch has it, but not for this device or shape
-        return Provider(name, skipped=str(error).splitlines()[0], peer=peer)
+        return made(name, lambda: prepare(make()), module=module)
+    except RuntimeError as error:
+        return Provider(name, skipped=str(error).splitlines()[0], peer=True)
 
 
 def _forward(inputs: tuple[torch.Tensor, ...], run: Callable) -> Callable[[], torch.Tensor]:
@@ -116,8 +114,6 @@ def _torch_varlen(cu_seqlens: torch.Tensor, longest: int, causal: bool) -> Calla
         settings |= {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        if q.device.type != "cuda":
-            raise NotImplementedError("torch.nn.attention.varlen runs on CUDA only")
         grouped = q.shape[1] != k.shape[1]
         if grouped and "enable_gqa" not in known:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))

@@ -13,7 +13,7 @@ from qwen2vl.image import IMAGE_MEAN, IMAGE_STD
 from qwen2vl_kernels import fold_patch_embed, patch_embed
 
 from ..case import Case, Check, Context, Provider, Workload, two_times
-from ._ops import BACKENDS, compiled, dtype, made, random, token_counts
+from ._ops import BACKENDS, DTYPE, compiled, made, random, token_counts
 
 
 def workloads(context: Context) -> Iterator[Workload]:
@@ -64,7 +64,7 @@ def _workload(context: Context, tokens: int, *, still: bool, copied: bool) -> Wo
         gate=partial(_gate, exact, low),
         bytes=ours_in.nbytes + folded[0].nbytes + 2 * tokens * columns,
         flops=2 * tokens * columns * ours_in.shape[1],
-        dtype=dtype(context),
+        dtype=DTYPE,
         series=series,
         size=tokens,
     )
