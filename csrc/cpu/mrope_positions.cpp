@@ -99,10 +99,14 @@ MropeStatus mrope_positions(const MropeInput& in, int64_t* positions, int64_t* d
       carried = false;
     }
     if (open != nullptr && state == nullptr) return open->status(MropeError::cut, carried, last, now.inside);
-    now.modality = open == nullptr ? 0 : open == &images ? 1 : 2;
-    now.item = open == nullptr ? Extent{0, 0, 0} : e;
-    if (open == nullptr) now.inside = 0;
-    if (open != nullptr && !carried) ++open->next;
+    if (open == nullptr) {
+      now.modality = now.inside = 0;
+      now.item = {0, 0, 0};
+    } else {
+      now.modality = open == &images ? 1 : 2;
+      now.item = e;
+      if (!carried) ++open->next;
+    }
     delta[sequence] = now.delta();
     if (state != nullptr) now.store(state + kStateSize * sequence);
   }
