@@ -80,6 +80,23 @@ def _store_rows(x, value, row, live, x_row, START: tl.constexpr, BLOCK: tl.const
 
 
 @jit
+def _head(x, row, live, x_row, FIRST: tl.constexpr, SECOND: tl.constexpr, COLUMNS: tl.constexpr):
+    """Both blocks of columns of the rows; the second is only there to be named where its size is 0."""
+    first = _rows_of(x, row, live, x_row, 0, FIRST, COLUMNS)
+    second = first
+    if SECOND > 0:
+        second = _rows_of(x, row, live, x_row, FIRST, SECOND, COLUMNS)
+    return first, second
+
+
+@jit
+def _store_head(x, first, second, row, live, x_row, FIRST: tl.constexpr, SECOND: tl.constexpr, COLUMNS: tl.constexpr):
+    _store_rows(x, first, row, live, x_row, 0, FIRST, COLUMNS)
+    if SECOND > 0:
+        _store_rows(x, second, row, live, x_row, FIRST, SECOND, COLUMNS)
+
+
+@jit
 def _product(a0, a1, b0, b1, REST: tl.constexpr, ACC: tl.constexpr):
     """``a b^T`` over both blocks of columns."""
     out = tl.dot(a0, tl.trans(b0), input_precision="ieee", out_dtype=ACC)
@@ -104,10 +121,7 @@ def _forward_kernel(
     v += head // GROUP * v_head
     row = first + tl.arange(0, ROWS)
     live = row < end
-    q0 = _rows_of(q, row, live, q_row, 0, D0, D)
-    q1 = q0
-    if D1 > 0:
-        q1 = _rows_of(q, row, live, q_row, D0, D1, D)
+    q0, q1 = _head(q, row, live, q_row, D0, D1, D)
     o0 = tl.zeros((ROWS, V0), ACC)
     o1 = tl.zeros((ROWS, V1 if V1 > 0 else 16), ACC)
     most = tl.full((ROWS,), float("-inf"), ACC)
@@ -116,10 +130,7 @@ def _forward_kernel(
     for start in range(begin, stop, STEP):
         key = start + tl.arange(0, STEP)
         there = key < end
-        k0 = _rows_of(k, key, there, k_row, 0, D0, D)
-        k1 = k0
-        if D1 > 0:
-            k1 = _rows_of(k, key, there, k_row, D0, D1, D)
+        k0, k1 = _head(k, key, there, k_row, D0, D1, D)
         s = _product(q0, q1, k0, k1, D1, ACC) * scale  # (ROWS, STEP), in powers of two
         seen = there[None, :]
         if CAUSAL:
@@ -131,17 +142,15 @@ def _forward_kernel(
         total_p = total_p * shrink + tl.sum(p, 1)
         most = new
         p = p.to(v.dtype.element_ty)
+        # One block of v at a time: both together cost registers that some targets do not have.
         v0 = _rows_of(v, key, there, v_row, 0, V0, V)
         o0 = tl.dot(p, v0, o0 * shrink[:, None], input_precision="ieee", out_dtype=ACC)
         if V1 > 0:
             v1 = _rows_of(v, key, there, v_row, V0, V1, V)
             o1 = tl.dot(p, v1, o1 * shrink[:, None], input_precision="ieee", out_dtype=ACC)
     total_p = tl.where(live, total_p, 1.0)
-    o0 /= total_p[:, None]
-    to = out + head * V
-    _store_rows(to, o0, row, live, HEADS * V, 0, V0, V)
-    if V1 > 0:
-        _store_rows(to, o1 / total_p[:, None], row, live, HEADS * V, V0, V1, V)
+    total_column = total_p[:, None]
+    _store_head(out + head * V, o0 / total_column, o1 / total_column, row, live, HEADS * V, V0, V1, V)
     if lse is not None:
         tl.store(lse + head * total + row, most + tl.log2(total_p), mask=live)
 
@@ -174,13 +183,8 @@ def _key_kernel(
     kv_head = tl.program_id(1).to(tl.int64)
     key = first + tl.arange(0, ROWS)
     there = key < end
-    k0 = _rows_of(k + kv_head * k_head, key, there, k_row, 0, D0, D)
-    v0 = _rows_of(v + kv_head * v_head, key, there, v_row, 0, V0, V)
-    k1, v1 = k0, v0
-    if D1 > 0:
-        k1 = _rows_of(k + kv_head * k_head, key, there, k_row, D0, D1, D)
-    if V1 > 0:
-        v1 = _rows_of(v + kv_head * v_head, key, there, v_row, V0, V1, V)
+    k0, k1 = _head(k + kv_head * k_head, key, there, k_row, D0, D1, D)
+    v0, v1 = _head(v + kv_head * v_head, key, there, v_row, V0, V1, V)
     dk0 = tl.zeros((ROWS, D0), ACC)
     dk1 = tl.zeros((ROWS, D1 if D1 > 0 else 16), ACC)
     dv0 = tl.zeros((ROWS, V0), ACC)
@@ -190,13 +194,8 @@ def _key_kernel(
         for start in range(first if CAUSAL else begin, end, STEP):
             row = start + tl.arange(0, STEP)
             live = row < end
-            q0 = _rows_of(q + head * q_head, row, live, q_row, 0, D0, D)
-            g0 = _rows_of(grad + head * grad_head, row, live, grad_row, 0, V0, V)
-            q1, g1 = q0, g0
-            if D1 > 0:
-                q1 = _rows_of(q + head * q_head, row, live, q_row, D0, D1, D)
-            if V1 > 0:
-                g1 = _rows_of(grad + head * grad_head, row, live, grad_row, V0, V1, V)
+            q0, q1 = _head(q + head * q_head, row, live, q_row, D0, D1, D)
+            g0, g1 = _head(grad + head * grad_head, row, live, grad_row, V0, V1, V)
             at = head * total + row
             s = _product(k0, k1, q0, q1, D1, ACC) * scale - tl.load(lse + at, mask=live, other=0.0)[None, :]
             seen = live[None, :] & there[:, None]
@@ -212,14 +211,9 @@ def _key_kernel(
             dk0 = tl.dot(low, q0, dk0, input_precision="ieee", out_dtype=ACC)
             if D1 > 0:
                 dk1 = tl.dot(low, q1, dk1, input_precision="ieee", out_dtype=ACC)
-    to = dk + kv_head * D
-    _store_rows(to, dk0 * softmax_scale, key, there, KV_HEADS * D, 0, D0, D)
-    if D1 > 0:
-        _store_rows(to, dk1 * softmax_scale, key, there, KV_HEADS * D, D0, D1, D)
-    to = dv + kv_head * V
-    _store_rows(to, dv0, key, there, KV_HEADS * V, 0, V0, V)
-    if V1 > 0:
-        _store_rows(to, dv1, key, there, KV_HEADS * V, V0, V1, V)
+    dk0, dk1 = dk0 * softmax_scale, dk1 * softmax_scale
+    _store_head(dk + kv_head * D, dk0, dk1, key, there, KV_HEADS * D, D0, D1, D)
+    _store_head(dv + kv_head * V, dv0, dv1, key, there, KV_HEADS * V, V0, V1, V)
 
 
 @jit(do_not_specialize=["total"])
@@ -237,13 +231,8 @@ def _query_kernel(
     kv_head = head // GROUP
     row = first + tl.arange(0, ROWS)
     live = row < end
-    q0 = _rows_of(q + head * q_head, row, live, q_row, 0, D0, D)
-    g0 = _rows_of(grad + head * grad_head, row, live, grad_row, 0, V0, V)
-    q1, g1 = q0, g0
-    if D1 > 0:
-        q1 = _rows_of(q + head * q_head, row, live, q_row, D0, D1, D)
-    if V1 > 0:
-        g1 = _rows_of(grad + head * grad_head, row, live, grad_row, V0, V1, V)
+    q0, q1 = _head(q + head * q_head, row, live, q_row, D0, D1, D)
+    g0, g1 = _head(grad + head * grad_head, row, live, grad_row, V0, V1, V)
     at = head * total + row
     row_lse = tl.load(lse + at, mask=live, other=0.0)[:, None]
     row_delta = tl.load(delta + at, mask=live, other=0.0)[:, None]
@@ -253,13 +242,8 @@ def _query_kernel(
     for start in range(begin, stop, STEP):
         key = start + tl.arange(0, STEP)
         there = key < end
-        k0 = _rows_of(k + kv_head * k_head, key, there, k_row, 0, D0, D)
-        v0 = _rows_of(v + kv_head * v_head, key, there, v_row, 0, V0, V)
-        k1, v1 = k0, v0
-        if D1 > 0:
-            k1 = _rows_of(k + kv_head * k_head, key, there, k_row, D0, D1, D)
-        if V1 > 0:
-            v1 = _rows_of(v + kv_head * v_head, key, there, v_row, V0, V1, V)
+        k0, k1 = _head(k + kv_head * k_head, key, there, k_row, D0, D1, D)
+        v0, v1 = _head(v + kv_head * v_head, key, there, v_row, V0, V1, V)
         s = _product(q0, q1, k0, k1, D1, ACC) * scale - row_lse
         seen = there[None, :] & live[:, None]
         if CAUSAL:
@@ -269,10 +253,7 @@ def _query_kernel(
         dq0 = tl.dot(ds, k0, dq0, input_precision="ieee", out_dtype=ACC)
         if D1 > 0:
             dq1 = tl.dot(ds, k1, dq1, input_precision="ieee", out_dtype=ACC)
-    to = dq + head * D
-    _store_rows(to, dq0 * softmax_scale, row, live, HEADS * D, 0, D0, D)
-    if D1 > 0:
-        _store_rows(to, dq1 * softmax_scale, row, live, HEADS * D, D0, D1, D)
+    _store_head(dq + head * D, dq0 * softmax_scale, dq1 * softmax_scale, row, live, HEADS * D, D0, D1, D)
 
 
 def _shape(q: torch.Tensor, v: torch.Tensor) -> dict[str, int]:
