@@ -1,6 +1,7 @@
 """Kernels of Qwen2-VL as plain functions over packed tensors; see each function's docstring for shapes and dtypes."""
 
 from ._backend import BackendError, use_backend
+from ._tiles import TilePlan, plan_tiles
 from .ops.append_kv import append_kv
 from .ops.image_to_patches import image_to_patches, images_to_patches
 from .ops.kvcache_attention import kvcache_attention
@@ -19,6 +20,7 @@ from .ops.vision_rope import vision_rope, vision_rope_, vision_rope_qkv_, vision
 
 __all__ = [
     "BackendError",
+    "TilePlan",
     "add_layer_norm",
     "add_rms_norm",
     "append_kv",
@@ -33,6 +35,7 @@ __all__ = [
     "mrope_positions_chunk",
     "patch_embed",
     "patch_merge",
+    "plan_tiles",
     "quick_gelu",
     "quick_gelu_",
     "rms_norm",

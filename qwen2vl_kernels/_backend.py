@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from . import _native, _triton
+from . import _attention_library, _native, _triton
 
 #: op -> device type -> backends, first choice first. ROCm tensors have device type "cuda" in PyTorch.
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
@@ -17,7 +17,10 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "vision_rope": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
     "append_kv": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
     # varlen_attention puts "blocked" first for bf16 inference, where it measured faster.
-    "varlen_attention": {"cpu": ("sdpa", "blocked", "eager", "triton"), "cuda": ("sdpa", "triton", "eager")},
+    "varlen_attention": {
+        "cpu": ("sdpa", "blocked", "eager", "triton", "hopper"),
+        "cuda": ("triton", "torch", "sdpa", "flash", "hopper", "eager"),
+    },
     "kvcache_attention": {"cpu": ("sdpa", "eager"), "cuda": ("sdpa", "eager")},
     "patch_embed": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
     "patch_merge": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
@@ -31,7 +34,10 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 #: What an op takes for some shapes before the table's first choice, in words for :func:`table`.
-SHAPE_CHOICES = {("varlen_attention", "cpu"): "bf16 inference: blocked"}
+SHAPE_CHOICES = {
+    ("varlen_attention", "cpu"): "bf16 inference: blocked",
+    ("varlen_attention", "cuda"): "float32: sdpa",
+}
 
 _forced: dict[str, str] = {}  # op -> backend, set by use_backend
 
@@ -44,6 +50,12 @@ def unavailable(backend: str, device_type: str) -> str | None:
     """Why ``backend`` cannot run on such tensors in this process, or ``None`` when it can."""
     if backend == "triton":
         return _triton.reason(device_type)
+    if backend == "hopper":
+        return _triton.reason(device_type) or _triton.hopper_reason(device_type)
+    if backend == "torch":
+        return _attention_library.torch_reason()
+    if backend == "flash":
+        return _attention_library.flash_reason()
     if backend == "native":
         return _native.cpu_reason()
     if backend == "cuda":

@@ -158,21 +158,34 @@ def cos_sin(
 def turn_heads(
     x, out, from_row, to_row, live, c, s, first, x_head, out_head,
     HEADS: tl.constexpr, COUNT: tl.constexpr, PAIRS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
-    REST: tl.constexpr,
+    REST: tl.constexpr, FROM_SIDE: tl.constexpr = False, TO_SIDE: tl.constexpr = False,
 ):  # fmt: skip
     """Rotate heads [first, first + COUNT) of the rows that begin at offsets ``from_row``, to offsets ``to_row``.
 
     ``REST``: a block for the columns from 2 PAIRS on, which are copied; 0 where there are none or all is in place.
+    ``FROM_SIDE``, ``TO_SIDE``: pair j lies side by side, in columns 2 j and 2 j + 1, not PAIRS apart.
     """
     column = tl.arange(0, BLOCK)[None, :]
+    wide = tl.arange(0, 2 * BLOCK)[None, :]
     for n in tl.static_range(COUNT):  # pyright: ignore[reportGeneralTypeIssues]
         head = first.to(tl.int64) + n
         mask = live & (column < PAIRS) & (head < HEADS)
         at, to = x + from_row + head * x_head, out + to_row + head * out_head
-        a = tl.load(at + column, mask=mask, other=0.0).to(c.dtype)
-        b = tl.load(at + PAIRS + column, mask=mask, other=0.0).to(c.dtype)
-        tl.store(to + column, (a * c - b * s).to(out.dtype.element_ty), mask=mask)
-        tl.store(to + PAIRS + column, (b * c + a * s).to(out.dtype.element_ty), mask=mask)
+        both = live & (wide < 2 * PAIRS) & (head < HEADS)
+        if FROM_SIDE:
+            pairs = tl.load(at + wide, mask=both, other=0.0).to(c.dtype)
+            a, b = tl.split(tl.reshape(pairs, (pairs.shape[0], BLOCK, 2)))
+        else:
+            a = tl.load(at + column, mask=mask, other=0.0).to(c.dtype)
+            b = tl.load(at + PAIRS + column, mask=mask, other=0.0).to(c.dtype)
+        first_turned = (a * c - b * s).to(out.dtype.element_ty)
+        second_turned = (b * c + a * s).to(out.dtype.element_ty)
+        if TO_SIDE:
+            turned = tl.join(first_turned, second_turned)
+            tl.store(to + wide, tl.reshape(turned, (turned.shape[0], 2 * BLOCK)), mask=both)
+        else:
+            tl.store(to + column, first_turned, mask=mask)
+            tl.store(to + PAIRS + column, second_turned, mask=mask)
         if REST > 0:
             rest = 2 * PAIRS + tl.arange(0, REST)[None, :]
             mask = live & (rest < COLUMNS) & (head < HEADS)
@@ -187,7 +200,7 @@ def _rotate_kernel(
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, Q_COUNT: tl.constexpr, K_COUNT: tl.constexpr, PAIRS: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr,
     TIME: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
-    ACC: tl.constexpr,
+    FROM_SIDE: tl.constexpr, TO_SIDE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     live = row < tokens
@@ -200,11 +213,11 @@ def _rotate_kernel(
     share = tl.program_id(1)
     turn_heads(
         q, q_out, row * q_row, row * q_out_row, live, c, s, share * Q_COUNT, q_head, q_out_head,
-        Q_HEADS, Q_COUNT, PAIRS, COLUMNS, BLOCK, REST,
+        Q_HEADS, Q_COUNT, PAIRS, COLUMNS, BLOCK, REST, FROM_SIDE, TO_SIDE,
     )  # fmt: skip
     turn_heads(
         k, k_out, row * k_row, row * k_out_row, live, c, s, share * K_COUNT, k_head, k_out_head,
-        K_HEADS, K_COUNT, PAIRS, COLUMNS, BLOCK, REST,
+        K_HEADS, K_COUNT, PAIRS, COLUMNS, BLOCK, REST, FROM_SIDE, TO_SIDE,
     )  # fmt: skip
 
 
@@ -272,8 +285,20 @@ class Angles:
         return {"TIME": time, "HEIGHT": height, "WIDTH": width, "INTERLEAVED": self.interleaved}
 
 
-def launch_rotation(q: torch.Tensor, k: torch.Tensor, q_out: torch.Tensor, k_out: torch.Tensor, angles: Angles) -> None:
-    """Rotate ``q (T, Hq, D)`` and ``k (T, Hk, D)`` into tensors of their shapes, which may be themselves."""
+def launch_rotation(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_out: torch.Tensor,
+    k_out: torch.Tensor,
+    angles: Angles,
+    *,
+    from_side: bool = False,
+    to_side: bool = False,
+) -> None:
+    """Rotate ``q (T, Hq, D)`` and ``k (T, Hk, D)`` into tensors of their shapes, which may be themselves.
+
+    ``from_side``, ``to_side``: pair j is in columns 2 j and 2 j + 1 of what is read or written, as attention has it.
+    """
     tokens, q_heads, columns = q.shape
     if q.numel() + k.numel() == 0:
         return
@@ -312,6 +337,8 @@ def launch_rotation(q: torch.Tensor, k: torch.Tensor, q_out: torch.Tensor, k_out
         REST=next_power_of_2(rest) if rest else 0,
         ROWS=chosen.rows,
         INVERSE=angles.inverse,
+        FROM_SIDE=from_side,
+        TO_SIDE=to_side,
         ACC=accumulator(q.dtype),
         **angles.constants(),
         num_warps=chosen.num_warps,
@@ -361,12 +388,26 @@ def _rotate(q, k, positions, inv_freq, cos, sin, section, interleaved, inverse):
     return outputs
 
 
+def turned_for_attention(q, k, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and k turned by tables ``(T, D/2)``, the columns of a pair side by side, as ``_head`` turns them."""
+    outputs = _fake_rotate(q, k)
+    launch_rotation(q, k, *outputs, Angles(cos=cos, sin=sin), to_side=True)
+    return outputs
+
+
+def turned_back(dq, dk, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of q and k from those of :func:`turned_for_attention`'s results."""
+    outputs = _fake_rotate(dq, dk)
+    launch_rotation(dq, dk, *outputs, Angles(cos=cos, sin=sin, inverse=True), from_side=True)
+    return outputs
+
+
 def _rotate_in_place(q, k, positions, inv_freq, cos, sin, section, interleaved, inverse) -> None:
     launch_rotation(q, k, q, k, Angles(positions, inv_freq, cos, sin, section, interleaved, inverse))
 
 
 def _fake_rotate(q, k, *_angles):
-    return q.new_empty(q.shape), k.new_empty(k.shape)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(k.shape, dtype=k.dtype, device=k.device)
 
 
 def _fake_tables(positions, inv_freq):

@@ -9,29 +9,104 @@ from __future__ import annotations
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ._checks import Checker
+
 _plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def tiles(cu_seqlens: torch.Tensor, rows: int, total: int, device: torch.device) -> torch.Tensor:
-    """``(n, 3)`` int32 on ``device``: first row, segment begin and segment end of every tile of ``rows`` rows.
+class TilePlan:
+    """Lists of tiles of one ``cu_seqlens``, made once and shared by all layers, forward and backward.
 
-    From boundaries on the CPU n is what they need; on a device it is the most that ``total`` rows in these segments can
-    need, tiles too many are (0, 0, 0), and nothing is read on the host. Made once for a ``cu_seqlens`` and shared by
-    all layers, until it is written to.
+    A kernel whose programs own ``rows`` query rows (or key rows, in the backward) asks for the list of that height,
+    which is made when it is first asked for. Make plans with :func:`plan_tiles`.
+
+    Attributes:
+        cu_seqlens: ``(S + 1,)`` int32, the boundaries.
+        total: rows of the packed tensors, T.
+        device: where the kernels run.
+        padded: whether lists are as long as any boundaries of this shape may need.
     """
 
-    def make() -> torch.Tensor:
-        exact = cu_seqlens.device.type == "cpu"
-        return make_tiles(cu_seqlens, rows, total, exact).to(device, non_blocking=True)
+    def __init__(self, cu_seqlens: torch.Tensor, total: int, device: torch.device, padded: bool) -> None:
+        self.cu_seqlens = cu_seqlens
+        self.total = total
+        self.device = device
+        self.padded = padded
+        self._lists: dict[int, torch.Tensor] = {}
 
-    if cu_seqlens.is_inference():  # whether it was written to cannot be told
-        return make()
+    def tiles(self, rows: int) -> torch.Tensor:
+        """``(n, 3)`` int32 on the plan's device: first row, segment begin and segment end of every tile of ``rows``
+        rows, longest segments first; tiles too many are (0, 0, 0)."""
+        made = self._lists.get(rows)
+        if made is None:
+            made = make_tiles(self.cu_seqlens, rows, self.total, exact=not self.padded)
+            made = self._lists[rows] = made.to(self.device, non_blocking=True)
+        return made
+
+    def update_(self, cu_seqlens: torch.Tensor) -> TilePlan:
+        """Write the tiles of other boundaries over those that were made, where they lie: a captured CUDA graph that
+        reads them then works on the new segments when it is replayed.
+
+        Args:
+            cu_seqlens: ``(S + 1,)`` int32 with the plan's S (repeat the last entry to pad), on any device.
+
+        Raises ``ValueError`` unless the plan is padded.
+        """
+        check = Checker("TilePlan.update_")
+        check.require(self.padded, "the plan must be padded to take other boundaries: plan_tiles(..., padded=True)")
+        check.tensor("cu_seqlens", cu_seqlens, (self.cu_seqlens.shape[0],), dtypes=(torch.int32,), any_device=True)
+        if cu_seqlens is not self.cu_seqlens:
+            self.cu_seqlens.copy_(cu_seqlens)
+        for rows, made in self._lists.items():
+            made.copy_(make_tiles(self.cu_seqlens, rows, self.total, exact=False))
+        return self
+
+
+def plan_tiles(
+    cu_seqlens: torch.Tensor, total: int, *, device: torch.device | str | None = None, padded: bool | None = None
+) -> TilePlan:
+    """The :class:`TilePlan` of packed segments, for ``varlen_attention(..., tiles=plan)`` in every layer of a model.
+
+    Args:
+        cu_seqlens: ``(S + 1,)`` int32 row at which each segment starts, then the last one's end. On the CPU it must
+            rise from 0 to at most ``total``, which is checked; on a GPU nothing is read by the host.
+        total: rows of the packed tensors, T.
+        device: of those tensors; default ``cu_seqlens``'s.
+        padded: lists as long as any S segments in T rows may need, for CUDA graphs whose segments change; by default
+            they are exact where ``cu_seqlens`` is on the CPU, and padded where they must be, on a GPU.
+
+    Inside a CUDA graph's capture, make the plan there too: each replay then plans by what ``cu_seqlens`` holds. Or make
+    it before, padded, and call :meth:`TilePlan.update_` before a replay.
+    """
+    check = Checker("plan_tiles")
+    check.tensor("cu_seqlens", cu_seqlens, ("S+1",), dtypes=(torch.int32,))
+    check.require(cu_seqlens.shape[0] >= 1, "cu_seqlens must have at least one entry, got shape (0,)")
+    check.require(isinstance(total, int) and total >= 0, f"total must be a non-negative int, got {total!r}")
+    on_host = cu_seqlens.device.type == "cpu"
+    if on_host:
+        check_bounds(check, cu_seqlens.tolist(), total)
+    check.require(
+        on_host or padded is not False, "padded must not be False for a cu_seqlens on a GPU: the host would wait"
+    )
+    place = cu_seqlens.device if device is None else torch.device(device)
+    return TilePlan(cu_seqlens, total, place, not on_host if padded is None else padded)
+
+
+def plan_for(cu_seqlens: torch.Tensor, total: int, device: torch.device) -> TilePlan:
+    """A plan of these boundaries, the one that was made before unless they were written to since.
+
+    Not while a CUDA graph is captured: a replay must plan by what ``cu_seqlens`` holds then.
+    """
+    padded = cu_seqlens.device.type != "cpu"
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if capturing or cu_seqlens.is_inference():  # whether inference tensors were written to cannot be told
+        return TilePlan(cu_seqlens, total, device, padded)
     known = _plans.get(cu_seqlens)
     if known is None or known[0] != cu_seqlens._version:
         known = _plans[cu_seqlens] = (cu_seqlens._version, {})
-    key = (rows, total, device)
+    key = (total, device)
     if key not in known[1]:
-        known[1][key] = make()
+        known[1][key] = TilePlan(cu_seqlens.detach(), total, device, padded)
     return known[1][key]
 
 
@@ -52,3 +127,17 @@ def make_tiles(cu_seqlens: torch.Tensor, rows: int, total: int, exact: bool) -> 
     first = begins[segment] + (place - (ends - counts)[segment]) * rows
     made = torch.stack((first, begins[segment], begins[segment] + lengths[segment]), 1)
     return (made[real] if exact else made * real[:, None]).int()
+
+
+def check_bounds(check: Checker, bounds: list[int], total: int, max_seqlen: int | None = None) -> None:
+    """Refuse boundaries that do not rise from 0 to at most ``total``, or a segment longer than ``max_seqlen``."""
+    lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    ok = bounds[0] == 0 and min(lengths, default=0) >= 0 and bounds[-1] <= total
+    check.require(ok, f"cu_seqlens must rise from 0 to at most q's {total} rows, got {_short(bounds)}")
+    longest = max(lengths, default=0)
+    ok = max_seqlen is None or max_seqlen >= longest
+    check.require(ok, f"max_seqlen is {max_seqlen}, but cu_seqlens has a segment of {longest} rows")
+
+
+def _short(values: list[int]) -> str:
+    return str(values) if len(values) <= 12 else f"[{', '.join(map(str, values[:6]))}, ..., {values[-1]}]"

@@ -1,4 +1,4 @@
-"""varlen_attention at the vision tower's head and at the language models', forward and backward."""
+"""varlen_attention at the vision towers' heads and at the language models', forward and backward."""
 
 from __future__ import annotations
 
@@ -6,31 +6,60 @@ from functools import partial
 
 import torch
 
-from qwen2vl_kernels._attention import launch_backward, launch_forward
+from qwen2vl_kernels._attention import launch_forward
+from qwen2vl_kernels._attention_backward import launch_backward
+from qwen2vl_kernels._tiles import plan_tiles
 
 from .compiler import Specimen, label, meta
 
 _TOKENS = 4100
 
 
-def _attention(heads: int, kv_heads: int, columns: int, dtype: torch.dtype, causal: bool) -> None:
+def _attention(heads: int, kv_heads: int, columns: int, dtype: torch.dtype, causal: bool, turned: bool = False) -> None:
     q = meta(_TOKENS, heads, columns, dtype=dtype)
     k = v = meta(_TOKENS, kv_heads, columns, dtype=dtype)
     cu_seqlens = meta(65, dtype=torch.int32)
-    out, lse = launch_forward(q, k, v, cu_seqlens, causal, columns**-0.5)
-    launch_backward(q, q, k, v, out, lse, cu_seqlens, causal, columns**-0.5)
+    cos = sin = meta(_TOKENS, columns // 2, dtype=torch.float32) if turned else None
+    rope = (cos, sin) if cos is not None and sin is not None else None
+    out, lse = launch_forward(q, k, v, plan_tiles(cu_seqlens, _TOKENS), causal, columns**-0.5, rope=rope)
+    launch_backward(q, q, k, v, out, lse, cu_seqlens, causal, columns**-0.5, cos=cos, sin=sin)
 
 
-SPECIMENS = tuple(
-    Specimen(
-        f"attention {heads}/{kv_heads}x{columns} {label(dtype)}{' causal' * causal}",
-        partial(_attention, heads, kv_heads, columns, dtype, causal),
-    )
-    for heads, kv_heads, columns, dtype, causal in (
-        (16, 16, 80, torch.bfloat16, False),
-        (16, 16, 80, torch.float16, False),
-        (16, 16, 72, torch.bfloat16, False),
-        (16, 16, 64, torch.bfloat16, False),
-        (28, 4, 128, torch.bfloat16, True),
-    )
+def _hopper(heads: int, kv_heads: int, columns: int, dtype: torch.dtype, causal: bool) -> None:
+    q = meta(_TOKENS, heads, columns, dtype=dtype)
+    k = v = meta(_TOKENS, kv_heads, columns, dtype=dtype)
+    plan = plan_tiles(meta(65, dtype=torch.int32), _TOKENS)
+    launch_forward(q, k, v, plan, causal, columns**-0.5, hopper=True)
+
+
+def _name(kind: str, heads: int, kv_heads: int, columns: int, dtype: torch.dtype, causal: bool) -> str:
+    return f"{kind} {heads}/{kv_heads}x{columns} {label(dtype)}{' causal' * causal}"
+
+
+_SHAPES = (
+    (16, 16, 80, torch.bfloat16, False),
+    (16, 16, 80, torch.float16, False),
+    (16, 16, 72, torch.bfloat16, False),
+    (16, 16, 64, torch.bfloat16, False),
+    (16, 16, 96, torch.bfloat16, False),
+    (28, 4, 128, torch.bfloat16, True),
+)
+
+SPECIMENS = (
+    *(Specimen(_name("attention", *shape), partial(_attention, *shape)) for shape in _SHAPES),
+    *(
+        Specimen(_name("attention, rope", *shape), partial(_attention, *shape, turned=True))
+        for shape in ((16, 16, 80, torch.bfloat16, False), (16, 16, 72, torch.bfloat16, False))
+    ),
+    *(
+        Specimen(
+            _name("attention, hopper", *shape),
+            partial(_hopper, *shape),
+            matrix=True,
+            targets=("sm_90",),
+            partitioned=True,
+        )
+        for shape in _SHAPES
+        if shape[3] == torch.bfloat16
+    ),
 )

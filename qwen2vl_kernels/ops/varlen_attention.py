@@ -12,8 +12,9 @@ Segment s is rows ``cu_seqlens[s] .. cu_seqlens[s + 1]``: an image, a video fram
     . . o o o                   . . o o o
 
 Shapes: q ``(T, Hq, D)``, k ``(T, Hk, D)``, v ``(T, Hk, Dv)``, Hq a multiple of Hk (query head h reads key head
-``h // (Hq / Hk)``), cu_seqlens ``(S + 1,)`` int32. dtypes: float32, bfloat16, float16. The Triton kernels are in
-``_attention``.
+``h // (Hq / Hk)``), cu_seqlens ``(S + 1,)`` int32. dtypes: float32, bfloat16, float16. With ``rope`` q and k are first
+turned, pairs (j, j + D/2) by the angles of their row (RoFormer, arXiv 2104.09864, in transformers' order of columns).
+The Triton kernels are in ``_attention`` and ``_attention_backward``, others' in ``_attention_library``.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ import torch
 import torch.nn.functional as F
 
 from .._attention import attention
-from .._backend import resolve
+from .._attention_library import flash_varlen, shape_reason, torch_varlen
+from .._backend import BackendError, resolve
 from .._checks import Checker
 from .._library import register_opaque
+from .._rotary import Angles, rotate, rotated
+from .._tiles import TilePlan, check_bounds
 
 
 def varlen_attention_ref(
@@ -143,18 +147,29 @@ def _blocked_segment(q, k, v, causal, scale) -> torch.Tensor:
     return out
 
 
-_BACKENDS = {"eager": varlen_attention_ref, "sdpa": _sdpa, "blocked": _blocked, "triton": attention}
+def _host(implementation):
+    """The form that all backends share: those that read ``cu_seqlens`` on the host need no ``max_seqlen``."""
+    return lambda q, k, v, cu_seqlens, max_seqlen, causal, scale: implementation(q, k, v, cu_seqlens, causal, scale)
+
+
+_BACKENDS = {
+    "eager": _host(varlen_attention_ref),
+    "sdpa": _host(_sdpa),
+    "blocked": _host(_blocked),
+    "torch": torch_varlen,
+    "flash": flash_varlen,
+}
 
 
 def _run(q, k, v, cu_seqlens, max_seqlen, causal, softmax_scale, backend) -> torch.Tensor:
-    return _BACKENDS[backend](q, k, v, cu_seqlens, causal, softmax_scale).contiguous()
+    return _BACKENDS[backend](q, k, v, cu_seqlens, max_seqlen, causal, softmax_scale).contiguous()
 
 
 def _run_backward(grad, q, k, v, cu_seqlens, max_seqlen, causal, softmax_scale, backend):
     """The forward once more under autograd: these backends keep nothing for a backward of their own."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     with torch.enable_grad():
-        out = _BACKENDS[backend](*leaves, cu_seqlens, causal, softmax_scale)
+        out = _BACKENDS[backend](*leaves, cu_seqlens, max_seqlen, causal, softmax_scale)
     return tuple(g.contiguous() for g in torch.autograd.grad(out, leaves, grad))
 
 
@@ -185,6 +200,17 @@ register_opaque(
 )
 
 
+def preferred(device_type: str, dtype: torch.dtype, head_dim: int, tracked: bool) -> tuple[str | None, str]:
+    """What serves such a call before the table's first choice, and why; ``None`` leaves it to the table."""
+    if device_type == "cpu" and dtype == torch.bfloat16 and not tracked:
+        return "blocked", "matrix products in blocks measured faster than PyTorch's attention"
+    if device_type == "cuda" and dtype in (torch.float32, torch.float64):
+        return "sdpa", "plain float32 runs without matrix units in Triton"
+    if device_type == "cuda" and head_dim > 256:
+        return "sdpa", "a head of more than 256 columns fits no program's registers"
+    return None, "first in the table"
+
+
 def varlen_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -194,6 +220,8 @@ def varlen_attention(
     *,
     causal: bool = False,
     softmax_scale: float | None = None,
+    tiles: TilePlan | None = None,
+    rope: tuple[torch.Tensor, torch.Tensor] | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Attention over packed variable-length segments.
@@ -205,12 +233,25 @@ def varlen_attention(
             first entry 0, last at most T. Repeated values are empty segments. On q's device or on the CPU.
         max_seqlen: an upper bound of the segments' lengths.
         causal: a row sees only rows of its segment up to itself.
-        softmax_scale: default ``D ** -0.5``.
-        backend: ``None`` (choose), ``"eager"``, ``"sdpa"`` (PyTorch's fused attention per segment), ``"blocked"``
-            (CPU, no backward: blocked matrix products for segments of 256 rows or more, ``"sdpa"`` for shorter ones;
-            the choice for bf16). These read ``cu_seqlens`` on the host, which waits for the device if it lies there.
-            ``"triton"`` reads nothing there and can be captured in a CUDA graph; a result does not depend on the pack.
-            It is not chosen by itself: no GPU has measured it yet.
+        softmax_scale: default ``D ** -0.5``; positive.
+        tiles: :func:`plan_tiles` of these ``cu_seqlens``, so that all layers share the list of tiles; without it the
+            list is made at the first call with a ``cu_seqlens``, and again when that was written to.
+        rope: ``(cos, sin)``, ``(T, D/2)`` each, of any float dtype, without gradients: q and k are turned first, and
+            keep what they held. The Triton kernels turn them as they load them where segments are short and in a pass
+            of its own where they are long, with the same bits.
+        backend: ``None`` (choose), or
+
+            - ``"triton"``: reads nothing on the host, can be captured in a CUDA graph; deterministic, and a segment's
+              result does not depend on what it is packed with. Chosen for 16-bit tensors on a GPU.
+            - ``"hopper"``: the same with block copies by tensor descriptors and warp specialisation in the forward, on
+              GPUs of capability 9; not chosen by itself, as no GPU has measured it yet.
+            - ``"flash"``: flash-attn 4, 3 or 2, the newest installed; ``"torch"``: PyTorch's own FlashAttention 2.
+            - ``"sdpa"``: PyTorch's fused attention, once a segment, or once for all when they are equally long.
+            - ``"blocked"``: CPU, no backward: blocked matrix products for segments of 256 rows or more, ``"sdpa"`` for
+              shorter ones; chosen for bf16.
+            - ``"eager"``: the formula.
+
+            The last three read ``cu_seqlens`` on the host, which waits for the device if it lies there.
 
     Returns ``(T, Hq, Dv)``; rows past ``cu_seqlens[-1]`` are zero. Raises ``TypeError``/``ValueError`` naming the
     argument that does not fit.
@@ -227,30 +268,58 @@ def varlen_attention(
     check.require(ok, f"cu_seqlens must be on {q.device} or cpu, got {cu_seqlens.device}")
     ok = isinstance(max_seqlen, int) and max_seqlen >= 0
     check.require(ok, f"max_seqlen must be a non-negative int, got {max_seqlen!r}")
+    ok = softmax_scale is None or softmax_scale > 0
+    check.require(ok, f"softmax_scale must be positive, got {softmax_scale!r}")
+    if rope is not None:
+        _check_rope(check, q, rope)
     traced = torch.compiler.is_compiling() or type(q) is not torch.Tensor or q.is_meta
-    if cu_seqlens.device.type == "cpu" and not traced:
-        _check_bounds(check, cu_seqlens.tolist(), q.shape[0], max_seqlen)
+    if tiles is not None:
+        _check_tiles(check, tiles, cu_seqlens, q)
+    elif cu_seqlens.device.type == "cpu" and not traced:
+        check_bounds(check, cu_seqlens.tolist(), q.shape[0], max_seqlen)
 
     tracked = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    prefer = "blocked" if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not tracked else None
+    prefer, _ = preferred(q.device.type, q.dtype, q.shape[2], tracked)
     name = resolve("varlen_attention", q.device.type, backend, prefer)
     if name == "blocked" and tracked:
         raise ValueError("varlen_attention: backend 'blocked' has no backward; q, k and v must not require grad")
+    if name in ("torch", "flash") and (reason := shape_reason(q, v)) is not None:
+        raise BackendError(f"varlen_attention: backend {name!r} does not serve this call: {reason}")
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    if name == "triton":  # an op of its own, which keeps what its backward needs
-        return attention(q, k, v, cu_seqlens, causal, scale)
-    if traced:  # tracers need one opaque op, because the implementations read cu_seqlens
+    if name in ("triton", "hopper"):  # an op of its own, which keeps what its backward needs
+        settings = {"tiles": tiles, "rope": rope, "hopper": name == "hopper"}
+        return attention(q, k, v, cu_seqlens, max_seqlen, causal, scale, **settings)
+    if rope is not None:
+        q, k = _turn(q, k, rope, name)
+    if traced and name not in ("torch", "flash"):  # tracers need one opaque op, as the implementations read cu_seqlens
         return torch.ops.qwen2vl.varlen_attention(q, k, v, cu_seqlens, max_seqlen, causal, scale, name)
-    return _BACKENDS[name](q, k, v, cu_seqlens, causal, scale)
+    return _BACKENDS[name](q, k, v, cu_seqlens, max_seqlen, causal, scale)
 
 
-def _check_bounds(check: Checker, bounds: list[int], total: int, max_seqlen: int) -> None:
-    lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
-    ok = bounds[0] == 0 and min(lengths, default=0) >= 0 and bounds[-1] <= total
-    check.require(ok, f"cu_seqlens must rise from 0 to at most q's {total} rows, got {_short(bounds)}")
-    longest = max(lengths, default=0)
-    check.require(max_seqlen >= longest, f"max_seqlen is {max_seqlen}, but cu_seqlens has a segment of {longest} rows")
+def _turn(q, k, rope, name) -> tuple[torch.Tensor, torch.Tensor]:
+    """New q and k, by the kernel that serves ``vision_rope`` there; the formula stays the formula."""
+    cos, sin = rope
+    if name != "eager" and resolve("vision_rope", q.device.type, None) == "triton":
+        return rotated(q, k, Angles(cos=cos, sin=sin))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    cos, sin = cos.to(wide), sin.to(wide)
+    return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
-def _short(values: list[int]) -> str:
-    return str(values) if len(values) <= 12 else f"[{', '.join(map(str, values[:6]))}, ..., {values[-1]}]"
+def _check_rope(check: Checker, q: torch.Tensor, rope: object) -> None:
+    ok = isinstance(rope, (tuple, list)) and len(rope) == 2
+    check.require(ok, f"rope must be a pair of tensors (cos, sin), got {type(rope).__name__}")
+    columns = q.shape[2]
+    check.require(columns % 2 == 0, f"rope turns pairs of columns, but q's head_dim is {columns}")
+    for name, table in zip(("rope's cos", "rope's sin"), rope, strict=True):  # pyright: ignore[reportArgumentType]
+        check.tensor(name, table, ("T", columns // 2))
+        check.require(not table.requires_grad, f"{name} must not require grad: it is given none")
+
+
+def _check_tiles(check: Checker, tiles: object, cu_seqlens: torch.Tensor, q: torch.Tensor) -> None:
+    if not isinstance(tiles, TilePlan):
+        raise TypeError(f"varlen_attention: tiles must be a TilePlan, got {type(tiles).__name__}")
+    check.require(tiles.total == q.shape[0], f"tiles are planned for {tiles.total} rows, but q has {q.shape[0]}")
+    check.require(tiles.device == q.device, f"tiles must be on {q.device} like q, got {tiles.device}")
+    have, want = tiles.cu_seqlens.shape[0], cu_seqlens.shape[0]
+    check.require(have == want, f"tiles are planned for {have - 1} segments, but cu_seqlens has {want - 1}")

@@ -7,10 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen2vl_kernels import varlen_attention
-from qwen2vl_kernels._attention import column_blocks, launch_backward, launch_forward
+from qwen2vl_kernels import _attention, plan_tiles, varlen_attention
+from qwen2vl_kernels._attention import launch_forward
+from qwen2vl_kernels._attention_backward import launch_backward
 from qwen2vl_kernels._backend import unavailable
-from qwen2vl_kernels._tiles import make_tiles, tiles
+from qwen2vl_kernels._head import column_blocks
+from qwen2vl_kernels._rotary import rotate
+from qwen2vl_kernels._tiles import make_tiles, plan_for
 from qwen2vl_kernels.ops.varlen_attention import varlen_attention_ref
 from tests.conftest import DEVICE, assert_two_times
 
@@ -114,7 +117,7 @@ def test_boundaries_on_the_device_and_segments_in_any_number():
 @given(lengths=st.lists(st.integers(0, 200), max_size=12), tail=st.integers(0, 40), rows=st.sampled_from([1, 32, 128]))
 def test_tiles_cover_every_row_once(lengths, tail, rows):
     cu = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
-    made = tiles(cu, rows, sum(lengths) + tail, torch.device("cpu")).tolist()
+    made = plan_tiles(cu, sum(lengths) + tail).tiles(rows).tolist()
     bounds = cu.tolist()
     segments = {(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if b > a}
     seen, sizes = [], []
@@ -132,11 +135,41 @@ def test_tiles_cover_every_row_once(lengths, tail, rows):
 
 def test_tiles_are_made_once_for_all_layers():
     cu = torch.tensor([0, 40, 90], dtype=torch.int32)
-    first = tiles(cu, 32, 90, torch.device("cpu"))
-    assert tiles(cu, 32, 90, torch.device("cpu")) is first
-    assert tiles(cu, 16, 90, torch.device("cpu")) is not first
+    device = torch.device("cpu")
+    plan = plan_for(cu, 90, device)
+    assert plan_for(cu, 90, device) is plan and plan_for(cu, 91, device) is not plan
+    assert plan.tiles(32) is plan.tiles(32) and plan.tiles(16) is not plan.tiles(32)
+    cu[1] = 41
+    assert plan_for(cu, 90, device) is not plan
     with torch.inference_mode():
-        tiles(torch.tensor([0, 3], dtype=torch.int32), 32, 3, torch.device("cpu"))
+        plan_for(torch.tensor([0, 3], dtype=torch.int32), 3, device).tiles(32)
+
+
+def test_a_plan_serves_every_call_and_takes_other_boundaries_in_place():
+    q, k, v, cu, longest = _pack([70, 5, 20], columns=16, tail=5)
+    want = varlen_attention(q, k, v, cu, longest, backend="triton")
+    plan = plan_tiles(cu.clone(), 100, device=DEVICE, padded=True)
+    assert torch.equal(varlen_attention(q, k, v, cu, longest, tiles=plan, backend="triton"), want)
+    places = [plan.tiles(32).data_ptr(), plan.tiles(128).data_ptr()]
+    other = torch.tensor([0, 10, 10, 95], dtype=torch.int32)
+    assert plan.update_(other) is plan and places == [plan.tiles(32).data_ptr(), plan.tiles(128).data_ptr()]
+    got = varlen_attention(q, k, v, other, 85, tiles=plan, backend="triton")
+    assert torch.equal(got, varlen_attention(q, k, v, other, 85, backend="triton")) and not torch.equal(got, want)
+
+
+def test_plans_refuse_what_does_not_fit():
+    q, k, v, cu, longest = _pack([7, 3], columns=16)
+    plan = plan_tiles(cu, 10, device=DEVICE)
+    with pytest.raises(ValueError, match="the plan must be padded to take other boundaries"):
+        plan.update_(cu)
+    with pytest.raises(ValueError, match=r"tiles are planned for 10 rows, but q has 9"):
+        varlen_attention(q[:9], k[:9], v[:9], torch.tensor([0, 7, 9]).int(), 7, tiles=plan, backend="triton")
+    with pytest.raises(ValueError, match=r"tiles are planned for 2 segments, but cu_seqlens has 1"):
+        varlen_attention(q, k, v, cu[::2].contiguous(), 10, tiles=plan, backend="triton")
+    with pytest.raises(TypeError, match="tiles must be a TilePlan, got Tensor"):
+        varlen_attention(q, k, v, cu, longest, tiles=plan.tiles(16), backend="triton")
+    with pytest.raises(ValueError, match=r"cu_seqlens must rise from 0 to at most q's 9 rows, got \[0, 7, 10\]"):
+        plan_tiles(cu, 9)
 
 
 def test_column_blocks():
@@ -171,7 +204,7 @@ def test_gradcheck():
 
 def test_strided_gradients_of_the_output():
     q, k, v, cu, _ = _pack([30, 9], columns=16)
-    out, lse = launch_forward(q, k, v, cu, False, 0.25)
+    out, lse = launch_forward(q, k, v, plan_tiles(cu, 39, device=DEVICE), False, 0.25)
     grad = torch.randn(16, 2, 39, device=DEVICE).permute(2, 1, 0)
     for one, two in zip(
         launch_backward(grad, q, k, v, out, lse, cu, False, 0.25),
@@ -184,7 +217,95 @@ def test_strided_gradients_of_the_output():
 def test_opcheck():
     q, k, v, cu, _ = _pack([5, 3], columns=16)
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(torch.ops.qwen2vl.attention_forward.default, (*leaves, cu.to(DEVICE), True, 0.25))
+    arguments = (*leaves, cu.to(DEVICE), None, None, True, 0.25, True, False)
+    torch.library.opcheck(
+        torch.ops.qwen2vl.attention_forward.default, (*leaves, cu.to(DEVICE), None, None, True, 0.25, True, False)
+    )
+
+
+def _angles(total, pairs):
+    angles = torch.rand(total, pairs, device=DEVICE) * 6
+    return angles.cos(), angles.sin()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("columns", "causal"), [(16, True), (64, False), (72, True), (80, False), (80, True)])
+def test_rotary_tables_fused_and_in_a_pass_of_their_own(columns, causal, dtype, monkeypatch):
+    """Both ways give the same bits, and the two-times rule holds against the formula on rotated rows."""
+    q, k, v, cu, longest = _pack([33, 70, 5], 2, 1, columns, dtype=dtype, tail=3)
+    cos, sin = _angles(q.shape[0], columns // 2)
+    grad, held = torch.randn_like(q), slice(0, 108)
+    inside = [x[held] for x in (q, k, v)]
+    kept = [x.clone() for x in inside]
+
+    def run(q, k, v):
+        return varlen_attention(q, k, v, cu, longest, causal=causal, rope=(cos, sin), backend="triton")
+
+    def formula(q, k, v):
+        tables = [x[held].to(torch.promote_types(q.dtype, torch.float32)) for x in (cos, sin)]
+        return varlen_attention_ref(rotate(q, *tables), rotate(k, *tables), v, cu, causal)
+
+    fused = _results(run, q, k, v, grad)
+    with torch.no_grad():
+        assert torch.equal(run(q, k, v), fused[0])
+    monkeypatch.setattr(_attention, "FUSED_ROPE_MAX_SEQLEN", 0)
+    apart = _results(run, q, k, v, grad)
+    assert all(torch.equal(one, two) for one, two in zip(inside, kept, strict=True))  # what was given is as it was
+    assert torch.equal(fused[0], apart[0]) and torch.equal(fused[3], apart[3])
+    eager = _results(formula, *inside, grad[held])
+    exact = _results(formula, *(x.double() for x in inside), grad[held].double())
+    for results in (fused, apart):
+        for got, theirs, right in zip(results, eager, exact, strict=True):
+            assert torch.count_nonzero(got[108:]) == 0
+            assert_two_times(got[held], theirs, right, 2e-6)
+
+
+def test_rope_by_every_backend_is_the_same_turn():
+    q, k, v, cu, longest = _pack([300, 9], columns=80)
+    tables = _angles(309, 40)
+    want = varlen_attention(rotate(q, *tables), rotate(k, *tables), v, cu, longest, backend="eager")
+    for backend in ("eager", "sdpa", "triton", "hopper", None):
+        if backend != "hopper" or unavailable("hopper", DEVICE) is None:
+            with torch.no_grad():
+                got = varlen_attention(q, k, v, cu, longest, rope=tables, backend=backend)
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    for rope, message in (
+        (tables[0], r"rope must be a pair of tensors \(cos, sin\), got Tensor"),
+        ((tables[0][:, :20], tables[1]), r"rope's cos must have shape \(T, 40\) with T=309, got \(309, 20\)"),
+        ((tables[0], tables[1].clone().requires_grad_()), "rope's sin must not require grad"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            varlen_attention(q, k, v, cu, longest, rope=rope)
+
+
+@pytest.mark.skipif(unavailable("hopper", DEVICE) is not None, reason=f"hopper: {unavailable('hopper', DEVICE)}")
+@pytest.mark.parametrize(("columns", "causal"), [(64, True), (72, False), (80, True), (128, True)])
+def test_the_hopper_kernel_gives_the_bits_of_the_other(columns, causal):
+    q, k, v, cu, longest = _pack([130, 7, 64], 4, 2, columns, dtype=torch.bfloat16, tail=70)
+    for tables in (None, _angles(q.shape[0], columns // 2)):
+        run = lambda backend, t=tables: varlen_attention(  # noqa: E731
+            q, k, v, cu, longest, causal=causal, rope=t, backend=backend
+        )
+        want = run("triton")
+        assert torch.equal(run("hopper"), want) and want.isfinite().all()
+
+
+def test_the_hopper_kernel_refuses_strides_that_no_descriptor_has():
+    if (reason := unavailable("hopper", DEVICE)) is not None:
+        pytest.skip(f"hopper: {reason}")
+    q = torch.randn(9, 2, 80, device=DEVICE).bfloat16()
+    k = torch.randn(9, 2, 81, device=DEVICE).bfloat16()[..., :80]
+    cu = torch.tensor([0, 9], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"'hopper' wants k's address and strides to be multiples of 16 bytes, got"):
+        varlen_attention(q, k, k, cu, 9, backend="hopper")
+
+
+def test_gradcheck_of_the_turned_form():
+    q, k, v, cu, longest = _pack([1, 3], heads=2, kv_heads=1, columns=4)
+    leaves = [x.double().detach().clone().requires_grad_() for x in (q, k, v)]
+    tables = tuple(x.double() for x in _angles(4, 2))
+    run = lambda *a: varlen_attention(*a, cu, longest, causal=True, rope=tables, backend="triton")  # noqa: E731
+    assert torch.autograd.gradcheck(run, leaves)
 
 
 def test_windows_are_another_cu_seqlens():

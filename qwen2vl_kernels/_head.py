@@ -1,0 +1,145 @@
+"""What the attention kernels share: one head's columns as two blocks, loaded, turned, multiplied and stored.
+
+A head of D columns is two blocks, the largest power of two and the rest (80 = 64 + 16), so that the matrix units do
+62.5 % of the work that padding to 128 costs. With rotary tables the rows are turned as they are loaded: column j pairs
+with j + D/2, across the blocks' border, so both of a pair are put side by side, 2 i and 2 i + 1, for queries and keys
+alike. That permutes the columns of a dot product, which leaves it what it was, and the blocks keep their sizes.
+``_rotary`` writes the same order when rows are turned in a pass of their own: the bits are those of the fused form.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ._triton import jit, next_power_of_2, tl
+
+
+def column_blocks(columns: int) -> tuple[int, int]:
+    """The two blocks of a head: powers of two of at least 16 (a matrix instruction's least), the second may be 0."""
+    first = max(16, 1 << (columns.bit_length() - 1))
+    rest = columns - first
+    return first, max(16, next_power_of_2(rest)) if rest > 0 else 0
+
+
+def blocks_of(q: torch.Tensor, v: torch.Tensor) -> dict[str, int]:
+    (d0, d1), (v0, v1) = column_blocks(q.shape[2]), column_blocks(v.shape[2])
+    return {"D": q.shape[2], "D0": d0, "D1": d1, "V": v.shape[2], "V0": v0, "V1": v1}
+
+
+def zero_between(x: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+    """Zero the rows of a fresh output that no segment holds."""
+    if cu_seqlens.device.type == "cpu":
+        x[int(cu_seqlens[-1]) :].zero_()
+    else:  # where they begin is not known here
+        x.zero_()
+
+
+def tables(rope: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines with the one layout that kernels read."""
+    cos, sin = rope
+    if cos.stride() != sin.stride() or cos.stride(-1) != 1:
+        cos, sin = cos.contiguous(), sin.contiguous()
+    return cos, sin
+
+
+@jit
+def load_block(
+    x, row, live, x_row,
+    START: tl.constexpr, BLOCK: tl.constexpr, STOP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """``(rows, BLOCK)``: columns [START, START + BLOCK) of the rows, zero where not ``live`` or from STOP on.
+
+    All rows are there unless ``MASKED``.
+    """
+    column = START + tl.arange(0, BLOCK)[None, :]
+    at = x + row.to(tl.int64)[:, None] * x_row + column
+    if MASKED:
+        if START + BLOCK <= STOP:
+            value = tl.load(at, mask=live[:, None], other=0.0)
+        else:
+            value = tl.load(at, mask=live[:, None] & (column < STOP), other=0.0)
+    elif START + BLOCK <= STOP:
+        value = tl.load(at)
+    else:
+        value = tl.load(at, mask=column < STOP, other=0.0)
+    return value
+
+
+@jit
+def store_block(x, value, row, live, x_row, START: tl.constexpr, BLOCK: tl.constexpr, STOP: tl.constexpr):
+    column = START + tl.arange(0, BLOCK)[None, :]
+    at = x + row.to(tl.int64)[:, None] * x_row + column
+    tl.store(at, value.to(x.dtype.element_ty), mask=live[:, None] & (column < STOP))
+
+
+@jit
+def _turned_block(
+    x, cos, sin, row, live, x_row, table_row,
+    PAIR: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """``(rows, BLOCK)``: pairs [PAIR, PAIR + BLOCK / 2), turned, both of a pair side by side."""
+    a = load_block(x, row, live, x_row, PAIR, BLOCK // 2, PAIRS, MASKED).to(ACC)
+    b = load_block(x + PAIRS, row, live, x_row, PAIR, BLOCK // 2, PAIRS, MASKED).to(ACC)
+    c = load_block(cos, row, live, table_row, PAIR, BLOCK // 2, PAIRS, MASKED).to(ACC)
+    s = load_block(sin, row, live, table_row, PAIR, BLOCK // 2, PAIRS, MASKED).to(ACC)
+    dtype = x.dtype.element_ty
+    turned = tl.join((a * c - b * s).to(dtype), (b * c + a * s).to(dtype))
+    return tl.reshape(turned, (row.shape[0], BLOCK))
+
+
+@jit
+def _store_turned_block(
+    x, value, cos, sin, row, live, x_row, table_row,
+    PAIR: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The gradient of :func:`_turned_block`'s rows from that of what it returned: turned back, in the usual order."""
+    a, b = tl.split(tl.reshape(value, (row.shape[0], BLOCK // 2, 2)))
+    c = load_block(cos, row, live, table_row, PAIR, BLOCK // 2, PAIRS, True).to(ACC)
+    s = load_block(sin, row, live, table_row, PAIR, BLOCK // 2, PAIRS, True).to(ACC)
+    store_block(x, a * c + b * s, row, live, x_row, PAIR, BLOCK // 2, PAIRS)
+    store_block(x + PAIRS, b * c - a * s, row, live, x_row, PAIR, BLOCK // 2, PAIRS)
+
+
+@jit
+def load_head(
+    x, cos, sin, row, live, x_row, table_row,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Both blocks of the rows, turned where ``cos`` is given; the second is only there to be named where D1 is 0."""
+    if cos is not None:
+        first = _turned_block(x, cos, sin, row, live, x_row, table_row, 0, D // 2, D0, MASKED, ACC)
+    else:
+        first = load_block(x, row, live, x_row, 0, D0, D, MASKED)
+    second = first
+    if D1 > 0:
+        if cos is not None:
+            second = _turned_block(x, cos, sin, row, live, x_row, table_row, D0 // 2, D // 2, D1, MASKED, ACC)
+        else:
+            second = load_block(x, row, live, x_row, D0, D1, D, MASKED)
+    return first, second
+
+
+@jit
+def store_head(
+    x, first, second, cos, sin, row, live, x_row, table_row,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Store both blocks in the columns that :func:`load_head` takes them from, turned back where ``cos`` is given."""
+    if cos is not None:
+        _store_turned_block(x, first, cos, sin, row, live, x_row, table_row, 0, D // 2, D0, ACC)
+    else:
+        store_block(x, first, row, live, x_row, 0, D0, D)
+    if D1 > 0:
+        if cos is not None:
+            _store_turned_block(x, second, cos, sin, row, live, x_row, table_row, D0 // 2, D // 2, D1, ACC)
+        else:
+            store_block(x, second, row, live, x_row, D0, D1, D)
+
+
+@jit
+def product(a0, a1, b0, b1, REST: tl.constexpr, ACC: tl.constexpr):
+    """``a b^T`` over both blocks of columns."""
+    out = tl.dot(a0, tl.trans(b0), input_precision="ieee", out_dtype=ACC)
+    if REST > 0:
+        out = tl.dot(a1, tl.trans(b1), out, input_precision="ieee", out_dtype=ACC)
+    return out
