@@ -8,7 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qwen2vl_kernels import append_kv, kvcache_attention, mrope, mrope_, swiglu, swiglu_, varlen_attention
+from qwen2vl_kernels import (
+    TilePlan,
+    append_kv,
+    kvcache_attention,
+    mrope,
+    mrope_,
+    plan_tiles,
+    swiglu,
+    swiglu_,
+    varlen_attention,
+)
 
 from .cache import KVCache
 from .config import TextConfig
@@ -21,7 +31,7 @@ class Pack:
 
     ``positions (3, T)``; ``counts``: tokens of each sequence; ``cu_seqlens (B + 1,)`` int32, their bounds. With a
     cache, ``slots (T,)`` says where the tokens' keys go (nowhere, where negative), and ``totals`` how many tokens each
-    sequence then has.
+    sequence then has. ``tiles``: the bounds' plan for the attention's kernels, made by the decoder.
     """
 
     positions: torch.Tensor
@@ -31,6 +41,7 @@ class Pack:
     cache: KVCache | None = None
     slots: torch.Tensor | None = None
     totals: list[int] | None = None
+    tiles: TilePlan | None = None
 
     @property
     def resumed(self) -> bool:
@@ -71,7 +82,7 @@ class Attention(nn.Module):
         if cache is not None and pack.totals is not None and pack.resumed:
             out = kvcache_attention(q, cache.k[self.layer], cache.v[self.layer], pack.counts, pack.totals)
         else:
-            out = varlen_attention(q, k, v, pack.cu_seqlens, max(pack.counts), causal=True)
+            out = varlen_attention(q, k, v, pack.cu_seqlens, max(pack.counts), causal=True, tiles=pack.tiles)
         return self.o_proj(out.flatten(1))
 
 
@@ -126,6 +137,8 @@ class Decoder(nn.Module):
             x = F.pad(x, (0, 0, 0, idle))
             slots = None if pack.slots is None else F.pad(pack.slots, (0, idle), value=-1)
             pack = replace(pack, positions=F.pad(pack.positions, (0, idle)), slots=slots)
+        if not pack.resumed:
+            pack = replace(pack, tiles=plan_tiles(pack.cu_seqlens, x.shape[0], device=x.device))
         for layer in self.layers:
             x, residual = layer(x, residual, pack)
         return self.norm(x, residual)[0][:tokens]

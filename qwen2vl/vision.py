@@ -7,6 +7,7 @@ one frame pair, 2D rotary embedding, and the 2x2 merger (Qwen2-VL, arXiv 2409.12
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -14,15 +15,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from qwen2vl_kernels import (
+    TilePlan,
     fold_patch_embed,
     patch_embed,
     patch_merge,
+    plan_tiles,
     quick_gelu,
     quick_gelu_,
     varlen_attention,
     vision_positions,
-    vision_rope,
-    vision_rope_qkv_,
     vision_rope_tables,
 )
 
@@ -31,8 +32,19 @@ from .errors import PromptError
 from .image import IMAGE_MEAN, IMAGE_STD
 from .layers import LayerNorm, Linear, idle_rows
 
-#: Cosines and sines of the patches' positions.
-Tables = Sequence[torch.Tensor]
+
+@dataclass(frozen=True)
+class Pack:
+    """What every block needs to know about the packed patches of one call.
+
+    ``rope``: cosines and sines ``(T, D/2)`` of the patches' positions; ``cu_seqlens (S + 1,)`` int32 bounds of what
+    attends to itself, and ``tiles`` their plan for the attention's kernels.
+    """
+
+    rope: tuple[torch.Tensor, torch.Tensor]
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    tiles: TilePlan
 
 
 class ConvWeight(nn.Module):
@@ -72,14 +84,10 @@ class Attention(nn.Module):
         self.qkv = Linear(config.embed_dim, 3 * config.embed_dim)
         self.proj = Linear(config.embed_dim, config.embed_dim)
 
-    def forward(self, x: torch.Tensor, tables: Tables, cu_seqlens: torch.Tensor, max_seqlen: int) -> torch.Tensor:
-        qkv = self.qkv(x).unflatten(-1, self.shape)  # (T, 3, H, D)
-        if qkv.requires_grad:
-            q, k, v = qkv.unbind(1)
-            q, k = vision_rope(q, k, *tables)
-        else:
-            q, k, v = vision_rope_qkv_(qkv, *tables).unbind(1)
-        return self.proj(varlen_attention(q, k, v, cu_seqlens, max_seqlen).flatten(1))
+    def forward(self, x: torch.Tensor, pack: Pack) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, self.shape).unbind(1)  # (T, H, D)
+        out = varlen_attention(q, k, v, pack.cu_seqlens, pack.max_seqlen, tiles=pack.tiles, rope=pack.rope)
+        return self.proj(out.flatten(1))
 
 
 class MLP(nn.Module):
@@ -104,16 +112,9 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        tables: Tables,
-        cu_seqlens: torch.Tensor,
-        max_seqlen: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
         x, total = self.norm1(x, residual)
-        x, total = self.norm2(self.attn(x, tables, cu_seqlens, max_seqlen), total)
+        x, total = self.norm2(self.attn(x, pack), total)
         return self.mlp(x), total
 
 
@@ -181,7 +182,7 @@ class VisionTower(nn.Module):
         # The grids are a few bytes to copy, the positions of a GPU's pack would be hundreds of kilobytes.
         grid_thw = torch.tensor(grids).to(device)
         positions = vision_positions(grid_thw, self.config.spatial_merge_size, num_patches=count)
-        tables = vision_rope_tables(positions, self._inv_freq(device))
+        cos, sin = vision_rope_tables(positions, self._inv_freq(device))
         lengths = [h * w for t, h, w in grids for _ in range(t)]
         # On the host: attention that splits there need not wait for the device in every block.
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
@@ -189,9 +190,11 @@ class VisionTower(nn.Module):
         x, residual = embedded[0] if len(embedded) == 1 else torch.cat(embedded), None
         patches = x.shape[0]
         if idle := idle_rows(x):
-            x, *tables = (F.pad(rows, (0, 0, 0, idle)) for rows in (x, *tables))
+            x, cos, sin = (F.pad(rows, (0, 0, 0, idle)) for rows in (x, cos, sin))
+        tiles = plan_tiles(cu_seqlens, x.shape[0], device=device)
+        pack = Pack((cos, sin), cu_seqlens, max(lengths), tiles)
         for block in self.blocks:
-            x, residual = block(x, residual, tables, cu_seqlens, max(lengths))
+            x, residual = block(x, residual, pack)
         x = x if residual is None else x + residual
         return self.merger(x[:patches])
 

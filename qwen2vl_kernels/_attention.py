@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
-from . import _attention_backward, _rotary
-from ._head import blocks_of, load_block, load_head, product, store_head, tables, zero_between
+from . import _attention_backward
+from ._head import blocks_of, load_block, load_head, product, store_head, tables, turned_for_attention, zero_between
 from ._library import direct, register_opaque
 from ._tiles import TilePlan, plan_for
 from ._triton import Target, accumulator, architecture, describable, jit, launch, target_of, tl
@@ -199,6 +199,16 @@ def _hopper_kernel(
 FUSED_ROPE_MAX_SEQLEN = 1024
 
 
+def fuses_rope(max_seqlen: int, target: Target) -> bool:
+    """Whether q and k are turned on the way into the kernels.
+
+    Only where matrix instructions read from shared memory, or registers are plenty (AMD's): elsewhere a turned tile
+    spills, whatever its size.
+    """
+    roomy = target.backend == "hip" or target.capability // 10 in (9, 10)
+    return roomy and max_seqlen <= FUSED_ROPE_MAX_SEQLEN
+
+
 def launch_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -224,7 +234,7 @@ def launch_forward(
     zero_between(out, plan.cu_seqlens)
     cos, sin = tables(rope) if rope is not None and fused and not hopper else (None, None)
     if rope is not None and cos is None:
-        q, k = _rotary.turned_for_attention(q, k, *rope)
+        q, k = turned_for_attention(q, k, *rope)
     chosen = hopper_config() if hopper else forward_config(q.dtype, columns, target_of(q.device))
     work = plan.tiles(chosen.rows)
     shape = blocks_of(q, v)
@@ -326,7 +336,7 @@ def attention(
     hopper: bool = False,
 ) -> torch.Tensor:
     """varlen_attention on these kernels."""
-    fused = max_seqlen <= FUSED_ROPE_MAX_SEQLEN
+    fused = rope is not None and fuses_rope(max_seqlen, target_of(q.device))
     if direct(q, k, v, cu_seqlens):
         plan = plan_for(cu_seqlens, q.shape[0], q.device) if tiles is None else tiles
         settings = {"rope": rope, "fused": fused, "hopper": hopper, "keep": False}

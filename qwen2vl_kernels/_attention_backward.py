@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import _rotary
-from ._head import blocks_of, load_head, product, store_head, tables, zero_between
+from ._head import blocks_of, load_head, product, store_head, tables, turned_back, turned_for_attention, zero_between
 from ._tiles import plan_for
 from ._triton import Target, accumulator, architecture, cdiv, jit, launch, next_power_of_2, target_of, tl
 
@@ -170,9 +169,9 @@ def launch_backward(
     if cos is not None and sin is not None:
         cos, sin = tables((cos, sin))
     if cos is not None and not fused:
-        q, k = _rotary.turned_for_attention(q, k, cos, sin)
+        q, k = turned_for_attention(q, k, cos, sin)
         dq, dk, dv = launch_backward(grad, q, k, v, out, lse, cu_seqlens, causal, softmax_scale)
-        return *_rotary.turned_back(dq, dk, cos, sin), dv
+        return *turned_back(dq, dk, cos, sin), dv
     dq, dk, dv = gradients
     for gradient in gradients:
         zero_between(gradient, cu_seqlens)

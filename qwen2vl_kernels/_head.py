@@ -4,13 +4,14 @@ A head of D columns is two blocks, the largest power of two and the rest (80 = 6
 62.5 % of the work that padding to 128 costs. With rotary tables the rows are turned as they are loaded: column j pairs
 with j + D/2, across the blocks' border, so both of a pair are put side by side, 2 i and 2 i + 1, for queries and keys
 alike. That permutes the columns of a dot product, which leaves it what it was, and the blocks keep their sizes.
-``_rotary`` writes the same order when rows are turned in a pass of their own: the bits are those of the fused form.
+:func:`turned_for_attention`, a pass of its own, writes the same order: the bits are those of the fused form.
 """
 
 from __future__ import annotations
 
 import torch
 
+from ._rotary import Angles, launch_rotation
 from ._triton import jit, next_power_of_2, tl
 
 
@@ -40,6 +41,24 @@ def tables(rope: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch
     if cos.stride() != sin.stride() or cos.stride(-1) != 1:
         cos, sin = cos.contiguous(), sin.contiguous()
     return cos, sin
+
+
+def turned_for_attention(q, k, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and k turned by tables ``(T, D/2)``, the columns of a pair side by side, as :func:`load_head` turns them."""
+    outputs = (_empty(q), _empty(k))
+    launch_rotation(q, k, *outputs, Angles(cos=cos, sin=sin), to_side=True)
+    return outputs
+
+
+def turned_back(dq, dk, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of q and k from those of :func:`turned_for_attention`'s results."""
+    outputs = (_empty(dq), _empty(dk))
+    launch_rotation(dq, dk, *outputs, Angles(cos=cos, sin=sin, inverse=True), from_side=True)
+    return outputs
+
+
+def _empty(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 @jit

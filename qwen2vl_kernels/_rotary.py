@@ -379,26 +379,9 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _rotate(q, k, positions, inv_freq, cos, sin, section, interleaved, inverse):
-    outputs = (
-        torch.empty(q.shape, dtype=q.dtype, device=q.device),
-        torch.empty(k.shape, dtype=k.dtype, device=k.device),
-    )
+    outputs = _fake_rotate(q, k)
     angles = Angles(positions, inv_freq, cos, sin, section, interleaved, inverse)
     launch_rotation(_rows(q), _rows(k), *outputs, angles)
-    return outputs
-
-
-def turned_for_attention(q, k, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
-    """q and k turned by tables ``(T, D/2)``, the columns of a pair side by side, as ``_head`` turns them."""
-    outputs = _fake_rotate(q, k)
-    launch_rotation(q, k, *outputs, Angles(cos=cos, sin=sin), to_side=True)
-    return outputs
-
-
-def turned_back(dq, dk, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of q and k from those of :func:`turned_for_attention`'s results."""
-    outputs = _fake_rotate(dq, dk)
-    launch_rotation(dq, dk, *outputs, Angles(cos=cos, sin=sin, inverse=True), from_side=True)
     return outputs
 
 

@@ -6,9 +6,10 @@ from functools import partial
 
 import torch
 
-from qwen2vl_kernels._attention import launch_forward
+from qwen2vl_kernels._attention import fuses_rope, launch_forward
 from qwen2vl_kernels._attention_backward import launch_backward
 from qwen2vl_kernels._tiles import plan_tiles
+from qwen2vl_kernels._triton import target_of
 
 from .compiler import Specimen, label, meta
 
@@ -21,8 +22,9 @@ def _attention(heads: int, kv_heads: int, columns: int, dtype: torch.dtype, caus
     cu_seqlens = meta(65, dtype=torch.int32)
     cos = sin = meta(_TOKENS, columns // 2, dtype=torch.float32) if turned else None
     rope = (cos, sin) if cos is not None and sin is not None else None
-    out, lse = launch_forward(q, k, v, plan_tiles(cu_seqlens, _TOKENS), causal, columns**-0.5, rope=rope)
-    launch_backward(q, q, k, v, out, lse, cu_seqlens, causal, columns**-0.5, cos=cos, sin=sin)
+    fused = fuses_rope(256, target_of(q.device))
+    out, lse = launch_forward(q, k, v, plan_tiles(cu_seqlens, _TOKENS), causal, columns**-0.5, rope=rope, fused=fused)
+    launch_backward(q, q, k, v, out, lse, cu_seqlens, causal, columns**-0.5, cos=cos, sin=sin, fused=fused)
 
 
 def _hopper(heads: int, kv_heads: int, columns: int, dtype: torch.dtype, causal: bool) -> None:

@@ -19,6 +19,8 @@ The Triton kernels are in ``_attention`` and ``_attention_backward``, others' in
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -158,6 +160,8 @@ _BACKENDS = {
     "blocked": _host(_blocked),
     "torch": torch_varlen,
     "flash": flash_varlen,
+    "triton": attention,
+    "hopper": partial(attention, hopper=True),
 }
 
 
@@ -287,8 +291,7 @@ def varlen_attention(
         raise BackendError(f"varlen_attention: backend {name!r} does not serve this call: {reason}")
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     if name in ("triton", "hopper"):  # an op of its own, which keeps what its backward needs
-        settings = {"tiles": tiles, "rope": rope, "hopper": name == "hopper"}
-        return attention(q, k, v, cu_seqlens, max_seqlen, causal, scale, **settings)
+        return _BACKENDS[name](q, k, v, cu_seqlens, max_seqlen, causal, scale, tiles=tiles, rope=rope)
     if rope is not None:
         q, k = _turn(q, k, rope, name)
     if traced and name not in ("torch", "flash"):  # tracers need one opaque op, as the implementations read cu_seqlens

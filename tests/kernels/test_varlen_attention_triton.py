@@ -218,9 +218,7 @@ def test_opcheck():
     q, k, v, cu, _ = _pack([5, 3], columns=16)
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
     arguments = (*leaves, cu.to(DEVICE), None, None, True, 0.25, True, False)
-    torch.library.opcheck(
-        torch.ops.qwen2vl.attention_forward.default, (*leaves, cu.to(DEVICE), None, None, True, 0.25, True, False)
-    )
+    torch.library.opcheck(torch.ops.qwen2vl.attention_forward.default, arguments)
 
 
 def _angles(total, pairs):

@@ -7,7 +7,8 @@ from qwen2vl import Qwen2VL
 from qwen2vl.cache import KVCache
 from qwen2vl.demo.checkpoint import small_config
 from qwen2vl.text import Pack
-from qwen2vl_kernels import use_backend
+from qwen2vl.vision import Pack as VisionPack
+from qwen2vl_kernels import plan_tiles, use_backend
 from tests.conftest import triton_where_it_serves
 
 CU = torch.tensor([0, 8, 20], dtype=torch.int32)
@@ -31,9 +32,10 @@ def _whole_graph(module):
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
 def test_vision_block(model, grad):
-    block, x, tables = model.visual.blocks[0], torch.randn(20, 160), torch.randn(2, 20, 40).unbind()
+    block, x, (cos, sin) = model.visual.blocks[0], torch.randn(20, 160), torch.randn(2, 20, 40).unbind()
+    pack = VisionPack((cos, sin), CU, 12, plan_tiles(CU, 20))
     with torch.set_grad_enabled(grad):
-        expected, got = block(x, None, tables, CU, 12), _whole_graph(block)(x, None, tables, CU, 12)
+        expected, got = block(x, None, pack), _whole_graph(block)(x, None, pack)
     torch.testing.assert_close(got, expected)
     assert got[0].requires_grad == grad
 
@@ -41,7 +43,7 @@ def test_vision_block(model, grad):
 @pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
 def test_decoder_layer(model, grad):
     layer, x = model.model.layers[0], torch.randn(20, 256)
-    pack = Pack(torch.arange(60).view(3, 20), model.model.inv_freq(model.device), [8, 12], CU)
+    pack = Pack(torch.arange(60).view(3, 20), model.model.inv_freq(model.device), [8, 12], CU, tiles=plan_tiles(CU, 20))
     with torch.set_grad_enabled(grad):
         torch.testing.assert_close(_whole_graph(layer)(x, None, pack), layer(x, None, pack))
 
