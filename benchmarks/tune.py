@@ -16,8 +16,9 @@ from unittest import mock
 
 import torch
 
-from qwen2vl_kernels import _attention, _linear, _norm, _rotary
-from qwen2vl_kernels._triton import reason
+from qwen2vl_kernels import _attention, _attention_backward, _linear, _norm, _rotary
+from qwen2vl_kernels._tiles import plan_tiles
+from qwen2vl_kernels._triton import hopper_reason, reason
 from qwen2vl_kernels.ops import quick_gelu, swiglu
 
 from .timing import Clock
@@ -80,17 +81,22 @@ def subjects(tokens: int = 8192, device: str = "cuda") -> Iterable[Subject]:
     yield Subject("swiglu 8960", swiglu, "tile", grid, lambda: swiglu.launch_forward(gate, up))
     yield Subject("swiglu backward", swiglu, "tile", grid, lambda: swiglu.launch_backward(gate, gate, up))
     cu_seqlens = torch.arange(0, tokens + 1, max(tokens // 8, 1), dtype=torch.int32, device=device)
+    plan = plan_tiles(cu_seqlens, tokens)
     grid = {"rows": (64, 128), "step": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)}
     for heads, kv_heads, columns, causal in ((16, 16, 80, False), (28, 4, 128, True)):
         q, k = random(tokens, heads, columns), random(tokens, kv_heads, columns)
-        forward = lambda q=q, k=k, c=causal: _attention.launch_forward(q, k, k, cu_seqlens, c, 0.1)  # noqa: E731
+        forward = lambda q=q, k=k, c=causal: _attention.launch_forward(q, k, k, plan, c, 0.1)  # noqa: E731
         name = f"attention {heads}/{kv_heads}x{columns}"
         yield Subject(name, _attention, "forward_config", grid, forward)
+        hopper = lambda q=q, k=k, c=causal: _attention.launch_forward(q, k, k, plan, c, 0.1, hopper=True)  # noqa: E731
+        sizes = {"rows": (64, 128), "step": (64, 128), "num_stages": (2, 3)}
+        if hopper_reason("cuda") is None:
+            yield Subject(f"{name}, hopper", _attention, "hopper_config", sizes, hopper)
         out, lse = forward()
-        backward = lambda q=q, k=k, o=out, lse=lse, c=causal: _attention.launch_backward(  # noqa: E731
+        backward = lambda q=q, k=k, o=out, lse=lse, c=causal: _attention_backward.launch_backward(  # noqa: E731
             o, q, k, k, o, lse, cu_seqlens, c, 0.1
         )
-        yield Subject(f"{name} backward", _attention, "backward_config", grid, backward)
+        yield Subject(f"{name} backward", _attention_backward, "backward_config", grid, backward)
     grid = {
         "rows": (64, 128, 256),
         "columns": (64, 128, 256),

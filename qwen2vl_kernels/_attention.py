@@ -133,12 +133,18 @@ def _forward_kernel(
             q0, q1, k, v, cos, sin, row, start, end, o0, o1, most, total_p, scale, k_row, v_row, table_row,
             D, D0, D1, V, V0, V1, STEP, False, CAUSAL, ACC,
         )  # fmt: skip
-    for start in tl.range(whole, stop, STEP, num_stages=1):
+    for start in tl.range(whole, stop, STEP, num_stages=1):  # pyright: ignore[reportGeneralTypeIssues]
         o0, o1, most, total_p = _attend(
             q0, q1, k, v, cos, sin, row, start, end, o0, o1, most, total_p, scale, k_row, v_row, table_row,
             D, D0, D1, V, V0, V1, STEP, True, CAUSAL, ACC,
         )  # fmt: skip
     _finish(out, lse, o0, o1, most, total_p, row, live, head, total, HEADS, V, V0, V1, ACC)
+
+
+@jit
+def _block_copies(x, end, x_row, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """A descriptor of ``(ROWS, BLOCK)`` blocks of a head's rows up to ``end``; what lies behind comes as zeros."""
+    return tl.make_tensor_descriptor(x, [end, COLUMNS], [x_row, 1], [ROWS, BLOCK])  # pyright: ignore[reportArgumentType]
 
 
 @jit(do_not_specialize=["total"])
@@ -160,23 +166,23 @@ def _hopper_kernel(
     q += head * q_head
     k += head // GROUP * k_head
     v += head // GROUP * v_head
-    q0_tiles = tl.make_tensor_descriptor(q, [end, D], [q_row, 1], [ROWS, D0])
-    k0_tiles = tl.make_tensor_descriptor(k, [end, D], [k_row, 1], [STEP, D0])
-    v0_tiles = tl.make_tensor_descriptor(v, [end, V], [v_row, 1], [STEP, V0])
+    q0_tiles = _block_copies(q, end, q_row, D, ROWS, D0)
+    k0_tiles = _block_copies(k, end, k_row, D, STEP, D0)
+    v0_tiles = _block_copies(v, end, v_row, V, STEP, V0)
     q0 = q0_tiles.load([first, 0])
     if D1 > 0:
-        q1_tiles = tl.make_tensor_descriptor(q, [end, D], [q_row, 1], [ROWS, D1])
-        k1_tiles = tl.make_tensor_descriptor(k, [end, D], [k_row, 1], [STEP, D1])
+        q1_tiles = _block_copies(q, end, q_row, D, ROWS, D1)
+        k1_tiles = _block_copies(k, end, k_row, D, STEP, D1)
         q1 = q1_tiles.load([first, D0])
     if V1 > 0:
-        v1_tiles = tl.make_tensor_descriptor(v, [end, V], [v_row, 1], [STEP, V1])
+        v1_tiles = _block_copies(v, end, v_row, V, STEP, V1)
     row = first + tl.arange(0, ROWS)
     o0 = tl.zeros((ROWS, V0), ACC)
     o1 = tl.zeros((ROWS, V1 if V1 > 0 else 16), ACC)
     most = tl.full((ROWS,), float("-inf"), ACC)
     total_p = tl.zeros((ROWS,), ACC)
     stop = tl.minimum(end, first + ROWS) if CAUSAL else end
-    for start in tl.range(begin, stop, STEP, warp_specialize=True):
+    for start in tl.range(begin, stop, STEP, warp_specialize=True):  # pyright: ignore[reportGeneralTypeIssues]
         s = tl.dot(q0, k0_tiles.load([start, 0]).T, out_dtype=ACC)
         if D1 > 0:
             s = tl.dot(q1, k1_tiles.load([start, D0]).T, s, out_dtype=ACC)

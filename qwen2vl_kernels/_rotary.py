@@ -158,7 +158,7 @@ def cos_sin(
 def turn_heads(
     x, out, from_row, to_row, live, c, s, first, x_head, out_head,
     HEADS: tl.constexpr, COUNT: tl.constexpr, PAIRS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
-    REST: tl.constexpr, FROM_SIDE: tl.constexpr = False, TO_SIDE: tl.constexpr = False,
+    REST: tl.constexpr, FROM_SIDE: tl.constexpr, TO_SIDE: tl.constexpr,
 ):  # fmt: skip
     """Rotate heads [first, first + COUNT) of the rows that begin at offsets ``from_row``, to offsets ``to_row``.
 

@@ -150,7 +150,7 @@ def launch(
     *args: Any,
     num_warps: int,
     num_stages: int = 1,
-    descriptors: bool = False,
+    descriptors: int = False,
     **constexprs: Any,
 ) -> None:
     """Run ``kernel`` on ``device``'s current stream; nothing happens when a dimension of ``grid`` is 0.

@@ -95,16 +95,16 @@ def _append_kernel(
         if q is not None:
             turn_heads(
                 q, q, row * q_row, row * q_row, live, c, s, share * Q_COUNT, q_head, q_head,
-                Q_HEADS, Q_COUNT, PAIRS, COLUMNS, BLOCK, 0,
+                Q_HEADS, Q_COUNT, PAIRS, COLUMNS, BLOCK, 0, False, False,
             )  # fmt: skip
         turn_heads(
             k, k_cache, row * k_row, k_to, stored, c, s, share * COUNT, k_head, k_cache_head,
-            HEADS, COUNT, PAIRS, COLUMNS, BLOCK, REST,
+            HEADS, COUNT, PAIRS, COLUMNS, BLOCK, REST, False, False,
         )  # fmt: skip
         if OVERWRITE:
             turn_heads(
                 k, k, row * k_row, row * k_row, live, c, s, share * COUNT, k_head, k_head,
-                HEADS, COUNT, PAIRS, COLUMNS, BLOCK, 0,
+                HEADS, COUNT, PAIRS, COLUMNS, BLOCK, 0, False, False,
             )  # fmt: skip
     else:
         _copy_heads(
