@@ -114,6 +114,14 @@ def aot(
         raise typer.Exit(1)
 
 
+@app.command("work")
+def work() -> None:
+    """Count, without a GPU, what attention kernels execute for the useful work of every pack."""
+    from . import packs
+
+    Console(width=None if sys.stdout.isatty() else 200).print(packs.table(packs.packs()))
+
+
 @app.command("tune")
 def tune_(
     names: Annotated[

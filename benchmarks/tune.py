@@ -85,10 +85,10 @@ def subjects(tokens: int = 8192, device: str = "cuda") -> Iterable[Subject]:
     grid = {"rows": (64, 128), "step": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)}
     for heads, kv_heads, columns, causal in ((16, 16, 80, False), (28, 4, 128, True)):
         q, k = random(tokens, heads, columns), random(tokens, kv_heads, columns)
-        forward = lambda q=q, k=k, c=causal: _attention.launch_forward(q, k, k, plan, c, 0.1)  # noqa: E731
+        forward = lambda q=q, k=k, c=causal: _attention.launch_forward(q, k, k, plan, tokens // 8, c, 0.1)  # noqa: E731
         name = f"attention {heads}/{kv_heads}x{columns}"
         yield Subject(name, _attention, "forward_config", grid, forward)
-        hopper = lambda q=q, k=k, c=causal: _attention.launch_forward(q, k, k, plan, c, 0.1, hopper=True)  # noqa: E731
+        hopper = lambda q=q, k=k, c=causal: _attention.launch_forward(q, k, k, plan, tokens // 8, c, 0.1, hopper=True)  # noqa: E731
         sizes = {"rows": (64, 128), "step": (64, 128), "num_stages": (2, 3)}
         if hopper_reason("cuda") is None:
             yield Subject(f"{name}, hopper", _attention, "hopper_config", sizes, hopper)

@@ -13,7 +13,7 @@ in the pack. How a head's columns are held, and turned by rotary tables on the w
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -44,12 +44,15 @@ _CONFIGS: dict[int, tuple[tuple[int, ForwardConfig], ...]] = {
 }
 
 
-def forward_config(dtype: torch.dtype, columns: int, target: Target) -> ForwardConfig:
-    """A tile for all lengths, so that no result depends on the pack."""
+def forward_config(dtype: torch.dtype, columns: int, max_seqlen: int, target: Target) -> ForwardConfig:
+    """One step for all lengths, so that no result depends on the pack; half the rows where no segment has more."""
     if dtype not in (torch.bfloat16, torch.float16):
         return ForwardConfig(32, 32, target.warps(128), 1)
     known = _CONFIGS[architecture(target, _CONFIGS)]
-    return next((config for most, config in known if columns <= most), known[-1][1])
+    chosen = next((config for most, config in known if columns <= most), known[-1][1])
+    if max_seqlen <= chosen.rows // 2:  # Qwen2.5-VL's windows of 64 patches: half of a whole tile would be idle
+        return replace(chosen, rows=chosen.rows // 2, num_warps=chosen.num_warps // 2)
+    return chosen
 
 
 def hopper_config() -> ForwardConfig:
@@ -220,6 +223,7 @@ def launch_forward(
     k: torch.Tensor,
     v: torch.Tensor,
     plan: TilePlan,
+    max_seqlen: int,
     causal: bool,
     softmax_scale: float,
     *,
@@ -241,7 +245,7 @@ def launch_forward(
     cos, sin = tables(rope) if rope is not None and fused and not hopper else (None, None)
     if rope is not None and cos is None:
         q, k = turned_for_attention(q, k, *rope)
-    chosen = hopper_config() if hopper else forward_config(q.dtype, columns, target_of(q.device))
+    chosen = hopper_config() if hopper else forward_config(q.dtype, columns, max_seqlen, target_of(q.device))
     work = plan.tiles(chosen.rows)
     shape = blocks_of(q, v)
     if hopper:
@@ -292,14 +296,14 @@ def _fake_forward(q, k, v, keep=True):
     return out, torch.empty((q.shape[1], q.shape[0]) if keep else (0,), dtype=wide, device=q.device)
 
 
-def _run(q, k, v, cu_seqlens, cos, sin, causal, softmax_scale, fused, hopper):
+def _run(q, k, v, cu_seqlens, cos, sin, max_seqlen, causal, softmax_scale, fused, hopper):
     plan = plan_for(cu_seqlens, q.shape[0], q.device)
     rope = None if cos is None else (cos, sin)
-    return launch_forward(q, k, v, plan, causal, softmax_scale, rope=rope, fused=fused, hopper=hopper)
+    return launch_forward(q, k, v, plan, max_seqlen, causal, softmax_scale, rope=rope, fused=fused, hopper=hopper)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, cu_seqlens, cos, sin, ctx.causal, ctx.scale, ctx.fused, _ = inputs
+    q, k, v, cu_seqlens, cos, sin, _, ctx.causal, ctx.scale, ctx.fused, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(q, k, v, *output, cu_seqlens, cos, sin)
 
@@ -307,12 +311,13 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad, _):
     q, k, v, out, lse, cu_seqlens, cos, sin = ctx.saved_tensors
     arguments = (grad, q, k, v, out, lse, cu_seqlens, cos, sin, ctx.causal, ctx.scale, ctx.fused)
-    return *torch.ops.qwen2vl.attention_backward(*arguments), *[None] * 7
+    return *torch.ops.qwen2vl.attention_backward(*arguments), *[None] * 8
 
 
-_SETTINGS = "Tensor cu_seqlens, Tensor? cos, Tensor? sin, bool causal, float softmax_scale, bool fused"
+_PACK = "Tensor cu_seqlens, Tensor? cos, Tensor? sin"
+_SETTINGS = "bool causal, float softmax_scale, bool fused"
 register_opaque(
-    f"attention_forward(Tensor q, Tensor k, Tensor v, {_SETTINGS}, bool hopper) -> (Tensor, Tensor)",
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {_PACK}, int max_seqlen, {_SETTINGS}, bool hopper) -> (Tensor, Tensor)",
     fake=lambda q, k, v, *_: _fake_forward(q, k, v),
     setup_context=_setup_context,
     backward=_backward,
@@ -320,7 +325,7 @@ register_opaque(
     CUDA=_run,
 )
 register_opaque(
-    f"attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_SETTINGS})"
+    f"attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_PACK}, {_SETTINGS})"
     " -> (Tensor, Tensor, Tensor)",
     fake=_attention_backward.fake,
     CPU=_attention_backward.run,
@@ -346,6 +351,7 @@ def attention(
     if direct(q, k, v, cu_seqlens):
         plan = plan_for(cu_seqlens, q.shape[0], q.device) if tiles is None else tiles
         settings = {"rope": rope, "fused": fused, "hopper": hopper, "keep": False}
-        return launch_forward(q, k, v, plan, causal, softmax_scale, **settings)[0]
+        return launch_forward(q, k, v, plan, max_seqlen, causal, softmax_scale, **settings)[0]
     cos, sin = (None, None) if rope is None else rope
-    return torch.ops.qwen2vl.attention_forward(q, k, v, cu_seqlens, cos, sin, causal, softmax_scale, fused, hopper)[0]
+    settings = (max_seqlen, causal, softmax_scale, fused, hopper)
+    return torch.ops.qwen2vl.attention_forward(q, k, v, cu_seqlens, cos, sin, *settings)[0]

@@ -16,14 +16,18 @@ from .compiler import Specimen, label, meta
 _TOKENS = 4100
 
 
-def _attention(heads: int, kv_heads: int, columns: int, dtype: torch.dtype, causal: bool, turned: bool = False) -> None:
+def _attention(
+    heads: int, kv_heads: int, columns: int, dtype: torch.dtype, causal: bool, turned: bool = False, longest: int = 1024
+) -> None:
     q = meta(_TOKENS, heads, columns, dtype=dtype)
     k = v = meta(_TOKENS, kv_heads, columns, dtype=dtype)
     cu_seqlens = meta(65, dtype=torch.int32)
     cos = sin = meta(_TOKENS, columns // 2, dtype=torch.float32) if turned else None
     rope = (cos, sin) if cos is not None and sin is not None else None
-    fused = fuses_rope(256, target_of(q.device))
-    out, lse = launch_forward(q, k, v, plan_tiles(cu_seqlens, _TOKENS), causal, columns**-0.5, rope=rope, fused=fused)
+    fused = fuses_rope(longest, target_of(q.device))
+    out, lse = launch_forward(
+        q, k, v, plan_tiles(cu_seqlens, _TOKENS), longest, causal, columns**-0.5, rope=rope, fused=fused
+    )
     launch_backward(q, q, k, v, out, lse, cu_seqlens, causal, columns**-0.5, cos=cos, sin=sin, fused=fused)
 
 
@@ -31,7 +35,7 @@ def _hopper(heads: int, kv_heads: int, columns: int, dtype: torch.dtype, causal:
     q = meta(_TOKENS, heads, columns, dtype=dtype)
     k = v = meta(_TOKENS, kv_heads, columns, dtype=dtype)
     plan = plan_tiles(meta(65, dtype=torch.int32), _TOKENS)
-    launch_forward(q, k, v, plan, causal, columns**-0.5, hopper=True)
+    launch_forward(q, k, v, plan, 1024, causal, columns**-0.5, hopper=True)
 
 
 def _name(kind: str, heads: int, kv_heads: int, columns: int, dtype: torch.dtype, causal: bool) -> str:
@@ -52,6 +56,10 @@ SPECIMENS = (
     *(
         Specimen(_name("attention, rope", *shape), partial(_attention, *shape, turned=True))
         for shape in ((16, 16, 80, torch.bfloat16, False), (16, 16, 72, torch.bfloat16, False))
+    ),
+    Specimen(
+        "attention, rope, windows 16/16x80 bfloat16",
+        partial(_attention, 16, 16, 80, torch.bfloat16, False, turned=True, longest=64),
     ),
     *(
         Specimen(

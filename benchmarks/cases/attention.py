@@ -1,11 +1,12 @@
-"""Attention over packed segments: equal images, one large among many small, and the decoder's causal prefill.
+"""Attention over packed segments: what the towers and the decoder see (``benchmarks.packs``).
 
-FLOPs are the useful ones: 4 D for every pair of a query and a key that it sees, 2.5 times that backward. Peers that
-know no packs (SDPA) are not here; ``sdpa`` is ours, which calls PyTorch's once a segment.
+FLOPs are the useful ones: 4 D for every pair of a query and a key that it sees, 2.5 times that backward.
+``sdpa`` is ours, which calls PyTorch's once a segment, or once for equal ones.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,64 +15,66 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from qwen2vl_kernels import varlen_attention
+from qwen2vl_kernels import plan_tiles, varlen_attention
 from qwen2vl_kernels.ops.varlen_attention import varlen_attention_ref
 
 from ..case import Case, Check, Context, Provider, Workload, two_times
+from ..packs import Pack, packs, small_packs
 from ._ops import DTYPE, made, random
 
-_BACKENDS = {"cuda": ("triton", "sdpa"), "cpu": ("sdpa", "blocked")}
+_BACKENDS = {"cuda": ("triton", "hopper", "sdpa"), "cpu": ("sdpa", "blocked")}
 
 
 def workloads(context: Context) -> Iterator[Workload]:
     if context.quick:
-        packs = {"2 of 32 rows": [32, 32], "mixed": [64, 16]}
-    elif context.device.type == "cpu":
-        packs = {"4 of 256 rows": [256] * 4, "1 of 1024 rows": [1024], "1 of 1024 and 8 of 64": [1024] + [64] * 8}
+        chosen = (Pack("2 of 32", (32, 32)), Pack("mixed", (64, 16)), Pack("causal 40+24", (40, 24), 28, 4, 128, True))
     else:
-        packs = {f"{16384 // n} of {n} rows": [n] * (16384 // n) for n in (256, 1024, 4096, 16384)}
-        packs["1 of 16384 and 63 of 256"] = [16384] + [256] * 63
-    for name, lengths in packs.items():
-        yield from _both(context, f"{name}, 16 heads of 80", lengths, 16, 16, 80, False)
-    lengths = [40, 24] if context.quick else [512] if context.device.type == "cpu" else [4096, 2048, 1333, 715]
-    yield from _both(context, f"causal {'+'.join(map(str, lengths))}, 28/4 heads of 128", lengths, 28, 4, 128, True)
+        chosen = small_packs() if context.device.type == "cpu" else packs()
+    for pack in chosen:
+        yield from _both(context, pack)
 
 
-def _both(
-    context: Context, name: str, lengths: list[int], heads: int, kv_heads: int, columns: int, causal: bool
-) -> Iterator[Workload]:
-    total, longest = sum(lengths), max(lengths)
+def _both(context: Context, pack: Pack) -> Iterator[Workload]:
+    total, longest, causal, columns = sum(pack.lengths), max(pack.lengths), pack.causal, pack.columns
     with torch.inference_mode(False):
-        q = random(context, total, heads, columns)
-        k, v = (random(context, total, kv_heads, columns, seed=seed) for seed in (1, 2))
-        grad = random(context, total, heads, columns, seed=3)
-        cu_seqlens = torch.tensor([0, *lengths], device=context.device).cumsum(0, dtype=torch.int32)
-    pairs = sum(n * (n + 1) // 2 if causal else n * n for n in lengths)
-    flops = 4 * columns * heads * pairs
+        q = random(context, total, pack.heads, columns)
+        k, v = (random(context, total, pack.kv_heads, columns, seed=seed) for seed in (1, 2))
+        grad = random(context, total, pack.heads, columns, seed=3)
+        cu_seqlens = torch.tensor([0, *pack.lengths], device=context.device).cumsum(0, dtype=torch.int32)
+        host = cu_seqlens.cpu()
+        tiles = plan_tiles(host, total, device=context.device)
+    flops = 4 * columns * pack.heads * pack.pairs
 
     def ours(backend: str) -> Callable:
-        host = cu_seqlens if backend == "triton" else cu_seqlens.cpu()
-        return lambda q, k, v: varlen_attention(q, k, v, host, longest, causal=causal, backend=backend)
+        return lambda q, k, v: varlen_attention(q, k, v, host, longest, causal=causal, tiles=tiles, backend=backend)
 
     peers: dict[str, tuple[str | None, Callable[[], Callable]]] = {}
     if context.device.type == "cuda":
         peers["torch varlen"] = (None, partial(_torch_varlen, cu_seqlens, longest, causal))
-        peers["flash-attn"] = ("flash_attn", partial(_flash, cu_seqlens, longest, causal))
+        peers["FlexAttention"] = (None, partial(_flex, cu_seqlens, causal))
+        if len(set(pack.lengths)) == 1:
+            peers["cuDNN"] = (None, partial(_cudnn, longest, causal))
+        for name, module in (("2", "flash_attn"), ("3", "flash_attn_interface"), ("4", "flash_attn.cute")):
+            peers[f"flash-attn {name}"] = (None, partial(_flash, module, cu_seqlens, longest, causal))
         if columns == 80:
             peers["ours, padded to 128"] = (None, partial(_padded, ours("triton")))
+    else:
+        peers["SDPA, masked"] = (None, partial(_masked, pack))
+    heads = f"{pack.heads} heads" if pack.heads == pack.kv_heads else f"{pack.heads}/{pack.kv_heads} heads"
     for suffix, prepare, work in (
         ("", partial(_forward, (q, k, v)), flops),
         (", backward", partial(_gradient, (q, k, v), grad), 2.5 * flops),
     ):
         contenders: list[Provider] = []
         for backend in _BACKENDS[context.device.type]:
-            if suffix and backend == "blocked":
-                contenders.append(Provider(backend, skipped="it has no backward"))
+            if suffix and backend in ("blocked", "hopper"):
+                reason = "it has no backward" if backend == "blocked" else "its backward is triton's"
+                contenders.append(Provider(backend, skipped=reason))
             else:
                 contenders.append(made(backend, partial(prepare, ours(backend)), peer=False))
         contenders += [_peer(provider, prepare, make, module) for provider, (module, make) in peers.items()]
         yield Workload(
-            name + suffix,
+            f"{pack.name}, {heads} of {columns}{suffix}",
             contenders,
             gate=partial(_gate, prepare, cu_seqlens, causal, (q, k, v), grad if suffix else None),
             flops=work,
@@ -84,8 +87,8 @@ def _peer(name: str, prepare: Callable, make: Callable[[], Callable], module: st
     """A peer that is there but refuses this GPU or these shapes is skipped, in its own words."""
     try:
         return made(name, lambda: prepare(make()), module=module)
-    except RuntimeError as error:
-        return Provider(name, skipped=str(error).splitlines()[0], peer=True)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        return Provider(name, skipped=(str(error).splitlines() or [type(error).__name__])[0], peer=True)
 
 
 def _forward(inputs: tuple[torch.Tensor, ...], run: Callable) -> Callable[[], torch.Tensor]:
@@ -123,10 +126,64 @@ def _torch_varlen(cu_seqlens: torch.Tensor, longest: int, causal: bool) -> Calla
     return run
 
 
-def _flash(cu_seqlens: torch.Tensor, longest: int, causal: bool) -> Callable:
-    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+def _flash(module: str, cu_seqlens: torch.Tensor, longest: int, causal: bool) -> Callable:
+    attend = importlib.import_module(module).flash_attn_varlen_func
 
-    return lambda q, k, v: flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=causal)
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out = attend(q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=causal)
+        return out[0] if isinstance(out, tuple) else out
+
+    return run
+
+
+def _flex(cu_seqlens: torch.Tensor, causal: bool) -> Callable:
+    """FlexAttention, compiled, with a mask of the packs' blocks made before the clock starts."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    total = int(cu_seqlens[-1])
+    segment = torch.bucketize(torch.arange(total, device=cu_seqlens.device), cu_seqlens[1:], right=True)
+
+    def seen(batch: Any, head: Any, row: Any, key: Any) -> Any:
+        own = segment[row] == segment[key]
+        return own & (row >= key) if causal else own
+
+    mask = create_block_mask(seen, None, None, total, total, device=str(cu_seqlens.device))
+    attend: Any = torch.compile(flex_attention, dynamic=False)
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        heads_first = [x.transpose(0, 1)[None] for x in (q, k, v)]
+        out = attend(*heads_first, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        return out[0].transpose(0, 1)
+
+    return run
+
+
+def _cudnn(longest: int, causal: bool) -> Callable:
+    """SDPA by cuDNN, which takes equal segments as a batch."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        qb, kb, vb = (x.unflatten(0, (-1, longest)).transpose(1, 2) for x in (q, k, v))
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            out = F.scaled_dot_product_attention(qb, kb, vb, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+        return out.transpose(1, 2).flatten(0, 1)
+
+    return run
+
+
+def _masked(pack: Pack) -> Callable:
+    """SDPA over the whole pack under a mask of its segments, as people without varlen attention do it."""
+    segment = torch.repeat_interleave(torch.arange(len(pack.lengths)), torch.tensor(pack.lengths))
+    mask = segment[:, None] == segment[None]
+    if pack.causal:
+        mask = mask.tril()
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        heads_first = [x.transpose(0, 1)[None] for x in (q, k, v)]
+        gqa = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=gqa)[0].transpose(0, 1)
+
+    return run
 
 
 def _padded(run: Callable) -> Callable:

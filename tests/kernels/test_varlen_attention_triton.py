@@ -8,12 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen2vl_kernels import _attention, plan_tiles, varlen_attention
-from qwen2vl_kernels._attention import launch_forward
+from qwen2vl_kernels._attention import forward_config, launch_forward
 from qwen2vl_kernels._attention_backward import launch_backward
 from qwen2vl_kernels._backend import unavailable
 from qwen2vl_kernels._head import column_blocks
 from qwen2vl_kernels._rotary import rotate
 from qwen2vl_kernels._tiles import make_tiles, plan_for
+from qwen2vl_kernels._triton import Target
 from qwen2vl_kernels.ops.varlen_attention import varlen_attention_ref
 from tests.conftest import DEVICE, assert_two_times
 
@@ -194,6 +195,16 @@ def test_deterministic_and_the_same_in_every_pack(causal):
         assert torch.equal(one, two[rows])
 
 
+def test_a_short_segment_is_the_same_among_long_ones():
+    """Where no segment is longer than half a tile, the tile is halved: the bits stay."""
+    assert forward_config(torch.bfloat16, 80, 64, Target("cuda", 90)).rows == 64
+    assert forward_config(torch.bfloat16, 80, 65, Target("cuda", 90)).rows == 128
+    q, k, v, cu, longest = _pack([64, 20, 90], dtype=torch.bfloat16)
+    together = varlen_attention(q, k, v, cu, longest, backend="triton")
+    short = varlen_attention(q[:84], k[:84], v[:84], cu[:3].clone(), 64, backend="triton")
+    assert torch.equal(short, together[:84])
+
+
 def test_gradcheck():
     q, k, v, cu, longest = _pack([1, 3], heads=2, kv_heads=1, columns=2)
     leaves = [x.double().detach().clone().requires_grad_() for x in (q, k, v)]
@@ -204,7 +215,7 @@ def test_gradcheck():
 
 def test_strided_gradients_of_the_output():
     q, k, v, cu, _ = _pack([30, 9], columns=16)
-    out, lse = launch_forward(q, k, v, plan_tiles(cu, 39, device=DEVICE), False, 0.25)
+    out, lse = launch_forward(q, k, v, plan_tiles(cu, 39, device=DEVICE), 30, False, 0.25)
     grad = torch.randn(16, 2, 39, device=DEVICE).permute(2, 1, 0)
     for one, two in zip(
         launch_backward(grad, q, k, v, out, lse, cu, False, 0.25),
@@ -217,7 +228,7 @@ def test_strided_gradients_of_the_output():
 def test_opcheck():
     q, k, v, cu, _ = _pack([5, 3], columns=16)
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    arguments = (*leaves, cu.to(DEVICE), None, None, True, 0.25, True, False)
+    arguments = (*leaves, cu.to(DEVICE), None, None, 5, True, 0.25, True, False)
     torch.library.opcheck(torch.ops.qwen2vl.attention_forward.default, arguments)
 
 
