@@ -103,7 +103,7 @@ class Kernel:
 
 
 def kernels(columns: int, longest: int, capability: int = 90) -> tuple[Kernel, ...]:
-    """Ours on such a GPU for segments up to ``longest`` rows, ours on heads padded to 128, and the peers' by their sources.
+    """Ours there for segments of up to ``longest`` rows, ours on heads padded to 128, and the peers' by their sources.
 
     FlashAttention 2.8: 128 x 64 tiles up to head_dim 96, 128 x 32 (causal) or 128 x 64 at 128, a grid by max_seqlen;
     FlashAttention 3: 192 x 144 at 96, 128 x 128 (causal) at 128, a scheduler that skips; vLLM's and SGLang's Triton

@@ -317,7 +317,8 @@ def _backward(ctx, grad, _):
 _PACK = "Tensor cu_seqlens, Tensor? cos, Tensor? sin"
 _SETTINGS = "bool causal, float softmax_scale, bool fused"
 register_opaque(
-    f"attention_forward(Tensor q, Tensor k, Tensor v, {_PACK}, int max_seqlen, {_SETTINGS}, bool hopper) -> (Tensor, Tensor)",
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {_PACK}, int max_seqlen, {_SETTINGS}, bool hopper)"
+    " -> (Tensor, Tensor)",
     fake=lambda q, k, v, *_: _fake_forward(q, k, v),
     setup_context=_setup_context,
     backward=_backward,
