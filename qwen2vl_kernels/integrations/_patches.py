@@ -14,10 +14,12 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from types import MethodType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 SWITCH = "QWEN2VL_KERNELS_DISABLE"
+#: An attribute of every function that was set here.
+MARK = "__qwen2vl_kernels__"
 _ABSENT: Any = object()
 
 
@@ -62,11 +64,15 @@ class Target:
         if self.parameters is None:
             return None
         present = self.present()
+        if getattr(present, MARK, False):
+            return "is patched already, on the class or by another set"
         have = tuple(inspect.signature(present).parameters) if callable(present) else None
         return None if have == self.parameters else f"takes {have}, not {self.parameters}"
 
     def set(self, new: Any) -> None:
         self.old, self.new = self._own().get(self.name, _ABSENT), new
+        if isinstance(new, FunctionType):
+            setattr(new, MARK, True)
         self._store(MethodType(new, self.owner) if isinstance(self.held, weakref.ref) else new)
         self.state, self.reason = "applied", ""
 
