@@ -105,8 +105,8 @@ class PatchSet:
         self.stack, self.version, self.tested = stack, version, tuple(tested)
         self._targets: list[Target] = []
 
-    def add(self, feature: str, owner: Any, name: Any, parameters: Sequence[str] | None, make: Callable) -> None:
-        """Register a target, once.
+    def add(self, feature: str, owner: Any, name: Any, parameters: Sequence[str] | None, make: Callable) -> Target:
+        """Register a target, once; returns it.
 
         owner: a class, module, dict (``name`` is the key) or object, or ``"package.module"`` or ``"...:Class"``, looked
         up in :meth:`apply`; an object gets a bound method. parameters: the names that the present function must have;
@@ -115,15 +115,18 @@ class PatchSet:
         weak = not isinstance(owner, (str, type, ModuleType, dict))
         held = weakref.ref(owner) if weak else owner
         key = (feature, id(owner) if isinstance(owner, dict) else held, name)
-        if all(t.key != key for t in self._targets):
-            shown = owner if isinstance(owner, str) else getattr(owner, "__name__", type(owner).__name__)
-            label = f"{shown.rpartition('.')[2].replace(':', '.')}.{name}" + (" of one object" if weak else "")
-            names = None if parameters is None else tuple(parameters)
-            self._targets.append(Target(feature, label, key, held, name, names, make))
+        if (known := next((t for t in self._targets if t.key == key), None)) is not None:
+            return known
+        shown = owner if isinstance(owner, str) else getattr(owner, "__name__", type(owner).__name__)
+        label = f"{shown.rpartition('.')[2].replace(':', '.')}.{name}" + (" of one object" if weak else "")
+        names = None if parameters is None else tuple(parameters)
+        self._targets.append(Target(feature, label, key, held, name, names, make))
+        return self._targets[-1]
 
-    def apply(self, features: Iterable[str] | None = None) -> list[Target]:
-        """Set the targets of these features (default: all) that are not set yet; returns :meth:`status`."""
-        known = list(dict.fromkeys(t.feature for t in self._targets))
+    def apply(self, features: Iterable[str] | None = None, targets: Iterable[Target] | None = None) -> list[Target]:
+        """Set what is not set yet, of these features and these targets (default: all); returns :meth:`status`."""
+        among = self.status() if targets is None else list(targets)
+        known = list(dict.fromkeys(t.feature for t in among))
         wanted = known if features is None else list(features)
         if unknown := [f for f in wanted if f not in known]:
             raise ValueError(f"{self.stack}: there is no feature {unknown[0]!r}; the features are {', '.join(known)}")
@@ -131,7 +134,7 @@ class PatchSet:
         if not disabled and not any(f"{self.version}.".startswith(f"{tested}.") for tested in self.tested):
             self._warn(f"version {self.version} was never tested, only {', '.join(self.tested)}")
         for feature in wanted:
-            group = [t for t in self.status() if t.feature == feature and t.state != "applied"]
+            group = [t for t in among if t.feature == feature and t.state != "applied"]
             faults = [f"{SWITCH} is set" if disabled else t.fault() for t in group]
             news = [None if any(faults) else t.make(t.present()) for t in group]  # what may fail, before any is set
             for target, fault, new in zip(group, faults, news, strict=True):

@@ -37,11 +37,11 @@ from typing import Any
 
 from torch import nn
 
-from ._patches import PatchSet
+from ._patches import PatchSet, PatchWarning
 from .transformers_positions import get_rope_index
 from .transformers_targets import FEATURES, TESTED, places
 
-__all__ = ["FEATURES", "Row", "apply", "get_rope_index", "restore", "status"]
+__all__ = ["FEATURES", "PatchWarning", "Row", "apply", "get_rope_index", "restore", "status"]
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,8 @@ def apply(model: nn.Module | None = None, features: Iterable[str] | None = None)
     if model is not None and features is not None and (lacking := [f for f in wanted if f not in had]):
         raise ValueError(f"apply: {type(model).__name__} has nothing for {lacking[0]!r}; it has {', '.join(had)}")
     patches = _patches()
-    for feature, family, *target in found:
-        patches.add(f"{family}: {feature}" if family else feature, *target)
-    order = sorted({(FEATURES.index(f), family, f) for f, family, *_ in found if f in wanted})
-    patches.apply([f"{family}: {feature}" for _, family, feature in order])
+    found.sort(key=lambda place: FEATURES.index(place[0]))
+    patches.apply(targets=[patches.add(f"{family}: {f}", *rest) for f, family, *rest in found if f in wanted])
     return status()
 
 
