@@ -111,9 +111,10 @@ def merger(stock: Callable) -> Callable:
         norm, fc1, fc2 = (self.ln_q, self.mlp[0], self.mlp[2]) if hasattr(self, "ln_q") else (
             self.norm, self.linear_fc1, self.linear_fc2,
         )  # fmt: skip
+        if not (plain(norm, nn.LayerNorm) and plain(fc1, nn.Linear) and plain(fc2, nn.Linear)):
+            return stock(self, x)
         weights = (norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-        linear = plain(fc1, nn.Linear) and plain(fc2, nn.Linear)
-        if not linear or not plain(norm, nn.LayerNorm) or not takes(x, *weights):
+        if not takes(x, *weights):
             return stock(self, x)
         width = norm.weight.shape[0]  # of one patch, or of a block whose patches are side by side already
         side = round((fc1.weight.shape[1] // width) ** 0.5)

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from types import MethodType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from qwen2vl_kernels import use_backend
@@ -18,7 +21,7 @@ from qwen2vl_kernels.integrations import transformers as adapter
 
 from ..conftest import assert_two_times, relative_error, triton_where_it_serves
 from ..kernels.mrope_layouts import IMAGE, PAD, VIDEO
-from .tiny_models import FAMILIES, VERSION_5, WITH_VIDEO, model, prompt
+from .tiny_models import FAMILIES, ROWS, VERSION_5, WITH_VIDEO, model, prompt
 
 #: float32 through some layers: two orders of the same sums differ by less, relative to the largest value.
 ROUNDING = 1e-5
@@ -141,7 +144,13 @@ def test_in_triton(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generate(family, options):
     net, inputs = model(family, std=0.2), prompt(family)  # wide, so that answers wander
-    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD, "suppress_tokens": [IMAGE, VIDEO], **options}
+    settings = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "pad_token_id": PAD,
+        "suppress_tokens": [IMAGE, VIDEO],
+        **options,
+    }
     want = net.generate(**inputs, **settings)
     adapter.apply()
     assert torch.equal(net.generate(**inputs, **settings), want)
@@ -268,3 +277,197 @@ def test_restore_leaves_every_attribute_as_it_was(family):
     adapter.restore()
     _same(before, _attributes(family))
     assert {row.state for row in adapter.status()} == {"off"}
+
+
+# --------------------------------------------------------------------------------------------- positions
+
+
+def test_positions_after_a_long_video():
+    """The text after a video of more frame pairs than rows and columns: the paper's rule, and the decoding goes on."""
+    net, inputs = model("Qwen2VL"), prompt("Qwen2VL", WITH_VIDEO)
+    names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
+    arguments = {name: inputs[name] for name in names if name in inputs}
+    stock, _ = net.model.get_rope_index(**arguments)
+    adapter.apply(features=["positions"])
+    got, delta = net.model.get_rope_index(**arguments)
+    video = (inputs["input_ids"][0] == VIDEO).nonzero().flatten()
+    start, after = int(got[0, 0, video[0]]), int(video[-1]) + 1
+    assert got[:, 0, after].tolist() == [start + 5] * 3, "5 frame pairs of 1 x 2 tokens"
+    assert int(delta) == int(got.max()) + 1 - inputs["input_ids"].shape[1]
+    if VERSION_5:
+        assert stock[:, 0, after].tolist() == [start + 2] * 3, "what is mended here is mended there: drop the feature"
+    else:
+        assert torch.equal(stock, got)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_positions_of_qwen3_are_stocks(side):
+    """Timestamps stand between the frame pairs of a video, each of which counts for itself."""
+    net, inputs = model("Qwen3VL"), prompt("Qwen3VL", (*WITH_VIDEO, ROWS[0]), side=side)
+    names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
+    arguments = {name: inputs[name] for name in names if name in inputs}
+    stock = net.model.get_rope_index(**arguments)
+    adapter.apply(features=["positions"])
+    for got, want in zip(net.model.get_rope_index(**arguments), stock, strict=True):
+        assert got.dtype == want.dtype and torch.equal(got, want)
+
+
+def test_image_processor_gives_the_same_bytes(monkeypatch):
+    if VERSION_5:
+        from transformers import Qwen2VLImageProcessorPil as Processor
+    else:
+        from transformers import Qwen2VLImageProcessor as Processor
+    from qwen2vl_kernels.integrations import image_processor
+
+    processor, calls = Processor(), []
+    images = [np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8), Image.new("L", (70, 40), 99)]
+    want = processor(images, return_tensors="pt")
+    adapter.apply(features=["image_processor"])
+    run = image_processor._patches
+    monkeypatch.setattr(image_processor, "_patches", lambda *a, **k: (calls.append(1), run(*a, **k))[1])
+    got = processor(images, return_tensors="pt")
+    assert calls and torch.equal(got["pixel_values"], want["pixel_values"])
+    assert torch.equal(torch.as_tensor(got["image_grid_thw"]), torch.as_tensor(want["image_grid_thw"]))
+    nearest = {"resample": 0, "return_tensors": "pt"}  # what the kernel does not do is left to stock's code
+    theirs = processor(images, **nearest)["pixel_values"]
+    adapter.restore()
+    assert torch.equal(theirs, processor(images, **nearest)["pixel_values"])
+
+
+# ------------------------------------------------------------------------------------------- in the way
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hooks_run_and_see_what_they_would(family):
+    """On norms, projections and linear layers whose parameters the kernels would read, or whose outputs overwrite."""
+    net, inputs, seen = model(family), prompt(family), {}
+    watched = [
+        name for name, module in net.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv3d, nn.LayerNorm)) or type(module).__name__.endswith("RMSNorm")
+    ]  # fmt: skip
+    for name in watched:
+        keep = lambda module, args, output, name=name: seen.__setitem__(name, output)  # noqa: E731
+        net.get_submodule(name).register_forward_hook(keep)
+    logits, want = _logits(net, inputs), {name: output.clone() for name, output in seen.items()}
+    seen.clear()
+    adapter.apply()
+    _close(_logits(net, inputs), logits)
+    assert seen.keys() == want.keys() == set(watched)
+    for name, output in seen.items():
+        _close(output.reshape(want[name].shape), want[name])
+
+
+class _Adapter(nn.Module):
+    """A linear layer with something added, as LoRA has it; has no weight of its own."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.added = base, nn.Linear(base.in_features, base.out_features, dtype=base.weight.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.added(x)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapted_linear_layers(family):
+    net, inputs = model(family), prompt(family)
+    for parent in list(net.modules()):
+        if not isinstance(parent, _Adapter):
+            for name, child in list(parent.named_children()):
+                if type(child) is nn.Linear:
+                    setattr(parent, name, _Adapter(child))
+    want, (_, gradients) = _logits(net, inputs), _gradients(net, inputs)
+    adapter.apply()
+    _close(_logits(net, inputs), want)
+    _assert_same_gradients(_gradients(net, inputs)[1], gradients, ROUNDING)
+
+
+def test_scaled_rotary_embeddings_stay_stocks():
+    rope = {"rope_type": "linear", "factor": 4.0, "mrope_section": [2, 3, 3]}
+    changes = {"rope_parameters": {**rope, "rope_theta": 1e4}} if VERSION_5 else {"rope_scaling": rope}
+    net, inputs = model("Qwen2VL", **changes), prompt("Qwen2VL")
+    want = _logits(net, inputs)
+    adapter.apply(features=["mrope"])
+    _close(_logits(net, inputs), want)
+
+
+def test_attention_takes_tables_that_somebody_else_made():
+    net, inputs = model("Qwen2VL"), prompt("Qwen2VL")
+    want = _logits(net, inputs)
+    rotary = net.model.language_model.rotary_emb
+    stock = type(rotary).forward
+    adapter.apply(features=["mrope"])
+    rotary.forward = MethodType(stock, rotary)
+    _close(_logits(net, inputs), want)
+
+
+# -------------------------------------------------------------------------------------------- refusals
+
+
+def test_a_changed_signature_is_reported_and_the_rest_applied(monkeypatch):
+    from transformers.models.qwen2_vl import modeling_qwen2_vl as source
+
+    def forward(self, hidden_states, cu_seqlens, something_new, **kwargs):
+        raise AssertionError
+
+    monkeypatch.setattr(source.VisionAttention, "forward", forward)
+    with pytest.warns(adapter.PatchWarning, match="qwen2_vl: vision_attention is left off: .*something_new"):
+        rows = adapter.apply()
+    skipped = {row.feature for row in rows if row.state == "skipped"}
+    assert skipped == {"qwen2_vl: vision_attention"} and source.VisionAttention.forward is forward
+
+
+def test_a_missing_class_is_reported(monkeypatch):
+    from transformers.models.qwen2_vl import modeling_qwen2_vl as source
+
+    adapter._patches_of.cache_clear()  # a set looks its classes up once
+    monkeypatch.delattr(source, "PatchMerger")
+    with pytest.warns(adapter.PatchWarning, match="qwen2_vl: merger is left off: .*was not found"):
+        rows = adapter.apply()
+    assert {row.feature for row in rows if row.state == "skipped"} == {"qwen2_vl: merger"}
+
+
+@pytest.mark.parametrize("version", ["5.24.0", "4.50.0", "6.0.0.dev0"] if VERSION_5 else ["4.58.0", "4.50.0"])
+def test_an_unknown_version_warns(monkeypatch, version):
+    """It goes by signatures: those of another major version do not fit, and are left alone."""
+    monkeypatch.setattr("transformers.__version__", version)
+    before = _attributes("Qwen2VL")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rows = adapter.apply()
+    assert f"version {version} was never tested, only 4.57.6, 5.23" in str(caught[0].message)
+    same_major = (int(version[0]) >= 5) == VERSION_5
+    assert ("skipped" in {row.state for row in rows}) != same_major
+    adapter.restore()
+    _same(before, _attributes("Qwen2VL"))
+
+
+def test_the_switch_leaves_everything(monkeypatch):
+    monkeypatch.setenv("QWEN2VL_KERNELS_DISABLE", "1")
+    before, net = _attributes("Qwen2VL"), model("Qwen2VL")
+    for rows in (adapter.apply(), adapter.apply(net)):
+        assert {(row.state, row.reason) for row in rows} == {("skipped", "QWEN2VL_KERNELS_DISABLE is set")}
+    _same(before, _attributes("Qwen2VL"))
+    assert not [m for m in net.modules() if "forward" in vars(m)]
+
+
+def test_one_model_after_the_classes_is_patched_already():
+    net, inputs = model("Qwen2VL"), prompt("Qwen2VL")
+    want = _logits(net, inputs)
+    adapter.apply()
+    with pytest.warns(adapter.PatchWarning, match="is patched already"):
+        adapter.apply(net)
+    assert not [m for m in net.modules() if "forward" in vars(m)]
+    _close(_logits(net, inputs), want)
+
+
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match="there is no feature 'rope'; the features are mrope, vision_rope"):
+        adapter.apply(features=["norm", "rope"])
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got dict"):
+        adapter.apply({})
+    with pytest.raises(ValueError, match="Linear contains no Qwen2-VL"):
+        adapter.apply(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="has nothing for 'vision_rope'; it has"):
+        adapter.apply(model("Qwen2VL"), features=["norm", "vision_rope"])
+    assert "applied" not in {row.state for row in adapter.status()}
