@@ -24,8 +24,11 @@ The kernel resamples uint8 RGB by bicubic. What else transformers accepts (anoth
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, wraps
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -86,16 +89,20 @@ def _class_of_5(source: Any) -> type:
             _check_output(output)
             if output == "bfloat16" and tensors != "pt":
                 raise ValueError(f"{_NAME}: output='bfloat16' needs return_tensors='pt', got {tensors!r}")
-            sizes = _sizes(source, images, **kwargs)
-            if not _is_native(images, output, **kwargs) or sizes is None:
-                return super()._preprocess(images, **kwargs)
-            rows = _patches([_pixels(image) for image in images], sizes, output, **kwargs)
-            p = kwargs["patch_size"]
-            grids = np.array([[1, h // p, w // p] for h, w in sizes], dtype=np.int64)
-            values = rows if tensors == "pt" else rows.numpy()
-            return source.BatchFeature({"pixel_values": values, "image_grid_thw": grids}, tensor_type=tensors)
+            return _preprocess_5(source, super()._preprocess, output, images, **kwargs)
 
     return Processor
+
+
+def _preprocess_5(source: Any, stock: Any, output: str, images: list[np.ndarray], **kwargs: Any) -> Any:
+    """``images``: ``(C, H, W)`` each."""
+    sizes, tensors, p = _sizes(source, images, **kwargs), kwargs["return_tensors"], kwargs["patch_size"]
+    if not _is_native(images, output, **kwargs) or sizes is None:
+        return stock(images, **kwargs)
+    rows = _patches([_pixels(image) for image in images], sizes, output, **kwargs)
+    grids = np.array([[1, h // p, w // p] for h, w in sizes], dtype=np.int64)
+    values = rows if tensors == "pt" else rows.numpy()
+    return source.BatchFeature({"pixel_values": values, "image_grid_thw": grids}, tensor_type=tensors)
 
 
 def _class_of_4(source: Any) -> type:
@@ -108,27 +115,45 @@ def _class_of_4(source: Any) -> type:
             self.output = output
 
         def _preprocess(self, images: Any, **kwargs: Any) -> Any:
-            """One image, or the frames of one clip, which share the first frame's size."""
-            frames = source.make_flat_list_of_images(images)
-            if kwargs["do_convert_rgb"]:
-                frames = [source.convert_to_rgb(frame) for frame in frames]
-            frames = [source.to_numpy_array(frame) for frame in frames]
-            layout = kwargs["input_data_format"] or source.infer_channel_dimension_format(frames[0])
-            last = layout == source.ChannelDimension.LAST
-            chw = [np.moveaxis(frame, -1, 0) if last and frame.ndim == 3 else frame for frame in frames]
-            same = all(frame.shape == chw[0].shape for frame in chw)
-            standard = same and kwargs["data_format"] == source.ChannelDimension.FIRST
-            if not _is_native(chw, self.output, **kwargs) or not standard:
-                if self.output != "float32":
-                    raise ValueError(f"{_NAME}: output={self.output!r} needs frames of one size, data_format 'FIRST'")
-                return super()._preprocess(images, **kwargs)
-            sizes = _sizes(source, chw[:1], **kwargs)
-            assert sizes is not None  # the base class has refused a size without both edges
-            (height, width), p, slots = sizes[0], kwargs["patch_size"], kwargs["temporal_patch_size"]
-            rows = _patches([[_pixels(frame) for frame in chw]], sizes, self.output, **kwargs)
-            return rows.numpy(), (-(-len(chw) // slots), height // p, width // p)
+            return _preprocess_4(source, super()._preprocess, self.output, images, **kwargs)
 
     return Processor
+
+
+def _preprocess_4(source: Any, stock: Any, output: str, images: Any, **kwargs: Any) -> Any:
+    """One image, or the frames of one clip, which share the first frame's size."""
+    frames = source.make_flat_list_of_images(images)
+    if kwargs["do_convert_rgb"]:
+        frames = [source.convert_to_rgb(frame) for frame in frames]
+    frames = [source.to_numpy_array(frame) for frame in frames]
+    layout = kwargs["input_data_format"] or source.infer_channel_dimension_format(frames[0])
+    last = layout == source.ChannelDimension.LAST
+    chw = [np.moveaxis(frame, -1, 0) if last and frame.ndim == 3 else frame for frame in frames]
+    same = all(frame.shape == chw[0].shape for frame in chw)
+    standard = same and kwargs["data_format"] == source.ChannelDimension.FIRST
+    if not _is_native(chw, output, **kwargs) or not standard:
+        if output != "float32":
+            raise ValueError(f"{_NAME}: output={output!r} needs frames of one size, data_format 'FIRST'")
+        return stock(images, **kwargs)
+    sizes = _sizes(source, chw[:1], **kwargs)
+    assert sizes is not None  # the base class has refused a size without both edges
+    (height, width), p, slots = sizes[0], kwargs["patch_size"], kwargs["temporal_patch_size"]
+    rows = _patches([[_pixels(frame) for frame in chw]], sizes, output, **kwargs)
+    return rows.numpy(), (-(-len(chw) // slots), height // p, width // p)
+
+
+def patched_preprocess(stock: Any) -> Any:
+    """``_preprocess`` in the place of ``stock``, the function of transformers' own class, 4.x or 5."""
+    source = sys.modules[stock.__module__]
+    run = _preprocess_5 if hasattr(source, "Qwen2VLImageProcessorPil") else _preprocess_4
+    names = tuple(inspect.signature(stock).parameters)[2:]
+
+    @wraps(stock)
+    def _preprocess(self: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        return run(source, MethodType(stock, self), "float32", images, **given)
+
+    return _preprocess
 
 
 def _check_output(output: object) -> None:

@@ -1,95 +1,136 @@
-"""Functions that take the place of transformers' own in a Qwen2-VL model of that library.
+"""These kernels inside transformers' Qwen2-VL, Qwen2.5-VL and Qwen3-VL (dense).
 
-from types import MethodType
-from qwen2vl_kernels.integrations.transformers import get_rope_index
+from qwen2vl_kernels.integrations import transformers as kernels
 
-model.model.get_rope_index = MethodType(get_rope_index, model.model)  # one model
-Qwen2VLModel.get_rope_index = get_rope_index                          # or every model
+kernels.apply()                # every model of the process, made before or after this line
+kernels.apply(model)           # one model
+kernels.apply(features=("vision_attention", "positions"))
+for row in kernels.status():
+    print(row.feature, row.label, row.state, row.reason)
+kernels.restore()
+
+feature            what it replaces
+mrope              rotary embedding of the language model, by position ids inside the attention, in place
+vision_rope        ``apply_rotary_pos_emb_vision``; a function of the module, so never of one model
+vision_attention   attention of the tower: all segments in one call, ``cu_seqlens`` never read once a layer, whatever
+                   ``attn_implementation`` says; 2D rotary embedding of the packed projection
+patch_embed        the patch embedding's convolution, as a matrix product with the same 5-D ``proj.weight``
+norm               RMSNorm; LayerNorm of the tower's blocks, fused with the residual addition
+activation         QuickGELU and SwiGLU, in place where no gradient needs the input
+merger             the 2x2 mergers that have a LayerNorm (Qwen2-VL, Qwen3-VL and its deepstack)
+positions          ``get_rope_index`` of Qwen2-VL and Qwen3-VL, without loops over tokens; in Qwen2-VL it also moves the
+                   text after a long video to the paper's position (transformers 5.3 to 5.23 start it too early)
+image_processor    preprocessing of the image processor over PIL, same bytes; a class, so never of one model
+
+Results are stock's up to rounding: in 16-bit dtypes the kernels round less often. Hooks on submodules, offloading,
+adapters (LoRA) and autocast are respected: where one is in the way, stock's code runs for that module.
 """
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-import torch
+from torch import nn
 
-from ..ops.mrope_positions import mrope_positions
+from ._patches import PatchSet, PatchWarning
+from .transformers_positions import get_rope_index
+from .transformers_targets import FEATURES, TESTED, places
 
-_PARAMETERS_4 = ("input_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
-_PARAMETERS_5 = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
+__all__ = ["FEATURES", "PatchWarning", "Row", "apply", "get_rope_index", "restore", "status"]
 
 
-def get_rope_index(self: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """``Qwen2VLModel.get_rope_index`` of the transformers that is installed, 4.x or 5.3 and later.
+@dataclass(frozen=True)
+class Row:
+    """One replaced function: "applied", "skipped" for ``reason``, or "off"; ``label`` says on how many objects."""
 
-    Parameters, in the order of that version (keywords of other names are ignored, as 5.x does):
+    feature: str
+    label: str
+    state: str
+    reason: str
 
-        4.x:  input_ids, image_grid_thw, video_grid_thw, attention_mask
-        5.x:  input_ids, mm_token_type_ids, image_grid_thw, video_grid_thw, attention_mask
+
+def apply(model: nn.Module | None = None, features: Iterable[str] | None = None) -> list[Row]:
+    """Replace functions of transformers by ones that run on these kernels.
 
     Args:
-        self: anything with a Qwen2-VL ``config``: ``image_token_id``, ``video_token_id`` and
-            ``vision_config.spatial_merge_size``. Placeholders are found in ``input_ids`` by these ids;
-            ``mm_token_type_ids`` is accepted and not read.
-        input_ids: ``(B, L)`` int64 or int32. In 4.x it may be None beside a mask: text alone.
-        image_grid_thw, video_grid_thw: ``(n, 3)`` or None, of the whole batch in order of appearance.
-        attention_mask: ``(B, L)``, zeros for padding on either side, or None.
+        model: any module that contains a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, whole or in part; only its own modules are
+            patched. ``None``: the classes, so every model there is and will be.
+        features: of :data:`FEATURES`; ``None`` for all (with ``model``, all that can be had for one).
 
-    Returns:
-        position_ids: ``(3, B, L)`` in the dtype of ``input_ids``. Masked slots hold 0, in 4.x 1.
-        mrope_position_deltas: ``(B, 1)`` int64, largest position + 1 - number of unmasked tokens of the row; in
-            4.x - L, the padded length. Either is what that version's decoding adds to its own count.
-
-    Positions follow the paper's rule. transformers 5.3 to 5.23 leave it after a video of more frame pairs than
-    tokens a side, where the text that follows starts too early; those positions differ from theirs on purpose,
-    and so do two images without a token between them, which 5.x takes for one.
+    Returns :func:`status`. A feature of a model family whose functions do not have the parameters that this adapter
+    knows is left as it is and reported, with a ``PatchWarning``; so is a version of transformers that was never tested.
+    ``QWEN2VL_KERNELS_DISABLE=1`` in the environment leaves everything as it is. To apply twice changes nothing.
 
     Raises:
-        TypeError, ValueError: as ``mrope_positions`` does: on the CPU also for placeholders and grids that do
-            not match one to one, a grid too many included.
-        RuntimeError: with transformers 5.0 to 5.2, whose deltas are those of 4.x cut off at zero.
+        TypeError: ``model`` is no module.
+        ValueError: no such feature, or one that cannot be had for a single model; nothing to patch in ``model``.
     """
-    counts_padding = not _takes_token_types()
-    given = _by_name(_PARAMETERS_4 if counts_padding else _PARAMETERS_5, args, kwargs)
-    input_ids, mask = given.get("input_ids"), given.get("attention_mask")
-    if input_ids is None:
-        if mask is None or not counts_padding:
-            raise TypeError("get_rope_index: input_ids must be a tensor, got None")
-        input_ids = torch.full(mask.shape, -1, dtype=torch.int64, device=mask.device)  # no placeholder has this id
-    device = input_ids.device
-    mask = None if mask is None else mask.to(device).bool()
-    image, video = (given.get(name) for name in ("image_grid_thw", "video_grid_thw"))
-    positions, delta = mrope_positions(
-        input_ids,
-        None if image is None else image.to(device),
-        None if video is None else video.to(device),
-        mask,
-        image_token_id=self.config.image_token_id,
-        video_token_id=self.config.video_token_id,
-        spatial_merge_size=self.config.vision_config.spatial_merge_size,
-    )
-    if counts_padding and mask is not None:
-        positions = positions.masked_fill(~mask, 1)
-        delta = delta - (~mask).sum(1)
-    return positions.to(input_ids.dtype), delta.unsqueeze(1)
+    wanted = FEATURES if features is None else tuple(features)
+    if unknown := [f for f in wanted if f not in FEATURES]:
+        raise ValueError(f"apply: there is no feature {unknown[0]!r}; the features are {', '.join(FEATURES)}")
+    found = _on_classes() if model is None else _on_objects(model)
+    had = {feature for feature, *_ in found}
+    if model is not None and features is not None and (lacking := [f for f in wanted if f not in had]):
+        raise ValueError(f"apply: {type(model).__name__} has nothing for {lacking[0]!r}; it has {', '.join(had)}")
+    patches = _patches()
+    found.sort(key=lambda place: FEATURES.index(place[0]))
+    patches.apply(targets=[patches.add(f"{family}: {f}", *rest) for f, family, *rest in found if f in wanted])
+    return status()
 
 
-def _takes_token_types() -> bool:
-    """Whether ``mm_token_type_ids`` is a parameter in the transformers at hand, with 5.x's conventions."""
+def restore() -> None:
+    """Undo every :func:`apply`: each attribute is again what it was, and absent where it was."""
+    _patches().restore()
+
+
+def status() -> list[Row]:
+    """What was ever asked for, in order; the modules of one kind are one row."""
+    count = Counter(Row(t.feature, t.label, t.state, t.reason) for t in _patches().status())
+    return [
+        row if n == 1 else Row(row.feature, f"{row.label} ({n})", row.state, row.reason) for row, n in count.items()
+    ]
+
+
+def _patches() -> PatchSet:
     from transformers import __version__
 
-    version = tuple(int(part) for part in __version__.split(".")[:2])
-    if (5, 0) <= version < (5, 3):
-        raise RuntimeError(f"get_rope_index: transformers must be 4.x or at least 5.3, got {__version__}")
-    return version >= (5, 3)
+    return _patches_of(__version__)
 
 
-def _by_name(names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by parameter name, refused as Python refuses them."""
-    if len(args) > len(names):
-        raise TypeError(f"get_rope_index: takes {len(names)} positional arguments, got {len(args)}")
-    given = dict(zip(names, args, strict=False))
-    for name in kwargs:
-        if name in given:
-            raise TypeError(f"get_rope_index: got {name} twice")
-    return given | kwargs
+@cache
+def _patches_of(version: str) -> PatchSet:
+    return PatchSet("transformers", version, TESTED)
+
+
+def _on_classes() -> list[tuple]:
+    """``(feature, family, owner, name, parameters, make)`` of every place."""
+    found = []
+    for place in places(_patches().version):
+        owner = f"transformers.models.{place.module}" + (f":{place.cls}" if place.cls else "")
+        found.append((place.feature, place.module.split(".")[0], owner, place.name, place.parameters, place.make))
+    return found
+
+
+def _on_objects(model: Any) -> list[tuple]:
+    """The same with the modules of ``model`` as owners; of a subclass the place of its base."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"apply: model must be a torch.nn.Module, got {type(model).__name__}")
+    by_class = {}
+    for place in places(_patches().version):
+        cls = getattr(sys.modules.get(f"transformers.models.{place.module}"), place.cls, None) if place.cls else None
+        if cls is not None and issubclass(cls, nn.Module):
+            by_class[cls] = place
+    found = []
+    for module in model.modules():
+        place = next((by_class[cls] for cls in type(module).__mro__ if cls in by_class), None)
+        if place is not None:
+            family = place.module.split(".")[0]
+            found.append((place.feature, family, module, place.name, place.parameters, place.make))
+    if not found:
+        raise ValueError(f"apply: {type(model).__name__} contains no Qwen2-VL, Qwen2.5-VL or Qwen3-VL")
+    return found
