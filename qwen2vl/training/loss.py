@@ -132,5 +132,5 @@ def sample_losses(
 ) -> torch.Tensor:
     """``(S,)`` summed cross-entropy of each sample, for telling which of a pack's samples a bad loss came from."""
     bounds = cu_seqlens.tolist()
-    segments = [slice(a, b) for a, b in zip(bounds, bounds[1:])]
+    segments = [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
     return torch.stack([linear_cross_entropy(hidden[s], weight, targets[s], chunk_rows=chunk_rows) for s in segments])

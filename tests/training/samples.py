@@ -37,7 +37,7 @@ def tiny_model(tie: bool = True, *, dtype: torch.dtype = torch.float32, seed: in
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2VL.from_config(tiny_config(tie, layers), device="cpu", dtype="float32", std=0.15)
-        for name, p in model.named_parameters():  # biases and norms that are not neutral
+        for p in model.parameters():  # biases and norms that are not neutral
             if p.ndim == 1:
                 p.data.add_(0.1 * torch.randn(p.shape))
     return model.to(dtype)

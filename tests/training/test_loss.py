@@ -107,7 +107,7 @@ def test_refusals():
         linear_cross_entropy(hidden, weight[:, :5], targets)
     with pytest.raises(ValueError, match=r"targets must be int64 \(23,\), got torch.int32 \(23,\)"):
         linear_cross_entropy(hidden, weight, targets.int())
-    with pytest.raises(TypeError, match="weight must have hidden's dtype torch.float64, got torch.float32"):
+    with pytest.raises(TypeError, match="weight must have hidden's dtype torch\\.float64, got"):
         linear_cross_entropy(hidden, weight.float(), targets)
     with pytest.raises(ValueError, match="chunk_rows must be positive, got 0"):
         linear_cross_entropy(hidden, weight, targets, chunk_rows=0)
