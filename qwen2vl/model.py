@@ -230,9 +230,29 @@ class Qwen2VL(nn.Module):
             hidden = hidden.new_zeros((input_ids.numel(), hidden.shape[1])).index_copy(0, kept, hidden)
         return self._head(hidden).unflatten(0, tuple(input_ids.shape))
 
+    def hidden_states(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        features: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    ) -> torch.Tensor:
+        """``(T, C)`` normed states of packed ``input_ids (T,)``, what the head is multiplied with; for training.
+
+        ``positions (3, T)``; ``cu_seqlens (S + 1,)`` int32 on the host, bounds of the sequences, none empty;
+        ``features`` from :meth:`encode_media`. Raises :class:`PromptError` when they and the placeholders disagree.
+        """
+        counts = cu_seqlens.diff().tolist()
+        pack = Pack(positions, self.model.inv_freq(self.device), counts, cu_seqlens)
+        return self.model(self._embed(input_ids, features), pack)
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """``(vocab, C)``: the embedding's own where the two are tied."""
+        return self.model.embed_tokens.weight if self.config.text.tie_word_embeddings else self.lm_head.weight
+
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        tied = self.config.text.tie_word_embeddings
-        return F.linear(hidden, self.model.embed_tokens.weight if tied else self.lm_head.weight)
+        return F.linear(hidden, self.head_weight)
 
     def _embed(self, ids: torch.Tensor, features: tuple[torch.Tensor | None, torch.Tensor | None]) -> torch.Tensor:
         hidden = self.model.embed_tokens(ids)  # (T, C)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,11 @@ class Pack:
     slots: torch.Tensor | None = None
     totals: list[int] | None = None
     tiles: TilePlan | None = None
+    #: One number for the layers to read: compiled for the list of counts, they would be compiled again for each pack.
+    max_seqlen: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "max_seqlen", max(self.counts))
 
     @property
     def resumed(self) -> bool:
@@ -82,7 +87,7 @@ class Attention(nn.Module):
         if cache is not None and pack.totals is not None and pack.resumed:
             out = kvcache_attention(q, cache.k[self.layer], cache.v[self.layer], pack.counts, pack.totals)
         else:
-            out = varlen_attention(q, k, v, pack.cu_seqlens, max(pack.counts), causal=True, tiles=pack.tiles)
+            out = varlen_attention(q, k, v, pack.cu_seqlens, pack.max_seqlen, causal=True, tiles=pack.tiles)
         return self.o_proj(out.flatten(1))
 
 

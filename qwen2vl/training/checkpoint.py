@@ -1,0 +1,155 @@
+"""Checkpoints of a run, written whole or not at all, and the released layout at its end.
+
+    output/checkpoints/step-00000500/      torch.distributed.checkpoint: parameters and optimiser, any number of ranks
+        rank-00000.pt                      a rank's own: where its data stands, its random generators
+        run.json                           the step and how many ranks wrote it; written last
+
+A folder gets its name only when every rank has finished, so the latest one is always complete.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from ..files import read_json, write_json
+from ..model import Qwen2VL
+from .errors import TrainingConfigError
+from .parallel import Parallel, whole
+from .stages import merged_parameters
+
+_NAME = re.compile(r"step-(\d{8})")
+#: What a processor reads, copied beside exported weights when the run began from a folder that has it.
+_PROCESSOR_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "generation_config.json",
+)
+
+
+def steps_saved(output: Path) -> list[int]:
+    """Steps with a complete checkpoint, in order."""
+    found = [_NAME.fullmatch(path.name) for path in (output / "checkpoints").glob("step-*")]
+    return sorted(int(match[1]) for match in found if match)
+
+
+def folder_of(output: Path, step: int) -> Path:
+    return output / "checkpoints" / f"step-{step:08d}"
+
+
+def save(
+    output: Path,
+    step: int,
+    tensors: dict[str, Any],
+    own: dict[str, Any],
+    facts: dict[str, Any],
+    parallel: Parallel,
+    *,
+    keep: int,
+) -> Path:
+    """Write one checkpoint; all ranks call this together.
+
+    Args:
+        tensors: nested dictionaries of tensors, shards (DTensors) or the same on all ranks.
+        own: this rank's, of what ``torch.load(weights_only=True)`` reads.
+        facts: for run.json.
+        keep: the latest checkpoints that stay.
+    """
+    final = folder_of(output, step)
+    partial = final.with_name(f".{final.name}.partial")
+    if parallel.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    parallel.barrier()
+    with _alone_or_together() as no_dist:
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial), no_dist=no_dist)
+    torch.save({**own, "random": random_state()}, partial / f"rank-{parallel.rank:05d}.pt")
+    parallel.barrier()
+    if parallel.rank == 0:
+        write_json(partial / "run.json", {**facts, "step": step, "world": parallel.world})
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        for old in steps_saved(output)[:-keep]:
+            shutil.rmtree(folder_of(output, old))
+    parallel.barrier()
+    return final
+
+
+def load(output: Path, step: int, tensors: dict[str, Any], facts: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
+    """Fill ``tensors`` in place; returns this rank's ``own``, with "random" for :func:`set_random_state`.
+
+    Raises :class:`TrainingConfigError` when the checkpoint is of another stage or number of ranks: tensors would fit,
+    but where each rank's data stands could not be told.
+    """
+    folder = folder_of(output, step)
+    have = read_json(folder / "run.json")
+    for key, want in {**facts, "world": parallel.world}.items():
+        if have.get(key) != want:
+            raise TrainingConfigError(f"resume: {folder} has {key} {have.get(key)!r}, this run has {want!r}")
+    with _alone_or_together() as no_dist:
+        dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=no_dist)
+    return torch.load(folder / f"rank-{parallel.rank:05d}.pt", weights_only=True)
+
+
+@contextmanager
+def _alone_or_together() -> Iterator[bool]:
+    """Whether there is one process only, of which torch warns even when told."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield not dist.is_initialized()
+
+
+def random_state() -> dict[str, Any]:
+    """Of every generator that data and dropout may draw from."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    found = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state()}  # type: ignore[union-attr]
+    if torch.cuda.is_initialized():
+        found["cuda"] = torch.cuda.get_rng_state()
+    return found
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def export(model: Qwen2VL, folder: Path, parallel: Parallel, *, processor: Path | None = None) -> None:
+    """Write ``model`` in the released layout, adapters merged, with the processor's files; all ranks call this.
+
+    Rank 0 holds the whole model on the host meanwhile.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in merged_parameters(model).items():
+        full = whole(tensor)
+        if parallel.rank == 0:
+            found[name] = full.detach().cpu()
+    if parallel.rank == 0:
+        with torch.device("meta"):
+            plain = Qwen2VL(model.config)
+        plain.load_state_dict(found, strict=True, assign=True)
+        plain.generation_defaults = model.generation_defaults
+        plain.save_pretrained(folder)
+        for name in _PROCESSOR_FILES:
+            if processor is not None and (processor / name).is_file() and not (folder / name).exists():
+                shutil.copyfile(processor / name, folder / name)
+    parallel.barrier()

@@ -1,0 +1,78 @@
+"""What training costs in floating-point operations, from shapes alone; a multiply-add counts two.
+
+A backward costs a forward once more for the gradients of what came in and once more for those of the weights.
+Recomputed activations do not count: model FLOPs, as in PaLM (arXiv 2204.02311, appendix B).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..config import Qwen2VLConfig
+from .packing import Batch
+
+
+@dataclass(frozen=True)
+class Work:
+    """What goes through the model: tokens and their causal pairs, supervised rows, patches and their pairs."""
+
+    tokens: float
+    pairs: float
+    supervised: float
+    patches: float
+    patch_pairs: float
+
+
+def work_of(batch: Batch) -> Work:
+    """Of a pack on the host; the placeholder image counts, as it is computed."""
+    lengths = batch.cu_seqlens.diff().tolist()
+    frames = [
+        (t, h * w)
+        for grid in (batch.image_grid_thw, batch.video_grid_thw)
+        if grid is not None
+        for t, h, w in grid.tolist()
+    ]
+    return Work(
+        tokens=batch.tokens,
+        pairs=sum(n * (n + 1) / 2 for n in lengths),
+        supervised=batch.supervised,
+        patches=sum(t * n for t, n in frames),
+        patch_pairs=sum(t * n * n for t, n in frames),
+    )
+
+
+def layer_matrices(config: Qwen2VLConfig) -> int:
+    """Elements of one decoder layer's matrices."""
+    t = config.text
+    attention = t.hidden_size * (2 * t.hidden_size + 2 * t.num_key_value_heads * t.head_dim)
+    return attention + 3 * t.hidden_size * t.intermediate_size
+
+
+def block_matrices(config: Qwen2VLConfig) -> int:
+    """Elements of one vision block's matrices."""
+    v = config.vision
+    return 4 * v.embed_dim**2 + 2 * v.embed_dim * int(v.embed_dim * v.mlp_ratio)
+
+
+def merger_matrices(config: Qwen2VLConfig) -> int:
+    v = config.vision
+    width = v.embed_dim * v.spatial_merge_size**2
+    return width * width + width * v.hidden_size
+
+
+def training_flops(config: Qwen2VLConfig, work: Work, trained: frozenset[str] | set[str]) -> float:
+    """Of a forward and backward in which the parts ``trained`` (of tower, merger, llm) learn."""
+    t, v = config.text, config.vision
+    layers = 2 * work.tokens * t.num_hidden_layers * layer_matrices(config)
+    attention = 4 * work.pairs * t.num_hidden_layers * t.hidden_size
+    head = 2 * work.supervised * t.hidden_size * t.vocab_size
+    tower = 2 * work.patches * (v.patch_values * v.embed_dim + v.depth * block_matrices(config))
+    tower_attention = 4 * work.patch_pairs * v.depth * v.embed_dim
+    merger = 2 * work.patches / v.spatial_merge_size**2 * merger_matrices(config)
+    vision_learns = bool(trained & {"tower", "merger"})
+    # The decoder's attention and matrices pass gradients on to the tower even where their own weights are frozen.
+    llm = (3 if "llm" in trained else 2 if vision_learns else 1) * (layers + head)
+    llm += (3 if "llm" in trained or vision_learns else 1) * attention
+    vision = (3 if "tower" in trained else 1) * (tower + tower_attention)
+    vision += (3 if "merger" in trained else 2 if "tower" in trained else 1) * merger
+    return llm + vision

@@ -1,0 +1,105 @@
+"""What a run writes down: a CSV line a step, TensorBoard's events and a picture of the loss where asked for."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .errors import TrainingConfigError
+
+
+@dataclass(frozen=True)
+class Record:
+    """One step. Rates and ``mfu`` are per second of the step, over all ranks; ``lr_*`` those it was taken with."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr_tower: float
+    lr_merger: float
+    lr_llm: float
+    tokens: int
+    supervised: int
+    samples: int
+    seconds: float
+    tokens_per_s: float
+    mfu: float | None
+
+
+def check_extras(*, tensorboard: bool, plot: bool) -> None:
+    """Raise :class:`TrainingConfigError` before the run for a log whose package is missing."""
+    for wanted, key, package in ((tensorboard, "run.tensorboard", "tensorboard"), (plot, "run.plot", "matplotlib")):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise TrainingConfigError(f"{key}: needs the package {package}; pip install 'qwen2vl[train]'")
+
+
+class Logs:
+    """``folder/log.csv`` and the rest. Lines of steps from ``start`` on, which a resumed run takes again, are cut."""
+
+    def __init__(self, folder: Path, start: int, *, tensorboard: bool = False, plot: bool = False) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.plot = folder, plot
+        self.path = folder / "log.csv"
+        kept = [row for row in read_log(folder) if int(row["step"]) <= start] if start else []
+        self._file = self.path.open("w", newline="", encoding="utf-8")
+        self._csv = csv.DictWriter(self._file, [f.name for f in fields(Record)])
+        self._csv.writeheader()
+        self._csv.writerows(kept)
+        self._file.flush()
+        self._board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+
+    def write(self, record: Record) -> None:
+        values = asdict(record)
+        self._csv.writerow({k: "" if v is None else v for k, v in values.items()})
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                if name != "step" and value is not None:
+                    self._board.add_scalar(f"train/{name}", value, record.step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self.plot:
+            draw_loss(self.folder)
+
+
+def read_log(folder: Path) -> list[dict[str, str]]:
+    """The lines of ``folder/log.csv``; none where it is absent. A last line that a kill cut short is left out."""
+    path = folder / "log.csv"
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if None not in row.values()]
+
+
+def draw_loss(folder: Path) -> Path | None:
+    """``loss.png`` from ``log.csv``: each step, and a mean over a fiftieth of the run. None without any line."""
+    from matplotlib.figure import Figure
+
+    rows = read_log(folder)
+    if not rows:
+        return None
+    steps, losses = [int(row["step"]) for row in rows], [float(row["loss"]) for row in rows]
+    window = max(1, len(losses) // 50)
+    means = [sum(losses[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(losses))]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, losses, linewidth=0.8, alpha=0.4, label="step")
+    if window > 1:
+        axes.plot(steps, means, linewidth=1.5, label=f"mean of {window} steps")
+        axes.legend()
+    axes.set_xlabel("step")
+    axes.set_ylabel("cross-entropy a supervised token")
+    axes.grid(alpha=0.3)
+    path = folder / "loss.png"
+    figure.savefig(path, dpi=120)
+    return path

@@ -1,0 +1,181 @@
+"""Processes that share the work: data parallel, FSDP2, and tensor parallel decoder layers, from torchrun's environment.
+
+    mode none   one process
+    mode ddp    every rank holds the whole model (DistributedDataParallel)
+    mode fsdp   parameters, gradients and optimiser state are sharded over the data ranks (fully_shard, block by block)
+    tensor > 1  that many neighbouring ranks split each decoder layer's heads and MLP columns and read the same packs
+
+Tensor parallelism leaves the tower, the embedding and the head whole on each of its ranks; with fsdp they are still
+sharded over the data ranks.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.utils.checkpoint import checkpoint
+
+from ..config import Qwen2VLConfig
+from ..model import Qwen2VL
+from .config import ParallelConfig
+from .errors import TrainingConfigError
+from .step import TrainingStep
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """This process among the others. ``data_rank`` of ``data_size`` says which packs are its own."""
+
+    device: torch.device
+    mode: str = "none"
+    rank: int = 0
+    world: int = 1
+    data_rank: int = 0
+    data_size: int = 1
+    tensor: int = 1
+    mesh: DeviceMesh | None = None  # ("data", "tensor")
+
+    @property
+    def data_group(self) -> dist.ProcessGroup | None:
+        return None if self.mesh is None else self.mesh.get_group("data")
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over the data ranks; waits for all of them."""
+        if self.mesh is None:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total, group=self.data_group)
+        return total.tolist()
+
+    def gather(self, thing: list[str]) -> list[str]:
+        """The lists of all data ranks, joined in their order."""
+        if self.mesh is None:
+            return thing
+        found: list[list[str]] = [[] for _ in range(self.data_size)]
+        dist.all_gather_object(found, thing, group=self.data_group)
+        return [item for one in found for item in one]
+
+    def barrier(self) -> None:
+        if self.mesh is not None:
+            dist.barrier()
+
+
+def start(config: ParallelConfig, shape: Qwen2VLConfig, *, timeout: float = 1800.0) -> Parallel:
+    """Join the processes that torchrun started, or stand alone.
+
+    Args:
+        timeout: seconds after which a rank that waits for the others gives up.
+
+    Raises :class:`TrainingConfigError` when the configuration and the processes, or the model, do not fit.
+    """
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    started = "WORLD_SIZE" in os.environ and "RANK" in os.environ
+    mode = config.mode or ("fsdp" if started and world > 1 else "none")
+    if mode == "none" and (world > 1 or config.tensor > 1):
+        raise TrainingConfigError(f"parallel.mode: 'none' is one process, there are {world} and tensor {config.tensor}")
+    if mode != "none" and not started:
+        raise TrainingConfigError(f"parallel.mode: {mode!r} needs processes: start with torchrun")
+    if world % config.tensor:
+        raise TrainingConfigError(f"parallel.tensor: {config.tensor} does not divide the {world} processes")
+    if mode == "ddp" and config.tensor > 1:
+        raise TrainingConfigError("parallel.tensor: goes with mode 'fsdp', got 'ddp'")
+    text = shape.text
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if getattr(text, name) % config.tensor:
+            raise TrainingConfigError(f"parallel.tensor: {config.tensor} does not divide {name}, {getattr(text, name)}")
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if mode == "none":
+        return Parallel(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
+    mesh = init_device_mesh(device.type, (world // config.tensor, config.tensor), mesh_dim_names=("data", "tensor"))
+    return Parallel(
+        device, mode, rank, world, rank // config.tensor, world // config.tensor, config.tensor, mesh
+    )  # fmt: skip
+
+
+def blocks(model: Qwen2VL) -> list[nn.Module]:
+    """The repeated parts: what is sharded, checkpointed and compiled one at a time."""
+    return [*model.visual.blocks, *model.model.layers]
+
+
+def wrap_blocks(model: Qwen2VL, *, checkpoint_activations: bool, compiled: bool, backend: str = "inductor") -> None:
+    """Compile each block's forward, keep only its inputs for the backward, or both.
+
+    The forward alone is changed, so that what a sharded block does around it (gathering parameters) stays outside.
+    """
+    for block in blocks(model):
+        forward = block.forward
+        if compiled:
+            forward = torch.compile(forward, backend=backend)
+        if checkpoint_activations:
+            forward = functools.partial(checkpoint, forward, use_reentrant=False)
+        block.forward = forward  # type: ignore[method-assign]
+
+
+def split_decoder(model: Qwen2VL, mesh: DeviceMesh) -> None:
+    """Tensor parallelism: heads of the attention and columns of the MLP, two all-reduces a layer and direction.
+
+    The ops see plain tensors: a layer's input becomes one DTensor for all projections that read it (so its gradient is
+    reduced once), and each projection gives back its local part, whose number of heads the attention reads off.
+    """
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        PrepareModuleInput,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    whole = Replicate()
+    plan = {
+        "self_attn": PrepareModuleInput(input_layouts=(whole, None), desired_input_layouts=(whole, None)),
+        "self_attn.q_proj": ColwiseParallel(),
+        "self_attn.k_proj": ColwiseParallel(),
+        "self_attn.v_proj": ColwiseParallel(),
+        "self_attn.o_proj": RowwiseParallel(),
+        "mlp": PrepareModuleInput(input_layouts=whole, desired_input_layouts=whole),
+        "mlp.gate_proj": ColwiseParallel(),
+        "mlp.up_proj": ColwiseParallel(),
+        "mlp.down_proj": RowwiseParallel(),
+    }
+    for layer in model.model.layers:
+        parallelize_module(layer, mesh, plan)  # type: ignore[arg-type]
+
+
+def distribute(step: TrainingStep, parallel: Parallel) -> nn.Module:
+    """The step as every rank calls it: on its device, split and sharded as ``parallel`` says."""
+    model = step.model
+    if parallel.mesh is None:
+        return step.to(parallel.device)
+    if parallel.tensor > 1:
+        split_decoder(model, parallel.mesh["tensor"])
+    if parallel.mode == "ddp":
+        devices = [parallel.device.index] if parallel.device.type == "cuda" else None
+        step.to(parallel.device)
+        return nn.parallel.DistributedDataParallel(step, device_ids=devices, process_group=parallel.data_group)
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    # Gradients of 16 bits are summed over ranks in float32.
+    settings = {"mesh": parallel.mesh["data"], "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
+    for block in blocks(model):
+        fully_shard(block, **settings)  # type: ignore[arg-type]
+    fully_shard(step, **settings)  # type: ignore[arg-type]
+    return step
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A parameter with the parts of all ranks, on each of them; all must call this together."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,221 @@
+"""The three stages of Qwen2-VL's training (arXiv 2409.12191, section 2.2) and what each begins from.
+
+vision       the tower learns, the language model is Qwen2's and frozen
+multimodal   everything learns
+instruct     the language model learns, the tower is frozen
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from .. import hub, weights
+from ..config import Qwen2VLConfig
+from ..errors import CheckpointError
+from ..files import read_json
+from ..model import Qwen2VL
+from .config import LoraConfig, ModelConfig
+from .errors import TrainingConfigError
+
+PARTS = ("tower", "merger", "llm")
+#: Stage to the parts whose parameters change in it.
+STAGES: dict[str, tuple[str, ...]] = {
+    "vision": ("tower", "merger"),
+    "multimodal": PARTS,
+    "instruct": ("llm",),
+}
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter belongs to."""
+    if name.startswith("visual.merger."):
+        return "merger"
+    return "tower" if name.startswith("visual.") else "llm"
+
+
+def freeze(model: Qwen2VL, stage: str) -> None:
+    """Let the stage's parts learn and nothing else. Raises :class:`TrainingConfigError` for an unknown stage."""
+    if stage not in STAGES:
+        raise TrainingConfigError(f"stage: must be one of {', '.join(STAGES)}, got {stage!r}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) in STAGES[stage])
+
+
+# ----------------------------------------------------------------------------------------------- what a run begins from
+
+
+def build_model(config: ModelConfig, *, seed: int = 0) -> Qwen2VL:
+    """The model on the CPU, its tensors maps of the files where the dtype allows; the same on every rank."""
+    if config.checkpoint is not None:
+        return Qwen2VL.from_pretrained(config.checkpoint, device="cpu", dtype=config.dtype).train()
+    assert config.config is not None
+    folder = Path(config.config)
+    shape = Qwen2VLConfig.from_pretrained(folder) if folder.is_dir() else Qwen2VLConfig.preset(config.config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2VL.from_config(shape, device="cpu", dtype=config.dtype)
+    if config.llm is not None:
+        load_qwen2(model, hub.resolve(config.llm))
+    if config.tower is not None:
+        load_clip_tower(model, hub.resolve(config.tower))
+    return model.train()
+
+
+#: Keys of a Qwen2 config.json that must say what the model's text config says.
+_SHARED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+)
+
+
+def load_qwen2(model: Qwen2VL, folder: Path) -> None:
+    """Fill the language model and its head from a Qwen2 text checkpoint in ``folder`` (transformers' layout).
+
+    Tensor names are the model's own. Raises :class:`CheckpointError` listing what does not fit.
+    """
+    theirs = read_json(folder / "config.json")
+    if not isinstance(theirs, dict) or theirs.get("model_type") != "qwen2":
+        kind = theirs.get("model_type") if isinstance(theirs, dict) else theirs
+        raise CheckpointError(f"{folder}: model.llm must be a Qwen2 checkpoint (model_type 'qwen2'), got {kind!r}")
+    text = model.config.text
+    rope = theirs.get("rope_parameters") or theirs
+    pairs = {key: (theirs[key], getattr(text, key)) for key in _SHARED if key in theirs}
+    pairs["rope_theta"] = (rope.get("rope_theta", text.rope_theta), text.rope_theta)
+    if wrong := [f"{key} {got!r}, the model has {want!r}" for key, (got, want) in pairs.items() if got != want]:
+        raise CheckpointError(f"{folder}: config.json does not fit: {'; '.join(wrong)}")
+    part = nn.Module()
+    part.model = model.model
+    if not text.tie_word_embeddings:
+        part.lm_head = model.lm_head
+    ignore = ("lm_head.weight",) if text.tie_word_embeddings else ()
+    weights.load_weights(part, folder, device=model.device, dtype=model.dtype, ignore=ignore)
+
+
+#: (name in a block of transformers' CLIPVisionModel, name in ours); the three projections become one.
+_CLIP_BLOCK = (
+    ("layer_norm1", "norm1"),
+    ("layer_norm2", "norm2"),
+    ("self_attn.out_proj", "attn.proj"),
+    ("mlp.fc1", "mlp.fc1"),
+    ("mlp.fc2", "mlp.fc2"),
+)
+_CLIP_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+#: Of CLIP's, what the tower has no place for: positions are rotary here, there is no class token, and its norms before
+#: and after the blocks, and its projection, have no counterpart before the merger, which is drawn at random.
+CLIP_DROPPED = (
+    "embeddings.position_embedding.weight",
+    "embeddings.position_ids",
+    "embeddings.class_embedding",
+    "pre_layrnorm.weight",
+    "pre_layrnorm.bias",
+    "post_layernorm.weight",
+    "post_layernorm.bias",
+)
+
+
+def load_clip_tower(model: Qwen2VL, folder: Path) -> list[str]:
+    """Fill the tower, the merger excepted, from a CLIP ViT in ``folder`` (transformers' CLIPVisionModel or CLIPModel).
+
+    The position embedding is dropped. The patch embedding ``(C, 3, p, p)`` becomes ``(C, 3, 2, p, p)``, half of it in
+    each frame, so that two equal frames embed as the image did.
+
+    Returns the names of the vision tensors that were dropped. Raises :class:`CheckpointError` listing what is missing,
+    left over or of another shape.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for path in weights.shards(folder):
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118  (not a dict)
+                    if name.startswith("vision_model.") or name.startswith(("embeddings.", "encoder.")):
+                        found[name.removeprefix("vision_model.")] = file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: damaged or truncated: {error}") from error
+    ours: dict[str, torch.Tensor] = {}
+    missing: list[str] = []
+
+    def take(name: str) -> torch.Tensor | None:
+        if name not in found:
+            missing.append(f"{name}: missing")
+        return found.pop(name, None)
+
+    frames = model.config.vision.temporal_patch_size
+    if (patch := take("embeddings.patch_embedding.weight")) is not None:
+        ours["patch_embed.proj.weight"] = (patch.unsqueeze(2) / frames).expand(-1, -1, frames, -1, -1)
+    for i in range(model.config.vision.depth):
+        for end in ("weight", "bias"):
+            for theirs, our in _CLIP_BLOCK:
+                if (tensor := take(f"encoder.layers.{i}.{theirs}.{end}")) is not None:
+                    ours[f"blocks.{i}.{our}.{end}"] = tensor
+            qkv = [take(f"encoder.layers.{i}.{theirs}.{end}") for theirs in _CLIP_QKV]
+            if all(tensor is not None for tensor in qkv):
+                ours[f"blocks.{i}.attn.qkv.{end}"] = torch.cat([t for t in qkv if t is not None])
+    dropped = [name for name in found if name in CLIP_DROPPED]
+    problems = missing + [f"{name}: no place for it" for name in found if name not in CLIP_DROPPED]
+    parameters = dict(model.visual.named_parameters())
+    for name, tensor in ours.items():
+        if tensor.shape != parameters[name].shape:
+            want = tuple(parameters[name].shape)
+            problems.append(f"{name}: shape {tuple(tensor.shape)}, the config wants {want}")
+    if problems:
+        listed = "\n".join(f"  {problem}" for problem in problems[:20])
+        raise CheckpointError(f"{folder}: {len(problems)} tensor(s) of the CLIP tower do not fit:\n{listed}")
+    with torch.no_grad():
+        for name, tensor in ours.items():
+            parameters[name].copy_(tensor)
+    return dropped
+
+
+# ---------------------------------------------------------------------------------------------------------------- LoRA
+
+
+def add_lora(model: Qwen2VL, config: LoraConfig) -> None:
+    """Freeze everything and put peft's adapters into the decoder's linear layers, and the tower's blocks if asked."""
+    try:
+        import peft
+    except ImportError as error:
+        raise TrainingConfigError("lora: needs the package peft; pip install 'qwen2vl[train]'") from error
+    model.requires_grad_(False)
+
+    def inject(part: nn.Module, targets: tuple[str, ...], key: str) -> None:
+        names = {name.rpartition(".")[2] for name, module in part.named_modules() if isinstance(module, nn.Linear)}
+        if unknown := [target for target in targets if target not in names]:
+            raise TrainingConfigError(
+                f"{key}: {unknown[0]!r} names no linear layer; there are {', '.join(sorted(names))}"
+            )
+        settings = peft.LoraConfig(
+            r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=list(targets)
+        )  # type: ignore[arg-type]
+        peft.inject_adapter_in_model(settings, part)
+
+    inject(model.model.layers, config.targets, "lora.targets")
+    if config.tower:
+        inject(model.visual.blocks, ("qkv", "proj", "fc1", "fc2"), "lora.tower")
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # peft makes them float32; shards of one block share a dtype
+            parameter.data = parameter.data.to(model.dtype)
+
+
+def merged_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's parameters under their released names, adapters added to the weights that they adapt."""
+    found: dict[str, torch.Tensor] = {}
+    deltas: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and hasattr(module, "get_delta_weight"):
+            deltas[f"{name}.weight"] = module.get_delta_weight("default").detach()  # type: ignore[operator]
+    for name, parameter in model.named_parameters():
+        if ".lora_" not in name:
+            found[name.replace(".base_layer.", ".")] = parameter.detach()
+    for name, delta in deltas.items():
+        found[name] = (found[name].float() + delta.float()).to(found[name].dtype)
+    return found

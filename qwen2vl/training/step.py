@@ -1,0 +1,43 @@
+"""From a pack to its loss in one module call, the unit that is sharded, replicated and compiled."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..model import Qwen2VL
+from .loss import CHUNK_ROWS, linear_cross_entropy, sample_losses
+from .packing import Batch
+
+
+class TrainingStep(nn.Module):
+    """``step(batch, scale)``: ``scale`` times the summed loss of a pack's supervised tokens.
+
+    A module of its own because sharding gathers parameters when a module is called: inside this call the head's weight
+    is whole for the loss, which does not go through the head's own forward.
+    """
+
+    def __init__(self, model: Qwen2VL, *, loss: str = "chunked", chunk_rows: int = CHUNK_ROWS) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        self.chunk_rows = chunk_rows
+
+    def forward(self, batch: Batch, scale: float = 1.0, *, by_sample: bool = False) -> torch.Tensor:
+        """A scalar, or with ``by_sample`` the ``(S,)`` losses of the samples, unscaled and without gradients."""
+        features = self._features(batch)
+        hidden = self.model.hidden_states(batch.input_ids, batch.positions, batch.cu_seqlens, features)
+        weight = self.model.head_weight
+        if by_sample:
+            return sample_losses(hidden, weight, batch.targets, batch.cu_seqlens, chunk_rows=self.chunk_rows)
+        return linear_cross_entropy(
+            hidden, weight, batch.targets, scale=scale, kind=self.loss, chunk_rows=self.chunk_rows
+        )
+
+    def _features(self, batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """All images and videos in one call of the tower; a frozen tower keeps nothing for a backward."""
+        trained = any(p.requires_grad for p in self.model.visual.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            return self.model.encode_media(
+                batch.pixel_values, batch.image_grid_thw, batch.pixel_values_videos, batch.video_grid_thw
+            )

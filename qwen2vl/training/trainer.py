@@ -1,0 +1,233 @@
+"""The loop: packs in, steps out, the same whatever the number of ranks and wherever it was cut and resumed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .. import hub
+from . import checkpoint
+from .config import TrainingConfig
+from .errors import NonFiniteLossError, TrainingConfigError
+from .flops import training_flops, work_of
+from .logs import Logs, Record, check_extras
+from .loss import check_kind
+from .optim import Optimizer, lr_factor
+from .packing import Batch, Dataset, Packer
+from .parallel import Parallel, distribute, start, wrap_blocks
+from .stages import add_lora, build_model, freeze, part_of
+from .step import TrainingStep
+
+#: Called on rank 0 after every step.
+OnStep = Callable[[Record], None]
+#: Makes the dataset of ``data_rank`` among ``data_size``.
+MakeDataset = Callable[[int, int], Dataset]
+
+
+def read_dataset(config: TrainingConfig, rank: int, world: int) -> Dataset:
+    """The dataset that ``config.data`` describes, read with the processor of ``config.model``."""
+    from ..processor import Processor
+    from .data import build_dataset  # type: ignore[import-not-found]
+
+    if not config.data:
+        raise TrainingConfigError("data: no entry; a run needs at least one [[data]] table")
+    folder = processor_folder(config)
+    if folder is None:
+        raise TrainingConfigError("model.processor: is missing, and no checkpoint or llm is there to take it from")
+    return build_dataset(
+        [dict(entry) for entry in config.data],
+        Processor.from_pretrained(folder),
+        seed=config.run.seed,
+        rank=rank,
+        world=world,
+        max_tokens=config.run.max_tokens,
+    )
+
+
+def processor_folder(config: TrainingConfig) -> Path | None:
+    m = config.model
+    name = m.processor or m.checkpoint or m.llm
+    return None if name is None else hub.resolve(name)
+
+
+class Trainer:
+    """One stage of training.
+
+    Args:
+        config, stage: what ``qwen2vl train`` reads.
+        make_dataset: instead of ``config.data``, called with this process's rank and number among those that draw
+            different data.
+        resume: go on from the latest checkpoint under ``config.run.output``; without one, begin.
+        on_step: see :data:`OnStep`.
+
+    Raises :class:`TrainingConfigError` before anything is trained, also where the output holds a run and ``resume`` is
+    not given. :meth:`run` raises :class:`NonFiniteLossError` and :class:`DataError`.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        stage: str,
+        *,
+        make_dataset: MakeDataset | None = None,
+        resume: bool = False,
+        on_step: OnStep | None = None,
+    ) -> None:
+        run = config.run
+        self.config, self.stage, self.on_step = config, stage, on_step
+        self.output = Path(run.output)
+        check_extras(tensorboard=run.tensorboard, plot=run.plot)
+        saved = checkpoint.steps_saved(self.output)
+        if saved and not resume:
+            raise TrainingConfigError(
+                f"run.output: {self.output} holds a run of {saved[-1]} steps; resume it or move it"
+            )
+
+        torch.manual_seed(run.seed)
+        model = build_model(config.model, seed=run.seed)
+        freeze(model, stage)
+        if config.lora is not None:
+            add_lora(model, config.lora)
+        self.parallel: Parallel = start(config.parallel, model.config)
+        check_kind(run.loss, self.parallel.device)
+        self.model = model
+        wrap_blocks(model, checkpoint_activations=run.checkpoint_activations, compiled=run.compile)
+        self.step_module: nn.Module = distribute(TrainingStep(model, loss=run.loss), self.parallel)
+        self.optimizer = Optimizer(
+            model.named_parameters(), config.optimizer, master_weights=config.model.master_weights
+        )
+        self.trained = {part_of(e.name) for e in self.optimizer.entries}
+        make = make_dataset or (lambda rank, world: read_dataset(config, rank, world))
+        dataset = make(self.parallel.data_rank, self.parallel.data_size)
+        self.packer = Packer(dataset, model.config, max_tokens=run.max_tokens, lookahead=run.lookahead)
+        # Ranks that split a decoder layer must drop the same values; the others need not.
+        torch.manual_seed(run.seed + 1 + self.parallel.data_rank)
+        self.step = 0
+        if resume and saved:
+            self._load(saved[-1])
+
+    # ----------------------------------------------------------------------------------------------------------- loop
+
+    def run(self) -> None:
+        """Train to the last step, saving on the way and at the end; then export to ``output/model``."""
+        run, logs = self.config.run, None
+        if self.parallel.rank == 0:
+            logs = Logs(self.output, self.step, tensorboard=run.tensorboard, plot=run.plot)
+        try:
+            while self.step < run.steps:
+                record = self.train_step()
+                if logs is not None:
+                    logs.write(record)
+                    if self.on_step is not None:
+                        self.on_step(record)
+                if self.step % run.save_every == 0 or self.step == run.steps:
+                    self._save()
+        finally:
+            if logs is not None:
+                logs.close()
+        checkpoint.export(self.model, self.output / "model", self.parallel, processor=processor_folder(self.config))
+
+    def train_step(self) -> Record:
+        """One update from ``accumulation`` packs of every rank: the mean over all their supervised tokens."""
+        begin = time.perf_counter()
+        config, parallel = self.config, self.parallel
+        packs = [next(self.packer) for _ in range(config.run.accumulation)]
+        works = [work_of(pack) for pack in packs]
+        tokens, supervised, samples, flops = parallel.sum(
+            sum(w.tokens for w in works),
+            sum(w.supervised for w in works),
+            sum(bool(source) for pack in packs for source in pack.sources),
+            sum(training_flops(self.model.config, w, self.trained) for w in works),
+        )
+        # Ranks' gradients are averaged, so each takes its loss times their number.
+        scale = parallel.data_size / max(1.0, supervised)
+        total = torch.zeros((), dtype=torch.float64, device=parallel.device)
+        for i, pack in enumerate(packs):
+            with self._synchronised(last=i == len(packs) - 1):
+                loss = self.step_module(pack.to(parallel.device), scale)
+                loss.backward()
+            self.optimizer.collect()
+            total += loss.detach()
+        (mean,) = (x / parallel.data_size for x in parallel.sum(total.item()))
+        if not math.isfinite(mean):
+            self._blame(packs)
+        factor = lr_factor(
+            self.step,
+            steps=config.run.steps,
+            warmup=config.optimizer.warmup_steps,
+            minimum=config.optimizer.min_lr_ratio,
+        )
+        norm = self.optimizer.step(factor).item()
+        self.step += 1
+        seconds = time.perf_counter() - begin
+        peak = config.run.peak_tflops
+        return Record(
+            step=self.step,
+            loss=mean,
+            grad_norm=norm,
+            **{f"lr_{part}": factor * rate if part in self.trained else 0.0
+               for part, rate in self.optimizer.peaks.items()},
+            tokens=int(tokens),
+            supervised=int(supervised),
+            samples=int(samples),
+            seconds=seconds,
+            tokens_per_s=tokens / seconds,
+            mfu=None if peak is None else flops / seconds / (peak * 1e12 * parallel.world),
+        )  # fmt: skip
+
+    def _synchronised(self, last: bool):
+        """Plain replicas exchange gradients once a step, unless the optimiser takes them over after every pack."""
+        module = self.step_module
+        if isinstance(module, nn.parallel.DistributedDataParallel) and not last and not self.optimizer.collects:
+            return module.no_sync()
+        return nullcontext()
+
+    def _blame(self, packs: list[Batch]) -> None:
+        """Every rank runs its packs once more, each sample's loss apart, and all name what they found."""
+        found: list[str] = []
+        count = 0
+        with torch.no_grad():
+            for pack in packs:
+                losses = self.step_module(pack.to(self.parallel.device), by_sample=True)
+                named = [(s, x) for s, x in zip(pack.sources, losses.tolist(), strict=True) if s]
+                count += len(named)
+                found += [f"{source} ({loss})" for source, loss in named if not math.isfinite(loss)]
+        found, (samples,) = self.parallel.gather(found), self.parallel.sum(count)
+        where = f"step {self.step + 1}: the loss is not finite"
+        if not found:
+            raise NonFiniteLossError(f"{where}, but every sample's is when computed alone: the sum overflows")
+        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+        hint = "; all of them are, so the weights are likely not finite" if len(found) == int(samples) else ""
+        raise NonFiniteLossError(
+            f"{where} in {len(found)} of {int(samples)} samples: {', '.join(found[:8])}{more}{hint}. "
+            "No weight was changed in this step"
+        )
+
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+
+    def _tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        parameters = {name: p.detach() for name, p in self.model.named_parameters()}
+        return {"model": parameters, "optimizer": self.optimizer.state()}
+
+    def _save(self) -> None:
+        checkpoint.save(
+            self.output,
+            self.step,
+            self._tensors(),
+            {"data": self.packer.state_dict()},
+            {"stage": self.stage},
+            self.parallel,
+            keep=self.config.run.keep,
+        )
+
+    def _load(self, step: int) -> None:
+        own = checkpoint.load(self.output, step, self._tensors(), {"stage": self.stage}, self.parallel)
+        self.packer.load_state_dict(own["data"])
+        checkpoint.set_random_state(own["random"])  # drawing the waiting samples again may have used some
+        self.step = step

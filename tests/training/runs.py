@@ -1,0 +1,75 @@
+"""Whole runs on the tiny model, for tests of the loop; ``python -m tests.training.runs`` is one rank of several."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from qwen2vl.training.config import TrainingConfig
+from qwen2vl.training.trainer import Trainer
+from tests.training.samples import InMemory, make_example, mixed, tiny_model
+
+
+def checkpoint(folder: Path, tie: bool = True, **options) -> Path:
+    tiny_model(tie, **options).save_pretrained(folder)
+    return folder
+
+
+def settings(folder: Path, output: Path, **tables) -> dict:
+    """Tables of a short run that saves at every step; ``tables`` are laid over them."""
+    found = {
+        "model": {"checkpoint": str(folder), "dtype": "float32"},
+        "run": {"output": str(output), "steps": 4, "max_tokens": 48, "accumulation": 2, "lookahead": 6,
+                "save_every": 1, "keep": 100, "checkpoint_activations": False},
+        "optimizer": {"lr": 1e-2, "lr_tower": 5e-3, "warmup_steps": 1},
+    }  # fmt: skip
+    for name, table in tables.items():
+        found[name] = {**found.get(name, {}), **table}
+    return found
+
+
+def make(folder, output, stage="multimodal", *, dataset=mixed, resume=False, on_step=None, **tables) -> Trainer:
+    config = TrainingConfig.from_dict(settings(folder, output, **tables))
+    make_dataset = lambda rank, world: dataset(rank=rank, world=world)  # noqa: E731
+    return Trainer(config, stage, make_dataset=make_dataset, resume=resume, on_step=on_step)
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def by_rank(rank: int = 0, world: int = 1) -> InMemory:
+    """Only text on the first rank, images on the second, videos on the third."""
+    kind = ("text", "image", "video")[rank % 3]
+    return InMemory([make_example(i, kind, 8 + i % 5) for i in range(12)])
+
+
+def main(request: dict) -> None:
+    """Train and leave the losses, and the exported weights, under ``request["output"]``."""
+    from qwen2vl_kernels import use_backend
+
+    torch.set_num_threads(1)
+    dataset = {"mixed": mixed, "by_rank": by_rank}[request.pop("dataset", "mixed")]
+    stop = request.pop("stop", None)
+    losses: list[float] = []
+    with use_backend("eager"):
+        trainer = make(dataset=dataset, on_step=lambda r: losses.append([r.loss, r.grad_norm]), **request)
+        if stop is None:
+            trainer.run()
+        else:  # as a kill after that many steps leaves it
+            while trainer.step < stop:
+                trainer.train_step()
+                trainer._save()
+    if trainer.parallel.rank == 0:
+        Path(request["output"], "losses.json").write_text(json.dumps(losses))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main(json.loads(sys.argv[1]))

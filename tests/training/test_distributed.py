@@ -1,0 +1,110 @@
+"""Processes over gloo on the CPU: the losses, norms and weights of one process, and no rank left waiting."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from itertools import cycle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qwen2vl.training.packing import Packer
+from tests.training import runs
+from tests.training.samples import mixed
+
+ROOT = Path(__file__).parents[2]
+#: Seconds after which ranks that wait for each other have failed.
+PATIENCE = 120
+
+
+def launch(world: int, request: dict) -> None:
+    """``runs.main(request)`` in ``world`` processes, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    base = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world),
+            "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # fmt: skip
+    command = [sys.executable, "-m", "tests.training.runs", json.dumps(request)]
+    children = [
+        subprocess.Popen(command, env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=ROOT,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for rank in range(world)
+    ]  # fmt: skip
+    try:
+        outputs = [child.communicate(timeout=PATIENCE)[0] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    for child, output in zip(children, outputs, strict=True):
+        assert child.returncode == 0, output[-3000:]
+
+
+def one_process(folder, output, stage, data_ranks: int, dataset=mixed, **tables):
+    """The same packs in one process: those of all data ranks in turn, as one step's accumulation."""
+    losses = []
+    tables["run"] = {**tables.get("run", {}), "accumulation": data_ranks}
+    trainer = runs.make(folder, output, stage, on_step=lambda r: losses.append([r.loss, r.grad_norm]), **tables)
+    run = trainer.config.run
+    packers = [
+        Packer(dataset(rank=r, world=data_ranks), trainer.model.config, max_tokens=run.max_tokens,
+               lookahead=run.lookahead)
+        for r in range(data_ranks)
+    ]  # fmt: skip
+    turns = cycle(packers)
+    trainer.packer = type("Turns", (), {"__next__": lambda self: next(next(turns)), "state_dict": lambda self: {}})()
+    trainer.run()
+    return losses
+
+
+def compare(tmp_path, world: int, stage: str, parallel: dict, data_ranks: int, dataset="mixed", tie=True, **tables):
+    folder = runs.checkpoint(tmp_path / "checkpoint", tie)
+    # An eps far above the gradients makes AdamW's steps proportional to them: with the usual one, a gradient that is
+    # too large by a factor would not show, and one that is nearly zero would be all rounding.
+    tables["optimizer"] = {"eps": 10.0, "lr": 1.0, "lr_tower": 2.0}
+    tables["run"] = {"accumulation": 1, "steps": 3, "save_every": 100, **tables.get("run", {})}
+    expected = one_process(folder, tmp_path / "one", stage, data_ranks,
+                           mixed if dataset == "mixed" else runs.by_rank, **tables)  # fmt: skip
+    launch(world, {"folder": str(folder), "output": str(tmp_path / "many"), "stage": stage, "dataset": dataset,
+                   "parallel": parallel, **tables})  # fmt: skip
+    got = json.loads((tmp_path / "many" / "losses.json").read_text())
+    assert len(got) == 3
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(expected), rtol=2e-5, atol=0)
+    ours, theirs = (load_file(tmp_path / who / "model" / "model.safetensors") for who in ("many", "one"))
+    before = load_file(folder / "model.safetensors")
+    assert ours.keys() == theirs.keys() == before.keys()
+    moved = {name: (theirs[name] - before[name]).norm().item() for name in ours}
+    assert any(moved.values())
+    for name in ours:
+        error = (ours[name] - theirs[name]).norm().item()
+        assert error <= 2e-5 * moved[name] + 1e-7 * max(moved.values()), f"{name}: {error} of {moved[name]}"
+
+
+def test_fsdp_of_two(tmp_path):
+    compare(tmp_path, 2, "multimodal", {"mode": "fsdp"}, 2, run={"checkpoint_activations": True})
+
+
+def test_replicas_of_two(tmp_path):
+    compare(tmp_path, 2, "multimodal", {"mode": "ddp"}, 2, tie=False)
+
+
+def test_decoder_split_in_two(tmp_path):
+    compare(tmp_path, 2, "multimodal", {"tensor": 2, "mode": "fsdp"}, 1, tie=False)
+
+
+@pytest.mark.slow
+def test_fsdp_of_two_times_decoder_split_in_two(tmp_path):
+    compare(tmp_path, 4, "multimodal", {"tensor": 2}, 2, run={"checkpoint_activations": True})
+
+
+@pytest.mark.parametrize("stage", ["vision", "instruct"])
+def test_ranks_with_only_text_and_only_images_do_not_wait_for_each_other(tmp_path, stage):
+    compare(tmp_path, 2, stage, {"mode": "fsdp"}, 2, dataset="by_rank")
+
+
+@pytest.mark.slow
+def test_ranks_with_only_text_only_images_and_only_videos(tmp_path):
+    compare(tmp_path, 3, "multimodal", {"mode": "fsdp"}, 3, dataset="by_rank")
