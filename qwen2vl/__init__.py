@@ -8,33 +8,66 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import Qwen2VLConfig, TextConfig, VisionConfig
-    from .errors import CheckpointError, ContextLengthError, MediaError, PromptError, Qwen2VLError
+    from .errors import (
+        CheckpointError,
+        ContextLengthError,
+        DataError,
+        FunctionCallError,
+        GroundingError,
+        MediaError,
+        PromptError,
+        Qwen2VLError,
+    )
+    from .function_calls import Action, Call
     from .generation import GenerationConfig, GenerationResult, generate, stream
+    from .grounding import Box, Grounded, Quad, draw_grounding, parse_grounding, render_grounding
     from .model import Qwen2VL
     from .processor import Inputs, Processor
 
 __all__ = [
+    "Action",
+    "Box",
+    "Call",
     "CheckpointError",
     "ContextLengthError",
+    "DataError",
+    "FunctionCallError",
     "GenerationConfig",
     "GenerationResult",
+    "Grounded",
+    "GroundingError",
     "Inputs",
     "MediaError",
     "Processor",
     "PromptError",
+    "Quad",
     "Qwen2VL",
     "Qwen2VLConfig",
     "Qwen2VLError",
     "TextConfig",
     "VisionConfig",
+    "draw_grounding",
     "generate",
+    "parse_grounding",
+    "render_grounding",
     "stream",
 ]
 
 _MODULES = {
     "config": ("Qwen2VLConfig", "TextConfig", "VisionConfig"),
-    "errors": ("CheckpointError", "ContextLengthError", "MediaError", "PromptError", "Qwen2VLError"),
+    "errors": (
+        "CheckpointError",
+        "ContextLengthError",
+        "DataError",
+        "FunctionCallError",
+        "GroundingError",
+        "MediaError",
+        "PromptError",
+        "Qwen2VLError",
+    ),
+    "function_calls": ("Action", "Call"),
     "generation": ("GenerationConfig", "GenerationResult", "generate", "stream"),
+    "grounding": ("Box", "Grounded", "Quad", "draw_grounding", "parse_grounding", "render_grounding"),
     "model": ("Qwen2VL",),
     "processor": ("Inputs", "Processor"),
 }

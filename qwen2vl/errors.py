@@ -19,3 +19,27 @@ class CheckpointError(Qwen2VLError):
 
 class ContextLengthError(Qwen2VLError):
     """The prompt and the tokens asked for do not fit into the model's context window."""
+
+
+class GroundingError(Qwen2VLError):
+    """Boxes or quadrilaterals are out of range, or their markup is malformed."""
+
+
+class FunctionCallError(Qwen2VLError):
+    """A function call of a model is malformed, or names what was not declared."""
+
+
+class DataError(Qwen2VLError):
+    """A training sample, or the description of a set of them, cannot be used.
+
+    Attributes:
+        source: where the sample is, "data.jsonl:17" or "shard-0003.tar:000042", empty for what concerns no single one.
+    """
+
+    def __init__(self, message: str, source: str = ""):
+        super().__init__(f"{source}: {message}" if source else message)
+        self.source = source
+
+    def __reduce__(self):  # a DataLoader's workers send it to the main process
+        message = str(self)
+        return type(self), (message[len(self.source) + 2 :] if self.source else message, self.source)

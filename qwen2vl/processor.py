@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from .config import Qwen2VLConfig
 from .errors import CheckpointError, MediaError, PromptError
 from .hub import resolve
 from .image import MAX_PIXELS, MIN_PIXELS, ImagePatches, check_positive_int, preprocess_image
+from .inputs import IGNORED, Inputs, MediaInfo, describe_media, pad_rows
 from .processor_files import (
     check_token_ids,
     pixel_limits_of,
@@ -20,51 +20,27 @@ from .processor_files import (
     write_image_settings,
     write_tokenizer_files,
 )
-from .prompt import LOW_DETAIL_PIXELS, Control, Media, Segment, Text, check_placeholders, render
+from .prompt import (
+    LOW_DETAIL_PIXELS,
+    Control,
+    Media,
+    Span,
+    Text,
+    check_placeholders,
+    render,
+    render_document,
+    render_spans,
+)
 from .tokenizer import IMAGE_PAD, VIDEO_PAD, Tokenizer
 from .video import MAX_FRAME_PIXELS, MAX_VIDEO_TOKENS, MIN_FRAME_PIXELS, VideoPatches, preprocess_video
+
+__all__ = ["IGNORED", "Inputs", "MediaInfo", "Messages", "Processor"]
 
 Messages = Sequence[Mapping[str, Any]]
 
 # (min, max) pixels of one image and of one video frame where nobody says otherwise.
 _IMAGE_PIXELS = (MIN_PIXELS, MAX_PIXELS)
 _FRAME_PIXELS = (MIN_FRAME_PIXELS, MAX_FRAME_PIXELS)
-
-
-@dataclass(frozen=True)
-class MediaInfo:
-    """What became of one image or video; sizes are (height, width) in pixels, times in seconds."""
-
-    kind: Literal["image", "video"]
-    where: str
-    source_size: tuple[int, int]
-    resized_size: tuple[int, int]
-    grid_thw: tuple[int, int, int]
-    num_tokens: int
-    duration: float | None = None
-    native_fps: float | None = None
-    frame_times: tuple[float, ...] = ()
-
-
-class Inputs(dict[str, torch.Tensor]):
-    """The keyword arguments of one call of the model.
-
-    Keys: `input_ids` and `attention_mask` (B, L) int64; where there are images `pixel_values` (patches, 588) uint8, one
-    of their two equal frames, and `image_grid_thw` (images, 3) int64; where there are videos `pixel_values_videos`
-    (patches, 1176) uint8 and `video_grid_thw` likewise. Images are concatenated in order of appearance over the whole
-    batch; videos are too, apart from them.
-
-    Attributes:
-        media: one `MediaInfo` per image or video, in order of appearance.
-    """
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor], media: Iterable[MediaInfo] = ()):
-        super().__init__(tensors)
-        self.media = list(media)
-
-    def to(self, device: torch.device | str) -> "Inputs":
-        """A copy whose tensors are on `device`."""
-        return Inputs({name: tensor.to(device) for name, tensor in self.items()}, self.media)
 
 
 class Processor:
@@ -213,12 +189,75 @@ class Processor:
             MediaError: an image or video cannot be used, and the message begins with its place; or an option
                 given here is out of range.
         """
-        if padding_side not in ("left", "right"):
-            raise PromptError(f"padding_side: wants 'left' or 'right', got {padding_side!r}")
         prompts = [
             render(chat, add_generation_prompt=add_generation_prompt, add_vision_id=add_vision_id, where=where)
             for chat, where in _conversations(messages)
         ]
+        return self._inputs(
+            [[Span(tuple(segments), False)] for segments in prompts],
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+            fps=fps,
+            num_frames=num_frames,
+            min_frames=min_frames,
+            max_frames=max_frames,
+            video_min_pixels=video_min_pixels,
+            video_max_pixels=video_max_pixels,
+            max_video_tokens=max_video_tokens,
+            padding_side=padding_side,
+            progress=progress,
+        )
+
+    def supervised(
+        self,
+        messages: Messages | Sequence[Messages],
+        *,
+        add_vision_id: bool = False,
+        padding_side: Literal["left", "right"] = "right",
+        **options: Any,
+    ) -> Inputs:
+        """Inputs to learn from: as calling the processor, without a generation prompt and with `labels` (B, L) int64.
+
+        A label is the token's own id where it is taught, not shifted, and `IGNORED` elsewhere, placeholders and padding
+        included. What is taught is said by `qwen2vl.prompt.render_spans`: an assistant's text and its `<|im_end|>`.
+
+        Args:
+            messages, add_vision_id: see `__call__`.
+            options: the options of `__call__` for images and videos.
+        """
+        spans = [
+            render_spans(chat, add_vision_id=add_vision_id, where=where) for chat, where in _conversations(messages)
+        ]
+        return self._inputs(spans, padding_side=padding_side, labels=True, **options)
+
+    def supervised_document(self, content: str | Sequence[Mapping[str, Any]], **options: Any) -> Inputs:
+        """Inputs to learn one document from, all of its text and the `<|endoftext|>` behind it, as `supervised`.
+
+        Args:
+            content: text, or a list of text, image and video items; see `qwen2vl.prompt.render_document`.
+            options: the options of `__call__` for images and videos.
+        """
+        return self._inputs([render_document(content)], labels=True, **options)
+
+    def _inputs(
+        self,
+        prompts: Sequence[Sequence[Span]],
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        fps: float = 2.0,
+        num_frames: int | None = None,
+        min_frames: int = 4,
+        max_frames: int = 768,
+        video_min_pixels: int | None = None,
+        video_max_pixels: int | None = None,
+        max_video_tokens: int = MAX_VIDEO_TOKENS,
+        padding_side: str = "right",
+        progress: Callable[[int, int], None] | None = None,
+        labels: bool = False,
+    ) -> Inputs:
+        if padding_side not in ("left", "right"):
+            raise PromptError(f"padding_side: wants 'left' or 'right', got {padding_side!r}")
         image_limits = _pixel_limits((self.min_pixels, self.max_pixels), (min_pixels, max_pixels))
         frame_limits = _pixel_limits(_FRAME_PIXELS, (video_min_pixels, video_max_pixels), prefix="video_")
         video_options = {
@@ -229,12 +268,16 @@ class Processor:
             "max_tokens": max_video_tokens,
             "progress": progress,
         }
-        media = [item for segments in prompts for item in segments if isinstance(item, Media)]
+        media = [item for spans in prompts for span in spans for item in span.segments if isinstance(item, Media)]
         loaded = list(zip(media, self._load(media, image_limits, frame_limits, video_options), strict=True))
         pads = iter([patches.num_tokens for _, patches in loaded])
-        rows = [self._encode(segments, pads) for segments in prompts]
+        rows = [self._encode(spans, pads) for spans in prompts]
 
-        tensors = self._pad(rows, padding_side)
+        ids = pad_rows([row for row, _ in rows], self.tokenizer.pad_id, padding_side)
+        present = pad_rows([[1] * len(row) for row, _ in rows], 0, padding_side)
+        tensors = {"input_ids": ids, "attention_mask": present}
+        if labels:
+            tensors["labels"] = pad_rows([row for _, row in rows], IGNORED, padding_side)
         for kind, pixels, grid in (
             ("image", "pixel_values", "image_grid_thw"),
             ("video", "pixel_values_videos", "video_grid_thw"),
@@ -252,7 +295,7 @@ class Processor:
             video_token_id=self.tokenizer.id(VIDEO_PAD),
             merge_size=self.merge_size,
         )
-        return Inputs(tensors, [_describe(item, patches) for item, patches in loaded])
+        return Inputs(tensors, [describe_media(item, patches) for item, patches in loaded])
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of one sequence; see `Tokenizer.decode`."""
@@ -337,26 +380,21 @@ class Processor:
     def _access(self) -> dict[str, Any]:
         return {"allow_remote": self.allow_remote, "allow_local_files": self.allow_local_files}
 
-    def _encode(self, segments: Sequence[Segment], pads: Iterator[int]) -> list[int]:
+    def _encode(self, spans: Sequence[Span], pads: Iterator[int]) -> tuple[list[int], list[int]]:
+        """Ids and labels of one prompt."""
         ids: list[int] = []
-        for segment in segments:
-            if isinstance(segment, Text):
-                ids += self.tokenizer.encode_plain(segment.text)
-            elif isinstance(segment, Control):
-                ids.append(self.tokenizer.id(segment.name))
-            else:
-                ids += [self.tokenizer.id(segment.pad)] * next(pads)
-        return ids
-
-    def _pad(self, rows: Sequence[Sequence[int]], side: str) -> dict[str, torch.Tensor]:
-        length = max(map(len, rows))
-        input_ids = torch.full((len(rows), length), self.tokenizer.pad_id, dtype=torch.int64)
-        attention_mask = torch.zeros_like(input_ids)
-        for n, row in enumerate(rows):
-            place = slice(length - len(row), length) if side == "left" else slice(0, len(row))
-            input_ids[n, place] = torch.tensor(row, dtype=torch.int64)
-            attention_mask[n, place] = 1
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
+        labels: list[int] = []
+        for span in spans:
+            start = len(ids)
+            for segment in span.segments:
+                if isinstance(segment, Text):
+                    ids += self.tokenizer.encode_plain(segment.text)
+                elif isinstance(segment, Control):
+                    ids.append(self.tokenizer.id(segment.name))
+                else:
+                    ids += [self.tokenizer.id(segment.pad)] * next(pads)
+            labels += ids[start:] if span.taught else [IGNORED] * (len(ids) - start)
+        return ids, labels
 
 
 def _conversations(messages: Any) -> list[tuple[Any, str]]:
@@ -384,13 +422,3 @@ def _item_limits(item: Media, limits: tuple[int, int], options: dict[str, Any]) 
     if item.detail == "low":
         low, high = min(low, LOW_DETAIL_PIXELS), min(high, LOW_DETAIL_PIXELS)
     return low, high
-
-
-def _describe(item: Media, patches: ImagePatches | VideoPatches) -> MediaInfo:
-    info = MediaInfo(
-        item.kind, item.where, patches.source_size, patches.resized_size, patches.grid_thw, patches.num_tokens
-    )
-    if isinstance(patches, ImagePatches):
-        return info
-    times = tuple(float(time) for time in patches.frame_times)
-    return replace(info, duration=patches.duration, native_fps=patches.native_fps, frame_times=times)

@@ -7,30 +7,34 @@ NEWLINE`, its content items stand side by side with no separator, an image is
 the default one.
 """
 
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from numbers import Integral, Real
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
 import torch
 
 from .errors import PromptError
-from .tokenizer import (
-    GROUNDING_TOKENS,
-    IM_END,
-    IM_START,
-    IMAGE_PAD,
-    VIDEO_PAD,
-    VISION_END,
-    VISION_START,
-)
+from .messages import LOW_DETAIL_PIXELS, Media, Part, Text, read_content, read_messages
+from .tokenizer import END_OF_TEXT, GROUNDING_TOKENS, IM_END, IM_START, VISION_END, VISION_START
+
+__all__ = [
+    "CHAT_TEMPLATE",
+    "DEFAULT_SYSTEM_PROMPT",
+    "LOW_DETAIL_PIXELS",
+    "Control",
+    "Media",
+    "Segment",
+    "Span",
+    "Text",
+    "check_placeholders",
+    "render",
+    "render_document",
+    "render_spans",
+]
 
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
-ROLES = ("system", "user", "assistant")
-DETAILS = ("auto", "high", "low")
-LOW_DETAIL_PIXELS = 256 * 28 * 28  # 256 tokens
 
 # For other programs: `render` as a Jinja template, which is what checkpoints carry.
 CHAT_TEMPLATE = (
@@ -62,44 +66,22 @@ CHAT_TEMPLATE = (
 
 
 @dataclass(frozen=True)
-class Text:
-    """Ordinary text, to be tokenised as such."""
-
-    text: str
-
-
-@dataclass(frozen=True)
 class Control:
     """One control token, by name."""
 
     name: str
 
 
-@dataclass(frozen=True)
-class Media:
-    """The place of one image or video: as many pad tokens as the media turns out to need.
-
-    Attributes:
-        source: what the item holds, as given (path, bytes, image, list of frames, ...).
-        options: the item's own preprocessing options, under the names of `IMAGE_OPTIONS` or `VIDEO_OPTIONS`.
-        where: the item's place in the messages, e.g. "messages[0].content[1]".
-        detail: "low" holds the image, or each frame, to `LOW_DETAIL_PIXELS` after resizing; "auto" and "high" change
-            nothing.
-    """
-
-    kind: Literal["image", "video"]
-    source: Any
-    options: dict[str, Any] = field(default_factory=dict)
-    where: str = ""
-    detail: str = "auto"
-
-    @property
-    def pad(self) -> str:
-        """Name of the placeholder token."""
-        return IMAGE_PAD if self.kind == "image" else VIDEO_PAD
-
-
 Segment = Text | Control | Media
+
+
+@dataclass(frozen=True)
+class Span:
+    """Segments that are all taught or all not. A span is tokenised apart from its neighbours, so that no token
+    crosses the border of what is taught."""
+
+    segments: tuple[Segment, ...]
+    taught: bool
 
 
 def render(
@@ -118,49 +100,103 @@ def render(
             or "path", and `{"type": "image_url", "image_url": source or {"url": source, "detail": "auto", "high" or
             "low"}}`, where "low" allows at most `LOW_DETAIL_PIXELS`; a video is the same with "video". Images and
             videos take options beside their source, see `IMAGE_OPTIONS` and `VIDEO_OPTIONS`. A key whose value is
-            None counts as left out.
+            None counts as left out. An item, and a whole message, takes `"loss": False`, see `render_spans`.
         add_generation_prompt: end with the opening of an assistant turn.
         add_vision_id: put "Picture N: " or "Video N: " before every item, counted over the whole
             conversation.
         where: the name that errors give to `messages`.
 
     Returns:
-        Segments in order. Neighbouring text is joined, so that it is tokenised as one. Text never stands for
-        a control token; only in assistant turns do the grounding markers (`GROUNDING_TOKENS`), which the
-        model itself writes, keep their meaning.
+        Segments in order. Neighbouring text is joined, so that it is tokenised as one, but for items with
+        `"loss": False`. Text never stands for a control token; only in what an assistant wrote do the grounding
+        markers (`GROUNDING_TOKENS`), which the model itself writes, keep their meaning.
 
     Raises:
         PromptError: naming the place, what it holds and what it wants.
     """
-    if isinstance(messages, str):
-        raise PromptError(f'{where}: wants a list of messages, got a str; write [{{"role": "user", "content": ...}}]')
-    if not isinstance(messages, (list, tuple)):
-        raise PromptError(f"{where}: wants a list of messages, got {type(messages).__name__}")
-    if not messages:
-        raise PromptError(f"{where}: wants at least one message, got an empty list")
-
-    segments: list[Segment] = []
-    count = {"image": 0, "video": 0}
-    turns = [_read_message(message, f"{where}[{n}]") for n, message in enumerate(messages)]
-    if turns[0][0] != "system":
-        turns.insert(0, ("system", [Text(DEFAULT_SYSTEM_PROMPT)]))
-    for role, items in turns:
-        segments += [Control(IM_START), Text(f"{role}\n")]
-        for item in items:
-            if isinstance(item, Media):
-                count[item.kind] += 1
-                if add_vision_id:
-                    name = "Picture" if item.kind == "image" else "Video"
-                    segments.append(Text(f"{name} {count[item.kind]}: "))
-                segments += [Control(VISION_START), item, Control(VISION_END)]
-            elif role == "assistant":
-                segments += _split_grounding(item.text)
-            else:
-                segments.append(item)
-        segments += [Control(IM_END), Text("\n")]
+    pieces = list(_pieces(messages, add_vision_id, where))
     if add_generation_prompt:
-        segments += [Control(IM_START), Text("assistant\n")]
-    return list(_join_text(segments))
+        pieces += [_Piece(Control(IM_START)), _Piece(Text("assistant\n"))]
+    runs = groupby(pieces, lambda piece: piece.inserted)
+    return [segment for _, run in runs for segment in _join_text([piece.segment for piece in run])]
+
+
+def render_spans(
+    messages: Sequence[Mapping[str, Any]], *, add_vision_id: bool = False, where: str = "messages"
+) -> list[Span]:
+    """Spans of one conversation to learn from.
+
+    Taught is what a model has to write by itself: in every turn of the assistant its text, with grounding markers as
+    control tokens, and the closing `<|im_end|>`. Not taught are the other turns, the marks and role that open a turn,
+    the newline behind it, images and videos with their marks wherever they stand, and
+
+    - messages with `"loss": False` of any role;
+    - items with `"loss": False` of an assistant's turn: what its runtime inserted, such as the result of a function
+      call. Their text comes from elsewhere and is ordinary text all through, grounding markers included.
+
+    An assistant's text is tokenised apart from the `assistant NEWLINE` before it, as it is where a model generates.
+
+    Args, raises: as :func:`render`.
+    """
+    runs = groupby(_pieces(messages, add_vision_id, where), lambda piece: (piece.taught, piece.inserted))
+    return [Span(tuple(_join_text([piece.segment for piece in run])), taught) for (taught, _), run in runs]
+
+
+def render_document(content: str | Sequence[Mapping[str, Any]], *, where: str = "content") -> list[Span]:
+    """Spans of a document to learn from: an image with its caption, a page with its text, text and images in turn.
+
+    There are no turns. All text is taught, with grounding markers as control tokens, and the `<|endoftext|>` that ends
+    it; images, videos and their marks are not, nor are items with `"loss": False`, whose text is ordinary.
+
+    Args:
+        content: text, or a list of items as messages hold them.
+
+    Raises:
+        PromptError: naming the place, what it holds and what it wants.
+    """
+    pieces = [piece for part in read_content(content, where) for piece in _part_pieces(part, True, True)]
+    pieces.append(_Piece(Control(END_OF_TEXT), True))
+    runs = groupby(pieces, lambda piece: piece.taught)
+    return [Span(tuple(_join_text([piece.segment for piece in run])), taught) for taught, run in runs]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    segment: Segment
+    taught: bool = False
+    inserted: bool = False  # by the runtime of an assistant
+
+
+def _pieces(messages: Sequence[Mapping[str, Any]], add_vision_id: bool, where: str) -> Iterator[_Piece]:
+    count = {"image": 0, "video": 0}
+    turns = read_messages(messages, where)
+    if turns[0].role != "system":
+        yield from (_Piece(Control(IM_START)), _Piece(Text(f"system\n{DEFAULT_SYSTEM_PROMPT}")))
+        yield from (_Piece(Control(IM_END)), _Piece(Text("\n")))
+    for turn in turns:
+        yield from (_Piece(Control(IM_START)), _Piece(Text(f"{turn.role}\n")))
+        written = turn.role == "assistant"
+        taught = written and turn.loss
+        for part in turn.parts:
+            if add_vision_id and isinstance(part.item, Media):
+                count[part.item.kind] += 1
+                name = "Picture" if part.item.kind == "image" else "Video"
+                yield _Piece(Text(f"{name} {count[part.item.kind]}: "), inserted=written and not part.loss)
+            yield from _part_pieces(part, written, taught)
+        yield from (_Piece(Control(IM_END), taught), _Piece(Text("\n")))
+
+
+def _part_pieces(part: Part, written: bool, taught: bool) -> Iterator[_Piece]:
+    """`written`: by the model, or as it should write, so that grounding markers are control tokens."""
+    inserted = written and not part.loss
+    if isinstance(part.item, Media):
+        segments: list[Segment] = [Control(VISION_START), part.item, Control(VISION_END)]
+        taught = False
+    else:
+        segments = _split_grounding(part.item.text) if written and part.loss else [part.item]
+        taught = taught and part.loss
+    for segment in segments:
+        yield _Piece(segment, taught, inserted)
 
 
 def check_placeholders(
@@ -231,162 +267,3 @@ def _split_grounding(text: str) -> list[Segment]:
     # re.split with one group puts the markers at the odd places.
     pieces = _GROUNDING_PATTERN.split(text)
     return [Control(piece) if n % 2 else Text(piece) for n, piece in enumerate(pieces)]
-
-
-def _read_message(message: object, where: str) -> tuple[str, list[Text | Media]]:
-    if not isinstance(message, Mapping):
-        raise PromptError(f'{where}: wants a dict with "role" and "content", got {type(message).__name__}')
-    _refuse_unknown_keys(message, ("role", "content"), "a message", where)
-    role = message.get("role")
-    if not isinstance(role, str) or role not in ROLES:
-        raise PromptError(f"{where}.role: wants one of {_quoted(ROLES)}, got {role!r}")
-    content = message.get("content")
-    if isinstance(content, str):
-        return role, [Text(content)]
-    if not isinstance(content, (list, tuple)):
-        raise PromptError(f"{where}.content: wants a str or a list of items, got {type(content).__name__}")
-    if not content:
-        raise PromptError(f"{where}.content: wants a str or at least one item, got an empty list")
-    return role, [_read_item(item, f"{where}.content[{n}]") for n, item in enumerate(content)]
-
-
-def _positive_int(value: object) -> int | None:
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        return None
-    number = int(value)
-    return number if number > 0 else None
-
-
-def _positive(value: object) -> float | None:
-    number = _not_negative(value)
-    return number if number else None
-
-
-def _not_negative(value: object) -> float | None:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        return None
-    number = float(value)
-    return number if math.isfinite(number) and number >= 0 else None
-
-
-@dataclass(frozen=True)
-class _Option:
-    name: str  # what the preprocessing calls it
-    read: Callable[[object], int | float | None]  # None: the value is refused
-    wants: str
-
-
-def _int_option(name: str) -> _Option:
-    return _Option(name, _positive_int, "a positive int")
-
-
-# Key of an item -> the option. The keys are those of qwen-vl-utils.
-IMAGE_OPTIONS: dict[str, _Option] = {
-    key: _int_option(key) for key in ("min_pixels", "max_pixels", "resized_height", "resized_width")
-}
-VIDEO_OPTIONS: dict[str, _Option] = {
-    "fps": _Option("fps", _positive, "a positive number"),
-    "nframes": _int_option("num_frames"),
-    "num_frames": _int_option("num_frames"),
-    "min_frames": _int_option("min_frames"),
-    "max_frames": _int_option("max_frames"),
-    "video_start": _Option("start", _not_negative, "seconds, a number not below 0"),
-    "video_end": _Option("end", _positive, "seconds, a positive number"),
-    "min_pixels": _int_option("min_pixels"),
-    "max_pixels": _int_option("max_pixels"),
-    "total_pixels": _int_option("total_pixels"),
-    "resized_height": _int_option("resized_height"),
-    "resized_width": _int_option("resized_width"),
-}
-
-# Payload key (and "type") -> kind.
-_KINDS: dict[str, Literal["text", "image", "video"]] = {
-    "text": "text",
-    "image": "image",
-    "image_url": "image",
-    "video": "video",
-    "video_url": "video",
-}
-# "type" -> keys under which an item may hold its source; the later ones do not say by themselves what it is.
-_SOURCE_KEYS = {kind: (kind,) for kind in _KINDS} | {kind: (kind, "url", "path") for kind in ("image", "video")}
-
-
-def _read_item(item: object, where: str) -> Text | Media:
-    if not isinstance(item, Mapping):
-        hint = '; write {"type": "text", "text": ...}' if isinstance(item, str) else ""
-        raise PromptError(f"{where}: wants a dict, got {type(item).__name__}{hint}")
-    given = {key: value for key, value in item.items() if value is not None}
-    payload = given.get("type")
-    if payload is None:
-        present = [key for key in _KINDS if key in given]
-        if len(present) != 1:
-            found = _quoted(present) if present else f"keys {_quoted(item)}"
-            raise PromptError(f"{where}: wants a 'type' or exactly one of {_quoted(_KINDS)}, got {found}")
-        payload = present[0]
-    if not isinstance(payload, str) or payload not in _KINDS:
-        raise PromptError(f"{where}.type: wants one of {_quoted(_KINDS)}, got {payload!r}")
-
-    kind = _KINDS[payload]
-    options = IMAGE_OPTIONS if kind == "image" else VIDEO_OPTIONS if kind == "video" else {}
-    # Tables fill absent columns with None: harmless in any key that some kind of item has.
-    others = {*_KINDS, "url", "path", *IMAGE_OPTIONS, *VIDEO_OPTIONS}
-    checked = [key for key in item if key in given or key not in others]
-    article = "an" if kind == "image" else "a"
-    sources = _SOURCE_KEYS[payload]
-    _refuse_unknown_keys(checked, ("type", *sources, *options), f"{article} {kind} item", where)
-    held = [key for key in sources if key in given]
-    if not held:
-        raise PromptError(f"{where}.{payload}: is missing from this item of type {payload!r}")
-    if len(held) > 1:
-        raise PromptError(f"{where}: wants one of {_quoted(sources)}, got {_quoted(held)}")
-
-    source, detail = given[held[0]], "auto"
-    if kind == "text":
-        if not isinstance(source, str):
-            raise PromptError(f"{where}.text: wants a str, got {type(source).__name__}")
-        return Text(source)
-    if payload.endswith("_url"):
-        source, detail = _read_url(source, f"{where}.{payload}")
-    return Media(kind, source, _read_options(given, options, where), where, detail)
-
-
-def _read_url(source: Any, where: str) -> tuple[Any, str]:
-    if not isinstance(source, Mapping):
-        return source, "auto"
-    _refuse_unknown_keys(source, ("url", "detail"), "a URL", where)
-    if source.get("url") is None:
-        raise PromptError(f"{where}.url: is missing")
-    detail = "auto" if source.get("detail") is None else source["detail"]
-    if not isinstance(detail, str) or detail not in DETAILS:
-        raise PromptError(f"{where}.detail: wants one of {_quoted(DETAILS)}, got {detail!r}")
-    return source["url"], detail
-
-
-def _read_options(given: Mapping[str, Any], options: Mapping[str, _Option], where: str) -> dict[str, Any]:
-    read: dict[str, Any] = {}
-    for key, option in options.items():
-        if key not in given:
-            continue
-        value = option.read(given[key])
-        if value is None:
-            raise PromptError(f"{where}.{key}: wants {option.wants}, got {given[key]!r}")
-        if option.name in read:
-            raise PromptError(
-                f"{where}: {_quoted(k for k, o in options.items() if o.name == option.name)} mean the same"
-            )
-        read[option.name] = value
-    if "fps" in read and "num_frames" in read:
-        raise PromptError(f"{where}: wants fps or num_frames, got both")
-    if ("resized_height" in read) != ("resized_width" in read):
-        raise PromptError(f"{where}: wants resized_height and resized_width together, got one of them")
-    return read
-
-
-def _refuse_unknown_keys(given: Any, known: Sequence[str], what: str, where: str) -> None:
-    unknown = [key for key in given if key not in known]
-    if unknown:
-        raise PromptError(f"{where}: unknown key {_quoted(unknown)}; {what} takes {_quoted(known)}")
-
-
-def _quoted(names: Any) -> str:
-    return ", ".join(map(repr, names))

@@ -363,7 +363,7 @@ def user(*content):
         (user({"type": "text", "text": 3}), r"^messages\[1\].content\[0\].text: wants a str, got int"),
         (
             user({"type": "text", "text": "x", "fps": 1}),
-            r"unknown key 'fps'; a text item takes 'type', 'text'$",
+            r"unknown key 'fps'; a text item takes 'type', 'text', 'loss'$",
         ),
         (user({"type": "image"}), r"^messages\[1\].content\[0\].image: is missing"),
         (user({"type": "image", "image": None}), r"^messages\[1\].content\[0\].image: is missing"),

@@ -1,0 +1,296 @@
+"""A mixture of sets of samples as one stream of examples: deterministic, split over ranks and workers, resumable."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from ...errors import DataError, MediaError, Qwen2VLError
+from ...processor import IGNORED, Processor
+from ..example import Example
+from .entry import DataEntry, Format, check_count
+from .json_files import JsonFiles, Raw, State
+from .records import read_record
+from .report import DataReport, Problem
+from .shards import Shards, expand
+
+logger = logging.getLogger("qwen2vl.training.data")
+MAX_BAD_IN_A_ROW = 1000
+
+
+def build_dataset(
+    entries: Sequence[Mapping[str, Any]],
+    processor: Processor,
+    *,
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    max_tokens: int,
+    epochs: int | None = None,
+    max_bad: int | None = 100,
+    threads: int = 2,
+) -> TrainingData:
+    """The data set that the tables of a configuration file describe.
+
+    Args:
+        entries: tables with the keys of :class:`DataEntry`, at least `path` and `format`.
+        processor: what samples are tokenised and their media are preprocessed with.
+        seed: of all orders. rank, world: which share of the samples this process reads, of how many.
+        max_tokens: samples with more are reported and skipped; nothing is ever cut.
+        epochs: passes over every entry, None for no end.
+        max_bad: so many positions may turn out malformed, or their media unreadable, before reading stops with an
+            error; 0 raises at the first, None never does for their number.
+        threads: that prepare samples ahead; 0 prepares each when it is asked for. Results do not depend on it. Workers
+            of a DataLoader prepare by themselves.
+
+    Raises:
+        DataError: naming the entry and key that is wrong, or the file that is missing or cannot be read.
+    """
+    if not isinstance(entries, (list, tuple)) or not entries:
+        raise DataError(f"data: wants a list of at least one table, got {entries!r}")
+    read = [DataEntry.from_config(entry, f"data[{n}]") for n, entry in enumerate(entries)]
+    return TrainingData(
+        read,
+        processor,
+        seed=seed,
+        rank=rank,
+        world=world,
+        max_tokens=max_tokens,
+        epochs=epochs,
+        max_bad=max_bad,
+        threads=threads,
+    )
+
+
+def read_examples(
+    path: str,
+    processor: Processor,
+    *,
+    format: Format = "conversations",
+    max_tokens: int = 32768,
+    max_bad: int | None = 0,
+    **options: Any,
+) -> Iterator[Example]:
+    """The examples of one set, once and in order.
+
+    Args:
+        options: further keys of :class:`DataEntry`.
+
+    Raises:
+        DataError: with the position of the sample; see :func:`build_dataset`, whose arguments the others are.
+    """
+    entry = {"path": path, "format": format, "shuffle": False, **options}
+    return iter(build_dataset([entry], processor, max_tokens=max_tokens, epochs=1, max_bad=max_bad, threads=0))
+
+
+class TrainingData(IterableDataset[Example]):
+    """A stream of examples; see :func:`build_dataset`, which makes one from tables.
+
+    Entries are drawn in the proportions of their weights, as evenly as whole samples allow and in the same sequence on
+    every rank; with `epochs` an entry that is used up drops out. What is drawn depends on the arguments alone: not on
+    threads, nor on which samples turn out to be bad.
+
+    Iterating goes on where the last iteration was left, and `state_dict` is about the examples that were given: one
+    loaded into an equal data set gives the next one. Under a DataLoader with workers, each worker reads a share of its
+    own; the state is then in the workers, where torchdata's StatefulDataLoader finds it. With `num_workers=0` and
+    `threads` the state is here.
+
+    Attributes:
+        report: what was used and what was skipped, and why.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[DataEntry],
+        processor: Processor,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        max_tokens: int,
+        epochs: int | None = None,
+        max_bad: int | None = 100,
+        threads: int = 2,
+    ):
+        super().__init__()
+        self.entries = tuple(entries)
+        self.processor = processor
+        self.seed = check_count(seed, "seed", least=0)
+        self.world = check_count(world, "world")
+        self.rank = check_count(rank, "rank", least=0)
+        if rank >= world:
+            raise DataError(f"rank: wants less than world = {world}, got {rank}")
+        self.max_tokens = check_count(max_tokens, "max_tokens")
+        self.epochs = None if epochs is None else check_count(epochs, "epochs")
+        self.max_bad = None if max_bad is None else check_count(max_bad, "max_bad", least=0)
+        self.threads = check_count(threads, "threads", least=0)
+        self.report = DataReport()
+        self._sources = [self._source(n, entry) for n, entry in enumerate(self.entries)]
+        # Of each entry: where its reader stands, and how often it was drawn.
+        self._states: list[State] = [{} for _ in self.entries]
+        self._drawn = [0] * len(self.entries)
+        self._consumers = (rank, world)  # whose states these are
+
+    def _source(self, n: int, entry: DataEntry) -> JsonFiles | Shards:
+        seed = [self.seed, n] if entry.shuffle else None
+        if entry.format == "webdataset":
+            return Shards(entry.paths, seed=seed, allow_remote=self.processor.allow_remote)
+        return JsonFiles(expand(entry.paths), media_root=entry.media_root, seed=seed)
+
+    def __iter__(self) -> Generator[Example, None, None]:
+        worker = get_worker_info()
+        consumer, consumers = self.rank, self.world
+        if worker is not None:
+            consumer, consumers = consumer * worker.num_workers + worker.id, consumers * worker.num_workers
+        if (consumer, consumers) != self._consumers:
+            if any(self._states):
+                raise DataError(
+                    f"state: is about part {self._consumers[0]} of {self._consumers[1]}, but this is part {consumer} "
+                    f"of {consumers}; load a state inside of the workers, or read with num_workers=0"
+                )
+            self._consumers = (consumer, consumers)
+        failed = [0] * len(self.entries)  # in a row
+        planned = self._plan(consumer, consumers)
+        for n, state, outcome in _ahead(planned, self._prepare, self.threads if worker is None else 0):
+            self._states[n] = state
+            self._drawn[n] += 1
+            if isinstance(outcome, Example):
+                failed[n] = 0
+                self.report.used += 1
+                yield outcome
+                continue
+            failed[n] += 1
+            self._count(outcome)
+            if failed[n] == MAX_BAD_IN_A_ROW:
+                raise DataError(
+                    f"{failed[n]} samples in a row could not be used, the last one {outcome.reason}: {outcome.message}",
+                    ", ".join(self.entries[n].paths),
+                )
+
+    def _plan(self, consumer: int, consumers: int) -> Iterator[tuple[int, State, Raw]]:
+        """The samples in order: entry, the entry's state behind it, the sample unprepared."""
+        readers = [
+            source.read(consumer, consumers, self.epochs, state)
+            for source, state in zip(self._sources, self._states, strict=True)
+        ]
+        drawn = list(self._drawn)
+        live = set(range(len(readers)))
+        while live:
+            # Of all shares the one that lags most (Webster's rule): each is within a sample or two of its weight.
+            n = min(live, key=lambda i: ((drawn[i] + 0.5) / self.entries[i].weight, i))
+            found = next(readers[n], None)
+            if found is None:
+                live.remove(n)
+                continue
+            drawn[n] += 1
+            yield n, found[1], found[0]
+
+    def _prepare(self, n: int, raw: Raw) -> Example | Problem:
+        """The example of a sample, or what is wrong with it."""
+        if raw.error:
+            return Problem(raw.source, "media", f"{raw.source}: {raw.error}")
+        try:
+            return self._example(self.entries[n], raw)
+        except _TooLong as error:
+            return Problem(raw.source, "too long", f"{raw.source}: {error}")
+        except MediaError as error:
+            return Problem(raw.source, "media", f"{raw.source}: {error}")
+        except Qwen2VLError as error:
+            return Problem(raw.source, "malformed", f"{raw.source}: {error}")
+        except Exception as error:
+            raise RuntimeError(f"{raw.source}: {type(error).__name__}: {error}") from error
+
+    def _example(self, entry: DataEntry, raw: Raw) -> Example:
+        kind, content = read_record(raw, entry)
+        if kind == "conversation":
+            inputs = self.processor.supervised(content, add_vision_id=entry.add_vision_id, **entry.options)
+        else:
+            inputs = self.processor.supervised_document(content, **entry.options)
+        ids, labels = inputs["input_ids"][0], inputs["labels"][0]
+        if len(ids) > self.max_tokens:
+            raise _TooLong(f"has {len(ids)} tokens, more than max_tokens = {self.max_tokens}")
+        if not bool((labels[1:] != IGNORED).any()):
+            raise DataError("has nothing to learn: no text of an assistant")
+        media = {
+            name: tensor for name, tensor in inputs.items() if name.startswith(("pixel_values", "image_", "video_"))
+        }
+        return Example(ids, labels, **media, source=raw.source)
+
+    def _count(self, problem: Problem) -> None:
+        if self.report.add(problem):
+            logger.warning("sample skipped (%s): %s", problem.reason, problem.message)
+        if self.max_bad is not None and self.report.bad > self.max_bad:
+            text = problem.message.removeprefix(f"{problem.source}: ")
+            if self.max_bad:
+                text += f" (this is bad sample {self.report.bad}, and max_bad is {self.max_bad})"
+            raise DataError(text, problem.source)
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for a state to mean the same; weights and preprocessing may change."""
+        kept = ("path", "format", "shuffle")
+        entries = [{key: value for key, value in asdict(entry).items() if key in kept} for entry in self.entries]
+        for entry in entries:
+            entry["path"] = [entry["path"]] if isinstance(entry["path"], str) else list(entry["path"])
+        return {"seed": self.seed, "entries": entries}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place behind the last example given, as JSON can hold it."""
+        return {
+            **self._identity(),
+            "part": list(self._consumers),
+            "states": [dict(state) for state in self._states],
+            "drawn": list(self._drawn),
+            "report": self.report.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on behind the example that `state_dict` was called after. An iteration under way does not notice.
+
+        Raises:
+            DataError: the state is of other entries, another seed or another rank, or of none.
+        """
+        for key, own in self._identity().items():
+            if key not in state or state[key] != own:
+                raise DataError(f"state.{key}: is {state.get(key)!r}, but this data set has {own!r}")
+        worker = get_worker_info()
+        if worker is None and list(state["part"]) != [self.rank, self.world]:
+            raise DataError(
+                f"state.part: is (rank, world) = {tuple(state['part'])}, but this is {(self.rank, self.world)}"
+            )
+        self._consumers = (state["part"][0], state["part"][1])
+        self._states = [dict(one) for one in state["states"]]
+        self._drawn = list(state["drawn"])
+        self.report.load_state_dict(state["report"])
+
+
+class _TooLong(DataError):
+    """A sample has more tokens than allowed."""
+
+
+def _ahead(
+    planned: Iterable[tuple[int, State, Raw]], prepare: Callable[[int, Raw], Any], threads: int
+) -> Iterator[tuple[int, State, Any]]:
+    """Each sample prepared, in order, up to twice as many as threads ahead of the one that is asked for."""
+    if threads == 0:
+        for n, state, raw in planned:
+            yield n, state, prepare(n, raw)
+        return
+    waiting: deque[tuple[int, State, Future[Any]]] = deque()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="qwen2vl-data")
+    try:
+        for n, state, raw in planned:
+            waiting.append((n, state, pool.submit(prepare, n, raw)))
+            if len(waiting) > 2 * threads:
+                n, state, future = waiting.popleft()
+                yield n, state, future.result()
+        while waiting:
+            n, state, future = waiting.popleft()
+            yield n, state, future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,131 @@
+"""What to read, as a table of a configuration file says it, and the account of what could not be read."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from ...actions import STYLES, Style
+from ...errors import DataError
+
+Format = Literal["conversations", "sharegpt", "webdataset"]
+_OPTIONS = (
+    "min_pixels",
+    "max_pixels",
+    "fps",
+    "num_frames",
+    "min_frames",
+    "max_frames",
+    "video_min_pixels",
+    "video_max_pixels",
+    "max_video_tokens",
+)
+
+
+@dataclass(frozen=True)
+class DataEntry:
+    """One set of samples.
+
+    Attributes:
+        path: file, glob pattern, range of shards ("shard-{0000..0099}.tar"), http(s) address of a shard where the
+            processor may fetch, or a list of these.
+        format: "conversations", Qwen's JSON or JSONL of `conversations` with `from` and `value`; "sharegpt", JSON or
+            JSONL of `messages` with `role` and `content`; "webdataset", tar files.
+        weight: samples drawn from it in proportion to those from the other entries.
+        media_root: folder that the paths of images and videos start from; default the folder of the file. Media of
+            shards are in the shards.
+        shuffle: read in another order each epoch, of samples or of shards and the samples inside each.
+        agent: "paper" or "qwen" where assistants' turns hold function calls in that form as text; "qwen" is the form
+            that structured calls (`function_call`, `observation`, `tools`) are written in where this is not given.
+        add_vision_id: number pictures and videos in the text.
+        options: how images and videos are preprocessed, under the names of `Processor.__call__`; in a table they stand
+            beside the other keys.
+    """
+
+    path: str | tuple[str, ...]
+    format: Format
+    weight: float = 1.0
+    media_root: str | None = None
+    shuffle: bool = True
+    agent: Style | None = None
+    add_vision_id: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.path,) if isinstance(self.path, str) else self.path
+
+    @classmethod
+    def from_config(cls, table: Mapping[str, Any], where: str = "data") -> DataEntry:
+        """From a table of a configuration file.
+
+        Raises:
+            DataError: naming an unknown or missing key, or a value of the wrong type or out of range.
+        """
+        if not isinstance(table, Mapping):
+            raise DataError(f"{where}: wants a table, got {type(table).__name__}")
+        names = [f.name for f in fields(cls) if f.name != "options"]
+        if unknown := [key for key in table if key not in (*names, *_OPTIONS)]:
+            raise DataError(f"{where}: unknown key {unknown[0]!r}; wants {', '.join((*names, *_OPTIONS))}")
+        for key in ("path", "format"):
+            if key not in table:
+                raise DataError(f"{where}.{key}: is missing")
+        return cls(
+            path=_read_paths(table["path"], f"{where}.path"),
+            format=_one_of(table["format"], get_args(Format), f"{where}.format"),
+            weight=_number(table.get("weight", 1.0), f"{where}.weight"),
+            media_root=_path(table.get("media_root"), f"{where}.media_root"),
+            shuffle=_flag(table.get("shuffle", True), f"{where}.shuffle"),
+            agent=None if table.get("agent") is None else _one_of(table["agent"], STYLES, f"{where}.agent"),
+            add_vision_id=_flag(table.get("add_vision_id", False), f"{where}.add_vision_id"),
+            options={
+                key: (_number if key == "fps" else check_count)(table[key], f"{where}.{key}")
+                for key in _OPTIONS
+                if table.get(key) is not None
+            },
+        )
+
+
+def check_count(value: object, where: str, *, least: int = 1) -> int:
+    """The value as a whole number not below `least`, else DataError."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise DataError(f"{where}: wants an int of at least {least}, got {value!r}")
+    return value
+
+
+def _number(value: object, where: str) -> float:
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    if not good:
+        raise DataError(f"{where}: wants a positive number, got {value!r}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _flag(value: object, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise DataError(f"{where}: wants true or false, got {value!r}")
+    return value
+
+
+def _one_of(value: object, allowed: tuple[str, ...], where: str) -> Any:
+    if not isinstance(value, str) or value not in allowed:
+        raise DataError(f"{where}: wants one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+def _path(value: object, where: str) -> str | None:
+    if value is not None and not isinstance(value, (str, os.PathLike)):
+        raise DataError(f"{where}: wants a path, got {value!r}")
+    return None if value is None else os.fspath(value)  # type: ignore[arg-type]
+
+
+def _read_paths(value: object, where: str) -> str | tuple[str, ...]:
+    if isinstance(value, (list, tuple)):
+        if not value:
+            raise DataError(f"{where}: wants at least one path, got none")
+        return tuple(str(_path(item, f"{where}[{n}]")) for n, item in enumerate(value))
+    if value is None:
+        raise DataError(f"{where}: wants a path, got None")
+    return str(_path(value, where))
