@@ -7,9 +7,9 @@ feature            what it does
 vision_rope        hooks around ``apply_rotary_pos_emb`` and its eager form: q and k of a vision tower in one kernel,
                    read where the projection left them
 quick_gelu         hooks in the place of ``QuickGELU.forward_cuda`` and ``forward_native``
-vision_attention   a vision attention backend ``qwen2vl``, taken where SGLang's default would be its Triton kernel, which
-                   pads heads to a power of two, and the heads are none: GPUs other than Hopper and Blackwell. Whoever
-                   names a backend (``--mm-attention-backend``, or a model) gets it.
+vision_attention   a vision attention backend ``qwen2vl``, taken where the default would be SGLang's Triton kernel (no
+                   Hopper, no Blackwell) and a head is not a power of two, which that kernel pads. Whoever names a
+                   backend (``--mm-attention-backend``, or a model) gets it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -47,54 +47,21 @@ def _patches() -> StackPatches:
         f"{_VISION}.resolve_seqlens": ("cu_seqlens", "bsz", "seq_len", "device"),
         "sglang.srt.runtime_context.get_mm": (),
     }
-    backends = Target(
-        "vision_attention",
-        f"QKV_BACKEND_IMPL[{BACKEND!r}]",
-        ("backend",),
-        f"{_VISION}:QKV_BACKEND_IMPL",
-        BACKEND,
-        None,
-        attention_class,
-    )
-    strided = Target(
-        "vision_attention",
-        "STRIDED_QKV_BACKENDS",
-        ("strided",),
-        _VISION,
-        "STRIDED_QKV_BACKENDS",
-        None,
-        lambda present: present | {BACKEND},
-    )
-    choice = ("self", "passed_backend")
+    entry, strided = f"{_VISION}:QKV_BACKEND_IMPL", "STRIDED_QKV_BACKENDS"
+    choice = "_determine_attention_backend", ("self", "passed_backend"), choose_attention, "AFTER", backend
     targets = [
         _hook("vision_rope", _ROTARY, "apply_rotary_pos_emb", rotary, vision_rope_around, "AROUND"),
         _hook("vision_rope", _ROTARY, "apply_rotary_pos_emb_native_eager", rotary, vision_rope_around, "AROUND"),
         _hook("quick_gelu", gelu, "forward_cuda", ("self", "x"), quick_gelu_forward, "REPLACE"),
         _hook("quick_gelu", gelu, "forward_native", ("self", "x"), quick_gelu_forward, "REPLACE"),
-        backends,
-        strided,
-        _hook(
-            "vision_attention",
-            attention,
-            "_determine_attention_backend",
-            choice,
-            choose_attention,
-            "AFTER",
-            backend,
-        ),
+        Target("vision_attention", "QKV_BACKEND_IMPL", (entry,), entry, BACKEND, None, attention_class),
+        Target("vision_attention", strided, (strided,), _VISION, strided, None, lambda present: present | {BACKEND}),
+        _hook("vision_attention", attention, *choice),
     ]
     return StackPatches("SGLang", "sglang", TESTED, targets)
 
 
-def _hook(
-    feature: str,
-    held: str,
-    name: str,
-    parameters: tuple[str, ...],
-    make: Callable[[Any], Any],
-    kind: str,
-    needs: dict[str, tuple[str, ...]] | None = None,
-) -> Registered:
+def _hook(feature: str, held: str, name: str, parameters: Any, make: Any, kind: str, needs: Any = None) -> Registered:
     """A function that SGLang's ``HookRegistry`` hooks, which reaches modules that imported it by name too."""
     path = f"{held.replace(':', '.')}.{name}"
 
@@ -119,9 +86,8 @@ def _hook(
         hooks[path] = others
         return True
 
-    return Registered(
-        feature, held, name, parameters, make, needs={**_REGISTER, **(needs or {})}, taken=taken, put=put, take=take
-    )
+    needs = {**_REGISTER, **(needs or {})}
+    return Registered(feature, held, name, parameters, make, needs=needs, taken=taken, put=put, take=take)
 
 
 def _put_back(owner: Any, name: str) -> None:
