@@ -77,6 +77,7 @@ class Report:
     shared: int
     wide: float | None  # share of the bytes that 16-byte instructions move, each counted once; None: no such access
     matrix: int  # instructions on the matrix units
+    products: int  # multiply-adds of these in the program's text, all warps together; 0 where SASS does not tell
     failures: tuple[str, ...]
 
 
@@ -158,7 +159,7 @@ def _compile(source: Any, launch: Launch, backend: str, arch: Any, warp: int) ->
 
 def _read(specimen: Specimen, launch: Launch, target: str, compiled: Any, shared_limit: int) -> Report:
     read = _read_gcn if "amdgcn" in compiled.asm else _read_sass
-    registers, spilled, widths, matrix = read(compiled)
+    registers, spilled, widths, matrix, products = read(compiled, launch.options["num_warps"])
     shared = compiled.metadata.shared
     moved = sum(width * count for width, count in widths.items())
     wide = sum(width * count for width, count in widths.items() if width >= 16) / moved if moved else None
@@ -174,11 +175,12 @@ def _read(specimen: Specimen, launch: Launch, target: str, compiled: Any, shared
     if specimen.partitioned and "ttg.warp_specialize" not in compiled.asm["ttgir"]:
         failures.append("all warps do the same work")
     name = launch.kernel.__name__.strip("_")
-    return Report(specimen.name, name, target, registers, spilled, shared, wide, matrix, tuple(failures))
+    return Report(specimen.name, name, target, registers, spilled, shared, wide, matrix, products, tuple(failures))
 
 
-def _read_sass(compiled: Any) -> tuple[int, int, Counter[int], int]:
-    """Registers a thread, bytes of local memory, instructions on global memory by width, matrix instructions."""
+def _read_sass(compiled: Any, warps: int) -> tuple[int, int, Counter[int], int, int]:
+    """Registers a thread, bytes of local memory, instructions on global memory by width, matrix instructions and the
+    multiply-adds that they name. ``warps``: of a program, without those that only fetch."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -196,10 +198,14 @@ def _read_sass(compiled: Any) -> tuple[int, int, Counter[int], int]:
         bits = re.search(r"\.(?:U8|S8|8)\b|\.(?:U16|S16|16)\b|\.(64|128|256)\b", modifiers)
         widths[4 if bits is None else int(bits[1]) // 8 if bits[1] else 1 if "8" in bits[0] else 2] += 1
     matrix = len(re.findall(r"\b(?:HMMA|IMMA|HGMMA|QGMMA|IGMMA|UTCHMMA|UTCQMMA|OMMA|QMMA|DMMA)\b", sass))
-    return registers, stack + local, widths, matrix
+    small = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8}  # of a warp
+    products = sum(small[shape] * warps for shape in re.findall(r"\bHMMA\.(16816|1688)\b", sass))
+    for m, n, k in re.findall(r"\bHGMMA\.(\d+)x(\d+)x(\d+)\b", sass):  # of four warps
+        products += int(m) * int(n) * int(k) * warps // 4
+    return registers, stack + local, widths, matrix, products
 
 
-def _read_gcn(compiled: Any) -> tuple[int, int, Counter[int], int]:
+def _read_gcn(compiled: Any, warps: int) -> tuple[int, int, Counter[int], int, int]:
     text = compiled.asm["amdgcn"]
 
     def number(name: str) -> int:
@@ -211,7 +217,7 @@ def _read_gcn(compiled: Any) -> tuple[int, int, Counter[int], int]:
     for kind in re.findall(r"\b(?:global|buffer)_(?:load|store)_(dwordx[234]|dword|ushort|short|ubyte|byte)", text):
         widths[sizes[kind]] += 1
     spilled = 4 * number("vgpr_spill_count") + number("private_segment_fixed_size")
-    return number("vgpr_count"), spilled, widths, len(re.findall(r"\bv_mfma_", text))
+    return number("vgpr_count"), spilled, widths, len(re.findall(r"\bv_mfma_", text)), 0
 
 
 def _output(*command: object) -> str:

@@ -69,7 +69,9 @@ def main(device: str = "cuda") -> list[str]:
         cu_seqlens = torch.tensor([0, 20, 20, 35], dtype=torch.int32)
         for causal, heads in ((False, 2), (True, 1)):
             q, k, v = random(37, 2, 80), random(37, heads, 80), random(37, heads, 80)
-            backward(K.varlen_attention(q, k, v, cu_seqlens, 20, causal=causal, backend=backend))
+            angles = torch.rand(37, 40, device=device)
+            for rope in (None, (angles.cos(), angles.sin())):
+                backward(K.varlen_attention(q, k, v, cu_seqlens, 20, causal=causal, rope=rope, backend=backend))
 
     def positions_of(backend: str) -> None:
         K.mrope_positions(ids, grid[:1], grid[1:], **tokens, backend=backend)
@@ -93,7 +95,7 @@ def main(device: str = "cuda") -> list[str]:
     done = []
     for op, run in runs.items():
         for backend in PREFERENCE[op][device]:
-            if backend in ("triton", "cuda") and unavailable(backend, device) is None:
+            if backend in ("triton", "hopper", "cuda") and unavailable(backend, device) is None:
                 run(backend)
                 done.append(op)
     if device == "cuda":

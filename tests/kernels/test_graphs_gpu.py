@@ -78,3 +78,35 @@ def test_a_merger_from_raster_order():
         graph.replay()
         got = captured.clone()
         assert torch.equal(got, run())
+
+
+@pytest.mark.parametrize("planned", ["in the graph", "before it"])
+@pytest.mark.parametrize("turned", [False, True], ids=["plain", "rope"])
+def test_attention_over_segments_that_change(planned, turned):
+    """Captured once, replayed on other boundaries, empty segments and rows that no segment holds."""
+    total, shape = 400, (400, 3, 4, 80)
+    qkv = torch.randn(shape, device="cuda").bfloat16()
+    cu_seqlens = torch.tensor([0, 100, 230, 400], dtype=torch.int32, device="cuda")
+    angles = torch.rand(total, 40, device="cuda") * 6
+    rope = (angles.cos(), angles.sin()) if turned else None
+    plan = K.plan_tiles(cu_seqlens.clone(), total)
+
+    def run():
+        tiles = plan if planned == "before it" else K.plan_tiles(cu_seqlens, total)
+        return K.varlen_attention(*qkv.unbind(1), cu_seqlens, total, tiles=tiles, rope=rope, backend="triton")
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for bounds in ([0, 100, 230, 400], [0, 0, 3, 390], [0, 390, 390, 390], [0, 0, 0, 0]):
+        qkv.copy_(torch.randn(shape, device="cuda"))
+        cu_seqlens.copy_(torch.tensor(bounds))
+        if planned == "before it":
+            plan.update_(cu_seqlens)
+        graph.replay()
+        got = captured.clone()
+        host = torch.tensor(bounds, dtype=torch.int32)
+        assert torch.equal(got, K.varlen_attention(*qkv.unbind(1), host, total, rope=rope, backend="triton"))
+        assert not got[bounds[-1] :].any()

@@ -10,7 +10,18 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from qwen2vl_kernels import append_kv, layer_norm, mrope, mrope_, patch_embed, quick_gelu, quick_gelu_, rms_norm, swiglu
+from qwen2vl_kernels import (
+    append_kv,
+    layer_norm,
+    mrope,
+    mrope_,
+    patch_embed,
+    quick_gelu,
+    quick_gelu_,
+    rms_norm,
+    swiglu,
+    varlen_attention,
+)
 from qwen2vl_kernels._backend import unavailable
 from tests.conftest import DEVICE
 
@@ -94,3 +105,19 @@ def test_slots(memory):
     flat = memory[: capacity * 16].view(1, capacity, 1, 16)
     append_kv(k, k, flat, flat, torch.tensor([capacity - 1, 5], device=DEVICE), backend="triton")
     assert torch.equal(flat[0, -1], k[0]) and torch.equal(flat[0, 5], k[1])
+
+
+@pytest.mark.parametrize("far", [0, 1], ids=["tokens", "heads"])
+def test_attention(memory, far):
+    """Forward, backward and with rotary tables, q, k and v each that far apart."""
+    cu = torch.tensor([0, 3, 4], dtype=torch.int32)
+    tables = torch.rand(2, 4, 8, device=DEVICE).unbind()
+    shape = (4, 2, 16) if far == 0 else (4, 4, 16)
+    for rope in (None, tables):
+        results = []
+        x = _spread(memory, *shape, far=far)
+        for rows in (x, x.clone().contiguous()):
+            rows = rows.detach().requires_grad_()
+            out = varlen_attention(rows, rows, rows, cu, 3, rope=rope, backend="triton")
+            results.append((out, *torch.autograd.grad(out.float().square().sum(), rows)))
+        assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))

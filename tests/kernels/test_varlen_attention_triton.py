@@ -328,3 +328,17 @@ def test_windows_are_another_cu_seqlens():
     heads_first = [x.transpose(0, 1).expand(2, -1, -1) for x in (q, k, v)]
     want = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=mask)
     torch.testing.assert_close(got, want.transpose(0, 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="PyTorch sees no CUDA device: 200 packs are for compiled kernels")
+@pytest.mark.parametrize("seed", range(200))
+def test_random_packs(seed):
+    generator = torch.Generator().manual_seed(seed)
+    pick = lambda *choices: choices[int(torch.randint(len(choices), (), generator=generator))]  # noqa: E731
+    lengths = [pick(0, 1, 63, 64, 65, 127, 130, 256, 257, 700) for _ in range(pick(1, 2, 5, 9))]
+    heads, kv_heads = pick((2, 2), (4, 1), (7, 1), (6, 2))
+    pack = _pack(
+        lengths, heads, kv_heads, pick(64, 72, 80, 96, 128), dtype=pick(torch.bfloat16, torch.float16), tail=pick(0, 5)
+    )
+    _check(*pack, causal=pick(False, True))
