@@ -27,6 +27,9 @@ _PACKAGES = (
     "matplotlib",
 )
 
+#: What is said of varlen_attention for each dtype and head_dim.
+_ATTENTION = ("dtype", "head_dim", "inference", "training", "why")
+
 
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
     """Versions, extensions, the backend of every operation, GPU and threads."""
@@ -42,6 +45,7 @@ def collect() -> dict[str, Any]:
     import torch
 
     from qwen2vl_kernels import _backend, _native
+    from qwen2vl_kernels.ops import varlen_attention
 
     tables = {device: _backend.table(device) for device in ("cpu", "cuda")}
     backends = sorted({b for row in _backend.PREFERENCE.values() for choices in row.values() for b in choices})
@@ -61,6 +65,10 @@ def collect() -> dict[str, Any]:
         "backends": {
             device: [{"op": op, "backend": backend, "not_taken": missed} for op, backend, missed in rows]
             for device, rows in tables.items()
+        },
+        "attention": {
+            device: [dict(zip(_ATTENTION, row, strict=True)) for row in varlen_attention.choices(device)]
+            for device in ("cpu", "cuda")
         },
         "unavailable": {
             name: reason for name in backends if (reason := _backend.unavailable(name, "cuda")) is not None
@@ -100,8 +108,22 @@ def _print(facts: dict[str, Any]) -> None:
     for cpu, cuda in zip(facts["backends"]["cpu"], facts["backends"]["cuda"], strict=True):
         table.add_row(cpu["op"], _choice(cpu), _choice(cuda))
     console.print(table)
+    console.print("\n[bold]varlen_attention[/] by dtype and head_dim: without gradients / with them")
+    table = _table("dtype", "head_dim", "cpu", "cuda", header=True)
+    for (dtype, cpu, cuda), head_dims in _grouped(facts["attention"]).items():
+        table.add_row(dtype, ", ".join(map(str, head_dims)), cpu, cuda)
+    console.print(table)
     for name, reason in facts["unavailable"].items():
         console.print(f"* no {name}: {escape(reason)}", soft_wrap=True)
+
+
+def _grouped(attention: dict[str, list[dict[str, Any]]]) -> dict[tuple[str, str, str], list[int]]:
+    """The head_dims that are served alike, by dtype and what serves them on a CPU and on a GPU."""
+    groups: dict[tuple[str, str, str], list[int]] = {}
+    for rows in zip(attention["cpu"], attention["cuda"], strict=True):
+        cpu, cuda = (f"{row['inference']} / {row['training']} ({row['why']})" for row in rows)
+        groups.setdefault((rows[0]["dtype"], cpu, cuda), []).append(rows[0]["head_dim"])
+    return groups
 
 
 def _choice(row: dict[str, Any]) -> str:

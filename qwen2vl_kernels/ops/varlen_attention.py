@@ -215,6 +215,19 @@ def preferred(device_type: str, dtype: torch.dtype, head_dim: int, tracked: bool
     return None, "first in the table"
 
 
+def choices(device_type: str) -> list[tuple[str, int, str, str, str]]:
+    """Rows ``(dtype, head_dim, backend without gradients, backend with them, why the first)`` for ``qwen2vl info``."""
+    rows = []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for head_dim in (64, 72, 80, 128, 512):
+            taken = []
+            for tracked in (False, True):
+                prefer, why = preferred(device_type, dtype, head_dim, tracked)
+                taken.append((resolve("varlen_attention", device_type, None, prefer), why))
+            rows.append((str(dtype).removeprefix("torch."), head_dim, taken[0][0], taken[1][0], taken[0][1]))
+    return rows
+
+
 def varlen_attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -364,7 +364,11 @@ def test_info(run):
     assert len(facts["gpus"]) == torch.cuda.device_count()
     for extension in facts["extensions"].values():
         assert extension["available"] == (extension["reason"] is None)
+    attention = {(row["dtype"], row["head_dim"]): row for row in facts["attention"]["cpu"]}
+    assert attention["bfloat16", 80]["inference"] == "blocked" and attention["bfloat16", 80]["training"] == "sdpa"
+    assert all(row["why"] for rows in facts["attention"].values() for row in rows)
     text = run("info").stdout
+    assert "varlen_attention by dtype and head_dim" in text and "64, 72, 80, 128" in text
     for row in facts["backends"]["cpu"]:
         assert row["op"] in text
     for reason in facts["unavailable"].values():
