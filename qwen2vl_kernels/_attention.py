@@ -32,8 +32,8 @@ class ForwardConfig:
     num_stages: int
 
 
-#: Longest first: the first entry whose columns hold a head's. By architecture (90: all of 9.x; 0: AMD's), 16-bit.
-#: Chosen so that nothing spills and two programs share a multiprocessor where they can; not yet timed on any GPU.
+#: For 16-bit tensors, by architecture (86: also 8.9; 0: AMD's), the first entry whose columns hold a head's. Chosen so
+#: that nothing spills and two programs share a multiprocessor where they can; not yet timed on any GPU.
 _CONFIGS: dict[int, tuple[tuple[int, ForwardConfig], ...]] = {
     80: ((96, ForwardConfig(128, 64, 8, 2)), (256, ForwardConfig(128, 32, 8, 2))),
     86: ((96, ForwardConfig(128, 64, 8, 2)), (256, ForwardConfig(128, 32, 8, 2))),

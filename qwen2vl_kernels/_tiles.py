@@ -55,8 +55,7 @@ class TilePlan:
         check = Checker("TilePlan.update_")
         check.require(self.padded, "the plan must be padded to take other boundaries: plan_tiles(..., padded=True)")
         check.tensor("cu_seqlens", cu_seqlens, (self.cu_seqlens.shape[0],), dtypes=(torch.int32,), any_device=True)
-        if cu_seqlens is not self.cu_seqlens:
-            self.cu_seqlens.copy_(cu_seqlens)
+        self.cu_seqlens.copy_(cu_seqlens)
         for rows, made in self._lists.items():
             made.copy_(make_tiles(self.cu_seqlens, rows, self.total, exact=False))
         return self
@@ -89,7 +88,10 @@ def plan_tiles(
         on_host or padded is not False, "padded must not be False for a cu_seqlens on a GPU: the host would wait"
     )
     place = cu_seqlens.device if device is None else torch.device(device)
-    return TilePlan(cu_seqlens, total, place, not on_host if padded is None else padded)
+    plan = TilePlan(cu_seqlens.detach(), total, place, not on_host if padded is None else padded)
+    if not cu_seqlens.is_inference():
+        _plans_of(cu_seqlens)[total, place] = plan  # for the backward, which gets tensors only
+    return plan
 
 
 def plan_for(cu_seqlens: torch.Tensor, total: int, device: torch.device) -> TilePlan:
@@ -101,13 +103,18 @@ def plan_for(cu_seqlens: torch.Tensor, total: int, device: torch.device) -> Tile
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if capturing or cu_seqlens.is_inference():  # whether inference tensors were written to cannot be told
         return TilePlan(cu_seqlens, total, device, padded)
+    known = _plans_of(cu_seqlens)
+    if (total, device) not in known:
+        known[total, device] = TilePlan(cu_seqlens.detach(), total, device, padded)
+    return known[total, device]
+
+
+def _plans_of(cu_seqlens: torch.Tensor) -> dict[tuple[int, torch.device], TilePlan]:
+    """Those made since the boundaries were last written to, by rows and device; they live as long as the tensor."""
     known = _plans.get(cu_seqlens)
     if known is None or known[0] != cu_seqlens._version:
         known = _plans[cu_seqlens] = (cu_seqlens._version, {})
-    key = (total, device)
-    if key not in known[1]:
-        known[1][key] = TilePlan(cu_seqlens.detach(), total, device, padded)
-    return known[1][key]
+    return known[1]
 
 
 def make_tiles(cu_seqlens: torch.Tensor, rows: int, total: int, exact: bool) -> torch.Tensor:

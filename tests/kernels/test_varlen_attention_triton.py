@@ -140,6 +140,8 @@ def test_tiles_are_made_once_for_all_layers():
     plan = plan_for(cu, 90, device)
     assert plan_for(cu, 90, device) is plan and plan_for(cu, 91, device) is not plan
     assert plan.tiles(32) is plan.tiles(32) and plan.tiles(16) is not plan.tiles(32)
+    ours = plan_tiles(cu, 91)
+    assert plan_for(cu, 91, device) is ours  # also the backward, which gets tensors only
     cu[1] = 41
     assert plan_for(cu, 90, device) is not plan
     with torch.inference_mode():
