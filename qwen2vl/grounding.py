@@ -247,7 +247,7 @@ def parse_point(value: object) -> Point:
 
 def from_qwen_vl(text: str) -> str:
     """The markup of Qwen-VL, `<ref>phrase</ref><box>(x1,y1),(x2,y2)</box>` and `<quad>`, with Qwen2-VL's markers."""
-    return _QWEN_VL.sub(lambda match: _QWEN_VL_MARKERS[match[0]], text)
+    return _QWEN_VL.sub(lambda match: _QWEN_VL_MARKERS[match[0]], text)  # pyright: ignore[reportArgumentType]
 
 
 _QWEN_VL_TAGS: tuple[str, ...] = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")

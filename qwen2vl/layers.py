@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -17,6 +19,12 @@ def idle_rows(x: torch.Tensor) -> int:
     if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16) or x.shape[0] < 256:
         return 0
     return -x.shape[0] % 8
+
+
+def length_bound(lengths: Sequence[int]) -> int:
+    """An upper bound of the lengths, a power of two: layers compiled for it serve packs of many lengths, and what
+    kernels choose by it changes at powers of two only."""
+    return 1 << (max(lengths) - 1).bit_length()
 
 
 class Linear(nn.Linear):

@@ -22,7 +22,7 @@ from qwen2vl_kernels import (
 
 from .cache import KVCache
 from .config import TextConfig
-from .layers import Embedding, Linear, RMSNorm, idle_rows
+from .layers import Embedding, Linear, RMSNorm, idle_rows, length_bound
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Pack:
     max_seqlen: int = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "max_seqlen", max(self.counts))
+        object.__setattr__(self, "max_seqlen", length_bound(self.counts))
 
     @property
     def resumed(self) -> bool:

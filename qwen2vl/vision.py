@@ -30,7 +30,7 @@ from qwen2vl_kernels import (
 from .config import VisionConfig
 from .errors import PromptError
 from .image import IMAGE_MEAN, IMAGE_STD
-from .layers import LayerNorm, Linear, idle_rows
+from .layers import LayerNorm, Linear, idle_rows, length_bound
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Pack:
     """What every block needs to know about the packed patches of one call.
 
     ``rope``: cosines and sines ``(T, D/2)`` of the patches' positions; ``cu_seqlens (S + 1,)`` int32 bounds of what
-    attends to itself, and ``tiles`` their plan for the attention's kernels.
+    attends to itself, ``max_seqlen`` rows at most, and ``tiles`` their plan for the attention's kernels.
     """
 
     rope: tuple[torch.Tensor, torch.Tensor]
@@ -192,7 +192,7 @@ class VisionTower(nn.Module):
         if idle := idle_rows(x):
             x, cos, sin = (F.pad(rows, (0, 0, 0, idle)) for rows in (x, cos, sin))
         tiles = plan_tiles(cu_seqlens, x.shape[0], device=device)
-        pack = Pack((cos, sin), cu_seqlens, max(lengths), tiles)
+        pack = Pack((cos, sin), cu_seqlens, length_bound(lengths), tiles)
         for block in self.blocks:
             x, residual = block(x, residual, pack)
         x = x if residual is None else x + residual

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 
 from ..files import read_json, write_json
 from ..model import Qwen2VL
@@ -78,7 +79,7 @@ def save(
         partial.mkdir(parents=True)
     parallel.barrier()
     with _alone_or_together() as no_dist:
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial), no_dist=no_dist)
+        state_dict_saver.save(tensors, storage_writer=FileSystemWriter(partial), no_dist=no_dist)
     torch.save({**own, "random": random_state()}, partial / f"rank-{parallel.rank:05d}.pt")
     parallel.barrier()
     if parallel.rank == 0:
@@ -103,7 +104,7 @@ def load(output: Path, step: int, tensors: dict[str, Any], facts: dict[str, Any]
         if have.get(key) != want:
             raise TrainingConfigError(f"resume: {folder} has {key} {have.get(key)!r}, this run has {want!r}")
     with _alone_or_together() as no_dist:
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=no_dist)
+        state_dict_loader.load(tensors, storage_reader=FileSystemReader(folder), no_dist=no_dist)
     return torch.load(folder / f"rank-{parallel.rank:05d}.pt", weights_only=True)
 
 

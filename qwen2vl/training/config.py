@@ -112,7 +112,7 @@ class TrainingConfig:
         if sys.version_info >= (3, 11):
             import tomllib
         else:
-            import tomli as tomllib
+            import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
         try:
             tables = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -108,7 +108,8 @@ class Optimizer:
         norm = self._norm()
         gradients = [e.master.grad for e in self.entries if e.master.grad is not None]
         if self.config.clip is not None and gradients:
-            torch._foreach_mul_(gradients, (self.config.clip / (norm + 1e-6)).clamp(max=1.0))
+            scale = (self.config.clip / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, scale)  # pyright: ignore[reportPrivateImportUsage]
         for group in self._adamw.param_groups:
             group["lr"] = factor * self.peaks[group["part"]]
         self._adamw.step()

@@ -202,16 +202,18 @@ class Packer:
 
     def _draw(self) -> None:
         """One more sample into the buffer."""
-        for attempt in range(2):
+        for _ in range(2):  # a dataset that ended begins anew, once
             if self._samples is None:
                 self._samples = iter(self.dataset)
             before = copy.deepcopy(self.dataset.state_dict())
             example = next(self._samples, None)
             if example is not None:
-                break
+                self._keep(before, example)
+                return
             self._samples = None
-            if attempt:
-                raise DataError("dataset: it ended without giving a single sample; see its report for what was dropped")
+        raise DataError("dataset: it ended without giving a single sample; see its report for what was dropped")
+
+    def _keep(self, before: dict[str, Any], example: Example) -> None:
         if example.tokens > self.max_tokens:
             raise DataError(
                 f"{example.source or 'example'}: has {example.tokens} tokens, more than max_tokens {self.max_tokens}"

@@ -182,7 +182,7 @@ def load_clip_tower(model: Qwen2VL, folder: Path) -> list[str]:
 def add_lora(model: Qwen2VL, config: LoraConfig) -> None:
     """Freeze everything and put peft's adapters into the decoder's linear layers, and the tower's blocks if asked."""
     try:
-        import peft
+        import peft  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise TrainingConfigError("lora: needs the package peft; pip install 'qwen2vl[train]'") from error
     model.requires_grad_(False)

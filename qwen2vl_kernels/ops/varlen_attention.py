@@ -283,16 +283,18 @@ def varlen_attention(
     check.require(cu_seqlens.shape[0] >= 1, "cu_seqlens must have at least one entry, got shape (0,)")
     ok = cu_seqlens.device.type == "cpu" or cu_seqlens.device == q.device
     check.require(ok, f"cu_seqlens must be on {q.device} or cpu, got {cu_seqlens.device}")
-    ok = isinstance(max_seqlen, int) and max_seqlen >= 0
-    check.require(ok, f"max_seqlen must be a non-negative int, got {max_seqlen!r}")
+    if not (isinstance(max_seqlen, int) and max_seqlen >= 0):  # words only then: a compiler has no number to put in
+        check.require(False, f"max_seqlen must be a non-negative int, got {max_seqlen!r}")
     ok = softmax_scale is None or softmax_scale > 0
     check.require(ok, f"softmax_scale must be positive, got {softmax_scale!r}")
     if rope is not None:
         _check_rope(check, q, rope)
     traced = torch.compiler.is_compiling() or type(q) is not torch.Tensor or q.is_meta
-    if tiles is not None:
+    if traced:  # neither is to be compiled in: code for one number of rows would serve no other
+        pass
+    elif tiles is not None:
         _check_tiles(check, tiles, cu_seqlens, q)
-    elif cu_seqlens.device.type == "cpu" and not traced:
+    elif cu_seqlens.device.type == "cpu":
         check_bounds(check, cu_seqlens.tolist(), q.shape[0], max_seqlen)
 
     tracked = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)

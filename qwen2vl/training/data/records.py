@@ -91,6 +91,8 @@ class _Media:
         self.queues: dict[str, Iterator[Any]] = {}
         self.counts: dict[str, int] = {}
         self.used: dict[str, int] = {"image": 0, "video": 0}
+        # A record that names members means those: frames of a video are no images of their own.
+        named = any(record.get(key) is not None for key in ("image", "images", "video", "videos"))
         for kind, extensions in (("image", _IMAGES), ("video", _VIDEOS)):
             keys = [key for key in (kind, f"{kind}s") if record.get(key) is not None]
             if len(keys) > 1:
@@ -100,7 +102,7 @@ class _Media:
                 listed = value if isinstance(value, list) else [value]
                 sources = [self._item(kind, source, f"{keys[0]}[{n}]") for n, source in enumerate(listed)]
             else:
-                own = [name for name in raw.members if name.rpartition(".")[2] in extensions]
+                own = [name for name in raw.members if not named and name.rpartition(".")[2] in extensions]
                 sources = [{"type": kind, kind: raw.members[name]} for name in own]
             self.queues[kind], self.counts[kind] = iter(sources), len(sources)
 

@@ -70,7 +70,7 @@ def install_vllm(monkeypatch: pytest.MonkeyPatch, version: str = "0.33.0", platf
             q, k, v = (x.reshape(*x.shape[:2], -1, self.head_size) for x in (query, key, value))
             bounds = cu_seqlens.tolist() if cu_seqlens is not None else [0, shape[1]]
             out = torch.zeros_like(q)
-            for a, b in zip(bounds, bounds[1:]):
+            for a, b in zip(bounds, bounds[1:], strict=False):
                 parts = (x[:, a:b].transpose(1, 2) for x in (q, k, v))
                 out[:, a:b] = F.scaled_dot_product_attention(*parts, scale=self.scale).transpose(1, 2)
             return out.reshape(shape)
