@@ -112,7 +112,8 @@ def render_turn(steps: Iterable[Step], style: Style = "qwen") -> list[dict[str, 
         if isinstance(step, Result):
             if not pending:
                 raise FunctionCallError(f"steps[{n}]: a result wants a call before it")
-            put("" if answered else f"\n{words.result}")
+            if not answered:
+                put(f"\n{words.result}")
             put(f"\n{words.result}: " if answered else ": ", False)
             for item in [{"type": "text", "text": step.content}] if isinstance(step.content, str) else step.content:
                 if isinstance(item.get("text"), str):
