@@ -88,11 +88,12 @@ class _Media:
     def __init__(self, record: Mapping[str, Any], raw: Raw, resolve: Resolve):
         self.resolve = resolve
         self.qwen_vl = False  # whether <img> was met
+        self.own = False  # whether items or <img> named media
         self.queues: dict[str, Iterator[Any]] = {}
         self.counts: dict[str, int] = {}
         self.used: dict[str, int] = {"image": 0, "video": 0}
-        # A record that names members means those: frames of a video are no images of their own.
-        named = any(record.get(key) is not None for key in ("image", "images", "video", "videos"))
+        # A shard's sample that names no media has its members in their order.
+        self.named = any(record.get(key) is not None for key in ("image", "images", "video", "videos"))
         for kind, extensions in (("image", _IMAGES), ("video", _VIDEOS)):
             keys = [key for key in (kind, f"{kind}s") if record.get(key) is not None]
             if len(keys) > 1:
@@ -102,7 +103,7 @@ class _Media:
                 listed = value if isinstance(value, list) else [value]
                 sources = [self._item(kind, source, f"{keys[0]}[{n}]") for n, source in enumerate(listed)]
             else:
-                own = [name for name in raw.members if not named and name.rpartition(".")[2] in extensions]
+                own = [] if self.named else [name for name in raw.members if name.rpartition(".")[2] in extensions]
                 sources = [{"type": kind, kind: raw.members[name]} for name in own]
             self.queues[kind], self.counts[kind] = iter(sources), len(sources)
 
@@ -123,7 +124,7 @@ class _Media:
                     )
                 found.append(item)
             else:
-                self.qwen_vl = True
+                self.qwen_vl = self.own = True
                 found.append({"type": "image", "image": self.resolve(piece[len("<img>") : -len("</img>")].strip())})
         return found or [{"type": "text", "text": ""}]
 
@@ -138,6 +139,7 @@ class _Media:
             for key in ("image", "video", "image_url", "video_url", "url", "path"):
                 if key not in item:
                     continue
+                self.own = True
                 if isinstance(item[key], Mapping) and isinstance(item[key].get("url"), str):
                     item[key] = {**item[key], "url": self.resolve(item[key]["url"])}
                 elif not item[key] and kind in ("image", "video"):  # {"type": "image"} in place of a tag
@@ -152,7 +154,7 @@ class _Media:
 
     def check_all_used(self) -> None:
         for kind, count in self.counts.items():
-            if count > self.used[kind]:
+            if count > self.used[kind] and (self.named or not self.own):
                 raise DataError(f"has {count} {kind}s, but {self.used[kind]} <{kind}> in its text")
 
     def _item(self, kind: str, source: Any, where: str) -> Item:
