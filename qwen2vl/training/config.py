@@ -1,6 +1,6 @@
 """The configuration of a training run: a TOML file with one table for each concern, every key checked and typed.
 
-``docs/training.md`` shows a file for each stage. Relative paths are taken from the folder of the file.
+Relative paths are taken from the folder of the file.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ MakeDataset = Callable[[int, int], Dataset]
 def read_dataset(config: TrainingConfig, rank: int, world: int) -> Dataset:
     """The dataset that ``config.data`` describes, read with the processor of ``config.model``."""
     from ..processor import Processor
-    from .data import build_dataset  # type: ignore[import-not-found]
+    from .data import build_dataset
 
     if not config.data:
         raise TrainingConfigError("data: no entry; a run needs at least one [[data]] table")
