@@ -337,8 +337,10 @@ def test_chat_on_a_terminal(place):
 
 def _take_terminal() -> None:
     import fcntl
+    import signal
     import termios
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's job in the background is started deaf to Ctrl-C
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
