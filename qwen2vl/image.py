@@ -32,6 +32,7 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 MIN_PIXELS = 56 * 56  # 4 tokens
 MAX_PIXELS = 12_845_056  # 16,384 tokens
 MAX_SOURCE_PIXELS = 178_956_970  # where Pillow, too, calls an image a decompression bomb
+MAX_PATCH_BYTES = 4 << 30  # of one image or video; more is a slip or an attack, and would be asked of the system
 MAX_IMAGE_BYTES = 1 << 30  # some decoders read the whole file before they look at it
 
 # Only formats that Pillow decodes by itself: EPS, for one, would run an interpreter on the file.
@@ -245,6 +246,14 @@ def _array_to_rgb(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
+def _check_patch_bytes(frames: int, height: int, width: int, size: int) -> None:
+    if size > MAX_PATCH_BYTES:
+        raise MediaError(
+            f"{frames} frames of {height} x {width} pixels make patches of {size} bytes, more than {MAX_PATCH_BYTES}; "
+            "lower min_pixels, max_pixels or the size asked for"
+        )
+
+
 class PatchBuffer:
     """The uint8 patches of a clip, filled frame by frame, so that no frame needs to be kept.
 
@@ -277,6 +286,7 @@ class PatchBuffer:
         self.height, self.width = height, width
         self.grid_thw = (steps, height // patch_size, width // patch_size)
         area = patch_size**2
+        _check_patch_bytes(num_frames, height, width, steps * height * width * 3 * temporal_patch_size)
         # (time step, patch, channel, frame in step, pixel)
         self._rows = torch.empty((steps, height * width // area, 3, temporal_patch_size, area), dtype=torch.uint8)
 
@@ -341,6 +351,7 @@ def preprocess_image(
     wanted = source_size if resized_height is None or resized_width is None else (resized_height, resized_width)
     try:
         height, width = smart_resize(*wanted, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
+        _check_patch_bytes(1, height, width, 3 * height * width)
     except MediaError as error:
         label = "image array" if isinstance(source, np.ndarray) else describe_source(source)
         raise MediaError(f"{label}: {error}") from None

@@ -99,15 +99,26 @@ class Qwen2VL(nn.Module):
             model = cls(config).to(dtype)
         device = _device(device)
         if device.type != "meta":
-            model.to_empty(device=device)
-            for name, parameter in model.named_parameters():
-                if name.endswith("bias"):
-                    nn.init.zeros_(parameter)
-                elif parameter.ndim == 1:
-                    nn.init.ones_(parameter)
-                else:
-                    nn.init.normal_(parameter, std=std)
+            model.init_weights(device, std)
         return model.eval()
+
+    def init_weights(self, device: torch.device, std: float = 0.02) -> None:
+        """Make every parameter that is still on the meta device, as :meth:`from_config` says; others stay."""
+        made: dict[torch.Tensor, nn.Parameter] = {}  # tied ones once
+        for module in list(self.modules()):
+            for name, meta in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+                if not meta.is_meta:
+                    continue
+                if meta not in made:
+                    parameter = nn.Parameter(torch.empty_like(meta, device=device), requires_grad=meta.requires_grad)
+                    if name.endswith("bias"):
+                        nn.init.zeros_(parameter)
+                    elif parameter.ndim == 1:
+                        nn.init.ones_(parameter)
+                    else:
+                        nn.init.normal_(parameter, std=std)
+                    made[meta] = parameter
+                setattr(module, name, made[meta])
 
     def save_pretrained(self, folder: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:
         """Write config.json, generation_config.json and safetensors in the released layout into ``folder``."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..errors import Qwen2VLError
+from ..errors import CheckpointError, Qwen2VLError
 from .common import stderr
 
 if TYPE_CHECKING:
@@ -57,8 +57,9 @@ def train(
 
     try:
         _train(TrainingConfig.from_toml(config), stage.value, resume)
-    except (TrainingConfigError, NonFiniteLossError):  # which every rank raises: one of them says it
-        if _rank():
+    except (TrainingConfigError, NonFiniteLossError, CheckpointError) as error:
+        # Which every rank raises: one of them says it, of files one on each machine, which may have others.
+        if int(os.environ.get("LOCAL_RANK", 0)) if isinstance(error, CheckpointError) else _rank():
             raise typer.Exit(1) from None
         raise
 
@@ -81,6 +82,10 @@ def _train(config: TrainingConfig, stage: str, resume: bool) -> None:
             "out of memory: lower run.max_tokens (and raise run.accumulation), keep run.checkpoint_activations, "
             "or shard over more devices"
         ) from error
+    except RuntimeError as error:
+        if torch.distributed.is_initialized() and _tells_of_another_rank(error):
+            raise Qwen2VLError(f"rank {_rank()}: another rank stopped ({str(error).splitlines()[0]})") from error
+        raise
     except KeyboardInterrupt:
         if _rank() == 0:
             saved = steps_saved(output)
@@ -95,6 +100,12 @@ def _train(config: TrainingConfig, stage: str, resume: bool) -> None:
         for number, report in enumerate(reports):
             stderr.print(f"data{f' of rank {number}' if len(reports) > 1 else ''}: {report}", markup=False)
         print(output / "model")
+
+
+def _tells_of_another_rank(error: RuntimeError) -> bool:
+    import torch
+
+    return isinstance(error, torch.distributed.DistError) or "peer" in str(error) or "gloo" in str(error)
 
 
 def _rank() -> int:

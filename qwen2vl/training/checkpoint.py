@@ -13,35 +13,32 @@ import os
 import random
 import re
 import shutil
+import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 
 from ..files import read_json, write_json
 from ..model import Qwen2VL
+from ..processor import Processor
 from .errors import TrainingConfigError
 from .parallel import Parallel, whole
 from .stages import merged_parameters
 
 _NAME = re.compile(r"step-(\d{8})")
-#: What a processor reads, copied beside exported weights when the run began from a folder that has it.
-_PROCESSOR_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "generation_config.json",
-)
+#: Copied beside exported weights as they are; tokenizer and image settings are written as the processor has them.
+_COPIED = ("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
 
 
 def steps_saved(output: Path) -> list[int]:
@@ -74,38 +71,61 @@ def save(
     """
     final = folder_of(output, step)
     partial = final.with_name(f".{final.name}.partial")
-    if parallel.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    parallel.barrier()
-    with _alone_or_together() as no_dist:
-        state_dict_saver.save(tensors, storage_writer=FileSystemWriter(partial), no_dist=no_dist)
-    torch.save({**own, "random": random_state()}, partial / f"rank-{parallel.rank:05d}.pt")
-    parallel.barrier()
-    if parallel.rank == 0:
-        write_json(partial / "run.json", {**facts, "step": step, "world": parallel.world})
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        for old in steps_saved(output)[:-keep]:
-            shutil.rmtree(folder_of(output, old))
-    parallel.barrier()
+    with _interrupts_wait():
+        if parallel.rank == 0:
+            for left in final.parent.glob(".step-*.partial"):  # by a kill
+                shutil.rmtree(left, ignore_errors=True)
+            partial.mkdir(parents=True)
+        parallel.barrier()
+        with _alone_or_together() as no_dist:
+            state_dict_saver.save(tensors, storage_writer=FileSystemWriter(partial), no_dist=no_dist)
+        torch.save({**own, "random": random_state()}, partial / f"rank-{parallel.rank:05d}.pt")
+        parallel.barrier()
+        if parallel.rank == 0:
+            write_json(partial / "run.json", {**facts, "step": step, "world": parallel.world})
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial, final)
+            for old in steps_saved(output)[:-keep]:
+                shutil.rmtree(folder_of(output, old), ignore_errors=True)
+        parallel.barrier()
     return final
 
 
 def load(output: Path, step: int, tensors: dict[str, Any], facts: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
     """Fill ``tensors`` in place; returns this rank's ``own``, with "random" for :func:`set_random_state`.
 
-    Raises :class:`TrainingConfigError` when the checkpoint is of another stage or number of ranks: tensors would fit,
-    but where each rank's data stands could not be told.
+    Raises :class:`TrainingConfigError` when the checkpoint's facts are others or it was written by another number of
+    ranks (tensors would fit, but where each rank's data stands could not be told), or when it is damaged.
     """
     folder = folder_of(output, step)
     have = read_json(folder / "run.json")
     for key, want in {**facts, "world": parallel.world}.items():
         if have.get(key) != want:
             raise TrainingConfigError(f"resume: {folder} has {key} {have.get(key)!r}, this run has {want!r}")
-    with _alone_or_together() as no_dist:
-        state_dict_loader.load(tensors, storage_reader=FileSystemReader(folder), no_dist=no_dist)
-    return torch.load(folder / f"rank-{parallel.rank:05d}.pt", weights_only=True)
+    try:
+        with _alone_or_together() as no_dist:
+            state_dict_loader.load(tensors, storage_reader=FileSystemReader(folder), no_dist=no_dist)
+        return torch.load(folder / f"rank-{parallel.rank:05d}.pt", weights_only=True)
+    except (CheckpointException, OSError, EOFError, RuntimeError, UnpicklingError) as error:
+        # The exception of torch.distributed.checkpoint lists every rank's traceback; the last line says what it was.
+        last = [line for line in str(error).splitlines() if line.strip()][-1:]
+        raise TrainingConfigError(f"resume: {folder} is damaged or of another model: {''.join(last)}") from error
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Ctrl-C counts when this is over: in the middle it would leave ranks waiting and half a checkpoint."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
 
 
 @contextmanager
@@ -140,7 +160,7 @@ def export(model: Qwen2VL, folder: Path, parallel: Parallel, *, processor: Path 
     Rank 0 holds the whole model on the host meanwhile.
     """
     found: dict[str, torch.Tensor] = {}
-    for name, tensor in merged_parameters(model).items():
+    for name, tensor in merged_parameters(model):
         full = whole(tensor)
         if parallel.rank == 0:
             found[name] = full.detach().cpu()
@@ -150,7 +170,9 @@ def export(model: Qwen2VL, folder: Path, parallel: Parallel, *, processor: Path 
         plain.load_state_dict(found, strict=True, assign=True)
         plain.generation_defaults = model.generation_defaults
         plain.save_pretrained(folder)
-        for name in _PROCESSOR_FILES:
-            if processor is not None and (processor / name).is_file() and not (folder / name).exists():
-                shutil.copyfile(processor / name, folder / name)
+        if processor is not None and (processor / "tokenizer.json").is_file():
+            Processor.from_pretrained(processor).save_pretrained(folder)
+            for name in _COPIED:
+                if (processor / name).is_file() and not (folder / name).exists():
+                    shutil.copyfile(processor / name, folder / name)
     parallel.barrier()

@@ -22,7 +22,7 @@ class ModelConfig:
     config: str | None = None  # "2b", "7b", "72b", or a folder with a config.json
     llm: str | None = None  # Qwen2 text checkpoint, a folder or hub id
     tower: str | None = None  # CLIP vision checkpoint (transformers' layout), a folder or hub id
-    processor: str | None = None  # tokenizer and image settings; default the checkpoint's, else the llm's
+    processor: str | None = None  # folder or hub id of a Qwen2-VL tokenizer and image settings; default the checkpoint
     dtype: str = "bfloat16"
     master_weights: bool = True  # the optimiser keeps float32 copies of 16-bit parameters
 
@@ -72,6 +72,7 @@ class ParallelConfig:
 
     mode: str | None = None
     tensor: int = 1  # ranks that split the decoder's layers
+    timeout: float = 1800.0  # seconds after which a rank that waits for the others gives up
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ class TrainingConfig:
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise TrainingConfigError(f"{path}: cannot be read as TOML: {error}") from error
         try:
-            return cls.from_dict(tables, folder=path.parent)
+            # Absolute, so that a run is the same from whatever folder it is resumed.
+            return cls.from_dict(tables, folder=path.parent.resolve())
         except TrainingConfigError as error:
             raise TrainingConfigError(f"{path}: {error}") from None
 
@@ -171,6 +173,7 @@ def _rules(c: TrainingConfig):
     yield o.clip is None or o.clip > 0, "optimizer.clip", "positive", o.clip
     yield p.mode in (None, "none", "ddp", "fsdp"), "parallel.mode", "none, ddp or fsdp", p.mode
     yield p.tensor > 0, "parallel.tensor", "positive", p.tensor
+    yield p.timeout > 0, "parallel.timeout", "positive", p.timeout
     if c.lora is not None:
         yield c.lora.rank > 0, "lora.rank", "positive", c.lora.rank
         yield c.lora.alpha > 0, "lora.alpha", "positive", c.lora.alpha

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -44,11 +45,15 @@ class Logs:
         self.folder, self.plot = folder, plot
         self.path = folder / "log.csv"
         kept = [row for row in read_log(folder) if int(row["step"]) <= start] if start else []
-        self._file = self.path.open("w", newline="", encoding="utf-8")
-        self._csv = csv.DictWriter(self._file, [f.name for f in fields(Record)])
-        self._csv.writeheader()
-        self._csv.writerows(kept)
-        self._file.flush()
+        names = [f.name for f in fields(Record)]
+        fresh = self.path.with_name(".log.csv.partial")  # a kill in the middle must not take the old lines away
+        with fresh.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(kept)
+        os.replace(fresh, self.path)
+        self._file = self.path.open("a", newline="", encoding="utf-8")
+        self._csv = csv.DictWriter(self._file, names)
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter

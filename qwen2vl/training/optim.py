@@ -101,11 +101,16 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, factor: float) -> torch.Tensor:
-        """Clip, update with ``factor`` times the peak rates, clear gradients; returns the norm before clipping."""
+        """Clip, update with ``factor`` times the peak rates, clear gradients; returns the norm before clipping.
+
+        Where the norm is not finite nothing is changed and the gradients stay, for :meth:`not_finite` to look at.
+        """
         for entry in self.entries:
             if entry.master is entry.local:
                 entry.master.grad = entry.gradient
         norm = self._norm()
+        if not torch.isfinite(norm):  # the same on every rank
+            return norm
         gradients = [e.master.grad for e in self.entries if e.master.grad is not None]
         if self.config.clip is not None and gradients:
             scale = (self.config.clip / (norm + 1e-6)).clamp(max=1.0)
@@ -118,6 +123,10 @@ class Optimizer:
                 entry.local.copy_(entry.master)
             entry.parameter.grad = entry.master.grad = None
         return norm
+
+    def not_finite(self) -> list[str]:
+        """Names of the parameters whose gradients, this rank's part of them, are not finite."""
+        return [e.name for e in self.entries if e.master.grad is not None and not e.master.grad.isfinite().all()]
 
     def _norm(self) -> torch.Tensor:
         """Norm of the whole model's gradient, the same on every rank."""

@@ -28,7 +28,8 @@ _GRIDS = ("image_grid_thw", "video_grid_thw")
 
 
 class Dataset(Protocol):
-    """What packing draws from. ``state_dict`` says where the samples given so far end."""
+    """What packing draws from. ``state_dict`` says where the samples given so far end; what it returned stays as it is
+    when more are given."""
 
     def __iter__(self) -> Iterator[Example]: ...
 
@@ -48,7 +49,7 @@ class Batch:
         positions: ``(3, T)`` int64 M-RoPE positions, from zero in every sample.
         cu_seqlens: ``(S + 1,)`` int32 bounds of the samples; stays on the host, where attention reads it.
         pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw: those of all samples in order.
-        sources: where each sample came from; ``""`` for the placeholder image.
+        sources: where each sample came from; None for the placeholder image, which is no sample.
     """
 
     input_ids: torch.Tensor
@@ -59,7 +60,7 @@ class Batch:
     image_grid_thw: torch.Tensor | None
     pixel_values_videos: torch.Tensor | None
     video_grid_thw: torch.Tensor | None
-    sources: tuple[str, ...]
+    sources: tuple[str | None, ...]
 
     @property
     def tokens(self) -> int:
@@ -89,8 +90,10 @@ def collate(examples: Sequence[Example], config: Qwen2VLConfig) -> Batch:
         raise DataError("examples: a pack needs at least one sample, got none")
     for example in examples:
         _check(example, config)
+    sources: list[str | None] = [e.source for e in examples]
     if all(e.pixel_values is None and e.pixel_values_videos is None for e in examples):
         examples = [*examples, _placeholder(config)]
+        sources.append(None)
     media = {name: _joined(examples, name) for name in (*_ROWS, *_GRIDS)}
     input_ids = torch.cat([e.input_ids for e in examples])
     targets = torch.cat([torch.cat((e.labels[1:], e.labels.new_full((1,), IGNORE))) for e in examples])
@@ -104,8 +107,7 @@ def collate(examples: Sequence[Example], config: Qwen2VLConfig) -> Batch:
         video_token_id=config.video_token_id,
         spatial_merge_size=config.vision.spatial_merge_size,
     )
-    sources = tuple(e.source for e in examples)
-    return Batch(input_ids, targets, positions[:, 0], cu_seqlens, sources=sources, **media)
+    return Batch(input_ids, targets, positions[:, 0], cu_seqlens, sources=tuple(sources), **media)
 
 
 def _placeholder(config: Qwen2VLConfig) -> Example:
@@ -208,7 +210,7 @@ class Packer:
         for _ in range(2):  # a dataset that ended begins anew, once
             if self._samples is None:
                 self._samples = iter(self.dataset)
-            before = copy.deepcopy(self.dataset.state_dict())
+            before = self.dataset.state_dict()
             example = next(self._samples, None)
             if example is not None:
                 self._keep(before, example)
@@ -224,9 +226,9 @@ class Packer:
 
     def state_dict(self) -> dict[str, Any]:
         if not self._waiting:
-            return {"dataset": copy.deepcopy(self.dataset.state_dict()), "waiting": [], "drawn": self._drawn}
+            return {"dataset": self.dataset.state_dict(), "waiting": [], "drawn": self._drawn}
         return {
-            "dataset": copy.deepcopy(self._waiting[0][0]),
+            "dataset": self._waiting[0][0],
             "waiting": [number for _, number, _ in self._waiting],
             "drawn": self._drawn,
         }

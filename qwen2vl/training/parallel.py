@@ -62,16 +62,21 @@ class Parallel:
         dist.all_gather_object(found, thing, group=self.data_group)
         return [item for one in found for item in one]
 
+    def agree(self, number: int) -> bool:
+        """Whether the ranks that split the decoder's layers all pass the same number, of 63 bits."""
+        if self.mesh is None or self.tensor == 1:
+            return True
+        ends = torch.tensor([number, -number], dtype=torch.int64, device=self.device)
+        dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=self.mesh.get_group("tensor"))
+        return int(ends[0]) == -int(ends[1])
+
     def barrier(self) -> None:
         if self.mesh is not None:
             dist.barrier()
 
 
-def start(config: ParallelConfig, shape: Qwen2VLConfig, *, timeout: float = 1800.0) -> Parallel:
+def start(config: ParallelConfig, shape: Qwen2VLConfig) -> Parallel:
     """Join the processes that torchrun started, or stand alone.
-
-    Args:
-        timeout: seconds after which a rank that waits for the others gives up.
 
     Raises :class:`TrainingConfigError` when the configuration and the processes, or the model, do not fit.
     """
@@ -97,7 +102,7 @@ def start(config: ParallelConfig, shape: Qwen2VLConfig, *, timeout: float = 1800
     if mode == "none":
         return Parallel(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=config.timeout))
     mesh = init_device_mesh(device.type, (world // config.tensor, config.tensor), mesh_dim_names=("data", "tensor"))
     return Parallel(
         device, mode, rank, world, rank // config.tensor, world // config.tensor, config.tensor, mesh

@@ -7,14 +7,16 @@ instruct     the language model learns, the tower is frozen
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .. import hub, weights
-from ..config import Qwen2VLConfig
+from ..config import Qwen2VLConfig, VisionConfig
 from ..errors import CheckpointError
 from ..files import read_json
 from ..model import Qwen2VL
@@ -55,11 +57,12 @@ def build_model(config: ModelConfig, *, seed: int = 0) -> Qwen2VL:
     assert config.config is not None
     folder = Path(config.config)
     shape = Qwen2VLConfig.from_pretrained(folder) if folder.is_dir() else Qwen2VLConfig.preset(config.config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen2VL.from_config(shape, device="cpu", dtype=config.dtype)
+    model = Qwen2VL.from_config(shape, device="meta", dtype=config.dtype)
     if config.llm is not None:
         load_qwen2(model, hub.resolve(config.llm))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.init_weights(torch.device("cpu"))
     if config.tower is not None:
         load_clip_tower(model, hub.resolve(config.tower))
     return model.train()
@@ -81,6 +84,8 @@ _SHARED = (
 def load_qwen2(model: Qwen2VL, folder: Path) -> None:
     """Fill the language model and its head from a Qwen2 text checkpoint in ``folder`` (transformers' layout).
 
+    Its tensors are then on the CPU, maps of the files where the dtype allows, even of a model on the meta device.
+
     Tensor names are the model's own. Raises :class:`CheckpointError` listing what does not fit.
     """
     theirs = read_json(folder / "config.json")
@@ -98,7 +103,7 @@ def load_qwen2(model: Qwen2VL, folder: Path) -> None:
     if not text.tie_word_embeddings:
         part.lm_head = model.lm_head
     ignore = ("lm_head.weight",) if text.tie_word_embeddings else ()
-    weights.load_weights(part, folder, device=model.device, dtype=model.dtype, ignore=ignore)
+    weights.load_weights(part, folder, device=torch.device("cpu"), dtype=model.dtype, ignore=ignore)
 
 
 #: (name in a block of transformers' CLIPVisionModel, name in ours); the three projections become one.
@@ -130,8 +135,9 @@ def load_clip_tower(model: Qwen2VL, folder: Path) -> list[str]:
     each frame, so that two equal frames embed as the image did.
 
     Returns the names of the vision tensors that were dropped. Raises :class:`CheckpointError` listing what is missing,
-    left over or of another shape.
+    left over or of another shape, or what config.json says otherwise than the tower.
     """
+    _check_clip_config(read_json(folder / "config.json"), model.config.vision, folder)
     found: dict[str, torch.Tensor] = {}
     for path in weights.shards(folder):
         try:
@@ -176,11 +182,31 @@ def load_clip_tower(model: Qwen2VL, folder: Path) -> list[str]:
     return dropped
 
 
+def _check_clip_config(theirs: Any, vision: VisionConfig, folder: Path) -> None:
+    """What tensors' shapes do not tell. The epsilon of norms, CLIP's 1e-5 and the tower's 1e-6, is let pass."""
+    theirs = theirs.get("vision_config", theirs) if isinstance(theirs, dict) else {}
+    wanted = {
+        "num_attention_heads": vision.num_heads,
+        "patch_size": vision.patch_size,
+        "num_hidden_layers": vision.depth,
+        "hidden_act": "quick_gelu",
+    }
+    wrong = [f"{key} {theirs[key]!r}, the tower has {want!r}" for key, want in wanted.items()
+             if key in theirs and theirs[key] != want]  # fmt: skip
+    if wrong:
+        raise CheckpointError(f"{folder}: config.json does not fit: {'; '.join(wrong)}")
+
+
 # ---------------------------------------------------------------------------------------------------------------- LoRA
 
 
-def add_lora(model: Qwen2VL, config: LoraConfig) -> None:
-    """Freeze everything and put peft's adapters into the decoder's linear layers, and the tower's blocks if asked."""
+def add_lora(model: Qwen2VL, config: LoraConfig, stage: str) -> None:
+    """Freeze everything and put peft's adapters into the decoder's linear layers, and the tower's blocks if asked.
+
+    Raises :class:`TrainingConfigError` for a stage that freezes the decoder, a target that is none, and without peft.
+    """
+    if "llm" not in STAGES[stage]:
+        raise TrainingConfigError(f"lora: adapters of the decoder do not go with stage {stage}, which freezes it")
     try:
         import peft  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -209,16 +235,16 @@ def add_lora(model: Qwen2VL, config: LoraConfig) -> None:
             parameter.data = parameter.data.to(model.dtype)
 
 
-def merged_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The model's parameters under their released names, adapters added to the weights that they adapt."""
-    found: dict[str, torch.Tensor] = {}
-    deltas: dict[str, torch.Tensor] = {}
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A") and hasattr(module, "get_delta_weight"):
-            deltas[f"{name}.weight"] = module.get_delta_weight("default").detach()  # type: ignore[operator]
+def merged_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The model's parameters under their released names, adapters added to the weights that they adapt, one after
+    another, so that no more than one merged matrix is held."""
+    adapted = {f"{name}.base_layer.weight": module for name, module in model.named_modules()
+               if hasattr(module, "lora_A") and hasattr(module, "get_delta_weight")}  # fmt: skip
     for name, parameter in model.named_parameters():
-        if ".lora_" not in name:
-            found[name.replace(".base_layer.", ".")] = parameter.detach()
-    for name, delta in deltas.items():
-        found[name] = (found[name].float() + delta.float()).to(found[name].dtype)
-    return found
+        if ".lora_" in name:
+            continue
+        tensor = parameter.detach()
+        if name in adapted:
+            delta = adapted[name].get_delta_weight("default").detach()  # type: ignore[operator]
+            tensor = (tensor.float() + delta.float()).to(tensor.dtype)
+        yield name.replace(".base_layer.", "."), tensor

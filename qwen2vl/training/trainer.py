@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from .. import hub
+from ..errors import DataError
 from . import checkpoint
 from .config import TrainingConfig
 from .errors import NonFiniteLossError, TrainingConfigError
@@ -43,7 +45,7 @@ def read_dataset(config: TrainingConfig, rank: int, world: int) -> TrainingData:
         raise TrainingConfigError("data: no entry; a run needs at least one [[data]] table")
     folder = processor_folder(config)
     if folder is None:
-        raise TrainingConfigError("model.processor: is missing, and no checkpoint or llm is there to take it from")
+        raise TrainingConfigError("model.processor: is missing; with model.config a run needs a Qwen2-VL processor")
     run = config.run
     return build_dataset(
         config.data,
@@ -54,12 +56,12 @@ def read_dataset(config: TrainingConfig, rank: int, world: int) -> TrainingData:
         max_tokens=run.max_tokens,
         max_bad=run.max_bad,
         threads=run.data_threads,
+        ahead=max(run.lookahead, 2 * run.data_threads),  # while the device works, the next packs get ready
     )
 
 
 def processor_folder(config: TrainingConfig) -> Path | None:
-    m = config.model
-    name = m.processor or m.checkpoint or m.llm
+    name = config.model.processor or config.model.checkpoint
     return None if name is None else hub.resolve(name, with_weights=False)
 
 
@@ -100,7 +102,7 @@ class Trainer:
         model = build_model(config.model, seed=run.seed)
         freeze(model, stage)
         if config.lora is not None:
-            add_lora(model, config.lora)
+            add_lora(model, config.lora, stage)
         self.parallel: Parallel = start(config.parallel, model.config)
         check_kind(run.loss, self.parallel.device)
         self.model = model
@@ -145,11 +147,12 @@ class Trainer:
         begin = time.perf_counter()
         config, parallel = self.config, self.parallel
         packs = [next(self.packer) for _ in range(config.run.accumulation)]
+        self._check_agreement(packs)
         works = [work_of(pack) for pack in packs]
         tokens, supervised, samples, flops = parallel.sum(
             sum(w.tokens for w in works),
             sum(w.supervised for w in works),
-            sum(bool(source) for pack in packs for source in pack.sources),
+            sum(source is not None for pack in packs for source in pack.sources),
             sum(training_flops(self.model.config, w, self.trained) for w in works),
         )
         # Ranks' gradients are averaged, so each takes its loss times their number.
@@ -171,6 +174,8 @@ class Trainer:
             minimum=config.optimizer.min_lr_ratio,
         )
         norm = self.optimizer.step(factor).item()
+        if not math.isfinite(norm):
+            self._blame_gradients(packs, mean)
         self.step += 1
         seconds = time.perf_counter() - begin
         peak = config.run.peak_tflops
@@ -202,7 +207,7 @@ class Trainer:
         with torch.no_grad():
             for pack in packs:
                 losses = self.step_module(pack.to(self.parallel.device), by_sample=True)
-                named = [(s, x) for s, x in zip(pack.sources, losses.tolist(), strict=True) if s]
+                named = [(s, x) for s, x in zip(pack.sources, losses.tolist(), strict=True) if s is not None]
                 count += len(named)
                 found += [f"{source} ({loss})" for source, loss in named if not math.isfinite(loss)]
         found, (samples,) = self.parallel.gather(found), self.parallel.sum(count)
@@ -216,11 +221,37 @@ class Trainer:
             "No weight was changed in this step"
         )
 
+    def _blame_gradients(self, packs: list[Batch], loss: float) -> None:
+        """The loss was finite and its gradient is not, which no single sample need be to blame for."""
+        sources = self.parallel.gather([str(s) for pack in packs for s in pack.sources if s is not None])
+        names = sorted(set(self.parallel.gather(self.optimizer.not_finite())))
+        raise NonFiniteLossError(
+            f"step {self.step + 1}: the loss is {loss:.6g}, but its gradient is not finite in {len(names)} parameters "
+            f"({_listed(names)}), from {len(sources)} samples ({_listed(sources)}). No weight was changed in this step"
+        )
+
+    def _check_agreement(self, packs: list[Batch]) -> None:
+        """Ranks that split the decoder's layers each read the same data; where one could not, all must stop."""
+        text = "|".join(f"{source}:{pack.tokens}" for pack in packs for source in pack.sources)
+        if not self.parallel.agree(zlib.crc32(text.encode())):
+            sources = [str(s) for pack in packs for s in pack.sources if s is not None]
+            raise DataError(
+                f"step {self.step + 1}: ranks that split the decoder drew different samples, as where one of them "
+                f"could not read a file; rank {self.parallel.rank} has {_listed(sources)}"
+            )
+
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
     def _tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        parameters = {name: p.detach() for name, p in self.model.named_parameters()}
-        return {"model": parameters, "optimizer": self.optimizer.state()}
+        """What changes. The rest is read again from where the run began."""
+        learns = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        return {"model": learns, "optimizer": self.optimizer.state()}
+
+    def _facts(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with the run that resumes from it."""
+        model, lora = self.config.model, self.config.lora
+        shape = None if lora is None else [lora.rank, sorted(lora.targets), lora.tower]
+        return {"stage": self.stage, "dtype": model.dtype, "master_weights": model.master_weights, "lora": shape}
 
     def _save(self) -> None:
         checkpoint.save(
@@ -228,13 +259,17 @@ class Trainer:
             self.step,
             self._tensors(),
             {"data": self.packer.state_dict()},
-            {"stage": self.stage},
+            self._facts(),
             self.parallel,
             keep=self.config.run.keep,
         )
 
     def _load(self, step: int) -> None:
-        own = checkpoint.load(self.output, step, self._tensors(), {"stage": self.stage}, self.parallel)
+        own = checkpoint.load(self.output, step, self._tensors(), self._facts(), self.parallel)
         self.packer.load_state_dict(own["data"])
         checkpoint.set_random_state(own["random"])  # drawing the waiting samples again may have used some
         self.step = step
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -182,6 +182,14 @@ def test_patch_buffer_checks_its_size(height, width):
         PatchBuffer(1, height, width)
 
 
+@pytest.mark.parametrize("options", [{"min_pixels": 10**30}, {"min_pixels": 10**10}, {"resized_height": 10**6,
+                                     "resized_width": 10**6, "max_pixels": 10**13}])  # fmt: skip
+def test_a_size_that_no_memory_holds_is_refused_before_it_is_asked_for(options):
+    options.setdefault("max_pixels", options.get("min_pixels"))
+    with pytest.raises(MediaError, match=r"make patches of \d+ bytes, more than \d+; lower min_pixels"):
+        preprocess_image(Image.new("RGB", (56, 56)), **options)
+
+
 # -------------------------------------------------------------------------------------------------- formats
 
 

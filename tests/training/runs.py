@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from qwen2vl.errors import Qwen2VLError
 from qwen2vl.training.config import TrainingConfig
 from qwen2vl.training.trainer import Trainer
 from tests.training.samples import InMemory, make_example, mixed, tiny_model
@@ -48,18 +50,36 @@ def by_rank(rank: int = 0, world: int = 1) -> InMemory:
     return InMemory([make_example(i, kind, 8 + i % 5) for i in range(12)])
 
 
+def poisoned(rank: int = 0, world: int = 1) -> InMemory:
+    """Sample 5, which the second of two ranks reads, has an image that is not finite; several packs a step."""
+    examples = [make_example(i, "image", 6 + i % 3) for i in range(10)]
+    rows = [torch.randn(e.pixel_values.shape[0], 1176) for e in examples]
+    rows[5][3, 7] = float("inf")
+    return InMemory([replace(e, pixel_values=r) for e, r in zip(examples, rows, strict=True)], rank, world)
+
+
+def differing(rank: int = 0, world: int = 1) -> InMemory:
+    """On the second process of all, whatever its data rank, a sample is missing."""
+    examples = [make_example(i) for i in range(12)]
+    return InMemory(examples[int(os.environ["RANK"]) :], rank, world)
+
+
 def main(request: dict) -> None:
-    """Train and leave the losses, and the exported weights, under ``request["output"]``."""
+    """Train and leave the losses, and the exported weights, under ``request["output"]``; or this rank's error."""
     from qwen2vl_kernels import use_backend
 
     torch.set_num_threads(1)
-    dataset = {"mixed": mixed, "by_rank": by_rank}[request.pop("dataset", "mixed")]
+    sets = {"mixed": mixed, "by_rank": by_rank, "poisoned": poisoned, "differing": differing}
+    dataset = sets[request.pop("dataset", "mixed")]
     stop = request.pop("stop", None)
     losses: list[float] = []
     with use_backend("eager"):
         trainer = make(dataset=dataset, on_step=lambda r: losses.append([r.loss, r.grad_norm]), **request)
         if stop is None:
-            trainer.run()
+            try:
+                trainer.run()
+            except Qwen2VLError as error:
+                Path(request["output"], f"error-{trainer.parallel.rank}.txt").write_text(str(error))
         else:  # as a kill after that many steps leaves it
             while trainer.step < stop:
                 trainer.train_step()

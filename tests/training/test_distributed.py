@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -43,16 +44,17 @@ def launch(world: int, request: dict) -> None:
         assert child.returncode == 0, output[-3000:]
 
 
-def one_process(folder, output, stage, data_ranks: int, dataset=mixed, **tables):
-    """The same packs in one process: those of all data ranks in turn, as one step's accumulation."""
+def one_process(folder, output, stage, data_ranks: int, dataset=mixed, world: int | None = None, **tables):
+    """The same packs in one process: those of all data ranks in turn, ``data_ranks`` a step; ``world``: their number
+    where each takes several."""
     losses = []
     tables["run"] = {**tables.get("run", {}), "accumulation": data_ranks}
     trainer = runs.make(folder, output, stage, on_step=lambda r: losses.append([r.loss, r.grad_norm]), **tables)
     run = trainer.config.run
     packers = [
-        Packer(dataset(rank=r, world=data_ranks), trainer.model.config, max_tokens=run.max_tokens,
+        Packer(dataset(rank=r, world=world or data_ranks), trainer.model.config, max_tokens=run.max_tokens,
                lookahead=run.lookahead)
-        for r in range(data_ranks)
+        for r in range(world or data_ranks)
     ]  # fmt: skip
     turns = cycle(packers)
     trainer.packer = type("Turns", (), {"__next__": lambda self: next(next(turns)), "state_dict": lambda self: {}})()
@@ -89,6 +91,43 @@ def test_fsdp_of_two(tmp_path):
 
 def test_replicas_of_two(tmp_path):
     compare(tmp_path, 2, "multimodal", {"mode": "ddp"}, 2, tie=False)
+
+
+@pytest.mark.parametrize("mode", ["fsdp", "ddp"])
+def test_killed_and_resumed_with_masters_and_accumulation(tmp_path, mode):
+    """bfloat16: two ranks, killed after two steps, are bitwise the run that went on; and no pack's gradient is lost."""
+    folder = runs.checkpoint(tmp_path / "checkpoint")
+    tables = {"run": {"accumulation": 2, "steps": 3}, "model": {"dtype": "bfloat16"}}
+    request = {"folder": str(folder), "stage": "multimodal", "parallel": {"mode": mode}, **tables}
+    launch(2, {**request, "output": str(tmp_path / "whole")})
+    launch(2, {**request, "output": str(tmp_path / "cut"), "stop": 2})
+    launch(2, {**request, "output": str(tmp_path / "cut"), "resume": True})
+    whole, cut = (json.loads((tmp_path / name / "losses.json").read_text()) for name in ("whole", "cut"))
+    assert len(whole) == 3 and cut == whole[2:]
+    weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "cut")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    one = one_process(folder, tmp_path / "one", "multimodal", 4, world=2, **tables)
+    torch.testing.assert_close(torch.tensor(whole), torch.tensor(one), rtol=0.02, atol=0)
+
+
+def test_ranks_name_the_sample_together(tmp_path):
+    folder = runs.checkpoint(tmp_path / "checkpoint")
+    request = {"folder": str(folder), "output": str(tmp_path / "out"), "stage": "multimodal", "dataset": "poisoned",
+               "parallel": {"mode": "fsdp"}}  # fmt: skip
+    launch(2, request)
+    for rank in range(2):
+        message = (tmp_path / "out" / f"error-{rank}.txt").read_text()
+        assert re.match(r"step 1: the loss is not finite in 1 of \d+ samples: memory:5 \(nan\)\. ", message), message
+
+
+def test_decoder_split_in_two_refuses_samples_that_differ(tmp_path):
+    """As where one of the ranks could not read a file: an error on both, and nothing learned from two packs at once."""
+    folder = runs.checkpoint(tmp_path / "checkpoint")
+    request = {"folder": str(folder), "output": str(tmp_path / "out"), "stage": "multimodal", "dataset": "differing",
+               "parallel": {"mode": "fsdp", "tensor": 2}}  # fmt: skip
+    launch(2, request)
+    messages = [(tmp_path / "out" / f"error-{rank}.txt").read_text() for rank in range(2)]
+    assert all("drew different samples" in m and f"rank {n} has memory:" in m for n, m in enumerate(messages)), messages
 
 
 def test_decoder_split_in_two(tmp_path):

@@ -40,7 +40,7 @@ def test_a_pack_of_text_gets_a_placeholder_image_without_loss():
     example = make_example(0)
     batch = collate([example], CONFIG)
     assert batch.tokens == example.tokens + 1 and batch.image_grid_thw.tolist() == [[1, 2, 2]]
-    assert batch.pixel_values.shape == (4, 588) and batch.sources == ("memory:0", "")
+    assert batch.pixel_values.shape == (4, 588) and batch.sources == ("memory:0", None)
     assert batch.targets[-1] == IGNORE and batch.cu_seqlens.tolist() == [0, example.tokens, example.tokens + 1]
     assert collate([make_example(0, "video")], CONFIG).pixel_values is None
 

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,8 +21,10 @@ from qwen2vl.cli import app
 from qwen2vl.cli.train import Stage
 from qwen2vl.demo.checkpoint import write_random_checkpoint
 from qwen2vl.demo.media import write_video
+from qwen2vl.training.config import TrainingConfig
 from qwen2vl.training.data import build_dataset
 from qwen2vl.training.stages import STAGES
+from qwen2vl.training.trainer import read_dataset
 from tests.model import oracle
 from tests.training.data_files import png, write_jsonl, write_tar
 
@@ -73,7 +76,7 @@ def configure(place, output, entries=ENTRIES, **tables) -> Path:
         found[name] = {**found.get(name, {}), **table}
     lines = []
     for name, table in [*found.items(), *(("[data]", entry) for entry in entries)]:
-        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items() if value is not None)]
     path = place / f"{Path(output).name}.toml"
     path.write_text("\n".join(lines))
     return path
@@ -207,6 +210,44 @@ def test_bad_samples_are_counted_with_their_places(place, tmp_path):
     assert result.exit_code == 1 and f"error: {bad}:2: " in result.stderr and "Traceback" not in result.output
 
 
+def test_ranks_read_shares_of_their_own(place, tmp_path):
+    config = TrainingConfig.from_toml(configure(place, tmp_path / "x"))
+    sets = [read_dataset(config, rank, 2) for rank in range(2)]
+    sources = [{e.source for e in itertools.islice(one, 2)} for one in sets]  # five samples, dealt once
+    assert all(sources) and not sources[0] & sources[1]
+
+
+def test_a_run_is_the_same_from_another_folder(place, tmp_path, monkeypatch):
+    """Started and resumed with the file's name spelled in two ways; media_root is the file's neighbour as well."""
+    moved = {**ENTRIES[0], "path": "other/pictures.jsonl", "media_root": "data"}
+    (place / "other").mkdir(exist_ok=True)
+    (place / "other" / "pictures.jsonl").write_bytes((place / "data" / "pictures.jsonl").read_bytes())
+    config = configure(place, tmp_path / "moved", [moved], run={"steps": 1})
+    monkeypatch.chdir(place)
+    assert run("--stage", "vision", "--config", config.name).exit_code == 0
+    config = configure(place, tmp_path / "moved", [moved], run={"steps": 2})
+    monkeypatch.chdir(tmp_path)
+    result = run("--stage", "vision", "--config", os.path.relpath(config, tmp_path), "--resume")
+    assert result.exit_code == 0 and "steps 2 to 2" in result.stderr, result.output
+
+
+def test_the_model_is_exported_with_the_processor_that_it_was_trained_with(place, tmp_path):
+    """Limits that stand in processor_config.json, as transformers 5 saves them, included."""
+    source = tmp_path / "source"
+    shutil.copytree(place / "model", source)
+    settings = json.loads((source / "preprocessor_config.json").read_text())
+    (source / "preprocessor_config.json").unlink()
+    settings["size"] = {"shortest_edge": 3136, "longest_edge": 50000}
+    settings.pop("max_pixels", None), settings.pop("min_pixels", None)
+    (source / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    config = configure(place, tmp_path / "out", model={"checkpoint": str(source)}, run={"steps": 1})
+    assert run("--stage", "instruct", "--config", config).exit_code == 0
+    before, after = (Processor.from_pretrained(folder) for folder in (source, tmp_path / "out" / "model"))
+    assert (before.min_pixels, before.max_pixels) == (3136, 50000)
+    assert (after.min_pixels, after.max_pixels) == (3136, 50000)
+    assert after.tokenizer.encode_plain("a cat") == before.tokenizer.encode_plain("a cat")
+
+
 def test_refusals(place, tmp_path):
     """One line that names the key or the file, before anything is written."""
     for tables, entries, message in (
@@ -214,6 +255,7 @@ def test_refusals(place, tmp_path):
         ({"run": {"steps": 0}}, ENTRIES, "run.steps: must be positive, got 0"),
         ({"run": {"max_bad": -1}}, ENTRIES, "run.max_bad: must be zero or positive, got -1"),
         ({"model": {"checkpoint": "nowhere/at/all"}}, ENTRIES, "nowhere/at/all: no such folder"),
+        ({"model": {"checkpoint": None, "config": str(place / "model")}}, ENTRIES, "model.processor: is missing"),
         ({"parallel": {"mode": "fsdp"}}, ENTRIES, "parallel.mode: 'fsdp' needs processes: start with torchrun"),
         ({}, [], "data: no entry; a run needs at least one"),
         ({}, [{"path": "data/none.jsonl", "format": "conversations"}], f"{place / 'data' / 'none.jsonl'}: no such"),

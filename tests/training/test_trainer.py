@@ -2,18 +2,22 @@
 
 import csv
 import math
+import os
+import signal
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 
 from qwen2vl import Qwen2VL
 from qwen2vl.training import checkpoint
 from qwen2vl.training.errors import NonFiniteLossError, TrainingConfigError
+from qwen2vl.training.optim import lr_factor
 from qwen2vl.training.packing import Batch
 from qwen2vl.training.stages import STAGES, part_of
 from tests.training import runs
-from tests.training.samples import InMemory, make_example, mixed, tiny_model
+from tests.training.samples import InMemory, mixed, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -141,20 +145,28 @@ def test_checkpointed_activations_keep_less(folder, tmp_path):
     assert sizes[1] < 0.5 * sizes[0], sizes
 
 
-def _poisoned(rank=0, world=1):
-    """Sample 5's image is not finite; one pack holds it among others."""
-    examples = [make_example(i, "image", 6 + i % 3) for i in range(10)]
-    rows = [torch.randn(e.pixel_values.shape[0], 1176) for e in examples]
-    rows[5][3, 7] = float("inf")
-    return InMemory([replace(e, pixel_values=r) for e, r in zip(examples, rows, strict=True)], rank, world)
-
-
 def test_a_non_finite_loss_stops_and_names_the_sample(folder, tmp_path):
-    trainer = runs.make(folder, tmp_path, dataset=_poisoned, run={"accumulation": 4})
+    trainer = runs.make(folder, tmp_path, dataset=runs.poisoned, run={"accumulation": 4})
     before = runs.weights(trainer)
     with pytest.raises(NonFiniteLossError, match=r"^step 1: .* in 1 of \d+ samples: memory:5 \(nan\)\. No weight"):
         trainer.train_step()
     _same(runs.weights(trainer), before)
+
+
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_stops_before_the_weights(folder, tmp_path):
+    trainer = runs.make(folder, tmp_path, optimizer={"warmup_steps": 0})
+    trainer.train_step()
+    before = runs.weights(trainer)
+    moments = {name: tensor.clone() for name, tensor in trainer.optimizer.state().items()}
+    name, parameter = next(iter(trainer.model.named_parameters()))
+    parameter.register_hook(lambda grad: grad.index_fill(0, torch.tensor([0]), float("inf")))
+    with pytest.raises(
+        NonFiniteLossError, match=rf"^step 2: the loss is \d.* in 1 parameters \({name}\), from .*memory:"
+    ):
+        trainer.train_step()
+    _same(runs.weights(trainer), before)
+    _same(trainer.optimizer.state(), moments)
+    assert trainer.step == 1
 
 
 def test_weights_that_are_not_finite_are_told_from_samples(folder, tmp_path):
@@ -188,6 +200,18 @@ def test_logs_and_export(folder, tmp_path):
     _same(dict(exported.named_parameters()), runs.weights(final))
 
 
+def test_rates_are_those_of_the_schedule(folder, tmp_path):
+    """Warm-up and floor included, as the log says them and as the optimiser takes them."""
+    tables = {"optimizer": {"lr": 0.5, "lr_tower": 0.25, "warmup_steps": 2, "min_lr_ratio": 0.2}, "run": {"steps": 6}}
+    trainer = runs.make(folder, tmp_path, **tables)
+    for step in range(6):
+        record = trainer.train_step()
+        factor = lr_factor(step, steps=6, warmup=2, minimum=0.2)
+        assert (record.lr_llm, record.lr_merger, record.lr_tower) == (0.5 * factor, 0.5 * factor, 0.25 * factor)
+        taken = {group["part"]: group["lr"] for group in trainer.optimizer._adamw.param_groups}
+        assert taken == {"llm": record.lr_llm, "merger": record.lr_merger, "tower": record.lr_tower}
+
+
 def test_a_log_is_cut_where_a_run_resumes(folder, tmp_path):
     """Steps after the checkpoint, and a line that a kill cut short, are taken again."""
     first = runs.make(folder, tmp_path, run={"save_every": 2, "steps": 3})
@@ -211,6 +235,19 @@ def test_what_is_refused_before_anything_runs(folder, tmp_path):
         runs.make(folder, tmp_path / "out", "instruct", resume=True)
     with pytest.raises(TrainingConfigError, match="stage: must be one of vision, multimodal, instruct, got 'pretrain'"):
         runs.make(folder, tmp_path / "new", "pretrain")
+    for tables, message in (
+        ({"model": {"dtype": "bfloat16"}}, "has dtype 'float32', this run has 'bfloat16'"),
+        ({"model": {"master_weights": False}}, "has master_weights True, this run has False"),
+        ({"lora": {"rank": 2}}, r"has lora None, this run has \[2, "),
+    ):
+        with pytest.raises(TrainingConfigError, match=f"resume: .* {message}"):
+            runs.make(folder, tmp_path / "out", resume=True, **tables)
+    for path in checkpoint.folder_of(tmp_path / "out", 1).glob("*.distcp"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(TrainingConfigError, match=r"resume: .*step-00000001 is damaged or of another model: "):
+        runs.make(folder, tmp_path / "out", resume=True)
+    with pytest.raises(TrainingConfigError, match="lora: adapters of the decoder do not go with stage vision"):
+        runs.make(folder, tmp_path / "new", "vision", lora={})
     for mode, message in (
         ({"mode": "fsdp"}, "parallel.mode: 'fsdp' needs processes: start with torchrun"),
         ({"tensor": 2}, "parallel.mode: 'none' is one process, there are 1 and tensor 2"),
@@ -227,6 +264,8 @@ def test_adapters_train_alone_and_merge_into_the_export(folder, tmp_path):
     trainer = runs.make(folder, tmp_path, "instruct", **tables)
     before = runs.weights(trainer)
     learns = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    adapter = trainer.model.model.layers[0].mlp.up_proj
+    assert adapter.scaling == {"default": 8.0 / 2}
     assert len(learns) == 2 * 2 * 7 and all("model.layers." in n and ".lora_" in n for n in learns), "no tower"
     trainer.run()
     for name, now in runs.weights(trainer).items():
@@ -242,13 +281,34 @@ def test_adapters_train_alone_and_merge_into_the_export(folder, tmp_path):
     assert not torch.isclose(plain, adapted, rtol=1e-3)
     resumed = runs.make(folder, tmp_path, "instruct", resume=True, **tables)
     _same(runs.weights(resumed), runs.weights(trainer))
+    saved = FileSystemReader(checkpoint.folder_of(tmp_path, 2)).read_metadata().state_dict_metadata
+    assert {name.removeprefix("model.") for name in saved if name.startswith("model.")} == learns, "nothing frozen"
 
 
 def test_adapters_of_the_tower_when_asked_and_a_target_that_is_none(folder, tmp_path):
     pytest.importorskip("peft")
-    trainer = runs.make(folder, tmp_path, "instruct", lora={"tower": True})
+    trainer = runs.make(folder, tmp_path, "instruct", lora={"tower": True, "dropout": 0.25})
+    dropouts = [m for m in trainer.model.modules() if isinstance(m, torch.nn.Dropout)]
+    assert dropouts and all(m.p == 0.25 and m.training for m in dropouts)
     learns = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert sum(name.startswith("visual.blocks.") for name in learns) == 2 * 2 * 4
     trainer.train_step()
     with pytest.raises(TrainingConfigError, match=r"lora\.targets: 'qkv' names no linear layer; there are down_proj, "):
         runs.make(folder, tmp_path / "b", "instruct", lora={"targets": ["qkv"]})
+
+
+def test_ctrl_c_in_the_middle_of_a_save_counts_when_it_is_over(folder, tmp_path, monkeypatch):
+    trainer = runs.make(folder, tmp_path, run={"steps": 2})
+    (tmp_path / "checkpoints" / ".step-00000099.partial").mkdir(parents=True)  # left by a kill
+    save = torch.save
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        save(*args)
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+    monkeypatch.setattr(torch, "save", save)
+    assert runs.make(folder, tmp_path, resume=True, run={"steps": 2}).step == 1

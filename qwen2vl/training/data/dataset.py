@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
@@ -35,6 +36,7 @@ def build_dataset(
     epochs: int | None = None,
     max_bad: int | None = 100,
     threads: int = 2,
+    ahead: int | None = None,
 ) -> TrainingData:
     """The data set that the tables of a configuration file describe.
 
@@ -48,6 +50,7 @@ def build_dataset(
             error; 0 raises at the first, None never does for their number.
         threads: that prepare samples ahead; 0 prepares each when it is asked for. Results do not depend on it. Workers
             of a DataLoader prepare by themselves.
+        ahead: samples that the threads may prepare before they are asked for; default two a thread.
 
     Raises:
         DataError: naming the entry and key that is wrong, or the file that is missing or cannot be read.
@@ -65,6 +68,7 @@ def build_dataset(
         epochs=epochs,
         max_bad=max_bad,
         threads=threads,
+        ahead=ahead,
     )
 
 
@@ -117,6 +121,7 @@ class TrainingData(IterableDataset[Example]):
         epochs: int | None = None,
         max_bad: int | None = 100,
         threads: int = 2,
+        ahead: int | None = None,
     ):
         super().__init__()
         self.entries = tuple(entries)
@@ -130,6 +135,7 @@ class TrainingData(IterableDataset[Example]):
         self.epochs = None if epochs is None else check_count(epochs, "epochs")
         self.max_bad = None if max_bad is None else check_count(max_bad, "max_bad", least=0)
         self.threads = check_count(threads, "threads", least=0)
+        self.ahead = 2 * threads if ahead is None else check_count(ahead, "ahead")
         self.report = DataReport()
         self._sources = [self._source(n, entry) for n, entry in enumerate(self.entries)]
         # Of each entry: where its reader stands, and how often it was drawn.
@@ -157,7 +163,7 @@ class TrainingData(IterableDataset[Example]):
             self._consumers = (consumer, consumers)
         failed = [0] * len(self.entries)  # in a row
         planned = self._plan(consumer, consumers)
-        for n, state, outcome in _ahead(planned, self._prepare, self.threads if worker is None else 0):
+        for n, state, outcome in _ahead(planned, self._prepare, self.threads if worker is None else 0, self.ahead):
             self._states[n] = state
             self._drawn[n] += 1
             if isinstance(outcome, Example):
@@ -231,6 +237,7 @@ class TrainingData(IterableDataset[Example]):
                 text += f" (this is bad sample {self.report.bad}, and max_bad is {self.max_bad})"
             raise DataError(text, problem.source)
 
+    @cached_property
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a state to mean the same; weights and preprocessing may change."""
         kept = ("path", "format", "shuffle")
@@ -242,7 +249,7 @@ class TrainingData(IterableDataset[Example]):
     def state_dict(self) -> dict[str, Any]:
         """The place behind the last example given, as JSON can hold it."""
         return {
-            **self._identity(),
+            **self._identity,
             "part": list(self._consumers),
             "states": [dict(state) for state in self._states],
             "drawn": list(self._drawn),
@@ -255,9 +262,9 @@ class TrainingData(IterableDataset[Example]):
         Raises:
             DataError: the state is of other entries, another seed or another rank, or of none.
         """
-        for key, own in self._identity().items():
+        for key, own in self._identity.items():
             if key not in state or state[key] != own:
-                raise DataError(f"state.{key}: is {state.get(key)!r}, but this data set has {own!r}")
+                raise DataError(f"state.{key}: is {_short(state.get(key))}, but this data set has {_short(own)}")
         worker = get_worker_info()
         if worker is None and list(state["part"]) != [self.rank, self.world]:
             raise DataError(
@@ -269,14 +276,19 @@ class TrainingData(IterableDataset[Example]):
         self.report.load_state_dict(state["report"])
 
 
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
 class _TooLong(DataError):
     """A sample has more tokens than allowed."""
 
 
 def _ahead(
-    planned: Iterable[tuple[int, State, Raw]], prepare: Callable[[int, Raw], Any], threads: int
+    planned: Iterable[tuple[int, State, Raw]], prepare: Callable[[int, Raw], Any], threads: int, ahead: int
 ) -> Iterator[tuple[int, State, Any]]:
-    """Each sample prepared, in order, up to twice as many as threads ahead of the one that is asked for."""
+    """Each sample prepared, in order, up to ``ahead`` of them before they are asked for."""
     if threads == 0:
         for n, state, raw in planned:
             yield n, state, prepare(n, raw)
@@ -286,7 +298,7 @@ def _ahead(
     try:
         for n, state, raw in planned:
             waiting.append((n, state, pool.submit(prepare, n, raw)))
-            if len(waiting) > 2 * threads:
+            if len(waiting) > ahead:
                 n, state, future = waiting.popleft()
                 yield n, state, future.result()
         while waiting:

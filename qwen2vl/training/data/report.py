@@ -35,6 +35,7 @@ class DataReport:
     problems: list[Problem] = field(default_factory=list)
     _bad_sources: set[str] = field(default_factory=set, repr=False)
     _listed: set[str] = field(default_factory=set, repr=False)
+    _state: dict[str, Any] | None = field(default=None, repr=False, compare=False)
 
     @property
     def bad(self) -> int:
@@ -42,6 +43,7 @@ class DataReport:
 
     def add(self, problem: Problem) -> bool:
         """Count it; whether this position is new."""
+        self._state = None
         self.skipped[problem.reason] = self.skipped.get(problem.reason, 0) + 1
         new = problem.source not in self._listed and problem.source not in self._bad_sources
         if problem.reason != "too long":
@@ -58,17 +60,18 @@ class DataReport:
         return "\n".join([head, *(f"  {problem.message}" for problem in self.problems)])
 
     def state_dict(self) -> dict[str, Any]:
-        """What JSON can hold."""
-        return {
-            "used": self.used,
-            "skipped": dict(self.skipped),
-            "problems": [[problem.source, problem.reason, problem.message] for problem in self.problems],
-            "bad_sources": sorted(self._bad_sources),
-        }
+        """What JSON can hold. Asked for after every sample, so what only a problem changes is made once for each."""
+        if self._state is None:
+            self._state = {
+                "skipped": dict(self.skipped),
+                "problems": [[problem.source, problem.reason, problem.message] for problem in self.problems],
+                "bad_sources": sorted(self._bad_sources),
+            }
+        return {"used": self.used, **self._state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`'s counts."""
-        self.used = state["used"]
+        self.used, self._state = state["used"], None
         self.skipped = dict(state["skipped"])
         self.problems = [Problem(*problem) for problem in state["problems"]]
         self._bad_sources = set(state["bad_sources"])
