@@ -153,6 +153,7 @@ class Processor:
         messages: Messages | Sequence[Messages],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         add_vision_id: bool = False,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
@@ -174,6 +175,7 @@ class Processor:
         Args:
             messages: see `qwen2vl.prompt.render`.
             add_generation_prompt: end with the opening of an assistant turn.
+            continue_final_message: leave the last message, an assistant's, open for the model to go on with.
             add_vision_id: number pictures and videos in the text.
             min_pixels, max_pixels: area of each image after resizing.
             fps: video frames taken per second. Ignored where a number of frames is given.
@@ -190,7 +192,13 @@ class Processor:
                 given here is out of range.
         """
         prompts = [
-            render(chat, add_generation_prompt=add_generation_prompt, add_vision_id=add_vision_id, where=where)
+            render(
+                chat,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                add_vision_id=add_vision_id,
+                where=where,
+            )
             for chat, where in _conversations(messages)
         ]
         return self._inputs(

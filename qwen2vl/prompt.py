@@ -88,6 +88,7 @@ def render(
     messages: Sequence[Mapping[str, Any]],
     *,
     add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
     add_vision_id: bool = False,
     where: str = "messages",
 ) -> list[Segment]:
@@ -102,6 +103,8 @@ def render(
             videos take options beside their source, see `IMAGE_OPTIONS` and `VIDEO_OPTIONS`. A key whose value is
             None counts as left out. An item, and a whole message, takes `"loss": False`, see `render_spans`.
         add_generation_prompt: end with the opening of an assistant turn.
+        continue_final_message: leave the last message, which must be an assistant's, open for the model to go on with;
+            nothing is opened behind it, whatever add_generation_prompt says.
         add_vision_id: put "Picture N: " or "Video N: " before every item, counted over the whole
             conversation.
         where: the name that errors give to `messages`.
@@ -115,7 +118,13 @@ def render(
         PromptError: naming the place, what it holds and what it wants.
     """
     pieces = list(_pieces(messages, add_vision_id, where))
-    if add_generation_prompt:
+    if continue_final_message:
+        if messages[-1]["role"] != "assistant":
+            raise PromptError(
+                f"{where}: continue_final_message wants an assistant's last, got {messages[-1]['role']!r}"
+            )
+        pieces = pieces[:-2]  # <|im_end|> and the newline
+    elif add_generation_prompt:
         pieces += [_Piece(Control(IM_START)), _Piece(Text("assistant\n"))]
     runs = groupby(pieces, lambda piece: piece.inserted)
     return [segment for _, run in runs for segment in _join_text([piece.segment for piece in run])]

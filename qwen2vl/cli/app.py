@@ -14,6 +14,7 @@ from .common import MediaOrderCommand, explain, installed_version, print_error
 from .generate import generate
 from .info import info
 from .inspect import inspect
+from .train import train
 
 
 class _Commands(TyperGroup):
@@ -32,7 +33,7 @@ class _Commands(TyperGroup):
 
 app = typer.Typer(
     cls=_Commands,
-    help="Qwen2-VL: ask about images and videos.",
+    help="Qwen2-VL: ask about images and videos, and train.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -60,6 +61,7 @@ app.command(cls=MediaOrderCommand)(generate)
 app.command()(chat)
 app.command()(info)
 app.command()(inspect)
+app.command()(train)
 
 
 def main() -> None:

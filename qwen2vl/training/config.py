@@ -37,6 +37,9 @@ class RunConfig:
     accumulation: int = 1  # packs a rank takes for one step
     lookahead: int = 64  # samples that packing chooses from
     seed: int = 0
+    max_bad: int = 100  # malformed samples, or unreadable media, of a rank before it stops; 0: the first stops it
+    data_threads: int = 2  # that prepare samples ahead, on every rank
+    allow_remote: bool = False  # fetch shards and media from http(s)
     save_every: int = 500
     keep: int = 3  # checkpoints
     loss: str = "chunked"
@@ -152,7 +155,8 @@ def _rules(c: TrainingConfig):
     r, o, m, p = c.run, c.optimizer, c.model, c.parallel
     for key in ("steps", "max_tokens", "accumulation", "lookahead", "save_every", "keep"):
         yield getattr(r, key) > 0, f"run.{key}", "positive", getattr(r, key)
-    yield r.seed >= 0, "run.seed", "zero or positive", r.seed
+    for key in ("seed", "max_bad", "data_threads"):
+        yield getattr(r, key) >= 0, f"run.{key}", "zero or positive", getattr(r, key)
     yield r.loss in LOSSES, "run.loss", f"one of {', '.join(LOSSES)}", r.loss
     yield r.peak_tflops is None or r.peak_tflops > 0, "run.peak_tflops", "positive", r.peak_tflops
     yield m.dtype in ("bfloat16", "float32"), "model.dtype", "bfloat16 or float32", m.dtype
@@ -217,11 +221,28 @@ _WORDS = {
 
 
 def _anchored(config: TrainingConfig, folder: Path) -> TrainingConfig:
-    """Paths that exist beside the file, and the output folder, made absolute; hub ids and presets stay."""
+    """Relative paths taken from ``folder``. What ``model`` names may be a hub id or preset: only what exists moves."""
 
-    def there(value: str | None) -> str | None:
-        return str(folder / value) if value is not None and (folder / value).exists() else value
+    def below(path: str) -> str:
+        return path if "://" in path else str(folder / Path(path).expanduser())
 
-    model = replace(config.model, **{f.name: there(getattr(config.model, f.name)) for f in fields(ModelConfig)
-                                     if f.name in ("checkpoint", "config", "llm", "tower", "processor")})  # fmt: skip
-    return replace(config, model=model, run=replace(config.run, output=str(folder / config.run.output)))
+    def there(name: str | None) -> str | None:
+        return below(name) if name is not None and Path(below(name)).exists() else name
+
+    def entry(table: dict[str, Any]) -> dict[str, Any]:
+        moved = dict(table)
+        for key in ("path", "media_root"):  # anything but text is the readers' to refuse
+            value = moved.get(key)
+            if isinstance(value, str):
+                moved[key] = below(value)
+            elif isinstance(value, list):
+                moved[key] = [below(item) if isinstance(item, str) else item for item in value]
+        return moved
+
+    names = ("checkpoint", "config", "llm", "tower", "processor")
+    return replace(
+        config,
+        model=replace(config.model, **{name: there(getattr(config.model, name)) for name in names}),
+        run=replace(config.run, output=below(config.run.output)),
+        data=tuple(entry(table) for table in config.data),
+    )

@@ -18,7 +18,7 @@ import torch
 from qwen2vl_kernels import mrope_positions
 
 from ..config import Qwen2VLConfig
-from .errors import DataError
+from ..errors import DataError
 from .example import Example
 
 #: The label of a token that nothing is learned from.
@@ -127,39 +127,42 @@ def _joined(examples: Sequence[Example], name: str) -> torch.Tensor | None:
     for e, tensor in zip(found, tensors, strict=True):
         if tensor.shape[1:] != first.shape[1:] or tensor.dtype != first.dtype:
             raise DataError(
-                f"{e.source or 'example'}: {name} has rows of {tuple(tensor.shape[1:])} {tensor.dtype}, those of "
-                f"{found[0].source or 'the first'} in the same pack are {tuple(first.shape[1:])} {first.dtype}"
+                f"{name} has rows of {tuple(tensor.shape[1:])} {tensor.dtype}, those of "
+                f"{found[0].source or 'the first'} in the same pack are {tuple(first.shape[1:])} {first.dtype}",
+                e.source,
             )
     return torch.cat(tensors)
 
 
 def _check(example: Example, config: Qwen2VLConfig) -> None:
     """Everything that the model would refuse without being able to name the sample."""
-    where = example.source or "example"
+    where = example.source
     ids, labels = example.input_ids, example.labels
     if ids.ndim != 1 or not ids.numel() or ids.dtype != torch.int64:
-        raise DataError(f"{where}: input_ids must be int64 of shape (L,), L > 0, got {ids.dtype} {tuple(ids.shape)}")
+        raise DataError(f"input_ids must be int64 of shape (L,), L > 0, got {ids.dtype} {tuple(ids.shape)}", where)
     if labels.shape != ids.shape or labels.dtype != torch.int64:
-        raise DataError(f"{where}: labels must be int64 {tuple(ids.shape)}, got {labels.dtype} {tuple(labels.shape)}")
+        raise DataError(f"labels must be int64 {tuple(ids.shape)}, got {labels.dtype} {tuple(labels.shape)}", where)
     vocabulary = config.text.vocab_size
     if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-        raise DataError(f"{where}: input_ids must be in [0, {vocabulary}), got {int(ids.min())} to {int(ids.max())}")
+        raise DataError(f"input_ids must be in [0, {vocabulary}), got {int(ids.min())} to {int(ids.max())}", where)
     taught = labels[labels != IGNORE]
     if taught.numel() and not 0 <= int(taught.min()) <= int(taught.max()) < vocabulary:
         raise DataError(
-            f"{where}: labels must be {IGNORE} or in [0, {vocabulary}), got {int(taught.min())} to {int(taught.max())}"
+            f"labels must be {IGNORE} or in [0, {vocabulary}), got {int(taught.min())} to {int(taught.max())}",
+            where,
         )
     merge = config.vision.spatial_merge_size**2
     for rows_name, grid_name, token in zip(_ROWS, _GRIDS, (config.image_token_id, config.video_token_id), strict=True):
         rows, grid = getattr(example, rows_name), getattr(example, grid_name)
         if (rows is None) != (grid is None):
-            raise DataError(f"{where}: {rows_name} and {grid_name} must be given together")
+            raise DataError(f"{rows_name} and {grid_name} must be given together", where)
         patches = 0 if grid is None else int(grid.prod(-1).sum())
         if rows is not None and (rows.shape[0] != patches or not patches):
-            raise DataError(f"{where}: {grid_name} stands for {patches} patches, {rows_name} has {rows.shape[0]}")
+            raise DataError(f"{grid_name} stands for {patches} patches, {rows_name} has {rows.shape[0]}", where)
         if (count := int((ids == token).sum())) != patches // merge:
             raise DataError(
-                f"{where}: input_ids has {count} placeholders {token}, {grid_name} makes {patches // merge} tokens"
+                f"input_ids has {count} placeholders {token}, {grid_name} makes {patches // merge} tokens",
+                where,
             )
 
 
@@ -215,9 +218,7 @@ class Packer:
 
     def _keep(self, before: dict[str, Any], example: Example) -> None:
         if example.tokens > self.max_tokens:
-            raise DataError(
-                f"{example.source or 'example'}: has {example.tokens} tokens, more than max_tokens {self.max_tokens}"
-            )
+            raise DataError(f"has {example.tokens} tokens, more than max_tokens {self.max_tokens}", example.source)
         self._waiting.append((before, self._drawn, example))
         self._drawn += 1
 

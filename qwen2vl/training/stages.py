@@ -194,8 +194,11 @@ def add_lora(model: Qwen2VL, config: LoraConfig) -> None:
                 f"{key}: {unknown[0]!r} names no linear layer; there are {', '.join(sorted(names))}"
             )
         settings = peft.LoraConfig(
-            r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=list(targets)
-        )  # type: ignore[arg-type]
+            r=config.rank,
+            lora_alpha=config.alpha,  # type: ignore[arg-type]  # an int there, but only divided by the rank
+            lora_dropout=config.dropout,
+            target_modules=list(targets),
+        )
         peft.inject_adapter_in_model(settings, part)
 
     inject(model.model.layers, config.targets, "lora.targets")

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -24,13 +25,16 @@ from .parallel import Parallel, distribute, start, wrap_blocks
 from .stages import add_lora, build_model, freeze, part_of
 from .step import TrainingStep
 
+if TYPE_CHECKING:
+    from .data.dataset import TrainingData
+
 #: Called on rank 0 after every step.
 OnStep = Callable[[Record], None]
 #: Makes the dataset of ``data_rank`` among ``data_size``.
 MakeDataset = Callable[[int, int], Dataset]
 
 
-def read_dataset(config: TrainingConfig, rank: int, world: int) -> Dataset:
+def read_dataset(config: TrainingConfig, rank: int, world: int) -> TrainingData:
     """The dataset that ``config.data`` describes, read with the processor of ``config.model``."""
     from ..processor import Processor
     from .data import build_dataset
@@ -40,20 +44,23 @@ def read_dataset(config: TrainingConfig, rank: int, world: int) -> Dataset:
     folder = processor_folder(config)
     if folder is None:
         raise TrainingConfigError("model.processor: is missing, and no checkpoint or llm is there to take it from")
+    run = config.run
     return build_dataset(
-        [dict(entry) for entry in config.data],
-        Processor.from_pretrained(folder),
-        seed=config.run.seed,
+        config.data,
+        Processor.from_pretrained(folder, allow_remote=run.allow_remote),
+        seed=run.seed,
         rank=rank,
         world=world,
-        max_tokens=config.run.max_tokens,
+        max_tokens=run.max_tokens,
+        max_bad=run.max_bad,
+        threads=run.data_threads,
     )
 
 
 def processor_folder(config: TrainingConfig) -> Path | None:
     m = config.model
     name = m.processor or m.checkpoint or m.llm
-    return None if name is None else hub.resolve(name)
+    return None if name is None else hub.resolve(name, with_weights=False)
 
 
 class Trainer:

@@ -1,6 +1,9 @@
 """Order, shares of ranks and workers, resuming, mixing, and files that are damaged."""
 
+import functools
+import http.server
 import json
+import threading
 from collections import Counter
 from itertools import islice
 
@@ -9,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from qwen2vl.errors import DataError
+from qwen2vl.processor import Processor
 from qwen2vl.training.data import build_dataset
 from tests.training.data_files import chat, make_processor, numbers, write_jsonl, write_tar
 
@@ -156,3 +160,30 @@ def test_damaged_shards_and_limits(processor, tmp_path):
     only = {**entry, "path": str(tmp_path / "c.tar")}
     with pytest.raises(DataError, match="1000 samples in a row could not be used"):
         next(iter(build_dataset([only], processor, max_tokens=99, max_bad=None)))
+
+
+def test_shards_are_fetched_from_a_server_where_that_is_allowed(processor, tmp_path):
+    """As from disk, one that the server lacks reported, and resumed in the middle of one."""
+    for n in range(2):
+        write_tar(tmp_path / f"s-{n}.tar", [(f"{i}.json", chat(10 * n + i)) for i in range(3)])
+    handler = functools.partial(_Quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}/s-{{0..2}}.tar"
+        entry = {"path": address, "format": "webdataset", "shuffle": False}
+        remote = Processor(processor.tokenizer, allow_remote=True)
+        data = build_dataset([entry], remote, max_tokens=99, epochs=1)
+        stream = iter(data)
+        assert numbers(processor, [next(stream) for _ in range(4)]) == [0, 1, 2, 10]
+        resumed = build_dataset([entry], remote, max_tokens=99, epochs=1)
+        resumed.load_state_dict(data.state_dict())
+        assert numbers(processor, stream) == numbers(processor, resumed) == [11, 12]
+        assert data.report.skipped == {"media": 1} and "s-2.tar: " in data.report.summary()
+        forbidden = build_dataset([entry], processor, max_tokens=99, epochs=1)
+        assert not list(forbidden) and "allow_remote=True" in forbidden.report.summary()
+        server.shutdown()
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qwen2vl.training.errors import DataError
+from qwen2vl.errors import DataError
 from qwen2vl.training.packing import IGNORE, Packer, collate
 from tests.training.samples import InMemory, make_example, mixed, tiny_config
 

@@ -1,0 +1,148 @@
+"""``qwen2vl train``: one stage of training, in one process or as each of torchrun's."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..errors import Qwen2VLError
+from .common import stderr
+
+if TYPE_CHECKING:
+    from ..training.config import TrainingConfig
+    from ..training.logs import Record
+    from ..training.trainer import Trainer
+
+_LINE_EVERY_SECONDS = 10.0  # where no terminal shows a bar
+
+
+class Stage(str, Enum):
+    """Choices of --stage, those of qwen2vl.training.stages.STAGES, which would load PyTorch to be asked."""
+
+    vision = "vision"
+    multimodal = "multimodal"
+    instruct = "instruct"
+
+
+def train(
+    stage: Annotated[
+        Stage,
+        typer.Option(
+            "--stage",
+            "-s",
+            help="vision: the tower and merger learn. multimodal: everything. instruct: the language model.",
+        ),
+    ],
+    config: Annotated[
+        Path, typer.Option("--config", "-c", metavar="FILE", help="TOML file of the run, see docs/training.md.")
+    ],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the run's latest checkpoint; begin where there is none.")
+    ] = False,
+) -> None:
+    """Train one stage: checkpoints, log.csv and, at the end, the model in the released layout go to run.output.
+
+    On several devices: torchrun --nproc-per-node 8 -m qwen2vl train ...
+    """
+    from ..training.config import TrainingConfig
+    from ..training.errors import NonFiniteLossError, TrainingConfigError
+
+    try:
+        _train(TrainingConfig.from_toml(config), stage.value, resume)
+    except (TrainingConfigError, NonFiniteLossError):  # which every rank raises: one of them says it
+        if _rank():
+            raise typer.Exit(1) from None
+        raise
+
+
+def _train(config: TrainingConfig, stage: str, resume: bool) -> None:
+    import torch
+
+    from ..training.checkpoint import steps_saved
+    from ..training.trainer import Trainer
+
+    output = Path(config.run.output)
+    try:
+        with _progress(config.run.steps) if _rank() == 0 else nullcontext() as on_step:
+            trainer = Trainer(config, stage, resume=resume, on_step=on_step)
+            if _rank() == 0:
+                _announce(trainer)
+            trainer.run()
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise Qwen2VLError(
+            "out of memory: lower run.max_tokens (and raise run.accumulation), keep run.checkpoint_activations, "
+            "or shard over more devices"
+        ) from error
+    except KeyboardInterrupt:
+        if _rank() == 0:
+            saved = steps_saved(output)
+            then = f"step {saved[-1]} is saved; --resume goes on from it" if saved else "no step was saved yet"
+            stderr.print(f"interrupted: {then}")
+        raise
+    parallel = trainer.parallel
+    reports = parallel.gather([trainer.packer.dataset.report.summary()])  # type: ignore[attr-defined]
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if parallel.rank == 0:
+        for number, report in enumerate(reports):
+            stderr.print(f"data{f' of rank {number}' if len(reports) > 1 else ''}: {report}", markup=False)
+        print(output / "model")
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def _announce(trainer: Trainer) -> None:
+    """In one line, what is about to happen."""
+    from ..training.stages import PARTS
+
+    learning = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in trainer.model.parameters())
+    parts = ", ".join(part for part in PARTS if part in trainer.trained)
+    p = trainer.parallel
+    split = f", tensor {p.tensor}" if p.tensor > 1 else ""
+    where = p.device.type if p.mode == "none" else f"{p.world} x {p.device.type} ({p.mode}{split})"
+    stderr.print(
+        f"{trainer.stage}: {learning:,} of {total:,} parameters learn ({parts}) on {where}, "
+        f"steps {trainer.step + 1} to {trainer.config.run.steps}",
+        markup=False,
+    )
+
+
+@contextmanager
+def _progress(steps: int) -> Iterator[Callable[[Record], None]]:
+    """A callback for every step: a bar on a terminal, elsewhere a line every few seconds and at the end, on stderr."""
+    if not stderr.is_terminal:
+        last = 0.0
+
+        def line(record: Record) -> None:
+            nonlocal last
+            if time.monotonic() - last >= _LINE_EVERY_SECONDS or record.step == steps:
+                last = time.monotonic()
+                stderr.print(f"step {record.step}/{steps}  {describe(record)}")
+
+        yield line
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr) as bar:
+        task = bar.add_task("loading ...", total=steps)
+
+        def draw(record: Record) -> None:
+            bar.update(task, completed=record.step, description=describe(record))
+
+        yield draw
+
+
+def describe(record: Record) -> str:
+    """Loss and speed of one step."""
+    mfu = "" if record.mfu is None else f"  MFU {record.mfu:.1%}"
+    return f"loss {record.loss:.4f}  norm {record.grad_norm:.3g}  {record.tokens_per_s:,.0f} tokens/s{mfu}"

@@ -1,0 +1,158 @@
+"""lmms-eval's benchmarks (DocVQA, InfoVQA, RealWorldQA, MTVQA, the video sets) on this package's model.
+
+    pip install lmms-eval        # 0.7; it finds this package by its entry point
+    python -m lmms_eval --model qwen2vl --model_args pretrained=Qwen/Qwen2-VL-2B-Instruct \
+        --tasks docvqa_val,infovqa_val,realworldqa,mtvqa
+
+Prompts are the tasks' own for any model (their "default"), so that a version of lmms-eval pins them; the limits of
+pixels and frames are the arguments of :class:`ChatModel`, and answers are greedy unless a task says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from tqdm import tqdm
+
+from ..errors import Qwen2VLError
+from ..generation import GenerationConfig, generate
+from ..hub import resolve
+from ..image import MAX_PIXELS, MIN_PIXELS
+from ..model import Qwen2VL
+from ..processor import Processor
+from ..video import MAX_VIDEO_TOKENS
+
+
+def manifest() -> Any:
+    """The entry point of lmms-eval's group "lmms_eval.models": the name of the model and where its class is."""
+    from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports]
+
+    return ModelManifest("qwen2vl", chat_class_path=f"{__name__}.LmmsEvalModel")
+
+
+def __getattr__(name: str) -> Any:
+    """``LmmsEvalModel``, the class that lmms-eval asks for: :class:`ChatModel` on the base class that it demands."""
+    if name != "LmmsEvalModel":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
+
+    return type(name, (ChatModel, lmms), {"__doc__": ChatModel.__doc__})
+
+
+class ChatModel:
+    """A checkpoint with the methods of lmms-eval's interface for chat models.
+
+    Args:
+        pretrained: folder or hub id.
+        batch_size: conversations answered at once.
+        device, dtype: where and as what; by default a GPU if there is one, and the checkpoint's.
+        min_pixels, max_pixels: area of an image after resizing; by default those of the released checkpoints.
+        fps, max_frames, max_video_tokens: how videos are taken; by default as released.
+        max_new_tokens: where a task does not say.
+
+    Raises:
+        CheckpointError: no such checkpoint. Qwen2VLError: an argument that is unknown or out of range.
+    """
+
+    is_simple = False  # chat messages, not a text beside a list of pictures
+    rank: int  # what the base class has
+    task_dict: dict[str, Any]
+    cache_hook: Any
+
+    def __init__(
+        self,
+        pretrained: str,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        dtype: str | None = None,
+        min_pixels: int = MIN_PIXELS,
+        max_pixels: int = MAX_PIXELS,
+        fps: float = 2.0,
+        max_frames: int = 768,
+        max_video_tokens: int = MAX_VIDEO_TOKENS,
+        max_new_tokens: int = 128,
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        if unknown := {key: value for key, value in unknown.items() if key != "max_batch_size"}:
+            raise Qwen2VLError(f"model_args: unknown {', '.join(map(repr, unknown))}")
+        self.batch_size = int(batch_size)
+        if self.batch_size < 1:
+            raise Qwen2VLError(f"batch_size: wants at least 1, got {batch_size!r}")
+        folder = resolve(pretrained)
+        self.model = Qwen2VL.from_pretrained(folder, device=device, dtype=dtype)
+        self.processor = Processor.from_pretrained(folder, min_pixels=min_pixels, max_pixels=max_pixels)
+        self.options = {"fps": fps, "max_frames": max_frames, "max_video_tokens": max_video_tokens}
+        self.max_new_tokens = max_new_tokens
+
+    def generate_until(self, requests: Sequence[Any]) -> list[Any]:
+        """An answer for each request, in their order."""
+        answers: list[Any] = [None] * len(requests)
+        # Requests that are answered alike, then long questions beside long ones.
+        settings = [repr(sorted(request.args[2].items())) for request in requests]
+        order = sorted(range(len(requests)), key=lambda n: (settings[n], len(requests[n].args[0]), n))
+        with tqdm(total=len(requests), desc="qwen2vl", disable=self.rank != 0) as bar:
+            for _, group in groupby(order, key=lambda n: settings[n]):
+                alike = list(group)
+                for begin in range(0, len(alike), self.batch_size):
+                    batch = alike[begin : begin + self.batch_size]
+                    for n, answer in zip(batch, self._answer([requests[n] for n in batch]), strict=True):
+                        answers[n] = answer
+                    bar.update(len(batch))
+        return answers
+
+    def _answer(self, requests: Sequence[Any]) -> list[Any]:
+        from lmms_eval.api.instance import GenerationResult, TokenCounts  # pyright: ignore[reportMissingImports]
+
+        chats = []
+        for request in requests:
+            _, doc_to_messages, _, doc_id, task, split = request.args
+            chats.append(to_messages(doc_to_messages(self.task_dict[task][split][doc_id])))
+        arguments = requests[0].args[2]
+        inputs = self.processor(chats, **self.options)
+        result = generate(self.model, inputs, tokenizer=self.processor.tokenizer, config=self._config(arguments))
+        found = []
+        for request, text, ids in zip(requests, result.texts, result.sequences, strict=True):
+            self.cache_hook.add_partial("generate_until", (request.args[0], arguments), text)
+            found.append(GenerationResult(text=text, token_counts=TokenCounts(output_tokens=len(ids))))
+        return found
+
+    def _config(self, arguments: Mapping[str, Any]) -> GenerationConfig:
+        """A task's generation_kwargs. Greedy unless it samples; beams, which it has no search for, are refused."""
+        if arguments.get("num_beams") not in (None, 1):
+            raise Qwen2VLError(f"num_beams: wants 1, got {arguments['num_beams']!r}")
+        until = arguments.get("until") or ()
+        temperature = arguments.get("temperature") or 0.0
+        samples = bool(arguments.get("do_sample", temperature > 0)) and temperature > 0
+        return GenerationConfig(
+            max_new_tokens=int(arguments.get("max_new_tokens") or self.max_new_tokens),
+            do_sample=samples,
+            temperature=float(temperature) if samples else 1.0,
+            top_p=float(arguments.get("top_p") or 1.0) if samples else 1.0,
+            top_k=int(arguments.get("top_k") or 0) if samples else 0,
+            stop=(until,) if isinstance(until, str) else tuple(text for text in until if text),
+            eos_token_ids=(),
+        )
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        raise Qwen2VLError("loglikelihood: this model answers; choose a task that generates")
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[Any]:
+        raise Qwen2VLError("generate_until_multi_round: wants a task of one round")
+
+
+def to_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """lmms-eval's messages as a processor takes them. Raises Qwen2VLError for audio."""
+    return [{"role": m["role"], "content": [_item(item) for item in m["content"]]} for m in messages]
+
+
+def _item(item: Mapping[str, Any]) -> dict[str, Any]:
+    kind = item["type"]
+    if kind == "text":
+        return {"type": "text", "text": item["text"]}
+    if kind not in ("image", "video"):
+        raise Qwen2VLError(f"content: wants text, images and videos, got {kind!r}")
+    times = {"video_start": item.get("start_time"), "video_end": item.get("end_time")} if kind == "video" else {}
+    return {"type": kind, kind: item["url"], **{key: value for key, value in times.items() if value is not None}}

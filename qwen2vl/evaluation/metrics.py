@@ -1,0 +1,124 @@
+"""Scores of one answer, all in [0, 1]; an average over answers is what benchmarks report.
+
+exact match         1 where the answer is one of the references, up to case, spaces and what ends a sentence
+character error rate    edits from the reference to the answer, by characters of the reference (may pass 1)
+ANLS                average normalised Levenshtein similarity of DocVQA (Biten et al. 2019, equation 1)
+relaxed accuracy    ChartQA (Masry et al. 2022, section 5.1): numbers within 5 %, other answers exact
+IoU, recall         of boxes, for grounding; recall at 0.5 is what RefCOCO calls accuracy
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Sequence
+
+from ..errors import Qwen2VLError
+from ..grounding import Box
+
+_END_MARKS = " .。!！?？"
+_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?")
+
+
+def normalise(text: str) -> str:
+    """Text as answers are compared: NFKC, lower case, single spaces, without the mark that ends a sentence."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(_END_MARKS)
+
+
+def exact_match(answer: str, references: Sequence[str]) -> float:
+    """1.0 where the normalised answer is a normalised reference."""
+    return float(normalise(answer) in {normalise(reference) for reference in _checked(references)})
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein distance: the fewest characters inserted, deleted or replaced that make ``b`` of ``a``."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return row[-1]
+
+
+def character_error_rate(answer: str, reference: str) -> float:
+    """Edits by characters of the reference, spaces and case counted, both in NFC. 0 is best; an answer that goes on
+    and on passes 1. Against an empty reference: 0 for an empty answer, else 1."""
+    answer, reference = (unicodedata.normalize("NFC", text).strip() for text in (answer, reference))
+    if not reference:
+        return float(bool(answer))
+    return edit_distance(reference, answer) / len(reference)
+
+
+def anls(answer: str, references: Sequence[str], *, threshold: float = 0.5) -> float:
+    """Similarity to the closest reference, 1 - distance / length of the longer; 0 where it is below ``threshold``."""
+    best = 0.0
+    for reference in map(_plain, _checked(references)):
+        given = _plain(answer)
+        longest = max(len(given), len(reference))
+        best = max(best, 1.0 - edit_distance(given, reference) / longest if longest else 1.0)
+    return best if best >= threshold else 0.0
+
+
+def relaxed_accuracy(answer: str, references: Sequence[str], *, tolerance: float = 0.05) -> float:
+    """1.0 where the answer is a reference, or a number within ``tolerance`` of one; per cent signs count."""
+    given = _number(answer)
+    for reference in _checked(references):
+        wanted = _number(reference)
+        if given is not None and wanted is not None:
+            if abs(given - wanted) <= tolerance * abs(wanted):
+                return 1.0
+        elif normalise(answer) == normalise(reference):
+            return 1.0
+    return 0.0
+
+
+def iou(a: Box, b: Box) -> float:
+    """Area that both boxes cover by the area that either does; 0 for boxes without area that are not the same."""
+    if a == b:
+        return 1.0
+    width, height = min(a.x2, b.x2) - max(a.x1, b.x1), min(a.y2, b.y2) - max(a.y1, b.y1)
+    both = max(0, width) * max(0, height)
+    areas = [(box.x2 - box.x1) * (box.y2 - box.y1) for box in (a, b)]
+    return both / (sum(areas) - both) if both else 0.0
+
+
+def match_boxes(found: Sequence[Box], wanted: Sequence[Box]) -> list[float]:
+    """IoU of each wanted box with the one found for it, 0 where none is left: best pairs first, each box once."""
+    pairs = sorted(((iou(f, w), j, i) for i, f in enumerate(found) for j, w in enumerate(wanted)), reverse=True)
+    best, taken = [0.0] * len(wanted), set()
+    matched: set[int] = set()
+    for value, j, i in pairs:
+        if value > 0 and j not in matched and i not in taken:
+            best[j] = value
+            matched.add(j)
+            taken.add(i)
+    return best
+
+
+def recall(found: Sequence[Box], wanted: Sequence[Box], *, threshold: float = 0.5) -> float:
+    """Share of the wanted boxes that were found with an IoU of at least ``threshold``. Raises where none is wanted."""
+    if not wanted:
+        raise Qwen2VLError("wanted: wants at least one box, got none")
+    return sum(value >= threshold for value in match_boxes(found, wanted)) / len(wanted)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _checked(references: Sequence[str]) -> Sequence[str]:
+    if isinstance(references, str) or not references:
+        raise Qwen2VLError(f"references: wants a list of at least one text, got {references!r}")
+    return references
+
+
+def _number(text: str) -> float | None:
+    """The number that a text is, "12,000", "4.5%" or "$3"; None for any other text."""
+    plain = text.strip().rstrip(_END_MARKS).lstrip("$€£¥ ")
+    percent = plain.endswith("%")
+    plain = plain.removesuffix("%").strip()
+    if not plain or not _NUMBER.fullmatch(plain) or not any(c.isdigit() for c in plain):
+        return None
+    value = float(plain.replace(",", "")) / (100 if percent else 1)
+    return value if math.isfinite(value) else None

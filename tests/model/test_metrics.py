@@ -1,0 +1,102 @@
+"""Metrics against hand-made cases, a recursive distance and areas counted by pixels."""
+
+import functools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen2vl.errors import Qwen2VLError
+from qwen2vl.evaluation.metrics import (
+    anls,
+    character_error_rate,
+    edit_distance,
+    exact_match,
+    iou,
+    match_boxes,
+    recall,
+    relaxed_accuracy,
+)
+from qwen2vl.grounding import Box
+
+short = st.text("abé中", max_size=6)
+boxes = st.builds(
+    lambda x, y, w, h: Box(x, y, x + w, y + h),
+    st.integers(0, 12), st.integers(0, 12), st.integers(0, 9), st.integers(0, 9),
+)  # fmt: skip
+
+
+@settings(deadline=None)
+@given(short, short)
+def test_edit_distance_is_its_recursion(a, b):
+    @functools.cache
+    def distance(i, j):
+        if not i or not j:
+            return i or j
+        return min(distance(i - 1, j) + 1, distance(i, j - 1) + 1, distance(i - 1, j - 1) + (a[i - 1] != b[j - 1]))
+
+    assert edit_distance(a, b) == edit_distance(b, a) == distance(len(a), len(b))
+
+
+def test_exact_match():
+    assert exact_match(" The  Cat. ", ["dog", "the cat"]) == 1
+    assert exact_match("红色。", ["红色"]) == exact_match("ＡＢＣ", ["abc"]) == 1
+    assert exact_match("the cats", ["the cat"]) == exact_match("3.5", ["35"]) == 0
+    for wrong in ("the cat", []):
+        with pytest.raises(Qwen2VLError, match="references: wants a list"):
+            exact_match("the cat", wrong)
+
+
+def test_character_error_rate():
+    assert character_error_rate("kitten", "sitting") == pytest.approx(3 / 7)
+    assert character_error_rate("", "abc") == 1 and character_error_rate("abcabc", "abc") == 1
+    assert character_error_rate("abcabcabc", "abc") == 2 and character_error_rate("ABC", "abc") == 1
+    assert character_error_rate("e\u0301", "é") == 0
+    assert (character_error_rate("", ""), character_error_rate("x", " ")) == (0, 1)
+
+
+def test_anls_is_that_of_the_paper():
+    """Values of the definition, worked out by hand: similarity of the best reference, zero below one half."""
+    assert anls("Paris", ["paris", "Lyon"]) == 1
+    assert anls("Pariz", ["Paris"]) == pytest.approx(0.8)
+    assert anls("ab", ["abcd"]) == 0.5 and anls("a", ["abcd"]) == 0
+    assert anls("10  march", ["10 March"]) == 1 and anls("", [""]) == 1
+    assert anls("a", ["abcd"], threshold=0.0) == 0.25
+
+
+def test_relaxed_accuracy():
+    for answer, reference, value in (
+        ("105", "100", 1), ("95", "100", 1), ("106", "100", 0), ("94.9", "100", 0), ("-100", "100", 0),
+        ("12,000", "12000", 1), ("50%", "0.5", 1), ("50", "0.5", 0), ("$3", "3", 1), ("0", "0", 1), ("0.01", "0", 0),
+        ("Spain", "spain", 1), ("Spain", "France", 0), ("12", "twelve", 0), (".5", "0.5", 1), ("1,2", "12", 0),
+    ):  # fmt: skip
+        assert relaxed_accuracy(answer, [reference]) == value, (answer, reference)
+    assert relaxed_accuracy("7", ["Seven", "7.1"]) == 1
+
+
+@settings(deadline=None)
+@given(boxes, boxes)
+def test_iou_is_the_share_of_pixels(a, b):
+    cover = [{(x, y) for x in range(c.x1, c.x2) for y in range(c.y1, c.y2)} for c in (a, b)]
+    either = cover[0] | cover[1]
+    expected = 1.0 if a == b else len(cover[0] & cover[1]) / len(either) if either else 0.0
+    assert iou(a, b) == iou(b, a) == pytest.approx(expected)
+
+
+@settings(deadline=None)
+@given(st.lists(boxes, max_size=4), st.lists(boxes, min_size=1, max_size=4))
+def test_matching_uses_each_box_once_and_takes_the_best_pair(found, wanted):
+    got = match_boxes(found, wanted)
+    best = max((iou(f, w) for f in found for w in wanted), default=0.0)
+    assert len(got) == len(wanted) and max(got) == best
+    assert sum(value > 0 for value in got) <= len(found)
+    assert recall(found, wanted) == sum(value >= 0.5 for value in got) / len(wanted)
+
+
+def test_recall_counts_a_box_for_one_object_only():
+    one, two = Box(0, 0, 100, 100), Box(10, 0, 110, 100)
+    assert recall([one], [one, two]) == 0.5 and recall([one, two], [one, two]) == 1
+    assert recall([], [one]) == 0
+    assert recall([Box(50, 0, 150, 100)], [one]) == 0 and recall([Box(0, 0, 100, 50)], [one]) == 1  # IoU 1/3 and 1/2
+    with pytest.raises(Qwen2VLError, match="at least one box"):
+        recall([one], [])

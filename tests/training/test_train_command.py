@@ -1,0 +1,228 @@
+"""``qwen2vl train`` from outside: from files on disk to a model that answers; kills, ranks, and how it fails."""
+
+import csv
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from typer.testing import CliRunner
+
+from qwen2vl import Processor, Qwen2VL
+from qwen2vl.cli import app
+from qwen2vl.cli.train import Stage
+from qwen2vl.demo.checkpoint import write_random_checkpoint
+from qwen2vl.demo.media import write_video
+from qwen2vl.training.data import build_dataset
+from qwen2vl.training.stages import STAGES
+from tests.model import oracle
+from tests.training.data_files import png, write_jsonl, write_tar
+
+ROOT = Path(__file__).parents[2]
+COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220)}
+ENTRIES = [
+    {"path": "data/pictures.jsonl", "format": "conversations", "weight": 5, "max_pixels": 12544},
+    {"path": "data/clips.jsonl", "format": "sharegpt", "video_max_pixels": 3136},
+    {"path": "data/shard-*.tar", "format": "webdataset"},
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a small checkpoint and a set of samples in each of the three formats."""
+    folder = tmp_path_factory.mktemp("train")
+    write_random_checkpoint(folder / "model", std=0.05, dtype=torch.float32)
+    data = folder / "data"
+    data.mkdir()
+    pictures = []
+    for n, (name, colour) in enumerate(COLOURS.items()):
+        image = Image.new("RGB", (56 + 28 * n, 84), "white")
+        ImageDraw.Draw(image).rectangle((10, 20, 40, 60), fill=colour)
+        image.save(data / f"{name}.png")
+        turns = [{"from": "human", "value": "<image>\nWhich colour?"}, {"from": "gpt", "value": name}]
+        pictures.append({"image": f"{name}.png", "conversations": turns})
+    pictures.append({"conversations": [
+        {"from": "human", "value": "Say what the assistant says."}, {"from": "gpt", "value": "hello"},
+        {"from": "human", "value": "And once more?"}, {"from": "gpt", "value": "hello again"},
+    ]})  # fmt: skip
+    both = [{"from": "human", "value": "<image><image>\nSame?"}, {"from": "gpt", "value": "no"}]
+    pictures.append({"image": ["red.png", "blue.png"], "conversations": both})
+    write_jsonl(data / "pictures.jsonl", pictures)
+    write_video(data / "clip.mp4", width=56, height=56, seconds=2, fps=4)
+    clip = [{"role": "user", "content": "<video>What moves?"}, {"role": "assistant", "content": "a balloon"}]
+    write_jsonl(data / "clips.jsonl", [{"messages": clip, "videos": ["clip.mp4"]}])
+    write_tar(data / "shard-0.tar", [("one.png", png(56, 56, 90)), ("one.txt", "a grey square")])
+    return folder
+
+
+def configure(place, output, entries=ENTRIES, **tables) -> Path:
+    """A TOML file in ``place``, whose relative paths begin there, for a run into ``output``."""
+    found: dict[str, dict] = {
+        "run": {"output": str(output), "steps": 4, "max_tokens": 1000, "lookahead": 7, "checkpoint_activations": False},
+        "model": {"checkpoint": "model", "dtype": "float32"},
+        "optimizer": {"lr": 3e-3, "warmup_steps": 1, "weight_decay": 0.0},
+    }
+    for name, table in tables.items():
+        found[name] = {**found.get(name, {}), **table}
+    lines = []
+    for name, table in [*found.items(), *(("[data]", entry) for entry in entries)]:
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
+    path = place / f"{Path(output).name}.toml"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def run(*args):
+    return CliRunner().invoke(app, ["train", *map(str, args)])
+
+
+def log(output) -> list[dict[str, str]]:
+    with (output / "log.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_stages_offered_are_the_stages():
+    assert [stage.value for stage in Stage] == list(STAGES)
+
+
+def test_first_loss_is_that_of_transformers_on_the_same_files(place, tmp_path):
+    """Files, readers, one pack, one step; beside each sample alone through transformers, all tokens weighed alike."""
+    result = run("--stage", "multimodal", "--config", configure(place, tmp_path / "one", run={"steps": 1}))
+    assert result.exit_code == 0, result.output
+    entries = [{**entry, "path": str(place / entry["path"])} for entry in ENTRIES]
+    data = build_dataset(entries, Processor.from_pretrained(place / "model"), max_tokens=1000)
+    examples = list(itertools.islice(data, 7))  # as many as the run looks ahead, all of which fit
+    kinds = [(e.image_grid_thw is not None, e.video_grid_thw is not None) for e in examples]
+    assert set(kinds) == {(False, False), (True, False), (False, True)}
+    config = Qwen2VL.from_pretrained(place / "model").config
+    theirs = oracle.load(place / "model")
+    total = count = 0
+    for example in examples:
+        inputs = {"input_ids": example.input_ids[None], "attention_mask": torch.ones(1, example.tokens).long()}
+        for name in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
+            if getattr(example, name) is not None:
+                inputs[name] = getattr(example, name)
+        with torch.no_grad():
+            logits = theirs(**oracle.oracle_inputs(config, inputs)).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits, example.labels[1:], reduction="sum").item()
+        count += int((example.labels[1:] != -100).sum())
+    (row,) = log(tmp_path / "one")
+    assert int(row["tokens"]) == sum(e.tokens for e in examples)
+    assert (int(row["supervised"]), int(row["samples"])) == (count, 7)
+    assert float(row["loss"]) == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_a_stage_learns_and_leaves_a_model_that_answers(place, tmp_path, stage):
+    output = tmp_path / stage
+    tables = {"run": {"steps": 12, "peak_tflops": 0.1}, "optimizer": {"lr": 3e-3}}
+    result = run("--stage", stage, "--config", configure(place, output, **tables))
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{output / 'model'}\n"
+    assert f"{stage}: " in result.stderr and f"({', '.join(STAGES[stage])})" in result.stderr
+    assert "step 12/12  loss" in result.stderr and "tokens/s  MFU " in result.stderr
+    assert "samples used, none skipped" in result.stderr
+    rows = log(output)
+    assert [int(row["step"]) for row in rows] == list(range(1, 13))
+    first, last = (sum(float(row["loss"]) for row in part) / 3 for part in (rows[:3], rows[-3:]))
+    assert last < 0.93 * first, (first, last)
+    arguments = ["--model", output / "model", "--image", place / "data" / "red.png", "--prompt", "Which colour?"]
+    answer = CliRunner().invoke(app, ["generate", *map(str, arguments), "-n", "4"])
+    assert answer.exit_code == 0, answer.output
+
+
+def start(*args, ranks=0):
+    """The command in processes of its own; with ``ranks``, under torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
+    return subprocess.Popen(
+        [sys.executable, *torchrun, "-m", "qwen2vl", "train", *map(str, args)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_killed_and_resumed_the_log_is_that_of_a_run_that_was_not(place, tmp_path):
+    """SIGKILL wherever the run happens to be; data readers, packing, weights and optimiser go on exactly there."""
+    tables = {"run": {"steps": 8, "save_every": 1, "max_tokens": 300}}
+    config = configure(place, tmp_path / "killed", **tables)
+    process = start("--stage", "multimodal", "--config", config)
+    path = tmp_path / "killed" / "log.csv"
+    deadline = time.monotonic() + 120
+    while not path.exists() or path.read_text().count("\n") < 4:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    refused = run("--stage", "multimodal", "--config", config)
+    assert refused.exit_code == 1 and "resume it or move it" in refused.stderr
+    resumed = start("--stage", "multimodal", "--config", config, "--resume")
+    _, errors = resumed.communicate()
+    assert resumed.returncode == 0, errors
+    assert "steps 1 to 8" not in errors and "to 8" in errors
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in those processes: sums in the same order
+    try:
+        assert run("--stage", "multimodal", "--config", configure(place, tmp_path / "whole", **tables)).exit_code == 0
+    finally:
+        torch.set_num_threads(threads)
+    exact = ("step", "loss", "grad_norm", "lr_llm", "tokens", "supervised", "samples")
+    rows, expected = ([[row[key] for key in exact] for row in log(tmp_path / name)] for name in ("killed", "whole"))
+    assert len(expected) == 8 and rows == expected
+
+
+def test_ranks_of_torchrun_speak_with_one_voice(place, tmp_path, monkeypatch):
+    config = configure(place, tmp_path / "two", run={"steps": 2})
+    stdout, stderr = (process := start("--stage", "instruct", "--config", config, ranks=2)).communicate()
+    assert process.returncode == 0, stderr
+    assert stdout == f"{tmp_path / 'two' / 'model'}\n"
+    assert "on 2 x cpu (fsdp), steps 1 to 2" in stderr and stderr.count("step 2/2") == 1
+    assert "data of rank 0: " in stderr and "data of rank 1: " in stderr
+    assert len(log(tmp_path / "two")) == 2
+    for rank, said in (("0", 1), ("1", 0)):  # both find the finished run and refuse, before they would meet
+        monkeypatch.setenv("RANK", rank)
+        again = run("--stage", "instruct", "--config", config)
+        assert again.exit_code == 1 and again.stderr.count("error: run.output") == said, again.stderr
+
+
+def test_bad_samples_are_counted_with_their_places(place, tmp_path):
+    lines = [*(place / "data" / "pictures.jsonl").read_text().splitlines()[3:4], "{broken", '{"conversations": []}']
+    bad = write_jsonl(place / "data" / "bad.jsonl", lines)
+    entries = [{"path": "data/bad.jsonl", "format": "conversations", "shuffle": False}]
+    result = run("--stage", "instruct", "--config", configure(place, tmp_path / "bad", entries, run={"steps": 1}))
+    assert result.exit_code == 0, result.output
+    assert "skipped as malformed" in result.stderr
+    assert f"{bad}:2: " in result.stderr and f"{bad}:3: " in result.stderr
+    config = configure(place, tmp_path / "strict", entries, run={"steps": 1, "max_bad": 0})
+    result = run("--stage", "instruct", "--config", config)
+    assert result.exit_code == 1 and f"error: {bad}:2: " in result.stderr and "Traceback" not in result.output
+
+
+def test_refusals(place, tmp_path):
+    """One line that names the key or the file, before anything is written."""
+    for tables, entries, message in (
+        ({"run": {"setps": 3}}, ENTRIES, "run.setps: unknown key"),
+        ({"run": {"steps": 0}}, ENTRIES, "run.steps: must be positive, got 0"),
+        ({"run": {"max_bad": -1}}, ENTRIES, "run.max_bad: must be zero or positive, got -1"),
+        ({"model": {"checkpoint": "nowhere/at/all"}}, ENTRIES, "nowhere/at/all: no such folder"),
+        ({"parallel": {"mode": "fsdp"}}, ENTRIES, "parallel.mode: 'fsdp' needs processes: start with torchrun"),
+        ({}, [], "data: no entry; a run needs at least one"),
+        ({}, [{"path": "data/none.jsonl", "format": "conversations"}], f"{place / 'data' / 'none.jsonl'}: no such"),
+        ({}, [{"path": "data/clips.jsonl"}], "data[0].format: is missing"),
+    ):
+        result = run("--stage", "vision", "--config", configure(place, tmp_path / "never", entries, **tables))
+        assert result.exit_code == 1 and "Traceback" not in result.output, result.output
+        assert message in result.stderr and not result.stdout
+        assert not (tmp_path / "never").exists()
+    result = run("--stage", "vision", "--config", place / "absent.toml")
+    assert result.exit_code == 1 and "absent.toml: cannot be read as TOML" in result.stderr
+    assert run("--stage", "fourth", "--config", place / "absent.toml").exit_code == 2
