@@ -192,7 +192,7 @@ def _memory(context: Context) -> Iterator[Workload]:
         count=sizes.count,
         batch=sizes.batch,
     )
-    for checkpointing in (False, True):
+    for checkpointing in (False,) if context.quick else (False, True):
         yield Workload(
             name=f"memory of the longest of these steps, activations {'checkpointed' if checkpointing else 'kept'}",
             providers=[
@@ -261,11 +261,12 @@ def _loss_gate(context: Context) -> list[Check]:
     In float32 beside the full logits; in bf16 by the two-times rule, the full logits of float32 being exact.
     """
     dtype = _dtype(context)
-    inputs = loss_inputs(300, 64, _sizes(context).vocabulary, context.device, dtype)
+    hidden, weight, targets = inputs = loss_inputs(300, 64, _sizes(context).vocabulary, context.device, dtype)
     kinds = ["chunked", *(["liger"] if _why_no_liger(context.device) is None else [])]
     parts = ("loss", "gradient of the states", "gradient of the head")
     low = loss_and_gradients("full", *inputs)
-    exact = loss_and_gradients("full", *(x.detach().float().requires_grad_() for x in inputs[:2]), inputs[2])
+    wide = [x.detach().float().requires_grad_() for x in (hidden, weight)]
+    exact = loss_and_gradients("full", wide[0], wide[1], targets)
     checks = []
     for kind in kinds:
         for part, got, rounded, true in zip(parts, loss_and_gradients(kind, *inputs), low, exact, strict=True):
