@@ -1,6 +1,6 @@
 """Training on samples of mixed lengths: packing and the chunked loss beside padded batches and full logits.
 
-A step takes the same eight samples on both sides, transformers' padded to the longest, as its users' loops do; the same
+A step takes the same four samples on both sides, transformers' padded to the longest, as its users' loops do; the same
 optimizer updates the same parameters, and tokens/s count real tokens, never padding. On a CPU everything is float32:
 not every one has bf16 matrix units, and without them PyTorch's bf16 products measure an emulation.
 
@@ -61,7 +61,7 @@ class Sizes:
     vocabulary: int
 
 
-FULL = Sizes(count=16, batch=8, tokens=1024, width=1536, vocabulary=151_936)
+FULL = Sizes(count=24, batch=4, tokens=1024, width=1536, vocabulary=151_936)
 QUICK = Sizes(count=4, batch=2, tokens=64, width=32, vocabulary=2048)
 
 
@@ -176,8 +176,9 @@ def _loops(context: Context) -> Iterator[Workload]:
         dtype=dtype,
         per_call=tokens,
         unit="token",
-        min_rounds=3,
+        min_rounds=2,
         max_rounds=3,
+        budget_s=60.0,
     )
 
 
