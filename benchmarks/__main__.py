@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: list, run and report."""
+"""``python -m benchmarks``: list, run, report, and what training takes."""
 
 from __future__ import annotations
 
@@ -120,6 +120,39 @@ def work() -> None:
     from . import packs
 
     Console(width=None if sys.stdout.isatty() else 200).print(packs.table(packs.packs()))
+
+
+@app.command("plan")
+def plan_(
+    mfu: Annotated[float, typer.Option(min=0.01, max=1.0, help="Assumed: none of ours was measured on a GPU.")] = 0.4,
+    peak_tflops: Annotated[float, typer.Option(min=1.0, help="Of one GPU, dense bf16.")] = 989.0,
+    memory: Annotated[
+        list[float] | None, typer.Option(min=1.0, help="GB of one GPU; several are compared. Default: 80 and 141.")
+    ] = None,
+    reserve: Annotated[float, typer.Option(min=0.0, help="GB of it for CUDA, NCCL and fragmentation.")] = 6.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of one pack.")] = 8192,
+    vision_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of all tokens, in the mix.")] = 0.5,
+    image_tokens: Annotated[int, typer.Option(min=1, help="Of one image.")] = 512,
+    sample_tokens: Annotated[int, typer.Option(min=1, help="Of one sample.")] = 1024,
+    instruct_tokens: Annotated[
+        float | None, typer.Option(min=1.0, help="Of the instruct stage, for which the paper gives none.")
+    ] = None,
+) -> None:
+    """Calculate memory and time of the three training stages for 2B, 7B and 72B on 8, 64 and 512 GPUs."""
+    from . import plan
+
+    recipe = plan.Recipe(
+        mfu=mfu,
+        peak_tflops=peak_tflops,
+        memories=tuple(memory or plan.Recipe.memories),
+        reserve=reserve,
+        max_tokens=max_tokens,
+        vision_share=vision_share,
+        image_tokens=image_tokens,
+        sample_tokens=sample_tokens,
+        instruct_tokens=instruct_tokens,
+    )
+    print(plan.report(recipe), end="")
 
 
 @app.command("tune")

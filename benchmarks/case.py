@@ -69,6 +69,7 @@ class Workload:
         bytes: bytes that must move to and from memory at least.
         dtype: of the matrix products, selects the ceiling.
         per_call: units of work in one call (decoding steps, say); times are reported per unit.
+        unit: what one unit is, where its rate is to be shown: ``"token"`` shows tokens/s.
         units: metrics to take from what ``call`` returns, with their unit (``"s"`` or ``"B"``); ``None`` times
             the call.
         series, size: what this is one point of, and which, for plots: an op and its tokens, say.
@@ -82,6 +83,7 @@ class Workload:
     bytes: float | None = None
     dtype: torch.dtype = torch.float32
     per_call: int = 1
+    unit: str | None = None
     units: Mapping[str, str] | None = None
     series: str | None = None
     size: int | None = None

@@ -79,7 +79,9 @@ def row_cells(row: dict[str, Any]) -> list[str]:
     unit = row["unit"]
     name = row["workload"] if row["metric"] == "time" else f"{row['workload']}: {row['metric']}"
     rate = ""
-    if row.get("ceiling") == "matmul":
+    if "units_per_s" in row:
+        rate = f"{row['units_per_s']:,.0f} {row['unit_of_work']}s/s"
+    elif row.get("ceiling") == "matmul":
         rate = f"{quantity(row['flops_per_s'])}FLOP/s"
     elif row.get("ceiling") == "copy":
         rate = f"{quantity(row['bytes_per_s'])}B/s"

@@ -172,6 +172,8 @@ def _rows(workload: Workload, samples: Samples, ceilings: Ceilings) -> list[dict
 
 def _rates(workload: Workload, seconds: float, floor: tuple[float, str] | None) -> dict[str, Any]:
     rates: dict[str, Any] = {}
+    if workload.unit is not None:
+        rates |= {"unit_of_work": workload.unit, "units_per_s": 1 / seconds}
     if workload.flops:
         rates |= {"flops": workload.flops, "flops_per_s": workload.flops / seconds}
     if workload.bytes:

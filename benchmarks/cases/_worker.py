@@ -83,6 +83,50 @@ def peak(who: str, folder: Path, device: str, side: str, text: str, steps: str) 
     return {"peak": most, "weights": weights, "peak - weights": most - weights}
 
 
+def train(
+    who: str, folder: Path, device: str, dtype: str, count: str, batch: str, checkpointing: str
+) -> dict[str, float]:
+    """Peak memory of the training case's longest step.
+
+    ``over the state``: above what the process held after a step on one short sample, when weights, gradients and the
+    optimizer's state were all there once: activations, logits and what the allocator kept.
+    """
+    import torch
+
+    from . import _training as shared
+
+    side = shared.SIDES[who](folder, torch.device(device), getattr(torch, dtype), checkpointing=checkpointing == "True")
+    samples = shared.make_samples(side.config, int(count))
+    longest = max(shared.steps_of(samples, int(batch)), key=lambda step: shared.padded_tokens([step]))
+    prepared = side.prepare(longest)
+    shared.train(side, [side.prepare([min(samples, key=lambda e: e.tokens)])])
+    held = held_bytes(device)
+    shared.train(side, [prepared])
+    most = peak_bytes(device)
+    return {"peak": most, "peak over the state": most - held}
+
+
+def loss(who: str, folder: Path, device: str, dtype: str, tokens: str, width: str, vocabulary: str) -> dict[str, float]:
+    """Seconds of one forward and backward of the loss, and its peak memory above inputs and imports.
+
+    On a CPU the memory is touched for the first time within the time, as in every step that allocates anew.
+    """
+    import torch
+
+    from . import train as case
+
+    inputs = case.loss_inputs(int(tokens), int(width), int(vocabulary), torch.device(device), getattr(torch, dtype))
+    held = held_bytes(device)
+    if device.startswith("cuda"):  # where a first call compiles kernels
+        case.loss_and_gradients(who, *inputs)
+    _synchronize(device)
+    begin = time.perf_counter()
+    case.loss_and_gradients(who, *inputs)
+    _synchronize(device)
+    seconds = time.perf_counter() - begin
+    return {"seconds": seconds, "peak over the inputs": peak_bytes(device) - held}
+
+
 def peak_bytes(device: str) -> float:
     """The most memory this process has held: of the GPU's allocator, or resident (mapped weights included).
 
@@ -92,12 +136,29 @@ def peak_bytes(device: str) -> float:
         import torch
 
         return float(torch.cuda.max_memory_allocated())
-    status = Path("/proc/self/status")
-    if status.is_file():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return 1024.0 * int(line.split()[1])
+    if (resident := _status("VmHWM")) is not None:
+        return resident
     maxrss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return float(maxrss if sys.platform == "darwin" else 1024 * maxrss)
+
+
+def held_bytes(device: str) -> float:
+    """What this process holds now; where the system does not say, the most so far."""
+    if device.startswith("cuda"):
+        import torch
+
+        return float(torch.cuda.memory_allocated())
+    resident = _status("VmRSS")
+    return peak_bytes(device) if resident is None else resident
+
+
+def _status(key: str) -> float | None:
+    """Bytes that Linux counts for this process under ``key``."""
+    path = Path("/proc/self/status")
+    if not path.is_file():
+        return None
+    line = next(line for line in path.read_text().splitlines() if line.startswith(key))
+    return 1024.0 * int(line.split()[1])
 
 
 def _synchronize(device: str) -> None:
@@ -109,5 +170,5 @@ def _synchronize(device: str) -> None:
 
 if __name__ == "__main__":
     request = json.loads(sys.argv[1])
-    run = {"load": load, "peak": peak}[request.pop("task")]
+    run = {"load": load, "peak": peak, "train": train, "loss": loss}[request.pop("task")]
     print(json.dumps(run(**{**request, "folder": Path(request["folder"])})))

@@ -1,7 +1,7 @@
-"""What training costs in floating-point operations, from shapes alone; a multiply-add counts two.
+"""What training costs in floating-point operations, and a model's parameters, from shapes alone.
 
-A backward costs a forward once more for the gradients of what came in and once more for those of the weights.
-Recomputed activations do not count: model FLOPs, as in PaLM (arXiv 2204.02311, appendix B).
+A multiply-add counts two. A backward costs a forward once more for the gradients of what came in and once more for
+those of the weights. Recomputed activations do not count: model FLOPs, as in PaLM (arXiv 2204.02311, appendix B).
 """
 
 from __future__ import annotations
@@ -58,6 +58,43 @@ def merger_matrices(config: Qwen2VLConfig) -> int:
     v = config.vision
     width = v.embed_dim * v.spatial_merge_size**2
     return width * width + width * v.hidden_size
+
+
+def layer_parameters(config: Qwen2VLConfig) -> int:
+    """Of one decoder layer: its matrices, the biases of q, k and v, two norms."""
+    t = config.text
+    return layer_matrices(config) + 3 * t.hidden_size + 2 * t.num_key_value_heads * t.head_dim
+
+
+def block_parameters(config: Qwen2VLConfig) -> int:
+    """Of one vision block: its matrices with a bias each, two norms with weight and bias."""
+    v = config.vision
+    return block_matrices(config) + (3 + 1 + 1 + 4) * v.embed_dim + int(v.embed_dim * v.mlp_ratio)
+
+
+def parameters(config: Qwen2VLConfig) -> dict[str, int]:
+    """Of each part, as :data:`qwen2vl.training.stages.PARTS` names them; a tied head counts once."""
+    t, v = config.text, config.vision
+    merged = v.embed_dim * v.spatial_merge_size**2
+    embeddings = (1 if t.tie_word_embeddings else 2) * t.vocab_size * t.hidden_size
+    return {
+        "tower": v.patch_values * v.embed_dim + v.depth * block_parameters(config),
+        "merger": merger_matrices(config) + merged + v.hidden_size + 2 * v.embed_dim,
+        "llm": t.num_hidden_layers * layer_parameters(config) + t.hidden_size + embeddings,
+    }
+
+
+def mean_work(*, vision_share: float, sample_tokens: int, image_tokens: int, merge_size: int = 2) -> Work:
+    """One mean token of samples of ``sample_tokens``, of which a share are vision tokens and all others supervised;
+    images of ``image_tokens`` each."""
+    patches = vision_share * merge_size**2
+    return Work(
+        tokens=1.0,
+        pairs=(sample_tokens + 1) / 2,
+        supervised=1 - vision_share,
+        patches=patches,
+        patch_pairs=patches * image_tokens * merge_size**2,
+    )
 
 
 def training_flops(config: Qwen2VLConfig, work: Work, trained: frozenset[str] | set[str]) -> float:

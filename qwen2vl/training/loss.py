@@ -37,13 +37,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for begin in range(0, h.shape[0], rows):
             h_c, t_c = h[begin : begin + rows], t[begin : begin + rows]
             logits = F.linear(h_c, weight).to(accurate)  # (n, V)
-            lse = logits.logsumexp(1, keepdim=True)
-            total += (lse.squeeze(1) - logits.gather(1, t_c[:, None]).squeeze(1)).sum()
+            chosen, largest = logits.gather(1, t_c[:, None]), logits.amax(1, keepdim=True)
+            # In the logits' place: one exponential serves the sum and the softmax, and no second chunk exists.
+            d = logits.sub_(largest).exp_()
+            sums = d.sum(1, keepdim=True)
+            total += (sums.log() + largest - chosen).sum()
             if not (wants_hidden or wants_weight):
                 continue
-            d = logits.sub_(lse).exp_()  # softmax, in the logits' place
-            d.scatter_add_(1, t_c[:, None], d.new_full((t_c.shape[0], 1), -1.0))
-            d = d.mul_(scale).to(hidden.dtype)
+            d = d.mul_(scale / sums)
+            d = d.scatter_add_(1, t_c[:, None], d.new_full((t_c.shape[0], 1), -scale)).to(hidden.dtype)
             if grad_h is not None:
                 grad_h[kept[begin : begin + rows]] = d @ weight
             if grad_w is not None:
