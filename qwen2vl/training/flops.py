@@ -97,8 +97,11 @@ def mean_work(*, vision_share: float, sample_tokens: int, image_tokens: int, mer
     )
 
 
-def training_flops(config: Qwen2VLConfig, work: Work, trained: frozenset[str] | set[str]) -> float:
-    """Of a forward and backward in which the parts ``trained`` (of tower, merger, llm) learn."""
+def training_flops(
+    config: Qwen2VLConfig, work: Work, trained: frozenset[str] | set[str], *, adapters: bool = False
+) -> float:
+    """Of a forward and backward in which the parts ``trained`` (of tower, merger, llm) learn; with ``adapters`` they are
+    frozen and pass their gradients on to adapters, whose own arithmetic is left out."""
     t, v = config.text, config.vision
     layers = 2 * work.tokens * t.num_hidden_layers * layer_matrices(config)
     attention = 4 * work.pairs * t.num_hidden_layers * t.hidden_size
@@ -107,9 +110,10 @@ def training_flops(config: Qwen2VLConfig, work: Work, trained: frozenset[str] | 
     tower_attention = 4 * work.patch_pairs * v.depth * v.embed_dim
     merger = 2 * work.patches / v.spatial_merge_size**2 * merger_matrices(config)
     vision_learns = bool(trained & {"tower", "merger"})
+    learns = 2 if adapters else 3
     # The decoder's attention and matrices pass gradients on to the tower even where their own weights are frozen.
-    llm = (3 if "llm" in trained else 2 if vision_learns else 1) * (layers + head)
+    llm = (learns if "llm" in trained else 2 if vision_learns else 1) * (layers + head)
     llm += (3 if "llm" in trained or vision_learns else 1) * attention
-    vision = (3 if "tower" in trained else 1) * (tower + tower_attention)
+    vision = (learns if "tower" in trained else 1) * tower + (3 if "tower" in trained else 1) * tower_attention
     vision += (3 if "merger" in trained else 2 if "tower" in trained else 1) * merger
     return llm + vision

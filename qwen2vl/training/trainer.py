@@ -153,7 +153,7 @@ class Trainer:
             sum(w.tokens for w in works),
             sum(w.supervised for w in works),
             sum(source is not None for pack in packs for source in pack.sources),
-            sum(training_flops(self.model.config, w, self.trained) for w in works),
+            sum(training_flops(self.model.config, w, self.trained, adapters=config.lora is not None) for w in works),
         )
         # Ranks' gradients are averaged, so each takes its loss times their number.
         scale = parallel.data_size / max(1.0, supervised)
