@@ -66,6 +66,8 @@ def row_cells(row: dict[str, Any]) -> list[str]:
         rate = f"{quantity(row['flops_per_s'])}FLOP/s"
     elif row.get("ceiling") == "copy":
         rate = f"{quantity(row['bytes_per_s'])}B/s"
+    elif row["metric"].startswith("each "):  # "each token after it" as tokens a second
+        rate = f"{1 / row['median']:.3g} {row['metric'].split()[1]}s/s"
     ratios = [f"{r['median']:.2f}x ({r['best']:.2f}x) {peer}" for peer, r in row["ratios"].items()]
     return [
         name,

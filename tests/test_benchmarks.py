@@ -144,6 +144,12 @@ def test_returned_metrics_replace_timing():
     assert result["ceilings"] == {}
 
 
+def test_time_of_each_token_is_also_a_rate():
+    ours = Provider("ours", lambda: {"each token": 0.25})
+    (row,) = run_case(case(workload(providers=[ours], units={"each token": "s"})), QUICK)["rows"]
+    assert report.row_cells(row)[5] == "4 tokens/s"
+
+
 def test_nothing_has_no_ratio_to_something():
     contenders = [Provider("ours", lambda: {"copies": 0}), Provider("x", lambda: {"copies": 3}, peer=True)]
     ours, _ = run_case(case(workload(providers=contenders, units={"copies": "s"})), QUICK)["rows"]
