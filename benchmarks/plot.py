@@ -220,7 +220,7 @@ def _dots(rows: Rows, marks: Callable, label: str, *, line: float, log: bool = F
     if log:
         _log_of_ratios(panel, [v for _, _, _, value, spread in found for v in (value, *(spread or ()))])
     else:
-        panel.set_xlim(0, max(105.0, 1.05 * max(f[3] for f in found)))
+        panel.set_xlim(0, 1.05 * max(100.0, *(value for *_, value, _ in found)))
     panel.set_xlabel(label, fontsize=9)
     handles = [
         _mark("o" if n < 10 else "s", f"C{n % 10}", k, any(f[1] for f in found if f[2] == k))
