@@ -11,8 +11,9 @@ import torch
 import typer
 from rich.console import Console
 
-from . import environment, plot, report
+from . import environment, page, report
 from .case import Context
+from .page import PAGE
 from .run import RESULTS, GateError, case_names, load_case, run_case, write
 from .timing import Clock
 
@@ -72,22 +73,15 @@ def run(
 
 @app.command("report")
 def report_(
-    results: Annotated[Path, typer.Argument(help="Folder with results.")] = RESULTS,
-    write_to: Annotated[Path | None, typer.Option("--write", help="Write here instead of printing.")] = None,
-    plots: Annotated[Path | None, typer.Option(help="Draw roofline plots into this folder (needs matplotlib).")] = None,
+    results: Annotated[Path, typer.Argument(help="Folder with a folder of results a device.")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="The page; its figures go to plots/ beside it.")] = PAGE,
 ) -> None:
-    """Render the results as Markdown, and as plots of the share of the machine's ceilings by size."""
-    found = report.read_results(results)
-    if not found:
-        raise typer.BadParameter(f"{results} holds no results", param_hint="results")
-    text = report.markdown(found)
-    if write_to is None:
-        print(text)
-    else:
-        write_to.write_text(text, encoding="utf-8")
-    if plots is not None:
-        for path in plot.plot_all(found, plots):
-            print(f"written to {path}", file=sys.stderr)
+    """Make the page of all results: tables, and figures as SVG (needs matplotlib)."""
+    try:
+        written = page.write(results, out)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="results") from error
+    print(f"written to {out}, {len(written) - 1} figures beside it")
 
 
 @app.command("aot")

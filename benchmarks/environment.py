@@ -35,9 +35,14 @@ def slug(name: str) -> str:
 
 
 def folder_name(device: torch.device) -> str:
-    """The folder of this device's results; for a CPU it names the threads too, since virtual machines differ."""
+    """The folder of this device's results.
+
+    For a CPU it names instructions and threads too: virtual machines differ in both under one name of a processor.
+    """
     name = slug(device_name(device))
-    return name if device.type == "cuda" else f"{name}-{torch.get_num_threads()}-threads"
+    if device.type == "cuda":
+        return name
+    return f"{name}-{slug(torch.backends.cpu.get_cpu_capability())}-{torch.get_num_threads()}-threads"
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -48,6 +53,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "device_type": device.type,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
         "load_average": [round(x, 2) for x in os.getloadavg()],
         "platform": platform.platform(),
         "python": platform.python_version(),

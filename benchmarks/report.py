@@ -1,16 +1,11 @@
-"""Tables of results: on the terminal after a run, as Markdown from the JSON files."""
+"""Tables of results: on the terminal after a run, and as Markdown."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-
-from .run import SCHEMA
 
 COLUMNS = (
     "workload",
@@ -42,36 +37,24 @@ def show(result: dict[str, Any], console: Console) -> None:
         console.print(f"skipped: {skip['provider']} in {skip['workload']}: {skip['reason']}", style="yellow")
 
 
-def markdown(results: Iterable[dict[str, Any]]) -> str:
-    """All results as Markdown: a heading and a table a case."""
-    parts = []
-    for result in results:
-        lines = [f"## {result['case']} on {result['device']}", "", f"{result['summary']}.", ""]
-        lines += ["| " + " | ".join(COLUMNS) + " |", "|---|---|" + "---:|" * (len(COLUMNS) - 2)]
-        lines += ["| " + " | ".join(c.replace("|", "\\|") for c in row_cells(row)) + " |" for row in result["rows"]]
-        lines += [
-            "",
-            footer(result) + f" `{result['command']}`, {result['date']}, commit {result['commit']}.",
-        ]
-        worst = max(result["gate"], key=lambda c: c["error"] / c["allowed"] if c["allowed"] else 0.0)
-        text = f"Parity gate: {len(result['gate'])} checks green"
-        if worst["allowed"]:
-            text += f"; nearest to its bound: {worst['name']}, {worst['error']:.2g} of {worst['allowed']:.2g}"
-        lines += ["", text + "."]
-        lines += [f"- Skipped: {s['provider']} in {s['workload']}: {s['reason']}." for s in result["skipped"]]
-        parts.append("\n".join(lines) + "\n")
-    return "\n".join(parts)
+def table(result: dict[str, Any]) -> str:
+    """The rows of a result as a table in Markdown."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|---|" + "---:|" * (len(COLUMNS) - 2)]
+    lines += ["| " + " | ".join(c.replace("|", "\\|") for c in row_cells(row)) + " |" for row in result["rows"]]
+    return "\n".join(lines)
 
 
-def read_results(folder: Path) -> list[dict[str, Any]]:
-    """Every result below ``folder``. Raises ``ValueError`` for a file that is not one."""
-    results = []
-    for path in sorted(folder.rglob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        if result.get("schema") != SCHEMA:
-            raise ValueError(f"{path}: schema must be {SCHEMA}, got {result.get('schema')!r}")
-        results.append(result)
-    return results
+def notes(result: dict[str, Any]) -> str:
+    """Where and how it was measured, the gate, and who was skipped, in Markdown."""
+    lines = [footer(result) + f" `{result['command']}`, {result['date']}, commit {result['commit']}.", ""]
+    text = f"Parity gate: {len(result['gate'])} checks green"
+    bounded = [check for check in result["gate"] if check["allowed"]]
+    if bounded:
+        worst = max(bounded, key=lambda check: check["error"] / check["allowed"])
+        text += f"; nearest to its bound: {worst['name']}, {worst['error']:.2g} of {worst['allowed']:.2g}"
+    lines.append(text + ".")
+    lines += [f"- Skipped: {s['provider']} in {s['workload']}: {s['reason']}." for s in result["skipped"]]
+    return "\n".join(lines)
 
 
 def row_cells(row: dict[str, Any]) -> list[str]:
@@ -85,6 +68,8 @@ def row_cells(row: dict[str, Any]) -> list[str]:
         rate = f"{quantity(row['flops_per_s'])}FLOP/s"
     elif row.get("ceiling") == "copy":
         rate = f"{quantity(row['bytes_per_s'])}B/s"
+    elif row["metric"].startswith("each "):  # "each token after it" as tokens a second
+        rate = f"{1 / row['median']:.3g} {row['metric'].split()[1]}s/s"
     ratios = [f"{r['median']:.2f}x ({r['best']:.2f}x) {peer}" for peer, r in row["ratios"].items()]
     return [
         name,
@@ -110,7 +95,9 @@ def footer(result: dict[str, Any]) -> str:
 
 
 def value(x: float, unit: str) -> str:
-    """A number with three digits in a unit that suits it: seconds or bytes."""
+    """A number with three digits in a unit that suits it: seconds or bytes; others are counts."""
+    if unit not in ("s", "B"):
+        return f"{x:.1f}".removesuffix(".0")
     if unit == "B":
         return f"{x / 1e9:.2f} GB" if abs(x) >= 1e9 else f"{x / 1e6:.1f} MB"
     for factor, name in ((1.0, "s"), (1e-3, "ms")):

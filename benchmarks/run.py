@@ -160,6 +160,7 @@ def _rows(workload: Workload, samples: Samples, ceilings: Ceilings) -> list[dict
                     peer: ratio(theirs, values)
                     for peer in peers
                     if peer != provider.name and (theirs := samples.get(peer, {}).get(metric))
+                    if any(theirs) and any(values)  # nothing is no part of something
                 },
             }
             if workload.series is not None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from qwen2vl_kernels import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from qwen2vl_kernels._product import linear
 
 
 def idle_rows(x: torch.Tensor) -> int:
@@ -36,6 +37,9 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         pass
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return linear(input, self.weight, self.bias)
 
 
 class Embedding(nn.Embedding):

@@ -127,22 +127,25 @@ class Ours:
 
 
 class Transformers:
-    """transformers' model with its fused attention (sdpa); the cache is the one its ``generate`` makes."""
+    """transformers' model, by default with its fused attention; the cache is the one its ``generate`` makes."""
 
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(
+        self, folder: Path, device: torch.device, dtype: torch.dtype = torch.bfloat16, attention: str = "sdpa"
+    ) -> None:
         import transformers
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         model = transformers.Qwen2VLForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa"
+            folder, dtype=dtype, attn_implementation=attention
         )
         self.model: Any = model.to(device).eval()  # type: ignore[arg-type]
         self.config = Qwen2VLConfig.from_pretrained(folder)
         self.cache: Any = None
 
     def vision(self, rows: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-        return self.model.get_image_features(rows, grid).pooler_output[0]
+        images = self.model.get_image_features(rows, grid).pooler_output
+        return images[0] if len(images) == 1 else torch.cat(tuple(images))
 
     def prefill(self, prompt: Prompt, features: torch.Tensor) -> torch.Tensor:
         from transformers import DynamicCache
@@ -179,11 +182,15 @@ def weight_bytes(model: torch.nn.Module) -> int:
     return sum(p.nbytes for p in model.parameters())
 
 
-def vision_flops(config: VisionConfig, patches: int) -> float:
-    """Multiply-adds count two; attention over one segment of ``patches``, norms and activations left out."""
+def vision_flops(config: VisionConfig, patches: int, pairs: int | None = None) -> float:
+    """Multiply-adds count two; norms and activations are left out.
+
+    ``pairs`` of patches that see each other, by default those of one segment.
+    """
+    seen = patches if pairs is None else pairs / patches
     width, merged = config.embed_dim, config.embed_dim * config.spatial_merge_size**2
     hidden = int(width * config.mlp_ratio)
-    block = 2 * (4 * width * width + 2 * width * hidden) + 4 * patches * width
+    block = 2 * (4 * width * width + 2 * width * hidden) + 4 * seen * width
     merger = 2 * (merged * merged + merged * config.hidden_size) / config.spatial_merge_size**2
     return patches * (2 * config.patch_values * width + config.depth * block + merger)
 

@@ -19,7 +19,7 @@ import torch
 from ..ops.mrope import mrope, mrope_
 from ..ops.rms_norm import rms_norm
 from ..ops.swiglu import swiglu, swiglu_
-from ._modules import owned, parameters_after, plain, same_dtype, with_idle_rows
+from ._modules import owned, parameters_after, plain, project, same_dtype, with_idle_rows
 
 
 def angles(stock: Callable) -> Callable:
@@ -55,7 +55,7 @@ def attention(stock: Callable, *, interleaved: bool) -> Callable:
         batch, length = hidden_states.shape[:2]
         tokens, rows = batch * length, with_idle_rows(hidden_states)
         q, k, v = (
-            proj(rows).unflatten(-1, (-1, self.head_dim))[:tokens]  # (T, H, D)
+            project(proj, rows).unflatten(-1, (-1, self.head_dim))[:tokens]  # (T, H, D)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         makers = (self.q_proj, self.k_proj)
@@ -76,7 +76,7 @@ def attention(stock: Callable, *, interleaved: bool) -> Callable:
             self, q, k, v, given.get("attention_mask"),
             dropout=self.attention_dropout if self.training else 0.0, scaling=self.scaling, **extra,
         )  # fmt: skip
-        out = self.o_proj(with_idle_rows(out.reshape(batch, length, -1)))
+        out = project(self.o_proj, with_idle_rows(out.reshape(batch, length, -1)))
         return out[:tokens].unflatten(0, (batch, length)), weights
 
     return forward
@@ -112,9 +112,9 @@ def mlp(stock: Callable) -> Callable:
         if type(self.act_fn).__name__ not in ("SiLU", "SiLUActivation") or not plain(self.act_fn):
             return stock(self, x)
         rows, tokens = with_idle_rows(x), x.shape[:-1].numel()
-        gate, up = self.gate_proj(rows), self.up_proj(rows)
+        gate, up = project(self.gate_proj, rows), project(self.up_proj, rows)
         mine = owned(gate, self.gate_proj) and owned(up, self.up_proj)
         h = swiglu_(gate, up) if mine else swiglu(gate, up)
-        return self.down_proj(h)[:tokens].unflatten(0, x.shape[:-1])
+        return project(self.down_proj, h)[:tokens].unflatten(0, x.shape[:-1])
 
     return forward

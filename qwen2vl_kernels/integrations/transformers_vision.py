@@ -21,7 +21,7 @@ from ..ops.quick_gelu import quick_gelu, quick_gelu_
 from ..ops.rms_norm import add_rms_norm, rms_norm
 from ..ops.varlen_attention import varlen_attention
 from ..ops.vision_rope import vision_rope, vision_rope_qkv_
-from ._modules import owned, parameters_after, plain, same_dtype, takes, with_idle_rows
+from ._modules import owned, parameters_after, plain, project, same_dtype, takes, with_idle_rows
 
 
 def rope(stock: Callable) -> Callable:
@@ -44,7 +44,7 @@ def attention(stock: Callable) -> Callable:
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         given = dict(zip(names, args, strict=False)) | kwargs
         tokens, rows = hidden_states.shape[0], with_idle_rows(hidden_states)
-        qkv = self.qkv(rows).unflatten(-1, (3, self.num_heads, -1))  # (T, 3, H, D)
+        qkv = project(self.qkv, rows).unflatten(-1, (3, self.num_heads, -1))  # (T, 3, H, D)
         tables = _halves(*given["position_embeddings"])
         if owned(qkv, self.qkv):
             vision_rope_qkv_(qkv[:tokens], *tables)
@@ -53,7 +53,7 @@ def attention(stock: Callable) -> Callable:
             q, k, v = qkv[:tokens].unbind(1)
             q, k = vision_rope(q, k, *tables)
         out = varlen_attention(q, k, v, bounds(given["cu_seqlens"]), q.shape[0], softmax_scale=self.scaling)
-        return self.proj(out.flatten(1))[:tokens]
+        return project(self.proj, out.flatten(1))[:tokens]
 
     return forward
 
@@ -130,9 +130,9 @@ def mlp(stock: Callable) -> Callable:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         if type(self.act).__name__ != "QuickGELUActivation" or not plain(self.act):
             return stock(self, x)
-        h = self.fc1(with_idle_rows(x))
+        h = project(self.fc1, with_idle_rows(x))
         h = quick_gelu_(h) if owned(h, self.fc1) else quick_gelu(h)
-        return self.fc2(h)[: x.shape[0]]
+        return project(self.fc2, h)[: x.shape[0]]
 
     return forward
 

@@ -21,18 +21,18 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 from .._backend import resolve
 from .._checks import EAGER_FLOATS, Checker
 from .._library import register_composite
 from .._linear import MATRIX_DTYPES, linear
+from .._product import linear as product
 
 
 def patch_embed_ref(patches: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """The product in the weight's dtype, bytes centred at 128."""
     x = patches.to(weight.dtype)
-    return F.linear(x - 128 if patches.dtype == torch.uint8 else x, weight.flatten(1), bias)
+    return product(x - 128 if patches.dtype == torch.uint8 else x, weight.flatten(1), bias)
 
 
 def _run(patches, weight, bias=None, backend=None) -> torch.Tensor:

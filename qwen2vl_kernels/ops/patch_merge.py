@@ -20,6 +20,7 @@ from .._checks import INTS, Checker
 from .._library import register_composite
 from .._linear import MATRIX_DTYPES, linear
 from .._norm import norm
+from .._product import linear as product
 
 
 def gather_blocks_ref(x: torch.Tensor, grid_thw: torch.Tensor, merge_size: int = 2) -> torch.Tensor:
@@ -49,7 +50,7 @@ def patch_merge_ref(
         x = gather_blocks_ref(x, grid_thw, merge_size)
     h = F.layer_norm(x, (x.shape[-1],), norm_weight, norm_bias, eps)
     h = h.reshape(-1, merge_size * merge_size * x.shape[-1])
-    return F.linear(F.gelu(F.linear(h, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+    return product(F.gelu(product(h, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
 
 
 def block_order(grid_thw: torch.Tensor, rows: int, merge_size: int) -> torch.Tensor:

@@ -29,6 +29,7 @@ from .._attention_library import flash_varlen, shape_reason, torch_varlen
 from .._backend import BackendError, resolve
 from .._checks import Checker
 from .._library import register_opaque
+from .._product import slow_on_cpu
 from .._rotary import Angles, rotate, rotated
 from .._tiles import TilePlan, check_bounds
 
@@ -207,6 +208,8 @@ register_opaque(
 def preferred(device_type: str, dtype: torch.dtype, head_dim: int, tracked: bool) -> tuple[str | None, str]:
     """What serves such a call before the table's first choice, and why; ``None`` leaves it to the table."""
     if device_type == "cpu" and dtype == torch.bfloat16 and not tracked:
+        if slow_on_cpu(dtype):
+            return "sdpa", "this CPU has no matrix products of bf16, and PyTorch's attention makes them in float32"
         return "blocked", "matrix products in blocks measured faster than PyTorch's attention"
     if device_type == "cuda" and dtype in (torch.float32, torch.float64):
         return "sdpa", "plain float32 runs without matrix units in Triton"
@@ -265,7 +268,7 @@ def varlen_attention(
             - ``"flash"``: flash-attn 4, 3 or 2, the newest installed; ``"torch"``: PyTorch's own FlashAttention 2.
             - ``"sdpa"``: PyTorch's fused attention, once a segment, or once for all when they are equally long.
             - ``"blocked"``: CPU, no backward: blocked matrix products for segments of 256 rows or more, ``"sdpa"`` for
-              shorter ones; chosen for bf16.
+              shorter ones; chosen for bf16 where the CPU has matrix products of it.
             - ``"eager"``: the formula.
 
             The last three read ``cu_seqlens`` on the host, which waits for the device if it lies there.

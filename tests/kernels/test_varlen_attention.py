@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 
+import qwen2vl_kernels.ops.varlen_attention as module
 from qwen2vl_kernels import use_backend, varlen_attention
 from qwen2vl_kernels.ops.varlen_attention import varlen_attention_ref
 from tests.conftest import assert_two_times
@@ -137,10 +138,16 @@ def test_gradients():
         assert torch.autograd.gradcheck(call, (q, k, v))
 
 
-def test_blocked_serves_long_bf16_inference_and_refuses_gradients():
+@pytest.mark.parametrize(("slow", "name", "other"), [(False, "blocked", "sdpa"), (True, "sdpa", "blocked")])
+def test_bf16_inference_is_blocked_where_the_cpu_has_products_of_it(monkeypatch, slow, name, other):
+    monkeypatch.setattr(module, "slow_on_cpu", lambda dtype: slow)
     q, k, v, cu, longest = _pack([300], dtype=torch.bfloat16)
-    chosen = varlen_attention(q, k, v, cu, longest)
-    assert torch.equal(chosen, varlen_attention(q, k, v, cu, longest, backend="blocked"))
+    got, want, not_it = (varlen_attention(q, k, v, cu, longest, backend=b) for b in (None, name, other))
+    assert torch.equal(got, want) and not torch.equal(got, not_it)
+
+
+def test_blocked_refuses_gradients():
+    q, k, v, cu, longest = _pack([300], dtype=torch.bfloat16)
     with use_backend("eager"):
         assert torch.equal(varlen_attention(q, k, v, cu, longest), varlen_attention_ref(q, k, v, cu))
     with pytest.raises(ValueError, match="'blocked' has no backward"):
