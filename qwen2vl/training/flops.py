@@ -100,8 +100,10 @@ def mean_work(*, vision_share: float, sample_tokens: int, image_tokens: int, mer
 def training_flops(
     config: Qwen2VLConfig, work: Work, trained: frozenset[str] | set[str], *, adapters: bool = False
 ) -> float:
-    """Of a forward and backward in which the parts ``trained`` (of tower, merger, llm) learn; with ``adapters`` they are
-    frozen and pass their gradients on to adapters, whose own arithmetic is left out."""
+    """Of a forward and backward in which the parts ``trained`` (of tower, merger, llm) learn.
+
+    With ``adapters`` these are frozen and pass gradients on to adapters, whose own arithmetic is left out.
+    """
     t, v = config.text, config.vision
     layers = 2 * work.tokens * t.num_hidden_layers * layer_matrices(config)
     attention = 4 * work.pairs * t.num_hidden_layers * t.hidden_size
