@@ -74,6 +74,15 @@ class StackPatches(PatchSet):
         super().__init__(stack, found or "not installed", tested if found else (*tested, "not installed"))
         self._targets.extend(targets)
 
+    def withdraw(self, target: Target, fault: str) -> None:
+        """Take the whole feature of a target off again, because of what the stack made of it afterwards."""
+        for other in self.status():
+            if other.feature == target.feature:
+                other.unset()
+                other.state = "skipped"
+                other.reason = fault if other is target else f"{target.feature} goes whole or not at all"
+        self._warn(f"{target.feature} is left off: {target.label} {fault}")
+
 
 def version_of(module: str) -> str | None:
     """``__version__`` of a module, ``None`` where it cannot be imported."""
