@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ._patches import MARK
+from ._target import MARK
 
 
 def plain(module: nn.Module, *kinds: type) -> bool:

@@ -10,7 +10,8 @@ import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ._patches import PatchSet, Target
+from ._patches import PatchSet
+from ._target import Target
 
 
 class Registered(Target):

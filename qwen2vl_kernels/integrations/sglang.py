@@ -17,8 +17,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cache
 
-from ._patches import Target
 from ._registered import StackPatches
+from ._target import Target
 from .sglang_hooks import Entry, Hook, set_hooks
 from .sglang_layers import BACKEND, attention_class, choose_attention, quick_gelu_forward, vision_rope_around
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from ._patches import MARK, Target
 from ._registered import Registered
+from ._target import MARK, Target
 
 _REGISTRY = "sglang.srt.plugins.hook_registry"
 _NEEDS = {
