@@ -18,7 +18,7 @@ CASES ?= all
 GPU_TESTS = $(shell grep -rl --include='test_*.py' 'mark\.gpu' tests)
 DEVICE_TESTS = $(shell grep -l 'import .*DEVICE' tests/kernels/test_*.py)
 
-.PHONY: help install demo check test lint format fuzz gpu gpu-sanitize clean
+.PHONY: help install demo check test lint format fuzz gpu gpu-sanitize hub clean
 .DEFAULT_GOAL := help
 
 help:
@@ -28,6 +28,7 @@ help:
 	@echo "make lint    ruff, pyright, clang-format;  make format  rewrites what they can"
 	@echo "make fuzz    the C++ of the CPU on random input, under the address and undefined behaviour sanitizers"
 	@echo "make gpu     on a machine with a GPU: build in place, test, benchmark, with its own python3, no network"
+	@echo "make hub     the ops and layers as a project of the kernels hub, in build/hub"
 	@echo "make clean   remove .venv and everything that was built"
 
 # PyTorch goes first and alone: a build of the pinned version that is already there is kept by all that follows.
@@ -104,6 +105,12 @@ gpu-sanitize:
 	else \
 		echo "compute-sanitizer is not installed: kernels run without it"; $(PYTHON) -m tests.kernels.one_of_each; \
 	fi
+
+# The project for kernel-builder, which builds and uploads it.
+hub:
+	rm -rf build/hub
+	mkdir -p build
+	$(PYTHON) hub/assemble.py build/hub
 
 clean:
 	rm -rf .venv build dist demo_output *.egg-info qwen2vl_kernels/*.so .pytest_cache .ruff_cache .hypothesis
