@@ -1,4 +1,4 @@
-"""The SGLang adapter on a fake of what it touches; the real package is in ``make test-stacks``."""
+"""The SGLang adapter on a fake of what it touches; the real package has not been run."""
 
 from __future__ import annotations
 
