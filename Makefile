@@ -18,7 +18,7 @@ CASES ?= all
 GPU_TESTS = $(shell grep -rl --include='test_*.py' 'mark\.gpu' tests)
 DEVICE_TESTS = $(shell grep -l 'import .*DEVICE' tests/kernels/test_*.py)
 
-.PHONY: help install demo check test lint format fuzz gpu gpu-sanitize clean
+.PHONY: help install demo check test lint format fuzz gpu gpu-sanitize hub test-stacks clean
 .DEFAULT_GOAL := help
 
 help:
@@ -28,6 +28,8 @@ help:
 	@echo "make lint    ruff, pyright, clang-format;  make format  rewrites what they can"
 	@echo "make fuzz    the C++ of the CPU on random input, under the address and undefined behaviour sanitizers"
 	@echo "make gpu     on a machine with a GPU: build in place, test, benchmark, with its own python3, no network"
+	@echo "make test-stacks    vLLM's own tower and transformers 4.57, patched and stock, in environments of their own"
+	@echo "make hub     the ops and layers as a project of the kernels hub, in build/hub"
 	@echo "make clean   remove .venv and everything that was built"
 
 # PyTorch goes first and alone: a build of the pinned version that is already there is kept by all that follows.
@@ -104,6 +106,33 @@ gpu-sanitize:
 	else \
 		echo "compute-sanitizer is not installed: kernels run without it"; $(PYTHON) -m tests.kernels.one_of_each; \
 	fi
+
+# Other stacks in environments of their own, some GB each, on the CPU. build/stacks is kept between runs.
+STACK_TORCH ?= torch==2.13.0
+
+build/stacks/%/torch.stamp:
+	$(PYTHON) -m venv build/stacks/$*
+	build/stacks/$*/bin/python -m pip install --quiet $(TORCH_PIP_ARGS) $(STACK_TORCH)
+	@touch $@
+
+build/stacks/vllm/install.stamp: build/stacks/vllm/torch.stamp tests/stacks/vllm.txt tests/stacks/vllm-no-deps.txt
+	build/stacks/vllm/bin/python -m pip install --quiet $(STACK_TORCH) -r tests/stacks/vllm.txt
+	build/stacks/vllm/bin/python -m pip install --quiet --no-deps -r tests/stacks/vllm-no-deps.txt
+	@touch $@
+
+build/stacks/transformers4/install.stamp: build/stacks/transformers4/torch.stamp
+	build/stacks/transformers4/bin/python -m pip install --quiet $(STACK_TORCH) transformers==4.57.6 pytest hypothesis pillow
+	@touch $@
+
+test-stacks: build/stacks/vllm/install.stamp build/stacks/transformers4/install.stamp
+	PYTHONPATH=. build/stacks/vllm/bin/python -m tests.stacks.vllm_tower
+	PYTHONPATH=. build/stacks/transformers4/bin/python -m pytest -q -p no:cacheprovider tests/integrations/test_transformers.py
+
+# The project for kernel-builder, which builds and uploads it.
+hub:
+	rm -rf build/hub
+	mkdir -p build
+	$(PYTHON) hub/assemble.py build/hub
 
 clean:
 	rm -rf .venv build dist demo_output *.egg-info qwen2vl_kernels/*.so .pytest_cache .ruff_cache .hypothesis

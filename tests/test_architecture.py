@@ -178,6 +178,12 @@ def test_files_can_be_read_whole():
                 assert lines <= 450, f"{path.relative_to(ROOT)} has {lines} lines"
 
 
+def test_adapters_are_thin():
+    for path in _files(KERNELS / "integrations"):
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        assert lines < 150, f"{path.relative_to(ROOT)} has {lines} lines; the work belongs into an op"
+
+
 def test_csrc_knows_no_torch():
     for path in (ROOT / "csrc").rglob("*"):
         if path.is_file():

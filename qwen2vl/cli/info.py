@@ -13,6 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from .common import installed_version
+from .stack import Stack
+from .stack import collect as collect_stack
+from .stack import show as show_stack
 
 _PACKAGES = (
     "torch",
@@ -31,13 +34,19 @@ _PACKAGES = (
 _ATTENTION = ("dtype", "head_dim", "inference", "training", "why")
 
 
-def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    stack: Annotated[
+        Stack | None,
+        typer.Option(help="Instead: which functions of this stack these kernels replace here, and why not others."),
+    ] = None,
+) -> None:
     """Versions, extensions, the backend of every operation, GPU and threads."""
-    facts = collect()
+    facts, show = (collect(), _print) if stack is None else (collect_stack(stack), show_stack)
     if as_json:
         print(json.dumps(facts, ensure_ascii=False))
     else:
-        _print(facts)
+        show(facts)
 
 
 def collect() -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .._product import linear
-from ._patches import MARK
+from ._target import MARK
 
 
 def plain(module: nn.Module, *kinds: type) -> bool:

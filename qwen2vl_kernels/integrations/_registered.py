@@ -10,7 +10,8 @@ import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ._patches import PatchSet, Target
+from ._patches import PatchSet
+from ._target import Target
 
 
 class Registered(Target):
@@ -73,6 +74,15 @@ class StackPatches(PatchSet):
         # A stack that is absent is no version that was never tested: every target says that it was not found.
         super().__init__(stack, found or "not installed", tested if found else (*tested, "not installed"))
         self._targets.extend(targets)
+
+    def withdraw(self, target: Target, fault: str) -> None:
+        """Take the whole feature of a target off again, because of what the stack made of it afterwards."""
+        for other in self.status():
+            if other.feature == target.feature:
+                other.unset()
+                other.state = "skipped"
+                other.reason = fault if other is target else f"{target.feature} goes whole or not at all"
+        self._warn(f"{target.feature} is left off: {target.label} {fault}")
 
 
 def version_of(module: str) -> str | None:

@@ -12,6 +12,7 @@ from ..ops.vision_rope import vision_rope
 
 #: The name of our attention among SGLang's vision backends.
 BACKEND = "qwen2vl"
+_LARGEST_HEAD = 256  # of what the Triton kernel of ``varlen_attention`` is chosen for
 
 
 def vision_rope_around(stock: Any) -> Any:
@@ -66,7 +67,7 @@ def choose_attention(stock: Any) -> Any:
         """SGLang's choice, or ours where that is its Triton kernel by default and it would pad the heads."""
         from sglang.srt.runtime_context import get_mm  # type: ignore[import-not-found]
 
-        padded = self.head_size & (self.head_size - 1) != 0
+        padded = self.head_size & (self.head_size - 1) != 0 and self.head_size <= _LARGEST_HEAD
         by_default = passed_backend is None and get_mm().mm_attention_backend is None
         return BACKEND if chosen == "triton_attn" and padded and by_default else chosen
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from . import transformers_attention as tower_attention
 from . import transformers_positions as positions
 from . import transformers_text as text
 from . import transformers_vision as vision
@@ -56,9 +57,9 @@ def places(version: str) -> list[Place]:
         Place("mrope", two_5, "Qwen2_5_VLAttention", "forward", qwen2, text.attention_in_order),
         Place("mrope", three, "Qwen3VLTextRotaryEmbedding", "forward", _ANGLES, text.angles),
         Place("mrope", three, "Qwen3VLTextAttention", "forward", qwen3, text.attention_interleaved),
-        Place("vision_attention", two, "VisionAttention", "forward", tower, vision.attention),
-        Place("vision_attention", two_5, "Qwen2_5_VLVisionAttention", "forward", tower, vision.attention),
-        Place("vision_attention", three, "Qwen3VLVisionAttention", "forward", tower, vision.attention),
+        Place("vision_attention", two, "VisionAttention", "forward", tower, tower_attention.attention),
+        Place("vision_attention", two_5, "Qwen2_5_VLVisionAttention", "forward", tower, tower_attention.attention),
+        Place("vision_attention", three, "Qwen3VLVisionAttention", "forward", tower, tower_attention.attention),
         Place("patch_embed", two, "PatchEmbed", "forward", _STATES, vision.embed),
         Place("patch_embed", two_5, "Qwen2_5_VisionPatchEmbed", "forward", _STATES, vision.embed),
         Place("patch_embed", three, "Qwen3VLVisionPatchEmbed", "forward", _STATES, vision.embed),
@@ -77,7 +78,7 @@ def places(version: str) -> list[Place]:
         Place("positions", three, "Qwen3VLModel", "get_rope_index", index, positions.of_qwen3),
     ]
     table += [
-        Place("vision_rope", module, "", "apply_rotary_pos_emb_vision", ("q", "k", "cos", "sin"), vision.rope)
+        Place("vision_rope", module, "", "apply_rotary_pos_emb_vision", ("q", "k", "cos", "sin"), tower_attention.rope)
         for module in (two, two_5, three)
     ]
     if new:

@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
-from ._patches import Target
 from ._registered import Registered, StackPatches
+from ._target import Target
 from .vllm_layers import attention_forward, encoder_attention_class, mrope_class, quick_gelu_class
 
 TESTED = ("0.33",)

@@ -14,7 +14,7 @@ from PIL import Image
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from qwen2vl_kernels.integrations import image_processor
+from qwen2vl_kernels.integrations import image_preprocess
 from qwen2vl_kernels.integrations.image_processor import Qwen2VLImageProcessorNative as Native
 from qwen2vl_kernels.ops.image_to_patches import images_to_patches
 
@@ -47,7 +47,7 @@ def native_calls(monkeypatch):
         calls.append(len(args[0]))
         return images_to_patches(*args, **kwargs)
 
-    monkeypatch.setattr(image_processor, "images_to_patches", counted)
+    monkeypatch.setattr(image_preprocess, "images_to_patches", counted)
     return calls
 
 

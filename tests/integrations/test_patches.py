@@ -143,6 +143,23 @@ def test_a_replacement_that_cannot_be_made_sets_nothing(stack):
     assert _identical(before, _everything(stack))
 
 
+def test_an_owner_that_refuses_sets_nothing(stack):
+    """Found out only when the attribute is set: by then another of the feature is."""
+
+    class Sealed(type):
+        def __setattr__(cls, name, value):
+            raise TypeError("sealed")
+
+    sealed = Sealed("sealed", (), {"forward": lambda self, x: x})
+    before = _everything(stack)
+    patches = _set()
+    patches.add("a", stack.Layer, "forward", ("self", "x"), _plus(1))
+    patches.add("a", sealed, "forward", ("self", "x"), _plus(1))
+    with pytest.raises(TypeError, match="sealed"):
+        patches.apply()
+    assert _identical(before, _everything(stack)) and {t.state for t in patches.status()} == {"off"}
+
+
 @pytest.mark.parametrize(("version", "known"), [("1.2", True), ("1.2.9", True), ("1.20", False), ("3.0", False)])
 def test_an_unknown_version_warns_and_goes_by_signatures(stack, version, known):
     patches = _set(version)

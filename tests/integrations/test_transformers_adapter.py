@@ -317,14 +317,14 @@ def test_image_processor_gives_the_same_bytes(monkeypatch):
         from transformers import Qwen2VLImageProcessorPil as Processor
     else:
         from transformers import Qwen2VLImageProcessor as Processor
-    from qwen2vl_kernels.integrations import image_processor
+    from qwen2vl_kernels.integrations import image_preprocess
 
     processor, calls = Processor(), []
     images = [np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8), Image.new("L", (70, 40), 99)]
     want = processor(images, return_tensors="pt")
     adapter.apply(features=["image_processor"])
-    run = image_processor._patches
-    monkeypatch.setattr(image_processor, "_patches", lambda *a, **k: (calls.append(1), run(*a, **k))[1])
+    run = image_preprocess._patches
+    monkeypatch.setattr(image_preprocess, "_patches", lambda *a, **k: (calls.append(1), run(*a, **k))[1])
     got = processor(images, return_tensors="pt")
     assert calls and torch.equal(got["pixel_values"], want["pixel_values"])
     assert torch.equal(torch.as_tensor(got["image_grid_thw"]), torch.as_tensor(want["image_grid_thw"]))
