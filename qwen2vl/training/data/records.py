@@ -63,6 +63,7 @@ def read_record(raw: Raw, entry: DataEntry) -> tuple[Literal["conversation", "do
         "conversations": ("conversations", "text"),
         "sharegpt": ("messages", "conversations", "text"),
         "webdataset": ("conversations", "messages", "text"),
+        "generated": ("messages",),
     }[entry.format]
     held = [key for key in wanted if record.get(key) is not None]
     if len(held) != 1:
