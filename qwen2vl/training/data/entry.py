@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from ...actions import STYLES, Style
 from ...errors import DataError
-from ...synthetic.generate import LEVELS, SKILLS, SPLITS, Split
+from ...synthetic.skills import LEVELS, SKILLS, SPLITS, Split
 
 Format = Literal["conversations", "sharegpt", "webdataset", "generated"]
 _GENERATED_KEYS = ("difficulty", "split", "samples")
