@@ -17,10 +17,25 @@ from ..demo.tokenizer import PRE_TOKENIZATION_PATTERN, write_bpe_tokenizer
 from ..tokenizer import BYTE_OF_CHAR, CONTROL_TOKENS, GROUNDING_TOKENS
 from .skills import LEVELS, SKILLS, generate
 from .sample import Sample
-from .words import COLOURS, DIRECTION_NAMES, EVENTS, LANGUAGES, QUESTIONS, SCREEN, SHAPES, event_sentence, kind_name
+from .words import (
+    COLOURS,
+    DIFFERENCES,
+    DIRECTION_NAMES,
+    EVENTS,
+    LANGUAGES,
+    QUESTIONS,
+    SCREEN,
+    SHAPES,
+    WHICH_PICTURE,
+    YES_NO,
+    colour_name,
+    event_sentence,
+    kind_name,
+    shape_name,
+)
 
 #: Tokens in all: 256 bytes, merges, special tokens. With these, what is said often is about a token a word.
-VOCABULARY = 1536
+VOCABULARY = 2048
 
 
 def write_tokenizer(folder: str | os.PathLike[str], *, size: int = VOCABULARY) -> dict[str, int]:
@@ -42,15 +57,19 @@ def texts() -> Iterator[str]:
             for form in forms:
                 # As often as samples ask it, roughly: the proportions of languages decide what is merged first.
                 yield from [form.replace("{}", " ")] * LANGUAGES[language]
-    for language in LANGUAGES:
-        for shape in SHAPES:
+    for language, share in LANGUAGES.items():
+        names = [colour_name(colour, language) for colour in COLOURS] + [shape_name(s, language) for s in SHAPES]
+        spaced = [f" {name}" for name in names]  # as inside of a sentence
+        answers = (*YES_NO[language], *DIFFERENCES[language], *WHICH_PICTURE[language])
+        moves = (*DIRECTION_NAMES[language].values(), *SCREEN[language].values())
+        yield from [text.replace("{}", " ") for text in (*names * 2, *spaced * 2, *answers, *moves)] * share
+        for n, shape in enumerate(SHAPES):
             for colour in COLOURS:
-                yield kind_name(colour, shape, language)
-                for event in EVENTS:
-                    yield event_sentence(event, colour, shape, language)
-                yield from [kind_name(None, shape, language), kind_name(colour, None, language)]
-        yield from DIRECTION_NAMES[language].values()
-        yield from [words.replace("{}", " ") for words in SCREEN[language].values()] * LANGUAGES[language]
+                yield from [kind_name(colour, shape, language), kind_name(colour, None, language)]
+            # Not of every colour: else what joins colours and shapes would be merged before their names are.
+            yield from [event_sentence(e, list(COLOURS)[n + i], shape, language) for i, e in enumerate(EVENTS[:4])]
+            yield from [event_sentence(e, list(COLOURS)[n], shape, language) for e in EVENTS[4:]]
+            yield kind_name(None, shape, language)
     for skill in SKILLS:
         if skill != "read":
             for level in LEVELS:
