@@ -1,5 +1,6 @@
 """Samples of every skill and difficulty: repeatable, readable, apart from held-out ones, true to their pictures."""
 
+import hashlib
 import io
 import itertools
 import json
@@ -18,6 +19,7 @@ from qwen2vl.grounding import Box, Quad, parse_grounding
 from qwen2vl.synthetic import LEVELS, SKILLS, generate
 from qwen2vl.synthetic.lettering import ENGLISH, VIETNAMESE, faces_for, is_held_out, typefaces
 from qwen2vl.synthetic.sample import LANGUAGES, is_held_out_size
+from qwen2vl.synthetic.skills import DATA_VERSION
 from qwen2vl.synthetic.words import COLOURS, DIRECTIONS, EVENTS, QUESTIONS, SHAPES, event_sentence, thing_name
 from qwen2vl.training.data.generated import read_sample
 
@@ -106,6 +108,30 @@ def test_samples_are_the_same_in_another_process():
         for seed in ("1", "2")
     ]  # fmt: skip
     assert runs[0] == runs[1] and len(set(runs[0].split())) == len(SKILLS)
+
+
+def test_without_matplotlib_pillows_font_does_and_says_so():
+    code = (
+        "import sys\nsys.modules['matplotlib'] = None\n"
+        "from qwen2vl.synthetic import LEVELS, SKILLS, generate, play\n"
+        "samples = [generate(s, n, index=i) for s in SKILLS for n in LEVELS for i in range(15)]\n"
+        "assert all(s.answer.isascii() and s.scene['font'] == 'Aileron' for s in samples if s.skill == 'read')\n"
+        "assert play(4, split='train').reset().image.size[0] > 56\n"
+    )
+    environment = {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("matplotlib's fonts are not there") == 1
+
+
+def test_what_numbers_lead_to_stays_what_this_version_says():
+    """Whoever changes it changes DATA_VERSION, and this, too. Of pictures, whose pixels are Pillow's, only the plan."""
+    digest = hashlib.sha256()
+    for skill in ("colour_shape", "count", "video"):
+        for sample in [generate(skill, level, seed=2, index=n) for level in LEVELS for n in range(5)]:
+            things = [[t["colour"], t["shape"], t["x"], t["y"], t["diameter"]] for t in sample.scene["things"] if t]
+            digest.update(json.dumps([sample.record, sample.size, things]).encode())
+    assert (DATA_VERSION, digest.hexdigest()[:16]) == (1, "22e6d4ca0f67d7e0")
 
 
 def texts_of(sample):

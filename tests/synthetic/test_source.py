@@ -1,19 +1,31 @@
 """Generated samples as a source of training data: shares, resuming, mixing, and tables that are wrong."""
 
 import json
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 from torch.utils.data import DataLoader
+from typer.testing import CliRunner
 
+from qwen2vl.cli import app
+from qwen2vl.demo.checkpoint import small_config, write_random_checkpoint
 from qwen2vl.errors import DataError
 from qwen2vl.synthetic import LEVELS, SKILLS
+from qwen2vl.synthetic.tokenizer import write_tokenizer
+from qwen2vl.tokenizer import Tokenizer
 from qwen2vl.training.config import TrainingConfig
 from qwen2vl.training.data import build_dataset
 from qwen2vl.training.data.generated import Generated, raw_sample
 from tests.training.data_files import chat, make_processor, taught, write_jsonl
 
+ROOT = Path(__file__).parents[2]
 COUNT = {"path": "count", "format": "generated", "difficulty": [0, 1]}
 
 
@@ -137,3 +149,42 @@ def test_skills_are_no_paths_of_a_configuration_file(tmp_path):
 def test_a_raw_sample_names_its_origin():
     raw = raw_sample(Generated(("read",), (2,), seed=(1, 0), split="held-out").sample(11))
     assert raw.source == "generated:read-2:held-out:11" and raw.folder is None and list(raw.members) == ["0.ppm"]
+
+
+def test_the_command_trains_on_them_with_their_own_tokenizer(tmp_path):
+    """One step from a configuration file that names skills: images, agents' turns and clips."""
+    config = small_config()
+    write_tokenizer(tmp_path / "processor", size=config.text.vocab_size)
+    write_random_checkpoint(tmp_path / "model", config, dtype=torch.float32)
+    for file in (tmp_path / "processor").iterdir():
+        shutil.copy(file, tmp_path / "model")
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    names = ("image_pad", "video_pad", "vision_start", "vision_end")
+    fields = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    ids = {field: tokenizer.id(f"<|{name}|>") for field, name in zip(fields, names, strict=True)}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **ids}))
+    (tmp_path / "run.toml").write_text(
+        '[run]\noutput = "out"\nsteps = 1\nmax_tokens = 1200\nlookahead = 6\n'
+        '[model]\ncheckpoint = "model"\ndtype = "float32"\n'
+        '[[data]]\nformat = "generated"\npath = ["read", "point", "screen"]\n'
+        '[[data]]\nformat = "generated"\npath = "video"\ndifficulty = 1\n'
+    )
+    result = CliRunner().invoke(app, ["train", "--stage", "multimodal", "--config", str(tmp_path / "run.toml")])
+    assert result.exit_code == 0, result.output
+    assert "samples used, none skipped" in result.stderr and (tmp_path / "out" / "model" / "config.json").is_file()
+
+
+def test_sheets_to_look_at(tmp_path):
+    command = [sys.executable, "-m", "qwen2vl.synthetic", "--out", str(tmp_path), "--count", "2", "--timed", "2"]
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "env": {"PYTHONPATH": str(ROOT)}}
+    result = subprocess.run(command, **options)
+    assert result.returncode == 0 and "samples/s" in result.stdout, result.stderr
+    for skill in SKILLS:
+        said = (tmp_path / f"{skill}.txt").read_text(encoding="utf-8").splitlines()
+        assert [line.split("\t")[0] for line in said] == [f"{level}.{n}" for level in LEVELS for n in range(2)]
+        assert Image.open(tmp_path / f"{skill}.png").height > len(LEVELS) * 56
+    wrong = subprocess.run(
+        [*command, "--split", "dev"], cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}
+    )
+    assert wrong.returncode == 1 and "split: wants one of" in wrong.stderr
