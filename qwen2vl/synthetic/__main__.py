@@ -24,7 +24,7 @@ _LINE = 14  # pixels, of a caption
 
 def synthetic(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Sheets go here.")] = Path("synthetic_output"),
-    count: Annotated[int, typer.Option("--count", min=1, help="Samples of each skill and difficulty on its sheet.")] = 8,
+    count: Annotated[int, typer.Option("--count", min=1, help="Samples of each difficulty on a sheet.")] = 8,
     timed: Annotated[int, typer.Option("--timed", min=1, help="Samples of each that are timed.")] = 200,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     split: Annotated[str, typer.Option("--split", help="train or held-out")] = "train",

@@ -15,8 +15,8 @@ from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from ..demo.tokenizer import PRE_TOKENIZATION_PATTERN, write_bpe_tokenizer
 from ..tokenizer import BYTE_OF_CHAR, CONTROL_TOKENS, GROUNDING_TOKENS
-from .skills import LEVELS, SKILLS, generate
 from .sample import Sample
+from .skills import LEVELS, SKILLS, generate
 from .words import (
     COLOURS,
     DIFFERENCES,
@@ -96,11 +96,12 @@ def _tasks(sample: Sample) -> list[list[str]]:
 def train_merges(lines: Iterable[str], count: int) -> list[str]:
     """The merges of a byte-level BPE of this text, at most so many, as `"a b"`; pairs that come once are not merged."""
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.normalizer = normalizers.NFC()  # pyright: ignore[reportAttributeAccessIssue]
-    backend.pre_tokenizer = pre_tokenizers.Sequence([  # pyright: ignore[reportAttributeAccessIssue]
+    pieces = [
         pre_tokenizers.Split(tokenizers.Regex(PRE_TOKENIZATION_PATTERN), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    ]
+    backend.normalizer = normalizers.NFC()  # pyright: ignore[reportAttributeAccessIssue]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(pieces)  # pyright: ignore[reportAttributeAccessIssue]
     trainer = trainers.BpeTrainer(
         vocab_size=len(BYTE_OF_CHAR) + count,
         min_frequency=2,
@@ -108,4 +109,5 @@ def train_merges(lines: Iterable[str], count: int) -> list[str]:
         show_progress=False,
     )
     backend.train_from_iterator(lines, trainer)
-    return [pair if isinstance(pair, str) else " ".join(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
+    merges = json.loads(backend.to_str())["model"]["merges"]
+    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]  # by version of tokenizers
