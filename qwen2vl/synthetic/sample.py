@@ -106,6 +106,13 @@ def to_ppm(image: Image.Image) -> bytes:
     return b"P6\n%d %d\n255\n" % image.size + image.tobytes()
 
 
+def from_ppm(data: bytes) -> np.ndarray:
+    """(H, W, 3) uint8, read-only, of what :func:`to_ppm` wrote."""
+    _, size, _, pixels = data.split(b"\n", 3)
+    width, height = map(int, size.split())
+    return np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
+
+
 def question(
     pictures: Sequence[Image.Image],
     prompt: str,

@@ -35,6 +35,8 @@ TYPE = Action(
     [{"name": "text", "description": "what to type", "required": True}],
 )
 ACTIONS: tuple[Action, ...] = (TAP, TYPE)
+#: The system prompt of an episode.
+SYSTEM = declare_actions(ACTIONS, "paper")
 
 #: None of them is held out, so that training and evaluation differ in layout, order and what is typed.
 _LABELS = """
@@ -292,7 +294,7 @@ def screen(draws: Draws, level: int) -> Sample:
             {"role": "user", "content": f"<image>{start.instruction}"},
             {"role": "assistant", "content": turn},
         ],
-        "system": declare_actions(ACTIONS, "paper"),
+        "system": SYSTEM,
         "agent": "paper",
         "images": names,
     }

@@ -1,5 +1,7 @@
 """The screen game: played well, badly and by calls that say nothing; and its samples as agents' turns."""
 
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -167,7 +169,8 @@ def test_screenshots_are_in_the_turn_and_nothing_of_the_runtime_is_taught():
     assert "*FUNCTION*" in system["content"] and user["role"] == "user"
     taught = "".join(i["text"] for i in assistant["content"] if "text" in i and i.get("loss", True))
     shown = [item for item in assistant["content"] if "image" in item]
-    assert [item["image"] for item in shown] == list(sample.members.values())[1:]
+    screenshots = [Image.open(io.BytesIO(data)) for data in sample.members.values()]
+    assert all(np.array_equal(item["image"], one) for item, one in zip(shown, screenshots[1:], strict=True))
     assert all(item["loss"] is False for item in shown)
     assert taught.count("*RESULT*") == len(shown) and "*RETURN*" not in taught and taught.count("*ARGS*") == len(shown)
     steps = [s if not isinstance(s, Result) else Result() for s in parse_turn(sample.answer, "paper")]

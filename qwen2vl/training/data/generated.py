@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import DataError
-from ...synthetic.sample import Sample
+from ...synthetic.sample import Sample, from_ppm
 from ...synthetic.skills import Split, generate
 from .entry import DataEntry
 from .json_files import Raw, State
@@ -64,9 +64,10 @@ class Generated:
 
 
 def raw_sample(sample: Sample) -> Raw:
-    """As a shard would give it."""
+    """As a shard would give it, but for its pictures, which are pixels already: decoding costs more than drawing."""
     source = f"generated:{sample.skill}-{sample.difficulty}:{sample.split}:{sample.index}"
-    return Raw(source, json.dumps(sample.record, ensure_ascii=False).encode("utf-8"), None, sample.members)
+    record = json.dumps(sample.record, ensure_ascii=False).encode("utf-8")
+    return Raw(source, record, None, {name: from_ppm(data) for name, data in sample.members.items()})
 
 
 def read_sample(sample: Sample) -> list[dict[str, Any]]:

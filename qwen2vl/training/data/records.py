@@ -181,7 +181,7 @@ def _path_in(folder: str) -> Resolve:
     return lambda name: name if _SCHEME.match(name) else os.path.join(folder, name)
 
 
-def _member_of(members: Mapping[str, bytes]) -> Resolve:
+def _member_of(members: Mapping[str, Any]) -> Resolve:
     def resolve(name: str) -> Any:
         if _SCHEME.match(name):
             return name
