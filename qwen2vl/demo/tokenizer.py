@@ -6,6 +6,7 @@ It reads and writes the released file layout, so the real loading path serves it
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
@@ -52,9 +53,24 @@ def write_byte_tokenizer(folder: str | os.PathLike[str], *, released_ids: bool =
         Name -> id of the special tokens.
     """
     merges = _MERGES.replace("\n", "|").strip("|").split("|")
-    symbols = [*BYTE_OF_CHAR, *(merge.replace(" ", "") for merge in merges)]
+    return write_bpe_tokenizer(folder, merges, RELEASED_FIRST_ID if released_ids else None)
+
+
+def write_bpe_tokenizer(
+    folder: str | os.PathLike[str], merges: Sequence[str], first_special_id: int | None = None
+) -> dict[str, int]:
+    """The same with other merges, `"a b"` each, of symbols that are bytes or were merged before.
+
+    Args:
+        first_special_id: of the first of `CONTROL_TOKENS`; by default the one behind the merges.
+
+    Returns:
+        Name -> id of the special tokens.
+    """
+    # Two merges may make one symbol.
+    symbols = list(dict.fromkeys([*BYTE_OF_CHAR, *(merge.replace(" ", "") for merge in merges)]))
     vocabulary = {symbol: n for n, symbol in enumerate(symbols)}
-    first = RELEASED_FIRST_ID if released_ids else len(symbols)
+    first = len(symbols) if first_special_id is None else first_special_id
     special_ids = {name: first + n for n, name in enumerate(CONTROL_TOKENS)}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
@@ -91,7 +107,7 @@ def write_byte_tokenizer(folder: str | os.PathLike[str], *, released_ids: bool =
             # An added token takes the next free id unless the vocabulary already places it: this keeps the
             # released ids.
             "vocab": vocabulary | special_ids,
-            "merges": merges,
+            "merges": list(merges),
         },
     }
     folder = Path(folder)

@@ -234,6 +234,8 @@ def _anchored(config: TrainingConfig, folder: Path) -> TrainingConfig:
 
     def entry(table: dict[str, Any]) -> dict[str, Any]:
         moved = dict(table)
+        if table.get("format") == "generated":  # whose path names skills
+            return moved
         for key in ("path", "media_root"):  # anything but text is the readers' to refuse
             value = moved.get(key)
             if isinstance(value, str):

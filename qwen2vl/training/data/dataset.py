@@ -6,7 +6,6 @@ import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +15,7 @@ from ...errors import DataError, MediaError, Qwen2VLError
 from ...processor import IGNORED, Processor
 from ..example import Example
 from .entry import DataEntry, Format, check_count
+from .generated import Generated
 from .json_files import JsonFiles, Raw, State
 from .records import read_record
 from .report import DataReport, Problem
@@ -143,7 +143,15 @@ class TrainingData(IterableDataset[Example]):
         self._drawn = [0] * len(self.entries)
         self._consumers = (rank, world)  # whose states these are
 
-    def _source(self, n: int, entry: DataEntry) -> JsonFiles | Shards:
+    def _source(self, n: int, entry: DataEntry) -> JsonFiles | Shards | Generated:
+        if entry.format == "generated":
+            if self.epochs is not None and entry.samples is None:
+                raise DataError(
+                    f"data[{n}].samples: is missing: with epochs an entry of generated samples needs an end"
+                )
+            return Generated(
+                entry.paths, entry.difficulty, seed=[self.seed, n], split=entry.split, samples=entry.samples
+            )
         seed = [self.seed, n] if entry.shuffle else None
         if entry.format == "webdataset":
             return Shards(entry.paths, seed=seed, allow_remote=self.processor.allow_remote)
@@ -240,10 +248,12 @@ class TrainingData(IterableDataset[Example]):
     @cached_property
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a state to mean the same; weights and preprocessing may change."""
-        kept = ("path", "format", "shuffle")
-        entries = [{key: value for key, value in asdict(entry).items() if key in kept} for entry in self.entries]
-        for entry in entries:
-            entry["path"] = [entry["path"]] if isinstance(entry["path"], str) else list(entry["path"])
+        entries = []
+        for entry in self.entries:
+            kept = {"path": list(entry.paths), "format": entry.format, "shuffle": entry.shuffle}
+            if entry.format == "generated":
+                kept |= {"difficulty": list(entry.difficulty), "split": entry.split, "samples": entry.samples}
+            entries.append(kept)
         return {"seed": self.seed, "entries": entries}
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,8 +10,10 @@ from typing import Any, Literal, get_args
 
 from ...actions import STYLES, Style
 from ...errors import DataError
+from ...synthetic.skills import LEVELS, SKILLS, SPLITS, Split
 
-Format = Literal["conversations", "sharegpt", "webdataset"]
+Format = Literal["conversations", "sharegpt", "webdataset", "generated"]
+_GENERATED_KEYS = ("difficulty", "split", "samples")
 _OPTIONS = (
     "min_pixels",
     "max_pixels",
@@ -31,9 +33,11 @@ class DataEntry:
 
     Attributes:
         path: file, glob pattern, range of shards ("shard-{0000..0099}.tar"), http(s) address of a shard where the
-            processor may fetch, or a list of these.
+            processor may fetch, or a list of these. Of generated samples a skill of `qwen2vl.synthetic.SKILLS`, or a
+            list of them.
         format: "conversations", Qwen's JSON or JSONL of `conversations` with `from` and `value`; "sharegpt", JSON or
-            JSONL of `messages` with `role` and `content`; "webdataset", tar files.
+            JSONL of `messages` with `role` and `content`; "webdataset", tar files; "generated", samples made on the
+            spot.
         weight: samples drawn from it in proportion to those from the other entries.
         media_root: folder that the paths of images and videos start from; default the folder of the file. Media of
             shards are in the shards.
@@ -41,6 +45,10 @@ class DataEntry:
         agent: "paper" or "qwen" where assistants' turns hold function calls in that form as text; "qwen" is the form
             that structured calls (`function_call`, `observation`, `tools`) are written in where this is not given.
         add_vision_id: number pictures and videos in the text.
+        difficulty: of generated samples: one or several of `qwen2vl.synthetic.LEVELS`, and every one of them equally
+            often, as every skill.
+        split: of generated samples: "train" or "held-out".
+        samples: of generated samples: how many make an epoch. Each epoch has others; without it there is no end.
         options: how images and videos are preprocessed, under the names of `Processor.__call__`; in a table they stand
             beside the other keys.
     """
@@ -52,6 +60,9 @@ class DataEntry:
     shuffle: bool = True
     agent: Style | None = None
     add_vision_id: bool = False
+    difficulty: tuple[int, ...] = (0,)
+    split: Split = "train"
+    samples: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -73,14 +84,25 @@ class DataEntry:
         for key in ("path", "format"):
             if key not in table:
                 raise DataError(f"{where}.{key}: is missing")
+        format = _one_of(table["format"], get_args(Format), f"{where}.format")
+        for key in ("media_root", "agent") if format == "generated" else _GENERATED_KEYS:
+            if table.get(key) is not None:
+                raise DataError(f"{where}.{key}: is not taken with format {format!r}")
+        path = _read_paths(table["path"], f"{where}.path")
+        if format == "generated":
+            for name in (path,) if isinstance(path, str) else path:
+                _one_of(name, tuple(SKILLS), f"{where}.path")
         return cls(
-            path=_read_paths(table["path"], f"{where}.path"),
-            format=_one_of(table["format"], get_args(Format), f"{where}.format"),
+            path=path,
+            format=format,
             weight=_number(table.get("weight", 1.0), f"{where}.weight"),
             media_root=_path(table.get("media_root"), f"{where}.media_root"),
             shuffle=_flag(table.get("shuffle", True), f"{where}.shuffle"),
             agent=None if table.get("agent") is None else _one_of(table["agent"], STYLES, f"{where}.agent"),
             add_vision_id=_flag(table.get("add_vision_id", False), f"{where}.add_vision_id"),
+            difficulty=_levels(table.get("difficulty", 0), f"{where}.difficulty"),
+            split=_one_of(table.get("split", "train"), SPLITS, f"{where}.split"),
+            samples=None if table.get("samples") is None else check_count(table["samples"], f"{where}.samples"),
             options={
                 key: (_number if key == "fps" else check_count)(table[key], f"{where}.{key}")
                 for key in _OPTIONS
@@ -113,6 +135,13 @@ def _one_of(value: object, allowed: tuple[str, ...], where: str) -> Any:
     if not isinstance(value, str) or value not in allowed:
         raise DataError(f"{where}: wants one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value
+
+
+def _levels(value: object, where: str) -> tuple[int, ...]:
+    levels = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if not levels or not all(isinstance(n, int) and not isinstance(n, bool) and n in LEVELS for n in levels):
+        raise DataError(f"{where}: wants one or several of {', '.join(map(str, LEVELS))}, got {value!r}")
+    return levels  # type: ignore[return-value]
 
 
 def _path(value: object, where: str) -> str | None:

@@ -24,14 +24,15 @@ class Raw:
         source: its position, "data.jsonl:17" or "shard-0003.tar:000042".
         text: its JSON, or empty.
         folder: what paths of media start from; None where media are `members`.
-        members: a shard's files of the sample, by what follows the first dot of their names, in order.
+        members: a shard's files of the sample, by what follows the first dot of their names, in order; or media that
+            are decoded already, as arrays.
         error: why it could not be read at all.
     """
 
     source: str
     text: bytes = b""
     folder: str | None = None
-    members: dict[str, bytes] = field(default_factory=dict)
+    members: dict[str, Any] = field(default_factory=dict)
     error: str = ""
 
 

@@ -63,6 +63,7 @@ def read_record(raw: Raw, entry: DataEntry) -> tuple[Literal["conversation", "do
         "conversations": ("conversations", "text"),
         "sharegpt": ("messages", "conversations", "text"),
         "webdataset": ("conversations", "messages", "text"),
+        "generated": ("messages",),
     }[entry.format]
     held = [key for key in wanted if record.get(key) is not None]
     if len(held) != 1:
@@ -180,7 +181,7 @@ def _path_in(folder: str) -> Resolve:
     return lambda name: name if _SCHEME.match(name) else os.path.join(folder, name)
 
 
-def _member_of(members: Mapping[str, bytes]) -> Resolve:
+def _member_of(members: Mapping[str, Any]) -> Resolve:
     def resolve(name: str) -> Any:
         if _SCHEME.match(name):
             return name
