@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from .chat import chat
 from .common import MediaOrderCommand, explain, installed_version, print_error
+from .eval import evaluate
 from .generate import generate
 from .info import info
 from .inspect import inspect
@@ -61,6 +62,7 @@ app.command(cls=MediaOrderCommand)(generate)
 app.command()(chat)
 app.command()(info)
 app.command()(inspect)
+app.command("eval")(evaluate)
 app.command()(train)
 
 

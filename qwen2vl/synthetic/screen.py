@@ -83,17 +83,9 @@ class Task:
         return SCREEN[language][name].replace("{}", self.text)
 
 
-@dataclass(frozen=True)
-class Observation:
-    """What an agent is given to begin with."""
-
-    image: Image.Image
-    instruction: str
-
-
 @dataclass
 class ScreenGame:
-    """One episode. Made by :func:`make_game`; equal games go the same way.
+    """One episode, an environment for :func:`qwen2vl.agent.run_agent`, made by :func:`make_game`; equal games go alike.
 
     `done` when everything was done in its order, or a control was tapped, or a text typed, that was not the next one:
     then `success` is False. A tap beside all controls changes nothing, as does typing where no field was tapped.
@@ -126,11 +118,11 @@ class ScreenGame:
         said = [task.words(self.language) for task in self.tasks if task.kind == "type" or task.text]
         return ("" if self.language == "zh" else " ").join(said)
 
-    def reset(self) -> Observation:
-        """Begin, or begin again."""
+    def reset(self) -> list[dict[str, Any]]:
+        """Begin, or begin again. Returns the user's turn: the screenshot, and the instruction."""
         self.shown, self.step, self.done, self.success = 0, 0, False, False
         self.focused, self.typed, self.pressed = False, "", []
-        return Observation(self.draw(), self.instruction)
+        return [{"type": "image", "image": self.draw()}, {"type": "text", "text": self.instruction}]
 
     def execute(self, call: Call) -> Result:
         """What the call leads to: the next screenshot.
@@ -278,8 +270,8 @@ def screen(draws: Draws, level: int) -> Sample:
     """
     language = draws.language()
     game = make_game(draws, level, language)
-    start = game.reset()
-    pictures = [start.image]
+    start, _ = game.reset()
+    pictures = [start["image"]]
     steps: list[Step] = []
     while not game.done:
         call = game.next_call()
@@ -291,7 +283,7 @@ def screen(draws: Draws, level: int) -> Sample:
     turn = "".join(item.get("text", "<image>") for item in render_turn(steps, "paper"))
     record = {
         "messages": [
-            {"role": "user", "content": f"<image>{start.instruction}"},
+            {"role": "user", "content": f"<image>{game.instruction}"},
             {"role": "assistant", "content": turn},
         ],
         "system": SYSTEM,

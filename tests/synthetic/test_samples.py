@@ -116,7 +116,7 @@ def test_without_matplotlib_pillows_font_does_and_says_so():
         "from qwen2vl.synthetic import LEVELS, SKILLS, generate, play\n"
         "samples = [generate(s, n, index=i) for s in SKILLS for n in LEVELS for i in range(15)]\n"
         "assert all(s.answer.isascii() and s.scene['font'] == 'Aileron' for s in samples if s.skill == 'read')\n"
-        "assert play(4, split='train').reset().image.size[0] > 56\n"
+        "assert play(4, split='train').reset()[0]['image'].size[0] > 56\n"
     )
     environment = {"PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)

@@ -30,25 +30,25 @@ def test_a_player_who_does_all_right_succeeds(level):
     steps = {0: 1, 1: 1, 2: 2, 3: 2, 4: 3}[level]
     for index in range(40):
         game = play(level, index=index)
-        start = game.reset()
-        assert isinstance(start.image, Image.Image) and start.image.size == game.size
-        shown = [start.image]
+        start, said = game.reset()
+        assert isinstance(start["image"], Image.Image) and start["image"].size == game.size
+        shown = [start["image"]]
         for _ in range(steps):
             assert not game.done and not game.success
             shown.append(image_of(game.execute(game.next_call())))
         assert game.done and game.success
         assert all(np.any(np.asarray(a) != np.asarray(b)) for a, b in zip(shown, shown[1:], strict=False))
-        assert all(text in start.instruction for _, text in [(t.kind, t.text) for t in game.tasks])
+        assert all(text in said["text"] for _, text in [(t.kind, t.text) for t in game.tasks])
 
 
 def test_games_are_equal_from_equal_numbers_and_after_reset():
     first, again, other = play(3, seed=1, index=4), play(3, seed=1, index=4), play(3, seed=1, index=5)
     assert first == again and first != other
-    before = first.reset()
+    before, said = first.reset()
     while not first.done:
         first.execute(first.next_call())
-    after = first.reset()
-    assert after.instruction == before.instruction and np.array_equal(after.image, before.image)
+    after, repeated = first.reset()
+    assert repeated == said and np.array_equal(after["image"], before["image"])
     assert first == again
 
 
@@ -71,7 +71,7 @@ def test_labels_are_wholly_drawn_on_their_buttons():
     """No letter's ink within two pixels of a button's left and right end."""
     for index in range(60):
         game = play(1, index=index)
-        pixels = np.asarray(game.reset().image).astype(int)
+        pixels = np.asarray(game.reset()[0]["image"]).astype(int)
         for left, top, right, bottom in (c.box for c in game.screens[0]):
             inside = np.abs(pixels[top + 4 : bottom - 4, left + 1 : right - 1] - np.array(game.paint)).max(-1) > 40
             assert inside.any() and not inside[:, :2].any() and not inside[:, -2:].any()
@@ -96,7 +96,7 @@ def test_the_order_matters():
 
 def test_a_tap_beside_everything_changes_nothing():
     game = play(0, index=1)
-    start = game.reset()
+    start = game.reset()[0]["image"]
     free = next(
         (x, y)
         for y in range(1, 1000, 7)
@@ -106,14 +106,14 @@ def test_a_tap_beside_everything_changes_nothing():
             for c in game.screens[0]
         )
     )
-    assert np.array_equal(image_of(game.execute(Call("Tap", {"point": free}))), start.image)
+    assert np.array_equal(image_of(game.execute(Call("Tap", {"point": free}))), start)
     assert not game.done
 
 
 def test_typing():
     game = play(4, index=5)
-    start = game.reset()
-    assert np.array_equal(image_of(game.execute(Call("Type", {"text": "7"}))), start.image), "no field was tapped"
+    start = game.reset()[0]["image"]
+    assert np.array_equal(image_of(game.execute(Call("Type", {"text": "7"}))), start), "no field was tapped"
     game.execute(tap(game, ""))
     game.execute(Call("Type", {"text": "   \u4e2d nothing like it"}))
     assert game.done and not game.success
@@ -152,8 +152,8 @@ def test_samples_are_turns_that_parse_back_and_replay(level):
     for index in range(20):
         sample = generate("screen", level, index=index, split="held-out")
         game = play(level, index=index)
-        start = game.reset()
-        assert sample.record["messages"][0]["content"] == f"<image>{start.instruction}"
+        said = game.reset()[1]["text"]
+        assert sample.record["messages"][0]["content"] == f"<image>{said}"
         steps = parse_turn(sample.answer, "paper", ACTIONS)
         calls = [step for step in steps if isinstance(step, Call)]
         for call in calls:

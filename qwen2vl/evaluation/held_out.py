@@ -1,0 +1,212 @@
+"""How well a model does what generated samples ask, on those that training never shows: by skill, difficulty and size.
+
+Skills and splits are those of :mod:`qwen2vl.synthetic`. Every skill has one score that counts as its accuracy:
+
+    read, compare, colour_shape, count, video    exact match; of read also the character error rate and ANLS
+    point        recall of boxes at an IoU of 0.5; also the mean IoU (a quadrilateral counts by its bounding box)
+    screen       games won by the model's own play, with the actions that it took
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..agent import model_writer, run_agent
+from ..errors import Qwen2VLError
+from ..generation import GenerationConfig, generate
+from ..grounding import Box, Grounded, parse_grounding
+from ..synthetic import LEVELS, SKILLS, Sample, play
+from ..synthetic import generate as make_sample
+from ..training.data.generated import read_sample
+from .metrics import anls, character_error_rate, exact_match, match_boxes
+
+if TYPE_CHECKING:
+    from ..model import Qwen2VL
+    from ..processor import Processor
+
+#: Bounds of the classes of picture size, in tokens of one picture.
+SIZES = (4, 8, 16)
+_MAX_NEW_TOKENS = 96
+_MAX_ACTIONS = 8
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One sample, what the model made of it, and its scores; "accuracy" is always among them."""
+
+    skill: str
+    difficulty: int
+    language: str
+    size: tuple[int, int]  # width, height in pixels
+    prompt: str
+    expected: str
+    answer: str
+    scores: Mapping[str, float]
+
+    @property
+    def tokens(self) -> int:
+        """Of one picture."""
+        return max(1, round(self.size[0] / 28) * round(self.size[1] / 28))
+
+
+def evaluate(
+    model: Qwen2VL,
+    processor: Processor,
+    *,
+    skills: Sequence[str] = tuple(SKILLS),
+    difficulties: Sequence[int] = LEVELS,
+    count: int = 50,
+    seed: int = 0,
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Scored]:
+    """Ask a model ``count`` held-out samples of every skill and difficulty, answered greedily.
+
+    Args:
+        progress: called with (samples done, samples in all).
+
+    Raises:
+        Qwen2VLError: an unknown skill or difficulty, or a count that is not positive.
+    """
+    for name, value in (("count", count), ("batch_size", batch_size)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise Qwen2VLError(f"{name}: wants a positive integer, got {value!r}")
+    total, found = len(skills) * len(difficulties) * count, []
+    for skill in skills:
+        for difficulty in difficulties:
+            for one in _ask(model, processor, skill, difficulty, count, seed, batch_size):
+                found.append(one)
+                if progress is not None:
+                    progress(len(found), total)
+    return found
+
+
+def _ask(
+    model: Qwen2VL, processor: Processor, skill: str, difficulty: int, count: int, seed: int, batch_size: int
+) -> Iterator[Scored]:
+    indices = iter(range(count))
+    if skill == "screen":
+        config = GenerationConfig.from_model(model, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False)
+        write = model_writer(model, processor, style="paper", config=config)
+        for index in indices:
+            yield _played(write, difficulty, seed, index)
+        return
+    config = GenerationConfig.from_model(model, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False)
+    while batch := list(islice(indices, batch_size)):
+        samples = [make_sample(skill, difficulty, seed=seed, index=index, split="held-out") for index in batch]
+        inputs = processor([prompt_of(sample) for sample in samples])
+        result = generate(model, inputs, config=config)
+        for sample, ids in zip(samples, result.sequences, strict=True):
+            yield score(sample, processor.decode(ids, skip_special_tokens=False))
+
+
+def prompt_of(sample: Sample) -> list[dict[str, Any]]:
+    """The messages of a sample up to the answer."""
+    return read_sample(sample)[:-1]
+
+
+def score(sample: Sample, answer: str) -> Scored:
+    """An answer, decoded with its special tokens, held against what was drawn."""
+    text = answer.strip()
+    if sample.skill == "point":
+        found = [box for item in parse_grounding(text) for box in _boxes(item)]
+        wanted = [box for item in sample.places for box in _boxes(item)]
+        ious = match_boxes(found, wanted)
+        scores = {"accuracy": sum(v >= 0.5 for v in ious) / len(ious), "IoU": sum(ious) / len(ious)}
+    else:
+        scores = {"accuracy": exact_match(text, [sample.answer])}
+    if sample.skill == "read":
+        scores["CER"] = character_error_rate(text, sample.answer)
+        scores["ANLS"] = anls(text, [sample.answer])
+    prompt = sample.record["messages"][0]["content"]
+    return Scored(
+        sample.skill, sample.difficulty, sample.language, sample.size, prompt, sample.answer, text, scores
+    )  # fmt: skip
+
+
+def _played(write: Callable[..., str], difficulty: int, seed: int, index: int) -> Scored:
+    game = play(difficulty, seed=seed, index=index)
+    episode = run_agent(write, game, style="paper", max_steps=_MAX_ACTIONS, max_errors=1)
+    wanted = "; ".join(f"{task.kind} {task.text}".strip() for task in game.tasks)
+    scores = {"accuracy": float(game.success), "actions": float(sum(len(step.calls) for step in episode.steps))}
+    written = "\n".join(step.text for step in episode.steps)
+    return Scored(
+        "screen", difficulty, game.language, game.size, game.instruction, wanted, written, scores
+    )  # fmt: skip
+
+
+def _boxes(item: Grounded) -> Iterator[Box]:
+    for place in item.places:
+        xs, ys = zip(*place.points, strict=True)
+        yield Box(min(xs), min(ys), max(xs), max(ys))
+
+
+# -------------------------------------------------------------------------------------------------------------- reports
+
+
+def averages(scored: Iterable[Scored], by: Callable[[Scored], Any]) -> dict[Any, dict[str, float]]:
+    """Class -> the mean of every score in it, and "samples", how many there are; classes as they come."""
+    sums: dict[Any, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for one in scored:
+        for name, value in one.scores.items():
+            sums[by(one)][name].append(value)
+    return {
+        key: {"samples": len(values["accuracy"]), **{name: sum(v) / len(v) for name, v in values.items()}}
+        for key, values in sums.items()
+    }
+
+
+def size_class(one: Scored) -> str:
+    """Words for the size of a sample's pictures, among those of `SIZES`."""
+    low = 0
+    for high in SIZES:
+        if one.tokens <= high:
+            return f"{low + 1} to {high} tokens"
+        low = high
+    return f"{low + 1} tokens or more"
+
+
+def report(scored: Sequence[Scored]) -> dict[str, Any]:
+    """Averages by skill, by skill and difficulty, by skill and size, and by language, for JSON."""
+    order = list(SKILLS)
+    scored = sorted(scored, key=lambda one: (order.index(one.skill), one.difficulty))
+    by_size = sorted(scored, key=lambda one: (order.index(one.skill), one.tokens))
+    return {
+        "by_skill": averages(scored, lambda one: one.skill),
+        "by_difficulty": averages(scored, lambda one: f"{one.skill} {one.difficulty}"),
+        "by_size": averages(by_size, lambda one: f"{one.skill}, {size_class(one)}"),
+        "by_language": averages(sorted(scored, key=lambda one: one.language), lambda one: one.language),
+    }
+
+
+def draw(scored: Sequence[Scored], path: Path) -> None:
+    """Two maps of the accuracy as a picture: skills by difficulty, and skills by size. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    skills = [skill for skill in SKILLS if any(one.skill == skill for one in scored)]
+    figure = Figure(figsize=(11, 1.2 + 0.5 * len(skills)), layout="constrained")
+    classes = [f"{a} to {b} tokens" for a, b in zip((1, *(s + 1 for s in SIZES)), SIZES, strict=False)]
+    panels = (
+        ("difficulty", [str(level) for level in LEVELS], lambda one: str(one.difficulty)),
+        ("tokens of a picture", [*classes, f"{SIZES[-1] + 1} tokens or more"], size_class),
+    )
+    for axes, (title, columns, of) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
+        found = averages(scored, lambda one, of=of: (one.skill, of(one)))
+        cells = [
+            [found.get((skill, column), {}).get("accuracy", float("nan")) for column in columns] for skill in skills
+        ]
+        axes.imshow(cells, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        for y, row in enumerate(cells):
+            for x, value in enumerate(row):
+                if value == value:
+                    axes.text(x, y, f"{value:.0%}", ha="center", va="center", color="white" if value < 0.7 else "black")
+        axes.set_xticks(range(len(columns)), [c.replace(" tokens", "") for c in columns])
+        axes.set_yticks(range(len(skills)), skills)
+        axes.set_xlabel(title)
+    figure.suptitle(f"accuracy on {len(scored)} held-out samples")
+    figure.savefig(path, dpi=120)
