@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from qwen2vl_kernels._product import slow_on_cpu
+
 from .case import Provider, Workload
 
 #: Larger than the last-level cache of any GPU in use, so that a sample finds its inputs in memory.
@@ -144,8 +146,10 @@ class Ceilings:
         self.copy = max(self.copy, 2 * size / self._typical(lambda: target.copy_(source)))
         side = 256 if self.quick else 8192 if gpu else 2048
         for dtype in dtypes:
-            a = torch.randn(side, side, device=self.clock.device).to(dtype)
-            b = torch.randn(side, side, device=self.clock.device).to(dtype)
+            # What a CPU without products of the dtype can reach is what it reaches in float32.
+            product_dtype = torch.float32 if not gpu and slow_on_cpu(dtype) else dtype
+            a = torch.randn(side, side, device=self.clock.device).to(product_dtype)
+            b = torch.randn(side, side, device=self.clock.device).to(product_dtype)
             rate = 2 * side**3 / self._typical(lambda a=a, b=b: a @ b)
             self.matmul[dtype] = max(self.matmul.get(dtype, 0.0), rate)
 

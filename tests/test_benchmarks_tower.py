@@ -122,7 +122,7 @@ def test_e2e(tmp_path):
 def test_the_patched_provider_is_patched_and_the_stock_one_is_not(tmp_path, monkeypatch):
     from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionAttention
 
-    from qwen2vl_kernels.integrations._patches import MARK
+    from qwen2vl_kernels.integrations._target import MARK
 
     seen = []
     monkeypatch.setattr(e2e.TransformersAnswers, "__call__", lambda self, *given: seen.append(VisionAttention.forward))

@@ -46,7 +46,7 @@ PHOTOS = Size(32, ((34, 46), (28, 36), (24, 24), (16, 16)))
 #: 16k patches as servers pack them.
 SERVED = Size(32, ((72, 96), (52, 94), *PHOTOS.grids, (34, 36)))
 #: For a CPU that multiplies bf16 element by element, where PHOTOS would take an hour.
-FEW = Size(4, ((26, 34), (16, 16), (8, 14)))
+FEW = Size(2, ((18, 22), (16, 16), (8, 14)))
 QUICK = Size(2, ((16, 18), (2, 6)))
 GATE: Grids = ((18, 18), (6, 10), (2, 2))
 
