@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import sys
 import tempfile
-import tomllib
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 
@@ -33,6 +35,7 @@ from qwen2vl_kernels.integrations import sglang as adapter
 from qwen2vl_kernels.integrations import sglang_layers
 
 OPS = {"vision_rope": "vision_rope", "quick_gelu": "quick_gelu", "vision_attention": "varlen_attention"}
+OURS = sglang_layers.BACKEND
 GRIDS = [[1, 4, 6], [1, 8, 4], [3, 2, 4], [1, 2, 2]]
 HOLDERS = (rotary, vision, QuickGELU, vision.VisionAttention)
 
@@ -43,8 +46,14 @@ def tower(config: Qwen2VLVisionConfig, weights: dict) -> torch.nn.Module:
     return made.eval()
 
 
-def serve_with(backend: str | None) -> None:
-    get_context().override_server_args(device="cpu", mm_attention_backend=backend).install()
+def on_gpu_of(major: int):
+    """SGLang's choice of an attention backend takes the device for a GPU of that compute capability."""
+    return patch.multiple(vision, is_cuda=lambda: True, get_device_capability=lambda: (major, 0))
+
+
+def chosen(major: int, head_dim: int) -> str:
+    with on_gpu_of(major):
+        return vision.VisionAttention._determine_attention_backend(SimpleNamespace(head_size=head_dim), None)
 
 
 def count_calls() -> Counter[str]:
@@ -71,14 +80,14 @@ def held() -> list[dict]:
 
 def load_as_sglang_does() -> None:
     """As every process of a server does, from a distribution that has pyproject.toml's entry points."""
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    heading = f'[project.entry-points."{plugins.GENERAL_PLUGINS_GROUP}"]'
+    after = (Path(__file__).parents[2] / "pyproject.toml").read_text().partition(heading)[2]
+    names = after.partition("\n[")[0].replace('"', "")
     with tempfile.TemporaryDirectory() as folder:
         about = Path(folder, "qwen2vl-0.dist-info")
         about.mkdir()
         (about / "METADATA").write_text("Metadata-Version: 2.1\nName: qwen2vl\nVersion: 0\n")
-        found = project["entry-points"][plugins.GENERAL_PLUGINS_GROUP].items()
-        lines = [f"[{plugins.GENERAL_PLUGINS_GROUP}]", *(f"{name} = {value}" for name, value in found)]
-        (about / "entry_points.txt").write_text("\n".join(lines))
+        (about / "entry_points.txt").write_text(f"[{plugins.GENERAL_PLUGINS_GROUP}]{names}")
         sys.path.insert(0, folder)
         try:
             plugins.load_plugins()
@@ -98,7 +107,7 @@ def main() -> None:
     patches, grids = torch.randn(sum(t * h * w for t, h, w in GRIDS), 1176), torch.tensor(GRIDS)
     out = theirs(patches, grid_thw=grids)
     want = out if isinstance(out, torch.Tensor) else out.pooler_output
-    serve_with(None)
+    get_context().override_server_args(device="cpu", mm_attention_backend=None).install()
     stock, before = tower(config, weights)(patches, grids), held()
     print("transformers - SGLang   ", (want - stock).abs().max().item(), "of", want.abs().max().item())
     torch.testing.assert_close(stock, want, rtol=1e-4, atol=1e-4)
@@ -112,18 +121,19 @@ def main() -> None:
         hooks = [row for row in rows if isinstance(row, adapter.Hook)]
         assert len(hooks) == 5 and all(hook.is_set() for hook in hooks)
         assert vision.apply_rotary_pos_emb is rotary.apply_rotary_pos_emb is not before[0]["apply_rotary_pos_emb"]
-        # On a CPU SGLang's default is not the kernel that ours replaces, so that ours is asked for by name there.
-        for backend, ours in ((None, ("vision_rope", "quick_gelu")), (sglang_layers.BACKEND, tuple(OPS))):
-            serve_with(backend)
-            patched = tower(config, weights)
+        assert [chosen(8, 80), chosen(8, 64), chosen(9, 80), chosen(10, 80)] == [OURS, "triton_attn", "fa3", "fa4"]
+        # The backend is chosen when a tower is built; what ours then does, it does on a CPU as well.
+        for device, features in ((nullcontext(), ("vision_rope", "quick_gelu")), (on_gpu_of(8), tuple(OPS))):
+            with device:
+                patched = tower(config, weights)
             out = patched(patches, grids)
             print("SGLang patched - SGLang ", (out - stock).abs().max().item(), dict(calls))
-            assert calls == {OPS[feature]: config.depth for feature in ours}
+            assert calls == {OPS[feature]: config.depth for feature in features}
             torch.testing.assert_close(out, stock, rtol=1e-4, atol=1e-4)
             calls.clear()
-        serve_with(None)
         adapter.restore()
         assert held() == before, "after restore()"
+        assert chosen(8, 80) == "triton_attn"
     assert torch.equal(tower(config, weights)(patches, grids), stock) and not calls, "after restore()"
 
 
