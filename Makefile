@@ -28,7 +28,7 @@ help:
 	@echo "make lint    ruff, pyright, clang-format;  make format  rewrites what they can"
 	@echo "make fuzz    the C++ of the CPU on random input, under the address and undefined behaviour sanitizers"
 	@echo "make gpu     on a machine with a GPU: build in place, test, benchmark, with its own python3, no network"
-	@echo "make test-stacks    vLLM's own tower and transformers 4.57, patched and stock, in environments of their own"
+	@echo "make test-stacks    vLLM's and SGLang's own towers and transformers 4.57, patched and stock, each in an environment"
 	@echo "make hub     the ops and layers as a project of the kernels hub, in build/hub"
 	@echo "make clean   remove .venv and everything that was built"
 
@@ -115,17 +115,19 @@ build/stacks/%/torch.stamp:
 	build/stacks/$*/bin/python -m pip install --quiet $(TORCH_PIP_ARGS) $(STACK_TORCH)
 	@touch $@
 
-build/stacks/vllm/install.stamp: build/stacks/vllm/torch.stamp tests/stacks/vllm.txt tests/stacks/vllm-no-deps.txt
-	build/stacks/vllm/bin/python -m pip install --quiet $(STACK_TORCH) -r tests/stacks/vllm.txt
-	build/stacks/vllm/bin/python -m pip install --quiet --no-deps -r tests/stacks/vllm-no-deps.txt
+build/stacks/vllm/install.stamp build/stacks/sglang/install.stamp: build/stacks/%/install.stamp: \
+		build/stacks/%/torch.stamp tests/stacks/%.txt tests/stacks/%-no-deps.txt
+	build/stacks/$*/bin/python -m pip install --quiet $(STACK_TORCH) -r tests/stacks/$*.txt
+	build/stacks/$*/bin/python -m pip install --quiet --no-deps -r tests/stacks/$*-no-deps.txt
 	@touch $@
 
 build/stacks/transformers4/install.stamp: build/stacks/transformers4/torch.stamp
 	build/stacks/transformers4/bin/python -m pip install --quiet $(STACK_TORCH) transformers==4.57.6 pytest hypothesis pillow
 	@touch $@
 
-test-stacks: build/stacks/vllm/install.stamp build/stacks/transformers4/install.stamp
+test-stacks: $(foreach stack,vllm sglang transformers4,build/stacks/$(stack)/install.stamp)
 	PYTHONPATH=. build/stacks/vllm/bin/python -m tests.stacks.vllm_tower
+	PYTHONPATH=. build/stacks/sglang/bin/python -m tests.stacks.sglang_tower
 	PYTHONPATH=. build/stacks/transformers4/bin/python -m pytest -q -p no:cacheprovider tests/integrations/test_transformers.py
 
 # The project for kernel-builder, which builds and uploads it.

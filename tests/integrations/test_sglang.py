@@ -1,4 +1,4 @@
-"""The SGLang adapter on a fake of what it touches; the real package has not been run."""
+"""The SGLang adapter on a fake of what it touches; ``tests/stacks/sglang_tower.py`` runs the real package."""
 
 from __future__ import annotations
 
