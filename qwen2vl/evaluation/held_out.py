@@ -90,13 +90,12 @@ def _ask(
     model: Qwen2VL, processor: Processor, skill: str, difficulty: int, count: int, seed: int, batch_size: int
 ) -> Iterator[Scored]:
     indices = iter(range(count))
+    config = GenerationConfig.from_model(model, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False)
     if skill == "screen":
-        config = GenerationConfig.from_model(model, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False)
         write = model_writer(model, processor, style="paper", config=config)
         for index in indices:
             yield _played(write, difficulty, seed, index)
         return
-    config = GenerationConfig.from_model(model, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False)
     while batch := list(islice(indices, batch_size)):
         samples = [make_sample(skill, difficulty, seed=seed, index=index, split="held-out") for index in batch]
         inputs = processor([prompt_of(sample) for sample in samples])

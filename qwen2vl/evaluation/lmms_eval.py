@@ -133,7 +133,6 @@ class ChatModel:
             top_p=float(arguments.get("top_p") or 1.0) if samples else 1.0,
             top_k=int(arguments.get("top_k") or 0) if samples else 0,
             stop=(until,) if isinstance(until, str) else tuple(text for text in until if text),
-            eos_token_ids=(),
         )
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:

@@ -214,10 +214,9 @@ class Trainer:
         where = f"step {self.step + 1}: the loss is not finite"
         if not found:
             raise NonFiniteLossError(f"{where}, but every sample's is when computed alone: the sum overflows")
-        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
         hint = "; all of them are, so the weights are likely not finite" if len(found) == int(samples) else ""
         raise NonFiniteLossError(
-            f"{where} in {len(found)} of {int(samples)} samples: {', '.join(found[:8])}{more}{hint}. "
+            f"{where} in {len(found)} of {int(samples)} samples: {_listed(found)}{hint}. "
             "No weight was changed in this step"
         )
 

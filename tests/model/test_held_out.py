@@ -67,8 +67,8 @@ def test_a_game_is_won_by_the_turns_that_training_samples_hold(difficulty):
         assert won.scores == {"accuracy": 1.0, "actions": sample.answer.count("*FUNCTION*")}, won
         lost = _played(lambda messages: "I would rather not.", difficulty, 0, index)
         assert lost.scores == {"accuracy": 0.0, "actions": 0.0}
-        for missed in (_played(lambda messages: '*FUNCTION*: Tap *ARGS*: {"point": (0,0)}', difficulty, 0, index),):
-            assert missed.scores["accuracy"] == 0 and missed.scores["actions"] > 1
+        missed = _played(lambda messages: '*FUNCTION*: Tap *ARGS*: {"point": (0,0)}', difficulty, 0, index)
+        assert missed.scores["accuracy"] == 0 and missed.scores["actions"] > 1
 
 
 def test_a_model_is_asked_what_the_sample_asks(folder):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +32,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransforme
 
 from qwen2vl_kernels.integrations import sglang as adapter
 from qwen2vl_kernels.integrations import sglang_layers
+from tests.stacks.calls import count_calls
 
 OPS = {"vision_rope": "vision_rope", "quick_gelu": "quick_gelu", "vision_attention": "varlen_attention"}
 OURS = sglang_layers.BACKEND
@@ -54,22 +54,6 @@ def on_gpu_of(major: int):
 def chosen(major: int, head_dim: int) -> str:
     with on_gpu_of(major):
         return vision.VisionAttention._determine_attention_backend(SimpleNamespace(head_size=head_dim), None)
-
-
-def count_calls() -> Counter[str]:
-    """Of the ops that the adapter calls: towers that agree because nothing was replaced would show nothing."""
-    calls: Counter[str] = Counter()
-
-    def counted(name, op):
-        def call(*args, **kwargs):
-            calls[name] += 1
-            return op(*args, **kwargs)
-
-        return call
-
-    for name in OPS.values():
-        setattr(sglang_layers, name, counted(name, getattr(sglang_layers, name)))
-    return calls
 
 
 def held() -> list[dict]:
@@ -96,7 +80,7 @@ def load_as_sglang_does() -> None:
 
 
 def main() -> None:
-    calls = count_calls()
+    calls = count_calls(sglang_layers, OPS.values())
     torch.manual_seed(0)
     config = Qwen2VLVisionConfig(depth=2, embed_dim=160, hidden_size=64, num_heads=2, mlp_ratio=2)
     theirs = Qwen2VisionTransformerPretrainedModel(config).eval()

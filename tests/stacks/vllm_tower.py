@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections import Counter
 
 os.environ["VLLM_TARGET_DEVICE"] = "cpu"
 
@@ -30,6 +29,7 @@ from vllm.model_executor.models.qwen2_vl import Qwen2VisionTransformer
 
 from qwen2vl_kernels.integrations import vllm as adapter
 from qwen2vl_kernels.integrations import vllm_layers
+from tests.stacks.calls import count_calls
 
 OPS = {"vision_rope": "vision_rope_", "quick_gelu": "quick_gelu", "vision_attention": "varlen_attention"}
 GRIDS = [[1, 4, 6], [1, 8, 4], [3, 2, 4], [1, 2, 2]]
@@ -44,24 +44,8 @@ def tower(config: Qwen2VLVisionConfig, weights: dict) -> torch.nn.Module:
     return made.eval()
 
 
-def count_calls() -> Counter[str]:
-    """Of the ops that the adapter calls: towers that agree because nothing was replaced would show nothing."""
-    calls: Counter[str] = Counter()
-
-    def counted(name, op):
-        def call(*args, **kwargs):
-            calls[name] += 1
-            return op(*args, **kwargs)
-
-        return call
-
-    for name in OPS.values():
-        setattr(vllm_layers, name, counted(name, getattr(vllm_layers, name)))
-    return calls
-
-
 def main() -> None:
-    calls = count_calls()
+    calls = count_calls(vllm_layers, OPS.values())
     torch.manual_seed(0)
     config = Qwen2VLVisionConfig(depth=2, embed_dim=160, hidden_size=64, num_heads=2, mlp_ratio=2)
     theirs = Qwen2VisionTransformerPretrainedModel(config).eval()

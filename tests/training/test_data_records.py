@@ -24,7 +24,7 @@ def processor(tmp_path_factory):
 
 def read(record, format="conversations", **options):
     entry = DataEntry.from_config({"path": "x", "format": format, **options})
-    return read_record(Raw("x:1", json.dumps(record).encode(), "/root"), entry)
+    return read_record(Raw("x:1", json.dumps(record).encode(), "/media"), entry)
 
 
 def text(value):
@@ -51,9 +51,9 @@ def test_tags_take_media_in_order_and_paths_start_from_the_folder():
         {
             "role": "user",
             "content": [
-                image("/root/a.jpg"),
+                image("/media/a.jpg"),
                 text("\nand "),
-                {"type": "video", "video": "/root/c.mp4"},
+                {"type": "video", "video": "/media/c.mp4"},
                 text(", "),
                 {"type": "image", "image": "/abs/b.jpg", "max_pixels": 3136},
                 text("?"),
@@ -61,7 +61,7 @@ def test_tags_take_media_in_order_and_paths_start_from_the_folder():
         },
         {
             "role": "assistant",
-            "content": [text("No. "), {"type": "video", "video": ["/root/1.png", "/root/2.png"]}],
+            "content": [text("No. "), {"type": "video", "video": ["/media/1.png", "/media/2.png"]}],
         },
     ]
     assert read({**record, "image": ["https://x/y.jpg", "data:,"]})[1][0]["content"][0] == image("https://x/y.jpg")
@@ -74,7 +74,7 @@ def test_qwen_vl_markup():
         {"from": "assistant", "value": "<ref>cat</ref><box>(1,2),(3,4)</box>"},
     ]
     _, messages = read({"conversations": turns})
-    assert messages[0]["content"] == [text("Picture 1: "), image("/root/a b.jpg"), text("\nFind <ref>cat</ref>")]
+    assert messages[0]["content"] == [text("Picture 1: "), image("/media/a b.jpg"), text("\nFind <ref>cat</ref>")]
     assert messages[1]["content"] == [text(BOX)]
     turns[0]["value"] = "Find the cat"
     assert read({"conversations": turns})[1][1]["content"] == [text(turns[1]["value"])]  # just text, without <img>
@@ -104,9 +104,9 @@ def test_sharegpt_messages_with_tags_items_and_system():
     assert messages[0] == {"role": "system", "content": "Be brief."}
     assert messages[2] == {"role": "assistant", "content": [text("This.")], "loss": False}
     assert messages[3]["content"] == [
-        image("/root/b.jpg"),
-        {"type": "image_url", "image_url": {"url": "/root/c.jpg", "detail": "low"}},
-        {"type": "video", "video": ["/root/1.png"]},
+        image("/media/b.jpg"),
+        {"type": "image_url", "image_url": {"url": "/media/c.jpg", "detail": "low"}},
+        {"type": "video", "video": ["/media/1.png"]},
         text("<image> is text here"),
     ]
 
@@ -114,7 +114,7 @@ def test_sharegpt_messages_with_tags_items_and_system():
 def test_documents():
     record = {"text": f"A <image> then {BOX}<image>", "images": ["a.jpg", "b.jpg"]}
     for format in ("conversations", "sharegpt"):
-        expected = [text("A "), image("/root/a.jpg"), text(f" then {BOX}"), image("/root/b.jpg")]
+        expected = [text("A "), image("/media/a.jpg"), text(f" then {BOX}"), image("/media/b.jpg")]
         assert read(record, format) == ("document", expected)
 
 
@@ -136,11 +136,11 @@ def test_agents_turns_as_text():
     assert messages[1]["content"] == [
         text("Back.\n*FUNCTION*: Home *ARGS*: {}\n*RESULT*"),
         text(": ") | off,
-        image("/root/2.jpg") | off,
+        image("/media/2.jpg") | off,
         text("\n*RETURN*") | off,
         text(': Now.\n*FUNCTION*: Tap *ARGS*: {"point": (3,4)}\n*RESULT*'),
         text(": ") | off,
-        image("/root/3.jpg") | off,
+        image("/media/3.jpg") | off,
         text("\n*RETURN*") | off,
         text(": Done."),
     ]
@@ -176,7 +176,7 @@ def test_structured_calls():
         assert messages[2]["content"] == [
             text('✿FUNCTION✿: look\n✿ARGS✿: {"at": 1}\n✿FUNCTION✿: look\n✿ARGS✿: {}\n✿RESULT✿'),
             text(f": {BOX} FUNCTION\n✿RESULT✿: ") | {"loss": False},
-            image("/root/a.jpg") | {"loss": False},
+            image("/media/a.jpg") | {"loss": False},
             text("\n✿RETURN✿") | {"loss": False},
             text(f": A {BOX}."),
         ]
