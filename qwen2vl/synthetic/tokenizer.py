@@ -52,6 +52,7 @@ def write_tokenizer(folder: str | os.PathLike[str], *, size: int = VOCABULARY) -
 
 def texts() -> Iterator[str]:
     """All questions and answers that have a limited number of forms, and some samples of each skill."""
+    yield from ["system", "user", "assistant"] * 500  # a token each, as in the released vocabulary: all turns have them
     for wordings in QUESTIONS.values():
         for language, forms in wordings.items():
             for form in forms:

@@ -173,7 +173,7 @@ class Packer:
 
     Up to ``lookahead`` samples wait in the order in which they came. A pack begins with the one that has waited
     longest and takes each later one that still fits, so nothing waits for ever and the order depends on nothing but the
-    data. When the dataset ends it is begun again. (The placeholder image of a pack of text is one token on top.)
+    data. Inside of a pack the shortest leads. When the dataset ends it is begun again. (The placeholder image of a pack of text is one token on top.)
 
     ``state_dict`` holds no sample, only where the dataset stood when the oldest one waiting was drawn and which of
     those drawn since have been packed: resuming draws those again.
@@ -203,7 +203,8 @@ class Packer:
             (taken if fits else left).append(entry)
             room -= entry[2].tokens if fits else 0
         self._waiting = left
-        return collate([example for _, _, example in taken], self.config)
+        # Neighbours of one length are one call of attention where that has no kernel for ragged ones.
+        return collate(sorted((example for _, _, example in taken), key=lambda e: e.tokens), self.config)
 
     def _draw(self) -> None:
         """One more sample into the buffer."""

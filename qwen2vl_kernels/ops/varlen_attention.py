@@ -84,16 +84,20 @@ def _per_segment(attend, total: int, empty: torch.Tensor, cu_seqlens: torch.Tens
 
 
 def _sdpa(q, k, v, cu_seqlens, causal, scale) -> torch.Tensor:
-    """PyTorch's fused attention, one call a segment, or one for all when every segment is as long as the first."""
+    """PyTorch's fused attention, one call for each run of neighbours of one length: the frames of a video, say."""
     bounds = cu_seqlens.tolist()
-    lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
-    if len(lengths) > 1 and lengths[0] > 0 and lengths.count(lengths[0]) * lengths[0] == q.shape[0]:
-        return _sdpa_equal(q, k, v, lengths[0], causal, scale)
-
-    def attend(rows: slice) -> torch.Tensor:
-        return _sdpa_equal(q[rows], k[rows], v[rows], rows.stop - rows.start, causal, scale)
-
-    return _per_segment(attend, q.shape[0], q.new_empty((0, q.shape[1], v.shape[2])), cu_seqlens)
+    runs: list[list[int]] = []  # first row, row behind the last, length of each segment
+    for a, b in zip(bounds, bounds[1:], strict=False):
+        if runs and runs[-1][2] == b - a:
+            runs[-1][1] = b
+        elif b > a:
+            runs.append([a, b, b - a])
+    if len(runs) == 1 and runs[0][:2] == [0, q.shape[0]]:
+        return _sdpa_equal(q, k, v, runs[0][2], causal, scale)
+    parts = [_sdpa_equal(q[a:b], k[a:b], v[a:b], length, causal, scale) for a, b, length in runs]
+    if bounds[-1] < q.shape[0]:
+        parts.append(q.new_zeros((q.shape[0] - bounds[-1], q.shape[1], v.shape[2])))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _sdpa_equal(q, k, v, length: int, causal, scale) -> torch.Tensor:

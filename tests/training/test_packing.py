@@ -50,8 +50,8 @@ def test_first_fit_by_hand():
     packer = Packer(InMemory([make_example(i, length=n) for i, n in enumerate(lengths)]), CONFIG, max_tokens=14,
                     lookahead=3)  # fmt: skip
     packs = [[int(s.split(":")[1]) for s in next(packer).sources if s] for _ in range(5)]
-    # Waiting 0 1 2: 10 + 4. Then 1 3 4: 7 + 3. Then 3 5 0: 9. Then 5 0 1: 6 + 7. Then 0 2 3: 10 + 4.
-    assert packs == [[0, 2], [1, 4], [3], [5, 1], [0, 2]]
+    # Waiting 0 1 2: 10 + 4. Then 1 3 4: 7 + 3. Then 3 5 0: 9. Then 5 0 1: 6 + 7. Then 0 2 3: 10 + 4. Short ones lead.
+    assert packs == [[2, 0], [4, 1], [3], [5, 1], [2, 0]]
 
 
 def test_every_sample_comes_once_an_epoch_and_packs_keep_to_the_budget():
