@@ -14,7 +14,7 @@ from ..processor_files import write_image_settings
 from .tokenizer import write_byte_tokenizer
 
 #: config field -> special token's name
-_IDS = {
+SPECIAL_TOKENS = {
     "image_token_id": "<|image_pad|>",
     "video_token_id": "<|video_pad|>",
     "vision_start_token_id": "<|vision_start|>",
@@ -45,7 +45,7 @@ def small_config(tie_word_embeddings: bool = True) -> Qwen2VLConfig:
     )
     vision = VisionConfig(hidden_size=256, depth=2, embed_dim=160, num_heads=2)
     return replace(
-        Qwen2VLConfig.preset("2b"), text=text, vision=vision, **{name: 511 - i for i, name in enumerate(_IDS)}
+        Qwen2VLConfig.preset("2b"), text=text, vision=vision, **{name: 511 - i for i, name in enumerate(SPECIAL_TOKENS)}
     )
 
 
@@ -70,7 +70,7 @@ def write_random_checkpoint(
     folder = Path(folder)
     released = config is not None and config.image_token_id == Qwen2VLConfig.image_token_id
     names = write_byte_tokenizer(folder, released_ids=released)
-    ids = {field: names[token] for field, token in _IDS.items()}
+    ids = {field: names[token] for field, token in SPECIAL_TOKENS.items()}
     config = replace(small_config() if config is None else config, **ids)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,0 +1,128 @@
+"""The phases that train the small model, in order: the three stages of the paper behind a beginning.
+
+What the paper has and no small model does is a language model that can already write. So everything learns the easiest
+samples first, for a short while ("beginning"); then come the tower alone ("vision"), everything, on pictures and texts
+that grow ("multimodal", twice), and the language model alone, on all that is asked of it ("instruct").
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+#: Of everything that is drawn: weights and samples.
+SEED = 1
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One run of ``qwen2vl train``.
+
+    Attributes:
+        stage: see `qwen2vl.training.stages.STAGES`.
+        steps: at a budget of 1.
+        tokens: of a step, on all processes together.
+        lr: the peak, which a cosine takes down to `end` of it.
+        mix: skill -> (difficulties, share of the samples).
+    """
+
+    name: str
+    stage: str
+    steps: int
+    tokens: int
+    lr: float
+    end: float
+    mix: dict[str, tuple[str, float]]
+
+
+_EASY = {
+    "read": ("0", 3),
+    "colour_shape": ("01", 2),
+    "count": ("0", 1),
+    "compare": ("0", 1),
+    "point": ("0", 1.5),
+    "video": ("0", 1),
+}
+_SMALL = {
+    "read": ("01", 3),
+    "colour_shape": ("012", 1.5),
+    "count": ("01", 1),
+    "compare": ("01", 1),
+    "point": ("01", 1.5),
+    "video": ("01", 1),
+}
+_GROWING = {
+    "read": ("0123", 4),
+    "colour_shape": ("0123", 1),
+    "count": ("0123", 1.2),
+    "compare": ("0123", 1.5),
+    "point": ("012", 1.5),
+    "video": ("0123", 1.2),
+    "screen": ("01", 0.6),
+}
+_ALL = {
+    "read": ("1223344", 4),
+    "colour_shape": ("01234", 1),
+    "count": ("01234", 1.2),
+    "compare": ("01234", 1.5),
+    "point": ("01234", 2),
+    "video": ("01234", 1.5),
+    "screen": ("01234", 1),
+}
+
+PHASES = (
+    Phase("1-beginning", "multimodal", 1100, 2048, 1e-3, 0.6, _EASY),
+    Phase("2-vision", "vision", 450, 2048, 1e-3, 0.5, _SMALL),
+    Phase("3-multimodal", "multimodal", 2100, 2048, 1e-3, 0.5, _GROWING),
+    Phase("4-multimodal", "multimodal", 1100, 4096, 8e-4, 0.1, _ALL),
+    Phase("5-instruct", "instruct", 750, 4096, 3e-4, 0.05, _ALL),
+)
+
+
+def configuration(phase: Phase, *, number: int, checkpoint: str, budget: float, processes: int) -> str:
+    """The file that ``qwen2vl train`` reads, to lie in the folder that the phase's output goes to.
+
+    Args:
+        number: of the phase; no two draw the same samples.
+        checkpoint: folder that the phase begins from.
+        budget: times the steps; the same number of processes share the tokens of each.
+    """
+    steps = max(1, round(budget * phase.steps))
+    tables: list[tuple[str, dict[str, Any]]] = [
+        ("[model]", {"checkpoint": checkpoint, "dtype": "float32"}),
+        (
+            "[run]",
+            {
+                "output": ".",
+                "steps": steps,
+                "max_tokens": phase.tokens // processes,
+                "seed": 100 * SEED + number,
+                "data_threads": 1,
+                "save_every": 250,
+                "keep": 1,
+                "loss": "full",  # a vocabulary of 2048 needs no chunks
+                "checkpoint_activations": False,
+            },
+        ),
+        (
+            "[optimizer]",
+            {
+                "lr": phase.lr,
+                "warmup_steps": min(50, steps),
+                "min_lr_ratio": phase.end,
+                "weight_decay": 0.05,
+            },
+        ),
+    ]
+    if processes > 1:
+        tables.append(("[parallel]", {"mode": "ddp"}))
+    for skill, (difficulties, weight) in phase.mix.items():
+        levels = [int(level) for level in difficulties]
+        tables.append(
+            ("[[data]]", {"format": "generated", "path": skill, "difficulty": levels, "weight": float(weight)})
+        )
+    # JSON of strings, numbers, booleans and lists of numbers is TOML.
+    return "\n".join(
+        line for head, table in tables for line in (head, *(f"{k} = {json.dumps(v)}" for k, v in table.items()), "")
+    )
