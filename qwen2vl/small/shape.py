@@ -3,7 +3,7 @@
 Everything that makes Qwen2-VL itself is there: a tower of heads of 80 with 2D-RoPE over packed patches, the 2x2 merger,
 M-RoPE, grouped queries, and all special tokens under their names. Three things are of its own size:
 
-- rope_theta 10 instead of a million. M-RoPE gives the width the slowest third of the frequencies: at a million, steps of
+- rope_theta 10, not a million. M-RoPE gives the width the slowest third of the frequencies: at a million, steps of
   one token turn these by less than a thousandth of a radian, and small weights never learn to see them. At 10 they turn
   by 0.1 to 0.24, and a row of 26 tokens is no full turn.
 - A vocabulary of 2048, see `qwen2vl.synthetic.tokenizer`.
