@@ -180,7 +180,7 @@ class _Player:
             [*watched.screens, screen],
             f"game {self.made['screen']}, {_size(screen, _GAME_SCALE)}",
             game.instruction,
-            _short("; ".join(watched.said) or episode.steps[0].text),
+            _short("; ".join(watched.said) or " / ".join(one.text for one in episode.steps)),
             "; ".join(f'{task.kind} "{task.text}"' if task.text else f"{task.kind} the field" for task in game.tasks),
             game.success,
             seconds,
