@@ -72,7 +72,7 @@ def test_frames_of_a_video_keep_their_size(tmp_path):
 
 
 def test_eval_prints_its_table_without_a_model():
-    result = run("eval", "--quick", "--difficulty", 0)
+    result = run("eval", "--quick")
     assert result.exit_code == 0, result.output
     assert "accuracy" in result.stdout and all(skill in result.stdout for skill in SKILLS)
 
