@@ -1,11 +1,11 @@
 """The phases that train the small model, in order: the three stages of the paper behind a beginning.
 
 What the paper begins with, and no small model has, is a language model that can already write and a tower that can
-already see. While both learn what answers look like, the gradient that reaches the tower says nothing of the picture and
-moves the features of all pictures alike: with several skills at once, and that for longer, every picture ends up the
-same and nothing is learned from any. One skill whose answers are one letter is over that within 50 steps. So everything
-learns to name single letters first ("letters"); then come the tower alone ("vision"), everything, on more and more
-("multimodal", twice), and the language model alone, on all that is asked of it ("instruct").
+already see. While both learn what answers look like, the gradient that reaches the tower says nothing of the picture
+and moves the features of all pictures alike: with several skills at once, and that for longer, every picture ends up
+the same and nothing is learned from any. One skill whose answers are one letter is over that within 50 steps. So
+everything learns to name single letters first ("letters"); then come the tower alone ("vision"), everything, on more
+and more ("multimodal", twice), and the language model alone, on all that is asked of it ("instruct").
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 Everything that makes Qwen2-VL itself is there: a tower of heads of 80 with 2D-RoPE over packed patches, the 2x2 merger,
 M-RoPE, grouped queries, and all special tokens under their names. Three things are of its own size:
 
-- rope_theta 100, not a million. M-RoPE gives the width the slowest third of the frequencies: at a million, a step of one
-  token turns these by less than a thousandth of a radian, which small weights never learn to see; at 100 by 0.01 to 0.06.
+- rope_theta 100, not a million. M-RoPE gives the width the slowest third of the frequencies: at a million, a step of
+  one token turns these by less than a thousandth of a radian, which small weights never learn to see; at 100 by 0.01
+  to 0.06.
 - A vocabulary of 2048, see `qwen2vl.synthetic.tokenizer`.
 - Images of 56 x 56 and more are taken as they are: 4 tokens instead of the usual least of 4 x 28 x 28 pixels and up.
 """
