@@ -50,20 +50,20 @@ _GROWING = {
     "video": ("01", 1.2),
 }
 _ALL = {
-    "read": ("1223344", 4),
-    "colour_shape": ("01234", 1),
-    "count": ("01234", 1.2),
-    "compare": ("01234", 1.5),
-    "point": ("01234", 2),
-    "video": ("01234", 1.5),
-    "screen": ("01234", 0.8),
+    "read": ("0122334", 4),
+    "colour_shape": ("0122334", 2),
+    "count": ("0122334", 1.2),
+    "compare": ("0122334", 1.5),
+    "point": ("0122334", 1.5),
+    "video": ("0122334", 1.5),
+    "screen": ("01234", 0.7),
 }
 
 PHASES = (
     Phase("1-letters", "multimodal", 500, 1024, 5e-4, 0.6, _LETTERS),
     Phase("2-vision", "vision", 300, 1024, 5e-4, 0.6, _CHARACTERS),
     Phase("3-multimodal", "multimodal", 1900, 2048, 6e-4, 0.5, _GROWING),
-    Phase("4-multimodal", "multimodal", 1700, 2048, 4e-4, 0.1, _ALL),
+    Phase("4-multimodal", "multimodal", 5200, 1024, 5e-4, 0.1, _ALL),
     Phase("5-instruct", "instruct", 1000, 2048, 2e-4, 0.05, _ALL),
 )
 
