@@ -1,0 +1,123 @@
+"""What is compared: the arms of each ablation, the samples of training, and those that each model is asked about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from qwen2vl.synthetic import Sample
+from qwen2vl.synthetic.sample import UNIT
+from qwen2vl.synthetic.skills import Split
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the models that are compared.
+
+    Attributes:
+        one_dimensional: whether positions are 0, 1, 2, ... over all tokens instead of M-RoPE's.
+        size: (height, width) in pixels that every picture is resized to; None: pictures are taken as they are.
+        peer: whether it is what the paper's choice is held against.
+    """
+
+    name: str
+    one_dimensional: bool = False
+    size: tuple[int, int] | None = None
+    peer: bool = False
+
+
+@dataclass(frozen=True)
+class Question:
+    """Samples of evaluation that are drawn alike; ``options`` are those of :func:`qwen2vl.synthetic.generate`."""
+
+    level: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+    split: Split = "held-out"
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What is trained and what is asked.
+
+    Attributes:
+        skill: of all samples.
+        course: levels of the samples of each of training's equal parts, drawn equally often.
+        steps: at a budget of 1.
+        questions: of evaluation, `count` samples each.
+        group: (sample) -> the class of samples that it is scored in, as a row names it, and what the row says of it.
+        every: name of the class of all samples; None: they are none together.
+        change: what is done to every sample.
+    """
+
+    title: str
+    skill: str
+    course: tuple[tuple[int, ...], ...]
+    arms: tuple[Arm, ...]
+    steps: int
+    questions: tuple[Question, ...]
+    group: Callable[[Sample], tuple[str, dict[str, Any]]]
+    every: str | None = None
+    change: Callable[[Sample], Sample] = lambda sample: sample
+    count: int = 400
+
+
+# ------------------------------------------------------------------------------------------------------- positions
+
+
+def still_steps(sample: Sample) -> Sample:
+    """A clip in which both frames of a time step show the first: what moves is seen between time steps alone.
+
+    A time step's own two frames tell the direction to the tower, whatever positions the language model is given.
+    """
+    names = list(sample.members)
+    return replace(sample, members={name: sample.members[names[n - n % 2]] for n, name in enumerate(names)})
+
+
+_TRAINED_FRAMES = (4, 6)
+
+
+def _frames(sample: Sample) -> tuple[str, dict[str, Any]]:
+    frames = len(sample.members)
+    return f"direction, {frames} frames", {"frames": frames, "trained": frames in _TRAINED_FRAMES}
+
+
+POSITIONS = Ablation(
+    title="M-RoPE against 1-D RoPE",
+    skill="video",
+    course=((0, 1),),
+    arms=(Arm("M-RoPE"), Arm("1-D RoPE", one_dimensional=True, peer=True)),
+    steps=500,
+    questions=tuple(Question(1, {"frames": n}) for n in (4, 6, 8, 12, 16, 24, 32)),
+    group=_frames,
+    change=still_steps,
+)
+
+# ------------------------------------------------------------------------------------------------------ resolution
+
+
+def _pixels(sample: Sample) -> tuple[str, dict[str, Any]]:
+    width, height = sample.size
+    return f"reading, {width}x{height} pixels", {"pixels": [width, height]}
+
+
+RESOLUTION = Ablation(
+    title="dynamic against fixed resolution",
+    skill="read",
+    course=((0,), (0, 1), (0, 1, 2, 3)),  # several characters from the start are learned by no model
+    # Pictures of the last part have 4 tokens (two levels), 6, or 6 or 10: 5.5 on average, and 6 is the next number that
+    # a height of 56 pixels has. min_pixels = max_pixels would not keep it: of pictures as small as these, rounding to
+    # units of 28 pixels makes 2 to 9 tokens for one and the same area.
+    arms=(
+        Arm("dynamic"),
+        Arm("fixed, 4 tokens", size=(2 * UNIT, 2 * UNIT), peer=True),
+        Arm("fixed, 6 tokens", size=(2 * UNIT, 3 * UNIT), peer=True),
+    ),
+    steps=900,
+    # Held-out pictures of the two upper levels are all 112 x 56, a size that is never trained on; those of the sizes
+    # trained on are fresh samples of the training's kind.
+    questions=(*(Question(n) for n in (0, 1, 2, 3)), *(Question(n, split="train") for n in (2, 3))),
+    group=_pixels,
+    every="reading, all sizes",
+)
+ABLATIONS = (POSITIONS, RESOLUTION)
