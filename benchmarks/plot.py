@@ -140,17 +140,23 @@ def memory(result: Result, rows: Rows) -> Any:
 
 
 def by_frames(result: Result, rows: Rows) -> Any:
-    """Accuracy by the frames of a clip, a line a kind of model, over a band of the lengths trained on."""
-    figure, panel = _figure(7.5, 4.2)
-    trained = [r["frames"] for r in rows if r["trained"]]
-    panel.axvspan(min(trained) * 0.93, max(trained) * 1.07, color="0.92", zorder=0, label="trained on")
-    _accuracies(panel, rows, "frames")
-    ticks = sorted({r["frames"] for r in rows})
-    panel.set_xscale("log", base=2)
-    panel.set_xticks(ticks, [str(n) for n in ticks])
-    panel.minorticks_off()
-    panel.set_xlabel("frames of a clip (log)", fontsize=9)
-    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    """Accuracy by the frames of a clip, a panel a kind of longer clips, over a band of the lengths trained on."""
+    figure, _ = _figure(9.5, 4.2, bare=True)
+    panels = figure.subplots(1, 2, sharey=True)
+    trained = [r["frames"] for r in rows if r["movement"] == "as trained"]
+    titles = {"slower": "as far as ever, in smaller steps", "repeated": "the shortest clip again and again"}
+    for panel, (movement, title) in zip(panels, titles.items(), strict=True):
+        of = [r for r in rows if r["movement"] in ("as trained", movement)]
+        panel.axvspan(min(trained) * 0.93, max(trained) * 1.07, color="0.92", zorder=0, label="trained on")
+        _accuracies(panel, of, "frames")
+        ticks = sorted({r["frames"] for r in of})
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(ticks, [str(n) for n in ticks])
+        panel.minorticks_off()
+        panel.set_xlabel("frames of a clip (log)", fontsize=9)
+        panel.set_title(title, fontsize=9)
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return figure
 
 
@@ -165,9 +171,7 @@ def by_resolution(result: Result, rows: Rows) -> Any:
     sizes.set_xlabel("pixels of a picture before any resizing", fontsize=9)
     _accuracies(whole, all_sizes, "vision_tokens")
     whole.set_xlabel("mean tokens of a picture, all sizes", fontsize=9)
-    for panel in (sizes, whole):
-        panel.spines["right"].set_visible(False)
-        panel.tick_params(labelsize=8)
+    whole.margins(x=0.15)
     figure.legend(*sizes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return figure
 
@@ -255,6 +259,8 @@ def _accuracies(panel: Any, rows: Rows, key: str) -> None:
                        linewidth=1.2, label=name, **style)  # fmt: skip
     panel.set_ylim(-2, 102)
     panel.set_ylabel("% right", fontsize=9)
+    panel.spines["right"].set_visible(False)
+    panel.tick_params(labelsize=8)
 
 
 def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:

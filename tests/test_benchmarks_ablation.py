@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from benchmarks.__main__ import app
 from benchmarks.ablation import ABLATIONS
 from benchmarks.ablation.model import Batches, Examples, Job, Outcome, Scores, one_dimensional, prepare, right_tokens
-from benchmarks.ablation.plan import POSITIONS, RESOLUTION, Arm
+from benchmarks.ablation.plan import POSITIONS, RESOLUTION, Arm, repeated
 from benchmarks.ablation.run import _equal
 from benchmarks.plot import wilson
 from qwen2vl.errors import DataError
@@ -119,13 +119,13 @@ def test_clips_of_any_length_show_the_direction(frames):
     for index in range(12):
         sample = make_sample("video", 1, index=index, split="held-out", frames=frames)
         assert len(sample.members) == frames
-        for clip in (sample, POSITIONS.change(sample)):
-            at = centres(clip)
-            dx, dy = at[-1] - at[0]
-            found = ("right" if dx > 0 else "left") if abs(dx) > abs(dy) else ("down" if dy > 0 else "up")
-            assert found == sample.scene["event"] and max(abs(dx), abs(dy)) >= 9
-            along = np.diff(at[:, 0 if dx else 1]) * np.sign(dx + dy)
-            assert (along > -0.1).all() and along.max() <= 2 * at.max() / (frames / 2 - 1)
+        at = centres(sample)
+        dx, dy = at[-1] - at[0]
+        found = ("right" if dx > 0 else "left") if abs(dx) > abs(dy) else ("down" if dy > 0 else "up")
+        way = max(abs(dx), abs(dy))
+        assert found == sample.scene["event"] and way >= 14
+        along = np.diff(at[:, 0 if abs(dx) > abs(dy) else 1]) * (1 if found in ("right", "down") else -1)
+        assert along.min() > -0.1 and along.max() <= way / (frames - 1) + 1
 
 
 def test_a_clip_of_the_drawn_length_is_the_same_and_others_are_refused():
@@ -137,10 +137,17 @@ def test_a_clip_of_the_drawn_length_is_the_same_and_others_are_refused():
             make_sample("video", 1, frames=frames)
 
 
-def test_only_time_steps_differ_in_still_steps():
-    sample = make_sample("video", 1, frames=8)
-    before, after = (list(s.members.values()) for s in (sample, POSITIONS.change(sample)))
-    assert after == [before[n] for n in (0, 0, 2, 2, 4, 4, 6, 6)] and len(set(after)) == 4
+def test_a_repeated_clip_begins_anew_after_its_end(processor):
+    sample = make_sample("video", 1, frames=4)
+    clip = repeated(sample, 12)
+    assert list(clip.members.values()) == 3 * list(sample.members.values())
+    example = prepare(clip, processor)
+    assert example.video_grid_thw is not None and example.pixel_values_videos is not None
+    assert example.video_grid_thw.tolist() == [[6, 4, 4]]
+    steps = example.pixel_values_videos.unflatten(0, (3, 2, 16))
+    assert torch.equal(steps[0], steps[1]) and torch.equal(steps[0], steps[2]) and not torch.equal(*steps[0])
+    names = [POSITIONS.group(c)[0] for c in (sample, clip, make_sample("video", 1, frames=12))]
+    assert names == ["direction, 4 frames", "direction, 12 frames, repeated", "direction, 12 frames, slower"]
 
 
 # -------------------------------------------------------------------------------------------------------- scoring
@@ -207,8 +214,9 @@ def test_the_command_writes_json_and_figures(tmp_path):
     rows = {(r["workload"], r["provider"], r["metric"]): r for r in result["rows"]}
     assert len(rows) == len(result["rows"])
     for frames in (4, 6, 8, 12, 16, 24, 32):
-        row = rows[f"direction, {frames} frames", "1-D RoPE", "accuracy"]
-        assert row["questions"] == 8 and row["vision_tokens"] == 2 * frames and row["trained"] == (frames < 8)
+        for kind in ("",) if frames < 8 else (", slower", ", repeated"):
+            row = rows[f"direction, {frames} frames{kind}", "1-D RoPE", "accuracy"]
+            assert row["questions"] == 8 and row["vision_tokens"] == 2 * frames
     costs = {arm: rows["reading, 112x56 pixels", arm, "accuracy"]["vision_tokens"] for arm in _names(RESOLUTION.arms)}
     assert costs == {"dynamic": 8, "fixed, 4 tokens": 4, "fixed, 6 tokens": 6}
     assert rows["reading, all sizes", "dynamic", "tokens right"]["questions"] == 6 * 8

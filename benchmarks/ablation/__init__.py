@@ -1,4 +1,4 @@
-"""Two ablations of the paper's (arXiv 2409.12191, section 3.3) at a tiny scale, on generated samples.
+"""Two ablations of the paper (arXiv 2409.12191, section 3.3) at a tiny scale, on generated samples.
 
 positions   M-RoPE against 1-D RoPE, on clips longer than those trained on
 resolution  pictures as they are against pictures all of one size

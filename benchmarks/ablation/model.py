@@ -177,7 +177,7 @@ def train_and_score(job: Job) -> Outcome:
     processor = Processor.from_pretrained(job.beginning)
 
     def example(sample: Sample) -> Example:
-        return prepare(ablation.change(sample), processor, arm.size)
+        return prepare(sample, processor, arm.size)
 
     config = TrainingConfig(
         RunConfig(
@@ -225,13 +225,15 @@ def score(
     unit = model.config.vision.spatial_merge_size**2
     for question in ablation.questions:
         samples = [
-            make_sample(
-                ablation.skill,
-                question.level,
-                seed=EVALUATION_SEED,
-                index=n,
-                split=question.split,
-                **question.options,
+            question.change(
+                make_sample(
+                    ablation.skill,
+                    question.level,
+                    seed=EVALUATION_SEED,
+                    index=n,
+                    split=question.split,
+                    **question.options,
+                )
             )
             for n in range(count)
         ]
@@ -243,7 +245,8 @@ def score(
             for sample, one, (right, asked) in zip(some, examples, answers, strict=True):
                 grid = one.image_grid_thw if one.image_grid_thw is not None else one.video_grid_thw
                 tokens = 0 if grid is None else int(grid.prod(-1).sum()) // unit
-                for name, facts in filter(None, (ablation.group(sample), ablation.every and (ablation.every, {}))):
+                classes = [ablation.group(sample), *([(ablation.every, {})] if ablation.every is not None else [])]
+                for name, facts in classes:
                     found.setdefault(name, (facts, []))[1].append((tokens, right, asked))
     return {
         name: Scores(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from qwen2vl.synthetic import Sample
@@ -29,11 +30,17 @@ class Arm:
 
 @dataclass(frozen=True)
 class Question:
-    """Samples of evaluation that are drawn alike; ``options`` are those of :func:`qwen2vl.synthetic.generate`."""
+    """Samples of evaluation that are drawn alike.
+
+    Attributes:
+        level, split, options: see :func:`qwen2vl.synthetic.generate`.
+        change: what is done to every sample.
+    """
 
     level: int
-    options: Mapping[str, Any] = field(default_factory=dict)
     split: Split = "held-out"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    change: Callable[[Sample], Sample] = lambda sample: sample
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,6 @@ class Ablation:
         questions: of evaluation, `count` samples each.
         group: (sample) -> the class of samples that it is scored in, as a row names it, and what the row says of it.
         every: name of the class of all samples; None: they are none together.
-        change: what is done to every sample.
     """
 
     title: str
@@ -58,28 +64,35 @@ class Ablation:
     questions: tuple[Question, ...]
     group: Callable[[Sample], tuple[str, dict[str, Any]]]
     every: str | None = None
-    change: Callable[[Sample], Sample] = lambda sample: sample
     count: int = 400
 
 
 # ------------------------------------------------------------------------------------------------------- positions
 
 
-def still_steps(sample: Sample) -> Sample:
-    """A clip in which both frames of a time step show the first: what moves is seen between time steps alone.
-
-    A time step's own two frames tell the direction to the tower, whatever positions the language model is given.
-    """
-    names = list(sample.members)
-    return replace(sample, members={name: sample.members[names[n - n % 2]] for n, name in enumerate(names)})
-
-
 _TRAINED_FRAMES = (4, 6)
+_LONGER_FRAMES = (8, 12, 16, 24, 32)
+
+
+def repeated(sample: Sample, frames: int) -> Sample:
+    """The clip from the beginning again and again, up to so many frames."""
+    shown = list(sample.members.values())
+    return replace(
+        sample,
+        members={f"{n}.ppm": shown[n % len(shown)] for n in range(frames)},
+        record={
+            **sample.record,
+            "videos": [{**sample.record["videos"][0], "video": [f"{n}.ppm" for n in range(frames)]}],
+        },
+    )
 
 
 def _frames(sample: Sample) -> tuple[str, dict[str, Any]]:
     frames = len(sample.members)
-    return f"direction, {frames} frames", {"frames": frames, "trained": frames in _TRAINED_FRAMES}
+    if frames in _TRAINED_FRAMES:
+        return f"direction, {frames} frames", {"frames": frames, "movement": "as trained"}
+    movement = "slower" if len(set(sample.members.values())) > 4 else "repeated"
+    return f"direction, {frames} frames, {movement}", {"frames": frames, "movement": movement}
 
 
 POSITIONS = Ablation(
@@ -87,10 +100,14 @@ POSITIONS = Ablation(
     skill="video",
     course=((0, 1),),
     arms=(Arm("M-RoPE"), Arm("1-D RoPE", one_dimensional=True, peer=True)),
-    steps=500,
-    questions=tuple(Question(1, {"frames": n}) for n in (4, 6, 8, 12, 16, 24, 32)),
+    steps=850,
+    # Two kinds of longer clips. In the slower ones what moves goes as far as ever, by ever smaller steps, which is more
+    # than a longer clip; in the repeated ones every time step is one of a trained length, and only their number is new.
+    questions=(
+        *(Question(1, options={"frames": n}) for n in (*_TRAINED_FRAMES, *_LONGER_FRAMES)),
+        *(Question(1, options={"frames": 4}, change=partial(repeated, frames=n)) for n in _LONGER_FRAMES),
+    ),
     group=_frames,
-    change=still_steps,
 )
 
 # ------------------------------------------------------------------------------------------------------ resolution
@@ -113,7 +130,7 @@ RESOLUTION = Ablation(
         Arm("fixed, 4 tokens", size=(2 * UNIT, 2 * UNIT), peer=True),
         Arm("fixed, 6 tokens", size=(2 * UNIT, 3 * UNIT), peer=True),
     ),
-    steps=900,
+    steps=1100,
     # Held-out pictures of the two upper levels are all 112 x 56, a size that is never trained on; those of the sizes
     # trained on are fresh samples of the training's kind.
     questions=(*(Question(n) for n in (0, 1, 2, 3)), *(Question(n, split="train") for n in (2, 3))),
