@@ -22,8 +22,8 @@ DEVICE_TESTS = $(shell grep -l 'import .*DEVICE' tests/kernels/test_*.py)
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo    Qwen2-VL (random weights) on a photo, several images and a video, step by step"
-	@echo "make check   the same checkpoint in transformers: logits and greedy tokens compared"
+	@echo "make demo    the small trained model reads, compares, points, follows videos and plays, beside the truth"
+	@echo "make check   a checkpoint with random weights here and in transformers: logits and greedy tokens compared"
 	@echo "make test    the test suite"
 	@echo "make lint    ruff, pyright, clang-format;  make format  rewrites what they can"
 	@echo "make fuzz    the C++ of the CPU on random input, under the address and undefined behaviour sanitizers"

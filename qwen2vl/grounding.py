@@ -338,12 +338,16 @@ def from_qwen25(entries: Iterable[Mapping[str, Any]], height: int, width: int, *
 _COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")
 
 
-def draw_grounding(image: Image.Image, items: Iterable[Grounded]) -> Image.Image:
-    """A copy of the image, as RGB, with every place outlined and its phrase beside it, a colour for each item."""
+def draw_grounding(image: Image.Image, items: Iterable[Grounded], *, width: int | None = None) -> Image.Image:
+    """A copy of the image, as RGB, with every place outlined and its phrase beside it, a colour for each item.
+
+    Args:
+        width: of the lines, in pixels; default: by the image's size.
+    """
     drawn = image.convert("RGB")
     draw = ImageDraw.Draw(drawn)
     side = min(drawn.size)
-    line, font = max(1, side // 200), ImageFont.load_default(max(10, side // 30))
+    line, font = width or max(1, side // 200), ImageFont.load_default(max(10, side // 30))
     for n, item in enumerate(items):
         colour = _COLOURS[n % len(_COLOURS)]
         for place in item.places:

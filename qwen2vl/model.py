@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -120,12 +121,17 @@ class Qwen2VL(nn.Module):
                     made[meta] = parameter
                 setattr(module, name, made[meta])
 
-    def save_pretrained(self, folder: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:
-        """Write config.json, generation_config.json and safetensors in the released layout into ``folder``."""
+    def save_pretrained(
+        self, folder: str | Path, max_shard_bytes: int = 5 * 10**9, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """Write config.json, generation_config.json and safetensors in the released layout into ``folder``.
+
+        ``metadata``: for the header of the safetensors files.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {**self.config.to_dict(), "torch_dtype": str(self.dtype).removeprefix("torch.")}
-        weights.save_weights(self, folder, max_shard_bytes)
+        weights.save_weights(self, folder, max_shard_bytes, metadata)
         write_json(folder / "config.json", config)
         if self.generation_defaults:
             write_json(folder / "generation_config.json", self.generation_defaults)

@@ -6,7 +6,7 @@ identity and loading only rewrites prefixes. Nothing is unpickled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -144,8 +144,12 @@ def _listing(folder: Path, problems: list[str], most: int = 20) -> str:
     return f"{folder}: {len(problems)} tensor(s) do not fit:\n" + "\n".join(lines)
 
 
-def save_weights(model: nn.Module, folder: Path, max_shard_bytes: int) -> None:
+def save_weights(
+    model: nn.Module, folder: Path, max_shard_bytes: int, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write ``model``'s parameters under the released names, sharded when larger than ``max_shard_bytes``.
+
+    ``metadata``: for the header of every file, beside the format.
 
     Files are written beside their place and moved in whole, because the parameters being saved may be maps of the
     very files they replace.
@@ -157,8 +161,9 @@ def save_weights(model: nn.Module, folder: Path, max_shard_bytes: int) -> None:
     index = folder / INDEX_NAME
     stale = _shards_of(index) | {SINGLE_NAME}
     weight_map: dict[str, str] = {}
+    header = {"format": "pt", **(metadata or {})}
     for name, group in zip(names, groups, strict=True):
-        write_whole(folder / name, lambda path, group=group: save_file(group, path, metadata={"format": "pt"}))
+        write_whole(folder / name, lambda path, group=group: save_file(group, path, metadata=header))
         weight_map.update(dict.fromkeys(group, name))
     if len(groups) > 1:
         total = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -43,7 +43,11 @@ class DType(str, Enum):
 ModelOption = Annotated[
     str | None,
     typer.Option(
-        "--model", "-m", metavar="FOLDER|ID", help="Checkpoint folder, or hub id (Qwen/Qwen2-VL-2B-Instruct)."
+        "--model",
+        "-m",
+        metavar="FOLDER|ID",
+        help="Checkpoint folder, or hub id (Qwen/Qwen2-VL-2B-Instruct). Default: the small model that comes with "
+        "qwen2vl.",
     ),
 ]
 SystemOption = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System prompt.")]
@@ -202,17 +206,12 @@ def load(
     allow_remote: bool,
     max_vision_patches: int | None,
 ) -> tuple[Qwen2VL, Processor]:
-    """Model and processor of --model."""
-    if model is None:
-        raise typer.BadParameter(
-            "is required: no trained checkpoint ships with this package. Give a folder, or a hub id such as "
-            "Qwen/Qwen2-VL-2B-Instruct. (python -m qwen2vl.demo --keep makes one with random weights.)",
-            param_hint="--model",
-        )
+    """Model and processor of --model; None: of the small model that comes with the package."""
     if min_pixels is not None and max_pixels is not None and min_pixels > max_pixels:
         raise typer.BadParameter(f"{min_pixels} is more than --max-pixels {max_pixels}", param_hint="--min-pixels")
     import torch
 
+    from .. import small
     from ..hub import resolve
     from ..model import Qwen2VL
     from ..processor import Processor
@@ -222,7 +221,7 @@ def load(
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:  # torch's ways of saying that it has no such device
             raise Qwen2VLError(f"--device {device}: {str(error).splitlines()[0]}") from error
-    folder = resolve(model)
+    folder = small.folder() if model is None else resolve(model)
     processor = Processor.from_pretrained(
         folder, min_pixels=min_pixels, max_pixels=max_pixels, allow_remote=allow_remote
     )
@@ -268,6 +267,13 @@ def generation_config(
         raise CheckpointError(f"generation_config.json: {error}") from error
 
 
-def video_options(min_pixels: int | None, max_pixels: int | None, fps: float) -> dict[str, Any]:
-    """How the options for media apply to videos, as keywords of the processor's call."""
+def video_options(model: str | None, min_pixels: int | None, max_pixels: int | None, fps: float) -> dict[str, Any]:
+    """How the options for media apply to videos, as keywords of the processor's call.
+
+    Frames for the small model, which is what `model` None means, keep the size that they have, as in its training.
+    """
+    if model is None and min_pixels is None:
+        from ..small import MIN_FRAME_PIXELS
+
+        min_pixels = min(MIN_FRAME_PIXELS, max_pixels or MIN_FRAME_PIXELS)
     return {"video_min_pixels": min_pixels, "video_max_pixels": max_pixels, "fps": fps}

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..small import FOLDER
 from .common import (
     AllowRemoteOption,
     DeviceOption,
@@ -105,7 +106,7 @@ def generate(
         messages.insert(0, {"role": "system", "content": system})
     at = time.perf_counter()
     with progress_bar("reading video frames") as report:
-        inputs = processor(messages, progress=report, **video_options(min_pixels, max_pixels, fps))
+        inputs = processor(messages, progress=report, **video_options(model, min_pixels, max_pixels, fps))
     prepare_seconds = time.perf_counter() - at
 
     from ..generation import generate as run
@@ -161,7 +162,7 @@ def generate(
             for item, (_, source) in zip(inputs.media, media, strict=True)
         ],
         "timings": timings,
-        "model": model,
+        "model": str(FOLDER) if model is None else model,
         "device": str(loaded.device),
         "dtype": str(loaded.dtype).removeprefix("torch."),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -85,21 +86,38 @@ def write_video(path: Path, *, width: int = 320, height: int = 240, seconds: flo
     Raises:
         MediaError: PyAV is missing.
     """
-    try:
-        import av
-    except ModuleNotFoundError as error:
-        raise MediaError(f"writing a video needs PyAV ({error}); install qwen2vl[video]") from error
     background = draw_scene(width, height)
     count = round(seconds * fps)
-    with av.open(str(path), "w") as container:
-        # MPEG-4 part 2, which every build of FFmpeg can encode.
-        stream = container.add_stream("mpeg4", rate=fps, options={"qmax": "3"})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.bit_rate = 400_000
+
+    def frames() -> Iterator[Image.Image]:
         for n in range(count):
             frame = background.copy()
             way = n / max(1, count - 1)
             _draw_balloon(frame, 0.1 + 0.8 * way, 0.42 - 0.22 * math.sin(math.pi * way))
+            yield frame
+
+    write_frames(path, frames(), size=(width, height), fps=fps)
+
+
+def write_frames(path: Path, frames: Iterable[Image.Image], *, size: tuple[int, int], fps: int) -> None:
+    """An MP4 of RGB pictures.
+
+    Args:
+        size: (width, height) in pixels of each, even numbers.
+
+    Raises:
+        MediaError: PyAV is missing.
+    """
+    try:
+        import av
+    except ModuleNotFoundError as error:
+        raise MediaError(f"writing a video needs PyAV ({error}); install qwen2vl[video]") from error
+    with av.open(str(path), "w") as container:
+        # MPEG-4 part 2, which every build of FFmpeg can encode.
+        stream = container.add_stream("mpeg4", rate=fps, options={"qmax": "3"})
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        stream.bit_rate = 400_000
+        for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_image(frame)))
         container.mux(stream.encode())
 

@@ -3,9 +3,9 @@
 Everything that makes Qwen2-VL itself is there: a tower of heads of 80 with 2D-RoPE over packed patches, the 2x2 merger,
 M-RoPE, grouped queries, and all special tokens under their names. Three things are of its own size:
 
-- rope_theta 10, not a million. M-RoPE gives the width the slowest third of the frequencies: at a million, steps of
-  one token turn these by less than a thousandth of a radian, and small weights never learn to see them. At 10 they turn
-  by 0.1 to 0.24, and a row of 26 tokens is no full turn.
+- rope_theta 100, not a million. M-RoPE gives the width the slowest third of the frequencies: at a million, a step of
+  one token turns these by less than a thousandth of a radian, which small weights never learn to see; at 100 by 0.01
+  to 0.06.
 - A vocabulary of 2048, see `qwen2vl.synthetic.tokenizer`.
 - Images of 56 x 56 and more are taken as they are: 4 tokens instead of the usual least of 4 x 28 x 28 pixels and up.
 """
@@ -48,7 +48,7 @@ def shape(ids: dict[str, int], *, depth: int = DEPTH, layers: int = LAYERS) -> Q
         vocab_size=max(ids.values()) + 1,
         rms_norm_eps=1e-6,
         tie_word_embeddings=True,
-        rope_theta=10.0,
+        rope_theta=100.0,
         mrope_section=(8, 12, 12),
     )
     vision = VisionConfig(hidden_size=192, depth=depth, embed_dim=160, num_heads=2)

@@ -173,7 +173,8 @@ class Packer:
 
     Up to ``lookahead`` samples wait in the order in which they came. A pack begins with the one that has waited
     longest and takes each later one that still fits, so nothing waits for ever and the order depends on nothing but the
-    data. Inside of a pack the shortest leads. When the dataset ends it is begun again. (The placeholder image of a pack of text is one token on top.)
+    data. Inside of a pack the shortest leads. When the dataset ends it is begun again. (The placeholder image of a pack
+    of text is one token on top.)
 
     ``state_dict`` holds no sample, only where the dataset stood when the oldest one waiting was drawn and which of
     those drawn since have been packed: resuming draws those again.

@@ -145,10 +145,13 @@ def test_a_wheel_from_the_sdist_works_from_an_empty_folder(tmp_path):
     run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(wheel), path=str(blocker))
     code = (
         "import qwen2vl, qwen2vl_kernels, qwen2vl_kernels._native as n\n"
-        "print(qwen2vl.__file__, n.cpu_reason(), n.cuda_reason(), qwen2vl.Qwen2VL.__name__)\n"
+        "from qwen2vl.small import folder\n"
+        "print(qwen2vl.__file__, n.cpu_reason(), n.cuda_reason(), qwen2vl.Qwen2VL.__name__, folder())\n"
     )
     # -S: an editable install of this tree hooks itself into imports there and would lend its own extensions.
     packages = Path(torch.__file__).parent.parent
     said = run(sys.executable, "-S", "-c", code, path=f"{site}{os.pathsep}{packages}")
     assert said.startswith(str(site)) and " None " in said and "Qwen2VL" in said
+    assert f" {site / 'qwen2vl' / 'assets' / 'small'}" in said
+    assert any(name.startswith("qwen2vl/assets/small/") for name in packed)
     assert "QWEN2VL_BUILD_CUDA" in said, "why there is no CUDA extension"

@@ -2,25 +2,96 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import numpy as np
 import pytest
 import typer
+from PIL import Image
 from typer.testing import CliRunner
 
 import qwen2vl.model
 import qwen2vl_kernels
-from qwen2vl import Qwen2VL
+from qwen2vl import Call, Qwen2VL, small
+from qwen2vl.demo import trained
 from qwen2vl.demo.__main__ import demo
 from qwen2vl.demo.media import draw_scene
+from qwen2vl.synthetic import generate as make_sample
+from qwen2vl.synthetic import play
 
 app = typer.Typer()
 app.command()(demo)
 
 
-def test_demo(tmp_path):
-    result = CliRunner().invoke(app, ["--out", str(tmp_path / "out"), "--keep"])
+PARTS = {"read": 10, "compare": 5, "point": 5, "video": 5, "screen": 5}  # and how many answers
+
+
+def test_the_small_model_answers_beside_the_truth(tmp_path):
+    result = CliRunner().invoke(app, ["--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    answers = [line for line in result.stdout.splitlines() if line.startswith("    answer ")]
+    assert len(answers) == sum(PARTS.values())
+    assert all(re.fullmatch(r"    answer .*   truth .+   (right|wrong)( \(.+\))?", line) for line in answers), answers
+    right = sum("   right" in line for line in answers)
+    assert f"{right} of {len(answers)} right: read " in result.stdout
+    for skill, number in PARTS.items():
+        assert re.search(rf"{skill} \d+ of {number}\b", result.stdout)
+        with Image.open(tmp_path / "out" / f"{skill}.png") as sheet:
+            sheet.load()
+            assert sheet.width == 1080 and sheet.height > 400
+    assert "truth 5   " in result.stdout and "truth blue square (304,54),(732,482)   " in result.stdout
+    assert 'truth tap the field; type "49"; tap "No"   ' in result.stdout
+    assert re.search(r"took \d+\.\d\d s in the median and \d+\.\d\d s at most, on cpu", result.stdout)
+    media = {path.name for path in (tmp_path / "out" / "media").iterdir()}
+    assert {"read-10.png", "compare-5b.png", "point-1.png", "video-5.mp4"} <= media and len(media) == 30
+
+
+def test_other_samples_and_videos_without_pyav(tmp_path, monkeypatch):
+    """The first sample of a skill alone: the seed and the language decide which it is."""
+    monkeypatch.setitem(sys.modules, "av", None)
+    monkeypatch.setattr(trained, "LEVELS", (1,))
+    monkeypatch.setattr(trained, "_PARTS", {"video": ("A video", 1)})
+    result = CliRunner().invoke(app, ["--out", str(tmp_path), "--language", "zh", "--seed", "3"])
+    assert result.exit_code == 0, result.output
+    indices = (n for n in range(99) if make_sample("video", 1, seed=3, index=n, split="held-out").language == "zh")
+    sample = make_sample("video", 1, seed=3, index=next(indices), split="held-out")
+    assert f"truth {sample.answer} " in result.stdout and "qwen2vl[video]" in result.stdout
+    assert f"{len(sample.members)} frames, 56 × 56" in result.stdout and not list((tmp_path / "media").iterdir())
+
+
+def test_a_game_is_shown_with_its_taps(tmp_path):
+    game = play(4, index=1)
+    watched = trained._Watched(game)
+    watched.reset()
+    while not watched.done:
+        watched.execute(game.next_call())
+    assert game.success and len(watched.screens) == len(watched.said) == 3
+    assert watched.said[0].endswith("on the field") and watched.said[1].startswith('type "')
+    assert watched.said[2].endswith(f'on "{game.tasks[2].text}"')
+    x, y = (2 * v for v in next(c for c in game.screens[0] if c.kind == "field").centre)
+    assert watched.screens[0].getpixel((round(x), round(y))) == (0xE6, 0x19, 0x4B)
+    watched.game = fresh = play(4, index=1)
+    watched.execute(Call("Tap", {"point": (999, 999)}))
+    assert watched.said[3] == "tap (999,999), on nothing" and not fresh.done
+
+
+def test_without_the_small_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(small, "FOLDER", tmp_path / "none")
+    result = CliRunner().invoke(app, ["--out", str(tmp_path)])
+    assert result.exit_code == 1 and "the small model is not in this installation" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "named"), [(["--language", "xx"], 1, "'xx'"), (["--keep"], 2, "--random or --check")]
+)
+def test_options_that_are_refused(tmp_path, options, code, named):
+    result = CliRunner().invoke(app, ["--out", str(tmp_path), *options])
+    assert result.exit_code == code and named in result.stderr
+
+
+def test_random_weights(tmp_path):
+    result = CliRunner().invoke(app, ["--out", str(tmp_path / "out"), "--random", "--keep"])
     assert result.exit_code == 0, result.output
     for said in ("weights are random", "1 × 32 × 48", "384", "560 × 224", "6 × 20 × 28", "kept: 0.00", "answer's ids"):
         assert said in result.stdout
@@ -32,9 +103,9 @@ def test_demo(tmp_path):
     assert Qwen2VL.from_pretrained(tmp_path / "out" / "checkpoint").config.text.vocab_size == 512
 
 
-def test_demo_without_pyav(tmp_path, monkeypatch):
+def test_random_weights_without_pyav(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
-    result = CliRunner().invoke(app, ["--out", str(tmp_path)])
+    result = CliRunner().invoke(app, ["--out", str(tmp_path), "--random"])
     assert result.exit_code == 0, result.output
     assert "no video" in result.stdout and "qwen2vl[video]" in result.stdout and "balloon" not in result.stdout
 

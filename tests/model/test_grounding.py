@@ -237,4 +237,6 @@ def test_drawn_places():
     assert tuple(pixels[120, 100]) == tuple(pixels[150, 200]) == (0xE6, 0x19, 0x4B)  # left and lower side
     assert tuple(pixels[125, 150]) == (0, 0, 0)  # inside
     assert (pixels[85:100, 100:130] == (0xE6, 0x19, 0x4B)).all(-1).any()  # its label, above
+    wide = np.asarray(draw_grounding(image, items, width=7))
+    assert tuple(wide[125, 105]) == (0xE6, 0x19, 0x4B) != tuple(pixels[125, 105])
     assert tuple(pixels[100, 0]) == tuple(pixels[196, 200]) == (0x3C, 0xB4, 0x4B)

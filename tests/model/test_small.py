@@ -1,0 +1,92 @@
+"""The small model that comes with the package, where no other is named."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from qwen2vl import Processor, Qwen2VL, small
+from qwen2vl.cli import app
+from qwen2vl.cli.common import video_options
+from qwen2vl.demo.media import write_frames
+from qwen2vl.evaluation.held_out import prompt_of
+from qwen2vl.synthetic import SKILLS
+from qwen2vl.synthetic import generate as make_sample
+from qwen2vl.synthetic.sample import from_ppm
+
+#: Of the easiest reading and naming; a model that learned nothing has about 0.
+MIN_ACCURACY = 0.5
+
+
+def run(*args, stdin=None):
+    return CliRunner().invoke(app, [str(arg) for arg in args], input=stdin)
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    """A file to read: of a held-out sample."""
+    path = tmp_path_factory.mktemp("small") / "x.png"
+    Image.fromarray(from_ppm(make_sample("read", 0, split="held-out").members["0.ppm"])).save(path)
+    return path
+
+
+def test_it_is_a_checkpoint_in_the_released_layout():
+    folder = small.folder()
+    files = {path.name for path in folder.iterdir()}
+    assert {"config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json"} <= files
+    assert {"tokenizer_config.json", "model.safetensors"} <= files
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 18e6
+    model, processor = Qwen2VL.from_pretrained(folder, device="cpu"), Processor.from_pretrained(folder)
+    assert 3e6 < sum(parameter.numel() for parameter in model.parameters()) < 6e6
+    assert model.config.vision.head_dim == 80 and processor.min_pixels == 56 * 56
+
+
+def test_generate_answers_without_a_model(picture):
+    result = run("generate", "--image", picture, "--prompt", "Read the text.", "-n", 8)
+    assert result.exit_code == 0 and result.stdout.strip(), result.output
+    facts = json.loads(run("generate", "--image", picture, "--prompt", "Read the text.", "-n", 8, "--json").stdout)
+    assert facts["text"] == result.stdout[:-1] and facts["model"] == str(small.FOLDER)
+    assert facts["media"][0]["resized_size"] == [56, 56]
+
+
+def test_chat_answers_without_a_model(picture):
+    result = run("chat", "-n", 8, stdin=f"/image {picture}\nRead the text.\n")
+    assert result.exit_code == 0 and result.stdout.strip() and "56 × 56, 4 tokens" in result.stderr
+
+
+def test_frames_of_a_video_keep_their_size(tmp_path):
+    """As evaluation and training show them; other models get the usual least of 128 tokens a frame."""
+    sample = make_sample("video", 0, split="held-out")
+    frames = [Image.fromarray(from_ppm(data)) for data in sample.members.values()]
+    write_frames(tmp_path / "x.mp4", frames, size=sample.size, fps=2)
+    result = run("generate", "--video", tmp_path / "x.mp4", "--prompt", "Where does it go?", "-n", 4, "--json")
+    (video,) = json.loads(result.stdout)["media"]
+    asked = Processor.from_pretrained(small.FOLDER)(prompt_of(sample)).media[0]
+    assert video["grid_thw"] == list(asked.grid_thw) and video["resized_size"] == [56, 56]
+    assert video_options("a", None, None, 2.0)["video_min_pixels"] is None
+    assert video_options(None, None, 500, 2.0)["video_min_pixels"] == 500
+    assert video_options(None, 3000, None, 2.0)["video_min_pixels"] == 3000
+
+
+def test_eval_prints_its_table_without_a_model():
+    result = run("eval", "--quick")
+    assert result.exit_code == 0, result.output
+    assert "accuracy" in result.stdout and all(skill in result.stdout for skill in SKILLS)
+
+
+def test_it_reads_and_names():
+    result = run("eval", "--quick", "--json", "--difficulty", 0, "--skill", "read", "--skill", "colour_shape")
+    found = json.loads(result.stdout)["by_difficulty"]
+    accuracies = [found[name]["accuracy"] for name in ("read 0", "colour_shape 0")]
+    assert sum(accuracies) / 2 >= MIN_ACCURACY, accuracies
+
+
+def test_an_installation_without_it(picture, tmp_path, monkeypatch):
+    monkeypatch.setattr(small, "FOLDER", tmp_path / "none")
+    for args in (("generate", "--prompt", "hi"), ("chat",), ("eval", "--quick")):
+        result = run(*args)
+        assert result.exit_code == 1 and result.stderr.count("\n") == 1, result.output
+        assert "the small model is not in this installation; name another checkpoint with --model" in result.stderr
