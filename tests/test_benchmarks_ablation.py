@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from benchmarks.__main__ import app
 from benchmarks.ablation import ABLATIONS
 from benchmarks.ablation.model import Batches, Examples, Job, Outcome, Scores, one_dimensional, prepare, right_tokens
-from benchmarks.ablation.plan import POSITIONS, RESOLUTION, Arm, repeated
+from benchmarks.ablation.plan import POSITIONS, RESOLUTION, Arm, Part, repeated
 from benchmarks.ablation.run import _equal
 from benchmarks.plot import wilson
 from qwen2vl.errors import DataError
@@ -77,10 +77,9 @@ def test_one_dimensional_positions_count_all_tokens_of_a_sample(model):
 def test_arms_see_the_same_samples_and_differ_in_what_they_say(model, processor):
     """Whatever the number of tokens, a step has the same samples: else fixed pictures would buy more of them."""
     seen = {}
+    course = (Part("read", (0,), 0.5), Part("read", (3,), 0.5))
     for arm in (*POSITIONS.arms, *RESOLUTION.arms):
-        data = Examples(
-            "read", ((0,), (3,)), seed=4, samples=12, example=lambda s, arm=arm: prepare(s, processor, arm.size)
-        )
+        data = Examples(course, seed=4, samples=12, example=lambda s, arm=arm: prepare(s, processor, arm.size))
         packer = Batches(Packer(data, model.config, max_tokens=1 << 20, lookahead=6), arm)
         batches = [next(packer) for _ in range(2)]
         seen[arm.name] = packer.checksum
@@ -96,8 +95,15 @@ def test_arms_see_the_same_samples_and_differ_in_what_they_say(model, processor)
     assert len(set(seen.values())) == 1
 
 
+def test_a_course_has_its_parts_in_their_shares():
+    data = Examples(POSITIONS.course, seed=1, samples=40, example=lambda sample: sample)  # type: ignore
+    assert [data.sample(n).skill for n in range(50)] == ["read"] * 12 + ["video"] * 38
+    for ablation in ABLATIONS:
+        assert sum(part.share for part in ablation.course) == pytest.approx(1)
+
+
 def test_the_larger_fixed_size_costs_what_pictures_as_they_are_do():
-    data = Examples("read", RESOLUTION.course[-1:], seed=1, samples=1, example=lambda sample: sample)  # type: ignore
+    data = Examples(RESOLUTION.course[-1:], seed=1, samples=1, example=lambda sample: sample)  # type: ignore
     sizes = [data.sample(n).size for n in range(400)]
     mean = sum(width * height for width, height in sizes) / len(sizes) / 28**2
     _, small, large = (arm.size for arm in RESOLUTION.arms)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import statistics
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,13 +25,14 @@ from qwen2vl.training.example import Example
 from qwen2vl.training.packing import IGNORE, Batch, Packer, collate
 from qwen2vl.training.trainer import Trainer
 
-from .plan import ABLATIONS, Ablation, Arm
+from .plan import ABLATIONS, Ablation, Arm, Part
 
 #: Samples of a step.
 BATCH = 32
 #: Of the samples of evaluation; those of training begin with the model's own seed, counted from 0.
 EVALUATION_SEED = 1_000_000
 _TOKENS = 1 << 20  # more than BATCH samples ever have: a pack is BATCH samples
+_LR = 5e-4
 _POINTS = 20  # of a learning curve
 
 
@@ -104,28 +107,23 @@ class Outcome:
 
 
 class Examples:
-    """The samples of training as a packer draws them, `samples` in all.
+    """The samples of training as a packer draws them, `samples` in all, the last part without an end.
 
     Args:
-        course: levels of each equal part, the last of which has no end.
         example: what the model is given of a sample.
     """
 
     def __init__(
-        self,
-        skill: str,
-        course: tuple[tuple[int, ...], ...],
-        *,
-        seed: int,
-        samples: int,
-        example: Callable[[Sample], Example],
+        self, course: Sequence[Part], *, seed: int, samples: int, example: Callable[[Sample], Example]
     ) -> None:
-        self.parts = [Generated((skill,), levels, seed=[seed]) for levels in course]
-        self.samples, self.example, self.next = samples, example, 0
+        self.parts = [Generated((part.skill,), part.levels, seed=[seed]) for part in course]
+        shares = itertools.accumulate(part.share for part in course[:-1])
+        self.bounds = [round(share * samples) for share in shares]
+        self.example, self.next = example, 0
 
     def sample(self, n: int) -> Sample:
         """Sample n, counted from 0."""
-        return self.parts[min(n * len(self.parts) // self.samples, len(self.parts) - 1)].sample(n)
+        return self.parts[bisect.bisect_right(self.bounds, n)].sample(n)
 
     def __iter__(self) -> Iterator[Example]:
         while True:
@@ -190,9 +188,9 @@ def train_and_score(job: Job) -> Outcome:
             checkpoint_activations=False,
         ),
         ModelConfig(checkpoint=job.beginning, dtype="float32"),
-        OptimizerConfig(lr=1e-3, warmup_steps=min(50, job.steps), min_lr_ratio=0.1, weight_decay=0.05),
+        OptimizerConfig(lr=_LR, warmup_steps=min(50, job.steps), min_lr_ratio=0.2, weight_decay=0.05),
     )
-    data = Examples(ablation.skill, ablation.course, seed=job.seed, samples=job.steps * BATCH, example=example)
+    data = Examples(ablation.course, seed=job.seed, samples=job.steps * BATCH, example=example)
     trainer = Trainer(config, "multimodal", make_dataset=lambda rank, world: data)
     packer = Batches(trainer.packer, arm)
     trainer.packer = packer  # pyright: ignore[reportAttributeAccessIssue]
@@ -227,7 +225,7 @@ def score(
         samples = [
             question.change(
                 make_sample(
-                    ablation.skill,
+                    ablation.course[-1].skill,
                     question.level,
                     seed=EVALUATION_SEED,
                     index=n,

@@ -24,7 +24,7 @@ from .model import BATCH, Job, Outcome, Scores, train_and_score
 from .plan import ABLATIONS
 
 SUMMARY = "Two ablations of the paper, each model a tiny one trained from nothing on generated samples"
-DEPTH, LAYERS = 2, 2  # blocks of the tower, layers of the language model
+DEPTH, LAYERS = 2, 3  # blocks of the tower, layers of the language model
 
 
 def measure(
