@@ -139,6 +139,43 @@ def memory(result: Result, rows: Rows) -> Any:
     return figure
 
 
+def by_frames(result: Result, rows: Rows) -> Any:
+    """Accuracy by the frames of a clip, a panel a kind of longer clips, over a band of the lengths trained on."""
+    figure, _ = _figure(9.5, 4.2, bare=True)
+    panels = figure.subplots(1, 2, sharey=True)
+    trained = [r["frames"] for r in rows if r["movement"] == "as trained"]
+    titles = {"slower": "as far as ever, in smaller steps", "repeated": "the shortest clip again and again"}
+    for panel, (movement, title) in zip(panels, titles.items(), strict=True):
+        of = [r for r in rows if r["movement"] in ("as trained", movement)]
+        panel.axvspan(min(trained) * 0.93, max(trained) * 1.07, color="0.92", zorder=0, label="trained on")
+        _accuracies(panel, of, "frames")
+        ticks = sorted({r["frames"] for r in of})
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(ticks, [str(n) for n in ticks])
+        panel.minorticks_off()
+        panel.set_xlabel("frames of a clip (log)", fontsize=9)
+        panel.set_title(title, fontsize=9)
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    return figure
+
+
+def by_resolution(result: Result, rows: Rows) -> Any:
+    """Accuracy by the pictures' width, and over all pictures by what each costs on average."""
+    figure, _ = _figure(9.5, 4.2, bare=True)
+    sizes, whole = figure.subplots(1, 2, sharey=True)
+    by_size, all_sizes = ([r for r in rows if ("pixels" in r) == each] for each in (True, False))
+    _accuracies(sizes, [r | {"width": r["pixels"][0]} for r in by_size], "width")
+    ticks = {r["pixels"][0]: "x".join(map(str, r["pixels"])) for r in by_size}
+    sizes.set_xticks(list(ticks), list(ticks.values()))
+    sizes.set_xlabel("pixels of a picture before any resizing", fontsize=9)
+    _accuracies(whole, all_sizes, "vision_tokens")
+    whole.set_xlabel("mean tokens of a picture, all sizes", fontsize=9)
+    whole.margins(x=0.15)
+    figure.legend(*sizes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    return figure
+
+
 @dataclass(frozen=True)
 class Kind:
     """``takes(row)`` chooses a result's rows, ``make(result, rows)`` draws them, ``shows`` begins the caption."""
@@ -182,6 +219,16 @@ FIGURES = {
         "Bytes that the operations of one layer read and write",
     ),
     "memory": Kind(memory, lambda r: r["unit"] == "B" and not _of(r, _TRAFFIC), "Memory"),
+    "frames": Kind(
+        by_frames,
+        lambda r: r["metric"] == "accuracy" and "frames" in r,
+        "Directions told right, by the length of clips; bars are binomial 95 % intervals over the questions",
+    ),
+    "resolution": Kind(
+        by_resolution,
+        lambda r: r["metric"] == "accuracy" and "vision_tokens" in r and "frames" not in r,
+        "Texts read right, by picture size and by mean cost; bars are binomial 95 % intervals over the questions",
+    ),
 }
 
 
@@ -197,6 +244,30 @@ def draw(result: Result, folder: Path) -> list[Path]:
                 written.append(folder / f"{result['case']}-{name}.svg")
                 kind.make(result, rows).savefig(written[-1], metadata={"Date": None})
     return written
+
+
+def _accuracies(panel: Any, rows: Rows, key: str) -> None:
+    """Per cent over ``row[key]``, a line a provider, with Wilson's interval of so many questions."""
+    for n, name in enumerate(_names(rows, "provider")):
+        line = sorted((r for r in rows if r["provider"] == name), key=lambda r: r[key])
+        bounds = [wilson(r["median"] / 100, r["questions"]) for r in line]
+        values = [r["median"] for r in line]
+        away = [[v - 100 * low for v, (low, _) in zip(values, bounds, strict=True)],
+                [100 * high - v for v, (_, high) in zip(values, bounds, strict=True)]]  # fmt: skip
+        style = {"linestyle": "--", "markerfacecolor": "none"} if line[0]["peer"] else {"linestyle": "-"}
+        panel.errorbar([r[key] for r in line], values, away, marker="o", markersize=5, color=f"C{n}", capsize=2,
+                       linewidth=1.2, label=name, **style)  # fmt: skip
+    panel.set_ylim(-2, 102)
+    panel.set_ylabel("% right", fontsize=9)
+    panel.spines["right"].set_visible(False)
+    panel.tick_params(labelsize=8)
+
+
+def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a share that was found among so many (Wilson 1927)."""
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
+    return min(share, middle - half), max(share, middle + half)
 
 
 def _dots(rows: Rows, marks: Callable, label: str, *, line: float, log: bool = False) -> Any:

@@ -95,7 +95,9 @@ def footer(result: dict[str, Any]) -> str:
 
 
 def value(x: float, unit: str) -> str:
-    """A number with three digits in a unit that suits it: seconds or bytes; others are counts."""
+    """A number with three digits in a unit that suits it: seconds or bytes; others are counts or per cent."""
+    if unit == "%":
+        return f"{x:.1f} %"
     if unit not in ("s", "B"):
         return f"{x:.1f}".removesuffix(".0")
     if unit == "B":

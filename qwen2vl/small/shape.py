@@ -26,17 +26,23 @@ from ..synthetic.tokenizer import write_tokenizer
 
 MIN_PIXELS = 56 * 56
 MAX_PIXELS = 1280 * 28 * 28
+DEPTH, LAYERS = 5, 4  # blocks of the tower, layers of the language model
 _EMBEDDING_STD = 0.1
 #: What writes into the residual stream, whose variance grows with every block.
 _OUTPUTS = ("o_proj.weight", "down_proj.weight", "attn.proj.weight", "fc2.weight")
 
 
-def shape(ids: dict[str, int]) -> Qwen2VLConfig:
-    """The configuration; `ids`: name -> id of the special tokens, the last of the vocabulary."""
+def shape(ids: dict[str, int], *, depth: int = DEPTH, layers: int = LAYERS) -> Qwen2VLConfig:
+    """The configuration.
+
+    Args:
+        ids: name -> id of the special tokens, the last of the vocabulary.
+        depth, layers: blocks of the tower and layers of the language model.
+    """
     text = TextConfig(
         hidden_size=192,
         intermediate_size=512,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=3,
         num_key_value_heads=1,
         vocab_size=max(ids.values()) + 1,
@@ -45,12 +51,12 @@ def shape(ids: dict[str, int]) -> Qwen2VLConfig:
         rope_theta=100.0,
         mrope_section=(8, 12, 12),
     )
-    vision = VisionConfig(hidden_size=192, depth=5, embed_dim=160, num_heads=2)
+    vision = VisionConfig(hidden_size=192, depth=depth, embed_dim=160, num_heads=2)
     fields = {field: ids[token] for field, token in SPECIAL_TOKENS.items()}
     return replace(Qwen2VLConfig.preset("2b"), text=text, vision=vision, torch_dtype="float32", **fields)
 
 
-def write_beginning(folder: Path, *, seed: int) -> None:
+def write_beginning(folder: Path, *, seed: int, depth: int = DEPTH, layers: int = LAYERS) -> None:
     """A checkpoint with random weights in float32, tokenizer and image settings; equal calls write equal bytes.
 
     Matrices are normal with a variance of one over their inputs, those in front of the residual stream divided by the
@@ -58,7 +64,7 @@ def write_beginning(folder: Path, *, seed: int) -> None:
     after three times as many samples. Embeddings are normal with 0.1, so that a token's own does not vanish among what
     attention brings from its picture.
     """
-    config = shape(write_tokenizer(folder))
+    config = shape(write_tokenizer(folder), depth=depth, layers=layers)
     generator = torch.Generator().manual_seed(seed)
     model = Qwen2VL.from_config(config, device="cpu", dtype=torch.float32)
     with torch.no_grad():

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from ..errors import DataError
 from .sample import Draws, Sample, question
 from .shapes import GROUNDS, Thing, add_noise, draw_things, fitting_colours, scatter
 from .words import DIRECTION_NAMES, DIRECTIONS, EVENTS, SHAPES, event_sentence
 
 
-def video(draws: Draws, level: int) -> Sample:
+def video(draws: Draws, level: int, *, frames: int | None = None) -> Sample:
     """Clips of an even number of frames.
 
     0 left or right, 4 frames of 56 x 56; 1 all four directions, 4 to 6 frames; 2 what moves and which way; 3 what
     happens: a direction, or it stands still, appears, disappears, grows or shrinks; 4 the same in 6 to 12 frames of
     many sizes, with noise and one or two things that stand still, unless nothing moves.
+
+    Args:
+        frames: so many instead, even and at least 4. What moves goes the same way in them, by smaller steps if they are
+            more, of less than a pixel in the end.
+
+    Raises:
+        DataError: frames is no such number.
     """
+    if frames is not None and (not isinstance(frames, int) or frames < 4 or frames % 2):
+        raise DataError(f"frames: wants an even number of at least 4, got {frames!r}")
     language = draws.language()
-    frames = (4, 2 * draws.between(2, 3), 2 * draws.between(2, 3), 2 * draws.between(2, 4), 2 * draws.between(3, 6))[
-        level
-    ]
+    drawn = (4, 2 * draws.between(2, 3), 2 * draws.between(2, 3), 2 * draws.between(2, 4), 2 * draws.between(3, 6))
+    frames = drawn[level] if frames is None else frames
     size = (56, 56) if level < 3 else draws.size((2, 3), (2, 3)) if level == 3 else draws.size((3, 5), (3, 5))
     ground = draws.pick(GROUNDS)
     colours = fitting_colours(ground)
@@ -48,10 +57,10 @@ def _path(draws: Draws, event: str, size: tuple[int, int], diameter: int, frames
     room = (size[0] - diameter - 2, size[1] - diameter - 2)
     x, y = draws.between(1, room[0]), draws.between(1, room[1])
     if event in DIRECTIONS:
-        # Over at least half of the room, and never less than two pixels a frame.
+        # Over at least half of the room: two pixels a frame or more in as many frames as any level draws.
         dx, dy = DIRECTIONS[event]
         axis = 0 if dx else 1
-        way = draws.between(max(2 * (frames - 1), room[axis] // 2), max(2 * (frames - 1), room[axis] - 1))
+        way = draws.between(room[axis] // 2, room[axis] - 1)
         start = draws.between(1, max(1, room[axis] - way))
         along = [start + round(way * n / (frames - 1)) for n in range(frames)]
         if dx + dy < 0:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -31,7 +31,7 @@ LEVELS = (0, 1, 2, 3, 4)
 #: Version of what the numbers lead to: it changes whenever equal numbers no longer give equal samples.
 DATA_VERSION = 1
 
-SKILLS: dict[str, Callable[[Draws, int], Sample]] = {
+SKILLS: dict[str, Callable[..., Sample]] = {
     "read": read,
     "colour_shape": colour_shape,
     "count": count,
@@ -43,7 +43,13 @@ SKILLS: dict[str, Callable[[Draws, int], Sample]] = {
 
 
 def generate(
-    skill: str, difficulty: int, *, seed: int | Sequence[int] = 0, index: int = 0, split: Split = "train"
+    skill: str,
+    difficulty: int,
+    *,
+    seed: int | Sequence[int] = 0,
+    index: int = 0,
+    split: Split = "train",
+    **options: Any,
 ) -> Sample:
     """Sample number `index`.
 
@@ -51,12 +57,13 @@ def generate(
         skill: a key of `SKILLS`. difficulty: one of `LEVELS`.
         seed: any whole number not below 0, or several.
         split: "train" or "held-out".
+        options: of the skill alone: `frames` of "video".
 
     Raises:
         DataError: naming the argument that is none of these.
     """
     draws = _draws(skill, difficulty, seed, index, split)
-    sample = SKILLS[skill](draws, difficulty)
+    sample = SKILLS[skill](draws, difficulty, **options)
     return replace(sample, skill=skill, difficulty=difficulty, split=split, index=index)
 
 
