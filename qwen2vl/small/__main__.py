@@ -11,7 +11,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Column, Table
 
 from ..errors import Qwen2VLError
 from .plan import PHASES, SEED, configuration
@@ -36,7 +35,7 @@ def small(
     two cores.
     """
     from ..files import write_json
-    from .results import GOALS, facts, measure, ship
+    from .results import facts, measure, ship, table
     from .shape import write_beginning
 
     try:
@@ -44,17 +43,10 @@ def small(
         if not (last / "preprocessor_config.json").is_file():
             write_beginning(last, seed=SEED)
         for number, phase in enumerate(PHASES, 1):
-            folder = output / phase.name
+            folder, begins = output / phase.name, f"../{last.relative_to(output)}"
+            _plan(folder, configuration(phase, number=number, checkpoint=begins, budget=budget, processes=processes))
             if not (folder / "done").is_file():
-                folder.mkdir(parents=True, exist_ok=True)
-                text = configuration(
-                    phase,
-                    number=number,
-                    checkpoint=f"../{last.relative_to(output)}",
-                    budget=budget,
-                    processes=processes,
-                )
-                _train(phase.stage, folder, text, processes)
+                _train(phase.stage, folder, processes)
             last = folder / "model"
         results = measure(last, count=count, seed=_SEED, processes=processes)
         write_json(output / "results.json", results)
@@ -63,24 +55,26 @@ def small(
     except (Qwen2VLError, OSError) as error:
         stderr.print(f"[bold red]error:[/] {error}", markup=True)
         raise typer.Exit(1) from None
-    table = Table("goal", Column("reached", justify="right"), Column("wanted", justify="right"), box=None)
-    for goal in GOALS:
-        table.add_row(goal.name, f"{goal.value(results):.1%}", f"{'≥' if goal.least else '≤'} {goal.wanted:.0%}")
-    stderr.print(table)
+    print(table(told), file=sys.stderr)
     print(output / "model")
 
 
-def _train(stage: str, folder: Path, text: str, processes: int) -> None:
+def _plan(folder: Path, text: str) -> None:
+    """Write the configuration of a phase. What was begun, or is done, must be of the same one."""
     config = folder / "run.toml"
     if config.is_file() and config.read_text() != text:
         raise Qwen2VLError(f"{config}: is of another plan, budget or number of processes; give another --output")
+    folder.mkdir(parents=True, exist_ok=True)
     config.write_text(text)
+
+
+def _train(stage: str, folder: Path, processes: int) -> None:
     launch = [sys.executable]
     if processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     threads = max(1, (os.cpu_count() or 1) // processes)
     result = subprocess.run(
-        [*launch, "-m", "qwen2vl", "train", "--stage", stage, "--config", str(config), "--resume"],
+        [*launch, "-m", "qwen2vl", "train", "--stage", stage, "--config", str(folder / "run.toml"), "--resume"],
         env={"OMP_NUM_THREADS": str(threads), **os.environ},
     )
     if result.returncode:

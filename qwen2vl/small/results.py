@@ -108,3 +108,20 @@ def facts(phases: Sequence[Phase], results: dict[str, Any], *, budget: float, pr
         },
         "results": results,
     }
+
+
+def table(told: dict[str, Any]) -> str:
+    """The goals of such facts beside what was reached, and every skill by difficulty, as tables in Markdown."""
+    lines = ["| held-out samples | reached | goal |", "|---|---|---|"]
+    for goal in GOALS:
+        found = told["goals"][goal.name]
+        sign = "at least" if goal.least else "at most"
+        missed = "" if found["reached"] else ", missed"
+        lines.append(f"| {goal.name} | {found['value']:.1%} | {sign} {found['wanted']:.0%}{missed} |")
+    lines += ["", f"| accuracy at difficulty | {' | '.join(map(str, LEVELS))} |", "|---" * (1 + len(LEVELS)) + "|"]
+    for skill in SKILLS:
+        rows = [told["results"]["by_difficulty"][f"{skill} {level}"] for level in LEVELS]
+        lines.append(f"| {skill} | {' | '.join(format(row['accuracy'], '.0%') for row in rows)} |")
+    languages = told["results"]["by_language"]
+    lines += ["", "Accuracy by language: " + ", ".join(f"{k} {v['accuracy']:.1%}" for k, v in languages.items()) + "."]
+    return "\n".join(lines)

@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import asdict, replace
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor import Processor
 from qwen2vl.small.plan import PHASES, SEED, configuration
-from qwen2vl.small.results import GOALS, Goal, facts_of
+from qwen2vl.small.results import GOALS, Goal, facts_of, table
 from qwen2vl.small.shape import write_beginning
 from qwen2vl.synthetic.skills import DATA_VERSION
 from qwen2vl.tokenizer import CONTROL_TOKENS
@@ -124,6 +125,11 @@ def test_the_shipped_file_says_what_made_it():
     for goal in GOALS:
         assert told["goals"][goal.name]["value"] == pytest.approx(goal.value(told["results"]))
     assert min(row["samples"] for row in told["results"]["by_skill"].values()) >= 1000
+
+
+def test_the_readme_says_what_the_shipped_file_does():
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert table(facts_of(small.FOLDER)) in readme
 
 
 def test_the_shipped_file_is_small_and_of_bfloat16(beginning):
