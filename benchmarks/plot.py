@@ -227,7 +227,7 @@ FIGURES = {
     "resolution": Kind(
         by_resolution,
         lambda r: r["metric"] == "accuracy" and "vision_tokens" in r and "frames" not in r,
-        "Texts read right, by picture size and by mean cost; bars are binomial 95 % intervals over the questions",
+        "Things counted right, by picture size and by mean cost; bars are binomial 95 % intervals over the questions",
     ),
 }
 

@@ -223,9 +223,9 @@ def test_the_command_writes_json_and_figures(tmp_path):
         for kind in ("",) if frames < 8 else (", slower", ", repeated"):
             row = rows[f"direction, {frames} frames{kind}", "1-D RoPE", "accuracy"]
             assert row["questions"] == 8 and row["vision_tokens"] == 2 * frames
-    costs = {arm: rows["reading, 112x56 pixels", arm, "accuracy"]["vision_tokens"] for arm in _names(RESOLUTION.arms)}
+    costs = {arm: rows["counting, 112x56 pixels", arm, "accuracy"]["vision_tokens"] for arm in _names(RESOLUTION.arms)}
     assert costs == {"dynamic": 8, "fixed, 4 tokens": 4, "fixed, 6 tokens": 6}
-    assert rows["reading, all sizes", "dynamic", "tokens right"]["questions"] == 6 * 8
+    assert rows["counting, all sizes", "dynamic", "tokens right"]["questions"] == 4 * 8
     assert {p.name for p in tmp_path.glob("*.svg")} == {"ablation-frames.svg", "ablation-resolution.svg"}
     assert "M-RoPE against 1-D RoPE" in done.stdout and "written to" in done.stdout
 
