@@ -64,7 +64,7 @@ PHASES = (
     Phase("2-vision", "vision", 300, 1024, 5e-4, 0.6, _CHARACTERS),
     Phase("3-multimodal", "multimodal", 1900, 2048, 6e-4, 0.5, _GROWING),
     Phase("4-multimodal", "multimodal", 5200, 1024, 5e-4, 0.1, _ALL),
-    Phase("5-instruct", "instruct", 1000, 2048, 2e-4, 0.05, _ALL),
+    Phase("5-instruct", "instruct", 400, 2048, 3e-4, 0.05, _ALL),
 )
 
 
