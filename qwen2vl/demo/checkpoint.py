@@ -75,6 +75,15 @@ def write_random_checkpoint(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2VL.from_config(config, device="cpu", dtype=dtype, std=std)
+    write_checkpoint(model, folder, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS, max_shard_bytes=max_shard_bytes)
+    return folder
+
+
+def write_checkpoint(
+    model: Qwen2VL, folder: Path, *, min_pixels: int, max_pixels: int, max_shard_bytes: int = 5 * 10**9
+) -> None:
+    """Write weights, configs and image settings of a new model beside its tokenizer's files; it decodes greedily."""
+    config, vision = model.config, model.config.vision
     model.generation_defaults = {
         "bos_token_id": config.bos_token_id,
         "pad_token_id": config.pad_token_id,
@@ -82,13 +91,11 @@ def write_random_checkpoint(
         "do_sample": False,
     }
     model.save_pretrained(folder, max_shard_bytes)
-    vision = config.vision
     write_image_settings(
         folder,
-        min_pixels=MIN_PIXELS,
-        max_pixels=MAX_PIXELS,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
         patch_size=vision.patch_size,
         merge_size=vision.spatial_merge_size,
         temporal_patch_size=vision.temporal_patch_size,
     )
-    return folder

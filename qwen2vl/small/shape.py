@@ -19,9 +19,8 @@ from pathlib import Path
 import torch
 
 from ..config import Qwen2VLConfig, TextConfig, VisionConfig
-from ..demo.checkpoint import SPECIAL_TOKENS
+from ..demo.checkpoint import SPECIAL_TOKENS, write_checkpoint
 from ..model import Qwen2VL
-from ..processor_files import write_image_settings
 from ..synthetic.tokenizer import write_tokenizer
 
 MIN_PIXELS = 56 * 56
@@ -76,18 +75,4 @@ def write_beginning(folder: Path, *, seed: int, depth: int = DEPTH, layers: int 
             if name.endswith(_OUTPUTS):
                 std /= math.sqrt(2 * blocks)
             parameter.normal_(std=_EMBEDDING_STD if "embed_tokens" in name else std, generator=generator)
-    model.generation_defaults = {
-        "bos_token_id": config.bos_token_id,
-        "pad_token_id": config.pad_token_id,
-        "eos_token_id": [config.eos_token_id, config.pad_token_id],
-        "do_sample": False,
-    }
-    model.save_pretrained(folder)
-    write_image_settings(
-        folder,
-        min_pixels=MIN_PIXELS,
-        max_pixels=MAX_PIXELS,
-        patch_size=config.vision.patch_size,
-        merge_size=config.vision.spatial_merge_size,
-        temporal_patch_size=config.vision.temporal_patch_size,
-    )
+    write_checkpoint(model, folder, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)

@@ -78,8 +78,13 @@ def _per_segment(attend, total: int, empty: torch.Tensor, cu_seqlens: torch.Tens
     """Concatenate ``attend(rows)`` over the non-empty segments, zeros for the rows after the last."""
     bounds = cu_seqlens.tolist()
     parts = [attend(slice(a, b)) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
-    if bounds[-1] < total:
-        parts.append(empty.new_zeros((total - bounds[-1], *empty.shape[1:])))
+    return _joined(parts, bounds[-1], total, empty)
+
+
+def _joined(parts: list[torch.Tensor], covered: int, total: int, empty: torch.Tensor) -> torch.Tensor:
+    """``parts``, which are the first ``covered`` rows, and zeros up to ``total``."""
+    if covered < total:
+        parts.append(empty.new_zeros((total - covered, *empty.shape[1:])))
     return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else empty
 
 
@@ -92,12 +97,8 @@ def _sdpa(q, k, v, cu_seqlens, causal, scale) -> torch.Tensor:
             runs[-1][1] = b
         elif b > a:
             runs.append([a, b, b - a])
-    if len(runs) == 1 and runs[0][:2] == [0, q.shape[0]]:
-        return _sdpa_equal(q, k, v, runs[0][2], causal, scale)
     parts = [_sdpa_equal(q[a:b], k[a:b], v[a:b], length, causal, scale) for a, b, length in runs]
-    if bounds[-1] < q.shape[0]:
-        parts.append(q.new_zeros((q.shape[0] - bounds[-1], q.shape[1], v.shape[2])))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return _joined(parts, bounds[-1], q.shape[0], q.new_empty((0, q.shape[1], v.shape[2])))
 
 
 def _sdpa_equal(q, k, v, length: int, causal, scale) -> torch.Tensor:
