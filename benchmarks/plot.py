@@ -161,13 +161,13 @@ def by_frames(result: Result, rows: Rows) -> Any:
 
 
 def by_resolution(result: Result, rows: Rows) -> Any:
-    """Accuracy by the pictures' width, and over all pictures by what each costs on average."""
+    """Accuracy by the pictures' size, small ones first, and over all pictures by what each costs on average."""
     figure, _ = _figure(9.5, 4.2, bare=True)
     sizes, whole = figure.subplots(1, 2, sharey=True)
     by_size, all_sizes = ([r for r in rows if ("pixels" in r) == each] for each in (True, False))
-    _accuracies(sizes, [r | {"width": r["pixels"][0]} for r in by_size], "width")
-    ticks = {r["pixels"][0]: "x".join(map(str, r["pixels"])) for r in by_size}
-    sizes.set_xticks(list(ticks), list(ticks.values()))
+    order = sorted({tuple(r["pixels"]) for r in by_size}, key=lambda size: (size[0] * size[1], size))
+    _accuracies(sizes, [r | {"place": order.index(tuple(r["pixels"]))} for r in by_size], "place")
+    sizes.set_xticks(range(len(order)), ["x".join(map(str, size)) for size in order], rotation=45)
     sizes.set_xlabel("pixels of a picture before any resizing", fontsize=9)
     _accuracies(whole, all_sizes, "vision_tokens")
     whole.set_xlabel("mean tokens of a picture, all sizes", fontsize=9)

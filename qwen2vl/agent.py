@@ -150,6 +150,7 @@ def run_agent(
             break
         step, added = _take(text, environment, actions, style)
         episode.steps.append(step)
+        episode.answer = ""
         errors = errors + 1 if step.error else 0
         turn += added
         if step.error and not step.calls:  # the turn cannot be gone on with: what was written is no part of the form
@@ -163,14 +164,14 @@ def run_agent(
             on_step(step)
         if environment.done or not (step.calls or step.error):
             episode.outcome = "done" if environment.done else "answered"
+            if not (step.calls or step.error):
+                episode.answer = "".join(part for part in added if isinstance(part, str))
             break
         if errors > max_errors:
             episode.outcome = "error limit"
             break
     if turn:
         messages.append({"role": "assistant", "content": render_turn(turn, style)})
-    if episode.steps and not (episode.steps[-1].calls or episode.steps[-1].error):
-        episode.answer = episode.steps[-1].text.strip()
     return episode
 
 

@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 from .actions import Action, Style, check_name, declare_actions, keywords, stop_words, to_json
@@ -66,7 +67,8 @@ def render_call(call: Call, style: Style = "qwen") -> str:
     A keyword inside an argument is written with a JSON escape, so that it is read back as what it is.
 
     Raises:
-        FunctionCallError: an impossible name, arguments that are no dict with str keys or hold what JSON cannot.
+        FunctionCallError: an impossible name, arguments that are no dict with str keys, hold what JSON cannot, or are
+            nested deeper than 32 levels.
     """
     words = keywords(style)
     check_name(call.name)
@@ -115,11 +117,12 @@ def render_turn(steps: Iterable[Step], style: Style = "qwen") -> list[dict[str, 
             if not answered:
                 put(f"\n{words.result}")
             put(f"\n{words.result}: " if answered else ": ", False)
-            for item in [{"type": "text", "text": step.content}] if isinstance(step.content, str) else step.content:
-                if isinstance(item.get("text"), str):
-                    put(defuse(item["text"], style), False)
+            shown = [{"type": "text", "text": step.content}] if isinstance(step.content, str) else step.content
+            for is_text, run in groupby(shown, key=lambda item: isinstance(item.get("text"), str)):
+                if is_text:  # all at once: a keyword may be spread over items
+                    put(defuse("".join(item["text"] for item in run), style), False)
                 else:
-                    items.append({**item, "loss": False})
+                    items += [{**item, "loss": False} for item in run]
             pending, answered = pending - 1, True
             continue
         if answered:
@@ -150,8 +153,8 @@ def parse_turn(text: str, style: Style = "qwen", actions: Sequence[Action] | Non
         actions: what calls are checked against, see :func:`check_call`.
 
     Raises:
-        FunctionCallError: FUNCTION without name or ARGS, ARGS without FUNCTION, arguments that are no object, RETURN
-            without RESULT inside the text; or `check_call` refuses.
+        FunctionCallError: FUNCTION without name or ARGS, ARGS without FUNCTION, arguments that are no object or name
+            one thing twice, RETURN without RESULT inside the text; or `check_call` refuses.
     """
     words = keywords(style)
     first, *rest = words.pattern.split(text)
@@ -257,8 +260,10 @@ def _parameters(action: Action) -> tuple[list[str] | None, list[str]]:
     return None, []
 
 
-def _write(value: Any, points: bool) -> str:
+def _write(value: Any, points: bool, depth: int = 0) -> str:
     """JSON, and where `points` a pair of numbers in a tuple as (x,y)."""
+    if depth > _DEEPEST:
+        raise FunctionCallError(f"arguments: want at most {_DEEPEST} levels, got more")
     if points and isinstance(value, tuple):
         if len(value) != 2 or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value):
             raise FunctionCallError(f"a tuple stands for a point (x, y), got {value!r}")
@@ -266,9 +271,11 @@ def _write(value: Any, points: bool) -> str:
     if isinstance(value, dict):
         if bad := [key for key in value if not isinstance(key, str)]:
             raise FunctionCallError(f"arguments: wants str keys, got {bad[0]!r}")
-        return "{" + ", ".join(f"{to_json(key)}: {_write(item, points)}" for key, item in value.items()) + "}"
+        return (
+            "{" + ", ".join(f"{to_json(key)}: {_write(item, points, depth + 1)}" for key, item in value.items()) + "}"
+        )
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_write(item, points) for item in value) + "]"
+        return "[" + ", ".join(_write(item, points, depth + 1) for item in value) + "]"
     return to_json(value)
 
 
@@ -277,11 +284,16 @@ def _write(value: Any, points: bool) -> str:
 _NUMBER = r"\s*(-?[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)\s*"
 _POINT = re.compile(rf'"(?:[^"\\]|\\.)*"|\({_NUMBER},{_NUMBER}\)')
 _POINT_KEY = "\x00point"
+_DEEPEST = 32  # levels of arguments: models write ever more brackets, and JSON's own limit is Python's stack
 
 
 def _arguments(text: str, name: str, style: Style) -> dict[str, Any]:
     def hook(pairs: list[tuple[str, Any]]) -> Any:
-        return tuple(pairs[0][1]) if len(pairs) == 1 and pairs[0][0] == _POINT_KEY else dict(pairs)
+        if style == "paper" and [key for key, _ in pairs] == [_POINT_KEY]:
+            return tuple(pairs[0][1])
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError(f"a name comes twice among {[key for key, _ in pairs]}")
+        return found
 
     def refuse(constant: str) -> Any:
         raise ValueError(f"{constant} is no JSON")

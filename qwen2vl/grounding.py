@@ -375,6 +375,8 @@ def _round(value: float) -> int:
 
 
 def _thousandth(value: float, name: str) -> int:
+    if isinstance(value, int):  # of any size: no float holds all that a model may write
+        return max(0, min(SCALE - 1, value))
     if not math.isfinite(value):
         raise GroundingError(f"{name}: wants a finite number, got {value!r}")
     return max(0, min(SCALE - 1, _round(value)))

@@ -243,7 +243,9 @@ def score(
             for sample, one, (right, asked) in zip(some, examples, answers, strict=True):
                 grid = one.image_grid_thw if one.image_grid_thw is not None else one.video_grid_thw
                 tokens = 0 if grid is None else int(grid.prod(-1).sum()) // unit
-                classes = [ablation.group(sample), *([(ablation.every, {})] if ablation.every is not None else [])]
+                classes = [ablation.group(sample)]
+                if ablation.every is not None and question.split == "held-out":
+                    classes.append((ablation.every, {}))
                 for name, facts in classes:
                     found.setdefault(name, (facts, []))[1].append((tokens, right, asked))
     return {

@@ -61,7 +61,7 @@ class Ablation:
         steps: at a budget of 1.
         questions: of evaluation, `count` samples each of the course's last skill.
         group: (sample) -> the class of samples that it is scored in, as a row names it, and what the row says of it.
-        every: name of the class of all samples; None: they are none together.
+        every: name of the class of all held-out samples; None: they are none together.
     """
 
     title: str
@@ -106,6 +106,8 @@ def _frames(sample: Sample) -> tuple[str, dict[str, Any]]:
 
 
 POSITIONS = Ablation(
+    # Both at the small model's rope_theta, which was chosen for M-RoPE's width (qwen2vl/small/shape.py); 1-D RoPE turns
+    # by the same angles a token as M-RoPE does a time step.
     title="M-RoPE against 1-D RoPE",
     course=(_LETTERS, Part("video", (0, 1), 0.7)),
     arms=(Arm("M-RoPE"), Arm("1-D RoPE", one_dimensional=True, peer=True)),
@@ -130,9 +132,10 @@ def _pixels(sample: Sample) -> tuple[str, dict[str, Any]]:
 RESOLUTION = Ablation(
     title="dynamic against fixed resolution",
     course=(_LETTERS, Part("count", (0, 1, 2), 0.7)),
-    # Things have the same sizes in pictures of all sizes. Of the three levels, pictures have 4 tokens, 6.25 and 9 on
-    # average, together 6.4; 6 is the next number with nearly square pictures. min_pixels = max_pixels would not keep
-    # it: of pictures as small as these, rounding to units of 28 pixels makes 2 to 9 tokens for one and the same area.
+    # Things have the same sizes in pictures of all sizes. Those of training have 6.3 tokens on average; 6 is the next
+    # number with nearly square pictures. min_pixels = max_pixels would not keep it: of pictures as small as these,
+    # rounding to units of 28 pixels makes 2 to 9 tokens for one and the same area. Held-out ones are larger (see
+    # below), so that the arm that takes them as they are pays more for them; tables and figures say how much.
     arms=(
         Arm("dynamic"),
         Arm("fixed, 4 tokens", size=(2 * UNIT, 2 * UNIT), peer=True),

@@ -22,7 +22,8 @@ from .common import (
     progress_bar,
 )
 
-_QUICK = 4  # samples of a skill and difficulty
+_PLOTS = (".png", ".svg")
+_COUNT, _QUICK = 50, 4  # samples of a skill and difficulty
 
 
 def evaluate(
@@ -33,7 +34,9 @@ def evaluate(
     difficulty: Annotated[
         list[int] | None, typer.Option("--difficulty", help="Only this one, 0 to 4; may be repeated. Default: all.")
     ] = None,
-    count: Annotated[int, typer.Option("--count", min=1, help="Samples of each skill and difficulty.")] = 50,
+    count: Annotated[
+        int | None, typer.Option("--count", min=1, help=f"Samples of each skill and difficulty. Default: {_COUNT}.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help=f"Only {_QUICK} of each.")] = False,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Which samples.")] = 0,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Samples answered at once.")] = 16,
@@ -58,8 +61,16 @@ def evaluate(
     for name, given, known in (("--skill", skill, tuple(SKILLS)), ("--difficulty", difficulty, LEVELS)):
         if wrong := [one for one in given or () if one not in known]:
             raise typer.BadParameter(f"{wrong[0]!r} is none of {', '.join(map(str, known))}", param_hint=name)
+    if quick and count is not None:
+        raise typer.BadParameter(f"is {_QUICK} of each; give one of the two", param_hint="--quick, --count")
     if plot is not None and find_spec("matplotlib") is None:
         raise typer.BadParameter("needs matplotlib; pip install 'qwen2vl[inspect]'", param_hint="--plot")
+    # Before minutes of answering, not behind them.
+    if plot is not None and plot.suffix not in _PLOTS:
+        raise typer.BadParameter(f"wants {' or '.join(_PLOTS)}, got {plot.name!r}", param_hint="--plot")
+    for name, path in (("--answers", answers), ("--plot", plot)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise typer.BadParameter(f"no folder {path.parent}", param_hint=name)
     loaded, processor = load(
         model,
         device=device,
@@ -73,22 +84,22 @@ def evaluate(
         scored = held_out.evaluate(
             loaded,
             processor,
-            skills=tuple(skill or SKILLS),
-            difficulties=tuple(difficulty or LEVELS),
-            count=_QUICK if quick else count,
+            skills=tuple(dict.fromkeys(skill or SKILLS)),
+            difficulties=tuple(dict.fromkeys(difficulty or LEVELS)),
+            count=_QUICK if quick else count or _COUNT,
             seed=seed,
             batch_size=batch_size,
             progress=progress,
         )
-    if answers is not None:
-        answers.write_text("".join(json.dumps(vars(one), ensure_ascii=False) + "\n" for one in scored), "utf-8")
-    if plot is not None:
-        held_out.draw(scored, plot)
     report = held_out.report(scored)
     if as_json:
         print(json.dumps(report, indent=2, ensure_ascii=False))
     else:
         _print(report)
+    if answers is not None:
+        answers.write_text("".join(json.dumps(vars(one), ensure_ascii=False) + "\n" for one in scored), "utf-8")
+    if plot is not None:
+        held_out.draw(scored, plot)
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -2,9 +2,12 @@
 
 Skills and splits are those of :mod:`qwen2vl.synthetic`. Every skill has one score that counts as its accuracy:
 
-    read, compare, colour_shape, count, video    exact match; of read also the character error rate and ANLS
-    point        recall of boxes at an IoU of 0.5; also the mean IoU (a quadrilateral counts by its bounding box)
-    screen       games won by the model's own play, with the actions that it took
+    read, compare, colour_shape, count, video    exact match, which takes upper and lower case for the same
+    point        recall at an IoU of 0.5, of the boxes that are wanted, by no more boxes than these
+    screen       games won by the model's own play
+
+and some have others: "read" edits, characters, the character error rate that they make and ANLS, "count" relaxed
+accuracy, "point" the mean IoU (a quadrilateral counts by its bounding box), "screen" the actions of an episode.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from ..grounding import Box, Grounded, parse_grounding
 from ..synthetic import LEVELS, SKILLS, Sample, play
 from ..synthetic import generate as make_sample
 from ..training.data.generated import read_sample
-from .metrics import anls, character_error_rate, exact_match, match_boxes
+from .metrics import anls, character_edits, exact_match, match_boxes, recall, relaxed_accuracy
 
 if TYPE_CHECKING:
     from ..model import Qwen2VL
@@ -113,15 +116,16 @@ def score(sample: Sample, answer: str) -> Scored:
     """An answer, decoded with its special tokens, held against what was drawn."""
     text = answer.strip()
     if sample.skill == "point":
-        found = [box for item in parse_grounding(text) for box in _boxes(item)]
         wanted = [box for item in sample.places for box in _boxes(item)]
-        ious = match_boxes(found, wanted)
-        scores = {"accuracy": sum(v >= 0.5 for v in ious) / len(ious), "IoU": sum(ious) / len(ious)}
+        found = [box for item in parse_grounding(text) for box in _boxes(item)][: len(wanted)]  # no reward for guessing
+        scores = {"accuracy": recall(found, wanted), "IoU": sum(match_boxes(found, wanted)) / len(wanted)}
     else:
         scores = {"accuracy": exact_match(text, [sample.answer])}
     if sample.skill == "read":
-        scores["CER"] = character_error_rate(text, sample.answer)
-        scores["ANLS"] = anls(text, [sample.answer])
+        edits, characters = character_edits(text, sample.answer)
+        scores |= {"edits": edits, "characters": characters, "ANLS": anls(text, [sample.answer])}
+    if sample.skill == "count":
+        scores["relaxed accuracy"] = relaxed_accuracy(text, [sample.answer])
     prompt = sample.record["messages"][0]["content"]
     return Scored(
         sample.skill, sample.difficulty, sample.language, sample.size, prompt, sample.answer, text, scores
@@ -149,15 +153,20 @@ def _boxes(item: Grounded) -> Iterator[Box]:
 
 
 def averages(scored: Iterable[Scored], by: Callable[[Scored], Any]) -> dict[Any, dict[str, float]]:
-    """Class -> the mean of every score in it, and "samples", how many there are; classes as they come."""
+    """Class -> the mean of every score in it, and "samples", how many there are; classes as they come.
+
+    "CER" is all edits of a class by all its characters.
+    """
     sums: dict[Any, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for one in scored:
         for name, value in one.scores.items():
             sums[by(one)][name].append(value)
-    return {
-        key: {"samples": len(values["accuracy"]), **{name: sum(v) / len(v) for name, v in values.items()}}
-        for key, values in sums.items()
-    }
+    found = {}
+    for key, values in sums.items():
+        found[key] = {"samples": len(values["accuracy"]), **{name: sum(v) / len(v) for name, v in values.items()}}
+        if characters := sum(values.get("characters", ())):
+            found[key]["CER"] = sum(values["edits"]) / characters
+    return found
 
 
 def size_class(one: Scored) -> str:

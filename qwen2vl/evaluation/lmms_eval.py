@@ -1,19 +1,23 @@
 """lmms-eval's benchmarks (DocVQA, InfoVQA, RealWorldQA, MTVQA, the video sets) on this package's model.
 
-    pip install lmms-eval        # 0.7; it finds this package by its entry point
+    pip install "lmms-eval==0.7.3"        # finds this package by its entry point
     python -m lmms_eval --model qwen2vl --model_args pretrained=Qwen/Qwen2-VL-2B-Instruct \
-        --tasks docvqa_val,infovqa_val,realworldqa,mtvqa
+        --tasks docvqa_val,infovqa_val,realworldqa,mtvqa,mvbench,egoschema,videomme
 
-Prompts are the tasks' own for any model (their "default"), so that a version of lmms-eval pins them; the limits of
-pixels and frames are the arguments of :class:`ChatModel`, and answers are greedy unless a task says otherwise.
+Prompts are the tasks' own for any model (their "default"), so the version of lmms-eval pins them; the limits of pixels
+and frames are the arguments of :class:`ChatModel`. Answers are greedy unless a task says otherwise, and as long as it
+says, or as fits the context. They are not cut at their first blank line: lmms-eval writes that stop ("until") into every
+task that states none, so that one cannot tell who wants it, and its own adapters for Qwen's later models pass it by.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from ..errors import Qwen2VLError
@@ -47,7 +51,8 @@ class ChatModel:
     Args:
         pretrained: folder or hub id.
         batch_size: conversations answered at once.
-        device, dtype: where and as what; by default a GPU if there is one, and the checkpoint's.
+        device, dtype: where and as what; by default a GPU if there is one (of several processes, each takes that of
+            its LOCAL_RANK), and the checkpoint's.
         min_pixels, max_pixels: area of an image after resizing; by default those of the released checkpoints.
         fps, max_frames, max_video_tokens: how videos are taken; by default as released.
         max_new_tokens: where a task does not say.
@@ -78,14 +83,21 @@ class ChatModel:
         super().__init__()
         if unknown := {key: value for key, value in unknown.items() if key != "max_batch_size"}:
             raise Qwen2VLError(f"model_args: unknown {', '.join(map(repr, unknown))}")
-        self.batch_size = int(batch_size)
-        if self.batch_size < 1:
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:  # lmms-eval's "auto" too: nothing is tried out
             raise Qwen2VLError(f"batch_size: wants at least 1, got {batch_size!r}")
+        self.batch_size = int(batch_size)
+        if device is None and torch.cuda.is_available():
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         folder = resolve(pretrained)
         self.model = Qwen2VL.from_pretrained(folder, device=device, dtype=dtype)
         self.processor = Processor.from_pretrained(folder, min_pixels=min_pixels, max_pixels=max_pixels)
         self.options = {"fps": fps, "max_frames": max_frames, "max_video_tokens": max_video_tokens}
         self.max_new_tokens = max_new_tokens
+
+    @property
+    def device(self) -> torch.device:
+        """Where the results of several processes are gathered."""
+        return self.model.device
 
     def generate_until(self, requests: Sequence[Any]) -> list[Any]:
         """An answer for each request, in their order."""
@@ -112,27 +124,32 @@ class ChatModel:
             chats.append(to_messages(doc_to_messages(self.task_dict[task][split][doc_id])))
         arguments = requests[0].args[2]
         inputs = self.processor(chats, **self.options)
-        result = generate(self.model, inputs, tokenizer=self.processor.tokenizer, config=self._config(arguments))
+        room = self.model.config.text.max_position_embeddings - inputs["input_ids"].shape[1]
+        config = self._config(arguments, room)
+        result = generate(self.model, inputs, tokenizer=self.processor.tokenizer, config=config)
         found = []
         for request, text, ids in zip(requests, result.texts, result.sequences, strict=True):
             self.cache_hook.add_partial("generate_until", (request.args[0], arguments), text)
             found.append(GenerationResult(text=text, token_counts=TokenCounts(output_tokens=len(ids))))
         return found
 
-    def _config(self, arguments: Mapping[str, Any]) -> GenerationConfig:
-        """A task's generation_kwargs. Greedy unless it samples; beams, which it has no search for, are refused."""
+    def _config(self, arguments: Mapping[str, Any], room: int) -> GenerationConfig:
+        """A task's generation_kwargs, where `room` tokens fit behind the prompt. Greedy unless it samples; beams, for
+        which there is no search, are refused."""
         if arguments.get("num_beams") not in (None, 1):
             raise Qwen2VLError(f"num_beams: wants 1, got {arguments['num_beams']!r}")
         until = arguments.get("until") or ()
+        until = (until,) if isinstance(until, str) else tuple(until)
+        wanted = int(arguments.get("max_new_tokens") or self.max_new_tokens)
         temperature = arguments.get("temperature") or 0.0
         samples = bool(arguments.get("do_sample", temperature > 0)) and temperature > 0
         return GenerationConfig(
-            max_new_tokens=int(arguments.get("max_new_tokens") or self.max_new_tokens),
+            max_new_tokens=max(1, min(wanted, room)),  # a prompt that leaves none is refused when it is answered
             do_sample=samples,
             temperature=float(temperature) if samples else 1.0,
             top_p=float(arguments.get("top_p") or 1.0) if samples else 1.0,
             top_k=int(arguments.get("top_k") or 0) if samples else 0,
-            stop=(until,) if isinstance(until, str) else tuple(text for text in until if text),
+            stop=tuple(text for text in until if text and text != "\n\n"),
         )
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
@@ -153,5 +170,10 @@ def _item(item: Mapping[str, Any]) -> dict[str, Any]:
         return {"type": "text", "text": item["text"]}
     if kind not in ("image", "video"):
         raise Qwen2VLError(f"content: wants text, images and videos, got {kind!r}")
-    times = {"video_start": item.get("start_time"), "video_end": item.get("end_time")} if kind == "video" else {}
-    return {"type": kind, kind: item["url"], **{key: value for key, value in times.items() if value is not None}}
+    source, times = item["url"], {}
+    if kind == "video":
+        times = {"video_start": item.get("start_time"), "video_end": item.get("end_time")}
+        if isinstance(source, Mapping):  # a part of a video, as some tasks give it
+            times = {"video_start": source.get("video_start"), "video_end": source.get("video_end")}
+            source = source["path"]
+    return {"type": kind, kind: source, **{key: value for key, value in times.items() if value is not None}}

@@ -1,10 +1,12 @@
-"""Scores of one answer, all in [0, 1]; an average over answers is what benchmarks report.
+"""Scores of one answer; an average over answers is what benchmarks report.
 
 exact match         1 where the answer is one of the references, up to case, spaces and what ends a sentence
-character error rate    edits from the reference to the answer, by characters of the reference (may pass 1)
-ANLS                average normalised Levenshtein similarity of DocVQA (Biten et al. 2019, equation 1)
+character error rate    edits from the reference to the answer, by characters of the reference; over several answers,
+                    all edits by all characters. 0 is best, and it may pass 1, as no other score does.
+ANLS                average normalised Levenshtein similarity of DocVQA (Biten et al. 2019, equation 1), where a
+                    similarity of exactly the threshold counts, as in the benchmark's own script
 relaxed accuracy    ChartQA (Masry et al. 2022, section 5.1): numbers within 5 %, other answers exact
-IoU, recall         of boxes, for grounding; recall at 0.5 is what RefCOCO calls accuracy
+IoU, recall         of boxes, for grounding; with one box wanted and one given, recall at 0.5 is RefCOCO's accuracy
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?")
 
 
 def normalise(text: str) -> str:
-    """Text as answers are compared: NFKC, lower case, single spaces, without the mark that ends a sentence."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(_END_MARKS)
+    """Text as answers are compared: NFKC, lower case, single spaces, without the marks that end a sentence, unless
+    it is nothing else."""
+    plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return plain.rstrip(_END_MARKS) or plain
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:
@@ -41,13 +45,17 @@ def edit_distance(a: str, b: str) -> int:
     return row[-1]
 
 
-def character_error_rate(answer: str, reference: str) -> float:
-    """Edits by characters of the reference, spaces and case counted, both in NFC. 0 is best; an answer that goes on
-    and on passes 1. Against an empty reference: 0 for an empty answer, else 1."""
+def character_edits(answer: str, reference: str) -> tuple[int, int]:
+    """Edits that make the answer of the reference, and the reference's characters; spaces and case count, both in NFC.
+    Over many answers the sum of the first by the sum of the second is their character error rate."""
     answer, reference = (unicodedata.normalize("NFC", text).strip() for text in (answer, reference))
-    if not reference:
-        return float(bool(answer))
-    return edit_distance(reference, answer) / len(reference)
+    return edit_distance(reference, answer), len(reference)
+
+
+def character_error_rate(answer: str, reference: str) -> float:
+    """Of one answer. Against an empty reference: 0 for an empty answer, else 1."""
+    edits, characters = character_edits(answer, reference)
+    return edits / characters if characters else float(edits > 0)
 
 
 def anls(answer: str, references: Sequence[str], *, threshold: float = 0.5) -> float:

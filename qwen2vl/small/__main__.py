@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from ..errors import Qwen2VLError
 from .plan import PHASES, SEED, configuration
@@ -23,7 +24,13 @@ def small(
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Runs, checkpoints and the model go here.")],
     budget: Annotated[float, typer.Option("--budget", min=1e-4, help="Times the steps of every phase.")] = 1.0,
     processes: Annotated[
-        int, typer.Option("--processes", min=1, help="That share each step: one for each core or GPU, two as shipped.")
+        int,
+        typer.Option(
+            "--processes",
+            min=1,
+            max=2,
+            help="That share each step, two as shipped; the longest samples do not fit into a third of one.",
+        ),
     ] = 2,
     count: Annotated[
         int, typer.Option("--count", min=1, help="Held-out samples of each skill and difficulty it is measured by.")
@@ -35,10 +42,15 @@ def small(
     two cores.
     """
     from ..files import write_json
+    from ..synthetic.lettering import typefaces
     from .results import facts, measure, ship, table
     from .shape import write_beginning
 
     try:
+        if len(typefaces()) == 1:
+            raise Qwen2VLError(
+                "fonts: only Pillow's own is there; matplotlib's are wanted: pip install 'qwen2vl[train]'"
+            )
         last = output / "0-weights"
         if not (last / "preprocessor_config.json").is_file():
             write_beginning(last, seed=SEED)
@@ -50,10 +62,10 @@ def small(
             last = folder / "model"
         results = measure(last, count=count, seed=_SEED, processes=processes)
         write_json(output / "results.json", results)
-        told = facts(PHASES, results, budget=budget, processes=processes)
+        told = facts(PHASES, results, budget=budget, processes=processes, count=count, measured_seed=_SEED)
         ship(last, output / "model", told)
     except (Qwen2VLError, OSError) as error:
-        stderr.print(f"[bold red]error:[/] {error}", markup=True)
+        stderr.print(f"[bold red]error:[/] {escape(str(error))}")
         raise typer.Exit(1) from None
     print(table(told), file=sys.stderr)
     print(output / "model")
@@ -79,8 +91,8 @@ def _train(stage: str, folder: Path, processes: int) -> None:
     )
     if result.returncode:
         raise Qwen2VLError(f"{folder.name}: qwen2vl train stopped with exit status {result.returncode}")
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the exported model is what the next phase begins from
     (folder / "done").touch()
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the exported model is what the next phase begins from
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -18,47 +19,67 @@ from ..evaluation.held_out import Scored, evaluate, report
 from ..model import Qwen2VL
 from ..processor import Processor
 from ..synthetic import LEVELS, SKILLS
+from ..synthetic.lettering import typefaces
 from ..synthetic.skills import DATA_VERSION
 from ..weights import SINGLE_NAME
 from .plan import SEED, Phase
 
+Results = dict[str, Any]
 #: Key of the header under which the file says how it was made.
 KEY = "qwen2vl.small"
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A figure that the training aims at: the mean of a score over some difficulties of a skill.
+    """A figure that the training aims at.
 
     Attributes:
+        value: calculates it from what :func:`qwen2vl.evaluation.held_out.report` gives.
         least: whether `wanted` is the least that is good; else it is the most.
     """
 
     name: str
-    skill: str
-    difficulties: tuple[int, ...]
-    score: str
+    value: Callable[[Results], float]
     wanted: float
     least: bool = True
 
-    def value(self, results: dict[str, Any]) -> float:
-        """Of what :func:`qwen2vl.evaluation.held_out.report` gives."""
-        rows = [results["by_difficulty"][f"{self.skill} {level}"] for level in self.difficulties]
-        return sum(row[self.score] * row["samples"] for row in rows) / sum(row["samples"] for row in rows)
-
-    def reached(self, results: dict[str, Any]) -> bool:
+    def reached(self, results: Results) -> bool:
         value = self.value(results)
         return value >= self.wanted if self.least else value <= self.wanted
 
 
+def mean(skill: str, difficulties: Sequence[int], score: str = "accuracy") -> Callable[[Results], float]:
+    """Of a score over some difficulties of a skill."""
+    return lambda results: _total(results, skill, difficulties, score) / _total(results, skill, difficulties, None)
+
+
+def error_rate(skill: str, difficulties: Sequence[int]) -> Callable[[Results], float]:
+    """All edits by all characters of some difficulties of a skill."""
+    return lambda results: (
+        _total(results, skill, difficulties, "edits") / _total(results, skill, difficulties, "characters")
+    )
+
+
+def behind(language: str, other: str) -> Callable[[Results], float]:
+    """By how much less is right with prompts of a language than with those of another."""
+    return lambda results: results["by_language"][other]["accuracy"] - results["by_language"][language]["accuracy"]
+
+
+def _total(results: Results, skill: str, difficulties: Sequence[int], score: str | None) -> float:
+    """The sum of a score over samples; None: their number."""
+    rows = [results["by_difficulty"][f"{skill} {level}"] for level in difficulties]
+    return sum((1 if score is None else row[score]) * row["samples"] for row in rows)
+
+
 GOALS = (
-    Goal("reading 1 to 4 characters, character error rate", "read", (0, 1, 2, 3), "CER", 0.05, least=False),
-    Goal("colour and shape, accuracy", "colour_shape", LEVELS, "accuracy", 0.97),
-    Goal("counting 0 to 4, accuracy", "count", (0, 1, 2, 3), "accuracy", 0.90),
-    Goal("comparing two pictures, accuracy", "compare", LEVELS, "accuracy", 0.90),
-    Goal("pointing, mean IoU", "point", LEVELS, "IoU", 0.65),
-    Goal("what happens in a video, accuracy", "video", LEVELS, "accuracy", 0.95),
-    Goal("screen game, episodes won", "screen", LEVELS, "accuracy", 0.85),
+    Goal("reading 1 to 4 characters, character error rate", error_rate("read", (0, 1, 2, 3)), 0.05, least=False),
+    Goal("colour and shape, accuracy", mean("colour_shape", LEVELS), 0.97),
+    Goal("counting 0 to 4, accuracy", mean("count", (0, 1, 2, 3)), 0.90),
+    Goal("comparing two pictures, accuracy", mean("compare", LEVELS), 0.90),
+    Goal("pointing, mean IoU", mean("point", LEVELS, "IoU"), 0.65),
+    Goal("what happens in a video, accuracy", mean("video", LEVELS), 0.95),
+    Goal("screen game, episodes won", mean("screen", LEVELS), 0.85),
+    Goal("Chinese prompts behind English ones, accuracy", behind("zh", "en"), 0.03, least=False),
 )
 
 
@@ -94,13 +115,20 @@ def facts_of(folder: str | os.PathLike[str]) -> dict[str, Any]:
         return json.loads(file.metadata()[KEY])
 
 
-def facts(phases: Sequence[Phase], results: dict[str, Any], *, budget: float, processes: int) -> dict[str, Any]:
-    """What makes the file again, and what it is worth, for :func:`ship`."""
+def facts(
+    phases: Sequence[Phase], results: Results, *, budget: float, processes: int, count: int, measured_seed: int
+) -> dict[str, Any]:
+    """What makes the file again, and what it is worth, for :func:`ship`. Steps of phases are those at a budget of 1."""
     return {
-        "command": f"python -m qwen2vl.small --budget {budget:g} --processes {processes}",
+        "command": f"python -m qwen2vl.small --output DIR --budget {budget:g} --processes {processes} --count {count}",
+        "budget": budget,
+        "processes": processes,
+        "count": count,
+        "measured_seed": measured_seed,
         "seed": SEED,
         "data_version": DATA_VERSION,
-        "torch": torch.__version__,
+        "typefaces": [face.name for face in typefaces()],
+        "versions": {name: metadata.version(name) for name in ("qwen2vl", "torch", "pillow", "matplotlib")},
         "phases": [asdict(phase) for phase in phases],
         "goals": {
             goal.name: {"value": goal.value(results), "wanted": goal.wanted, "reached": goal.reached(results)}

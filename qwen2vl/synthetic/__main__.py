@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from ..errors import Qwen2VLError
@@ -41,7 +42,7 @@ def synthetic(
             (out / f"{skill}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
             table.add_row(skill, *(f"{_speed(skill, level, timed):,.0f}" for level in LEVELS))
     except (Qwen2VLError, OSError) as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {error}", markup=True)
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}")
         raise typer.Exit(1) from None
     console.print(table)
     console.print(f"sheets: {out}", markup=False)

@@ -13,7 +13,7 @@ def video(draws: Draws, level: int, *, frames: int | None = None) -> Sample:
 
     0 left or right, 4 frames of 56 x 56; 1 all four directions, 4 to 6 frames; 2 what moves and which way; 3 what
     happens: a direction, or it stands still, appears, disappears, grows or shrinks; 4 the same in 6 to 12 frames of
-    many sizes, with noise and one or two things that stand still, unless nothing moves.
+    many sizes, with noise and, unless nothing moves, up to two things that stand still.
 
     Args:
         frames: so many instead, even and at least 4. What moves goes the same way in them, by smaller steps if they are

@@ -8,6 +8,7 @@ some are for evaluation alone (`is_held_out`, `is_held_out_size`).
 
 from __future__ import annotations
 
+import operator
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -55,7 +56,7 @@ def generate(
 
     Args:
         skill: a key of `SKILLS`. difficulty: one of `LEVELS`.
-        seed: any whole number not below 0, or several.
+        seed: any whole number not below 0, or several in a list or tuple.
         split: "train" or "held-out".
         options: of the skill alone: `frames` of "video".
 
@@ -77,10 +78,10 @@ def _draws(skill: str, difficulty: int, seed: int | Sequence[int], index: int, s
     check_choice(skill, tuple(SKILLS), "skill")
     check_choice(difficulty, LEVELS, "difficulty")
     check_choice(split, SPLITS, "split")
-    seeds = [seed] if isinstance(seed, int) else list(seed)
-    # zlib's sum rather than hash(), which differs from process to process.
-    entropy = [SPLITS.index(split), zlib.crc32(skill.encode()), difficulty, index, *seeds]  # pyright: ignore
     try:
+        seeds = [operator.index(one) for one in (seed if isinstance(seed, (list, tuple)) else [seed])]
+        # zlib's sum rather than hash(), which differs from process to process.
+        entropy = [SPLITS.index(split), zlib.crc32(skill.encode()), difficulty, operator.index(index), *seeds]
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
     except (TypeError, ValueError) as error:
         raise DataError(f"seed, index: want whole numbers not below 0, got {seed!r} and {index!r} ({error})") from None
@@ -88,6 +89,6 @@ def _draws(skill: str, difficulty: int, seed: int | Sequence[int], index: int, s
 
 
 def check_choice(value: object, allowed: Sequence[object], where: str) -> None:
-    """Raise DataError for what is none of them."""
-    if isinstance(value, bool) or value not in allowed:
+    """Raise DataError for what is none of them, or only equal to one."""
+    if isinstance(value, (bool, float)) or value not in allowed:
         raise DataError(f"{where}: wants one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -193,7 +193,13 @@ def test_qwen_vl_markup():
 
 @pytest.mark.parametrize(
     ("value", "point"),
-    [("(348,291)", (348, 291)), ("tap ( 3 , 4.6 )!", (3, 5)), ([1, 2], (1, 2)), ((1000, -3.0), (999, 0))],
+    [
+        ("(348,291)", (348, 291)),
+        ("tap ( 3 , 4.6 )!", (3, 5)),
+        ((10**400, -(10**400)), (999, 0)),
+        ([1, 2], (1, 2)),
+        ((1000, -3.0), (999, 0)),
+    ],
 )
 def test_points_of_actions(value, point):
     assert parse_point(value) == point

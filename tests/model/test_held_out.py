@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def test_the_answer_expected_scores_full_and_another_sample_s_does_not(skill, di
     for sample in samples:
         right = score(sample, f" {sample.answer}\n")
         assert right.scores["accuracy"] == 1 and right.scores.get("IoU", 1) == 1 and right.scores.get("ANLS", 1) == 1
-        assert right.scores.get("CER", 0) == 0
+        assert right.scores.get("edits", 0) == 0 and right.scores.get("relaxed accuracy", 1) == 1
         assert score(sample, "").scores["accuracy"] == 0
         others = [other.answer for other in samples if other.answer != sample.answer]
         wrong = [score(sample, answer).scores["accuracy"] for answer in others]
@@ -45,6 +46,8 @@ def test_places_are_scored_by_their_area():
     assert score(sample, "".join(boxes[::-1])).scores["accuracy"] == 1  # in any order, without the phrase
     half = score(sample, boxes[0]).scores
     assert (half["accuracy"], half["IoU"]) == (0.5, 0.5)
+    everywhere = "".join(f"<|box_start|>({x},0),({x + 9},999)<|box_end|>" for x in range(0, 990, 9))
+    assert score(sample, everywhere + sample.answer).scores["accuracy"] == 0  # only as many as there are count
 
 
 def writer_of(turn: str):
@@ -99,7 +102,11 @@ def test_reports_average_over_their_classes():
     assert sum(row["samples"] for row in found["by_size"].values()) == 12 and len(found["by_size"]) > 1
     assert {one.language for one in scored} == set(found["by_language"])
     assert size_class(scored[0]) == "1 to 4 tokens"
-    assert averages(scored[1:2], lambda one: "x") == {"x": {"samples": 1, "accuracy": 1, "CER": 0, "ANLS": 1}}
+    # Not the mean of the answers' rates: 1 of 1 and 0 of 4 characters are 1 of 5.
+    pair = [replace(scored[0], scores={"accuracy": n, "edits": 1 - n, "characters": 1 + 3 * n}) for n in (0, 1)]
+    assert averages(pair, lambda one: "x") == {
+        "x": {"samples": 2, "accuracy": 0.5, "edits": 0.5, "characters": 2.5, "CER": 0.2}
+    }
 
 
 def test_the_command(folder, tmp_path):
@@ -112,6 +119,15 @@ def test_the_command(folder, tmp_path):
     assert Image.open(picture).size[0] > 500 and len(lines.read_text("utf-8").splitlines()) == 4
     result = run(*few, "--json")
     assert json.loads(result.stdout)["by_skill"]["count"]["samples"] == 4
-    for wrong, message in ((("--skill", "fly"), "'fly' is none of"), (("--difficulty", 9), "9 is none of 0, 1")):
+    result = run(*few, *few[:4], "--json")  # asked once
+    assert json.loads(result.stdout)["by_skill"]["count"]["samples"] == 4
+    for wrong, message in (
+        (("--skill", "fly"), "'fly' is none of"),
+        (("--difficulty", 9), "9 is none of 0, 1"),
+        (("--quick", "--count", 9), "give one of the two"),
+        (("--plot", tmp_path / "a.xyz"), "wants .png or .svg"),
+        (("--plot", tmp_path / "none" / "a.png"), "no folder"),
+        (("--answers", tmp_path / "none" / "a.jsonl"), "no folder"),
+    ):
         result = run(*wrong)
         assert result.exit_code == 2 and message in result.output

@@ -109,7 +109,7 @@ def test_answers_are_those_of_generate_in_the_order_of_the_requests(adapter, fol
         [{"type": "video", "url": clip, "start_time": 1.0, "end_time": None}, {"type": "text", "text": "What moves?"}],
         [{"type": "text", "text": "Say it."}],
     ]
-    short, long = {"max_new_tokens": 4, "temperature": 0}, {"max_new_tokens": 7, "until": ["zzz"], "num_beams": 1}
+    short, long = {"max_new_tokens": 4, "temperature": 0}, {"max_new_tokens": 7, "until": ["\n\n"], "num_beams": 1}
     settings = [short, long, short, long]
     additional = {"batch_size": 2, "max_batch_size": None, "device": "cpu"}
     model = adapter.LmmsEvalModel.create_from_arg_string(f"pretrained={folder},max_pixels=3136", additional)
@@ -136,21 +136,35 @@ def test_answers_are_those_of_generate_in_the_order_of_the_requests(adapter, fol
 
 def test_a_task_says_how_to_answer(adapter, folder):
     model = adapter.LmmsEvalModel(str(folder), device="cpu", max_new_tokens=9)
-    assert model._config({}) == GenerationConfig(max_new_tokens=9)
+    assert model._config({}, 99) == GenerationConfig(max_new_tokens=9)
+    assert model._config({"max_new_tokens": 49152}, 99) == GenerationConfig(max_new_tokens=99)
+    assert model._config({"until": ["\n\n"]}, 99).stop == ()
+    assert model._config({"until": ["\n\n", "Q:"]}, 99).stop == ("Q:",)
+    assert model.device == torch.device("cpu")  # where lmms-eval gathers what several processes found
     sampled = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "until": "\n"}
     expected = GenerationConfig(max_new_tokens=9, do_sample=True, temperature=0.7, top_p=0.9, stop=("\n",))
-    assert model._config(sampled) == expected
-    assert not model._config({"do_sample": True, "temperature": 0}).do_sample  # as tasks write greedy
-    assert not model._config({"do_sample": False, "temperature": 0.7}).do_sample
+    assert model._config(sampled, 99) == expected
+    assert not model._config({"do_sample": True, "temperature": 0}, 99).do_sample  # as tasks write greedy
+    assert not model._config({"do_sample": False, "temperature": 0.7}, 99).do_sample
     with pytest.raises(Qwen2VLError, match="num_beams: wants 1, got 4"):
-        model._config({"num_beams": 4})
+        model._config({"num_beams": 4}, 99)
+
+
+def test_a_part_of_a_video():
+    from qwen2vl.evaluation.lmms_eval import to_messages
+
+    part = {"type": "video", "url": {"path": "a.mp4", "video_start": 2.0, "video_end": 5.0}}
+    assert to_messages(ask([part]))[0]["content"] == [
+        {"type": "video", "video": "a.mp4", "video_start": 2.0, "video_end": 5.0}
+    ]
 
 
 def test_refusals(adapter, folder):
     with pytest.raises(Qwen2VLError, match="model_args: unknown 'pretraned'"):
         adapter.LmmsEvalModel(str(folder), pretraned="x")
-    with pytest.raises(Qwen2VLError, match="batch_size: wants at least 1, got 0"):
-        adapter.LmmsEvalModel(str(folder), batch_size=0)
+    for wrong in (0, "auto"):
+        with pytest.raises(Qwen2VLError, match=f"batch_size: wants at least 1, got {wrong!r}"):
+            adapter.LmmsEvalModel(str(folder), batch_size=wrong)
     with pytest.raises(Qwen2VLError, match="wants text, images and videos, got 'audio'"):
         adapter.to_messages(ask([{"type": "audio", "url": "a.wav"}]))
     model = adapter.LmmsEvalModel(str(folder), device="cpu")

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from qwen2vl.errors import Qwen2VLError
 from qwen2vl.evaluation.metrics import (
     anls,
+    character_edits,
     character_error_rate,
     edit_distance,
     exact_match,
@@ -41,6 +42,9 @@ def test_edit_distance_is_its_recursion(a, b):
 def test_exact_match():
     assert exact_match(" The  Cat. ", ["dog", "the cat"]) == 1
     assert exact_match("红色。", ["红色"]) == exact_match("ＡＢＣ", ["abc"]) == 1
+    assert exact_match("4?!", ["4"]) == exact_match("?", ["?"]) == 1
+    for answer, reference in ((".5", "5"), ("?", "!"), ("", "."), ("...no", "no")):
+        assert exact_match(answer, [reference]) == 0
     assert exact_match("the cats", ["the cat"]) == exact_match("3.5", ["35"]) == 0
     for wrong in ("the cat", []):
         with pytest.raises(Qwen2VLError, match="references: wants a list"):
@@ -53,10 +57,12 @@ def test_character_error_rate():
     assert character_error_rate("abcabcabc", "abc") == 2 and character_error_rate("ABC", "abc") == 1
     assert character_error_rate("e\u0301", "é") == 0
     assert (character_error_rate("", ""), character_error_rate("x", " ")) == (0, 1)
+    assert character_edits("abcx ", "abc") == (1, 3)
 
 
-def test_anls_is_that_of_the_paper():
-    """Values of the definition, worked out by hand: similarity of the best reference, zero below one half."""
+def test_anls_is_that_of_the_benchmark():
+    """Values worked out by hand: similarity of the best reference, zero below one half; the paper has zero at it, too,
+    and the script that ranks answers has not."""
     assert anls("Paris", ["paris", "Lyon"]) == 1
     assert anls("Pariz", ["Paris"]) == pytest.approx(0.8)
     assert anls("ab", ["abcd"]) == 0.5 and anls("a", ["abcd"]) == 0

@@ -16,7 +16,7 @@ from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor import Processor
 from qwen2vl.small.plan import PHASES, SEED, configuration
-from qwen2vl.small.results import GOALS, Goal, facts_of, table
+from qwen2vl.small.results import GOALS, Goal, behind, error_rate, facts_of, mean, table
 from qwen2vl.small.shape import write_beginning
 from qwen2vl.synthetic.skills import DATA_VERSION
 from qwen2vl.tokenizer import CONTROL_TOKENS
@@ -66,18 +66,18 @@ def test_every_phase_is_a_run_that_the_trainer_takes(tmp_path, processes):
         assert {entry["path"] for entry in config.data} == set(phase.mix)
         seeds.add(config.run.seed)
     assert len(seeds) == len(PHASES)
-    assert [phase.stage for phase in PHASES][1:] == ["vision", "multimodal", "multimodal", "instruct"]
+    assert [phase.stage for phase in PHASES][1:] == ["vision", "multimodal", "multimodal", "multimodal", "instruct"]
 
 
 def test_the_command_trains_resumes_and_ships(tmp_path, monkeypatch):
     """Two phases of one step each, the second one begun again after its first one is there."""
     command = import_module("qwen2vl.small.__main__")
     results = import_module("qwen2vl.small.results")
-    phases = [replace(PHASES[n], steps=1, tokens=512, mix={"read": ("0", 1.0), "count": ("0", 1.0)}) for n in (0, 4)]
+    phases = [replace(PHASES[n], steps=1, tokens=512, mix={"read": ("0", 1.0), "count": ("0", 1.0)}) for n in (0, -1)]
     monkeypatch.setattr(command, "PHASES", phases[:1])
     monkeypatch.setattr(results, "SKILLS", {"read": None})
     monkeypatch.setattr(results, "LEVELS", (0,))
-    monkeypatch.setattr(results, "GOALS", (Goal("reading", "read", (0,), "CER", 0.05, least=False),))
+    monkeypatch.setattr(results, "GOALS", (Goal("reading", error_rate("read", (0,)), 0.05, least=False),))
     app = command.typer.Typer()
     app.command()(command.small)
 
@@ -104,14 +104,17 @@ def test_the_command_trains_resumes_and_ships(tmp_path, monkeypatch):
     assert other.exit_code == 1 and "run.toml: is of another plan" in other.output
 
 
-def test_goals_are_means_over_difficulties():
+def test_goals_are_means_over_difficulties_and_edits_by_characters():
     rows = {
-        "read 0": {"CER": 0.0, "samples": 10},
-        "read 1": {"CER": 0.1, "samples": 30},
+        "read 0": {"accuracy": 1.0, "edits": 0.0, "characters": 1.0, "samples": 10},
+        "read 1": {"accuracy": 0.9, "edits": 0.2, "characters": 3.0, "samples": 30},
     }
-    goal = Goal("reading", "read", (0, 1), "CER", 0.08, least=False)
-    assert goal.value({"by_difficulty": rows}) == pytest.approx(0.075) and goal.reached({"by_difficulty": rows})
-    assert not replace(goal, least=True).reached({"by_difficulty": rows})
+    languages = {"en": {"accuracy": 0.75}, "zh": {"accuracy": 0.5}}
+    results = {"by_difficulty": rows, "by_language": languages}
+    goal = Goal("reading", error_rate("read", (0, 1)), 0.08, least=False)
+    assert goal.value(results) == pytest.approx(0.06) and goal.reached(results)
+    assert not replace(goal, least=True).reached(results)
+    assert mean("read", (0, 1))(results) == pytest.approx(0.925) and behind("zh", "en")(results) == 0.25
 
 
 # -------------------------------------------------------------------------------------------- the file that is shipped
@@ -121,6 +124,7 @@ def test_the_shipped_file_says_what_made_it():
     told = facts_of(small.FOLDER)
     assert told["phases"] == json.loads(json.dumps([asdict(phase) for phase in PHASES]))
     assert (told["seed"], told["data_version"]) == (SEED, DATA_VERSION)
+    assert (told["budget"], told["count"], len(told["typefaces"]) > 1) == (1, 200, True)
     assert set(told["goals"]) == {goal.name for goal in GOALS}
     for goal in GOALS:
         assert told["goals"][goal.name]["value"] == pytest.approx(goal.value(told["results"]))
