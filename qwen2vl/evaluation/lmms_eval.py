@@ -6,8 +6,9 @@
 
 Prompts are the tasks' own for any model (their "default"), so the version of lmms-eval pins them; the limits of pixels
 and frames are the arguments of :class:`ChatModel`. Answers are greedy unless a task says otherwise, and as long as it
-says, or as fits the context. They are not cut at their first blank line: lmms-eval writes that stop ("until") into every
-task that states none, so that one cannot tell who wants it, and its own adapters for Qwen's later models pass it by.
+says, or as fits the context. They are not cut at their first blank line: lmms-eval writes that stop ("until") into
+every task that states none, so that one cannot tell who wants it, and its own adapters for Qwen's later models pass it
+by.
 """
 
 from __future__ import annotations
