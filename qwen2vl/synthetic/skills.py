@@ -79,7 +79,8 @@ def _draws(skill: str, difficulty: int, seed: int | Sequence[int], index: int, s
     check_choice(difficulty, LEVELS, "difficulty")
     check_choice(split, SPLITS, "split")
     try:
-        seeds = [operator.index(one) for one in (seed if isinstance(seed, (list, tuple)) else [seed])]
+        several: Sequence[Any] = seed if isinstance(seed, (list, tuple)) else [seed]
+        seeds = [operator.index(one) for one in several]
         # zlib's sum rather than hash(), which differs from process to process.
         entropy = [SPLITS.index(split), zlib.crc32(skill.encode()), difficulty, operator.index(index), *seeds]
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
