@@ -3,7 +3,7 @@
 #   PYTHON=python3.12          another interpreter for .venv (or for gpu, which uses the machine's own)
 #   TORCH_PIP_ARGS=...         extra arguments for installing PyTorch, e.g. to choose a CPU build
 #   PYTEST_ARGS=...            extra arguments for pytest, e.g. -k rotary
-#   CASES=...                   the benchmarks of make gpu; default all
+#   CASES=...                   the benchmarks of make gpu; default all, each in a process of its own
 #   FUZZ_SECONDS=60, FUZZER=libfuzzer, FUZZ_CXX=..., FUZZ_DIR=...    make fuzz: time a target, engine, compiler, folder
 #   QWEN2VL_BUILD_CUDA=0|1|auto, MAX_JOBS, TORCH_CUDA_ARCH_LIST    the build of the extensions, see setup.py
 
@@ -12,13 +12,13 @@ PIP := .venv/bin/python -m pip
 RUN := .venv/bin/python
 CSRC := $(shell find csrc -type f)
 FUZZ := $(wildcard tests/fuzz/*.cpp tests/fuzz/*.h)
-CASES ?= all
+CASES ?= $(shell $(PYTHON) -m benchmarks list | cut -d' ' -f1)
 # Only these files are imported by make gpu: the machine may lack what the other tests need. The first hold tests of
 # their own for a GPU, the second put their tensors on one where there is one.
 GPU_TESTS = $(shell grep -rl --include='test_*.py' 'mark\.gpu' tests)
 DEVICE_TESTS = $(shell grep -l 'import .*DEVICE' tests/kernels/test_*.py)
 
-.PHONY: help install demo check test lint format fuzz gpu gpu-sanitize hub test-stacks clean
+.PHONY: help install demo check test lint format fuzz gpu gpu-tests device-tests gpu-sanitize hub test-stacks clean
 .DEFAULT_GOAL := help
 
 help:
@@ -86,23 +86,32 @@ fuzz: $(FUZZ_TARGETS)
 		$$target -max_total_time=$(FUZZ_SECONDS) $(if $(filter libfuzzer,$(FUZZER)),-len_control=0 -max_len=320) -artifact_prefix=$$target- || exit 1; \
 	done
 
-# Within eight minutes: the files run side by side, as each compiles its kernels on one core.
+# Whatever fails, the rest runs, and the exit status says so; whatever hangs is killed. Tests take many processes, as
+# compiling their kernels takes most of the time. Benchmarks take one each: an illegal access ends all of a process.
+gpu gpu-tests gpu-sanitize: export PATH := $(PATH):/usr/local/cuda/bin
 gpu:
-	$(PYTHON) setup.py build_ext --inplace
-	$(MAKE) --no-print-directory --output-sync=target --keep-going -j8 $(addsuffix .gpu-only,$(GPU_TESTS)) \
-		$(addsuffix .on-gpu,$(DEVICE_TESTS)) gpu-sanitize
-	$(PYTHON) -m benchmarks run $(CASES)
+	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'PyTorch sees no GPU'"
+	QWEN2VL_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-$$($(PYTHON) -c \
+		"import torch; print('%d.%d' % torch.cuda.get_device_capability())")} $(PYTHON) setup.py build_ext --inplace
+	@status=0; \
+	$(MAKE) --no-print-directory --output-sync=target --keep-going -j3 gpu-tests device-tests gpu-sanitize || status=1; \
+	for case in $(CASES); do timeout -k 5 300 $(PYTHON) -m benchmarks run $$case || status=1; done; \
+	exit $$status
 
-%.gpu-only:
-	$(PYTHON) -m pytest -q -m gpu $* $(PYTEST_ARGS)
+GPU_PYTEST = timeout -k 5 300 $(PYTHON) -m pytest -q -rs -n $(GPU_WORKERS) --dist worksteal $(PYTEST_ARGS)
+GPU_WORKERS ?= 6
 
-%.on-gpu:
-	$(PYTHON) -m pytest -q -m "not gpu" $* $(PYTEST_ARGS)
+gpu-tests:
+	$(GPU_PYTEST) -m gpu $(GPU_TESTS)
+
+device-tests:
+	$(GPU_PYTEST) -m "not gpu" $(DEVICE_TESTS)
 
 # Without PyTorch's allocator, which keeps neighbours mapped, an access past the end is one past the allocation.
 gpu-sanitize:
 	@if command -v compute-sanitizer > /dev/null; then \
-		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 $(PYTHON) -m tests.kernels.one_of_each; \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 5 300 compute-sanitizer --report-api-errors no \
+			--error-exitcode 1 $(PYTHON) -m tests.kernels.one_of_each; \
 	else \
 		echo "compute-sanitizer is not installed: kernels run without it"; $(PYTHON) -m tests.kernels.one_of_each; \
 	fi

@@ -43,7 +43,7 @@ def run(
         typer.Option(help="Keep the random checkpoints here (4.4 GB for the 2B) and use those that are there."),
     ] = None,
 ) -> None:
-    """Measure cases; a red parity gate stops its case and makes the exit status 1."""
+    """Measure cases; what has a red parity gate, or fails, is not timed and makes the exit status 1."""
     if threads is not None:
         torch.set_num_threads(threads)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -66,8 +66,16 @@ def run(
                 console.print(str(error), style="bold red", markup=False)
                 red = True
                 continue
+            except Exception:  # whatever it was, the cases behind it are worth measuring
+                console.print_exception()
+                red = True
+                continue
             report.show(result, console)
-            console.print(f"written to {write(result, folder)}", soft_wrap=True)
+            for message in result["red"]:
+                console.print(message, style="bold red", markup=False)
+            red = red or bool(result["red"])
+            if result["rows"]:
+                console.print(f"written to {write(result, folder)}", soft_wrap=True)
     if red:
         raise typer.Exit(1)
 

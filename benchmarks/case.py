@@ -138,18 +138,26 @@ class Case:
 
 
 def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
-    """Norm of the difference over the norm of the exact value, in float64; infinite where shapes differ."""
+    """Norm of the difference over the norm of the exact value, in float64; infinite where shapes differ.
+
+    Where `exact` is, piece by piece: copies in float64 of all that a GPU holds would fit nowhere.
+    """
     if got.shape != exact.shape:
         return math.inf
-    got, exact = got.detach().cpu().double(), exact.detach().cpu().double()
-    return ((got - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+    pieces = zip(*(x.detach().to(exact.device).flatten().split(1 << 24) for x in (got, exact)), strict=True)
+    sums = torch.zeros(2, dtype=torch.float64, device=exact.device)
+    for one, true in pieces:
+        true = true.double()
+        sums += torch.stack([(one.double() - true).square().sum(), true.square().sum()])
+    difference, whole = sums.sqrt().tolist()
+    return difference / max(whole, 1e-30)
 
 
 def equal(name: str, got: torch.Tensor, want: torch.Tensor) -> Check:
     """Bitwise equality as a check: the error is the number of differing elements."""
     if got.shape != want.shape:
         return Check(name, math.inf, 0)
-    return Check(name, float((got.cpu() != want.cpu()).sum()), 0)
+    return Check(name, float((got != want.to(got.device)).sum()), 0)
 
 
 def two_times(name: str, got: torch.Tensor, low: torch.Tensor, exact: torch.Tensor, floor: float = 0.0) -> Check:

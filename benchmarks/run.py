@@ -23,7 +23,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 class GateError(RuntimeError):
-    """A parity check is red: the case stops and nothing of it is written."""
+    """A parity check is red: what it stands for is not timed."""
 
     def __init__(self, case: str, checks: Sequence[Check]) -> None:
         lines = [f"  {c.name}: error {c.error:.3g}, allowed {c.allowed:.3g}" for c in checks if not c.passed]
@@ -47,7 +47,9 @@ def run_case(
 ) -> dict[str, Any]:
     """Measure ``case``; the result is what goes into its JSON. ``log`` gets a line a provider as it is measured.
 
-    Raises :class:`GateError` at the first red gate, and ``ValueError`` for a workload that no gate covers.
+    A workload whose gate is red is not timed: it is among the ``"skipped"`` ones, and ``"red"`` says what was wrong.
+
+    Raises :class:`GateError` if the case's own gate is red, and ``ValueError`` for a workload that no gate covers.
     """
     result: dict[str, Any] = {
         "schema": SCHEMA,
@@ -62,11 +64,18 @@ def run_case(
         clock = Clock(context.device)
         ceilings = Ceilings(clock, context.quick)
         measured: list[tuple[Workload, Samples]] = []
+        red: list[tuple[str, GateError]] = []
         dtypes: set[torch.dtype] = set()
         for workload in case.workloads(context):
             if workload.gate is None and case.gate is None:
                 raise ValueError(f"{case.name}, {workload.name}: has no parity gate")
-            checks += _green(f"{case.name}, {workload.name}", _workload_checks(workload))
+            try:
+                checks += _green(f"{case.name}, {workload.name}", _workload_checks(workload))
+            except GateError as error:
+                red.append((workload.name, error))
+                log(str(error))
+                del workload
+                continue
             if new := _wanted_ceilings(workload) - dtypes:
                 ceilings.update(sorted(new, key=str))
                 dtypes |= new
@@ -86,7 +95,8 @@ def run_case(
         for workload, _ in measured
         for provider in workload.providers
         if provider.skipped is not None
-    ]
+    ] + [{"workload": name, "provider": "all", "reason": "the parity gate is red"} for name, _ in red]
+    result["red"] = [str(error) for _, error in red]
     return result
 
 

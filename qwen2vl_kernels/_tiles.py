@@ -88,6 +88,8 @@ def plan_tiles(
         on_host or padded is not False, "padded must not be False for a cu_seqlens on a GPU: the host would wait"
     )
     place = cu_seqlens.device if device is None else torch.device(device)
+    if place.type == "cuda" and place.index is None:  # as tensors name theirs
+        place = torch.device("cuda", torch.cuda.current_device())
     plan = TilePlan(cu_seqlens.detach(), total, place, not on_host if padded is None else padded)
     if not cu_seqlens.is_inference():
         _plans_of(cu_seqlens)[total, place] = plan  # for the backward, which gets tensors only

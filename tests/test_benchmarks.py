@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,16 +56,17 @@ QUICK = Context(quick=True)
 
 
 @pytest.mark.parametrize("error", [0.2, math.nan, math.inf])
-def test_red_gate_stops_the_case_before_any_timing(error):
+def test_a_workload_with_a_red_gate_is_not_timed_and_the_others_are(error):
     later = []
     timed = workload(
         providers=[Provider("ours", lambda: 1, before=lambda: None, warm=lambda: later.append("timed"))],
         gate=lambda outputs: [Check("wrong", error, 0.1), Check("right", 0.0, 0.1)],
     )
-    second = workload(name="second", gate=lambda outputs: later.append("gated") or green(outputs))
-    with pytest.raises(GateError, match=r"tiny, shape 3.*\n.*wrong"):
-        run_case(case(timed, second), QUICK)
-    assert later == []
+    result = run_case(case(timed, workload(name="second")), QUICK)
+    assert later == [] and {row["workload"] for row in result["rows"]} == {"second"}
+    assert re.search(r"tiny, shape 3.*\n.*wrong", result["red"][0]) and len(result["red"]) == 1
+    assert {"workload": "shape 3", "provider": "all", "reason": "the parity gate is red"} in result["skipped"]
+    assert all(check["name"].startswith("second") for check in result["gate"])
 
 
 def test_red_case_gate_stops_before_the_first_workload():
@@ -342,6 +344,16 @@ def test_a_red_gate_makes_the_exit_status_1_and_writes_nothing(tmp_path, monkeyp
     done = CliRunner().invoke(app, ["run", "tiny", "--quick", "--out", str(tmp_path)])
     assert done.exit_code == 1 and "parity gate is red" in done.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_fails_does_not_end_the_cases_behind_it(tmp_path, monkeypatch):
+    def broken():
+        raise RuntimeError("device lost")
+
+    cases = {"bad": case(workload(providers=[Provider("ours", broken)])), "good": case(workload())}
+    monkeypatch.setattr("benchmarks.__main__.load_case", cases.get)
+    done = CliRunner().invoke(app, ["run", "bad", "good", "--quick", "--out", str(tmp_path)])
+    assert done.exit_code == 1 and "device lost" in done.output and (tmp_path / "tiny.json").is_file()
 
 
 def test_load_measures_in_fresh_processes(tmp_path):

@@ -25,7 +25,7 @@ def token_counts(context: Context) -> Sequence[int]:
     """On a GPU from a thumbnail's to a long context's; on a CPU, where the formulas run, one."""
     if context.quick:
         return (64,)
-    return (1024, 8192, 32768) if context.device.type == "cuda" else (1024,)
+    return (1024, 8192, 16384) if context.device.type == "cuda" else (1024,)
 
 
 def random(context: Context, *shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
@@ -49,7 +49,15 @@ def compiled(context: Context, function: Callable, tokens: int) -> Callable | No
     """``function`` through torch.compile, on a GPU at one size, as each takes seconds to compile; else ``None``."""
     if context.device.type != "cuda" or tokens != 8192:
         return None
+    keep_for_another_backward()
     return torch.compile(function, dynamic=False)
+
+
+def keep_for_another_backward() -> None:
+    """Let what is compiled from now on go backward again and again: by default it gives its memory away."""
+    from torch._functorch import config
+
+    config.donated_buffer = False
 
 
 class Op:

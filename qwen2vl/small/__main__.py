@@ -38,7 +38,7 @@ def small(
 ) -> None:
     """Train the small model, phase by phase, measure it and write it as it is shipped, into DIR/model.
 
-    Stopped at any time, the same command goes on where it was. At a budget of 1 it takes about an hour and a half on
+    Stopped at any time, the same command goes on where it was. At a budget of 1 it takes about two and a half hours on
     two cores.
     """
     from ..files import write_json

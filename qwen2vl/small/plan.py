@@ -5,7 +5,7 @@ already see. While both learn what answers look like, the gradient that reaches 
 and moves the features of all pictures alike: with several skills at once, and that for longer, every picture ends up
 the same and nothing is learned from any. One skill whose answers are one letter is over that within 50 steps. So
 everything learns to name single letters first ("letters"); then come the tower alone ("vision"), everything, on more
-and more ("multimodal", twice), and the language model alone, on all that is asked of it ("instruct").
+and more ("multimodal", three times), and the language model alone, on all that is asked of it ("instruct").
 """
 
 from __future__ import annotations
@@ -59,12 +59,23 @@ _ALL = {
     "screen": ("01234", 0.7),
 }
 
+_MOST = {
+    "read": ("01223334", 4),
+    "colour_shape": ("0122334", 2),
+    "count": ("0122334", 1.2),
+    "compare": ("0012234", 2),
+    "point": ("0011234", 2.5),
+    "video": ("0122334", 1.5),
+    "screen": ("0011234", 1),
+}
+
 PHASES = (
     Phase("1-letters", "multimodal", 500, 1024, 5e-4, 0.6, _LETTERS),
     Phase("2-vision", "vision", 300, 1024, 5e-4, 0.6, _CHARACTERS),
     Phase("3-multimodal", "multimodal", 1900, 2048, 6e-4, 0.5, _GROWING),
     Phase("4-multimodal", "multimodal", 5200, 1024, 5e-4, 0.1, _ALL),
-    Phase("5-instruct", "instruct", 400, 2048, 3e-4, 0.05, _ALL),
+    Phase("5-multimodal", "multimodal", 10500, 1024, 5e-4, 0.05, _MOST),
+    Phase("6-instruct", "instruct", 900, 2048, 3e-4, 0.05, _MOST),
 )
 
 

@@ -268,8 +268,8 @@ def varlen_attention(
 
             - ``"triton"``: reads nothing on the host, can be captured in a CUDA graph; deterministic, and a segment's
               result does not depend on what it is packed with. Chosen for 16-bit tensors on a GPU.
-            - ``"hopper"``: the same with block copies by tensor descriptors and warp specialisation in the forward, on
-              GPUs of capability 9; not chosen by itself, as no GPU has measured it yet.
+            - ``"hopper"``: the same with block copies by tensor descriptors and warp specialisation in the forward, for
+              16-bit tensors on GPUs of capability 9; not chosen by itself, as no GPU has measured it yet.
             - ``"flash"``: flash-attn 4, 3 or 2, the newest installed; ``"torch"``: PyTorch's own FlashAttention 2.
             - ``"sdpa"``: PyTorch's fused attention, once a segment, or once for all when they are equally long.
             - ``"blocked"``: CPU, no backward: blocked matrix products for segments of 256 rows or more, ``"sdpa"`` for
@@ -310,6 +310,8 @@ def varlen_attention(
     name = resolve("varlen_attention", q.device.type, backend, prefer)
     if name == "blocked" and tracked:
         raise ValueError("varlen_attention: backend 'blocked' has no backward; q, k and v must not require grad")
+    if name == "hopper" and q.dtype not in (torch.bfloat16, torch.float16):  # wgmma would round float32 to TF32
+        raise BackendError(f"varlen_attention: backend 'hopper' takes bfloat16 and float16, got {q.dtype}")
     if name in ("torch", "flash") and (reason := shape_reason(q, v)) is not None:
         raise BackendError(f"varlen_attention: backend {name!r} does not serve this call: {reason}")
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen2vl_kernels import _attention, plan_tiles, varlen_attention
+from qwen2vl_kernels import BackendError, _attention, plan_tiles, varlen_attention
 from qwen2vl_kernels._attention import forward_config, launch_forward
 from qwen2vl_kernels._attention_backward import launch_backward
 from qwen2vl_kernels._backend import unavailable
@@ -275,11 +275,10 @@ def test_rope_by_every_backend_is_the_same_turn():
     q, k, v, cu, longest = _pack([300, 9], columns=80)
     tables = _angles(309, 40)
     want = varlen_attention(rotate(q, *tables), rotate(k, *tables), v, cu, longest, backend="eager")
-    for backend in ("eager", "sdpa", "triton", "hopper", None):
-        if backend != "hopper" or unavailable("hopper", DEVICE) is None:
-            with torch.no_grad():
-                got = varlen_attention(q, k, v, cu, longest, rope=tables, backend=backend)
-            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    for backend in ("eager", "sdpa", "triton", None):
+        with torch.no_grad():
+            got = varlen_attention(q, k, v, cu, longest, rope=tables, backend=backend)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     for rope, message in (
         (tables[0], r"rope must be a pair of tensors \(cos, sin\), got Tensor"),
         ((tables[0][:, :20], tables[1]), r"rope's cos must have shape \(T, 40\) with T=309, got \(309, 20\)"),
@@ -309,6 +308,8 @@ def test_the_hopper_kernel_refuses_strides_that_no_descriptor_has():
     cu = torch.tensor([0, 9], dtype=torch.int32)
     with pytest.raises(ValueError, match=r"'hopper' wants k's address and strides to be multiples of 16 bytes, got"):
         varlen_attention(q, k, k, cu, 9, backend="hopper")
+    with pytest.raises(BackendError, match=r"'hopper' takes bfloat16 and float16, got torch.float32"):
+        varlen_attention(q.float(), q.float(), q.float(), cu, 9, backend="hopper")
 
 
 def test_gradcheck_of_the_turned_form():
