@@ -288,7 +288,9 @@ class PatchBuffer:
         area = patch_size**2
         _check_patch_bytes(num_frames, height, width, steps * height * width * 3 * temporal_patch_size)
         # (time step, patch, channel, frame in step, pixel)
-        self._rows = torch.empty((steps, height * width // area, 3, temporal_patch_size, area), dtype=torch.uint8)
+        self._rows = torch.empty(
+            (steps, height * width // area, 3, temporal_patch_size, area), dtype=torch.uint8, device="cpu"
+        )
 
     def put(self, index: int, frame: np.ndarray) -> None:
         """Resize frame ``index``, (H, W, 3) or (H, W, 4) uint8 of any size, and write its patches to their place."""

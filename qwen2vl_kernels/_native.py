@@ -48,9 +48,19 @@ def cuda_reason() -> str | None:
     return _device_reason(torch.cuda.current_device())
 
 
-@cache
 def _device_reason(device: int) -> str | None:
-    """Asked once per device: an older driver, or a GPU that the extension was not built for."""
+    """An older driver, or a GPU that the extension was not built for."""
+    return _asked(device)
+
+
+# What torch.compiler.assume_constant_result sets, and imports all of Dynamo for. Dynamo would look into a cached
+# function and find the extension's, which it cannot trace.
+_device_reason._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+@cache
+def _asked(device: int) -> str | None:
+    """Once per device."""
     problem = cuda().device_problem(device)
     return problem and f"GPU {device} cannot run the extension, {build_info()['cuda']}: {problem}"
 

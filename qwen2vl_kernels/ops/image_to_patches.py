@@ -44,10 +44,10 @@ def bicubic_weights(n: int, m: int) -> torch.Tensor:
     """``(m, n)`` int64: w_ij of the formula above, zero outside of each output's window."""
     scale = n / m
     stretch = max(1.0, scale)
-    center = (torch.arange(m, dtype=torch.float64) + 0.5) * scale
+    center = (torch.arange(m, dtype=torch.float64, device="cpu") + 0.5) * scale
     first = (center - 2 * stretch + 0.5).clamp(min=0).long()
     last = (center + 2 * stretch + 0.5).clamp(max=n).long()
-    j = torch.arange(n)
+    j = torch.arange(n, device="cpu")
     x = ((j - center[:, None] + 0.5) * (1 / stretch)).abs()
     near = ((-0.5 + 2) * x - (-0.5 + 3)) * x * x + 1
     far = (((x - 5) * x + 8) * x - 4) * -0.5
@@ -96,9 +96,13 @@ def image_to_patches_ref(
 
 @lru_cache(maxsize=16)
 def _value_table(mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> torch.Tensor:
-    """``(3, 256)``: what each byte of each channel becomes; p / 255 is rounded to float32, as in transformers."""
-    bytes_ = (torch.arange(256, dtype=torch.float64) * (1 / 255)).float()
-    return ((bytes_ - torch.tensor(mean).view(3, 1)) / torch.tensor(std).view(3, 1)).to(dtype).contiguous()
+    """``(3, 256)``: what each byte of each channel becomes; p / 255 is rounded to float32, as in transformers.
+
+    Whatever the default dtype and device are: the table is kept, and the extensions read it on the host.
+    """
+    bytes_ = (torch.arange(256, dtype=torch.float64, device="cpu") * (1 / 255)).float()
+    shift, scale = (torch.tensor(v, dtype=torch.float32, device="cpu").view(3, 1) for v in (mean, std))
+    return ((bytes_ - shift) / scale).to(dtype).contiguous()
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def _count(grid_thw: torch.Tensor, merge_size: int) -> int:
 def _run_native(grid_thw: torch.Tensor, merge_size: int, num_patches: int | None) -> torch.Tensor:
     patches = _count(grid_thw, merge_size)
     _check_count(patches, num_patches)
-    positions = torch.empty((patches, 2), dtype=torch.int64)
+    positions = torch.empty((patches, 2), dtype=torch.int64, device="cpu")
     view = _native.view(grid_thw)
     _native.cpu().vision_positions(view, grid_thw.shape[0], merge_size, patches, positions.data_ptr())
     return positions

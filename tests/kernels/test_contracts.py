@@ -1,10 +1,12 @@
 """What holds for every op: registration, torch.compile without graph breaks, typed refusals, backends."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import qwen2vl_kernels as K
-from qwen2vl_kernels import BackendError, use_backend
+from qwen2vl_kernels import BackendError, _native, use_backend
 from qwen2vl_kernels._backend import PREFERENCE, resolve, table
 
 
@@ -83,6 +85,16 @@ def test_compiles_without_a_graph_break(name):
         compiled = call(*[a.clone() if isinstance(a, torch.Tensor) else a for a in arguments])
         eager = _public(name)(*[a.clone() if isinstance(a, torch.Tensor) else a for a in arguments])
     torch.testing.assert_close(compiled, eager)
+
+
+def test_whether_the_cuda_extension_serves_is_no_break_in_a_graph(monkeypatch):
+    """Asking it is a call into C++, which is not to be traced."""
+    asked = SimpleNamespace(device_problem=lambda device: (_native.cpu().build_info(), None)[1])
+    monkeypatch.setattr(_native, "_cuda", asked)
+    run = torch.compile(
+        lambda x: x + (1 if _native._device_reason(123) is None else 2), fullgraph=True, backend="eager"
+    )
+    assert run(torch.zeros(2)).tolist() == [1, 1]
 
 
 def test_attention_compiles_with_its_backward():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qwen2vl_kernels import _native, image_to_patches, images_to_patches, use_backend
-from qwen2vl_kernels.ops.image_to_patches import _Frame, _options, _run_native
+from qwen2vl_kernels.ops.image_to_patches import _Frame, _options, _run_native, _value_table
 
 BICUBIC = Image.Resampling.BICUBIC
 KERNELS = _native.cpu().row_kernels()  # instruction sets of this machine
@@ -119,6 +119,23 @@ def test_other_patch_and_merge_sizes(patch, merge, source):
     got = image_to_patches(image, height, width, patch_size=patch, merge_size=merge)
     expected = transposed(pillow_resize(Image.fromarray(image), height, width), patch, merge)
     np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "native"])
+def test_defaults_of_dtype_and_device_change_nothing(backend):
+    photo = noise(5, 60, 90, 3)
+    values = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
+    run = lambda: images_to_patches([photo], [(28, 56)], backend=backend, **values)  # noqa: E731
+    want = run()
+    default = torch.get_default_dtype()
+    for dtype, device in ((torch.bfloat16, "cpu"), (torch.float64, "cpu"), (default, "meta")):
+        _value_table.cache_clear()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                assert torch.equal(run(), want)
+        finally:
+            torch.set_default_dtype(default)
 
 
 @pytest.mark.parametrize("views", ["rows apart", "upside down", "every second row", "tensor"])

@@ -44,6 +44,14 @@ def test_block_order(merge_size, items, dtype, backend):
 
 
 @pytest.mark.parametrize("backend", ["native", "eager"])
+def test_the_default_device_changes_nothing(backend):
+    grids = torch.tensor([[1, 4, 6], [2, 2, 2]])
+    want = vision_positions(grids, backend=backend)
+    with torch.device("meta"):
+        assert torch.equal(vision_positions(grids, backend=backend), want)
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
 def test_no_grids(backend):
     assert vision_positions(torch.empty(0, 3, dtype=torch.int64), backend=backend).shape == (0, 2)
 
