@@ -18,7 +18,17 @@ from dataclasses import dataclass, replace
 import torch
 
 from . import _attention_backward
-from ._head import blocks_of, load_block, load_head, product, store_head, tables, turned_for_attention, zero_between
+from ._head import (
+    blocks_of,
+    load_block,
+    load_head,
+    product,
+    store_head,
+    strides_of,
+    tables,
+    turned_for_attention,
+    zero_between,
+)
 from ._library import direct, register_opaque
 from ._tiles import TilePlan, plan_for
 from ._triton import Target, accumulator, architecture, describable, jit, launch, target_of, tl
@@ -113,18 +123,18 @@ def _finish(
 def _forward_kernel(
     q, k, v, cos, sin, out, lse, tiles, total, scale,
     q_row, q_head, k_row, k_head, v_row, v_head, table_row,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     CAUSAL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     tile = tiles + 3 * tl.program_id(0)
     first, begin, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     head = tl.program_id(1).to(tl.int64)
-    k += head // GROUP * k_head
-    v += head // GROUP * v_head
+    k += head // GROUP * (k_head * UNIT)
+    v += head // GROUP * (v_head * UNIT)
     row = first + tl.arange(0, ROWS)
     live = row < end
-    q0, q1 = load_head(q + head * q_head, cos, sin, row, live, q_row, table_row, D, D0, D1, True, ACC)
+    q0, q1 = load_head(q + head * (q_head * UNIT), cos, sin, row, live, q_row, table_row, D, D0, D1, True, ACC)
     o0 = tl.zeros((ROWS, V0), ACC)
     o1 = tl.zeros((ROWS, V1 if V1 > 0 else 16), ACC)
     most = tl.full((ROWS,), float("-inf"), ACC)
@@ -154,7 +164,7 @@ def _block_copies(x, end, x_row, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOC
 def _hopper_kernel(
     q, k, v, out, lse, tiles, total, scale,
     q_row, q_head, k_row, k_head, v_row, v_head,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     CAUSAL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -166,19 +176,20 @@ def _hopper_kernel(
     tile = tiles + 3 * tl.program_id(0)
     first, begin, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     head = tl.program_id(1).to(tl.int64)
-    q += head * q_head
-    k += head // GROUP * k_head
-    v += head // GROUP * v_head
-    q0_tiles = _block_copies(q, end, q_row, D, ROWS, D0)
-    k0_tiles = _block_copies(k, end, k_row, D, STEP, D0)
-    v0_tiles = _block_copies(v, end, v_row, V, STEP, V0)
+    q += head * (q_head * UNIT)
+    k += head // GROUP * (k_head * UNIT)
+    v += head // GROUP * (v_head * UNIT)
+    rows = tl.maximum(end, 1)  # a tile too many has none, and a descriptor must have one
+    q0_tiles = _block_copies(q, rows, q_row, D, ROWS, D0)
+    k0_tiles = _block_copies(k, rows, k_row, D, STEP, D0)
+    v0_tiles = _block_copies(v, rows, v_row, V, STEP, V0)
     q0 = q0_tiles.load([first, 0])
     if D1 > 0:
-        q1_tiles = _block_copies(q, end, q_row, D, ROWS, D1)
-        k1_tiles = _block_copies(k, end, k_row, D, STEP, D1)
+        q1_tiles = _block_copies(q, rows, q_row, D, ROWS, D1)
+        k1_tiles = _block_copies(k, rows, k_row, D, STEP, D1)
         q1 = q1_tiles.load([first, D0])
     if V1 > 0:
-        v1_tiles = _block_copies(v, end, v_row, V, STEP, V1)
+        v1_tiles = _block_copies(v, rows, v_row, V, STEP, V1)
     row = first + tl.arange(0, ROWS)
     o0 = tl.zeros((ROWS, V0), ACC)
     o1 = tl.zeros((ROWS, V1 if V1 > 0 else 16), ACC)
@@ -241,13 +252,14 @@ def launch_forward(
     total, heads, columns = q.shape
     if out.numel() == 0:
         return out, lse
-    zero_between(out, plan.cu_seqlens)
+    zero_between(out, plan.cu_seqlens, fixed=not plan.padded)
     cos, sin = tables(rope) if rope is not None and fused and not hopper else (None, None)
     if rope is not None and cos is None:
         q, k = turned_for_attention(q, k, *rope)
     chosen = hopper_config() if hopper else forward_config(q.dtype, columns, max_seqlen, target_of(q.device))
     work = plan.tiles(chosen.rows)
     shape = blocks_of(q, v)
+    strides, unit = strides_of(q, k, v)
     if hopper:
         _check_describable(q=q, k=k, v=v)
     launch(
@@ -263,12 +275,11 @@ def launch_forward(
         work,
         total,
         softmax_scale * math.log2(math.e),
-        *q.stride()[:2],
-        *k.stride()[:2],
-        *v.stride()[:2],
+        *strides,
         *(() if hopper else (0 if cos is None else cos.stride(0),)),
         HEADS=heads,
         GROUP=heads // k.shape[1],
+        UNIT=unit,
         **shape,
         ROWS=chosen.rows,
         STEP=chosen.step,

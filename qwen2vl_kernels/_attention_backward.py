@@ -14,7 +14,17 @@ from dataclasses import dataclass
 
 import torch
 
-from ._head import blocks_of, load_head, product, store_head, tables, turned_back, turned_for_attention, zero_between
+from ._head import (
+    blocks_of,
+    load_head,
+    product,
+    store_head,
+    strides_of,
+    tables,
+    turned_back,
+    turned_for_attention,
+    zero_between,
+)
 from ._tiles import plan_for
 from ._triton import Target, accumulator, architecture, cdiv, jit, launch, next_power_of_2, target_of, tl
 
@@ -48,14 +58,15 @@ def backward_config(dtype: torch.dtype, columns: int, target: Target) -> Backwar
 @jit(do_not_specialize=["total"])
 def _delta_kernel(
     out, grad, delta, total, grad_row, grad_head,
-    HEADS: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
+    HEADS: tl.constexpr, UNIT: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)[None, :]
     mask = (row < total)[:, None] & (column < V)
     o = tl.load(out + row[:, None] * (HEADS * V) + head * V + column, mask=mask, other=0.0).to(ACC)
-    g = tl.load(grad + row[:, None] * grad_row + head * grad_head + column, mask=mask, other=0.0).to(ACC)
+    g = tl.load(grad + row[:, None] * grad_row + head * (grad_head * UNIT) + column, mask=mask, other=0.0).to(ACC)
     tl.store(delta + head * total + row, tl.sum(o * g, 1), mask=row < total)
 
 
@@ -63,7 +74,7 @@ def _delta_kernel(
 def _key_kernel(
     q, k, v, grad, lse, delta, cos, sin, dk, dv, tiles, total, scale, softmax_scale,
     q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head, table_row,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     CAUSAL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -73,8 +84,8 @@ def _key_kernel(
     kv_head = tl.program_id(1).to(tl.int64)
     key = first + tl.arange(0, ROWS)
     there = key < end
-    k0, k1 = load_head(k + kv_head * k_head, cos, sin, key, there, k_row, table_row, D, D0, D1, True, ACC)
-    v0, v1 = load_head(v + kv_head * v_head, None, None, key, there, v_row, 0, V, V0, V1, True, ACC)
+    k0, k1 = load_head(k + kv_head * (k_head * UNIT), cos, sin, key, there, k_row, table_row, D, D0, D1, True, ACC)
+    v0, v1 = load_head(v + kv_head * (v_head * UNIT), None, None, key, there, v_row, 0, V, V0, V1, True, ACC)
     dk0 = tl.zeros((ROWS, D0), ACC)
     dk1 = tl.zeros((ROWS, D1 if D1 > 0 else 16), ACC)
     dv0 = tl.zeros((ROWS, V0), ACC)
@@ -84,8 +95,10 @@ def _key_kernel(
         for start in range(first if CAUSAL else begin, end, STEP):
             row = start + tl.arange(0, STEP)
             live = row < end
-            q0, q1 = load_head(q + head * q_head, cos, sin, row, live, q_row, table_row, D, D0, D1, True, ACC)
-            g0, g1 = load_head(grad + head * grad_head, None, None, row, live, grad_row, 0, V, V0, V1, True, ACC)
+            q0, q1 = load_head(q + head * (q_head * UNIT), cos, sin, row, live, q_row, table_row, D, D0, D1, True, ACC)
+            g0, g1 = load_head(
+                grad + head * (grad_head * UNIT), None, None, row, live, grad_row, 0, V, V0, V1, True, ACC
+            )
             at = head * total + row
             s = product(k0, k1, q0, q1, D1, ACC) * scale - tl.load(lse + at, mask=live, other=0.0)[None, :]
             seen = live[None, :] & there[:, None]
@@ -110,7 +123,7 @@ def _key_kernel(
 def _query_kernel(
     q, k, v, grad, lse, delta, cos, sin, dq, tiles, total, scale, softmax_scale,
     q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head, table_row,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     CAUSAL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -121,8 +134,8 @@ def _query_kernel(
     kv_head = head // GROUP
     row = first + tl.arange(0, ROWS)
     live = row < end
-    q0, q1 = load_head(q + head * q_head, cos, sin, row, live, q_row, table_row, D, D0, D1, True, ACC)
-    g0, g1 = load_head(grad + head * grad_head, None, None, row, live, grad_row, 0, V, V0, V1, True, ACC)
+    q0, q1 = load_head(q + head * (q_head * UNIT), cos, sin, row, live, q_row, table_row, D, D0, D1, True, ACC)
+    g0, g1 = load_head(grad + head * (grad_head * UNIT), None, None, row, live, grad_row, 0, V, V0, V1, True, ACC)
     at = head * total + row
     row_lse = tl.load(lse + at, mask=live, other=0.0)[:, None]
     row_delta = tl.load(delta + at, mask=live, other=0.0)[:, None]
@@ -132,8 +145,8 @@ def _query_kernel(
     for start in range(begin, stop, STEP):
         key = start + tl.arange(0, STEP)
         there = key < end
-        k0, k1 = load_head(k + kv_head * k_head, cos, sin, key, there, k_row, table_row, D, D0, D1, True, ACC)
-        v0, v1 = load_head(v + kv_head * v_head, None, None, key, there, v_row, 0, V, V0, V1, True, ACC)
+        k0, k1 = load_head(k + kv_head * (k_head * UNIT), cos, sin, key, there, k_row, table_row, D, D0, D1, True, ACC)
+        v0, v1 = load_head(v + kv_head * (v_head * UNIT), None, None, key, there, v_row, 0, V, V0, V1, True, ACC)
         s = product(q0, q1, k0, k1, D1, ACC) * scale - row_lse
         seen = there[None, :] & live[:, None]
         if CAUSAL:
@@ -161,17 +174,24 @@ def launch_backward(
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
     fused: bool = True,
+    wide: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``(dq, dk, dv)``, contiguous; zero outside of the segments. ``cos``, ``sin`` and ``fused`` as the forward had."""
+    """``(dq, dk, dv)``, contiguous; zero outside of the segments. ``cos``, ``sin`` and ``fused`` as the forward had.
+
+    ``wide``: dq and dk in the accumulator's precision.
+    """
     gradients = fake(grad, q, k, v)
+    if wide:
+        gradients = (*(torch.empty_like(g, dtype=lse.dtype) for g in gradients[:2]), gradients[2])
     if out.numel() == 0:
         return tuple(g.zero_() for g in gradients)  # type: ignore[return-value]
     if cos is not None and sin is not None:
         cos, sin = tables((cos, sin))
     if cos is not None and not fused:
         q, k = turned_for_attention(q, k, cos, sin)
-        dq, dk, dv = launch_backward(grad, q, k, v, out, lse, cu_seqlens, causal, softmax_scale)
-        return *turned_back(dq, dk, cos, sin), dv
+        # Not rounded before they are turned back: the bits must not depend on which way was taken.
+        dq, dk, dv = launch_backward(grad, q, k, v, out, lse, cu_seqlens, causal, softmax_scale, wide=True)
+        return *turned_back(dq, dk, cos, sin, q.dtype), dv
     dq, dk, dv = gradients
     for gradient in gradients:
         zero_between(gradient, cu_seqlens)
@@ -180,6 +200,7 @@ def launch_backward(
     target = target_of(q.device)
     chosen = backward_config(q.dtype, columns, target)
     delta = torch.empty_like(lse)
+    grad_strides, grad_unit = strides_of(grad)
     launch(
         _delta_kernel,
         (cdiv(total, 32), heads),
@@ -188,8 +209,9 @@ def launch_backward(
         grad,
         delta,
         total,
-        *grad.stride()[:2],
+        *grad_strides,
         HEADS=heads,
+        UNIT=grad_unit,
         V=v.shape[2],
         BLOCK=next_power_of_2(v.shape[2]),
         ROWS=32,
@@ -198,9 +220,10 @@ def launch_backward(
     )
     work = plan_for(cu_seqlens, total, q.device).tiles(chosen.rows)
     scales = (softmax_scale * math.log2(math.e), softmax_scale)
-    strides = [stride for x in (q, k, v, grad) for stride in x.stride()[:2]]
+    strides, unit = strides_of(q, k, v, grad)
     strides.append(0 if cos is None else cos.stride(0))
-    shared = {**blocks_of(q, v), "GROUP": heads // kv_heads, "ROWS": chosen.rows, "STEP": chosen.step, "CAUSAL": causal}
+    shared = {**blocks_of(q, v), "GROUP": heads // kv_heads, "UNIT": unit, "CAUSAL": causal}
+    shared |= {"ROWS": chosen.rows, "STEP": chosen.step}
     options = {"ACC": acc, "num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
     inputs = (q, k, v, grad, lse, delta, cos, sin)
     launch(

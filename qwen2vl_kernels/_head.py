@@ -9,6 +9,8 @@ alike. That permutes the columns of a dot product, which leaves it what it was, 
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ._rotary import Angles, launch_rotation
@@ -27,9 +29,20 @@ def blocks_of(q: torch.Tensor, v: torch.Tensor) -> dict[str, int]:
     return {"D": q.shape[2], "D0": d0, "D1": d1, "V": v.shape[2], "V0": v0, "V1": v1}
 
 
-def zero_between(x: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
-    """Zero the rows of a fresh output that no segment holds."""
-    if cu_seqlens.device.type == "cpu":
+def strides_of(*tensors: torch.Tensor) -> tuple[list[int], int]:
+    """Strides of rows and heads of all, as kernels take them, and the unit that those of heads come in.
+
+    Triton knows of no divisor but 16 of a number that it is given: heads of 72 columns are 9 units of 8, which a kernel
+    that multiplies by the unit loads 16 bytes at a time, and not 2.
+    """
+    unit = math.gcd(16, *(x.stride(1) for x in tensors))
+    return [stride for x in tensors for stride in (x.stride(0), x.stride(1) // unit)], unit
+
+
+def zero_between(x: torch.Tensor, cu_seqlens: torch.Tensor, *, fixed: bool = True) -> None:
+    """Zero the rows of a fresh output that no segment holds. Where boundaries are not ``fixed``, a CUDA graph that is
+    captured now may be replayed on others."""
+    if fixed and cu_seqlens.device.type == "cpu":
         x[int(cu_seqlens[-1]) :].zero_()
     else:  # where they begin is not known here
         x.zero_()
@@ -50,15 +63,15 @@ def turned_for_attention(q, k, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
     return outputs
 
 
-def turned_back(dq, dk, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of q and k from those of :func:`turned_for_attention`'s results."""
-    outputs = (_empty(dq), _empty(dk))
+def turned_back(dq, dk, cos, sin, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of q and k, of ``dtype``, from those of :func:`turned_for_attention`'s results."""
+    outputs = (_empty(dq, dtype), _empty(dk, dtype))
     launch_rotation(dq, dk, *outputs, Angles(cos=cos, sin=sin, inverse=True), from_side=True)
     return outputs
 
 
-def _empty(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def _empty(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
 
 
 @jit

@@ -8,7 +8,8 @@ An op with both kinds is a composite that asks which backend serves and then run
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
@@ -55,6 +56,19 @@ def direct(*tensors: torch.Tensor | None) -> bool:
         t is None or (type(t) in (torch.Tensor, torch.nn.Parameter) and not (tracked and t.requires_grad))
         for t in tensors
     )
+
+
+def run_in_place(kernel: Callable, op: Callable, written: Sequence[torch.Tensor | None], *arguments: Any) -> None:
+    """Call the kernel itself where it is `direct` for all tensors among ``arguments``, else the op.
+
+    A kernel called by itself writes unseen: autograd is told, as the dispatcher would, or what was saved for a backward
+    would be taken for what it was.
+    """
+    if direct(*(a for a in arguments if isinstance(a, torch.Tensor))):
+        kernel(*arguments)
+        torch.autograd.graph.increment_version([t for t in written if t is not None])
+    else:
+        op(*arguments)
 
 
 def _name(schema: str) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from ._checks import Checker
-from ._library import direct, register_opaque
+from ._library import direct, register_opaque, run_in_place
 from ._triton import Target, accumulator, cdiv, jit, launch, next_power_of_2, target_of, tl
 
 
@@ -441,8 +441,7 @@ def rotated(q: torch.Tensor, k: torch.Tensor, angles: Angles) -> tuple[torch.Ten
 
 
 def rotate_in_place(q: torch.Tensor, k: torch.Tensor, angles: Angles) -> None:
-    run = _rotate_in_place if direct(q, k) else torch.ops.qwen2vl.rotate_
-    run(q, k, *angles.op_arguments())
+    run_in_place(_rotate_in_place, torch.ops.qwen2vl.rotate_, (q, k), q, k, *angles.op_arguments())
 
 
 def tables(positions: torch.Tensor, inv_freq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -32,6 +32,7 @@ class TilePlan:
         self.total = total
         self.device = device
         self.padded = padded
+        self._captured = _capturing(device)
         self._lists: dict[int, torch.Tensor] = {}
 
     def tiles(self, rows: int) -> torch.Tensor:
@@ -40,7 +41,10 @@ class TilePlan:
         made = self._lists.get(rows)
         if made is None:
             made = make_tiles(self.cu_seqlens, rows, self.total, exact=not self.padded)
-            made = self._lists[rows] = made.to(self.device, non_blocking=True)
+            made = made.to(self.device, non_blocking=True)
+            # What a capture makes lies in the graph's memory, and holds nothing before the first replay.
+            if self._captured or not _capturing(self.device):
+                self._lists[rows] = made
         return made
 
     def update_(self, cu_seqlens: torch.Tensor) -> TilePlan:
@@ -102,13 +106,16 @@ def plan_for(cu_seqlens: torch.Tensor, total: int, device: torch.device) -> Tile
     Not while a CUDA graph is captured: a replay must plan by what ``cu_seqlens`` holds then.
     """
     padded = cu_seqlens.device.type != "cpu"
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if capturing or cu_seqlens.is_inference():  # whether inference tensors were written to cannot be told
+    if _capturing(device) or cu_seqlens.is_inference():  # whether inference tensors were written to cannot be told
         return TilePlan(cu_seqlens, total, device, padded)
     known = _plans_of(cu_seqlens)
     if (total, device) not in known:
         known[total, device] = TilePlan(cu_seqlens.detach(), total, device, padded)
     return known[total, device]
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _plans_of(cu_seqlens: torch.Tensor) -> dict[tuple[int, torch.device], TilePlan]:

@@ -46,9 +46,10 @@ def assert_two_times(got: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor
 
 
 def triton_where_it_serves() -> dict[str, str]:
-    """``use_backend``'s arguments for every op that has Triton kernels; skips the test where they cannot run."""
+    """``use_backend``'s arguments for every op that has Triton kernels, for a model on the CPU; skips the test where
+    they cannot run there."""
     from qwen2vl_kernels._backend import PREFERENCE, unavailable
 
-    if (reason := unavailable("triton", DEVICE)) is not None:
+    if (reason := unavailable("triton", "cpu")) is not None:
         pytest.skip(f"triton: {reason}")
-    return {op: "triton" for op, row in PREFERENCE.items() if "triton" in row[DEVICE]}
+    return {op: "triton" for op, row in PREFERENCE.items() if "triton" in row["cpu"]}

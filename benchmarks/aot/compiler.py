@@ -194,7 +194,7 @@ def _read_sass(compiled: Any, warps: int) -> tuple[int, int, Counter[int], int, 
         raise RuntimeError(f"cuobjdump does not tell the registers: {usage}")
     registers, stack, local = map(int, found.groups())
     widths: Counter[int] = Counter()
-    for modifiers in re.findall(r"\b(?:LDG|STG|LDGSTS)((?:\.\w+)*)", sass):
+    for modifiers in re.findall(r"\b(?:LDGSTS|LDG|STG)\b((?:\.\w+)*)", sass):
         bits = re.search(r"\.(?:U8|S8|8)\b|\.(?:U16|S16|16)\b|\.(64|128|256)\b", modifiers)
         widths[4 if bits is None else int(bits[1]) // 8 if bits[1] else 1 if "8" in bits[0] else 2] += 1
     matrix = len(re.findall(r"\b(?:HMMA|IMMA|HGMMA|QGMMA|IGMMA|UTCHMMA|UTCQMMA|OMMA|QMMA|DMMA)\b", sass))

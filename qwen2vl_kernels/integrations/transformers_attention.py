@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .._backend import resolve
+from .._tiles import TilePlan, plan_tiles
 from ..ops.varlen_attention import varlen_attention
 from ..ops.vision_rope import vision_rope, vision_rope_qkv_
 from ._modules import owned, parameters_after, project, with_idle_rows
@@ -42,7 +43,9 @@ def attention(stock: Callable) -> Callable:
         else:
             q, k, v = qkv[:tokens].unbind(1)
             q, k = vision_rope(q, k, *tables)
-        out = varlen_attention(q, k, v, bounds(given["cu_seqlens"]), q.shape[0], softmax_scale=self.scaling)
+        cu_seqlens, longest = bounds(given["cu_seqlens"]), q.shape[0]
+        tiles = _tiles(cu_seqlens, q)
+        out = varlen_attention(q, k, v, cu_seqlens, longest, softmax_scale=self.scaling, tiles=tiles)
         return project(self.proj, out.flatten(1))[:tokens]
 
     return forward
@@ -63,6 +66,21 @@ def bounds(cu_seqlens: torch.Tensor) -> torch.Tensor:
         copy = cu_seqlens.cpu()
         cu_seqlens._on_host = (cu_seqlens._version, copy)  # type: ignore[attr-defined]
     return copy
+
+
+def _tiles(cu_seqlens: torch.Tensor, q: torch.Tensor) -> TilePlan | None:
+    """The plan of inference tensors, which all layers share, as their model makes them anew for every forward.
+
+    Of ordinary tensors the op keeps plans itself, as long as they are not written to; of these nobody can tell.
+    """
+    if not cu_seqlens.is_inference() or torch.compiler.is_compiling():
+        return None
+    if resolve("varlen_attention", q.device.type, None) != "triton":
+        return None
+    plan = getattr(cu_seqlens, "_tiles", None)
+    if plan is None or plan.total != q.shape[0] or plan.device != q.device:
+        plan = cu_seqlens._tiles = plan_tiles(cu_seqlens, q.shape[0], device=q.device)  # type: ignore[attr-defined]
+    return plan
 
 
 def _halves(*tables: torch.Tensor) -> list[torch.Tensor]:

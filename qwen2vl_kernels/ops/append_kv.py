@@ -17,7 +17,7 @@ import torch
 
 from .._backend import resolve
 from .._checks import INTS, Checker, no_grad_through
-from .._library import direct, register_opaque
+from .._library import register_opaque, run_in_place
 from .._rotary import Angles, check_angles, config, cos_sin, mrope_cos_sin, rotate, turn_heads
 from .._triton import accumulator, cdiv, jit, launch, next_power_of_2, target_of, tl
 
@@ -250,5 +250,6 @@ def append_kv(
         check.require(most < places, f"slots must be below {places}, the cache's number of slots, got {most}")
     chosen = resolve("append_kv", k.device.type, backend)
     tensors = (q, k, v, k_cache, v_cache, slots, positions, inv_freq)
-    run = _run if direct(*tensors) else torch.ops.qwen2vl.append_kv
-    run(*tensors, list(section), interleaved, cos_sin_cache, overwrite_k, chosen)
+    written = (k_cache, v_cache, q, k if overwrite_k else None)
+    settings = (list(section), interleaved, cos_sin_cache, overwrite_k, chosen)
+    run_in_place(_run, torch.ops.qwen2vl.append_kv, written, *tensors, *settings)

@@ -14,7 +14,7 @@ import torch
 from .._backend import resolve
 from .._checks import Checker, no_grad_through
 from .._elementwise import SUM_PROGRAMS, as_rows, rows_view, tile
-from .._library import direct, register_composite, register_opaque
+from .._library import direct, register_composite, register_opaque, run_in_place
 from .._triton import accumulator, cdiv, jit, launch, target_of, tl
 
 
@@ -205,7 +205,7 @@ def _run_in_place(x, bias=None, backend=None) -> None:
     if resolve("quick_gelu", x.device.type, backend) == "eager":
         _quick_gelu_inplace(x, bias)
     else:
-        (launch_in_place if direct(x, bias) else torch.ops.qwen2vl.quick_gelu_forward_)(x, bias)
+        run_in_place(launch_in_place, torch.ops.qwen2vl.quick_gelu_forward_, (x,), x, bias)
 
 
 register_composite("quick_gelu(Tensor x, Tensor? bias=None) -> Tensor", _run)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from .._backend import resolve
 from .._checks import Checker, no_grad_through
 from .._elementwise import as_rows, rows_view, tile
-from .._library import direct, register_composite, register_opaque
+from .._library import direct, register_composite, register_opaque, run_in_place
 from .._triton import accumulator, cdiv, jit, launch, target_of, tl
 
 
@@ -195,7 +195,7 @@ def _run_in_place(gate, up, backend=None) -> None:
     if resolve("swiglu", gate.device.type, backend) == "eager":
         _swiglu_inplace(gate, up)
     else:
-        (launch_in_place if direct(gate, up) else torch.ops.qwen2vl.swiglu_forward_)(gate, up)
+        run_in_place(launch_in_place, torch.ops.qwen2vl.swiglu_forward_, (gate,), gate, up)
 
 
 register_composite("swiglu(Tensor gate, Tensor? up=None) -> Tensor", _run)

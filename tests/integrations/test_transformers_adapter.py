@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from qwen2vl_kernels import use_backend
+from qwen2vl_kernels import _tiles, use_backend
 from qwen2vl_kernels.integrations import transformers as adapter
 
 from ..conftest import assert_two_times, relative_error, triton_where_it_serves
@@ -135,6 +135,19 @@ def test_in_triton(family):
     with use_backend(**backends):
         _close(_logits(net, inputs), want)
         _assert_same_gradients(_gradients(net, inputs)[1], gradients, 1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_inference_mode_all_layers_share_their_tiles(family, monkeypatch):
+    made = []
+    make = _tiles.make_tiles
+    monkeypatch.setattr(_tiles, "make_tiles", lambda *a, **given: made.append(a[0]) or make(*a, **given))
+    net, inputs = model(family, num_hidden_layers=1), prompt(family, ((("image", 1, 2, 4),), (("image", 1, 2, 2),)))
+    net.model.visual.blocks = net.model.visual.blocks[:2]
+    adapter.apply()
+    with torch.inference_mode(), use_backend(**triton_where_it_serves()):
+        net(**inputs)
+    assert 1 <= len(made) == len({id(x) for x in made})
 
 
 # ------------------------------------------------------------------------------ as transformers calls them

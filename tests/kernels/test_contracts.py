@@ -7,7 +7,7 @@ import torch
 
 import qwen2vl_kernels as K
 from qwen2vl_kernels import BackendError, _native, use_backend
-from qwen2vl_kernels._backend import PREFERENCE, resolve, table
+from qwen2vl_kernels._backend import PREFERENCE, resolve, table, unavailable
 
 
 def _x(*shape):
@@ -239,3 +239,30 @@ def test_use_backend_nests_and_restores():
 
 def test_table_has_a_row_for_every_op():
     assert [row[0] for row in table("cpu")] == list(PREFERENCE)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("op", ["swiglu_", "quick_gelu_", "vision_rope_", "append_kv"])
+def test_what_is_written_in_place_is_known_to_autograd(op, backend):
+    """A backward that needs what was there before fails instead of taking what is there now."""
+    if (reason := unavailable(backend, "cpu")) is not None:
+        pytest.skip(f"{backend}: {reason}")
+    x = torch.randn(4, 2, 16)
+    writes = {
+        "swiglu_": lambda: K.swiglu_(x, torch.randn(4, 2, 16), backend=backend),
+        "quick_gelu_": lambda: K.quick_gelu_(x, backend=backend),
+        "vision_rope_": lambda: K.vision_rope_(x, torch.randn(4, 2, 16), *torch.rand(2, 4, 8), backend=backend),
+        "append_kv": lambda: K.append_kv(
+            torch.randn(2, 2, 16),
+            torch.randn(2, 2, 16),
+            x[None],
+            torch.randn(1, 4, 2, 16),
+            torch.arange(2),
+            backend=backend,
+        ),
+    }
+    weight = torch.randn(16, requires_grad=True)
+    y = x * weight
+    writes[op]()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

@@ -80,7 +80,7 @@ def test_a_merger_from_raster_order():
         assert torch.equal(got, run())
 
 
-@pytest.mark.parametrize("planned", ["in the graph", "before it"])
+@pytest.mark.parametrize("planned", ["in the graph", "before it", "before it, on the host"])
 @pytest.mark.parametrize("turned", [False, True], ids=["plain", "rope"])
 def test_attention_over_segments_that_change(planned, turned):
     """Captured once, replayed on other boundaries, empty segments and rows that no segment holds."""
@@ -89,10 +89,11 @@ def test_attention_over_segments_that_change(planned, turned):
     cu_seqlens = torch.tensor([0, 100, 230, 400], dtype=torch.int32, device="cuda")
     angles = torch.rand(total, 40, device="cuda") * 6
     rope = (angles.cos(), angles.sin()) if turned else None
-    plan = K.plan_tiles(cu_seqlens.clone(), total)
+    ours = cu_seqlens.cpu() if planned.endswith("host") else cu_seqlens.clone()
+    plan = K.plan_tiles(ours, total, device="cuda", padded=True)
 
     def run():
-        tiles = plan if planned == "before it" else K.plan_tiles(cu_seqlens, total)
+        tiles = plan if planned.startswith("before") else K.plan_tiles(cu_seqlens, total)
         return K.varlen_attention(*qkv.unbind(1), cu_seqlens, total, tiles=tiles, rope=rope, backend="triton")
 
     run()
@@ -103,7 +104,7 @@ def test_attention_over_segments_that_change(planned, turned):
     for bounds in ([0, 100, 230, 400], [0, 0, 3, 390], [0, 390, 390, 390], [0, 0, 0, 0]):
         qkv.copy_(torch.randn(shape, device="cuda"))
         cu_seqlens.copy_(torch.tensor(bounds))
-        if planned == "before it":
+        if planned.startswith("before"):
             plan.update_(cu_seqlens)
         graph.replay()
         got = captured.clone()
