@@ -74,11 +74,12 @@ def _delta_kernel(
 def _key_kernel(
     q, k, v, grad, lse, delta, cos, sin, dk, dv, tiles, total, scale, softmax_scale,
     q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head, table_row,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, D0: tl.constexpr,
+    D1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     CAUSAL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys: over the query heads that read it, and their rows from the segment."""
+    grad_head *= UNIT
     tile = tiles + 3 * tl.program_id(0)
     first, begin, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     kv_head = tl.program_id(1).to(tl.int64)
@@ -96,9 +97,7 @@ def _key_kernel(
             row = start + tl.arange(0, STEP)
             live = row < end
             q0, q1 = load_head(q + head * (q_head * UNIT), cos, sin, row, live, q_row, table_row, D, D0, D1, True, ACC)
-            g0, g1 = load_head(
-                grad + head * (grad_head * UNIT), None, None, row, live, grad_row, 0, V, V0, V1, True, ACC
-            )
+            g0, g1 = load_head(grad + head * grad_head, None, None, row, live, grad_row, 0, V, V0, V1, True, ACC)
             at = head * total + row
             s = product(k0, k1, q0, q1, D1, ACC) * scale - tl.load(lse + at, mask=live, other=0.0)[None, :]
             seen = live[None, :] & there[:, None]
@@ -128,6 +127,7 @@ def _query_kernel(
     CAUSAL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of queries, over the keys of its segment."""
+    grad_head *= UNIT
     tile = tiles + 3 * tl.program_id(0)
     first, begin, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     head = tl.program_id(1).to(tl.int64)
@@ -135,7 +135,7 @@ def _query_kernel(
     row = first + tl.arange(0, ROWS)
     live = row < end
     q0, q1 = load_head(q + head * (q_head * UNIT), cos, sin, row, live, q_row, table_row, D, D0, D1, True, ACC)
-    g0, g1 = load_head(grad + head * (grad_head * UNIT), None, None, row, live, grad_row, 0, V, V0, V1, True, ACC)
+    g0, g1 = load_head(grad + head * grad_head, None, None, row, live, grad_row, 0, V, V0, V1, True, ACC)
     at = head * total + row
     row_lse = tl.load(lse + at, mask=live, other=0.0)[:, None]
     row_delta = tl.load(delta + at, mask=live, other=0.0)[:, None]

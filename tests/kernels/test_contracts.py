@@ -247,19 +247,12 @@ def test_what_is_written_in_place_is_known_to_autograd(op, backend):
     """A backward that needs what was there before fails instead of taking what is there now."""
     if (reason := unavailable(backend, "cpu")) is not None:
         pytest.skip(f"{backend}: {reason}")
-    x = torch.randn(4, 2, 16)
+    x, new = torch.randn(4, 2, 16), torch.randn(2, 2, 16)
     writes = {
         "swiglu_": lambda: K.swiglu_(x, torch.randn(4, 2, 16), backend=backend),
         "quick_gelu_": lambda: K.quick_gelu_(x, backend=backend),
         "vision_rope_": lambda: K.vision_rope_(x, torch.randn(4, 2, 16), *torch.rand(2, 4, 8), backend=backend),
-        "append_kv": lambda: K.append_kv(
-            torch.randn(2, 2, 16),
-            torch.randn(2, 2, 16),
-            x[None],
-            torch.randn(1, 4, 2, 16),
-            torch.arange(2),
-            backend=backend,
-        ),
+        "append_kv": lambda: K.append_kv(new, new, x[None], x[None].clone(), torch.arange(2), backend=backend),
     }
     weight = torch.randn(16, requires_grad=True)
     y = x * weight
