@@ -222,12 +222,14 @@ FIGURES = {
     "frames": Kind(
         by_frames,
         lambda r: r["metric"] == "accuracy" and "frames" in r,
-        "Directions told right, by the length of clips; bars are binomial 95 % intervals over the questions",
+        "Directions told right, by the length of clips; bars are binomial 95 % intervals over the questions, small points "
+        "the models of each seed",
     ),
     "resolution": Kind(
         by_resolution,
         lambda r: r["metric"] == "accuracy" and "vision_tokens" in r and "frames" not in r,
-        "Things counted right, by picture size and by mean cost; bars are binomial 95 % intervals over the questions",
+        "Things counted right, by picture size and by mean cost; bars are binomial 95 % intervals over the questions, "
+        "small points the models of each seed",
     ),
 }
 
@@ -247,13 +249,16 @@ def draw(result: Result, folder: Path) -> list[Path]:
 
 
 def _accuracies(panel: Any, rows: Rows, key: str) -> None:
-    """Per cent over ``row[key]``, a line a provider, with Wilson's interval of so many questions."""
+    """Per cent over ``row[key]``, a line a provider, with Wilson's interval of so many questions, and a point a seed."""
     for n, name in enumerate(_names(rows, "provider")):
         line = sorted((r for r in rows if r["provider"] == name), key=lambda r: r[key])
         bounds = [wilson(r["median"] / 100, r["questions"]) for r in line]
         values = [r["median"] for r in line]
         away = [[v - 100 * low for v, (low, _) in zip(values, bounds, strict=True)],
                 [100 * high - v for v, (_, high) in zip(values, bounds, strict=True)]]  # fmt: skip
+        if any(len(r["samples"]) > 1 for r in line):
+            single = [(r[key], value) for r in line for value in r["samples"]]
+            panel.plot(*zip(*single, strict=True), ".", color=f"C{n}", markersize=4, alpha=0.5)
         style = {"linestyle": "--", "markerfacecolor": "none"} if line[0]["peer"] else {"linestyle": "-"}
         panel.errorbar([r[key] for r in line], values, away, marker="o", markersize=5, color=f"C{n}", capsize=2,
                        linewidth=1.2, label=name, **style)  # fmt: skip
