@@ -222,8 +222,8 @@ FIGURES = {
     "frames": Kind(
         by_frames,
         lambda r: r["metric"] == "accuracy" and "frames" in r,
-        "Directions told right, by the length of clips; bars are binomial 95 % intervals over the questions, small points "
-        "the models of each seed",
+        "Directions told right, by the length of clips; bars are binomial 95 % intervals over the questions, small "
+        "points the models of each seed",
     ),
     "resolution": Kind(
         by_resolution,
@@ -249,7 +249,7 @@ def draw(result: Result, folder: Path) -> list[Path]:
 
 
 def _accuracies(panel: Any, rows: Rows, key: str) -> None:
-    """Per cent over ``row[key]``, a line a provider, with Wilson's interval of so many questions, and a point a seed."""
+    """Per cent over ``row[key]``, a line a provider, Wilson's interval of so many questions, and a point a seed."""
     for n, name in enumerate(_names(rows, "provider")):
         line = sorted((r for r in rows if r["provider"] == name), key=lambda r: r[key])
         bounds = [wilson(r["median"] / 100, r["questions"]) for r in line]
