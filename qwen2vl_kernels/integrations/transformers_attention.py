@@ -73,7 +73,7 @@ def _tiles(cu_seqlens: torch.Tensor, q: torch.Tensor) -> TilePlan | None:
 
     Of ordinary tensors the op keeps plans itself, as long as they are not written to; of these nobody can tell.
     """
-    if not cu_seqlens.is_inference() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not cu_seqlens.is_inference():
         return None
     if resolve("varlen_attention", q.device.type, None) != "triton":
         return None
