@@ -219,13 +219,14 @@ def _hopper_kernel(
 FUSED_ROPE_MAX_SEQLEN = 1024
 
 
-def fuses_rope(max_seqlen: int, target: Target) -> bool:
+def fuses_rope(max_seqlen: int, columns: int, target: Target) -> bool:
     """Whether q and k are turned on the way into the kernels.
 
     Only where matrix instructions read from shared memory, or registers are plenty (AMD's): elsewhere a turned tile
-    spills, whatever its size.
+    spills, whatever its size. So do heads of 72 columns on capability 10.
     """
-    roomy = target.backend == "hip" or target.capability // 10 in (9, 10)
+    generation = target.capability // 10
+    roomy = target.backend == "hip" or generation == 9 or (generation == 10 and columns % 16 == 0)
     return roomy and max_seqlen <= FUSED_ROPE_MAX_SEQLEN
 
 
@@ -359,7 +360,7 @@ def attention(
     hopper: bool = False,
 ) -> torch.Tensor:
     """varlen_attention on these kernels."""
-    fused = rope is not None and fuses_rope(max_seqlen, target_of(q.device))
+    fused = rope is not None and fuses_rope(max_seqlen, q.shape[2], target_of(q.device))
     if direct(q, k, v, cu_seqlens):
         plan = plan_for(cu_seqlens, q.shape[0], q.device) if tiles is None else tiles
         settings = {"rope": rope, "fused": fused, "hopper": hopper, "keep": False}

@@ -24,7 +24,7 @@ def _attention(
     cu_seqlens = meta(65, dtype=torch.int32)
     cos = sin = meta(_TOKENS, columns // 2, dtype=torch.float32) if turned else None
     rope = (cos, sin) if cos is not None and sin is not None else None
-    fused = fuses_rope(longest, target_of(q.device))
+    fused = fuses_rope(longest, columns, target_of(q.device))
     out, lse = launch_forward(
         q, k, v, plan_tiles(cu_seqlens, _TOKENS), longest, causal, columns**-0.5, rope=rope, fused=fused
     )
