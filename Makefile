@@ -4,6 +4,7 @@
 #   TORCH_PIP_ARGS=...         extra arguments for installing PyTorch, e.g. to choose a CPU build
 #   PYTEST_ARGS=...            extra arguments for pytest, e.g. -k rotary
 #   CASES=...                   the benchmarks of make gpu; default all, each in a process of its own
+#   GPU_WORKERS=6               processes of each of make gpu's two runs of pytest
 #   FUZZ_SECONDS=60, FUZZER=libfuzzer, FUZZ_CXX=..., FUZZ_DIR=...    make fuzz: time a target, engine, compiler, folder
 #   QWEN2VL_BUILD_CUDA=0|1|auto, MAX_JOBS, TORCH_CUDA_ARCH_LIST    the build of the extensions, see setup.py
 
@@ -88,17 +89,18 @@ fuzz: $(FUZZ_TARGETS)
 
 # Whatever fails, the rest runs, and the exit status says so; whatever hangs is killed. Tests take many processes, as
 # compiling their kernels takes most of the time. Benchmarks take one each: an illegal access ends all of a process.
-gpu gpu-tests gpu-sanitize: export PATH := $(PATH):/usr/local/cuda/bin
+gpu gpu-tests device-tests gpu-sanitize: export PATH := $(PATH):/usr/local/cuda/bin
 gpu:
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'PyTorch sees no GPU'"
 	QWEN2VL_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-$$($(PYTHON) -c \
 		"import torch; print('%d.%d' % torch.cuda.get_device_capability())")} $(PYTHON) setup.py build_ext --inplace
 	@status=0; \
 	$(MAKE) --no-print-directory --output-sync=target --keep-going -j3 gpu-tests device-tests gpu-sanitize || status=1; \
-	for case in $(CASES); do timeout -k 5 300 $(PYTHON) -m benchmarks run $$case || status=1; done; \
+	for case in $(CASES); do $(GPU_LIMIT) $(PYTHON) -m benchmarks run $$case || status=1; done; \
 	exit $$status
 
-GPU_PYTEST = timeout -k 5 300 $(PYTHON) -m pytest -q -rs -n $(GPU_WORKERS) --dist worksteal $(PYTEST_ARGS)
+GPU_LIMIT = timeout -k 5 300
+GPU_PYTEST = $(GPU_LIMIT) $(PYTHON) -m pytest -q -rs -n $(GPU_WORKERS) --dist worksteal $(PYTEST_ARGS)
 GPU_WORKERS ?= 6
 
 gpu-tests:
@@ -110,10 +112,10 @@ device-tests:
 # Without PyTorch's allocator, which keeps neighbours mapped, an access past the end is one past the allocation.
 gpu-sanitize:
 	@if command -v compute-sanitizer > /dev/null; then \
-		PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 5 300 compute-sanitizer --report-api-errors no \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(GPU_LIMIT) compute-sanitizer --report-api-errors no \
 			--error-exitcode 1 $(PYTHON) -m tests.kernels.one_of_each; \
 	else \
-		echo "compute-sanitizer is not installed: kernels run without it"; $(PYTHON) -m tests.kernels.one_of_each; \
+		echo "compute-sanitizer is not installed: kernels run without it"; $(GPU_LIMIT) $(PYTHON) -m tests.kernels.one_of_each; \
 	fi
 
 # Other stacks in environments of their own, some GB each, on the CPU. build/stacks is kept between runs.

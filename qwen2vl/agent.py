@@ -150,7 +150,6 @@ def run_agent(
             break
         step, added = _take(text, environment, actions, style)
         episode.steps.append(step)
-        episode.answer = ""
         errors = errors + 1 if step.error else 0
         turn += added
         if step.error and not step.calls:  # the turn cannot be gone on with: what was written is no part of the form

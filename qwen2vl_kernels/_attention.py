@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from . import _attention_backward
+from ._backend import BackendError
 from ._head import (
     blocks_of,
     load_block,
@@ -127,14 +128,17 @@ def _forward_kernel(
     V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     CAUSAL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    q_head *= UNIT
+    k_head *= UNIT
+    v_head *= UNIT
     tile = tiles + 3 * tl.program_id(0)
     first, begin, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     head = tl.program_id(1).to(tl.int64)
-    k += head // GROUP * (k_head * UNIT)
-    v += head // GROUP * (v_head * UNIT)
+    k += head // GROUP * k_head
+    v += head // GROUP * v_head
     row = first + tl.arange(0, ROWS)
     live = row < end
-    q0, q1 = load_head(q + head * (q_head * UNIT), cos, sin, row, live, q_row, table_row, D, D0, D1, True, ACC)
+    q0, q1 = load_head(q + head * q_head, cos, sin, row, live, q_row, table_row, D, D0, D1, True, ACC)
     o0 = tl.zeros((ROWS, V0), ACC)
     o1 = tl.zeros((ROWS, V1 if V1 > 0 else 16), ACC)
     most = tl.full((ROWS,), float("-inf"), ACC)
@@ -173,12 +177,15 @@ def _hopper_kernel(
     A tile's descriptors end where its segment ends, so that what lies behind it comes as zeros. There is no early
     return, which crashes the compiler's partitioning, and no second loop, which it cannot partition.
     """
+    q_head *= UNIT
+    k_head *= UNIT
+    v_head *= UNIT
     tile = tiles + 3 * tl.program_id(0)
     first, begin, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     head = tl.program_id(1).to(tl.int64)
-    q += head * (q_head * UNIT)
-    k += head // GROUP * (k_head * UNIT)
-    v += head // GROUP * (v_head * UNIT)
+    q += head * q_head
+    k += head // GROUP * k_head
+    v += head // GROUP * v_head
     rows = tl.maximum(end, 1)  # a tile too many has none, and a descriptor must have one
     q0_tiles = _block_copies(q, rows, q_row, D, ROWS, D0)
     k0_tiles = _block_copies(k, rows, k_row, D, STEP, D0)
@@ -249,6 +256,8 @@ def launch_forward(
     With ``rope`` q and k are turned first: on the way into the kernel if ``fused``, else by a pass of their own.
     ``hopper`` takes the kernel with tensor descriptors and warp groups of several kinds.
     """
+    if hopper and q.dtype not in (torch.bfloat16, torch.float16):  # wgmma has no float32
+        raise BackendError(f"varlen_attention: backend 'hopper' takes bfloat16 and float16, got {q.dtype}")
     out, lse = _fake_forward(q, k, v, keep)
     total, heads, columns = q.shape
     if out.numel() == 0:

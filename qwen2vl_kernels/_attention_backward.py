@@ -61,12 +61,13 @@ def _delta_kernel(
     HEADS: tl.constexpr, UNIT: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
+    grad_head *= UNIT
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)[None, :]
     mask = (row < total)[:, None] & (column < V)
     o = tl.load(out + row[:, None] * (HEADS * V) + head * V + column, mask=mask, other=0.0).to(ACC)
-    g = tl.load(grad + row[:, None] * grad_row + head * (grad_head * UNIT) + column, mask=mask, other=0.0).to(ACC)
+    g = tl.load(grad + row[:, None] * grad_row + head * grad_head + column, mask=mask, other=0.0).to(ACC)
     tl.store(delta + head * total + row, tl.sum(o * g, 1), mask=row < total)
 
 
@@ -79,14 +80,17 @@ def _key_kernel(
     CAUSAL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys: over the query heads that read it, and their rows from the segment."""
+    q_head *= UNIT
+    k_head *= UNIT
+    v_head *= UNIT
     grad_head *= UNIT
     tile = tiles + 3 * tl.program_id(0)
     first, begin, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     kv_head = tl.program_id(1).to(tl.int64)
     key = first + tl.arange(0, ROWS)
     there = key < end
-    k0, k1 = load_head(k + kv_head * (k_head * UNIT), cos, sin, key, there, k_row, table_row, D, D0, D1, True, ACC)
-    v0, v1 = load_head(v + kv_head * (v_head * UNIT), None, None, key, there, v_row, 0, V, V0, V1, True, ACC)
+    k0, k1 = load_head(k + kv_head * k_head, cos, sin, key, there, k_row, table_row, D, D0, D1, True, ACC)
+    v0, v1 = load_head(v + kv_head * v_head, None, None, key, there, v_row, 0, V, V0, V1, True, ACC)
     dk0 = tl.zeros((ROWS, D0), ACC)
     dk1 = tl.zeros((ROWS, D1 if D1 > 0 else 16), ACC)
     dv0 = tl.zeros((ROWS, V0), ACC)
@@ -96,7 +100,7 @@ def _key_kernel(
         for start in range(first if CAUSAL else begin, end, STEP):
             row = start + tl.arange(0, STEP)
             live = row < end
-            q0, q1 = load_head(q + head * (q_head * UNIT), cos, sin, row, live, q_row, table_row, D, D0, D1, True, ACC)
+            q0, q1 = load_head(q + head * q_head, cos, sin, row, live, q_row, table_row, D, D0, D1, True, ACC)
             g0, g1 = load_head(grad + head * grad_head, None, None, row, live, grad_row, 0, V, V0, V1, True, ACC)
             at = head * total + row
             s = product(k0, k1, q0, q1, D1, ACC) * scale - tl.load(lse + at, mask=live, other=0.0)[None, :]
@@ -127,6 +131,9 @@ def _query_kernel(
     CAUSAL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of queries, over the keys of its segment."""
+    q_head *= UNIT
+    k_head *= UNIT
+    v_head *= UNIT
     grad_head *= UNIT
     tile = tiles + 3 * tl.program_id(0)
     first, begin, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
@@ -134,7 +141,7 @@ def _query_kernel(
     kv_head = head // GROUP
     row = first + tl.arange(0, ROWS)
     live = row < end
-    q0, q1 = load_head(q + head * (q_head * UNIT), cos, sin, row, live, q_row, table_row, D, D0, D1, True, ACC)
+    q0, q1 = load_head(q + head * q_head, cos, sin, row, live, q_row, table_row, D, D0, D1, True, ACC)
     g0, g1 = load_head(grad + head * grad_head, None, None, row, live, grad_row, 0, V, V0, V1, True, ACC)
     at = head * total + row
     row_lse = tl.load(lse + at, mask=live, other=0.0)[:, None]
@@ -145,8 +152,8 @@ def _query_kernel(
     for start in range(begin, stop, STEP):
         key = start + tl.arange(0, STEP)
         there = key < end
-        k0, k1 = load_head(k + kv_head * (k_head * UNIT), cos, sin, key, there, k_row, table_row, D, D0, D1, True, ACC)
-        v0, v1 = load_head(v + kv_head * (v_head * UNIT), None, None, key, there, v_row, 0, V, V0, V1, True, ACC)
+        k0, k1 = load_head(k + kv_head * k_head, cos, sin, key, there, k_row, table_row, D, D0, D1, True, ACC)
+        v0, v1 = load_head(v + kv_head * v_head, None, None, key, there, v_row, 0, V, V0, V1, True, ACC)
         s = product(q0, q1, k0, k1, D1, ACC) * scale - row_lse
         seen = there[None, :] & live[:, None]
         if CAUSAL:

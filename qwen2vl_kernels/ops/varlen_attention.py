@@ -310,8 +310,6 @@ def varlen_attention(
     name = resolve("varlen_attention", q.device.type, backend, prefer)
     if name == "blocked" and tracked:
         raise ValueError("varlen_attention: backend 'blocked' has no backward; q, k and v must not require grad")
-    if name == "hopper" and q.dtype not in (torch.bfloat16, torch.float16):  # wgmma would round float32 to TF32
-        raise BackendError(f"varlen_attention: backend 'hopper' takes bfloat16 and float16, got {q.dtype}")
     if name in ("torch", "flash") and (reason := shape_reason(q, v)) is not None:
         raise BackendError(f"varlen_attention: backend {name!r} does not serve this call: {reason}")
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
