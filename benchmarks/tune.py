@@ -18,7 +18,7 @@ import torch
 
 from qwen2vl_kernels import _attention, _attention_backward, _linear, _norm, _rotary
 from qwen2vl_kernels._tiles import plan_tiles
-from qwen2vl_kernels._triton import hopper_reason, reason
+from qwen2vl_kernels._triton import reason
 from qwen2vl_kernels.ops import quick_gelu, swiglu
 
 from .timing import Clock
@@ -88,10 +88,6 @@ def subjects(tokens: int = 8192, device: str = "cuda") -> Iterable[Subject]:
         forward = lambda q=q, k=k, c=causal: _attention.launch_forward(q, k, k, plan, tokens // 8, c, 0.1)  # noqa: E731
         name = f"attention {heads}/{kv_heads}x{columns}"
         yield Subject(name, _attention, "forward_config", grid, forward)
-        hopper = lambda q=q, k=k, c=causal: _attention.launch_forward(q, k, k, plan, tokens // 8, c, 0.1, hopper=True)  # noqa: E731
-        sizes = {"rows": (64, 128), "step": (64, 128), "num_stages": (2, 3)}
-        if hopper_reason("cuda") is None:
-            yield Subject(f"{name}, hopper", _attention, "hopper_config", sizes, hopper)
         out, lse = forward()
         backward = lambda q=q, k=k, o=out, lse=lse, c=causal: _attention_backward.launch_backward(  # noqa: E731
             o, q, k, k, o, lse, cu_seqlens, c, 0.1

@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from . import _attention_backward
-from ._backend import BackendError
 from ._head import (
     blocks_of,
     load_block,
@@ -32,7 +31,7 @@ from ._head import (
 )
 from ._library import direct, register_opaque
 from ._tiles import TilePlan, plan_for
-from ._triton import Target, accumulator, architecture, describable, jit, launch, target_of, tl
+from ._triton import Target, accumulator, architecture, jit, launch, target_of, tl
 
 
 @dataclass(frozen=True)
@@ -64,12 +63,6 @@ def forward_config(dtype: torch.dtype, columns: int, max_seqlen: int, target: Ta
     if max_seqlen <= chosen.rows // 2:  # Qwen2.5-VL's windows of 64 patches: half of a whole tile would be idle
         return replace(chosen, rows=chosen.rows // 2, num_warps=chosen.num_warps // 2)
     return chosen
-
-
-def hopper_config() -> ForwardConfig:
-    """Four warps multiply and four fetch; with eight the compiler splits nothing. Steps as :func:`forward_config`'s on
-    such a GPU, so that the bits are the same. Not yet timed on any GPU."""
-    return ForwardConfig(128, 64, 4, 2)
 
 
 @jit
@@ -158,68 +151,6 @@ def _forward_kernel(
     _finish(out, lse, o0, o1, most, total_p, row, live, head, total, HEADS, V, V0, V1, ACC)
 
 
-@jit
-def _block_copies(x, end, x_row, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """A descriptor of ``(ROWS, BLOCK)`` blocks of a head's rows up to ``end``; what lies behind comes as zeros."""
-    return tl.make_tensor_descriptor(x, [end, COLUMNS], [x_row, 1], [ROWS, BLOCK])  # pyright: ignore[reportArgumentType]
-
-
-@jit(do_not_specialize=["total"])
-def _hopper_kernel(
-    q, k, v, out, lse, tiles, total, scale,
-    q_row, q_head, k_row, k_head, v_row, v_head,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
-    CAUSAL: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """:func:`_forward_kernel` with block copies (TMA) by warps of their own beside those that multiply.
-
-    A tile's descriptors end where its segment ends, so that what lies behind it comes as zeros. There is no early
-    return, which crashes the compiler's partitioning, and no second loop, which it cannot partition.
-    """
-    q_head *= UNIT
-    k_head *= UNIT
-    v_head *= UNIT
-    tile = tiles + 3 * tl.program_id(0)
-    first, begin, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
-    head = tl.program_id(1).to(tl.int64)
-    q += head * q_head
-    k += head // GROUP * k_head
-    v += head // GROUP * v_head
-    rows = tl.maximum(end, 1)  # a tile too many has none, and a descriptor must have one
-    q0_tiles = _block_copies(q, rows, q_row, D, ROWS, D0)
-    k0_tiles = _block_copies(k, rows, k_row, D, STEP, D0)
-    v0_tiles = _block_copies(v, rows, v_row, V, STEP, V0)
-    q0 = q0_tiles.load([first, 0])
-    if D1 > 0:
-        q1_tiles = _block_copies(q, rows, q_row, D, ROWS, D1)
-        k1_tiles = _block_copies(k, rows, k_row, D, STEP, D1)
-        q1 = q1_tiles.load([first, D0])
-    if V1 > 0:
-        v1_tiles = _block_copies(v, rows, v_row, V, STEP, V1)
-    row = first + tl.arange(0, ROWS)
-    o0 = tl.zeros((ROWS, V0), ACC)
-    o1 = tl.zeros((ROWS, V1 if V1 > 0 else 16), ACC)
-    most = tl.full((ROWS,), float("-inf"), ACC)
-    total_p = tl.zeros((ROWS,), ACC)
-    stop = tl.minimum(end, first + ROWS) if CAUSAL else end
-    for start in tl.range(begin, stop, STEP, warp_specialize=True):  # pyright: ignore[reportGeneralTypeIssues]
-        s = tl.dot(q0, k0_tiles.load([start, 0]).T, out_dtype=ACC)
-        if D1 > 0:
-            s = tl.dot(q1, k1_tiles.load([start, D0]).T, s, out_dtype=ACC)
-        key = start + tl.arange(0, STEP)
-        seen = (key < end)[None, :]
-        if CAUSAL:
-            seen = seen & (key[None, :] <= row[:, None])
-        s = tl.where(seen, s, float("-inf"))
-        p, shrink, most, total_p = _softmax_step(s, most, total_p, scale)
-        p = p.to(v.dtype.element_ty)
-        o0 = tl.dot(p, v0_tiles.load([start, 0]), o0 * shrink[:, None], out_dtype=ACC)
-        if V1 > 0:
-            o1 = tl.dot(p, v1_tiles.load([start, V0]), o1 * shrink[:, None], out_dtype=ACC)
-    _finish(out, lse, o0, o1, most, total_p, row, row < end, head, total, HEADS, V, V0, V1, ACC)
-
-
 #: Rows up to which a segment's queries and keys are turned by rotary tables as they are loaded, each key once for every
 #: tile of queries; beyond, in one pass of their own. Estimated for Hopper, where turning a key costs a tile about 3.75
 #: cycles and the pass 10 kB of traffic a token and layer (16 heads of 80); not measured. Either way has the same bits.
@@ -248,45 +179,40 @@ def launch_forward(
     *,
     rope: tuple[torch.Tensor, torch.Tensor] | None = None,
     fused: bool = True,
-    hopper: bool = False,
     keep: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``(out (T, Hq, Dv), lse)``; lse is ``(Hq, T)`` in powers of two, empty unless ``keep``.
 
     With ``rope`` q and k are turned first: on the way into the kernel if ``fused``, else by a pass of their own.
-    ``hopper`` takes the kernel with tensor descriptors and warp groups of several kinds.
     """
-    if hopper and q.dtype not in (torch.bfloat16, torch.float16):  # wgmma has no float32
-        raise BackendError(f"varlen_attention: backend 'hopper' takes bfloat16 and float16, got {q.dtype}")
     out, lse = _fake_forward(q, k, v, keep)
     total, heads, columns = q.shape
     if out.numel() == 0:
         return out, lse
     zero_between(out, plan.cu_seqlens, fixed=not plan.padded)
-    cos, sin = tables(rope) if rope is not None and fused and not hopper else (None, None)
+    cos, sin = tables(rope) if rope is not None and fused else (None, None)
     if rope is not None and cos is None:
         q, k = turned_for_attention(q, k, *rope)
-    chosen = hopper_config() if hopper else forward_config(q.dtype, columns, max_seqlen, target_of(q.device))
+    chosen = forward_config(q.dtype, columns, max_seqlen, target_of(q.device))
     work = plan.tiles(chosen.rows)
     shape = blocks_of(q, v)
     strides, unit = strides_of(q, k, v)
-    if hopper:
-        _check_describable(q=q, k=k, v=v)
     launch(
-        _hopper_kernel if hopper else _forward_kernel,
+        _forward_kernel,
         (work.shape[0], heads),
         q.device,
         q,
         k,
         v,
-        *(() if hopper else (cos, sin)),
+        cos,
+        sin,
         out,
         lse if keep else None,
         work,
         total,
         softmax_scale * math.log2(math.e),
         *strides,
-        *(() if hopper else (0 if cos is None else cos.stride(0),)),
+        0 if cos is None else cos.stride(0),
         HEADS=heads,
         GROUP=heads // k.shape[1],
         UNIT=unit,
@@ -297,18 +223,8 @@ def launch_forward(
         ACC=accumulator(q.dtype),
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
-        descriptors=hopper,
     )
     return out, lse
-
-
-def _check_describable(**tensors: torch.Tensor) -> None:
-    for name, x in tensors.items():
-        if not describable(x):
-            raise ValueError(
-                f"varlen_attention: backend 'hopper' wants {name}'s address and strides to be multiples of 16 bytes, "
-                f"got strides {tuple(x.stride())} of {x.dtype}"
-            )
 
 
 def _fake_forward(q, k, v, keep=True):
@@ -317,14 +233,14 @@ def _fake_forward(q, k, v, keep=True):
     return out, torch.empty((q.shape[1], q.shape[0]) if keep else (0,), dtype=wide, device=q.device)
 
 
-def _run(q, k, v, cu_seqlens, cos, sin, max_seqlen, causal, softmax_scale, fused, hopper):
+def _run(q, k, v, cu_seqlens, cos, sin, max_seqlen, causal, softmax_scale, fused):
     plan = plan_for(cu_seqlens, q.shape[0], q.device)
     rope = None if cos is None else (cos, sin)
-    return launch_forward(q, k, v, plan, max_seqlen, causal, softmax_scale, rope=rope, fused=fused, hopper=hopper)
+    return launch_forward(q, k, v, plan, max_seqlen, causal, softmax_scale, rope=rope, fused=fused)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, cu_seqlens, cos, sin, _, ctx.causal, ctx.scale, ctx.fused, _ = inputs
+    q, k, v, cu_seqlens, cos, sin, _, ctx.causal, ctx.scale, ctx.fused = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(q, k, v, *output, cu_seqlens, cos, sin)
 
@@ -332,14 +248,13 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad, _):
     q, k, v, out, lse, cu_seqlens, cos, sin = ctx.saved_tensors
     arguments = (grad, q, k, v, out, lse, cu_seqlens, cos, sin, ctx.causal, ctx.scale, ctx.fused)
-    return *torch.ops.qwen2vl.attention_backward(*arguments), *[None] * 8
+    return *torch.ops.qwen2vl.attention_backward(*arguments), *[None] * 7
 
 
 _PACK = "Tensor cu_seqlens, Tensor? cos, Tensor? sin"
 _SETTINGS = "bool causal, float softmax_scale, bool fused"
 register_opaque(
-    f"attention_forward(Tensor q, Tensor k, Tensor v, {_PACK}, int max_seqlen, {_SETTINGS}, bool hopper)"
-    " -> (Tensor, Tensor)",
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {_PACK}, int max_seqlen, {_SETTINGS}) -> (Tensor, Tensor)",
     fake=lambda q, k, v, *_: _fake_forward(q, k, v),
     setup_context=_setup_context,
     backward=_backward,
@@ -366,14 +281,13 @@ def attention(
     *,
     tiles: TilePlan | None = None,
     rope: tuple[torch.Tensor, torch.Tensor] | None = None,
-    hopper: bool = False,
 ) -> torch.Tensor:
     """varlen_attention on these kernels."""
     fused = rope is not None and fuses_rope(max_seqlen, q.shape[2], target_of(q.device))
     if direct(q, k, v, cu_seqlens):
         plan = plan_for(cu_seqlens, q.shape[0], q.device) if tiles is None else tiles
-        settings = {"rope": rope, "fused": fused, "hopper": hopper, "keep": False}
+        settings = {"rope": rope, "fused": fused, "keep": False}
         return launch_forward(q, k, v, plan, max_seqlen, causal, softmax_scale, **settings)[0]
     cos, sin = (None, None) if rope is None else rope
-    settings = (max_seqlen, causal, softmax_scale, fused, hopper)
+    settings = (max_seqlen, causal, softmax_scale, fused)
     return torch.ops.qwen2vl.attention_forward(q, k, v, cu_seqlens, cos, sin, *settings)[0]

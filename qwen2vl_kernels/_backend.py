@@ -18,8 +18,8 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "append_kv": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
     # varlen_attention puts "blocked" first for bf16 inference, where it measured faster.
     "varlen_attention": {
-        "cpu": ("sdpa", "blocked", "eager", "triton", "hopper"),
-        "cuda": ("triton", "torch", "sdpa", "flash", "hopper", "eager"),
+        "cpu": ("sdpa", "blocked", "eager", "triton"),
+        "cuda": ("triton", "torch", "sdpa", "flash", "eager"),
     },
     "kvcache_attention": {"cpu": ("sdpa", "eager"), "cuda": ("sdpa", "eager")},
     "patch_embed": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
@@ -50,8 +50,6 @@ def unavailable(backend: str, device_type: str) -> str | None:
     """Why ``backend`` cannot run on such tensors in this process, or ``None`` when it can."""
     if backend == "triton":
         return _triton.reason(device_type)
-    if backend == "hopper":
-        return _triton.reason(device_type) or _triton.hopper_reason(device_type)
     if backend == "torch":
         return _attention_library.torch_reason()
     if backend == "flash":

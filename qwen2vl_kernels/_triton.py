@@ -49,16 +49,6 @@ def reason(device_type: str) -> str | None:
     return None
 
 
-def hopper_reason(device_type: str) -> str | None:
-    """Why kernels written for Hopper's block copies and matrix units cannot run there, or ``None``."""
-    if device_type == "cpu":
-        return None  # interpreted
-    if torch.version.hip is not None or not torch.cuda.is_available():
-        return "PyTorch sees no CUDA device"
-    major, minor = torch.cuda.get_device_capability()
-    return None if major == 9 else f"it is for GPUs of capability 9, this one has {major}.{minor}"
-
-
 def cdiv(a: int, b: int) -> int:
     """``ceil(a / b)``."""
     return -(-a // b)
@@ -87,16 +77,6 @@ def architecture(target: Target, known: Collection[int]) -> int:
         return 0
     older = [capability for capability in known if 0 < capability <= target.capability]
     return max(older, default=min(capability for capability in known if capability))
-
-
-def describable(x: torch.Tensor) -> bool:
-    """Whether a kernel may make tensor descriptors, for the hardware's block copies (TMA), on ``x``.
-
-    They want the address and all strides but the last to be multiples of 16 bytes.
-    """
-    bytes = x.element_size()
-    aligned = x.is_meta or x.data_ptr() % 16 == 0
-    return aligned and x.stride(-1) == 1 and all(stride * bytes % 16 == 0 for stride in x.stride()[:-1])
 
 
 @dataclass(frozen=True)
@@ -150,20 +130,13 @@ def launch(
     *args: Any,
     num_warps: int,
     num_stages: int = 1,
-    descriptors: int = False,
     **constexprs: Any,
 ) -> None:
-    """Run ``kernel`` on ``device``'s current stream; nothing happens when a dimension of ``grid`` is 0.
-
-    ``descriptors``: it makes tensor descriptors, which lie in memory that Triton asks its allocator for; that one is
-    PyTorch's from then on.
-    """
+    """Run ``kernel`` on ``device``'s current stream; nothing happens when a dimension of ``grid`` is 0."""
     if 0 in grid:
         return
     # Contraction to FMA is said, not left to the version's default, which changes in Triton 3.10.
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    if descriptors and _recording is None:
-        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
     if _recording is not None:
         _recording[1].append(Launch(kernel, grid, args, constexprs, options))
     elif device.type == "cuda" and device.index != torch.cuda.current_device():

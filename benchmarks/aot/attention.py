@@ -31,13 +31,6 @@ def _attention(
     launch_backward(q, q, k, v, out, lse, cu_seqlens, causal, columns**-0.5, cos=cos, sin=sin, fused=fused)
 
 
-def _hopper(heads: int, kv_heads: int, columns: int, dtype: torch.dtype, causal: bool) -> None:
-    q = meta(_TOKENS, heads, columns, dtype=dtype)
-    k = v = meta(_TOKENS, kv_heads, columns, dtype=dtype)
-    plan = plan_tiles(meta(65, dtype=torch.int32), _TOKENS)
-    launch_forward(q, k, v, plan, 1024, causal, columns**-0.5, hopper=True)
-
-
 def _name(kind: str, heads: int, kv_heads: int, columns: int, dtype: torch.dtype, causal: bool) -> str:
     return f"{kind} {heads}/{kv_heads}x{columns} {label(dtype)}{' causal' * causal}"
 
@@ -60,16 +53,5 @@ SPECIMENS = (
     Specimen(
         "attention, rope, windows 16/16x80 bfloat16",
         partial(_attention, 16, 16, 80, torch.bfloat16, False, turned=True, longest=64),
-    ),
-    *(
-        Specimen(
-            _name("attention, hopper", *shape),
-            partial(_hopper, *shape),
-            matrix=True,
-            targets=("sm_90",),
-            partitioned=True,
-        )
-        for shape in _SHAPES
-        if shape[3] == torch.bfloat16
     ),
 )

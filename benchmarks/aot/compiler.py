@@ -53,16 +53,12 @@ class Specimen:
         wide: least share, by bytes, of instructions on global memory that move 16 bytes a thread; 0 where the layout
             forbids them.
         matrix: whether every kernel of it must use the matrix units.
-        targets: those that it is for; all by default.
-        partitioned: whether the compiler must have split the program's warps by their work.
     """
 
     name: str
     run: Callable[[], object]
     wide: float = 0.0
     matrix: bool = False
-    targets: tuple[str, ...] = ()
-    partitioned: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,8 +92,6 @@ def compile_for(specimen: Specimen, target: str) -> Iterator[Report]:
         raise RuntimeError(missing)
     if _triton.INTERPRETED:
         raise RuntimeError("kernels are interpreted in this process; unset TRITON_INTERPRET to compile them")
-    if specimen.targets and target not in specimen.targets:
-        return
     chosen, arch, warp, shared_limit = TARGETS[target]
     with record(chosen) as launches, torch.no_grad():
         specimen.run()
@@ -172,8 +166,6 @@ def _read(specimen: Specimen, launch: Launch, target: str, compiled: Any, shared
         failures.append(f"{wide:.0%} of the bytes in 16-byte accesses, {specimen.wide:.0%} wanted: {dict(widths)}")
     if specimen.matrix and not matrix:
         failures.append("no instruction on the matrix units")
-    if specimen.partitioned and "ttg.warp_specialize" not in compiled.asm["ttgir"]:
-        failures.append("all warps do the same work")
     name = launch.kernel.__name__.strip("_")
     return Report(specimen.name, name, target, registers, spilled, shared, wide, matrix, products, tuple(failures))
 

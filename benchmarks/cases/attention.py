@@ -24,7 +24,7 @@ from ._ops import DTYPE, keep_for_another_backward, made, random
 
 #: FlexAttention compiles for half a minute a pack, so it is there for some.
 _FLEX = ("16 of 1024", "4 of 4096", "9 photos", "causal 4096+2048+1333+715")
-_BACKENDS = {"cuda": ("triton", "hopper", "sdpa"), "cpu": ("sdpa", "blocked")}
+_BACKENDS = {"cuda": ("triton", "sdpa"), "cpu": ("sdpa", "blocked")}
 
 
 def workloads(context: Context) -> Iterator[Workload]:
@@ -70,9 +70,8 @@ def _both(context: Context, pack: Pack) -> Iterator[Workload]:
     ):
         contenders: list[Provider] = []
         for backend in _BACKENDS[context.device.type]:
-            if suffix and backend in ("blocked", "hopper"):
-                reason = "it has no backward" if backend == "blocked" else "its backward is triton's"
-                contenders.append(Provider(backend, skipped=reason))
+            if suffix and backend == "blocked":
+                contenders.append(Provider(backend, skipped="it has no backward"))
             else:
                 contenders.append(made(backend, partial(prepare, ours(backend)), peer=False))
         contenders += [_peer(provider, prepare, make, module) for provider, (module, make) in peers.items()]

@@ -19,8 +19,6 @@ The Triton kernels are in ``_attention`` and ``_attention_backward``, others' in
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 
@@ -167,7 +165,6 @@ _BACKENDS = {
     "torch": torch_varlen,
     "flash": flash_varlen,
     "triton": attention,
-    "hopper": partial(attention, hopper=True),
 }
 
 
@@ -268,8 +265,6 @@ def varlen_attention(
 
             - ``"triton"``: reads nothing on the host, can be captured in a CUDA graph; deterministic, and a segment's
               result does not depend on what it is packed with. Chosen for 16-bit tensors on a GPU.
-            - ``"hopper"``: the same with block copies by tensor descriptors and warp specialisation in the forward, for
-              16-bit tensors on GPUs of capability 9; not chosen by itself, as no GPU has measured it yet.
             - ``"flash"``: flash-attn 4, 3 or 2, the newest installed; ``"torch"``: PyTorch's own FlashAttention 2.
             - ``"sdpa"``: PyTorch's fused attention, once a segment, or once for all when they are equally long.
             - ``"blocked"``: CPU, no backward: blocked matrix products for segments of 256 rows or more, ``"sdpa"`` for
@@ -313,7 +308,7 @@ def varlen_attention(
     if name in ("torch", "flash") and (reason := shape_reason(q, v)) is not None:
         raise BackendError(f"varlen_attention: backend {name!r} does not serve this call: {reason}")
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    if name in ("triton", "hopper"):  # an op of its own, which keeps what its backward needs
+    if name == "triton":  # an op of its own, which keeps what its backward needs
         return _BACKENDS[name](q, k, v, cu_seqlens, max_seqlen, causal, scale, tiles=tiles, rope=rope)
     if rope is not None:
         q, k = _turn(q, k, rope, name)

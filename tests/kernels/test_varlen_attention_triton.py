@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen2vl_kernels import BackendError, _attention, plan_tiles, varlen_attention
+from qwen2vl_kernels import _attention, plan_tiles, varlen_attention
 from qwen2vl_kernels._attention import forward_config, launch_forward
 from qwen2vl_kernels._attention_backward import launch_backward
 from qwen2vl_kernels._backend import unavailable
@@ -230,7 +230,7 @@ def test_strided_gradients_of_the_output():
 def test_opcheck():
     q, k, v, cu, _ = _pack([5, 3], columns=16)
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    arguments = (*leaves, cu.to(DEVICE), None, None, 5, True, 0.25, True, False)
+    arguments = (*leaves, cu.to(DEVICE), None, None, 5, True, 0.25, True)
     torch.library.opcheck(torch.ops.qwen2vl.attention_forward.default, arguments)
 
 
@@ -286,30 +286,6 @@ def test_rope_by_every_backend_is_the_same_turn():
     ):
         with pytest.raises(ValueError, match=message):
             varlen_attention(q, k, v, cu, longest, rope=rope)
-
-
-@pytest.mark.skipif(unavailable("hopper", DEVICE) is not None, reason=f"hopper: {unavailable('hopper', DEVICE)}")
-@pytest.mark.parametrize(("columns", "causal"), [(64, True), (72, False), (80, True), (128, True)])
-def test_the_hopper_kernel_gives_the_bits_of_the_other(columns, causal):
-    q, k, v, cu, longest = _pack([130, 7, 64], 4, 2, columns, dtype=torch.bfloat16, tail=70)
-    for tables in (None, _angles(q.shape[0], columns // 2)):
-        run = lambda backend, t=tables: varlen_attention(  # noqa: E731
-            q, k, v, cu, longest, causal=causal, rope=t, backend=backend
-        )
-        want = run("triton")
-        assert torch.equal(run("hopper"), want) and want.isfinite().all()
-
-
-def test_the_hopper_kernel_refuses_strides_that_no_descriptor_has():
-    if (reason := unavailable("hopper", DEVICE)) is not None:
-        pytest.skip(f"hopper: {reason}")
-    q = torch.randn(9, 2, 80, device=DEVICE).bfloat16()
-    k = torch.randn(9, 2, 81, device=DEVICE).bfloat16()[..., :80]
-    cu = torch.tensor([0, 9], dtype=torch.int32)
-    with pytest.raises(ValueError, match=r"'hopper' wants k's address and strides to be multiples of 16 bytes, got"):
-        varlen_attention(q, k, k, cu, 9, backend="hopper")
-    with pytest.raises(BackendError, match=r"'hopper' takes bfloat16 and float16, got torch.float32"):
-        varlen_attention(q.float(), q.float(), q.float(), cu, 9, backend="hopper")
 
 
 def test_gradcheck_of_the_turned_form():
