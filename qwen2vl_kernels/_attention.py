@@ -48,7 +48,7 @@ _CONFIGS: dict[int, tuple[tuple[int, ForwardConfig], ...]] = {
     80: ((96, ForwardConfig(128, 64, 8, 2)), (256, ForwardConfig(128, 32, 8, 2))),
     86: ((96, ForwardConfig(128, 64, 8, 2)), (256, ForwardConfig(128, 32, 8, 2))),
     90: ((96, ForwardConfig(128, 64, 8, 2)), (256, ForwardConfig(128, 64, 8, 2))),
-    100: ((96, ForwardConfig(128, 64, 8, 2)), (256, ForwardConfig(128, 64, 8, 2))),
+    100: ((80, ForwardConfig(128, 64, 8, 2)), (96, ForwardConfig(128, 64, 8, 3)), (256, ForwardConfig(128, 64, 8, 2))),
     120: ((96, ForwardConfig(128, 64, 8, 2)), (256, ForwardConfig(128, 32, 8, 2))),
     0: ((96, ForwardConfig(128, 64, 4, 2)), (256, ForwardConfig(128, 64, 4, 2))),
 }
@@ -76,27 +76,28 @@ def _softmax_step(s, most, total_p, scale):
 
 @jit
 def _attend(
-    q0, q1, k, v, cos, sin, row, start, end, o0, o1, most, total_p, scale, k_row, v_row, table_row,
+    q0, q1, k, v, cos, sin, row, start, whole, end, o0, o1, most, total_p, scale, k_row, v_row, table_row,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    STEP: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, ACC: tl.constexpr,
+    STEP: tl.constexpr, CAUSAL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The queries' sums with STEP more keys; ``MASKED`` where some of them may be unseen by some row."""
+    """The queries' sums with STEP more keys, of which all rows see those before ``whole``."""
     key = start + tl.arange(0, STEP)
     there = key < end
-    k0, k1 = load_head(k, cos, sin, key, there, k_row, table_row, D, D0, D1, MASKED, ACC)
+    k0, k1 = load_head(k, cos, sin, key, there, k_row, table_row, D, D0, D1, True, ACC)
     s = product(q0, q1, k0, k1, D1, ACC)  # (ROWS, STEP)
-    if MASKED:
-        seen = there[None, :]
+    if start >= whole:
+        seen = end - start
         if CAUSAL:
-            seen = seen & (key[None, :] <= row[:, None])
-        s = tl.where(seen, s, float("-inf"))
+            seen = tl.minimum(seen, row - start + 1)[:, None]
+        # Not arange < seen: the compiler would keep every column's number in a register through the loop.
+        s = tl.where(seen - tl.arange(0, STEP)[None, :] > 0, s, float("-inf"))
     p, shrink, most, total_p = _softmax_step(s, most, total_p, scale)
     p = p.to(v.dtype.element_ty)
     # One block of v at a time: both together cost registers that some targets do not have.
-    v0 = load_block(v, key, there, v_row, 0, V0, V, MASKED)
+    v0 = load_block(v, key, there, v_row, 0, V0, V, True)
     o0 = tl.dot(p, v0, o0 * shrink[:, None], input_precision="ieee", out_dtype=ACC)
     if V1 > 0:
-        v1 = load_block(v, key, there, v_row, V0, V1, V, MASKED)
+        v1 = load_block(v, key, there, v_row, V0, V1, V, True)
         o1 = tl.dot(p, v1, o1 * shrink[:, None], input_precision="ieee", out_dtype=ACC)
     return o0, o1, most, total_p
 
@@ -138,15 +139,10 @@ def _forward_kernel(
     total_p = tl.zeros((ROWS,), ACC)
     stop = tl.minimum(end, first + ROWS) if CAUSAL else end
     whole = begin + ((first if CAUSAL else end) - begin) // STEP * STEP
-    for start in range(begin, whole, STEP):
+    for start in range(begin, stop, STEP):
         o0, o1, most, total_p = _attend(
-            q0, q1, k, v, cos, sin, row, start, end, o0, o1, most, total_p, scale, k_row, v_row, table_row,
-            D, D0, D1, V, V0, V1, STEP, False, CAUSAL, ACC,
-        )  # fmt: skip
-    for start in tl.range(whole, stop, STEP, num_stages=1):  # pyright: ignore[reportGeneralTypeIssues]
-        o0, o1, most, total_p = _attend(
-            q0, q1, k, v, cos, sin, row, start, end, o0, o1, most, total_p, scale, k_row, v_row, table_row,
-            D, D0, D1, V, V0, V1, STEP, True, CAUSAL, ACC,
+            q0, q1, k, v, cos, sin, row, start, whole, end, o0, o1, most, total_p, scale, k_row, v_row, table_row,
+            D, D0, D1, V, V0, V1, STEP, CAUSAL, ACC,
         )  # fmt: skip
     _finish(out, lse, o0, o1, most, total_p, row, live, head, total, HEADS, V, V0, V1, ACC)
 

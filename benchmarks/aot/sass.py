@@ -1,0 +1,198 @@
+"""Registers that some path through a kernel's machine code reads before anything has written them.
+
+A compiler that forgets a write makes a kernel that is wrong only where that path is taken, and no interpreter sees it:
+ptxas 12.8.93 (Triton 3.6) multiplied by shared-memory descriptors out of uniform registers that nothing had written.
+``nvdisasm -plr`` says what every instruction reads and writes, of general, predicate, uniform and uniform predicate
+registers; the paths are followed here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+#: A register: its file as nvdisasm calls it, and its number.
+Register = tuple[str, int]
+
+_PREFIX = {"GPR": "R", "PRED": "P", "UGPR": "UR", "UPRED": "UP"}
+_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);\s*$")
+_LABEL = re.compile(r"^([\w.$]+):\s*$")
+_TARGET = re.compile(r"`\(([\w.$]+)\)")
+
+
+@dataclass
+class _Instruction:
+    place: int
+    text: str
+    reads: frozenset[Register]
+    writes: frozenset[Register]
+    next: list[int] = field(default_factory=list)  # indices of those that may follow
+    call: int | None = None  # of a subroutine's first instruction
+
+
+@dataclass(frozen=True)
+class EarlyRead:
+    """``register`` (as the disassembly names it) is read at ``place``, bytes from the kernel's start, by ``text``."""
+
+    register: str
+    place: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"reads {self.register} before anything writes it: {self.text} at {self.place:#x}"
+
+
+def early_reads(listing: str) -> list[EarlyRead]:
+    """The reads that some path reaches before a write, of ``nvdisasm -c -plr -lrm narrow``'s output.
+
+    A write under a predicate counts as a write: that its readers stand under the same one is not followed. Raises
+    ``ValueError`` for text without instructions or without the columns of registers.
+    """
+    found: list[EarlyRead] = []
+    sections = re.split(r"(?m)^(?=\s*\.section\s+\.text)", listing)[1:]
+    for section in sections:
+        code, labels = _parse(section)
+        _connect(code, labels)
+        found += _follow(code)
+    if not sections:
+        raise ValueError("the disassembly has no .text section")
+    return found
+
+
+def _parse(section: str) -> tuple[list[_Instruction], dict[str, int]]:
+    """The instructions of a section in order, and the index of the one that each label stands before."""
+    code: list[_Instruction] = []
+    labels: dict[str, int] = {}
+    columns: dict[int, Register] = {}
+    rows: list[str] = []  # of the heading
+    for line in section.splitlines():
+        text, bar, cells = (re.split(r"// ([|+])", line, maxsplit=1) + ["", ""])[:3]
+        if bar == "|" and not columns:
+            if text.strip():
+                columns = _columns(rows)
+            else:
+                rows.append(cells)
+        if (label := _LABEL.match(text.rstrip())) is not None:
+            labels[label[1]] = len(code)
+        elif (found := _INSTRUCTION.match(text)) is not None:
+            marks = [(columns[n], mark) for n, mark in enumerate(cells) if mark in "^vx" and n in columns]
+            reads = frozenset(register for register, mark in marks if mark in "vx")
+            writes = frozenset(register for register, mark in marks if mark in "^x")
+            words = found[2].strip().replace(".reuse", "")
+            code.append(_Instruction(int(found[1], 16), words, reads - _unread(words), writes))
+    if not code or not columns:
+        raise ValueError("the disassembly has no instructions with columns of registers: was it made with -plr?")
+    return code, labels
+
+
+def _columns(rows: list[str]) -> dict[int, Register]:
+    """Position in a line -> register, from the heading: files between bars, then numbers written downwards."""
+    names = next(row for row in rows if "GPR" in row)
+    digits = rows[rows.index(names) + 1 :]
+    found = {}
+    begin = 0
+    for part in names.split("|"):
+        for place in range(begin, begin + len(part)):
+            number = "".join(row[place] for row in digits if place < len(row)).strip()
+            if number.isdigit():
+                found[place] = (part.strip(), int(number))
+        begin += len(part) + 1
+    return found
+
+
+def _unread(text: str) -> frozenset[Register]:
+    """What nvdisasm counts as read and the hardware does not look at."""
+    # With A in registers a product has one descriptor, and it stands in the last two of the four uniform registers.
+    if (found := re.search(r"\b\w?GMMA\.\S+ R\d+, R\d+, gdesc\[UR(\d+)\]", text)) is not None:
+        first = int(found[1])
+        return frozenset({("UGPR", first), ("UGPR", first + 1)})
+    # The way in which ptxas moves a word's upper half down: what it keeps of the target is shifted out afterwards.
+    if (found := re.search(r"\bPRMT R(\d+), R\d+, 0x7632, R\1$", text)) is not None:
+        return frozenset({("GPR", int(found[1]))})
+    # And the one in which it keeps predicates that it has too few registers for: one bit of a word is made 0.
+    if (found := re.search(r"\bLOP3\.LUT R(\d+), R\1, (0x[0-9a-f]+), RZ, 0xc0, !PT$", text)) is not None:
+        if (int(found[2], 16) ^ 0xFFFFFFFF).bit_count() == 1:
+            return frozenset({("GPR", int(found[1]))})
+    return frozenset()
+
+
+def _connect(code: list[_Instruction], labels: dict[str, int]) -> None:
+    """Fill in which instructions may follow each."""
+    joins: dict[str, list[int]] = defaultdict(list)  # convergence barrier -> where those who wait at it go on
+    for instruction in code:
+        if (found := re.search(r"\bBSSY(?:\.\w+)* (B\d+), `\(([\w.$]+)\)", instruction.text)) is not None:
+            joins[found[1]].append(labels[found[2]])
+    for n, instruction in enumerate(code):
+        words = instruction.text.split()
+        guarded = words[0].startswith("@") and words[0] not in ("@PT", "@UPT")
+        name = words[1] if words[0].startswith("@") else words[0]
+        kind = name.partition(".")[0]
+        target = found[1] if (found := _TARGET.search(instruction.text)) is not None else None
+        after = [n + 1] if n + 1 < len(code) else []
+        if kind in ("BRA", "JMP"):
+            if target is None or target not in labels:
+                raise ValueError(f"a jump to an unknown place: {instruction.text}")
+            # A second predicate stands among the operands, and some forms ask the warp: BRA.U UP0, BRA.DIV UR4.
+            surely = not guarded and instruction.text.split("`")[0].split()[-1] == name
+            instruction.next = [labels[target], *([] if surely else after)]
+        elif kind == "CALL":
+            if target is None or target not in labels:
+                raise ValueError(f"a call of an unknown place: {instruction.text}")
+            instruction.call, instruction.next = labels[target], after
+        elif kind in ("EXIT", "RET", "KILL"):
+            instruction.next = after if guarded else []
+        elif kind == "BSYNC":
+            instruction.next = [*joins[words[words.index(name) + 1]], *(after if guarded else [])]
+        elif kind in ("BRX", "JMX", "BRXU", "JMXU"):
+            raise ValueError(f"a jump by a register, whose targets are not known here: {instruction.text}")
+        else:
+            instruction.next = after
+
+
+def _subroutine(code: list[_Instruction], first: int) -> Iterator[int]:
+    """The instructions that a subroutine may run."""
+    seen, waiting = {first}, [first]
+    while waiting:
+        n = waiting.pop()
+        yield n
+        for following in code[n].next:
+            if following not in seen:
+                seen.add(following)
+                waiting.append(following)
+
+
+def _follow(code: list[_Instruction]) -> list[EarlyRead]:
+    """What is surely written before each instruction, by the meet over all paths, and what is read without being."""
+    written_by_calls = {
+        first: frozenset().union(*(code[n].writes for n in _subroutine(code, first)))
+        for first in {instruction.call for instruction in code if instruction.call is not None}
+    }
+    before: list[frozenset[Register] | None] = [None] * len(code)
+    before[0] = frozenset()
+    waiting = [0]
+
+    def reach(n: int, written: frozenset[Register]) -> None:
+        known = before[n]
+        met = written if known is None else known & written
+        if met != known:
+            before[n] = met
+            waiting.append(n)
+
+    while waiting:
+        n = waiting.pop()
+        instruction, known = code[n], before[n]
+        assert known is not None
+        written = known | instruction.writes
+        if instruction.call is not None:
+            reach(instruction.call, written)
+            written |= written_by_calls[instruction.call]
+        for following in instruction.next:
+            reach(following, written)
+    return [
+        EarlyRead(f"{_PREFIX[file]}{number}", instruction.place, instruction.text)
+        for instruction, written in zip(code, before, strict=True)
+        if written is not None
+        for file, number in sorted(instruction.reads - written)
+    ]
