@@ -19,13 +19,17 @@ CASES ?= $(shell $(PYTHON) -m benchmarks list | cut -d' ' -f1)
 GPU_TESTS = $(shell grep -rl --include='test_*.py' 'mark\.gpu' tests)
 DEVICE_TESTS = $(shell grep -l 'import .*DEVICE' tests/kernels/test_*.py)
 
-.PHONY: help install demo check test lint format fuzz gpu gpu-tests device-tests gpu-sanitize hub test-stacks clean
+# The versions of Triton that PyTorch's builds for CUDA bring: 2.10 and 2.11, 2.12, 2.13, 2.14.
+TRITONS := 3.6.0 3.7.0 3.7.1 3.8.0
+
+.PHONY: help install demo check test aot lint format fuzz gpu gpu-tests device-tests gpu-sanitize hub test-stacks clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    the small trained model reads, compares, points, follows videos and plays, beside the truth"
 	@echo "make check   a checkpoint with random weights here and in transformers: logits and greedy tokens compared"
 	@echo "make test    the test suite"
+	@echo "make aot     every Triton kernel compiled for every GPU with every compiler that PyTorch brings, and its gates"
 	@echo "make lint    ruff, pyright, clang-format;  make format  rewrites what they can"
 	@echo "make fuzz    the C++ of the CPU on random input, under the address and undefined behaviour sanitizers"
 	@echo "make gpu     on a machine with a GPU: build in place, test, benchmark, with its own python3, no network"
@@ -53,8 +57,17 @@ demo: .venv/install.stamp
 check: .venv/install.stamp
 	@$(RUN) -m qwen2vl.demo --check
 
+# Another version of Triton beside that of .venv, for its compiler: most people's GPU runs what that one makes.
+build/triton/%: .venv/torch.stamp
+	@echo "installing Triton $*, for its compiler ..."
+	@rm -rf $@.part && $(PIP) install --quiet --no-deps --target $@.part triton==$* && mv $@.part $@
+
+aot: .venv/install.stamp $(addprefix build/triton/,$(TRITONS))
+	$(RUN) -m benchmarks aot --failures
+	$(RUN) -m benchmarks aot --failures $(addprefix --triton ,$(TRITONS))
+
 # One worker a core and one thread a worker: threads of several workers would spin against each other.
-test: .venv/install.stamp
+test: .venv/install.stamp | build/triton/3.6.0
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto $(PYTEST_ARGS)
 
 lint: .venv/install.stamp

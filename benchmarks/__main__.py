@@ -97,19 +97,30 @@ def report_(
 def aot(
     names: Annotated[list[str] | None, typer.Argument(metavar="[GROUP]...", help="Default: every group.")] = None,
     targets: Annotated[list[str] | None, typer.Option("--target", help="Default: every target.")] = None,
+    tritons: Annotated[
+        list[str] | None,
+        typer.Option("--triton", help="Version installed in build/triton; default: the one that Python imports."),
+    ] = None,
     failures_only: Annotated[bool, typer.Option("--failures", help="Print only what fails a gate.")] = False,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes that compile; default one a core.")] = None,
+    out: Annotated[Path | None, typer.Option("--json", help="Write what was found there, too.")] = None,
 ) -> None:
-    """Compile every Triton kernel without a GPU and check spills, shared memory, vector width and matrix units.
+    """Compile every Triton kernel without a GPU and check what it became.
 
-    A gate that fails makes the exit status 1.
+    Nothing may be spilled, no register read that some path has not written, shared memory must fit, global memory be
+    accessed in wide words and the matrix units used. A gate that fails makes the exit status 1.
     """
     from . import aot as ahead
 
     try:
-        reports = ahead.compile_all(names, targets, jobs)
+        if tritons:
+            reports = [r for version in tritons for r in ahead.compile_with(version, names, targets, jobs)]
+        else:
+            reports = ahead.compile_all(names, targets, jobs)
     except (ValueError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from error
+    if out is not None:
+        ahead.write(reports, out)
     failed = [r for r in reports if r.failures]
     ahead.show(failed if failures_only else reports, Console(width=None if sys.stdout.isatty() else 200))
     print(f"{len(reports)} kernels compiled, {len(failed)} fail a gate")

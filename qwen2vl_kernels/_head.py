@@ -13,7 +13,7 @@ import math
 
 import torch
 
-from ._rotary import Angles, launch_rotation
+from ._rotary import Angles, launch_rotation, turn
 from ._triton import jit, next_power_of_2, tl
 
 
@@ -114,9 +114,8 @@ def _turned_block(
     b = load_block(x + PAIRS, row, live, x_row, PAIR, BLOCK // 2, PAIRS, MASKED).to(ACC)
     c = load_block(cos, row, live, table_row, PAIR, BLOCK // 2, PAIRS, MASKED).to(ACC)
     s = load_block(sin, row, live, table_row, PAIR, BLOCK // 2, PAIRS, MASKED).to(ACC)
-    dtype = x.dtype.element_ty
-    turned = tl.join((a * c - b * s).to(dtype), (b * c + a * s).to(dtype))
-    return tl.reshape(turned, (row.shape[0], BLOCK))
+    first, second = turn(a, b, c, s, x.dtype.element_ty)
+    return tl.reshape(tl.join(first, second), (row.shape[0], BLOCK))
 
 
 @jit
@@ -128,8 +127,9 @@ def _store_turned_block(
     a, b = tl.split(tl.reshape(value, (row.shape[0], BLOCK // 2, 2)))
     c = load_block(cos, row, live, table_row, PAIR, BLOCK // 2, PAIRS, True).to(ACC)
     s = load_block(sin, row, live, table_row, PAIR, BLOCK // 2, PAIRS, True).to(ACC)
-    store_block(x, a * c + b * s, row, live, x_row, PAIR, BLOCK // 2, PAIRS)
-    store_block(x + PAIRS, b * c - a * s, row, live, x_row, PAIR, BLOCK // 2, PAIRS)
+    first, second = turn(a, b, c, -s, x.dtype.element_ty)
+    store_block(x, first, row, live, x_row, PAIR, BLOCK // 2, PAIRS)
+    store_block(x + PAIRS, second, row, live, x_row, PAIR, BLOCK // 2, PAIRS)
 
 
 @jit

@@ -155,6 +155,16 @@ def cos_sin(
 
 
 @jit
+def turn(a, b, c, s, dtype: tl.constexpr):
+    """The pair (a, b) turned by the angle of cosine c and sine s.
+
+    Which of two products keeps its low bits in a multiply-add is said here: left to the compiler, the kernels that turn
+    would choose differently, and their bits would differ.
+    """
+    return tl.fma(a, c, -(b * s)).to(dtype), tl.fma(b, c, a * s).to(dtype)
+
+
+@jit
 def turn_heads(
     x, out, from_row, to_row, live, c, s, first, x_head, out_head,
     HEADS: tl.constexpr, COUNT: tl.constexpr, PAIRS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
@@ -178,8 +188,7 @@ def turn_heads(
         else:
             a = tl.load(at + column, mask=mask, other=0.0).to(c.dtype)
             b = tl.load(at + PAIRS + column, mask=mask, other=0.0).to(c.dtype)
-        first_turned = (a * c - b * s).to(out.dtype.element_ty)
-        second_turned = (b * c + a * s).to(out.dtype.element_ty)
+        first_turned, second_turned = turn(a, b, c, s, out.dtype.element_ty)
         if TO_SIDE:
             turned = tl.join(first_turned, second_turned)
             tl.store(to + wide, tl.reshape(turned, (turned.shape[0], 2 * BLOCK)), mask=both)

@@ -6,15 +6,21 @@ A file here that holds ``SPECIMENS``, a tuple of :class:`compiler.Specimen`, is 
 from __future__ import annotations
 
 import importlib
+import json
 import multiprocessing
 import os
 import pkgutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from .compiler import TARGETS, Report, Specimen, compile_for
+from .compiler import TARGETS, TRITONS, Report, Specimen, compile_for
 
 
 def groups() -> dict[str, tuple[Specimen, ...]]:
@@ -49,6 +55,39 @@ def compile_all(
         return [report for part in pool.map(_compile, work, chunksize=1) for report in part]
 
 
+def compile_with(
+    version: str, names: Sequence[str] | None = None, targets: Sequence[str] | None = None, jobs: int | None = None
+) -> list[Report]:
+    """:func:`compile_all` in a process of its own with another Triton, which ``make build/triton/VERSION`` installs.
+
+    Raises ``ValueError`` where that version is not there, and ``RuntimeError`` with what the process said if it failed.
+    """
+    folder = TRITONS / version
+    if not (folder / "triton").is_dir():
+        raise ValueError(f"Triton {version} is not installed in build/triton: make build/triton/{version} does it")
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place) / "reports.json"
+        command = [sys.executable, "-m", "benchmarks", "aot", *(names or ()), "--json", str(out)]
+        command += [word for target in targets or () for word in ("--target", target)]
+        command += ["--jobs", str(jobs)] if jobs else []
+        path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+        if not out.is_file():
+            raise RuntimeError(f"Triton {version}: {done.stderr.strip()}")
+        reports = read(out)
+    if wrong := {r.triton for r in reports} - {version}:
+        raise RuntimeError(f"Triton {', '.join(wrong)} was imported where {version} was wanted")
+    return reports
+
+
+def write(reports: Sequence[Report], path: Path) -> None:
+    path.write_text(json.dumps([asdict(report) for report in reports]))
+
+
+def read(path: Path) -> list[Report]:
+    return [Report(**{**found, "failures": tuple(found["failures"])}) for found in json.loads(path.read_text())]
+
+
 def _compile(work: tuple[str, int, str]) -> list[Report]:
     group, place, target = work
     return list(compile_for(groups()[group][place], target))
@@ -57,7 +96,7 @@ def _compile(work: tuple[str, int, str]) -> list[Report]:
 def show(reports: Sequence[Report], console: Console) -> None:
     """A table with one row for each kernel and target."""
     table = Table(title="Ahead-of-time compilation")
-    for heading in ("call", "kernel", "target"):
+    for heading in ("call", "kernel", "target", "Triton"):
         table.add_column(heading)
     for heading in ("registers", "spilled", "shared", "16-byte", "matrix"):
         table.add_column(heading, justify="right")
@@ -68,6 +107,6 @@ def show(reports: Sequence[Report], console: Console) -> None:
             table.add_section()
         call, previous = (r.specimen if r.specimen != previous else ""), r.specimen
         wide = f"{r.wide:.0%}" if r.wide is not None else "-"
-        row = (call, r.kernel, r.target, str(r.registers), str(r.spilled), str(r.shared), wide, str(r.matrix))
+        row = (call, r.kernel, r.target, r.triton, str(r.registers), str(r.spilled), str(r.shared), wide, str(r.matrix))
         table.add_row(*row, "; ".join(r.failures), style="red" if r.failures else None)
     console.print(table)

@@ -37,6 +37,7 @@ def _name(kind: str, heads: int, kv_heads: int, columns: int, dtype: torch.dtype
 
 _SHAPES = (
     (16, 16, 80, torch.bfloat16, False),
+    (16, 16, 80, torch.bfloat16, True),
     (16, 16, 80, torch.float16, False),
     (16, 16, 72, torch.bfloat16, False),
     (16, 16, 64, torch.bfloat16, False),

@@ -7,12 +7,16 @@ specialised as Triton's JIT does (divisibility by 16, the value 1) and compiled 
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,8 @@ import torch
 
 from qwen2vl_kernels import _triton
 from qwen2vl_kernels._triton import Launch, Target, record
+
+from . import sass
 
 #: name -> what configurations are chosen for, architecture as Triton's compiler takes it, threads of a warp, bytes of
 #: shared memory that one program may have.
@@ -30,6 +36,9 @@ TARGETS: dict[str, tuple[Target, Any, int, int]] = {
     "sm_120": (Target("cuda", 120), 120, 32, 99 << 10),
     "gfx942": (Target("hip", 0), "gfx942", 64, 64 << 10),
 }
+
+#: Where other versions of Triton are installed, each in a folder of its name (``make`` does it).
+TRITONS = Path(__file__).resolve().parents[2] / "build" / "triton"
 
 _POINTERS = {
     torch.float16: "fp16",
@@ -68,6 +77,7 @@ class Report:
     specimen: str
     kernel: str
     target: str
+    triton: str  # version of the compiler
     registers: int
     spilled: int
     shared: int
@@ -75,6 +85,19 @@ class Report:
     matrix: int  # instructions on the matrix units
     products: int  # multiply-adds of these in the program's text, all warps together; 0 where SASS does not tell
     failures: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Code:
+    """What was read from the machine code of one kernel: all that the gates look at."""
+
+    registers: int
+    spilled: int
+    shared: int
+    widths: dict[int, int]  # bytes a thread moves to or from global memory -> instructions
+    matrix: int
+    products: int
+    early: tuple[str, ...]  # reads of registers that nothing has written
 
 
 def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -103,7 +126,7 @@ def compile_for(specimen: Specimen, target: str) -> Iterator[Report]:
         if key in seen:
             continue
         seen.add(key)
-        yield _read(specimen, launch, target, _compile(source, launch, chosen.backend, arch, warp), shared_limit)
+        yield _judge(specimen, launch, target, _code(source, key, launch, chosen.backend, arch, warp), shared_limit)
 
 
 def _source(launch: Launch) -> tuple[Any, object]:
@@ -144,6 +167,32 @@ def _kind(value: object) -> str:
     raise TypeError(f"no kernel takes {type(value).__name__}")
 
 
+def _code(source: Any, key: object, launch: Launch, backend: str, arch: Any, warp: int) -> _Code:
+    """The kernel's code, from the cache of what neither the kernel nor compiler nor reader has changed."""
+    import triton
+
+    known = (triton.__version__, _readers(), source.hash(), key, backend, arch, os.environ.get("TRITON_PTXAS_PATH"))
+    folder = Path(triton.knobs.cache.dir) / "qwen2vl-aot"
+    path = folder / f"{hashlib.sha256(str(known).encode()).hexdigest()}.json"
+    if path.is_file():
+        found = json.loads(path.read_text())
+        widths = {int(width): count for width, count in found["widths"].items()}
+        return _Code(**{**found, "widths": widths, "early": tuple(found["early"])})
+    compiled = _compile(source, launch, backend, arch, warp)
+    code = (_read_gcn if "amdgcn" in compiled.asm else _read_sass)(compiled, launch.options["num_warps"])
+    folder.mkdir(parents=True, exist_ok=True)
+    written = path.with_suffix(f".{os.getpid()}")
+    written.write_text(json.dumps(asdict(code)))
+    written.replace(path)
+    return code
+
+
+@cache
+def _readers() -> str:
+    """What the readers of machine code are: another text of them may read something else."""
+    return hashlib.sha256(b"".join(Path(module).read_bytes() for module in (__file__, sass.__file__))).hexdigest()
+
+
 def _compile(source: Any, launch: Launch, backend: str, arch: Any, warp: int) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -151,28 +200,37 @@ def _compile(source: Any, launch: Launch, backend: str, arch: Any, warp: int) ->
     return triton.compile(source, target=GPUTarget(backend, arch, warp), options=dict(launch.options))
 
 
-def _read(specimen: Specimen, launch: Launch, target: str, compiled: Any, shared_limit: int) -> Report:
-    read = _read_gcn if "amdgcn" in compiled.asm else _read_sass
-    registers, spilled, widths, matrix, products = read(compiled, launch.options["num_warps"])
-    shared = compiled.metadata.shared
-    moved = sum(width * count for width, count in widths.items())
-    wide = sum(width * count for width, count in widths.items() if width >= 16) / moved if moved else None
-    failures = []
-    if spilled:
-        failures.append(f"{spilled} bytes spilled")
-    if shared > shared_limit:
-        failures.append(f"{shared} bytes of shared memory, {shared_limit} at most")
+def _judge(specimen: Specimen, launch: Launch, target: str, code: _Code, shared_limit: int) -> Report:
+    import triton
+
+    moved = sum(width * count for width, count in code.widths.items())
+    wide = sum(width * count for width, count in code.widths.items() if width >= 16) / moved if moved else None
+    failures = list(code.early)
+    if code.spilled:
+        failures.append(f"{code.spilled} bytes spilled")
+    if code.shared > shared_limit:
+        failures.append(f"{code.shared} bytes of shared memory, {shared_limit} at most")
     if wide is not None and wide < specimen.wide:
-        failures.append(f"{wide:.0%} of the bytes in 16-byte accesses, {specimen.wide:.0%} wanted: {dict(widths)}")
-    if specimen.matrix and not matrix:
+        failures.append(f"{wide:.0%} of the bytes in 16-byte accesses, {specimen.wide:.0%} wanted: {code.widths}")
+    if specimen.matrix and not code.matrix:
         failures.append("no instruction on the matrix units")
-    name = launch.kernel.__name__.strip("_")
-    return Report(specimen.name, name, target, registers, spilled, shared, wide, matrix, products, tuple(failures))
+    return Report(
+        specimen.name,
+        launch.kernel.__name__.strip("_"),
+        target,
+        triton.__version__,
+        code.registers,
+        code.spilled,
+        code.shared,
+        wide,
+        code.matrix,
+        code.products,
+        tuple(failures),
+    )
 
 
-def _read_sass(compiled: Any, warps: int) -> tuple[int, int, Counter[int], int, int]:
-    """Registers a thread, bytes of local memory, instructions on global memory by width, matrix instructions and the
-    multiply-adds that they name. ``warps``: of a program, without those that only fetch."""
+def _read_sass(compiled: Any, warps: int) -> _Code:
+    """``warps``: of a program."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -180,24 +238,55 @@ def _read_sass(compiled: Any, warps: int) -> tuple[int, int, Counter[int], int, 
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
         usage = _output(tools / "cuobjdump", "--dump-resource-usage", path)
-        sass = _output(tools / "nvdisasm", "-c", path)
+        listing = _disassembled(path)
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump does not tell the registers: {usage}")
     registers, stack, local = map(int, found.groups())
+    text = re.sub(r"// [|+].*", "", listing)
     widths: Counter[int] = Counter()
-    for modifiers in re.findall(r"\b(?:LDGSTS|LDG|STG)\b((?:\.\w+)*)", sass):
+    for modifiers in re.findall(r"\b(?:LDGSTS|LDG|STG)\b((?:\.\w+)*)", text):
         bits = re.search(r"\.(?:U8|S8|8)\b|\.(?:U16|S16|16)\b|\.(64|128|256)\b", modifiers)
         widths[4 if bits is None else int(bits[1]) // 8 if bits[1] else 1 if "8" in bits[0] else 2] += 1
-    matrix = len(re.findall(r"\b(?:HMMA|IMMA|HGMMA|QGMMA|IGMMA|UTCHMMA|UTCQMMA|OMMA|QMMA|DMMA)\b", sass))
+    matrix = len(re.findall(r"\b(?:HMMA|IMMA|HGMMA|QGMMA|IGMMA|UTCHMMA|UTCQMMA|OMMA|QMMA|DMMA)\b", text))
     small = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8}  # of a warp
-    products = sum(small[shape] * warps for shape in re.findall(r"\bHMMA\.(16816|1688)\b", sass))
-    for m, n, k in re.findall(r"\bHGMMA\.(\d+)x(\d+)x(\d+)\b", sass):  # of four warps
+    products = sum(small[shape] * warps for shape in re.findall(r"\bHMMA\.(16816|1688)\b", text))
+    for m, n, k in re.findall(r"\bHGMMA\.(\d+)x(\d+)x(\d+)\b", text):  # of four warps
         products += int(m) * int(n) * int(k) * warps // 4
-    return registers, stack + local, widths, matrix, products
+    early = tuple(str(read) for read in sass.early_reads(listing))
+    return _Code(registers, stack + local, compiled.metadata.shared, dict(widths), matrix, products, early)
 
 
-def _read_gcn(compiled: Any, warps: int) -> tuple[int, int, Counter[int], int, int]:
+def _disassembled(cubin: Path) -> str:
+    """The machine code with what each instruction reads and writes.
+
+    A disassembler follows no code in the format that older or newer ones write: that of ptxas 12, which Triton 3.9
+    still takes for capability 8, needs the one of Triton 3.6.
+    """
+    import triton
+
+    # 12.8's takes 255 registers for more than there are. The number is told beside the code and changes nothing in it.
+    most = re.compile(rb"(\x04\x2f\x08\x00.{4})\xff(?=\x00{3})", re.DOTALL)
+    lowered = cubin.with_suffix(".254.cubin")
+    lowered.write_bytes(most.sub(rb"\1\xfe", cubin.read_bytes()))
+    problems = []
+    for package in (Path(triton.__file__).parent, *sorted(TRITONS.glob("*/triton"))):
+        tool = package / "backends" / "nvidia" / "bin" / "nvdisasm"
+        for path in (cubin, lowered):
+            command = [str(part) for part in (tool, "-c", "-plr", "-lrm", "narrow", path)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode == 0:
+                return done.stdout
+            problems.append(f"{tool.parent}: {done.stderr.strip()}")
+            if "register count" not in done.stderr:
+                break
+    raise RuntimeError(
+        "no nvdisasm here tells what the instructions read and write; make build/triton/3.6.0 brings one that may:\n"
+        + "\n".join(problems)
+    )
+
+
+def _read_gcn(compiled: Any, warps: int) -> _Code:
     text = compiled.asm["amdgcn"]
 
     def number(name: str) -> int:
@@ -209,7 +298,8 @@ def _read_gcn(compiled: Any, warps: int) -> tuple[int, int, Counter[int], int, i
     for kind in re.findall(r"\b(?:global|buffer)_(?:load|store)_(dwordx[234]|dword|ushort|short|ubyte|byte)", text):
         widths[sizes[kind]] += 1
     spilled = 4 * number("vgpr_spill_count") + number("private_segment_fixed_size")
-    return number("vgpr_count"), spilled, widths, len(re.findall(r"\bv_mfma_", text)), 0
+    matrix = len(re.findall(r"\bv_mfma_", text))
+    return _Code(number("vgpr_count"), spilled, compiled.metadata.shared, dict(widths), matrix, 0, ())
 
 
 def _output(*command: object) -> str:

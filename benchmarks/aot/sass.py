@@ -9,7 +9,6 @@ registers; the paths are followed here.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -68,7 +67,7 @@ def _parse(section: str) -> tuple[list[_Instruction], dict[str, int]]:
     columns: dict[int, Register] = {}
     rows: list[str] = []  # of the heading
     for line in section.splitlines():
-        text, bar, cells = (re.split(r"// ([|+])", line, maxsplit=1) + ["", ""])[:3]
+        text, bar, cells = [*re.split(r"// ([|+])", line, maxsplit=1), "", ""][:3]
         if bar == "|" and not columns:
             if text.strip():
                 columns = _columns(rows)
@@ -108,22 +107,18 @@ def _unread(text: str) -> frozenset[Register]:
     if (found := re.search(r"\b\w?GMMA\.\S+ R\d+, R\d+, gdesc\[UR(\d+)\]", text)) is not None:
         first = int(found[1])
         return frozenset({("UGPR", first), ("UGPR", first + 1)})
-    # The way in which ptxas moves a word's upper half down: what it keeps of the target is shifted out afterwards.
-    if (found := re.search(r"\bPRMT R(\d+), R\d+, 0x7632, R\1$", text)) is not None:
+    # The way in which ptxas writes half a word: what the other half holds is nobody's.
+    if (found := re.search(r"\bPRMT R(\d+), (?:R\d+|RZ), 0x[0-9a-f]+, R\1$", text)) is not None:
         return frozenset({("GPR", int(found[1]))})
     # And the one in which it keeps predicates that it has too few registers for: one bit of a word is made 0.
-    if (found := re.search(r"\bLOP3\.LUT R(\d+), R\1, (0x[0-9a-f]+), RZ, 0xc0, !PT$", text)) is not None:
-        if (int(found[2], 16) ^ 0xFFFFFFFF).bit_count() == 1:
-            return frozenset({("GPR", int(found[1]))})
+    found = re.search(r"\bLOP3\.LUT R(\d+), R\1, (0x[0-9a-f]+), RZ, 0xc0, !PT$", text)
+    if found is not None and (int(found[2], 16) ^ 0xFFFFFFFF).bit_count() == 1:
+        return frozenset({("GPR", int(found[1]))})
     return frozenset()
 
 
 def _connect(code: list[_Instruction], labels: dict[str, int]) -> None:
     """Fill in which instructions may follow each."""
-    joins: dict[str, list[int]] = defaultdict(list)  # convergence barrier -> where those who wait at it go on
-    for instruction in code:
-        if (found := re.search(r"\bBSSY(?:\.\w+)* (B\d+), `\(([\w.$]+)\)", instruction.text)) is not None:
-            joins[found[1]].append(labels[found[2]])
     for n, instruction in enumerate(code):
         words = instruction.text.split()
         guarded = words[0].startswith("@") and words[0] not in ("@PT", "@UPT")
@@ -143,12 +138,37 @@ def _connect(code: list[_Instruction], labels: dict[str, int]) -> None:
             instruction.call, instruction.next = labels[target], after
         elif kind in ("EXIT", "RET", "KILL"):
             instruction.next = after if guarded else []
-        elif kind == "BSYNC":
-            instruction.next = [*joins[words[words.index(name) + 1]], *(after if guarded else [])]
         elif kind in ("BRX", "JMX", "BRXU", "JMXU"):
             raise ValueError(f"a jump by a register, whose targets are not known here: {instruction.text}")
         else:
             instruction.next = after
+    _join(code, labels)
+
+
+def _join(code: list[_Instruction], labels: dict[str, int]) -> None:
+    """Send whoever waits at a convergence barrier to where the last BSSY of that barrier said, on each path."""
+    barrier = re.compile(r"\b(BSSY|BSYNC)(?:\.\w+)* (B\d+)(?:, `\(([\w.$]+)\))?")
+    before: list[dict[str, frozenset[int]] | None] = [None] * len(code)
+    before[0] = {}
+    waiting = [0]
+    while waiting:
+        n = waiting.pop()
+        instruction, known = code[n], before[n]
+        assert known is not None
+        if (found := barrier.search(instruction.text)) is not None and found[1] == "BSSY":
+            known = {**known, found[2]: frozenset({labels[found[3]]})}
+        elif found is not None:
+            after = instruction.next if instruction.text.startswith("@") else []
+            instruction.next = sorted({*known.get(found[2], frozenset()), *after})
+        for following in (*instruction.next, *(() if instruction.call is None else (instruction.call,))):
+            there = before[following]
+            joined = {
+                name: known.get(name, frozenset()) | (there or {}).get(name, frozenset())
+                for name in {*known, *(there or {})}
+            }
+            if joined != there:
+                before[following] = joined
+                waiting.append(following)
 
 
 def _subroutine(code: list[_Instruction], first: int) -> Iterator[int]:
