@@ -268,7 +268,7 @@ def _disassembled(cubin: Path) -> str:
     # 12.8's takes 255 registers for more than there are. The number is told beside the code and changes nothing in it.
     most = re.compile(rb"(\x04\x2f\x08\x00.{4})\xff(?=\x00{3})", re.DOTALL)
     lowered = cubin.with_suffix(".254.cubin")
-    lowered.write_bytes(most.sub(rb"\1\xfe", cubin.read_bytes()))
+    lowered.write_bytes(most.sub(lambda found: found[1] + b"\xfe", cubin.read_bytes()))
     problems = []
     for package in (Path(triton.__file__).parent, *sorted(TRITONS.glob("*/triton"))):
         tool = package / "backends" / "nvidia" / "bin" / "nvdisasm"
