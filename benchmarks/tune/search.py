@@ -127,9 +127,8 @@ class Search:
             raise ValueError(f"no subject's name has one of {', '.join(names)} in it")
         trials = [Trial(s, *candidates(s, self.target, self.dtype)) for s in chosen]
         compiled = self.compile(trials)
-        interpreted = {"TRITON_INTERPRET": "1"} if self.device.type == "cpu" else {}
-        arguments = (self.worker, "time", str(self.device), self._size)
-        with Worker(arguments, interpreted) as worker:
+        interpret = {"TRITON_INTERPRET": "1" if self.device.type == "cpu" else None}
+        with Worker((self.worker, "time", str(self.device), self._size), interpret) as worker:
             for trial in trials:
                 if self._time_is_up():
                     break
