@@ -19,8 +19,8 @@ from benchmarks import report, tune
 from benchmarks.__main__ import app
 from benchmarks.run import SCHEMA
 from benchmarks.tune import search
-from benchmarks.tune.subjects import configured
-from benchmarks.tune.worker import DTYPES, Timer, rounds
+from benchmarks.tune.subjects import DTYPES, configured
+from benchmarks.tune.worker import Timer, rounds
 from qwen2vl_kernels._attention import ForwardConfig
 from qwen2vl_kernels._backend import unavailable
 from qwen2vl_kernels._triton import Target, record

@@ -18,8 +18,7 @@ import torch
 from qwen2vl_kernels import _triton
 
 from .processes import Died, Worker
-from .subjects import REHEARSED, Subject, configured, subjects
-from .worker import DTYPES
+from .subjects import DTYPES, REHEARSED, Subject, configured, subjects
 
 #: Of the whole limit, what compiling may take: what is compiled by then is timed.
 _COMPILE_SHARE = 0.5
