@@ -23,7 +23,7 @@ from benchmarks.tune.subjects import DTYPES, configured
 from benchmarks.tune.worker import Timer, rounds
 from qwen2vl_kernels._attention import ForwardConfig
 from qwen2vl_kernels._backend import unavailable
-from qwen2vl_kernels._triton import Target, record
+from qwen2vl_kernels._triton import Target, record, target_of
 from tests.conftest import DEVICE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -309,6 +309,22 @@ def test_the_command_rehearses_without_a_gpu(tmp_path):
     (subject,) = found["subjects"]
     assert subject["best"].startswith("NormConfig(") and subject["timed"] == 5
     assert len(out.with_suffix(".jsonl").read_text().splitlines()) >= 5
+
+
+@pytest.mark.gpu
+def test_a_gpu_times_what_was_compiled_ahead(tmp_path):
+    """The whole way on a GPU: the process that times finds every kernel compiled, and every result is right."""
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch sees no CUDA device")
+    rows = tune.Rows(tmp_path / "tune.jsonl")
+    one = tune.Search(torch.device("cuda"), target_of(torch.device("cuda")), quick=True, jobs=4, rows=rows)
+    trials = one.run(("forward 2x80, 96", "key pass 2/1x64", "swiglu forward"))
+    rows.close()
+    for trial in trials:
+        assert trial.finals and trial.left == 0
+        for row in trial.rows:
+            assert row.get("failed") in (None, "does not fit"), row
+            assert row.get("compiled", 0) == 0, row
 
 
 def test_the_command_says_what_it_lacks(tmp_path):
