@@ -21,7 +21,7 @@ from .processes import Died, Worker
 from .subjects import DTYPES, REHEARSED, Subject, configured, subjects
 
 #: Of the whole limit, what compiling may take: what is compiled by then is timed.
-_COMPILE_SHARE = 0.5
+_COMPILE_SHARE = 0.4
 #: Seconds that one candidate may take: a compilation; a run with its comparison, a subject's first one and later ones.
 _COMPILE_LIMIT, _START_LIMIT, _RUN_LIMIT = 120.0, 90.0, 20.0
 #: Of a candidate, and of those that are compared in the end.
