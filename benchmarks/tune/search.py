@@ -202,6 +202,8 @@ class Search:
             if "failed" not in reply:
                 request = {"subject": subject.name, "fields": fields, "beat": beat, "samples": _SAMPLES}
                 reply = self._ask(worker, request, _RUN_LIMIT if worker.running and trial.rows else _START_LIMIT)
+                if reply.get("failed") == "hangs" and self._time_is_up():
+                    break  # it was the whole limit that ended it
             row = {"subject": subject.name, "group": subject.group, "shape": subject.shape, "fields": fields,
                    "literal": literal(type(trial.shipped)(**{**asdict(trial.shipped), **fields})), **reply}  # fmt: skip
             if "samples" in row:
