@@ -214,7 +214,7 @@ def test_one_candidate_costs_itself(searched):
 
 
 def test_a_limit_ends_with_what_is_measured(search_forward):
-    trials, _, found = search_forward(limit=3.0)
+    trials, _, found = search_forward(limit=5.0)
     assert trials[0].rows and trials[-1].left == len(trials[-1].candidates), [t.rows for t in trials]
     assert trials[-1].subject.name in found["left"]
     left = {"provider": f"{trials[-1].left} candidates", "reason": "the limit came first"}
