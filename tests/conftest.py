@@ -11,13 +11,6 @@ import hypothesis
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated, so before the ops are imported
-    if importlib.util.find_spec("triton") is not None:
-        from tests import interpreter
-
-        interpreter.repair()
-
 from tests.crashes import (  # noqa: F401
     pytest_addoption,
     pytest_configure,
@@ -28,6 +21,13 @@ from tests.crashes import (  # noqa: F401
     pytest_sessionfinish,
     pytest_sessionstart,
 )
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated, so before the ops are imported
+    if importlib.util.find_spec("triton") is not None:
+        from tests import interpreter
+
+        interpreter.repair()
 
 #: Where a test of a Triton kernel puts its tensors: on a GPU the kernel runs as compiled, else it is interpreted.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
