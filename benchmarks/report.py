@@ -34,7 +34,9 @@ def show(result: dict[str, Any], console: Console) -> None:
         previous = group
     console.print(table)
     for skip in result["skipped"]:
-        console.print(f"skipped: {skip['provider']} in {skip['workload']}: {skip['reason']}", style="yellow")
+        console.print(f"skipped: {skip['provider']} in {skip['workload']}: {skip['reason']}", style="yellow", markup=False)
+    for name in result.get("missing", []):
+        console.print(f"missing: the run did not come to {name}", style="yellow", markup=False)
 
 
 def table(result: dict[str, Any]) -> str:
