@@ -66,6 +66,10 @@ class Provider:
         if sum(given is not None for given in (self.call, self.make, self.skipped)) != 1:
             raise ValueError(f"provider {self.name!r}: give either call, or make, or the reason in skipped")
 
+    def ready(self) -> Provider:
+        """The provider that runs, made where it is not yet."""
+        return self if self.make is None else self.make()
+
 
 @dataclass(frozen=True)
 class Workload:

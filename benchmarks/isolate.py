@@ -32,7 +32,7 @@ from .lines import Line, append
 #: A CPU takes longer: times a case's limit.
 _CPU_LIMIT = 60
 #: The last lines of what a process said that ended early.
-_TAIL = 15
+_TAIL = 30
 #: Seconds to end after a request, before a process is killed.
 _GRACE = 2.0
 
@@ -89,7 +89,8 @@ class Processes:
             if isinstance(got, dict):
                 return got
             text = Path(log.name).read_text(encoding="utf-8", errors="replace")
-        lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+        noise = "Extension modules:"  # faulthandler's list of what is imported
+        lines = [line.rstrip() for line in text.splitlines() if line.strip() and not line.startswith(noise)]
         return Ended(str(got), tuple(lines[-_TAIL:]))
 
     def _run(self, task: Task, limit: float, log: str) -> Line | _NoFork | str:
@@ -151,7 +152,7 @@ def _work(task: Task, sender: Any, log: str) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
-    faulthandler.enable(file=2)
+    faulthandler.enable(file=2, all_threads=False)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         if task.context.device.type == "cuda" and torch.cuda._is_in_bad_fork():
@@ -218,7 +219,8 @@ class Run:
         got = self.processes.run(task, self.limit)
         line = got.line(self.case.name, task.workload) if isinstance(got, Ended) else got
         append(line, self.path)
-        for text in [line["message"]] if line["line"] == "failed" else run.brief(line):
+        said = {"failed": lambda: [line["message"]], "workload": lambda: run.brief(line)}
+        for text in said.get(line["line"], list)():
             log(text)
         return line
 

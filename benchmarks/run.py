@@ -58,7 +58,8 @@ def run_case(
 
     Raises :class:`GateError` if the case's own gate is red, and ``ValueError`` for a workload that no gate covers.
     """
-    lines = [plan(case, context, command), gate(case, context)]
+    own = gate(case, context)  # before anything is made
+    lines = [plan(case, context, command), own]
     with torch.inference_mode():
         for workload in case.workloads(context):
             try:
@@ -188,8 +189,9 @@ def _first_calls(workload: Workload, clock: Clock) -> tuple[Workload, dict[str, 
     outputs, seconds, ready = {}, {}, []
     for provider in workload.providers:
         try:
-            made = provider.make() if provider.make is not None else provider
-            if made.call is not None and (workload.gate is not None or workload.units is None and made.warm is None):
+            made = provider.ready()
+            timed = workload.units is None and made.warm is None
+            if made.call is not None and (workload.gate is not None or timed):
                 if made.before is not None:
                     made.before()
                 seconds[made.name], output = clock.first(made.call)

@@ -188,7 +188,9 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def floor_s(ceilings: Mapping[str, Any], flops: float | None, bytes_: float | None, dtype: str) -> tuple[float, str] | None:
+def floor_s(
+    ceilings: Mapping[str, Any], flops: float | None, bytes_: float | None, dtype: str
+) -> tuple[float, str] | None:
     """The least time the declared work can take under ``ceilings``, as :meth:`Ceilings.as_json` gives them, and which
     one says so (the roofline)."""
     bounds = []

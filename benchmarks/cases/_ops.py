@@ -17,6 +17,9 @@ Tensors = Sequence[torch.Tensor]
 
 DTYPE = torch.bfloat16
 
+#: What the cases beside transformers' models import before their processes are forked.
+MODELING = ("transformers.models.qwen2_vl.modeling_qwen2_vl",)
+
 BACKENDS = {"cuda": ("triton", "eager"), "cpu": ("eager",)}
 
 
