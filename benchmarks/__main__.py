@@ -82,6 +82,24 @@ def run(
 
 
 @app.command()
+def checkpoints(
+    folder: Annotated[Path, typer.Argument(help="Where run takes them from, as --checkpoint-dir.")],
+    names: Annotated[list[str] | None, typer.Argument(metavar="[CASE]...", help="Default: those of models.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Those of small models.")] = False,
+    device: Annotated[str | None, typer.Option(help="Makes the weights; default: cuda where there is one.")] = None,
+) -> None:
+    """Write the random checkpoints of the workloads of cases, so that no measurement waits for them."""
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    folder.mkdir(parents=True, exist_ok=True)
+    with Context(where, quick, checkpoint_dir=folder) as context, torch.inference_mode():
+        for name in names or ("model", "tower", "e2e", "load", "train"):
+            for _ in load_case(name).workloads(context):
+                pass  # naming a workload is what asks for its checkpoint
+    written = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    print(f"{len(written)} checkpoints in {folder}: {', '.join(written)}")
+
+
+@app.command()
 def collect(
     paths: Annotated[list[Path], typer.Argument(metavar="LINES...", help="Files <case>.jsonl.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the JSON; default beside the lines.")] = None,
@@ -249,6 +267,38 @@ def tune_(
                 f"  best {1e6 * trial.best_s:.1f} us ({gain:.2f}x) with {trial.best}; {trial.failed} do not fit",
                 flush=True,
             )
+
+
+@app.command("gpu")
+def gpu_(
+    device: Annotated[str, typer.Option(help="cpu rehearses the same phases at small sizes.")] = "cuda",
+    budget: Annotated[float, typer.Option(min=1.0, help="Seconds for all phases.")] = 480.0,
+    out: Annotated[
+        Path, typer.Option(help="Gets logs.tgz, with the results, summary.txt and summary.json.")
+    ] = environment.ROOT / "build" / "gpu",
+    work: Annotated[Path, typer.Option(help="Logs and results while they grow.")] = environment.ROOT
+    / "build"
+    / "gpu-work",
+    wheels: Annotated[Path, typer.Option(help="Folder of peers' wheels.")] = environment.ROOT / "build" / "wheels",
+    only: Annotated[list[str] | None, typer.Option(help="A phase; can be given again.")] = None,
+) -> None:
+    """Build, test, measure and tune on a GPU within minutes, the most telling first; names what did not fit.
+
+    A part that fails makes the exit status 1.
+    """
+    from . import gpu
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("PyTorch sees no CUDA device", param_hint="device")
+    print(f"{environment.device_name(torch.device(device))}, torch {torch.__version__}, {budget:g} s", flush=True)
+    with isolate.stopped_by_sigterm():
+        try:
+            session = gpu.run(device, budget, out, work, wheels, only, say=lambda text: print(text, flush=True))
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="only") from error
+    print("\n".join(["", *session.summary(), f"packed into {out / 'logs.tgz'}"]))
+    if session.failed():
+        raise typer.Exit(1)
 
 
 #: Options that name a folder of this machine and change no number: left out of the command that results quote.

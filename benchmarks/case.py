@@ -9,6 +9,7 @@ takes long (models, compilation, big inputs) belongs into ``Provider.make`` and 
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -17,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+#: Bytes of all checkpoints that the cases ask for, and some to spare.
+_CHECKPOINTS = 16 << 30
 
 
 @dataclass(frozen=True)
@@ -137,14 +141,19 @@ class Context:
         """The same for another process, which leaves the folders alone."""
         return replace(self, _stack=ExitStack())
 
-    def temporary(self) -> Path:
-        """A new folder that lives as long as the context."""
-        return Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="qwen2vl-bench-")))
+    def temporary(self, place: Path | None = None) -> Path:
+        """A new folder that lives as long as the context, by default where temporary files are."""
+        return Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="qwen2vl-bench-", dir=place)))
 
     def checkpoints(self) -> Path:
-        """Where cases write or find their checkpoints: ``checkpoint_dir``, else one temporary folder."""
+        """Where cases write or find their checkpoints: ``checkpoint_dir``, else one temporary folder.
+
+        What a GPU is given lies in memory, where that has room: a disk may take longer than all measurements.
+        """
         if self.checkpoint_dir is None:
-            self.checkpoint_dir = self.temporary()
+            memory = Path("/dev/shm")
+            roomy = memory.is_dir() and shutil.disk_usage(memory).free > _CHECKPOINTS
+            self.checkpoint_dir = self.temporary(memory if roomy and self.device.type == "cuda" else None)
         return self.checkpoint_dir
 
 

@@ -1,0 +1,422 @@
+"""``python -m benchmarks gpu``: all that a GPU is needed for, within the minutes that one is there.
+
+Phases run in the order of what they tell, each under its own limit and all under one budget. What runs out of its
+limit is stopped and keeps the rows that it had; what does not fit is named in the end with the command that runs it.
+After every part the logs, the results and a summary are packed anew, so that whatever ends this leaves what it learnt.
+
+``--device cpu`` rehearses the same phases at small sizes: everything here but the GPU is at work then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import lines
+
+ROOT = Path(__file__).resolve().parent.parent
+#: Seconds that a process may take to end after it was asked to, then it is killed.
+_GRACE = 6.0
+#: A part with less than this before it is not started.
+_LEAST = 8.0
+#: Of each log this much is packed, its end.
+_LOG_BYTES = 2 << 20
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command of a phase.
+
+    Attributes:
+        cases: those of the benchmark it runs, of which the unfinished ones are named.
+        measures: being stopped is no failure, as what it had measured is kept.
+        missing: why it cannot run here.
+    """
+
+    name: str
+    command: tuple[str, ...] = ()
+    cases: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    measures: bool = False
+    missing: str | None = None
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Parts that share ``limit`` seconds, one after the other or all at once."""
+
+    name: str
+    limit: float
+    parts: tuple[Part, ...]
+    together: bool = False
+
+
+@dataclass
+class Outcome:
+    """What became of a part. ``state``: ``done``, ``failed``, ``stopped``, ``did not fit`` or ``cannot run``."""
+
+    phase: str
+    part: str
+    state: str
+    seconds: float
+    last: str
+    command: str
+    rest: str | None = None  # the command that runs what is left
+
+    def text(self) -> str:
+        return f"{self.phase}, {self.part}: {self.state} after {self.seconds:.0f} s: {self.last}"
+
+
+class Session:
+    """Runs phases within ``budget`` seconds and keeps what they bring.
+
+    Args:
+        out: gets ``logs.tgz``, ``summary.txt`` and ``summary.json``, and nothing else.
+        work: logs and results as they grow.
+        say: prints a line.
+    """
+
+    def __init__(self, budget: float, out: Path, work: Path, say: Callable[[str], None]) -> None:
+        self.budget, self.out, self.work, self.say = budget, out, work, say
+        self.begin = time.monotonic()
+        self.outcomes: list[Outcome] = []
+        self.started: list[_Running] = []
+        self.environment: dict[str, str] = {
+            **os.environ,
+            "PATH": f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin",
+            "PYTHONPATH": f"{work / 'site'}{os.pathsep}{ROOT}",
+            "PYTHONUNBUFFERED": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        for folder in (out, work / "logs", work / "results"):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def left(self) -> float:
+        return self.budget - (time.monotonic() - self.begin)
+
+    def run(self, phases: Sequence[Phase]) -> None:
+        """Run all phases; being ended by a signal or an exception still leaves a summary of what was done."""
+        try:
+            for phase in phases:
+                self._phase(phase)
+        finally:
+            for running in self.started:
+                running.stop()
+                running.close()
+            self._keep()
+
+    def failed(self) -> bool:
+        return any(outcome.state == "failed" for outcome in self.outcomes)
+
+    def _phase(self, phase: Phase) -> None:
+        end = time.monotonic() + min(phase.limit, self.left)
+        waiting: list[_Running] = []
+        for part in phase.parts:
+            if part.missing is not None:
+                self._note(phase, part, "cannot run", 0.0, part.missing)
+            elif end - time.monotonic() < _LEAST and not (phase.together and waiting):
+                self._note(phase, part, "did not fit", 0.0, f"{max(end - time.monotonic(), 0):.0f} s were left")
+            else:
+                running = _Running(part, self.work / "logs" / f"{part.name}.log", self.environment)
+                self.started.append(running)
+                waiting.append(running)
+                if not phase.together:
+                    self._finish(phase, waiting, end)
+        self._finish(phase, waiting, end)
+
+    def _finish(self, phase: Phase, waiting: list[_Running], end: float) -> None:
+        """Note each as it ends, and stop those that are still running at ``end``."""
+        while waiting:
+            late = time.monotonic() >= end
+            for running in list(waiting):
+                if late:
+                    running.stop()
+                if (status := running.process.poll()) is None:
+                    continue
+                waiting.remove(running)
+                self.started.remove(running)
+                running.close()
+                state = "done" if status == 0 else "failed"
+                if late and running.stopped:
+                    state = "stopped" if running.part.measures else "failed"
+                self._note(phase, running.part, state, running.seconds, running.last())
+            time.sleep(0.05)
+
+    def _note(self, phase: Phase, part: Part, state: str, seconds: float, last: str) -> None:
+        rest = None
+        if state in ("stopped", "did not fit"):
+            cases = tuple(name for name in part.cases if not self._complete(name))
+            given = part.command
+            if cases and state == "stopped":
+                given = tuple(word for word in given if word not in part.cases or word in cases)
+            rest = _shown(given, part.environment)
+        command = _shown(part.command, part.environment)
+        self.outcomes.append(Outcome(phase.name, part.name, state, round(seconds, 1), last, command, rest))
+        self.say(f"[{time.monotonic() - self.begin:.0f} s] {self.outcomes[-1].text()}")
+        self._keep()
+
+    def _complete(self, case: str) -> bool:
+        """Whether the lines of ``case`` lack nothing; also makes its results file of what they hold."""
+        path = self.work / "results" / f"{case}.jsonl"
+        with contextlib.suppress(OSError, ValueError):
+            result = lines.assemble(lines.read(path))
+            if result["rows"]:
+                lines.write(result, path.parent)
+            return not result["missing"]
+        return False
+
+    def summary(self) -> list[str]:
+        """A line for every part, and the commands of what did not fit."""
+        text = [outcome.text() for outcome in self.outcomes]
+        rest = [outcome for outcome in self.outcomes if outcome.rest is not None]
+        if rest:
+            text += ["", f"Within {self.budget:.0f} s these did not fit or were stopped; to run what is left:"]
+            text += [f"  {outcome.rest}" for outcome in rest]
+        return text
+
+    def _keep(self) -> None:
+        """Pack logs and results, and write the summary; each file is replaced in whole."""
+        text = "\n".join(self.summary()) + "\n"
+        _replace(self.out / "summary.txt", text.encode())
+        told = {"budget_s": self.budget, "parts": [vars(outcome) for outcome in self.outcomes]}
+        _replace(self.out / "summary.json", (json.dumps(told, indent=1) + "\n").encode())
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w:gz", compresslevel=6) as archive:
+            for path in sorted([*self.work.glob("logs/*"), *self.work.glob("results/*")]):
+                if path.is_file():
+                    content = path.read_bytes()
+                    if path.suffix == ".log":
+                        content = content[-_LOG_BYTES:]
+                    entry = tarfile.TarInfo(str(path.relative_to(self.work)))
+                    entry.size, entry.mtime = len(content), int(path.stat().st_mtime)
+                    archive.addfile(entry, io.BytesIO(content))
+        _replace(self.out / "logs.tgz", packed.getvalue())
+
+
+class _Running:
+    """A part at work, in a session of its own, so that all it started ends with it."""
+
+    def __init__(self, part: Part, log: Path, environment: Mapping[str, str]) -> None:
+        self.part, self.path, self.stopped = part, log, False
+        self.begin = time.monotonic()
+        self.file = log.open("wb")
+        self.process = subprocess.Popen(
+            part.command,
+            cwd=ROOT,
+            env={**environment, **part.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=self.file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.begin
+
+    def stop(self) -> None:
+        """Ask it to end, and kill it where it does not."""
+        self.stopped = self.stopped or self.process.poll() is None
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(_GRACE)
+
+    def close(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # what it left behind
+        self.file.close()
+
+    def last(self) -> str:
+        """The last line that it printed."""
+        text = self.path.read_bytes()[-4000:].decode(errors="replace").strip().splitlines()
+        return text[-1].strip()[:200] if text else "it said nothing"
+
+
+def _shown(command: Sequence[str], environment: Mapping[str, str]) -> str:
+    """A command as one types it; checkpoints of this run are gone by then."""
+    given = iter(command)
+    words = []
+    for word in given:
+        if word == "--checkpoint-dir":
+            next(given)
+        else:
+            words.append("python" if word == sys.executable else word)
+    return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in environment.items()), shlex.join(words)])
+
+
+def _replace(path: Path, content: bytes) -> None:
+    scratch = path.with_name(f".{path.name}")
+    scratch.write_bytes(content)
+    scratch.replace(path)
+
+
+# ------------------------------------------------------------------------------------------------ what there is to run
+
+
+def phases(device: str, work: Path, checkpoints: Path, wheels: Path, cores: int) -> list[Phase]:
+    """The phases for ``device``, ``cuda`` or ``cpu``; the latter a rehearsal.
+
+    Args:
+        work: the folder for results and for the peers' packages.
+        checkpoints: the folder for random checkpoints.
+        wheels: the folder of peers' wheels, which need not be there.
+        cores: processes that compile or test at a time.
+    """
+    rehearsal = device == "cpu"
+    python = sys.executable
+    results = ("--out", str(work / "results"))
+
+    def run(name: str, cases: Sequence[str], *options: str, where: str = device) -> Part:
+        small = ("--quick",) if rehearsal else options
+        command = (python, "-m", "benchmarks", "run", *cases, "--device", where, *small, *results)
+        return Part(name, (*command, "--checkpoint-dir", str(checkpoints)), cases=tuple(cases), measures=True)
+
+    ops = ["rope", "norm", "activation", "patch_embed", "merge", "positions"]
+    towers = ["tower", "model", "e2e"]
+    if rehearsal:  # one of each kind
+        ops, towers = ["rope", "positions"], ["tower"]
+    return [
+        Phase("peers", 40, (_peers(wheels, work),)),
+        Phase("build", 120, tuple(_build(rehearsal, checkpoints, cores)), together=True),
+        Phase("tests", 150, tuple(_tests(rehearsal, cores))),
+        Phase("attention", 90, (run("attention", ["attention"], "--rounds", "6"),)),
+        Phase("tower", 100, (run("tower", towers, "--rounds", "3"),)),
+        Phase(
+            "ops",
+            100,
+            (
+                run("ops", ops, "--rounds", "8"),
+                run("preprocess", ["preprocess"], "--rounds", "3", where="cpu"),
+                *([] if rehearsal else [run("training", ["load", "train"], "--rounds", "2")]),
+            ),
+        ),
+        Phase("tuning", 90, (_tuning(rehearsal, work),)),
+        Phase("sanitizer", 60, (_sanitizer(rehearsal),)),
+    ]
+
+
+def _peers(wheels: Path, work: Path) -> Part:
+    found = sorted(str(path) for path in wheels.rglob("*.whl"))
+    if not found:
+        return Part("peers", missing=f"no wheels in {wheels}, so that only what is installed takes part")
+    options = ["install", "-q", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--upgrade", "--target"]
+    return Part("peers", (sys.executable, "-m", "pip", *options, str(work / "site"), *found))
+
+
+def _build(rehearsal: bool, checkpoints: Path, cores: int) -> Iterator[Part]:
+    python = sys.executable
+    yield Part(
+        "checkpoints",
+        (python, "-m", "benchmarks", "checkpoints", str(checkpoints), *(("tower", "--quick") if rehearsal else ())),
+    )
+    if rehearsal:
+        from qwen2vl_kernels import _native
+
+        yield (
+            Part("extension", missing="the CPU's extension is built already, the GPU's needs a GPU's machine")
+            if _native._cpu is not None
+            else Part(
+                "extension", (python, "setup.py", "build_ext", "--inplace"), environment={"QWEN2VL_BUILD_CUDA": "0"}
+            )
+        )
+        kernels = ("activation", "--target", "sm_90", "--jobs", "1")
+    else:
+        import torch
+
+        major, minor = torch.cuda.get_device_capability()
+        built = {
+            "QWEN2VL_BUILD_CUDA": "1",
+            "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}"),
+        }
+        yield Part("extension", (python, "setup.py", "build_ext", "--inplace"), environment=built)
+        kernels = ("--target", f"sm_{major}{minor}", "--failures", "--jobs", str(cores))
+    yield Part("kernels", (python, "-m", "benchmarks", "aot", *kernels))
+
+
+def _tests(rehearsal: bool, cores: int) -> Iterator[Part]:
+    """Tests that need a GPU, and those that put their tensors on one where there is one. Only files that hold such
+    tests are named, as a machine may lack what others import."""
+    python = sys.executable
+    files = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").rglob("test_*.py"))}
+    on_gpu = [str(path.relative_to(ROOT)) for path, text in files.items() if "mark.gpu" in text]
+    on_device = [
+        str(path.relative_to(ROOT))
+        for path, text in files.items()
+        if path.parent.name == "kernels" and any("import" in row and "DEVICE" in row for row in text.splitlines())
+    ]
+    options = ["-q", "-rs", *(["-p", "no:cacheprovider"] if rehearsal else ["-n", str(cores), "--dist", "worksteal"])]
+    if rehearsal:  # the first are skipped, the second interpret one op's kernels
+        on_gpu = [name for name in on_gpu if "graphs" in name]
+        on_device = [name for name in on_device if "append_kv" in name]
+    command = (python, "-m", "pytest", *options)
+    yield Part("gpu-tests", (*command, "-m", "gpu", *on_gpu), environment={"OMP_NUM_THREADS": "1"})
+    yield Part("device-tests", (*command, "-m", "not gpu", *on_device), environment={"OMP_NUM_THREADS": "1"})
+
+
+def _tuning(rehearsal: bool, work: Path) -> Part:
+    out = ("--out", str(work / "results" / "tune.json"))
+    small = ("append_kv", "--quick", "--device", "cpu") if rehearsal else ("--limit", "80")
+    return Part("tuning", (sys.executable, "-m", "benchmarks", "tune", *small, *out), measures=True)
+
+
+def _sanitizer(rehearsal: bool) -> Part:
+    """Without PyTorch's allocator, which keeps neighbours mapped, an access past the end is one past the allocation."""
+    every = (sys.executable, "-m", "tests.kernels.one_of_each")
+    if rehearsal:
+        return Part("sanitizer", missing="there is no GPU whose memory to watch")
+    tool = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
+    if tool is None:
+        return Part("sanitizer", missing="compute-sanitizer is not installed")
+    command = (tool, "--report-api-errors", "no", "--error-exitcode", "1", *every)
+    return Part("sanitizer", command, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+
+
+def chosen(every: Sequence[Phase], names: Sequence[str] | None) -> list[Phase]:
+    """The phases called ``names``, all by default. Raises ``ValueError`` for a name that is none."""
+    known = [phase.name for phase in every]
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"no phase is called {name!r}; there are {', '.join(known)}")
+    return [phase for phase in every if not names or phase.name in names]
+
+
+def run(
+    device: str,
+    budget: float,
+    out: Path,
+    work: Path,
+    wheels: Path,
+    names: Sequence[str] | None = None,
+    say: Callable[[str], None] = print,
+) -> Session:
+    """Run the phases called ``names``, all by default, on ``device``; returns what became of them.
+
+    Raises ``ValueError`` for a name that is no phase.
+    """
+    import torch
+
+    from .case import Context
+
+    session = Session(budget, out, work, say)
+    for folder in ("logs", "results", "site"):  # of an earlier run
+        shutil.rmtree(work / folder, ignore_errors=True)
+        (work / folder).mkdir(parents=True)
+    with Context(torch.device(device)) as context:
+        every = phases(device, work, context.checkpoints(), wheels, os.cpu_count() or 1)
+        session.run(chosen(every, names))
+    return session
