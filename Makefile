@@ -5,6 +5,8 @@
 #   PYTEST_ARGS=...            extra arguments for pytest, e.g. -k rotary
 #   CASES=...                   the benchmarks of make gpu; default all, each in a process of its own
 #   GPU_WORKERS=6               processes of each of make gpu's two runs of pytest
+#   GPU_TEST_LIMIT=120          seconds of one of its tests, kernels compiled in it included
+#   PYTHON_VERSION=3.12         the Python that make gpu-wheels fetches wheels for
 #   FUZZ_SECONDS=60, FUZZER=libfuzzer, FUZZ_CXX=..., FUZZ_DIR=...    make fuzz: time a target, engine, compiler, folder
 #   QWEN2VL_BUILD_CUDA=0|1|auto, MAX_JOBS, TORCH_CUDA_ARCH_LIST    the build of the extensions, see setup.py
 
@@ -19,7 +21,7 @@ CASES ?= $(shell $(PYTHON) -m benchmarks list | cut -d' ' -f1)
 GPU_TESTS = $(shell grep -rl --include='test_*.py' 'mark\.gpu' tests)
 DEVICE_TESTS = $(shell grep -l 'import .*DEVICE' tests/kernels/test_*.py)
 
-.PHONY: help install demo check test lint format fuzz gpu gpu-tests device-tests gpu-sanitize hub test-stacks clean
+.PHONY: help install demo check test lint format fuzz gpu gpu-tests device-tests gpu-sanitize gpu-wheels hub test-stacks clean
 .DEFAULT_GOAL := help
 
 help:
@@ -29,6 +31,7 @@ help:
 	@echo "make lint    ruff, pyright, clang-format;  make format  rewrites what they can"
 	@echo "make fuzz    the C++ of the CPU on random input, under the address and undefined behaviour sanitizers"
 	@echo "make gpu     on a machine with a GPU: build in place, test, benchmark, with its own python3, no network"
+	@echo "make gpu-wheels    wheels of what benchmarks compare with, for a machine without a network, in build/wheels"
 	@echo "make test-stacks    vLLM's and SGLang's own towers and transformers 4.57, patched and stock, each in an environment"
 	@echo "make hub     the ops and layers as a project of the kernels hub, in build/hub"
 	@echo "make clean   remove .venv and everything that was built"
@@ -100,8 +103,11 @@ gpu:
 	exit $$status
 
 GPU_LIMIT = timeout -k 5 300
-GPU_PYTEST = $(GPU_LIMIT) $(PYTHON) -m pytest -q -rs -n $(GPU_WORKERS) --dist worksteal $(PYTEST_ARGS)
+# A test that loses CUDA's context or hangs ends its worker, which is replaced however often that happens.
+GPU_PYTEST = $(GPU_LIMIT) $(PYTHON) -m pytest -q -rs -n $(GPU_WORKERS) --dist worksteal --max-worker-restart 1000 \
+	--test-limit $(GPU_TEST_LIMIT) $(PYTEST_ARGS)
 GPU_WORKERS ?= 6
+GPU_TEST_LIMIT ?= 120
 
 gpu-tests:
 	$(GPU_PYTEST) -m gpu $(GPU_TESTS)
@@ -117,6 +123,23 @@ gpu-sanitize:
 	else \
 		echo "compute-sanitizer is not installed: kernels run without it"; $(GPU_LIMIT) $(PYTHON) -m tests.kernels.one_of_each; \
 	fi
+
+# For a machine with a GPU, which may have no network and may be sent 64 MiB at a time: two sets, each in a folder.
+PYTHON_VERSION ?= 3.12
+WHEELS = peers flash-attn-4
+WHEEL_PLATFORMS = $(foreach tag,manylinux_2_28 manylinux_2_27 manylinux_2_24 manylinux_2_17 manylinux2014,--platform $(tag)_x86_64)
+
+gpu-wheels:
+	@for set in $(WHEELS); do \
+		folder=build/wheels/$$set; rm -rf $$folder; \
+		$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --implementation cp $(WHEEL_PLATFORMS) \
+			--python-version $(PYTHON_VERSION) --dest $$folder --requirement benchmarks/wheels/$$set.txt \
+			|| { echo "benchmarks/wheels/$$set.txt: not all of it was found for Python $(PYTHON_VERSION)" >&2; exit 1; }; \
+		for wheel in $$folder/*.whl; do echo "$$(du -k $$wheel | cut -f1) KiB $$wheel"; done; \
+		size=$$(cat $$folder/*.whl | wc -c); \
+		echo "$$((size >> 20)) MiB in $$folder"; \
+		[ $$size -le $$((64 << 20)) ] || echo "warning: $$folder is larger than 64 MiB, send its wheels apart" >&2; \
+	done
 
 # Other stacks in environments of their own, some GB each, on the CPU. build/stacks is kept between runs.
 STACK_TORCH ?= torch==2.13.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -17,7 +18,6 @@ from .case import Context
 from .lines import write
 from .page import PAGE
 from .run import RESULTS, GateError, case_names, load_case
-from .timing import Clock
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
@@ -250,23 +250,57 @@ def tune_(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[PART]...", help="Only subjects whose name has one.")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=64, help="Rows of the inputs.")] = 8192,
+    out: Annotated[
+        Path, typer.Option(help="The JSON; each candidate's row goes to a .jsonl beside it at once.")
+    ] = environment.ROOT / "build" / "tune.json",
+    limit: Annotated[float | None, typer.Option(min=1.0, help="Seconds, after which what is measured counts.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes that compile; default one a core.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Tiny shapes and few candidates, to see that it works.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cpu, with --quick, rehearses: Triton interprets there.")] = "cuda",
 ) -> None:
     """Time candidate launch configurations on this GPU beside those that ship."""
+    from qwen2vl_kernels._triton import Target, reason, target_of
+
     from . import tune
 
-    if (missing := tune.why_not()) is not None:
+    where = torch.device(device)
+    if where.type == "cpu" and not quick:
+        raise typer.BadParameter(
+            "without --quick it takes a GPU: the interpreter's times say nothing", param_hint="device"
+        )
+    if (missing := reason("cuda")) is not None:
         raise typer.BadParameter(missing, param_hint="device")
-    clock = Clock(torch.device("cuda"))
-    for subject in tune.subjects(tokens):
-        if not names or any(name in subject.name for name in names):
-            trial = tune.tune(subject, clock)
-            gain = trial.chosen_s / trial.best_s
-            print(f"{trial.subject}: {1e6 * trial.chosen_s:.1f} us with {trial.chosen}", flush=True)
-            print(
-                f"  best {1e6 * trial.best_s:.1f} us ({gain:.2f}x) with {trial.best}; {trial.failed} do not fit",
-                flush=True,
-            )
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("PyTorch sees no CUDA device", param_hint="device")
+    target = target_of(where) if where.type == "cuda" else Target("cuda", 90)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    rows = tune.Rows(out.with_suffix(".jsonl"))
+    search = tune.Search(
+        where,
+        target,
+        quick=quick,
+        limit=limit,
+        jobs=jobs or os.cpu_count() or 1,
+        rows=rows,
+        log=lambda line: console.print(line, style="dim", markup=False),
+    )
+
+    def save(trials: list[tune.Trial]) -> None:
+        tune.write(tune.result(trials, target, where, quick, _command()), out)
+
+    try:
+        trials = search.run(names or (), save)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="part") from error
+    finally:
+        rows.close()
+    save(trials)
+    tune.show(tune.result(trials, target, where, quick, _command()), console)
+    console.print(f"written to {out}", soft_wrap=True)
+    if not any(trial.finals for trial in trials):
+        raise typer.Exit(1)
 
 
 @app.command("gpu")

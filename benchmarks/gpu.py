@@ -320,6 +320,7 @@ def _peers(wheels: Path, work: Path) -> Part:
 
 def _build(rehearsal: bool, checkpoints: Path, cores: int) -> Iterator[Part]:
     python = sys.executable
+    build = (python, "setup.py", "build_ext", "--inplace")
     yield Part(
         "checkpoints",
         (python, "-m", "benchmarks", "checkpoints", str(checkpoints), *(("tower", "--quick") if rehearsal else ())),
@@ -327,13 +328,10 @@ def _build(rehearsal: bool, checkpoints: Path, cores: int) -> Iterator[Part]:
     if rehearsal:
         from qwen2vl_kernels import _native
 
-        yield (
-            Part("extension", missing="the CPU's extension is built already, the GPU's needs a GPU's machine")
-            if _native._cpu is not None
-            else Part(
-                "extension", (python, "setup.py", "build_ext", "--inplace"), environment={"QWEN2VL_BUILD_CUDA": "0"}
-            )
-        )
+        if _native._cpu is not None:
+            yield Part("extension", missing="the CPU's extension is built already, the GPU's needs a GPU's machine")
+        else:
+            yield Part("extension", build, environment={"QWEN2VL_BUILD_CUDA": "0"})
         kernels = ("activation", "--target", "sm_90", "--jobs", "1")
     else:
         import torch
@@ -343,7 +341,7 @@ def _build(rehearsal: bool, checkpoints: Path, cores: int) -> Iterator[Part]:
             "QWEN2VL_BUILD_CUDA": "1",
             "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}"),
         }
-        yield Part("extension", (python, "setup.py", "build_ext", "--inplace"), environment=built)
+        yield Part("extension", build, environment=built)
         kernels = ("--target", f"sm_{major}{minor}", "--failures", "--jobs", str(cores))
     yield Part("kernels", (python, "-m", "benchmarks", "aot", *kernels))
 

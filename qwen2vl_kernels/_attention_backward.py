@@ -37,22 +37,27 @@ class BackwardConfig:
     num_stages: int
 
 
-#: As the forward's: by architecture, the first entry whose columns hold a head's. Not yet timed on any GPU.
-_CONFIGS: dict[int, tuple[tuple[int, BackwardConfig], ...]] = {
-    80: ((256, BackwardConfig(64, 32, 8, 1)),),
-    90: ((96, BackwardConfig(64, 64, 8, 1)), (256, BackwardConfig(64, 32, 8, 1))),
-    100: ((96, BackwardConfig(64, 64, 8, 1)), (256, BackwardConfig(64, 32, 8, 1))),
-    120: ((256, BackwardConfig(64, 32, 8, 1)),),
-    0: ((96, BackwardConfig(64, 64, 4, 1)), (256, BackwardConfig(64, 32, 4, 1))),
+_WIDE, _NARROW = BackwardConfig(64, 64, 8, 1), BackwardConfig(64, 32, 8, 1)
+_AMD_WIDE, _AMD_NARROW = BackwardConfig(64, 64, 4, 1), BackwardConfig(64, 32, 4, 1)
+
+#: As the forward's: by architecture, the first entry whose columns hold a head's, for the pass over tiles of keys and
+#: the one over tiles of queries. Not yet timed on any GPU.
+_CONFIGS: dict[int, tuple[tuple[int, BackwardConfig, BackwardConfig], ...]] = {
+    80: ((256, _NARROW, _NARROW),),
+    90: ((96, _WIDE, _WIDE), (256, _NARROW, _NARROW)),
+    100: ((96, _WIDE, _WIDE), (256, _NARROW, _NARROW)),
+    120: ((256, _NARROW, _NARROW),),
+    0: ((96, _AMD_WIDE, _AMD_WIDE), (256, _AMD_NARROW, _AMD_NARROW)),
 }
 
 
-def backward_config(dtype: torch.dtype, columns: int, target: Target) -> BackwardConfig:
-    """Of both passes."""
+def backward_config(dtype: torch.dtype, columns: int, target: Target) -> tuple[BackwardConfig, BackwardConfig]:
+    """Of the pass that makes dk and dv, and of the one that makes dq."""
     if dtype not in (torch.bfloat16, torch.float16):
-        return BackwardConfig(32, 32, target.warps(128), 1)
+        plain = BackwardConfig(32, 32, target.warps(128), 1)
+        return plain, plain
     known = _CONFIGS[architecture(target, _CONFIGS)]
-    return next((config for most, config in known if columns <= most), known[-1][1])
+    return next((entry[1:] for entry in known if columns <= entry[0]), known[-1][1:])
 
 
 @jit(do_not_specialize=["total"])
@@ -205,7 +210,7 @@ def launch_backward(
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     (total, heads, columns), kv_heads, acc = q.shape, k.shape[1], accumulator(q.dtype)
     target = target_of(q.device)
-    chosen = backward_config(q.dtype, columns, target)
+    of_keys, of_queries = backward_config(q.dtype, columns, target)
     delta = torch.empty_like(lse)
     grad_strides, grad_unit = strides_of(grad)
     launch(
@@ -225,23 +230,29 @@ def launch_backward(
         ACC=acc,
         num_warps=target.warps(128),
     )
-    work = plan_for(cu_seqlens, total, q.device).tiles(chosen.rows)
+    plan = plan_for(cu_seqlens, total, q.device)
     scales = (softmax_scale * math.log2(math.e), softmax_scale)
     strides, unit = strides_of(q, k, v, grad)
     strides.append(0 if cos is None else cos.stride(0))
-    shared = {**blocks_of(q, v), "GROUP": heads // kv_heads, "UNIT": unit, "CAUSAL": causal}
-    shared |= {"ROWS": chosen.rows, "STEP": chosen.step}
-    options = {"ACC": acc, "num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
+    shared = {**blocks_of(q, v), "GROUP": heads // kv_heads, "UNIT": unit, "CAUSAL": causal, "ACC": acc}
     inputs = (q, k, v, grad, lse, delta, cos, sin)
+    work = plan.tiles(of_keys.rows)
     launch(
         _key_kernel, (work.shape[0], kv_heads), q.device, *inputs, dk, dv, work, total, *scales, *strides,
-        KV_HEADS=kv_heads, **shared, **options,
+        KV_HEADS=kv_heads, **shared, **_options(of_keys),
     )  # fmt: skip
+    work = plan.tiles(of_queries.rows)
     launch(
         _query_kernel, (work.shape[0], heads), q.device, *inputs, dq, work, total, *scales, *strides,
-        HEADS=heads, **shared, **options,
+        HEADS=heads, **shared, **_options(of_queries),
     )  # fmt: skip
     return dq, dk, dv
+
+
+def _options(chosen: BackwardConfig) -> dict[str, int]:
+    return {
+        "ROWS": chosen.rows, "STEP": chosen.step, "num_warps": chosen.num_warps, "num_stages": chosen.num_stages,
+    }  # fmt: skip
 
 
 def run(grad, q, k, v, out, lse, cu_seqlens, cos, sin, causal, softmax_scale, fused):

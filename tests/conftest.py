@@ -18,6 +18,17 @@ if not torch.cuda.is_available():
 
         interpreter.repair()
 
+from tests.crashes import (  # noqa: F401
+    pytest_addoption,
+    pytest_configure,
+    pytest_handlecrashitem,
+    pytest_runtest_call,
+    pytest_runtest_makereport,
+    pytest_runtest_protocol,
+    pytest_sessionfinish,
+    pytest_sessionstart,
+)
+
 #: Where a test of a Triton kernel puts its tensors: on a GPU the kernel runs as compiled, else it is interpreted.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

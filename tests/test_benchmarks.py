@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -16,7 +15,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from benchmarks import environment, providers, report, tune
+from benchmarks import environment, providers, report
 from benchmarks.__main__ import _command, app
 from benchmarks.case import Case, Check, Context, Provider, Skip, Workload, equal, relative_error, two_times
 from benchmarks.cases._worker import in_subprocess
@@ -24,9 +23,6 @@ from benchmarks.lines import write
 from benchmarks.run import GateError, case_names, load_case, run_case
 from benchmarks.timing import Ceilings, Clock, floor_s, measure, ratio, spread
 from qwen2vl.demo.checkpoint import write_random_checkpoint
-from qwen2vl_kernels._backend import unavailable
-from qwen2vl_kernels._triton import Target, record
-from tests.conftest import DEVICE
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -386,43 +382,3 @@ def test_the_quoted_command_names_no_folder(monkeypatch):
     words = ["run", "load", "--checkpoint-dir", "/somewhere", "--quick", "--out=/elsewhere", "--rounds", "2"]
     monkeypatch.setattr("sys.argv", ["benchmarks", *words])
     assert _command() == "python -m benchmarks run load --quick --rounds 2"
-
-
-# ------------------------------------------------------------------------------------------------------------ tuning
-
-
-def test_tuning_reaches_every_launcher():
-    """Every subject launches with the candidate it is given."""
-    names = []
-    with record(Target("cuda", 90)):
-        subjects = list(tune.subjects(64, "meta"))
-    for subject in subjects:
-        for values in (min, max):
-            wanted = {name: values(options) for name, options in subject.grid.items()}
-            choose = getattr(subject.module, subject.function)
-            candidate = lambda *given, choose=choose, wanted=wanted: dataclasses.replace(choose(*given), **wanted)  # noqa: E731
-            with pytest.MonkeyPatch.context() as patch, record(Target("cuda", 90)) as launches:
-                patch.setattr(subject.module, subject.function, candidate)
-                subject.run()
-            # The backward of attention also has a pass of its own before the two that are tuned.
-            tuned = [launch for launch in launches if launch.kernel.__name__ != "_delta_kernel"]
-            assert tuned and {launch.options["num_warps"] for launch in tuned} == {wanted["num_warps"]}
-        names.append(subject.name)
-    assert len(names) == len(set(names)) >= 15
-
-
-def test_tuning_finds_the_fastest():
-    if (reason := unavailable("triton", DEVICE)) is not None:
-        pytest.skip(f"triton: {reason}")
-    subject = next(s for s in tune.subjects(8, DEVICE) if s.name == "swiglu 8960")
-    slow = dataclasses.replace(subject, grid={"rows": (2, 8), "columns": (1024, 8192), "num_warps": (1,)})
-    trial = tune.tune(slow, Clock(torch.device(DEVICE)), samples=3)
-    if DEVICE == "cpu":  # the interpreter runs one program after the other: the fewest are the fastest
-        assert (trial.best.rows, trial.best.columns) == (8, 8192)
-    assert trial.failed == 0 and 0 < trial.best_s <= trial.chosen_s * 1.5
-
-
-def test_tuning_without_a_gpu_says_so():
-    if tune.why_not() is None:
-        pytest.skip("there is a GPU")
-    assert "no CUDA device" in CliRunner().invoke(app, ["tune"]).output

@@ -1,0 +1,108 @@
+"""A test that loses CUDA's context, dies or hangs fails alone: hooks for ``conftest.py``.
+
+After an illegal access every later call to CUDA in the process fails, and with it every later test. Under pytest-xdist
+the worker therefore ends itself, in the middle of the test that did it: xdist counts that test as failed, gives those
+behind it to others and starts another worker. Why a worker ended is in a file that the controller reads into the
+report: the test's traceback, or the stack that ``faulthandler`` writes for a signal and for ``--test-limit``. Without
+xdist nothing can be restarted: the run then ends with a message.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+_file = pytest.StashKey[int]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--test-limit",
+        type=float,
+        metavar="SECONDS",
+        help="end the process of a test that takes longer; under pytest-xdist that test fails and the others run",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    worker = getattr(config, "workerinput", None)
+    if worker is None:
+        config.stash[_file] = os.dup(2)  # tests have theirs captured, this one is the terminal's
+    else:
+        config.stash[_file] = os.open(_reason(worker), os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND, 0o600)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if hasattr(session.config, "workerinput"):  # later than pytest's own, which writes to the terminal
+        faulthandler.enable(file=session.config.stash[_file])
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workerinput"):
+        _reason(session.config.workerinput).unlink(missing_ok=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    limit = item.config.getoption("--test-limit")
+    if limit is not None:
+        faulthandler.dump_traceback_later(limit, exit=True, file=item.config.stash[_file])
+    try:
+        return (yield)
+    finally:
+        if limit is not None:
+            faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    result = yield
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # what the test launched fails now, in it, and not in the next one
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report: Any = yield
+    if report.failed and context_is_lost():
+        if hasattr(item.config, "workerinput"):
+            os.write(item.config.stash[_file], f"{report.longreprtext}\n".encode())
+            os._exit(1)  # before xdist hears of the report: it then fails this test, and only this one
+        item.session.shouldfail = (
+            f"{item.nodeid} lost CUDA's context, without which no test can go on in this process; with pytest-xdist "
+            "(-n 1 or more) the others would run"
+        )
+    return report
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(report: pytest.TestReport) -> None:
+    """In the controller: why the worker ended goes into the report of its test."""
+    path = _reason(report.node.workerinput)  # type: ignore[attr-defined]
+    if path.is_file():
+        reason = path.read_text(encoding="utf-8", errors="replace")
+        path.unlink()
+        report.longrepr = f"{reason}\n{report.longrepr}"
+
+
+def context_is_lost() -> bool:
+    """Whether CUDA was in use here and no call to it can succeed any more."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def _reason(worker: Mapping[str, Any]) -> Path:
+    return Path(tempfile.gettempdir()) / f"qwen2vl-tests-{worker['testrunuid']}-{worker['workerid']}"

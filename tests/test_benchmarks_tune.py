@@ -1,0 +1,304 @@
+"""The tuner: every launcher reached, right results only, a candidate's end costs that candidate, the best of shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from benchmarks import tune
+from benchmarks.__main__ import app
+from benchmarks.run import SCHEMA
+from benchmarks.tune import search
+from benchmarks.tune.subjects import configured
+from benchmarks.tune.worker import DTYPES, Timer, rounds
+from qwen2vl_kernels._attention import ForwardConfig
+from qwen2vl_kernels._backend import unavailable
+from qwen2vl_kernels._triton import Target, record
+from tests.conftest import DEVICE
+
+ROOT = Path(__file__).resolve().parent.parent
+HOPPER = Target("cuda", 90)
+META = torch.device("meta")
+NAMES = [subject.name for subject in tune.subjects(quick=True)]
+
+
+def needs_triton():
+    if (reason := unavailable("triton", DEVICE)) is not None:
+        pytest.skip(f"triton: {reason}")
+
+
+def launches_of(subject, fields):
+    with record(HOPPER) as launches, torch.no_grad(), configured(subject, fields):
+        subject.make(META, torch.bfloat16).run()
+    return [launch for launch in launches if launch.kernel.fn.__name__ == subject.kernel]
+
+
+# ---------------------------------------------------------------------------------------------------------- subjects
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_candidate_reaches_its_kernel(quick):
+    """One launch of the subject's kernel, with the candidate's fields, of either end of the grid."""
+    subjects = tune.subjects(quick)
+    assert len({subject.name for subject in subjects}) == len(subjects) >= 15
+    for subject in subjects:
+        shipped, tried = search.candidates(subject, HOPPER, torch.bfloat16)
+        assert tried[0] == {name: getattr(shipped, name) for name in subject.grid}, "what ships is timed first"
+        assert len({str(fields) for fields in tried}) == len(tried) >= 3
+        for fields in (tried[1], tried[-1]):
+            (launch,) = launches_of(subject, fields)
+            assert launch.options["num_warps"] == fields["num_warps"]
+            if "num_stages" in fields:
+                assert launch.options["num_stages"] == fields["num_stages"]
+            if "step" in fields:
+                assert (launch.constexprs["ROWS"], launch.constexprs["STEP"]) == (fields["rows"], fields["step"])
+
+
+def test_passes_of_the_backward_are_tuned_apart():
+    key, query = (next(s for s in tune.subjects() if f"{name} pass 16x80" in s.group) for name in ("key", "query"))
+    wanted = {"rows": 128, "step": 32, "num_warps": 4, "num_stages": 3}
+    for tuned, other in ((key, query), (query, key)):
+        with record(HOPPER) as launches, torch.no_grad(), configured(tuned, wanted):
+            tuned.make(META, torch.bfloat16).run()
+        by_kernel = {launch.kernel.fn.__name__: launch for launch in launches}
+        assert by_kernel[tuned.kernel].options["num_stages"] == 3
+        assert by_kernel[other.kernel].options["num_stages"] == 1, "the other pass keeps what ships"
+
+
+def test_the_most_telling_come_first():
+    first = [subject.name for subject in tune.subjects()][:3]
+    assert first == [f"attention {name} 16x80, 4 of 4096" for name in ("forward", "key pass", "query pass")]
+    shapes = {subject.shape for subject in tune.subjects() if subject.group == "attention forward 16x80"}
+    assert {shape.split()[-1] for shape in shapes} == {"256", "1024", "4096", "16384"}
+
+
+def test_what_is_compiled_once_is_the_same_for_every_length():
+    """Subjects that share ``compiled_as`` are the same kernels for the compiler: strides, alignments and constants."""
+    needs_triton()
+    keys: dict[str, set] = {}
+    for subject in tune.subjects():
+        if subject.columns is not None:
+            _, tried = search.candidates(subject, HOPPER, torch.bfloat16)
+            (launch,) = launches_of(subject, tried[-1])
+            keys.setdefault(subject.compiled_as, set()).add(str(_identity(launch)))
+    assert len(keys) == 9 and all(len(found) == 1 for found in keys.values())
+
+
+def _identity(launch):
+    """As the just-in-time compiler specialises: types, alignments, constants, options."""
+    kinds = [
+        (str(a.dtype), a.data_ptr() % 16) if isinstance(a, torch.Tensor) else (a == 1, a % 16 == 0, type(a))
+        if isinstance(a, int) and a < 16000  # rows of the pack are not specialised
+        else type(a)
+        for a in launch.args
+    ]  # fmt: skip
+    return kinds, {k: str(v) for k, v in launch.constexprs.items()}, launch.options
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_ships_is_right_at_every_subject(name):
+    """The comparison that a candidate has to stand is one that right results do; in the interpreter where no GPU is."""
+    needs_triton()
+    subject = next(s for s in tune.subjects(quick=True) if s.name == name)
+    work = subject.make(torch.device(DEVICE), DTYPES[DEVICE])
+    with torch.no_grad():
+        results = work.run()
+        checks = work.check(results)
+        assert checks and all(check.passed for check in checks), checks
+        for n in range(len(results)):  # and wrong ones do not: one element is off by the largest there is
+            wrong = [x.clone() for x in results]
+            wrong[n].view(-1)[wrong[n].numel() // 2] += 8 * wrong[n].abs().max()
+            assert not all(check.passed for check in work.check(tuple(wrong)))
+
+
+# ------------------------------------------------------------------------------------------------------- compilation
+
+_FOUND = """
+import sys, torch
+from triton import knobs
+from benchmarks.tune.subjects import configured, subjects
+from benchmarks.tune.worker import Compiler
+from qwen2vl_kernels import _triton
+subject = next(s for s in subjects(True) if s.name == sys.argv[1])
+fields = {name: values[-1] for name, values in subject.grid.items()}
+Compiler(target := _triton.Target("cuda", 90), True, torch.float16)  # its driver, on real tensors
+with _triton.record(target) as launches, configured(subject, fields):
+    subject.make(torch.device("cpu"), torch.float16).run()
+compiled, found = [], []
+knobs.compilation.listener = lambda *, src, cache_hit, **_: (found if cache_hit else compiled).append(src.name)
+for launch in launches:
+    launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constexprs, **launch.options)
+print(len(found), compiled)
+"""
+
+
+def test_a_launch_finds_what_was_compiled_ahead(tmp_path):
+    """The worker compiles for tensors without memory; the just-in-time compiler finds it for those that have some."""
+    needs_triton()
+    name = "rms_norm backward 1536, 32 rows"
+    subject = next(s for s in tune.subjects(quick=True) if s.name == name)
+    cache = {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": None}
+    with tune.Worker(("benchmarks.tune.worker", "compile", "cuda:90:float16", "quick"), cache) as worker:
+        fields = {name: values[-1] for name, values in subject.grid.items()}
+        reply = worker.ask({"subject": name, "fields": fields}, 120)
+        assert "failed" not in reply, reply
+        refused = worker.ask({"subject": name, "fields": fields | {"num_warps": 3}}, 120)
+        assert refused["failed"] == "does not compile" and "power of 2" in refused["why"]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", _FOUND, name]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "1 []\n", done.stdout + done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------ search
+
+
+@pytest.fixture
+def searched(tmp_path, monkeypatch):
+    """A search of the quick forward kernels with processes that fail in every way, its trials and its rows."""
+    monkeypatch.setattr(search, "_RUN_LIMIT", 2.0)
+    monkeypatch.setattr(search, "_START_LIMIT", 4.0)
+    grid = {"rows": (64, 128), "step": (32, 64, 128), "num_warps": (4,), "num_stages": (3, 4)}
+    subjects = [dataclasses.replace(s, grid=grid) for s in tune.subjects(quick=True) if "forward 2x80" in s.group]
+    monkeypatch.setattr(search, "subjects", lambda quick: subjects)
+
+    def run(**settings):
+        rows = tune.Rows(tmp_path / "tune.jsonl")
+        one = tune.Search(torch.device("cpu"), HOPPER, quick=True, rows=rows, worker="tests.tune_worker", **settings)
+        trials = one.run()
+        rows.close()
+        return trials, [json.loads(line) for line in (tmp_path / "tune.jsonl").read_text().splitlines()]
+
+    return run
+
+
+def test_one_candidate_costs_itself(searched):
+    trials, rows = searched(jobs=2)
+    for trial in trials:
+        failed = {row["literal"]: row["failed"] for row in trial.rows if "failed" in row}
+        # What ships takes 64 keys a step and two stages, of 64 rows in the first shape.
+        assert failed.pop("ForwardConfig(64, 64, 4, 2)", "hangs") == "hangs"
+        assert failed == {
+            "ForwardConfig(64, 32, 4, 3)": "dies",
+            "ForwardConfig(64, 64, 4, 3)": "hangs",
+            "ForwardConfig(64, 128, 4, 3)": "wrong result",
+            **{
+                f"ForwardConfig({rows}, {step}, 4, 4)": "does not compile"
+                for rows in (64, 128)
+                for step in (32, 64, 128)
+            },
+        }
+        dead = next(row for row in trial.rows if row.get("failed") == "dies")
+        assert "status -6" in dead["why"] and "MLIR has had enough" in dead["why"]
+        assert min(trial.finals, key=trial.finals.__getitem__) == "ForwardConfig(128, 32, 4, 3)"
+        assert trial.left == 0
+    assert len({row["process"] for row in rows if "process" in row}) > 1
+    written = [row for row in rows if "final" not in row]
+    assert written == [row for trial in trials for row in trial.rows], "every row is in the file, as it was measured"
+
+
+def test_a_limit_ends_with_what_is_measured(searched):
+    trials, _ = searched(limit=3.0)
+    assert trials[0].rows and trials[-1].left == len(trials[-1].candidates), [t.rows for t in trials]
+    found = tune.result(trials, HOPPER, torch.device("cpu"), True, "python -m benchmarks tune")
+    assert trials[-1].subject.name in found["left"]
+    assert {"workload": trials[-1].subject.name, "provider": f"{trials[-1].left} candidates",
+            "reason": "the limit came first"} in found["skipped"]  # fmt: skip
+
+
+def test_the_result_has_rows_as_every_case_and_texts_to_write_in(searched):
+    trials, _ = searched(jobs=2)
+    found = tune.result(trials, HOPPER, torch.device("cpu"), True, "python -m benchmarks tune")
+    assert found["schema"] == SCHEMA and found["architecture"] == "cuda 90"
+    by_provider = {row["provider"]: row for row in found["rows"] if row["workload"].endswith(", 96")}
+    best = by_provider["ForwardConfig(128, 32, 4, 3)"]
+    assert best["ratios"]["ships, ForwardConfig(128, 64, 8, 2)"]["median"] == pytest.approx(2)
+    (group,) = found["groups"]
+    assert group["entry"] == "(80, ForwardConfig(128, 32, 4, 3))" and group["fixed"] == {"step": 32}
+    assert group["function"] == "qwen2vl_kernels._attention.forward_config"
+    console = Console(width=250, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    tune.show(found, console)
+    shown = console.export_text()
+    assert "2.00x" in shown and "1 wrong result" in shown and "one step for all shapes: 32" in shown
+
+
+def test_one_step_serves_all_lengths():
+    """The step is chosen over the shapes before all else; faster candidates of one shape are named beside it."""
+    subjects = [s for s in tune.subjects() if s.group == "attention forward 16x80"][:2]
+    times = ({(128, 64): 10.0, (64, 64): 9.0, (128, 128): 8.0}, {(128, 64): 10.0, (64, 64): 20.0, (128, 128): 30.0})
+    trials = []
+    for subject, by_tile in zip(subjects, times, strict=True):
+        trial = tune.Trial(subject, ForwardConfig(128, 128, 8, 2), [])
+        for (rows, step), seconds in by_tile.items():
+            config = ForwardConfig(rows, step, 4, 2)
+            trial.rows.append({"literal": search.literal(config), "fields": dataclasses.asdict(config),
+                               "median": seconds, "bits": str(step)})  # fmt: skip
+        trials.append(trial)
+    (group,) = tune.result(trials, HOPPER, torch.device("cpu"), True, "")["groups"]
+    assert group["fixed"] == {"step": 64} and group["best"] == "ForwardConfig(128, 64, 4, 2)"
+    first, second = (group["shapes"][subject.shape] for subject in subjects)
+    assert first["fastest"] == "ForwardConfig(128, 128, 4, 2)" and first["same_bits"] == "ForwardConfig(64, 64, 4, 2)"
+    assert second["fastest"] == second["same_bits"] == "ForwardConfig(128, 64, 4, 2)"
+
+
+def test_finalists_take_turns():
+    order: list[int] = []
+    calls = [lambda n=n: order.append(n) for n in range(3)]
+    samples = rounds(calls, lambda call: (call(), float(order[-1]))[1], 4)
+    assert order == [0, 1, 2, 1, 2, 0, 2, 0, 1, 0, 1, 2]
+    assert samples == [[0.0] * 4, [1.0] * 4, [2.0] * 4]
+
+
+def test_a_wrong_candidate_is_never_timed(monkeypatch):
+    """Through the real worker: a kernel that leaves half of its rows is told, with its error."""
+    needs_triton()
+    subject = next(s for s in tune.subjects(quick=True) if s.name == "swiglu forward 8960, 8 rows")
+    timer = Timer(torch.device(DEVICE), quick=True)
+    request = {
+        "subject": subject.name,
+        "fields": {"rows": 4, "columns": 1024, "num_warps": 4},
+        "beat": None,
+        "samples": 2,
+    }
+    assert len(timer(request)["samples"]) == 2
+    launch = subject.module.launch
+    half = lambda kernel, grid, *given, **named: launch(kernel, (grid[0] // 2, *grid[1:]), *given, **named)  # noqa: E731
+    monkeypatch.setattr(subject.module, "launch", half)
+    monkeypatch.setattr(torch, "empty", torch.zeros)
+    reply = timer(request)
+    assert reply["failed"] == "wrong result" and "samples" not in reply and "result 0: error 0.7" in reply["why"]
+
+
+# ----------------------------------------------------------------------------------------------------------- command
+
+
+def test_the_command_rehearses_without_a_gpu(tmp_path):
+    """The whole way on tiny shapes: compiled for a Hopper card, run by the interpreter, compared, timed, written."""
+    needs_triton()
+    out = tmp_path / "tune.json"
+    words = ["tune", "rms_norm forward 1536", "--device", "cpu", "--quick", "--jobs", "1", "--out", str(out)]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    found = json.loads(out.read_text())
+    assert found["case"] == "tune" and not found["skipped"] and not found["left"]
+    (subject,) = found["subjects"]
+    assert subject["best"].startswith("NormConfig(") and subject["timed"] == 5
+    assert len(out.with_suffix(".jsonl").read_text().splitlines()) >= 5
+
+
+def test_the_command_says_what_it_lacks(tmp_path):
+    out = ["--out", str(tmp_path / "tune.json")]
+    if not torch.cuda.is_available():
+        assert "no CUDA device" in CliRunner().invoke(app, ["tune", *out]).output
+    assert "it takes a GPU" in CliRunner().invoke(app, ["tune", "--device", "cpu", *out]).output
+    words = ["tune", "no such thing", "--device", "cpu", "--quick", *out]
+    assert "no subject's name has one of no such thing" in CliRunner().invoke(app, words).output

@@ -1,0 +1,33 @@
+"""What the tests of the tuner run in place of its worker: no kernels, but every way to fail, told by the fields.
+
+At ``rows`` of 128 a candidate takes ``step`` microseconds, at 64 it fails by its step. Needs nothing but Python.
+"""
+
+import json
+import os
+import sys
+import time
+
+for line in sys.stdin:
+    request = json.loads(line)
+    reply: dict = {}
+    if sys.argv[1] == "compile":
+        if request["fields"].get("num_stages") == 4:
+            reply = {"failed": "does not compile", "why": "no registers"}
+    elif "finalists" in request:
+        reply = {"samples": [[1e-6 * f["step"]] * request["samples"] for f in request["finalists"]]}
+    else:
+        fields = request["fields"]
+        if fields["rows"] == 64 and fields["step"] == 32:
+            print("MLIR has had enough", file=sys.stderr, flush=True)
+            os.abort()
+        if fields["rows"] == 64 and fields["step"] == 64:
+            time.sleep(600)
+        if fields["rows"] == 64 and fields["step"] == 128:
+            reply = {"failed": "wrong result", "why": "result 0: error 1, allowed 0.01"}
+        else:
+            samples = [1e-6 * fields["step"]] * request["samples"]
+            check = {"name": "result 0", "error": 0.0, "allowed": 1.0}
+            reply = {"samples": samples, "first_call_s": 0.5, "bits": str(fields["step"]), "check": check}
+            reply["process"] = os.getpid()
+    print(json.dumps(reply), flush=True)
