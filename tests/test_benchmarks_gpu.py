@@ -61,7 +61,10 @@ def test_a_part_that_fails_leaves_the_others(tmp_path):
 
 def test_parts_of_a_phase_run_at_once_where_it_says_so(tmp_path):
     made = session(tmp_path)
-    meet = "import pathlib, time\nhere, there = map(pathlib.Path, {0!r})\nhere.touch()\nwhile not there.exists(): time.sleep(0.01)"
+    meet = (
+        "import pathlib, time\nhere, there = map(pathlib.Path, {0!r})\nhere.touch()\n"
+        "while not there.exists(): time.sleep(0.01)"
+    )
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     parts = (python(meet.format((a, b)), name="a"), python(meet.format((b, a)), name="b"))
     made.run([Phase("both", 60, parts, together=True)])
@@ -205,9 +208,9 @@ def test_the_rehearsal(tmp_path):
         )
         wheel.writestr("quickpeer-1.0.dist-info/RECORD", "")
     out = tmp_path / "out"
+    rehearse = [sys.executable, "-m", "benchmarks", "gpu", "--device", "cpu"]
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "gpu", "--device", "cpu", "--out", str(out)]
-        + ["--work", str(tmp_path / "work"), "--wheels", str(tmp_path)],
+        [*rehearse, "--out", str(out), "--work", str(tmp_path / "work"), "--wheels", str(tmp_path)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
