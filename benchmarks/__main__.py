@@ -64,8 +64,12 @@ def run(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="case") from error
     red = False
-    processes = isolate.Processes(tuple(dict.fromkeys(module for case in cases for module in case.imports)))
-    with isolate.stopped_by_sigterm(), Context(where, quick, rounds, checkpoint_dir) as context:
+    imports = tuple(dict.fromkeys(module for case in cases for module in case.imports))
+    with (
+        isolate.stopped_by_sigterm(),
+        Context(where, quick, rounds, checkpoint_dir) as context,
+        isolate.Processes(imports) as processes,
+    ):
         for name in chosen:
             try:
                 begun = isolate.begin(processes, name, context, out, _command(), limit)

@@ -118,9 +118,15 @@ class Workload:
             raise ValueError(f"workload {self.name!r}: provider names must be unique, got {names}")
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass
 class Context:
     """Where and how a run measures; shared by the cases of one command.
+
+    ``quiet`` is called before anything is timed and returns when nothing of the run disturbs it any more.
 
     Use it as a context manager: leaving it removes the temporary folders that cases asked for.
     """
@@ -129,6 +135,7 @@ class Context:
     quick: bool = False
     rounds: int | None = None
     checkpoint_dir: Path | None = None
+    quiet: Callable[[], None] = field(default=_nothing, repr=False)
     _stack: ExitStack = field(default_factory=ExitStack, repr=False)
 
     def __enter__(self) -> Context:

@@ -10,7 +10,6 @@ import pkgutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +109,6 @@ def gate(case: Case, context: Context) -> Line:
         return {"line": "gate", "checks": _green(case.name, case.gate(context) if case.gate is not None else [])}
 
 
-def nth(case: Case, index: int, context: Context) -> Line:
-    """Measure the workload of ``case`` at ``index``; those before it are declared and left alone."""
-    workloads = case.workloads(context)  # kept until the end, when it puts right what it changed
-    with torch.inference_mode():
-        return measured(case, next(islice(workloads, index, None)), context)
-
-
 def measured(case: Case, workload: Workload, context: Context) -> Line:
     """First calls, gate, rounds. Raises :class:`GateError` for a red gate, ``ValueError`` for none at all."""
     if workload.gate is None and case.gate is None:
@@ -125,6 +117,7 @@ def measured(case: Case, workload: Workload, context: Context) -> Line:
     workload, outputs, first = _first_calls(workload, clock)
     checks = _green(f"{case.name}, {workload.name}", _workload_checks(workload, outputs))
     del outputs
+    context.quiet()
     other: Mapping[str, float] = {}
     if workload.another is not None:
         running = {provider.name for provider in workload.providers if provider.call is not None}

@@ -131,24 +131,58 @@ def test_lines_that_are_none_are_refused(tmp_path):
 
 def test_threads_and_device_are_those_asked_for():
     """What is measured in a process of its own has the parent's threads, and the fork server left no other."""
-    processes = isolate.Processes()
     task = isolate.Task("plan", "tests.broken_cases.gate", Context(quick=True), torch.get_num_threads())
-    plan = processes.run(task, 60)
+    with isolate.Processes() as processes:
+        plan = processes.run(task, 60)
     assert isinstance(plan, dict) and plan["threads"] == torch.get_num_threads()
 
 
 def test_a_process_that_cannot_be_forked_is_started_anew(monkeypatch):
-    processes = isolate.Processes()
-    runs = []
+    kinds = []
 
-    def run(self, task, limit, log):
-        runs.append(self.kind)
-        return isolate._NoFork() if self.kind == "forkserver" else {"line": "plan"}
+    class Process(isolate._Process):
+        def __init__(self, kind: str, task: isolate.Task) -> None:
+            super().__init__(kind, task)
+            kinds.append(kind)
+            if kind == "forkserver":
+                self.heard.append(("no fork", None))
 
-    monkeypatch.setattr(isolate.Processes, "_run", run)
-    task = isolate.Task("plan", "positions", Context(), 1)
-    assert processes.run(task, 1) == processes.run(task, 1) == {"line": "plan"}
-    assert runs == ["forkserver", "spawn", "spawn"]
+    monkeypatch.setattr(isolate, "_Process", Process)
+    task = isolate.Task("plan", "tests.broken_cases.gate", Context(quick=True), 1)
+    with isolate.Processes() as processes:
+        for _ in range(2):
+            plan = processes.run(task, 60)
+            assert isinstance(plan, dict) and plan["workloads"] == ["first"]
+    assert kinds == ["forkserver", "spawn", "spawn"]
+
+
+def test_nobody_times_while_the_next_gets_ready_or_the_last_leaves():
+    """Each is told to go on with its timing after the next said that it is ready."""
+    events = []
+
+    class Process(isolate._Process):
+        def hear(self, seconds: float):
+            word, value = super().hear(seconds)
+            events.append((self.task.index, word))
+            return word, value
+
+    names = list(WAYS)
+    context = Context(quick=True)
+    tasks = [
+        isolate.Task("workload", "tests.broken_cases.workloads", context, 1, index=names.index(name), workload=name)
+        for name in ("first", "last")
+    ]
+    with pytest.MonkeyPatch.context() as patch, isolate.Processes() as processes:
+        patch.setattr(isolate, "_Process", Process)
+        first = processes.run(tasks[0], 60, tasks[1])
+        assert processes.next is not None and processes.next.task is tasks[1]
+        second = processes.run(tasks[1], 60)
+    assert isinstance(first, dict) and isinstance(second, dict)
+    assert [(task.workload, line["workload"]) for task, line in zip(tasks, (first, second), strict=True)] == [
+        ("first", "first"), ("last", "last"),
+    ]  # fmt: skip
+    a, b = tasks[0].index, tasks[1].index
+    assert events[:4] == [(a, "ready"), (a, "quiet"), (b, "ready"), (a, "line")]
 
 
 def test_what_a_workload_started_ends_with_the_run(tmp_path):
