@@ -111,7 +111,7 @@ gpu-wheels:
 		for wheel in $$folder/*.whl; do echo "$$(du -k $$wheel | cut -f1) KiB $$wheel"; done; \
 		size=$$(cat $$folder/*.whl | wc -c); \
 		echo "$$((size >> 20)) MiB in $$folder"; \
-		[ $$size -le $$((64 << 20)) ] || echo "warning: $$folder is larger than 64 MiB, send its wheels apart" >&2; \
+		[ $$size -le $$((64 << 20)) ] || echo "warning: $$folder is larger than 64 MiB and travels in parts" >&2; \
 	done
 
 # Other stacks in environments of their own, some GB each, on the CPU. build/stacks is kept between runs.

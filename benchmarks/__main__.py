@@ -17,7 +17,7 @@ from . import environment, isolate, lines, page, report
 from .case import Context
 from .lines import write
 from .page import PAGE
-from .run import RESULTS, GateError, case_names, load_case
+from .run import RESULTS, GateError, case_names, load_case, run_case
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
@@ -336,6 +336,41 @@ def gpu_(
             raise typer.BadParameter(str(error), param_hint="only") from error
     print("\n".join(["", *session.summary(), f"packed into {out / 'logs.tgz'}"]))
     if session.failed():
+        raise typer.Exit(1)
+
+
+@app.command("wgmma")
+def wgmma_(
+    build: Annotated[bool, typer.Option("--build", help="Only compile it, which takes nvcc and no GPU.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Two rounds of three widths, to see that it works.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder of the JSON; default benchmarks/results/<device>.")] = None,
+) -> None:
+    """Measure warpgroup matrix products by width on a Hopper card; says why it does not where there is none."""
+    from . import wgmma
+
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not build and (missing := wgmma.why_not(where)) is not None:
+        print(f"not measured: {missing}")
+        return
+    if out is None and quick:
+        raise typer.BadParameter("--quick needs --out: its numbers do not belong among the results", param_hint="out")
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    widths = wgmma.QUICK_WIDTHS if quick else wgmma.WIDTHS
+    try:
+        library = wgmma.build(environment.ROOT / "build" / "wgmma", widths)
+        if build:
+            print(f"built {library}")
+            return
+        with Context(device=where, quick=quick) as context:
+            result = run_case(wgmma.case(wgmma.Library(library), widths), context, _command())
+    except wgmma.BuildError as error:
+        console.print(str(error), style="bold red", markup=False)
+        raise typer.Exit(1) from None
+    console.print(wgmma.table(result))
+    for message in result["red"]:
+        console.print(message, style="bold red", markup=False)
+    console.print(f"written to {write(result, out or RESULTS / environment.folder_name(where))}", soft_wrap=True)
+    if result["red"]:
         raise typer.Exit(1)
 
 

@@ -321,7 +321,7 @@ def phases(device: str, work: Path, checkpoints: Path, wheels: Path, cores: int)
                 *([] if rehearsal else [run("others", others, "--rounds", "2")]),
             ),
         ),
-        Phase("tuning", 90, (_tuning(rehearsal, work),)),
+        Phase("tuning", 100, (_tuning(rehearsal, work), _rates(device, results))),
         Phase("sanitizer", 60, (_sanitizer(rehearsal),)),
     ]
 
@@ -388,6 +388,15 @@ def _tuning(rehearsal: bool, work: Path) -> Part:
     out = ("--out", str(work / "results" / "tune.json"))
     small = ("swiglu forward", "--quick", "--device", "cpu", "--jobs", "1") if rehearsal else ("--limit", "80")
     return Part("tuning", (sys.executable, "-m", "benchmarks", "tune", *small, *out), measures=True)
+
+
+def _rates(device: str, results: Sequence[str]) -> Part:
+    import torch
+
+    from . import wgmma
+
+    missing = wgmma.why_not(torch.device(device))
+    return Part("wgmma", (sys.executable, "-m", "benchmarks", "wgmma", *results), measures=True, missing=missing)
 
 
 def _sanitizer(rehearsal: bool) -> Part:

@@ -70,9 +70,9 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
     report: Any = yield
-    if report.failed and context_is_lost():
+    if call.excinfo is not None and context_is_lost():  # a failure, and what is expected to fail as well
         if hasattr(item.config, "workerinput"):
             os.write(item.config.stash[_file], f"{report.longreprtext}\n".encode())
             os._exit(1)  # before xdist hears of the report: it then fails this test, and only this one

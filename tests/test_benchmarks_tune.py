@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -14,12 +15,12 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from benchmarks import tune
+from benchmarks import report, tune
 from benchmarks.__main__ import app
 from benchmarks.run import SCHEMA
 from benchmarks.tune import search
-from benchmarks.tune.subjects import configured
-from benchmarks.tune.worker import DTYPES, Timer, rounds
+from benchmarks.tune.subjects import DTYPES, configured
+from benchmarks.tune.worker import Timer, rounds
 from qwen2vl_kernels._attention import ForwardConfig
 from qwen2vl_kernels._backend import unavailable
 from qwen2vl_kernels._triton import Target, record
@@ -162,73 +163,88 @@ def test_a_launch_finds_what_was_compiled_ahead(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ search
 
 
-@pytest.fixture
-def searched(tmp_path, monkeypatch):
-    """A search of the quick forward kernels with processes that fail in every way, its trials and its rows."""
-    monkeypatch.setattr(search, "_RUN_LIMIT", 2.0)
-    monkeypatch.setattr(search, "_START_LIMIT", 4.0)
-    grid = {"rows": (64, 128), "step": (32, 64, 128), "num_warps": (4,), "num_stages": (3, 4)}
+@pytest.fixture(scope="module")
+def search_forward(tmp_path_factory):
+    """A search of the quick forward kernels with processes that fail in every way: its trials, its rows, its result."""
+    folder = tmp_path_factory.mktemp("search")
+    grid = {"rows": (64, 128), "step": (16, 32, 64, 128), "num_warps": (4,), "num_stages": (3, 4)}
     subjects = [dataclasses.replace(s, grid=grid) for s in tune.subjects(quick=True) if "forward 2x80" in s.group]
-    monkeypatch.setattr(search, "subjects", lambda quick: subjects)
 
     def run(**settings):
-        rows = tune.Rows(tmp_path / "tune.jsonl")
+        rows = tune.Rows(folder / "tune.jsonl")
         one = tune.Search(torch.device("cpu"), HOPPER, quick=True, rows=rows, worker="tests.tune_worker", **settings)
-        trials = one.run()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(search, "_RUN_LIMIT", 2.0)
+            patch.setattr(search, "_START_LIMIT", 3.0)
+            patch.setattr(search, "subjects", lambda quick: subjects)
+            trials = one.run()
         rows.close()
-        return trials, [json.loads(line) for line in (tmp_path / "tune.jsonl").read_text().splitlines()]
+        written = [json.loads(line) for line in (folder / "tune.jsonl").read_text().splitlines()]
+        return trials, written, tune.result(trials, HOPPER, torch.device("cpu"), True, "python -m benchmarks tune")
 
     return run
 
 
+@pytest.fixture(scope="module")
+def searched(search_forward):
+    return search_forward(jobs=2)
+
+
 def test_one_candidate_costs_itself(searched):
-    trials, rows = searched(jobs=2)
+    trials, rows, _ = searched
     for trial in trials:
         failed = {row["literal"]: row["failed"] for row in trial.rows if "failed" in row}
         # What ships takes 64 keys a step and two stages, of 64 rows in the first shape.
         assert failed.pop("ForwardConfig(64, 64, 4, 2)", "hangs") == "hangs"
+        uncompiled = [f"ForwardConfig({rows}, {step}, 4, 4)" for rows in (64, 128) for step in (16, 32, 64, 128)]
         assert failed == {
+            "ForwardConfig(64, 16, 4, 3)": "CUDA error",
             "ForwardConfig(64, 32, 4, 3)": "dies",
             "ForwardConfig(64, 64, 4, 3)": "hangs",
             "ForwardConfig(64, 128, 4, 3)": "wrong result",
-            **{
-                f"ForwardConfig({rows}, {step}, 4, 4)": "does not compile"
-                for rows in (64, 128)
-                for step in (32, 64, 128)
-            },
+            **dict.fromkeys(uncompiled, "does not compile"),
         }
         dead = next(row for row in trial.rows if row.get("failed") == "dies")
         assert "status -6" in dead["why"] and "MLIR has had enough" in dead["why"]
-        assert min(trial.finals, key=trial.finals.__getitem__) == "ForwardConfig(128, 32, 4, 3)"
+        assert min(trial.finals, key=trial.finals.__getitem__) == "ForwardConfig(128, 16, 4, 3)"
         assert trial.left == 0
     assert len({row["process"] for row in rows if "process" in row}) > 1
-    written = [row for row in rows if "final" not in row]
-    assert written == [row for trial in trials for row in trial.rows], "every row is in the file, as it was measured"
+    measured = [row for row in rows if "final" not in row]
+    assert measured == [row for trial in trials for row in trial.rows], "every row is in the file, as it was measured"
 
 
-def test_a_limit_ends_with_what_is_measured(searched):
-    trials, _ = searched(limit=3.0)
+def test_a_limit_ends_with_what_is_measured(search_forward):
+    trials, _, found = search_forward(limit=3.0)
     assert trials[0].rows and trials[-1].left == len(trials[-1].candidates), [t.rows for t in trials]
-    found = tune.result(trials, HOPPER, torch.device("cpu"), True, "python -m benchmarks tune")
     assert trials[-1].subject.name in found["left"]
-    assert {"workload": trials[-1].subject.name, "provider": f"{trials[-1].left} candidates",
-            "reason": "the limit came first"} in found["skipped"]  # fmt: skip
+    left = {"provider": f"{trials[-1].left} candidates", "reason": "the limit came first"}
+    assert {"workload": trials[-1].subject.name, **left} in found["skipped"]
 
 
-def test_the_result_has_rows_as_every_case_and_texts_to_write_in(searched):
-    trials, _ = searched(jobs=2)
-    found = tune.result(trials, HOPPER, torch.device("cpu"), True, "python -m benchmarks tune")
+def test_the_result_has_rows_as_every_case(searched):
+    _, _, found = searched
     assert found["schema"] == SCHEMA and found["architecture"] == "cuda 90"
     by_provider = {row["provider"]: row for row in found["rows"] if row["workload"].endswith(", 96")}
-    best = by_provider["ForwardConfig(128, 32, 4, 3)"]
-    assert best["ratios"]["ships, ForwardConfig(128, 64, 8, 2)"]["median"] == pytest.approx(2)
-    (group,) = found["groups"]
-    assert group["entry"] == "(80, ForwardConfig(128, 32, 4, 3))" and group["fixed"] == {"step": 32}
-    assert group["function"] == "qwen2vl_kernels._attention.forward_config"
-    console = Console(width=250, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    best = by_provider["ForwardConfig(128, 16, 4, 3)"]
+    assert best["ratios"]["ships, ForwardConfig(128, 64, 8, 2)"]["median"] == pytest.approx(4)
+    assert "ForwardConfig(64, 32, 4, 3)" in {skip["provider"] for skip in found["skipped"]}
+    report.table(found)
+    console = Console(width=250, record=True, file=io.StringIO())
     tune.show(found, console)
     shown = console.export_text()
-    assert "2.00x" in shown and "1 wrong result" in shown and "one step for all shapes: 32" in shown
+    assert "4.00x" in shown and "1 wrong result" in shown and "one step for all shapes: 16" in shown
+    assert "90: ((80, ForwardConfig(128, 16, 4, 3)),)," in shown
+
+
+def test_tables_hold_whole_entries():
+    group = {"function": "m.backward_config", "columns": 80, "place": 0, "best": "B(1)"}
+    both = [
+        group,
+        group | {"place": 1, "best": "B(2)"},
+        group | {"columns": 72},
+        {"function": "m.tile", "best": "T(1)"},
+    ]
+    assert tune.tables(both, HOPPER) == {"m.backward_config": "90: ((80, B(1), B(2)),),"}
 
 
 def test_one_step_serves_all_lengths():

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 #: CUDA as a process sees it after an illegal access: initialized, and every call raises.
 _LOSE = """
-    import os, time, torch
+    import os, pytest, time, torch
 
     def lose():
         def fail(*_):
@@ -23,6 +23,7 @@ _LOSE = """
 _FAILING = {
     "raises": ("lose(); torch.cuda.synchronize()", "AcceleratorError: CUDA error: an illegal memory access"),
     "launches": ("lose()", "AcceleratorError: CUDA error: an illegal memory access"),  # and is found out afterwards
+    "fails_as_expected": ("lose(); pytest.xfail('known')", "known"),
     "aborts": ("os.abort()", "Fatal Python error: Aborted"),
     "hangs": ("time.sleep(600)", "Timeout (0:00:03)!"),
     "only_fails": ("assert not 'the context is there'", "the context is there"),
@@ -55,7 +56,7 @@ def test_one_test_fails_and_the_others_run(tmp_path):
     tests = {"first": "pass"}
     for name, (does, _) in _FAILING.items():
         tests |= {name: does, f"after_{name}": "pass", f"long_after_{name}": "pass"}
-    done, outcomes = _run(tmp_path, tests, "-n", "1", "--dist", "worksteal")
+    done, outcomes = _run(tmp_path, tests, "-n", "1", "--dist", "worksteal", "--max-worker-restart", "1000")
     assert done.returncode == 1, done.stdout + done.stderr
     assert {name for name, why in outcomes.items() if why} == set(_FAILING) and set(outcomes) == set(tests)
     assert f"{len(_FAILING)} failed, {len(tests) - len(_FAILING)} passed" in done.stdout, done.stdout

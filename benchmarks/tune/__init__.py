@@ -7,8 +7,21 @@ result's groups say, with the GPU that measured them; nothing is written by itse
 """
 
 from .processes import Died, Worker
-from .result import result, show, write
+from .result import result, show, tables, write
 from .search import Rows, Search, Trial
 from .subjects import Subject, Work, subjects
 
-__all__ = ["Died", "Rows", "Search", "Subject", "Trial", "Work", "Worker", "result", "show", "subjects", "write"]
+__all__ = [
+    "Died",
+    "Rows",
+    "Search",
+    "Subject",
+    "Trial",
+    "Work",
+    "Worker",
+    "result",
+    "show",
+    "subjects",
+    "tables",
+    "write",
+]

@@ -56,7 +56,10 @@ class Worker:
         finally:
             timer.cancel()
         if line.endswith("\n"):
-            return json.loads(line)
+            reply = json.loads(line)
+            if reply.get("last"):
+                self.close()
+            return reply
         status = process.wait()
         last = self._last_words()
         self.close()

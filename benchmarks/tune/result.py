@@ -25,8 +25,8 @@ def result(trials: Sequence[Trial], target: Target, device: torch.device, quick:
     """Everything measured so far.
 
     Beside what every case's result has: ``architecture``; ``subjects``, each with what ships, the best and how many
-    candidates were timed, failed or left; ``groups``, each with the best for all its shapes and the text of its
-    configuration; ``left``, the subjects of which nothing was measured.
+    candidates were timed, failed or left; ``groups``, each with the best for all its shapes; ``tables``, those of one
+    chooser as the entry of its table; ``left``, the subjects of which nothing was measured.
     """
     timed = [trial for trial in trials if trial.finals]
     return {
@@ -43,7 +43,8 @@ def result(trials: Sequence[Trial], target: Target, device: torch.device, quick:
         "skipped": _skipped(trials),
         "red": [],
         "subjects": [_subject(trial) for trial in trials if trial.rows],
-        "groups": groups(trials),
+        "groups": (found := groups(trials)),
+        "tables": tables(found, target),
         "left": [trial.subject.name for trial in trials if not trial.finals],
     }
 
@@ -112,9 +113,31 @@ def _group(name: str, members: Sequence[Trial]) -> dict[str, Any]:
         shipped = [shape[text]["median"] for text, shape in zip(ships, times, strict=True)]
         found["gain"] = _mean(shipped, [shape[best]["median"] for shape in times])
     if subject.columns is not None:
-        place = "" if subject.place is None else f", place {subject.place + 1} of its configurations"
-        found["entry"] = f"({subject.columns}, {best}){place}"
+        found |= {"columns": subject.columns, "place": subject.place or 0}
     return found
+
+
+def tables(groups: Iterable[dict[str, Any]], target: Target) -> dict[str, str]:
+    """By chooser, the best of heads by width as a line of its table of architectures.
+
+    A width of which a pass is missing is left out, as half an entry cannot be written in.
+    """
+    known: dict[str, dict[int, dict[int, str]]] = {}
+    for group in groups:
+        if "columns" in group:
+            by_width = known.setdefault(group["function"], {})
+            by_width.setdefault(group["columns"], {})[group["place"]] = group["best"]
+    architecture = target.capability if target.backend == "cuda" else 0
+    lines = {}
+    for function, by_width in known.items():
+        whole = max(map(len, by_width.values()))
+        entries = [
+            f"({columns}, {', '.join(places[place] for place in sorted(places))})"
+            for columns, places in sorted(by_width.items())
+            if len(places) == whole
+        ]
+        lines[function] = f"{architecture}: ({', '.join(entries)},),"
+    return lines
 
 
 def _mean(times: Sequence[float], others: Sequence[float]) -> float:
@@ -195,7 +218,9 @@ def show(found: dict[str, Any], console: Console) -> None:
             continue
         gain = f"{g['gain']:.2f}x what ships" if "gain" in g else "what ships was not timed at every shape"
         one = "".join(f", one {field} for all shapes: {value}" for field, value in g["fixed"].items())
-        console.print(f"{g['group']}: {g.get('entry', g['best'])}: {gain}{one}", markup=False, soft_wrap=True)
+        console.print(f"{g['group']}: {g['best']}: {gain}{one}", markup=False, soft_wrap=True)
+    for function, line in found["tables"].items():
+        console.print(f"{function}:\n    {line}", markup=False, soft_wrap=True)
     if found["left"]:
         console.print(f"not measured: {', '.join(found['left'])}", style="yellow", markup=False, soft_wrap=True)
 

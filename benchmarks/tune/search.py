@@ -18,8 +18,7 @@ import torch
 from qwen2vl_kernels import _triton
 
 from .processes import Died, Worker
-from .subjects import REHEARSED, Subject, configured, subjects
-from .worker import DTYPES
+from .subjects import DTYPES, REHEARSED, Subject, configured, subjects
 
 #: Of the whole limit, what compiling may take: what is compiled by then is timed.
 _COMPILE_SHARE = 0.5
@@ -127,9 +126,8 @@ class Search:
             raise ValueError(f"no subject's name has one of {', '.join(names)} in it")
         trials = [Trial(s, *candidates(s, self.target, self.dtype)) for s in chosen]
         compiled = self.compile(trials)
-        interpreted = {"TRITON_INTERPRET": "1"} if self.device.type == "cpu" else {}
-        arguments = (self.worker, "time", str(self.device), self._size)
-        with Worker(arguments, interpreted) as worker:
+        interpret = {"TRITON_INTERPRET": "1" if self.device.type == "cpu" else None}
+        with Worker((self.worker, "time", str(self.device), self._size), interpret) as worker:
             for trial in trials:
                 if self._time_is_up():
                     break

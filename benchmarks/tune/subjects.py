@@ -25,6 +25,8 @@ from qwen2vl_kernels.ops.vision_rope import vision_rope_ref
 from ..case import Check, relative_error, two_times
 
 Tensors = tuple[torch.Tensor, ...]
+#: Of the inputs, by device. The rehearsal's are float16, which Triton's interpreter knows by itself.
+DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float16}
 #: What two kernels that round in other places may differ by, as a relative error: as in the case attention.
 _AGREEMENT = 1e-2
 

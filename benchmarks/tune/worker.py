@@ -19,10 +19,7 @@ from qwen2vl_kernels import _triton
 
 from ..timing import Clock
 from .processes import serve
-from .subjects import Subject, Tensors, Work, configured, subjects
-
-#: Of the inputs. The rehearsal's are float16, which Triton's interpreter knows by itself.
-DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float16}
+from .subjects import DTYPES, Subject, Tensors, Work, configured, subjects
 
 
 def gpu_target(target: _triton.Target) -> Any:
