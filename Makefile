@@ -86,7 +86,7 @@ fuzz: $(FUZZ_TARGETS)
 		$$target -max_total_time=$(FUZZ_SECONDS) $(if $(filter libfuzzer,$(FUZZER)),-len_control=0 -max_len=320) -artifact_prefix=$$target- || exit 1; \
 	done
 
-# Phases under one budget, the most telling first; see benchmarks/gpu.py. What does not fit is named in the end. Its last
+# Phases under one budget, the most telling first; see benchmarks/gpu/. What does not fit is named in the end. Its last
 # line of each part is printed, and $(OUT)/logs.tgz holds logs and results after each, whatever ends it.
 DEVICE ?= cuda
 BUDGET ?= 480

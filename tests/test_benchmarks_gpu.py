@@ -20,7 +20,9 @@ from benchmarks import gpu
 from benchmarks.__main__ import app
 from benchmarks.case import Context
 from benchmarks.cases._qwen2vl import checkpoint
-from benchmarks.gpu import Part, Phase, Session
+from benchmarks.gpu import session as session_module
+from benchmarks.gpu.session import Part, Phase, Session
+from benchmarks.run import case_names
 from qwen2vl import Qwen2VL
 from qwen2vl.demo.checkpoint import small_config, write_random_checkpoint
 from tests.conftest import DEVICE
@@ -72,8 +74,8 @@ def test_parts_of_a_phase_run_at_once_where_it_says_so(tmp_path):
 
 
 def test_what_hangs_is_stopped_with_all_it_started(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "_LEAST", 0.0)
-    monkeypatch.setattr(gpu, "_GRACE", 0.5)
+    monkeypatch.setattr(session_module, "_LEAST", 0.0)
+    monkeypatch.setattr(session_module, "_GRACE", 0.5)
     made = session(tmp_path)
     deaf = (
         "import signal, subprocess, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
@@ -92,7 +94,7 @@ def test_what_hangs_is_stopped_with_all_it_started(tmp_path, monkeypatch):
 
 def test_the_budget_ends_what_measures_and_names_what_is_left(tmp_path, monkeypatch):
     """Of a case that was cut the lines are made into results, and only what is unfinished is named."""
-    monkeypatch.setattr(gpu, "_LEAST", 1.0)
+    monkeypatch.setattr(session_module, "_LEAST", 1.0)
     made = session(tmp_path, budget=12.0)
     command = [sys.executable, "-m", "benchmarks", "run", "tests.broken_cases.slow", "--quick", "--device", "cpu"]
     command += ["--out", str(tmp_path / "work" / "results"), "--checkpoint-dir", str(tmp_path)]
@@ -127,7 +129,7 @@ def test_finished_cases_are_not_named_again(tmp_path):
 def test_a_run_that_is_ended_brings_back_what_it_had(tmp_path):
     code = (
         "import sys\nfrom pathlib import Path\nfrom benchmarks import isolate\n"
-        "from benchmarks.gpu import Part, Phase, Session\n"
+        "from benchmarks.gpu.session import Part, Phase, Session\n"
         "quick = Part('quick', (sys.executable, '-c', 'print(5)'))\n"
         "slow = Part('slow', (sys.executable, '-c', 'import time; print(6, flush=True); time.sleep(600)'))\n"
         f"made = Session(600, Path({str(tmp_path)!r}) / 'out', Path({str(tmp_path)!r}) / 'work', print, {{}})\n"
@@ -168,7 +170,7 @@ def test_the_phases_of_a_gpu(tmp_path, monkeypatch):
         files = [word for word in parts[name].command if word.endswith(".py")]
         assert files and all((ROOT / file).is_file() for file in files)
     measured = {case for part in parts.values() for case in part.cases}
-    assert measured == set(gpu.case_names())
+    assert measured == set(case_names())
     assert "one_of_each" in parts["one of each, without compute-sanitizer, which is not installed"].command[-1]
     for part in parts.values():
         if part.command[1:3] == ("-m", "benchmarks"):
