@@ -46,6 +46,7 @@ def run(
     limit: Annotated[
         float | None, typer.Option(min=0.1, help="Seconds for a workload, instead of what its case gives.")
     ] = None,
+    without: Annotated[list[str] | None, typer.Option(help="A contender to leave out; can be given again.")] = None,
 ) -> None:
     """Measure cases, each workload in a process of its own, and write a line for each as it ends.
 
@@ -67,7 +68,7 @@ def run(
     imports = tuple(dict.fromkeys(module for case in cases for module in case.imports))
     with (
         isolate.stopped_by_sigterm(),
-        Context(where, quick, rounds, checkpoint_dir) as context,
+        Context(where, quick, rounds, checkpoint_dir, tuple(without or ())) as context,
         isolate.Processes(imports) as processes,
     ):
         for name in chosen:

@@ -126,7 +126,8 @@ def _nothing() -> None:
 class Context:
     """Where and how a run measures; shared by the cases of one command.
 
-    ``quiet`` is called before anything is timed and returns when nothing of the run disturbs it any more.
+    ``without`` names contenders that are left out. ``quiet`` is called before anything is timed and returns when
+    nothing of the run disturbs it any more.
 
     Use it as a context manager: leaving it removes the temporary folders that cases asked for.
     """
@@ -135,6 +136,7 @@ class Context:
     quick: bool = False
     rounds: int | None = None
     checkpoint_dir: Path | None = None
+    without: tuple[str, ...] = ()
     quiet: Callable[[], None] = field(default=_nothing, repr=False)
     _stack: ExitStack = field(default_factory=ExitStack, repr=False)
 

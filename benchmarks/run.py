@@ -114,6 +114,7 @@ def measured(case: Case, workload: Workload, context: Context) -> Line:
     if workload.gate is None and case.gate is None:
         raise ValueError(f"{case.name}, {workload.name}: has no parity gate")
     clock = Clock(context.device)
+    workload = _leave_out(workload, context.without)
     workload, outputs, first = _first_calls(workload, clock)
     checks = _green(f"{case.name}, {workload.name}", _workload_checks(workload, outputs))
     del outputs
@@ -172,6 +173,14 @@ def brief(line: Line) -> list[str]:
 def _brief(metric: tuple[str, list[float]]) -> str:
     name, values = metric
     return f"{name} {statistics.median(values):.4g} ({min(values):.4g} .. {max(values):.4g})"
+
+
+def _leave_out(workload: Workload, names: Sequence[str]) -> Workload:
+    given = [
+        Provider(p.name, skipped="left out by --without", peer=p.peer) if p.name in names else p
+        for p in workload.providers
+    ]
+    return replace(workload, providers=given)
 
 
 def _first_calls(workload: Workload, clock: Clock) -> tuple[Workload, dict[str, Any], dict[str, float]]:

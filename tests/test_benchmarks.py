@@ -104,6 +104,14 @@ def test_providers_are_made_at_their_turn_and_may_refuse():
         run_case(case(workload(providers=[Provider("ours", make=refuse)])), QUICK)
 
 
+def test_contenders_can_be_left_out():
+    result = run_case(
+        case(workload(), workload(name="second", another=workload)), Context(quick=True, without=("theirs",))
+    )
+    assert {(row["workload"], row["provider"]) for row in result["rows"]} == {("shape 3", "ours"), ("second", "ours")}
+    assert {s["reason"] for s in result["skipped"]} == {"left out by --without"}
+
+
 def test_a_lost_device_is_no_refusal():
     def lose():
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..environment import ROOT
@@ -35,24 +36,28 @@ def phases(device: str, work: Path, checkpoints: Path, wheels: Path, cores: int)
     towers = ["tower", "model", "e2e"]
     others = [name for name in case_names() if name not in ("attention", "preprocess", *towers, *ops)]
     if rehearsal:  # one of each kind
-        ops, towers = ["rope"], ["tower"]
+        ops, towers = ["rope", "preprocess"], ["tower"]
+    # What torch.compile makes takes up to half a minute for every row.
+    quickly = [word for name in ("FlexAttention", "the same, torch.compile") for word in ("--without", name)]
+    slow = "torch.compile takes longer for its rows than there are minutes"
     return [
         Phase("peers", 40, (_peers(wheels, work),)),
         Phase("build", 120, tuple(_build(rehearsal, checkpoints, cores)), together=True),
         Phase("tests", 150, tuple(_tests(rehearsal, cores))),
-        Phase("attention", 90, (run("attention", ["attention"], "--rounds", "6"),)),
+        Phase("attention", 90, (run("attention", ["attention"], "--rounds", "6", *quickly),)),
         Phase("tower", 100, (run("tower", towers, "--rounds", "3"),)),
         Phase(
             "ops",
             100,
             (
-                run("ops", ops, "--rounds", "8"),
-                run("preprocess", ["preprocess"], "--rounds", "3", where="cpu"),
+                run("ops", ops, "--rounds", "8", *quickly),
+                *([] if rehearsal else [run("preprocess", ["preprocess"], "--rounds", "3", where="cpu")]),
                 *([] if rehearsal else [run("others", others, "--rounds", "2")]),
             ),
         ),
         Phase("tuning", 100, (_tuning(rehearsal, work), _rates(device, results))),
         Phase("sanitizer", 60, (_sanitizer(rehearsal),)),
+        Phase("compiled", 0, (replace(run("compiled", ["attention", *ops]), missing=slow),)),
     ]
 
 
@@ -125,8 +130,9 @@ def _rates(device: str, results: Sequence[str]) -> Part:
 
     from .. import wgmma
 
-    missing = wgmma.why_not(torch.device(device))
-    return Part("wgmma", (sys.executable, "-m", "benchmarks", "wgmma", *results), measures=True, missing=missing)
+    if (missing := wgmma.why_not(torch.device(device))) is not None:
+        return Part("wgmma", missing=missing)
+    return Part("wgmma", (sys.executable, "-m", "benchmarks", "wgmma", *results), measures=True)
 
 
 def _sanitizer(rehearsal: bool) -> Part:

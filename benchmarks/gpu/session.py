@@ -34,7 +34,7 @@ class Part:
     Attributes:
         cases: those of the benchmark it runs, of which the unfinished ones are named.
         measures: being stopped is no failure, as what it had measured is kept.
-        missing: why it cannot run here.
+        missing: why it cannot run here; a command given all the same is named in the end.
     """
 
     name: str
@@ -164,7 +164,7 @@ class Session:
 
     def _note(self, phase: Phase, part: Part, state: str, seconds: float, last: str) -> None:
         rest = None
-        if state in ("stopped", "did not fit"):
+        if state in ("stopped", "did not fit") or (state == "cannot run" and part.command):
             left = [name for name in part.cases if not self._complete(name)]
             given = tuple(word for word in part.command if word not in part.cases or word in left)
             rest = _shown(given, part.environment) if left or not part.cases else None
@@ -188,7 +188,7 @@ class Session:
         text = [outcome.text() for outcome in self.outcomes]
         rest = [outcome for outcome in self.outcomes if outcome.rest is not None]
         if rest:
-            text += ["", f"Within {self.budget:.0f} s these did not fit or were stopped; to run what is left:"]
+            text += ["", f"Left out, or did not fit into {self.budget:.0f} s; to run what is left:"]
             text += [f"  {outcome.rest}" for outcome in rest]
         return text
 
