@@ -308,6 +308,28 @@ def tune_(
         raise typer.Exit(1)
 
 
+@app.command("warm")
+def warm_(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[GROUP]...", help="Default: every group of aot.")
+    ] = None,
+    target: Annotated[str, typer.Option(help="A target of aot; default: this machine's GPU.")] = "",
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes that compile; default one a core.")] = None,
+) -> None:
+    """Compile every kernel into Triton's cache, as calls at the released models' shapes launch it."""
+    from .gpu import warm
+
+    try:
+        ready, failed = warm.warm(names, warm.named(target), jobs or os.cpu_count() or 1)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    for message in failed:
+        print(message)
+    print(f"{ready} launches compiled into Triton's cache, {len(failed)} calls failed")
+    if failed:
+        raise typer.Exit(1)
+
+
 @app.command("gpu")
 def gpu_(
     device: Annotated[str, typer.Option(help="cpu rehearses the same phases at small sizes.")] = "cuda",

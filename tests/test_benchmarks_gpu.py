@@ -25,6 +25,7 @@ from benchmarks.gpu.session import Part, Phase, Session
 from benchmarks.run import case_names
 from qwen2vl import Qwen2VL
 from qwen2vl.demo.checkpoint import small_config, write_random_checkpoint
+from qwen2vl_kernels import _triton
 from tests.conftest import DEVICE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -165,7 +166,7 @@ def test_the_phases_of_a_gpu(tmp_path, monkeypatch):
     parts = {part.name: part for phase in made for part in phase.parts}
     assert parts["peers"].command[-1].endswith("peer-1-py3-none-any.whl") and "--no-index" in parts["peers"].command
     assert parts["extension"].environment == {"QWEN2VL_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
-    assert {"--target", "sm_90", "--jobs", "16"} <= set(parts["kernels"].command)
+    assert parts["kernels"].command[3:] == ("warm", "--jobs", "16")
     for name in ("gpu-tests", "device-tests"):
         files = [word for word in parts[name].command if word.endswith(".py")]
         assert files and all((ROOT / file).is_file() for file in files)
@@ -177,6 +178,29 @@ def test_the_phases_of_a_gpu(tmp_path, monkeypatch):
             options = {word for word in part.command if word.startswith("--")}
             shown = CliRunner().invoke(app, [part.command[3], "--help"], env={"COLUMNS": "250"}).output
             assert all(option in shown for option in options), (part.command, shown)
+
+
+def test_kernels_are_compiled_into_tritons_cache(tmp_path):
+    """By Triton's own just-in-time compiler, so that a launch finds them; a second time there is nothing to do."""
+    if (reason := _triton.reason("cuda")) is not None:
+        pytest.skip(reason)
+    code = (
+        "from pathlib import Path\nfrom benchmarks.gpu import warm\n"
+        "warm._begin(warm.named('sm_90'))\n"
+        "launches, error = warm._compile(('linear', 0))\n"
+        f"found = sorted(Path({str(tmp_path)!r}).rglob('*.cubin'))\n"
+        "assert error is None and 0 < len(found) <= launches, (error, found, launches)\n"
+        "times = [path.stat().st_mtime_ns for path in found]\n"
+        "assert warm._compile(('linear', 0)) == (launches, None)\n"
+        f"assert found == sorted(Path({str(tmp_path)!r}).rglob('*.cubin'))\n"
+        "assert times == [path.stat().st_mtime_ns for path in found]\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert CliRunner().invoke(app, ["warm", "nothing", "--target", "sm_90"]).exit_code == 2
+    assert CliRunner().invoke(app, ["warm", "linear", "--target", "nothing"]).exit_code == 2
 
 
 def test_a_budget_too_small_names_every_command(tmp_path):

@@ -93,8 +93,8 @@ def _build(rehearsal: bool, checkpoints: Path, cores: int) -> Iterator[Part]:
             "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}"),
         }
         yield Part("extension", build, environment=built)
-        kernels = ("--target", f"sm_{major}{minor}", "--failures", "--jobs", str(cores))
-    yield Part("kernels", (python, "-m", "benchmarks", "aot", *kernels))
+        kernels = ("--jobs", str(cores))
+    yield Part("kernels", (python, "-m", "benchmarks", "warm", *kernels))
 
 
 def _tests(rehearsal: bool, cores: int) -> Iterator[Part]:
