@@ -69,6 +69,7 @@ def notes(result: dict[str, Any]) -> str:
         text += f"; nearest to its bound: {worst['name']}, {worst['error']:.2g} of {worst['allowed']:.2g}"
     lines.append(text + ".")
     lines += [f"- Skipped: {s['provider']} in {s['workload']}: {s['reason']}." for s in result["skipped"]]
+    lines += [f"- Missing, as the run was ended before it: {name}." for name in result.get("missing", [])]
     return "\n".join(lines)
 
 

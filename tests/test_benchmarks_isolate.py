@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -130,10 +131,13 @@ def test_lines_that_are_none_are_refused(tmp_path):
 
 
 def test_threads_and_device_are_those_asked_for():
-    """What is measured in a process of its own has the parent's threads, and the fork server left no other."""
+    """What is measured in a process of its own has the parent's threads, and what it is forked from has but one: a
+    parallel loop of that one would hang in all others."""
     task = isolate.Task("plan", "tests.broken_cases.gate", Context(quick=True), torch.get_num_threads())
     with isolate.Processes() as processes:
         plan = processes.run(task, 60)
+        server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+        assert len(list(Path(f"/proc/{server}/task").iterdir())) == 1
     assert isinstance(plan, dict) and plan["threads"] == torch.get_num_threads()
 
 
