@@ -260,6 +260,9 @@ def tune_(
     ] = environment.ROOT / "build" / "tune.json",
     limit: Annotated[float | None, typer.Option(min=1.0, help="Seconds, after which what is measured counts.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes that compile; default one a core.")] = None,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Only compile the candidates, which a later call finds on disk.")
+    ] = False,
     quick: Annotated[
         bool, typer.Option("--quick", help="Tiny shapes and few candidates, to see that it works.")
     ] = False,
@@ -281,7 +284,7 @@ def tune_(
         raise typer.BadParameter("PyTorch sees no CUDA device", param_hint="device")
     target = target_of(where) if where.type == "cuda" else Target("cuda", 90)
     console = Console(width=None if sys.stdout.isatty() else 200)
-    rows = tune.Rows(out.with_suffix(".jsonl"))
+    rows = tune.Rows(None if compile_ else out.with_suffix(".jsonl"))
     search = tune.Search(
         where,
         target,
@@ -296,6 +299,9 @@ def tune_(
         tune.write(tune.result(trials, target, where, quick, _command()), out)
 
     try:
+        if compile_:
+            search.compile(search.trials(names or ()))
+            return
         trials = search.run(names or (), save)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="part") from error

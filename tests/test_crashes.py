@@ -7,6 +7,8 @@ import textwrap
 import xml.etree.ElementTree as xml
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 #: CUDA as a process sees it after an illegal access: initialized, and every call raises.
@@ -51,6 +53,7 @@ def _run(
     return done, outcomes
 
 
+@pytest.mark.slow
 def test_one_test_fails_and_the_others_run(tmp_path):
     """Every way to fail, between tests that pass: each costs one worker, but for the plain one, and one test."""
     tests = {"first": "pass"}

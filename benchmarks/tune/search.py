@@ -21,7 +21,7 @@ from .processes import Died, Worker
 from .subjects import DTYPES, REHEARSED, Subject, configured, subjects
 
 #: Of the whole limit, what compiling may take: what is compiled by then is timed.
-_COMPILE_SHARE = 0.5
+_COMPILE_SHARE = 0.4
 #: Seconds that one candidate may take: a compilation; a run with its comparison, a subject's first one and later ones.
 _COMPILE_LIMIT, _START_LIMIT, _RUN_LIMIT = 120.0, 90.0, 20.0
 #: Of a candidate, and of those that are compared in the end.
@@ -118,14 +118,10 @@ class Search:
     def run(self, names: Sequence[str] = (), done: Callable[[list[Trial]], None] = lambda trials: None) -> list[Trial]:
         """Compile and time every subject whose name holds one of ``names``, by default all, or a few with ``quick``.
 
-        ``done`` gets all trials after each subject. Raises ``ValueError`` where no name is one of a subject's.
+        ``done`` gets all trials after each subject. Raises ``ValueError`` as :meth:`trials`.
         """
-        names = names or (REHEARSED if self.quick else ())
-        chosen = [s for s in subjects(self.quick) if not names or any(name in s.name for name in names)]
-        if not chosen:
-            raise ValueError(f"no subject's name has one of {', '.join(names)} in it")
-        trials = [Trial(s, *candidates(s, self.target, self.dtype)) for s in chosen]
-        compiled = self.compile(trials)
+        trials = self.trials(names)
+        compiled = self.compile(trials, _COMPILE_SHARE)
         interpret = {"TRITON_INTERPRET": "1" if self.device.type == "cpu" else None}
         with Worker((self.worker, "time", str(self.device), self._size), interpret) as worker:
             for trial in trials:
@@ -135,8 +131,19 @@ class Search:
                 done(trials)
         return trials
 
-    def compile(self, trials: Iterable[Trial]) -> dict[tuple[str, str], dict[str, Any]]:
-        """What became of every candidate, by what the subject is compiled as and the candidate's fields."""
+    def trials(self, names: Sequence[str] = ()) -> list[Trial]:
+        """Of subjects whose name holds one of ``names``, with nothing measured. Raises ``ValueError`` where none is."""
+        names = names or (REHEARSED if self.quick else ())
+        chosen = [s for s in subjects(self.quick) if not names or any(name in s.name for name in names)]
+        if not chosen:
+            raise ValueError(f"no subject's name has one of {', '.join(names)} in it")
+        return [Trial(s, *candidates(s, self.target, self.dtype)) for s in chosen]
+
+    def compile(self, trials: Iterable[Trial], share: float = 1.0) -> dict[tuple[str, str], dict[str, Any]]:
+        """What became of every candidate, by what the subject is compiled as and the candidate's fields.
+
+        Those that ``share`` of the limit leaves no time for are not among them.
+        """
         tasks: queue.SimpleQueue[tuple[tuple[str, str], dict[str, Any]]] = queue.SimpleQueue()
         known: set[tuple[str, str]] = set()
         for trial in trials:
@@ -150,15 +157,16 @@ class Search:
 
         def work() -> None:
             with Worker((self.worker, "compile", where, self._size), {"TRITON_INTERPRET": None}) as worker:
-                while not self._time_is_up(_COMPILE_SHARE):
+                while not self._time_is_up(share):
                     try:
                         key, request = tasks.get_nowait()
                     except queue.Empty:
                         return
                     try:
-                        compiled[key] = worker.ask(request, _COMPILE_LIMIT)
+                        compiled[key] = worker.ask(request, self._within(_COMPILE_LIMIT, share))
                     except Died as death:
-                        compiled[key] = {"failed": "does not compile", "why": str(death)}
+                        if not self._time_is_up(share):
+                            compiled[key] = {"failed": "does not compile", "why": str(death)}
 
         threads = [threading.Thread(target=work) for _ in range(min(self.jobs, len(known)))]
         for thread in threads:
@@ -177,6 +185,12 @@ class Search:
     def _time_is_up(self, share: float = 1.0) -> bool:
         return self.limit is not None and time.monotonic() - self._begin > share * self.limit
 
+    def _within(self, limit: float, share: float = 1.0) -> float:
+        """``limit``, or the seconds that ``share`` of the whole one leaves and a few, where that is less."""
+        if self.limit is None:
+            return limit
+        return min(limit, 5 + max(0.0, self._begin + share * self.limit - time.monotonic()))
+
     def _time(self, trial: Trial, compiled: dict[tuple[str, str], dict[str, Any]], worker: Worker) -> None:
         subject, beat = trial.subject, None
         for fields in trial.candidates:
@@ -188,6 +202,8 @@ class Search:
             if "failed" not in reply:
                 request = {"subject": subject.name, "fields": fields, "beat": beat, "samples": _SAMPLES}
                 reply = self._ask(worker, request, _RUN_LIMIT if worker.running and trial.rows else _START_LIMIT)
+                if reply.get("failed") == "hangs" and self._time_is_up():
+                    break  # it was the whole limit that ended it
             row = {"subject": subject.name, "group": subject.group, "shape": subject.shape, "fields": fields,
                    "literal": literal(type(trial.shipped)(**{**asdict(trial.shipped), **fields})), **reply}  # fmt: skip
             if "samples" in row:
@@ -215,9 +231,7 @@ class Search:
 
     def _ask(self, worker: Worker, request: dict[str, Any], limit: float) -> dict[str, Any]:
         """The reply; a process that dies or hangs costs its candidate, and the next one gets another process."""
-        if self.limit is not None:
-            limit = min(limit, max(5.0, self._begin + self.limit - time.monotonic()))
         try:
-            return worker.ask(request, limit)
+            return worker.ask(request, self._within(limit))
         except Died as death:
             return {"failed": "hangs" if "killed after" in str(death) else "dies", "why": str(death)}

@@ -270,9 +270,9 @@ def _rotations(quick: bool) -> Iterator[Subject]:
 
 def _rotation(q: torch.Tensor, k: torch.Tensor, angles: Any, formula: Callable, tables: Tensors) -> Work:
     """Into other tensors: in place the second call would turn what the first one left."""
-    outputs = torch.empty_like(q), torch.empty_like(k)
 
     def run() -> Tensors:
+        outputs = torch.empty_like(q), torch.empty_like(k)
         _rotary.launch_rotation(q, k, *outputs, angles)
         return outputs
 
