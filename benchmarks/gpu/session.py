@@ -91,7 +91,9 @@ class Session:
         self.environment: dict[str, str] = {
             **os.environ,
             "PATH": f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin",
-            "PYTHONPATH": f"{work / 'site'}{os.pathsep}{ROOT}",
+            "PYTHONPATH": os.pathsep.join([str(work / "site"), str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(
+                os.pathsep
+            ),
             "PYTHONUNBUFFERED": "1",
             "HF_HUB_OFFLINE": "1",
             **environment,
