@@ -33,7 +33,7 @@ def list_() -> None:
 def run(
     names: Annotated[list[str], typer.Argument(metavar="CASE...", help="Cases to run, or 'all'.")],
     quick: Annotated[bool, typer.Option("--quick", help="Small shapes and two rounds, to see that it works.")] = False,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds, instead of as many as fit.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds at most, instead of as many as fit.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the JSON; default benchmarks/results/<device>.")] = None,
     device: Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")] = None,
     threads: Annotated[

@@ -93,7 +93,8 @@ class Workload:
         another: makes the same workload on a second shape of the same kind. Each provider's first call there, beside
             its first call here, tells what every new shape costs from what the first costs once.
         series, size: what this is one point of, and which, for plots: an op and its tokens, say.
-        min_rounds, max_rounds, budget_s: rounds are as many as fit the budget, within these bounds.
+        min_rounds, max_rounds, budget_s: rounds are as many as fit the budget, within these bounds. Rounds that are
+            asked for are never more than ``max_rounds``, which is 1 where a second round says nothing new.
     """
 
     name: str
@@ -181,7 +182,7 @@ class Case:
     summary: str
     workloads: Callable[[Context], Iterator[Workload]]
     gate: Callable[[Context], Sequence[Check]] | None = None
-    limit_s: float = 60.0
+    limit_s: float = 120.0
     imports: tuple[str, ...] = ()
 
 

@@ -87,7 +87,7 @@ def measure(
     for provider in active:
         first = (first_s or {}).get(provider.name)
         repeats[provider.name] = 1 if workload.units is not None else _warm_up(provider, clock, first)
-    done, begin, limit = 0, time.perf_counter(), rounds or workload.max_rounds
+    done, begin, limit = 0, time.perf_counter(), min(rounds or workload.max_rounds, workload.max_rounds)
     while active and done < limit:
         if rounds is None and done >= workload.min_rounds and time.perf_counter() - begin > workload.budget_s:
             break

@@ -154,9 +154,10 @@ def test_providers_take_turns_and_each_starts_a_round():
 def test_before_runs_untimed_before_every_sample():
     events = []
     provider = Provider("a", lambda: events.append("call"), before=lambda: events.append("before"))
-    samples = measure(workload(providers=[provider]), Clock(torch.device("cpu")), rounds=4)
+    samples = measure(workload(providers=[provider], max_rounds=9), Clock(torch.device("cpu")), rounds=4)
     assert events == ["before", "call"] * (len(events) // 2)
     assert len(samples["a"]["time"]) == 4
+    assert len(measure(workload(max_rounds=1), Clock(torch.device("cpu")), rounds=4)["ours"]["time"]) == 1
 
 
 def test_times_are_per_unit_of_work():

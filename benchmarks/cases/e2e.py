@@ -220,6 +220,5 @@ CASE = Case(
     "From a picture to tokens in bf16, beside transformers' own and patched",
     workloads,
     gate,
-    limit_s=90.0,
     imports=MODELING,
 )

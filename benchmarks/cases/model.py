@@ -191,6 +191,5 @@ CASE = Case(
     "Qwen2-VL with random bf16 weights, beside transformers with sdpa",
     workloads,
     gate,
-    limit_s=90.0,
     imports=MODELING,
 )

@@ -193,6 +193,5 @@ CASE = Case(
     "The vision tower on mixed images in bf16, beside transformers' own and patched",
     workloads,
     gate,
-    limit_s=90.0,
     imports=MODELING,
 )

@@ -289,6 +289,6 @@ CASE = Case(
     "Training: packing and the chunked loss beside transformers' padded batches",
     workloads,
     gate,
-    limit_s=120.0,
+    limit_s=300.0,
     imports=MODELING,
 )

@@ -44,13 +44,13 @@ def phases(device: str, work: Path, checkpoints: Path, wheels: Path, cores: int)
         Phase("peers", 40, (_peers(wheels, work),)),
         Phase("build", 120, tuple(_build(rehearsal, checkpoints, cores)), together=True),
         Phase("tests", 150, tuple(_tests(rehearsal, cores))),
-        Phase("attention", 90, (run("attention", ["attention"], "--rounds", "6", *quickly),)),
-        Phase("tower", 100, (run("tower", towers, "--rounds", "3"),)),
+        Phase("attention", 90, (run("attention", ["attention"], "--rounds", "6", "--limit", "30", *quickly),)),
+        Phase("tower", 100, (run("tower", towers, "--rounds", "3", "--limit", "60"),)),
         Phase(
             "ops",
             100,
             (
-                run("ops", ops, "--rounds", "8", *quickly),
+                run("ops", ops, "--rounds", "8", "--limit", "30", *quickly),
                 *([] if rehearsal else [run("preprocess", ["preprocess"], "--rounds", "3", where="cpu")]),
                 *([] if rehearsal else [run("others", others, "--rounds", "2")]),
             ),
