@@ -3,9 +3,9 @@
 #   PYTHON=python3.12          another interpreter for .venv (or for gpu, which uses the machine's own)
 #   TORCH_PIP_ARGS=...         extra arguments for installing PyTorch, e.g. to choose a CPU build
 #   PYTEST_ARGS=...            extra arguments for pytest, e.g. -k rotary
-#   CASES=...                   the benchmarks of make gpu; default all, each in a process of its own
-#   GPU_WORKERS=6               processes of each of make gpu's two runs of pytest
-#   GPU_TEST_LIMIT=120          seconds of one of its tests, kernels compiled in it included
+#   DEVICE=cpu                  make gpu rehearses at small sizes in .venv
+#   BUDGET=480, PHASES="tests attention", OUT=build/gpu    make gpu: its seconds, its phases, the folder of what it learns
+#   WHEELS=build/wheels         folder of the wheels that make gpu-wheels fetches and make gpu installs for itself
 #   PYTHON_VERSION=3.12         the Python that make gpu-wheels fetches wheels for
 #   FUZZ_SECONDS=60, FUZZER=libfuzzer, FUZZ_CXX=..., FUZZ_DIR=...    make fuzz: time a target, engine, compiler, folder
 #   QWEN2VL_BUILD_CUDA=0|1|auto, MAX_JOBS, TORCH_CUDA_ARCH_LIST    the build of the extensions, see setup.py
@@ -15,16 +15,11 @@ PIP := .venv/bin/python -m pip
 RUN := .venv/bin/python
 CSRC := $(shell find csrc -type f)
 FUZZ := $(wildcard tests/fuzz/*.cpp tests/fuzz/*.h)
-CASES ?= $(shell $(PYTHON) -m benchmarks list | cut -d' ' -f1)
-# Only these files are imported by make gpu: the machine may lack what the other tests need. The first hold tests of
-# their own for a GPU, the second put their tensors on one where there is one.
-GPU_TESTS = $(shell grep -rl --include='test_*.py' 'mark\.gpu' tests)
-DEVICE_TESTS = $(shell grep -l 'import .*DEVICE' tests/kernels/test_*.py)
 
 # The versions of Triton that PyTorch's builds for CUDA bring: 2.10 and 2.11, 2.12, 2.13, 2.14.
 TRITONS := 3.6.0 3.7.0 3.7.1 3.8.0
 
-.PHONY: help install demo check test aot lint format fuzz gpu gpu-tests device-tests gpu-sanitize gpu-wheels hub test-stacks clean
+.PHONY: help install demo check test aot lint format fuzz gpu gpu-wheels hub test-stacks clean
 .DEFAULT_GOAL := help
 
 help:
@@ -34,7 +29,8 @@ help:
 	@echo "make aot     every Triton kernel compiled for every GPU with every compiler that PyTorch brings, and its gates"
 	@echo "make lint    ruff, pyright, clang-format;  make format  rewrites what they can"
 	@echo "make fuzz    the C++ of the CPU on random input, under the address and undefined behaviour sanitizers"
-	@echo "make gpu     on a machine with a GPU: build in place, test, benchmark, with its own python3, no network"
+	@echo "make gpu     on a machine with a GPU: build, test, measure and tune within BUDGET=480 seconds, with its own"
+	@echo "             python3, no network;  make gpu DEVICE=cpu  rehearses it at small sizes"
 	@echo "make gpu-wheels    wheels of what benchmarks compare with, for a machine without a network, in build/wheels"
 	@echo "make test-stacks    vLLM's and SGLang's own towers and transformers 4.57, patched and stock, each in an environment"
 	@echo "make hub     the ops and layers as a project of the kernels hub, in build/hub"
@@ -103,48 +99,25 @@ fuzz: $(FUZZ_TARGETS)
 		$$target -max_total_time=$(FUZZ_SECONDS) $(if $(filter libfuzzer,$(FUZZER)),-len_control=0 -max_len=320) -artifact_prefix=$$target- || exit 1; \
 	done
 
-# Whatever fails, the rest runs, and the exit status says so; whatever hangs is killed. Tests take many processes, as
-# compiling their kernels takes most of the time. Benchmarks take one each: an illegal access ends all of a process.
-gpu gpu-tests device-tests gpu-sanitize: export PATH := $(PATH):/usr/local/cuda/bin
-gpu:
-	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'PyTorch sees no GPU'"
-	QWEN2VL_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-$$($(PYTHON) -c \
-		"import torch; print('%d.%d' % torch.cuda.get_device_capability())")} $(PYTHON) setup.py build_ext --inplace
-	@status=0; \
-	$(MAKE) --no-print-directory --output-sync=target --keep-going -j3 gpu-tests device-tests gpu-sanitize || status=1; \
-	for case in $(CASES); do $(GPU_LIMIT) $(PYTHON) -m benchmarks run $$case || status=1; done; \
-	exit $$status
+# Phases under one budget, the most telling first; see benchmarks/gpu/. What does not fit is named in the end. Its last
+# line of each part is printed, and $(OUT)/logs.tgz holds logs and results after each, whatever ends it.
+DEVICE ?= cuda
+BUDGET ?= 480
+OUT ?= build/gpu
+WHEELS ?= build/wheels
 
-GPU_LIMIT = timeout -k 5 300
-# A test that loses CUDA's context or hangs ends its worker, which is replaced however often that happens.
-GPU_PYTEST = $(GPU_LIMIT) $(PYTHON) -m pytest -q -rs -n $(GPU_WORKERS) --dist worksteal --max-worker-restart 1000 \
-	--test-limit $(GPU_TEST_LIMIT) $(PYTEST_ARGS)
-GPU_WORKERS ?= 6
-GPU_TEST_LIMIT ?= 120
-
-gpu-tests:
-	$(GPU_PYTEST) -m gpu $(GPU_TESTS)
-
-device-tests:
-	$(GPU_PYTEST) -m "not gpu" $(DEVICE_TESTS)
-
-# Without PyTorch's allocator, which keeps neighbours mapped, an access past the end is one past the allocation.
-gpu-sanitize:
-	@if command -v compute-sanitizer > /dev/null; then \
-		PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(GPU_LIMIT) compute-sanitizer --report-api-errors no \
-			--error-exitcode 1 $(PYTHON) -m tests.kernels.one_of_each; \
-	else \
-		echo "compute-sanitizer is not installed: kernels run without it"; $(GPU_LIMIT) $(PYTHON) -m tests.kernels.one_of_each; \
-	fi
+gpu: $(if $(filter cpu,$(DEVICE)),.venv/install.stamp)
+	$(if $(filter cpu,$(DEVICE)),$(RUN),$(PYTHON)) -m benchmarks gpu --device $(DEVICE) --budget $(BUDGET) \
+		--out $(OUT) --wheels $(WHEELS) $(addprefix --only ,$(PHASES))
 
 # For a machine with a GPU, which may have no network and may be sent 64 MiB at a time: two sets, each in a folder.
 PYTHON_VERSION ?= 3.12
-WHEELS = peers flash-attn-4
+WHEEL_SETS = peers flash-attn-4
 WHEEL_PLATFORMS = $(foreach tag,manylinux_2_28 manylinux_2_27 manylinux_2_24 manylinux_2_17 manylinux2014,--platform $(tag)_x86_64)
 
 gpu-wheels:
-	@for set in $(WHEELS); do \
-		folder=build/wheels/$$set; rm -rf $$folder; \
+	@for set in $(WHEEL_SETS); do \
+		folder=$(WHEELS)/$$set; rm -rf $$folder; \
 		$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --implementation cp $(WHEEL_PLATFORMS) \
 			--python-version $(PYTHON_VERSION) --dest $$folder --requirement benchmarks/wheels/$$set.txt \
 			|| { echo "benchmarks/wheels/$$set.txt: not all of it was found for Python $(PYTHON_VERSION)" >&2; exit 1; }; \

@@ -13,10 +13,11 @@ import torch
 import typer
 from rich.console import Console
 
-from . import environment, page, report
+from . import environment, isolate, lines, page, report
 from .case import Context
+from .lines import write
 from .page import PAGE
-from .run import RESULTS, GateError, case_names, load_case, run_case, write
+from .run import RESULTS, GateError, case_names, load_case, run_case
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
@@ -32,7 +33,7 @@ def list_() -> None:
 def run(
     names: Annotated[list[str], typer.Argument(metavar="CASE...", help="Cases to run, or 'all'.")],
     quick: Annotated[bool, typer.Option("--quick", help="Small shapes and two rounds, to see that it works.")] = False,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds, instead of as many as fit.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds at most, instead of as many as fit.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the JSON; default benchmarks/results/<device>.")] = None,
     device: Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")] = None,
     threads: Annotated[
@@ -42,42 +43,91 @@ def run(
         Path | None,
         typer.Option(help="Keep the random checkpoints here (4.4 GB for the 2B) and use those that are there."),
     ] = None,
+    limit: Annotated[
+        float | None, typer.Option(min=0.1, help="Seconds for a workload, instead of what its case gives.")
+    ] = None,
+    without: Annotated[list[str] | None, typer.Option(help="A contender to leave out; can be given again.")] = None,
 ) -> None:
-    """Measure cases; what has a red parity gate, or fails, is not timed and makes the exit status 1."""
+    """Measure cases, each workload in a process of its own, and write a line for each as it ends.
+
+    What has a red parity gate, fails, crashes or hangs is not among the rows, costs no other, and makes the exit
+    status 1.
+    """
     if threads is not None:
         torch.set_num_threads(threads)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     console = Console(width=None if sys.stdout.isatty() else 200)
     if out is None and quick:
         raise typer.BadParameter("--quick needs --out: its numbers do not belong among the results", param_hint="out")
-    folder = out if out is not None else RESULTS / environment.folder_name(where)
+    chosen = case_names() if names == ["all"] else names
     try:
-        cases = [load_case(name) for name in (case_names() if names == ["all"] else names)]
+        cases = [load_case(name) for name in chosen]
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="case") from error
     red = False
-    with Context(device=where, quick=quick, rounds=rounds, checkpoint_dir=checkpoint_dir) as context:
-        for case in cases:
+    imports = tuple(dict.fromkeys(module for case in cases for module in case.imports))
+    with (
+        isolate.stopped_by_sigterm(),
+        Context(where, quick, rounds, checkpoint_dir, tuple(without or ())) as context,
+        isolate.Processes(imports) as processes,
+    ):
+        for name in chosen:
             try:
-                result = run_case(
-                    case, context, _command(), log=lambda line: console.print(line, style="dim", markup=False)
-                )
-            except GateError as error:
-                console.print(str(error), style="bold red", markup=False)
+                begun = isolate.begin(processes, name, context, out, _command(), limit)
+            except RuntimeError as error:
+                console.print(str(error), style="bold red", markup=False, soft_wrap=True)
                 red = True
                 continue
-            except Exception:  # whatever it was, the cases behind it are worth measuring
-                console.print_exception()
-                red = True
-                continue
-            report.show(result, console)
-            for message in result["red"]:
-                console.print(message, style="bold red", markup=False)
-            red = red or bool(result["red"])
-            if result["rows"]:
-                console.print(f"written to {write(result, folder)}", soft_wrap=True)
+            try:
+                begun.finish(log=lambda text: console.print(text, style="dim", markup=False, soft_wrap=True))
+            finally:  # of a run that is being ended, what there is
+                red = not _collect(begun.path, console) or red
     if red:
         raise typer.Exit(1)
+
+
+@app.command()
+def checkpoints(
+    folder: Annotated[Path, typer.Argument(help="Where run takes them from, as --checkpoint-dir.")],
+    names: Annotated[list[str] | None, typer.Argument(metavar="[CASE]...", help="Default: those of models.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Those of small models.")] = False,
+    device: Annotated[str | None, typer.Option(help="Makes the weights; default: cuda where there is one.")] = None,
+) -> None:
+    """Write the random checkpoints of the workloads of cases, so that no measurement waits for them."""
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    folder.mkdir(parents=True, exist_ok=True)
+    with Context(where, quick, checkpoint_dir=folder) as context, torch.inference_mode():
+        for name in names or ("model", "tower", "e2e", "load", "train"):
+            for _ in load_case(name).workloads(context):
+                pass  # naming a workload is what asks for its checkpoint
+    written = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    print(f"{len(written)} checkpoints in {folder}: {', '.join(written)}")
+
+
+@app.command()
+def collect(
+    paths: Annotated[list[Path], typer.Argument(metavar="LINES...", help="Files <case>.jsonl.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the JSON; default beside the lines.")] = None,
+) -> None:
+    """Make results files of the lines that runs have left, also of those that were killed; says what is missing."""
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    try:
+        complete = [_collect(path, console, out) for path in paths]
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="lines") from error
+    if not all(complete):
+        raise typer.Exit(1)
+
+
+def _collect(path: Path, console: Console, out: Path | None = None) -> bool:
+    """Show and write what the lines in ``path`` hold; whether nothing in them is red or missing."""
+    result = lines.assemble(lines.read(path))
+    report.show(result, console)
+    for message in result["red"]:
+        console.print(message, style="bold red", markup=False, soft_wrap=True)
+    if result["rows"]:
+        console.print(f"written to {lines.write(result, out or path.parent)}", soft_wrap=True)
+    return not result["red"] and not result["missing"]
 
 
 @app.command("report")
@@ -272,6 +322,60 @@ def tune_(
     tune.show(tune.result(trials, target, where, quick, _command()), console)
     console.print(f"written to {out}", soft_wrap=True)
     if not any(trial.finals for trial in trials):
+        raise typer.Exit(1)
+
+
+@app.command("warm")
+def warm_(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[GROUP]...", help="Default: every group of aot.")
+    ] = None,
+    target: Annotated[str, typer.Option(help="A target of aot; default: this machine's GPU.")] = "",
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes that compile; default one a core.")] = None,
+) -> None:
+    """Compile every kernel into Triton's cache, as calls at the released models' shapes launch it."""
+    from .gpu import warm
+
+    try:
+        ready, failed = warm.warm(names, warm.named(target), jobs or os.cpu_count() or 1)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    for message in failed:
+        print(message)
+    print(f"{ready} launches compiled into Triton's cache, {len(failed)} calls failed")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command("gpu")
+def gpu_(
+    device: Annotated[str, typer.Option(help="cpu rehearses the same phases at small sizes.")] = "cuda",
+    budget: Annotated[float, typer.Option(min=1.0, help="Seconds for all phases.")] = 480.0,
+    out: Annotated[
+        Path, typer.Option(help="Gets logs.tgz, with the results, summary.txt and summary.json.")
+    ] = environment.ROOT / "build" / "gpu",
+    work: Annotated[Path, typer.Option(help="Logs and results while they grow.")] = environment.ROOT
+    / "build"
+    / "gpu-work",
+    wheels: Annotated[Path, typer.Option(help="Folder of peers' wheels.")] = environment.ROOT / "build" / "wheels",
+    only: Annotated[list[str] | None, typer.Option(help="A phase; can be given again.")] = None,
+) -> None:
+    """Build, test, measure and tune on a GPU within minutes, the most telling first; names what did not fit.
+
+    A part that fails makes the exit status 1.
+    """
+    from . import gpu
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("PyTorch sees no CUDA device", param_hint="device")
+    print(f"{environment.device_name(torch.device(device))}, torch {torch.__version__}, {budget:g} s", flush=True)
+    with isolate.stopped_by_sigterm():
+        try:
+            session = gpu.run(device, budget, out, work, wheels, only, say=lambda text: print(text, flush=True))
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="only") from error
+    print("\n".join(["", *session.summary(), f"packed into {out / 'logs.tgz'}"]))
+    if session.failed():
         raise typer.Exit(1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from dataclasses import dataclass, replace
@@ -29,13 +30,14 @@ def wide_config(layers: int) -> Qwen2VLConfig:
 def checkpoint(
     context: Context, name: str, config: Qwen2VLConfig, dtype: torch.dtype = torch.bfloat16, std: float = 0.02
 ) -> Path:
-    """The folder of a random checkpoint, written unless it is there already."""
+    """The folder of a random checkpoint, made on the context's device and written unless it is there already."""
     folder = context.checkpoints() / f"qwen2vl-{name}-{str(dtype).removeprefix('torch.')}"
     if not folder.is_dir():
         scratch = folder.with_name(f"{folder.name}.{os.getpid()}")
         try:
-            write_random_checkpoint(scratch, config, dtype=dtype, std=std)
-            scratch.rename(folder)
+            write_random_checkpoint(scratch, config, dtype=dtype, std=std, device=context.device)
+            with contextlib.suppress(OSError):  # another process was faster
+                scratch.rename(folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return folder
@@ -176,6 +178,11 @@ class Transformers:
 
 
 MODELS = {"ours": Ours, "transformers": Transformers}
+
+
+def unallocated(config: Qwen2VLConfig) -> Qwen2VL:
+    """The model in bf16 without memory, to be counted."""
+    return Qwen2VL.from_config(config, device="meta", dtype=torch.bfloat16)
 
 
 def weight_bytes(model: torch.nn.Module) -> int:

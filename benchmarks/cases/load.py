@@ -51,4 +51,4 @@ def _gate(outputs: Mapping[str, Mapping[str, float]]) -> list[Check]:
     return [Check(f"{name} weights", abs(got["checksum"] - want), 0) for name, got in outputs.items()]
 
 
-CASE = Case("load", "Loading a checkpoint from safetensors in a fresh process", workloads)
+CASE = Case("load", "Loading a checkpoint from safetensors in a fresh process", workloads, limit_s=300.0)

@@ -32,6 +32,17 @@ def gpu_target(target: _triton.Target) -> Any:
     return GPUTarget("hip", properties.gcnArchName.split(":")[0], properties.warp_size)
 
 
+def stand_in(target: _triton.Target) -> None:
+    """Put a driver into Triton's place for one that names the target and has no GPU: its compiler wants no more."""
+    from triton.runtime import driver
+
+    described = gpu_target(target)
+    named = SimpleNamespace(
+        get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: described
+    )
+    driver.set_active(named)  # type: ignore[arg-type]
+
+
 class Compiler:
     """Compiles into Triton's cache on disk what a call would launch, without a GPU and without a context on one.
 
@@ -40,15 +51,9 @@ class Compiler:
     """
 
     def __init__(self, target: _triton.Target, quick: bool, dtype: torch.dtype) -> None:
-        from triton.runtime import driver
-
         self.target, self.dtype = target, dtype
         self.subjects = {subject.name: subject for subject in subjects(quick)}
-        described = gpu_target(target)
-        named = SimpleNamespace(
-            get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: described
-        )
-        driver.set_active(named)  # type: ignore[arg-type]
+        stand_in(target)
 
     def __call__(self, request: dict[str, Any]) -> dict[str, Any]:
         subject = self.subjects[request["subject"]]

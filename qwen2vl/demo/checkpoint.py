@@ -57,6 +57,7 @@ def write_random_checkpoint(
     std: float = 0.02,
     dtype: torch.dtype = torch.bfloat16,
     max_shard_bytes: int = 5 * 10**9,
+    device: torch.device | str = "cpu",
 ) -> Path:
     """Write config, weights, a byte-level tokenizer and the processor's files; returns the folder.
 
@@ -66,15 +67,17 @@ def write_random_checkpoint(
         seed: of the weights; torch's global generator is left as it was.
         std: of the weights. At 0.02 a small model mostly repeats its last token; at 0.1 it babbles.
         dtype: of the stored weights.
+        device: makes the weights, other ones for each kind of device: a GPU takes moments where a CPU takes minutes.
     """
+    device = torch.device(device)
     folder = Path(folder)
     released = config is not None and config.image_token_id == Qwen2VLConfig.image_token_id
     names = write_byte_tokenizer(folder, released_ids=released)
     ids = {field: names[token] for field, token in SPECIAL_TOKENS.items()}
     config = replace(small_config() if config is None else config, **ids)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        model = Qwen2VL.from_config(config, device="cpu", dtype=dtype, std=std)
+        model = Qwen2VL.from_config(config, device=device, dtype=dtype, std=std)
     write_checkpoint(model, folder, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS, max_shard_bytes=max_shard_bytes)
     return folder
 

@@ -1,0 +1,272 @@
+"""Phases under one budget: parts that are started, stopped and noted, and what they leave, packed after each."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .. import lines
+from ..environment import ROOT, slug
+
+#: Seconds that a process may take to end after it was asked to, then it is killed.
+_GRACE = 6.0
+#: A part with less than this before it is not started.
+_LEAST = 8.0
+#: Of each log this much is packed, its end.
+_LOG_BYTES = 2 << 20
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command of a phase.
+
+    Attributes:
+        cases: those of the benchmark it runs, of which the unfinished ones are named.
+        measures: being stopped is no failure, as what it had measured is kept.
+        missing: why it cannot run here; a command given all the same is named in the end.
+    """
+
+    name: str
+    command: tuple[str, ...] = ()
+    cases: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    measures: bool = False
+    missing: str | None = None
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Parts that share ``limit`` seconds, one after the other or all at once."""
+
+    name: str
+    limit: float
+    parts: tuple[Part, ...]
+    together: bool = False
+
+
+@dataclass
+class Outcome:
+    """What became of a part. ``state``: ``done``, ``failed``, ``stopped``, ``did not fit`` or ``cannot run``."""
+
+    phase: str
+    part: str
+    state: str
+    seconds: float
+    last: str
+    command: str
+    rest: str | None = None  # the command that runs what is left
+
+    def text(self) -> str:
+        return f"{self.phase}, {self.part}: {self.state} after {self.seconds:.0f} s: {self.last}"
+
+
+class Session:
+    """Runs phases within ``budget`` seconds and keeps what they bring.
+
+    Args:
+        out: gets ``logs.tgz``, ``summary.txt`` and ``summary.json``, and nothing else.
+        work: logs and results as they grow.
+        say: prints a line.
+        environment: of all parts, beside this process's.
+    """
+
+    def __init__(
+        self, budget: float, out: Path, work: Path, say: Callable[[str], None], environment: Mapping[str, str]
+    ) -> None:
+        self.budget, self.out, self.work, self.say = budget, out, work, say
+        self.begin = time.monotonic()
+        self.outcomes: list[Outcome] = []
+        self.started: list[_Running] = []
+        self.environment: dict[str, str] = {
+            **os.environ,
+            "PATH": f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin",
+            "PYTHONPATH": os.pathsep.join([str(work / "site"), str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(
+                os.pathsep
+            ),
+            "PYTHONUNBUFFERED": "1",
+            "HF_HUB_OFFLINE": "1",
+            **environment,
+        }
+        self.environment.pop("TRITON_INTERPRET", None)  # what rehearses a kernel sets it for itself
+        for folder in (out, work / "logs", work / "results"):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def left(self) -> float:
+        return self.budget - (time.monotonic() - self.begin)
+
+    def run(self, phases: Sequence[Phase]) -> None:
+        """Run all phases; being ended by a signal or an exception still leaves a summary of what was done."""
+        try:
+            for phase in phases:
+                self._phase(phase)
+        finally:
+            at_work = {running.part.name: running for running in self.started}
+            for running in self.started:
+                running.stop()
+                running.close()
+            noted = {(outcome.phase, outcome.part) for outcome in self.outcomes}
+            for phase in phases:  # what a signal left
+                for part in phase.parts:
+                    if (phase.name, part.name) in noted:
+                        continue
+                    if (running := at_work.get(part.name)) is not None:
+                        self._note(phase, part, "stopped", running.seconds, running.last())
+                    else:
+                        self._note(phase, part, "did not fit", 0.0, "the run was ended before it")
+            self._keep()
+
+    def failed(self) -> bool:
+        return any(outcome.state == "failed" for outcome in self.outcomes)
+
+    def _phase(self, phase: Phase) -> None:
+        end = time.monotonic() + min(phase.limit, self.left)
+        waiting: list[_Running] = []
+        for part in phase.parts:
+            if part.missing is not None:
+                self._note(phase, part, "cannot run", 0.0, part.missing)
+            elif end - time.monotonic() < _LEAST and not (phase.together and waiting):
+                self._note(phase, part, "did not fit", 0.0, f"{max(end - time.monotonic(), 0):.0f} s were left")
+            else:
+                running = _Running(part, self.work / "logs" / f"{slug(part.name)}.log", self.environment)
+                self.started.append(running)
+                waiting.append(running)
+                if not phase.together:
+                    self._finish(phase, waiting, end)
+        self._finish(phase, waiting, end)
+
+    def _finish(self, phase: Phase, waiting: list[_Running], end: float) -> None:
+        """Note each as it ends, and stop those that are still running at ``end``."""
+        while waiting:
+            late = time.monotonic() >= end
+            for running in list(waiting):
+                if late:
+                    running.stop()
+                if (status := running.process.poll()) is None:
+                    continue
+                waiting.remove(running)
+                self.started.remove(running)
+                running.close()
+                state = "done" if status == 0 else "failed"
+                if late and running.stopped:
+                    state = "stopped" if running.part.measures else "failed"
+                self._note(phase, running.part, state, running.seconds, running.last())
+            time.sleep(0.05)
+
+    def _note(self, phase: Phase, part: Part, state: str, seconds: float, last: str) -> None:
+        rest = None
+        if state in ("stopped", "did not fit") or (state == "cannot run" and part.command):
+            left = [name for name in part.cases if not self._complete(name)]
+            given = tuple(word for word in part.command if word not in part.cases or word in left)
+            rest = _shown(given, part.environment) if left or not part.cases else None
+        command = _shown(part.command, part.environment)
+        self.outcomes.append(Outcome(phase.name, part.name, state, round(seconds, 1), last, command, rest))
+        self.say(f"[{time.monotonic() - self.begin:.0f} s] {self.outcomes[-1].text()}")
+        self._keep()
+
+    def _complete(self, case: str) -> bool:
+        """Whether the lines of ``case`` lack nothing; also makes its results file of what they hold."""
+        path = self.work / "results" / f"{case}.jsonl"
+        with contextlib.suppress(OSError, ValueError):
+            result = lines.assemble(lines.read(path))
+            if result["rows"]:
+                lines.write(result, path.parent)
+            return not result["missing"]
+        return False
+
+    def summary(self) -> list[str]:
+        """A line for every part, and the commands of what did not fit."""
+        text = [outcome.text() for outcome in self.outcomes]
+        rest = [outcome for outcome in self.outcomes if outcome.rest is not None]
+        if rest:
+            text += ["", f"Left out, or did not fit into {self.budget:.0f} s; to run what is left:"]
+            text += [f"  {outcome.rest}" for outcome in rest]
+        return text
+
+    def _keep(self) -> None:
+        """Pack logs and results, and write the summary; each file is replaced in whole."""
+        text = "\n".join(self.summary()) + "\n"
+        _replace(self.out / "summary.txt", text.encode())
+        told = {"budget_s": self.budget, "parts": [vars(outcome) for outcome in self.outcomes]}
+        _replace(self.out / "summary.json", (json.dumps(told, indent=1) + "\n").encode())
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w:gz", compresslevel=6) as archive:
+            for path in sorted([*self.work.glob("logs/*"), *self.work.glob("results/*")]):
+                if path.is_file():
+                    content = path.read_bytes()
+                    if path.suffix == ".log":
+                        content = content[-_LOG_BYTES:]
+                    entry = tarfile.TarInfo(str(path.relative_to(self.work)))
+                    entry.size, entry.mtime = len(content), int(path.stat().st_mtime)
+                    archive.addfile(entry, io.BytesIO(content))
+        _replace(self.out / "logs.tgz", packed.getvalue())
+
+
+class _Running:
+    """A part at work, in a session of its own, so that all it started ends with it."""
+
+    def __init__(self, part: Part, log: Path, environment: Mapping[str, str]) -> None:
+        self.part, self.path, self.stopped = part, log, False
+        self.begin = time.monotonic()
+        self.file = log.open("wb")
+        self.process = subprocess.Popen(
+            part.command,
+            cwd=ROOT,
+            env={**environment, **part.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=self.file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.begin
+
+    def stop(self) -> None:
+        """Ask it to end, and kill it where it does not."""
+        self.stopped = self.stopped or self.process.poll() is None
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(_GRACE)
+
+    def close(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # what it left behind
+        self.file.close()
+
+    def last(self) -> str:
+        """The last line that it printed."""
+        text = self.path.read_bytes()[-4000:].decode(errors="replace").strip().splitlines()
+        return text[-1].strip()[:200] if text else "it said nothing"
+
+
+def _shown(command: Sequence[str], environment: Mapping[str, str]) -> str:
+    """A command as one types it; checkpoints of this run are gone by then."""
+    given = iter(command)
+    words = []
+    for word in given:
+        if word == "--checkpoint-dir":
+            next(given)
+        else:
+            words.append("python" if word == sys.executable else word)
+    return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in environment.items()), shlex.join(words)])
+
+
+def _replace(path: Path, content: bytes) -> None:
+    scratch = path.with_name(f".{path.name}")
+    scratch.write_bytes(content)
+    scratch.replace(path)
