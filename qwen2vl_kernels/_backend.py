@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from . import _attention_library, _native, _triton
 
 #: op -> device type -> backends, first choice first. ROCm tensors have device type "cuda" in PyTorch.
@@ -16,10 +18,10 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "mrope": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
     "vision_rope": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
     "append_kv": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
-    # varlen_attention puts "blocked" first for bf16 inference, where it measured faster.
+    # varlen_attention has a table of its own, _attention_choice.TABLE; what is here are the names.
     "varlen_attention": {
         "cpu": ("sdpa", "blocked", "eager", "triton"),
-        "cuda": ("triton", "torch", "sdpa", "flash", "eager"),
+        "cuda": ("torch", "triton", "sdpa", "flash", "cudnn", "eager"),
     },
     "kvcache_attention": {"cpu": ("sdpa", "eager"), "cuda": ("sdpa", "eager")},
     "patch_embed": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
@@ -36,7 +38,7 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
 #: What an op takes for some shapes before the table's first choice, in words for :func:`table`.
 SHAPE_CHOICES = {
     ("varlen_attention", "cpu"): "bf16 inference: blocked",
-    ("varlen_attention", "cuda"): "float32: sdpa",
+    ("varlen_attention", "cuda"): "by the table below",
 }
 
 _forced: dict[str, str] = {}  # op -> backend, set by use_backend
@@ -51,14 +53,25 @@ def unavailable(backend: str, device_type: str) -> str | None:
     if backend == "triton":
         return _triton.reason(device_type)
     if backend == "torch":
-        return _attention_library.torch_reason()
+        return _no_device() or _attention_library.torch_reason()
     if backend == "flash":
-        return _attention_library.flash_reason()
+        return _no_device() or _attention_library.flash_reason()
+    if backend == "cudnn":
+        return _no_device() or _attention_library.cudnn_reason()
     if backend == "native":
         return _native.cpu_reason()
     if backend == "cuda":
         return _native.cuda_reason()
     return None
+
+
+def _no_device() -> str | None:
+    return None if torch.cuda.is_available() else "PyTorch sees no CUDA device"
+
+
+def forced(op: str) -> str | None:
+    """The backend that :func:`use_backend` names for ``op`` now."""
+    return _forced.get(op)
 
 
 def resolve(op: str, device_type: str, requested: str | None, prefer: str | None = None) -> str:
