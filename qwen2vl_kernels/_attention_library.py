@@ -27,9 +27,9 @@ HALVES = (torch.bfloat16, torch.float16)
 class Call:
     """What the host knows of a call of varlen_attention; a choice depends on nothing else.
 
-    ``capability`` is 90 for 9.0, 0 for what is no NVIDIA GPU; ``rows`` the bucket of ``max_seqlen``. ``aligned``: rows
-    and heads of q, k and v begin at multiples of 16 bytes; ``wide``: offsets of one of them pass 2^31 elements;
-    ``empty``: no rows, or no segments; ``repeatable``: deterministic algorithms are demanded.
+    ``capability`` is 90 for 9.0, 0 for what is no NVIDIA GPU; ``rows`` the bucket of ``max_seqlen``. ``aligned``: the
+    strides of rows and heads of q, k and v are multiples of 16 bytes; ``wide``: offsets of one of them pass 2^31
+    elements; ``empty``: no rows, or no segments; ``repeatable``: deterministic algorithms are demanded.
     """
 
     device_type: str
@@ -108,7 +108,7 @@ def why_not(name: str, call: Call) -> str | None:
     if call.empty:
         return "it takes at least one segment and one row"
     if not call.aligned:
-        return "it reads 16 bytes at a time: rows and heads of q, k and v must begin at multiples of 8 elements"
+        return "it reads 16 bytes at a time: strides of rows and heads of q, k and v must be multiples of 8 elements"
     if name == "torch":
         return _too_old(call, 80) or torch_reason() or _untrainable(call)
     if name == "cudnn":
@@ -214,6 +214,7 @@ def _torch_version() -> tuple[int, int]:
 def forward(name, q, k, v, plan: TilePlan, max_seqlen: int, causal: bool, scale: float, keep: bool):
     """``(out (T, Hq, D), lse (T * Hq,))`` by the peer ``name``; lse is its statistics, ``None`` unless ``keep``."""
     bounds, longest = plan.bounds(), max(2, max_seqlen)  # FlashAttention 2 takes 1 for decoding, with all segments full
+    q, k, v = _at_16_bytes(q, k, v)
     if name == "torch":
         out, lse = torch.ops.aten._flash_attention_forward(
             query=q, key=k, value=v, cum_seq_q=bounds, cum_seq_k=bounds, max_q=longest, max_k=longest, dropout_p=0.0,
@@ -241,6 +242,7 @@ _dimensions: dict[str, int] = {}
 def backward(name, grad, q, k, v, out, lse, plan: TilePlan, max_seqlen: int, causal: bool, scale: float):
     """``(dq, dk, dv)`` of :func:`forward` from what it returned."""
     bounds, longest, grad = plan.bounds(), max(2, max_seqlen), grad.contiguous()
+    q, k, v = _at_16_bytes(q, k, v)
     lse = lse.view(q.shape[0], q.shape[1], 1) if _dimensions.get(name) == 3 else lse.view(q.shape[1], q.shape[0])
     if name == "torch":
         state = torch.empty(2, dtype=torch.uint64, device=q.device)  # of the random numbers for dropout, not read
@@ -258,6 +260,12 @@ def backward(name, grad, q, k, v, out, lse, plan: TilePlan, max_seqlen: int, cau
     else:
         grads = _flash_backward(name, grad, q, k, v, out, lse, bounds, longest, causal, scale)
     return tuple(zero_past(x.contiguous(), plan) for x in grads)
+
+
+def _at_16_bytes(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Those that begin elsewhere copied: these kernels load 16 bytes at a time, and fault. A view may begin anywhere,
+    which a compiler does not tell, so no choice depends on it."""
+    return [x if x.data_ptr() % 16 == 0 else x.clone() for x in tensors]
 
 
 def zero_past(x: torch.Tensor, plan: TilePlan) -> torch.Tensor:

@@ -19,6 +19,8 @@ The Triton kernels are in ``_attention`` and ``_attention_backward``, others' in
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from .. import _attention_choice, _attention_library
@@ -177,24 +179,35 @@ def chosen(
     """Which of :data:`_BACKENDS` serves such a call. Raises :class:`BackendError` where the one named does not."""
     tracked = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     repeatable, kind = torch.are_deterministic_algorithms_enabled(), q.device.type
-    grouped = q.shape[1] != k.shape[1]
-    facts = (kind, q.device.index, q.dtype, q.shape[2], v.shape[2], grouped, causal, tracked)
+    (rows, heads, columns), (_, kv_heads, value_columns) = q.shape, v.shape
+    facts = (kind, q.device.index, q.dtype, columns, value_columns, heads != kv_heads, causal, tracked)
     if kind == "cuda":
-        aligned = not any(
-            x.shape[0] * x.shape[1] and (x.stride(0) % 8 or x.stride(1) % 8 or x.storage_offset() % 8)
-            for x in (q, k, v)
-        )
-        wide = any(x.shape[0] * max(x.stride(0), x.shape[1] * x.shape[2]) >= 2**31 for x in (q, k, v))
-        empty = segments < 1 or q.shape[0] == 0 or q.shape[1] == 0
-        facts += (_attention_choice.bucket(max_seqlen), bool(aligned), bool(wide), bool(empty))
+        empty = segments < 1 or rows == 0 or heads == 0
+        aligned, farthest = True, heads * columns
+        for x in (q, k, v):
+            of_rows, of_heads, _ = x.stride()
+            aligned = aligned and (of_rows % 8 == 0 and of_heads % 8 == 0)
+            farthest = max(farthest, of_rows)
+        facts += (_attention_choice.bucket(max_seqlen), aligned or empty, rows * farthest >= 2**31, empty)
     else:
         facts += (0, True, False, False)
     requested = backend if backend is not None else forced("varlen_attention")
     return _choose(*facts, repeatable, invariant, requested)
 
 
-def _choose(kind, index, dtype, columns, value_columns, grouped, causal, tracked, rows, aligned, wide, empty,
-            repeatable, invariant, requested) -> str:  # fmt: skip
+def _choose(kind, *facts) -> str:
+    return _known(kind, *facts) if kind == "cuda" else _decide(kind, *facts)
+
+
+# As torch.compiler.assume_constant_result says it, which imports all of Dynamo: what is asked here are modules, a
+# driver and a table, and the answer is one for all calls alike.
+_choose._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _decide(
+    kind, index, dtype, columns, value_columns, grouped, causal, tracked, rows, aligned, wide, empty, repeatable,
+    invariant, requested,
+) -> str:  # fmt: skip
     device = torch.device(kind, index) if kind == "cuda" else torch.device(kind)
     target = target_of(device)
     call = Call(
@@ -209,12 +222,12 @@ def _choose(kind, index, dtype, columns, value_columns, grouped, causal, tracked
                 f"varlen_attention: invariant=True has only Triton's kernels here, and {error}"
             ) from None
         return choice.peer or choice.backend
-    name = resolve("varlen_attention", kind, requested)
-    if invariant and kind == "cuda" and name != "triton":
+    if invariant and kind == "cuda" and requested != "triton":
         raise BackendError(
-            f"varlen_attention: invariant=True asks for the same bits twice and in every pack, which backend {name!r} "
-            f"does not promise; 'triton' does"
+            f"varlen_attention: invariant=True asks for the same bits twice and in every pack, which backend "
+            f"{requested!r} does not promise; 'triton' does"
         )
+    name = resolve("varlen_attention", kind, requested)
     if name == "blocked" and tracked:
         raise ValueError("varlen_attention: backend 'blocked' has no backward; q, k and v must not require grad")
     if name in ("torch", "flash", "cudnn"):
@@ -225,9 +238,7 @@ def _choose(kind, index, dtype, columns, value_columns, grouped, causal, tracked
     return name
 
 
-# As torch.compiler.assume_constant_result says it, which imports all of Dynamo: what is asked here are modules, a
-# driver and a table, and the answer is one for all calls alike.
-_choose._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+_known = cache(_decide)  # modules and GPUs stay what they are
 
 
 def reads_host(backend: str) -> bool:

@@ -168,6 +168,20 @@ def test_boundaries_that_may_change_and_a_longest_segment_of_one_row(stand_in, p
     assert torch.equal(plan.bounds(), other)
 
 
+def test_a_view_that_begins_off_16_bytes_is_copied(stand_in, pack):
+    name, kernel = stand_in
+    *inputs, cu = pack
+    kernel.stride = None
+    off = [torch.empty(17, x.shape[1], 88, dtype=x.dtype)[..., 1:81] for x in inputs]
+    for view, x in zip(off, inputs, strict=True):
+        view.copy_(x)
+    seen = []
+    forward = kernel.forward
+    kernel.forward = lambda *a: seen.extend(x.data_ptr() % 16 for x in a[:3]) or forward(*a)
+    assert off[0].data_ptr() % 16 and torch.equal(_attend(name, *off, cu, False), _attend(name, *inputs, cu, False))
+    assert seen == [0] * 6
+
+
 # ------------------------------------------------------------------------------------------------- flash-attn
 
 
@@ -336,7 +350,7 @@ def test_installed_modules_have_the_arguments_that_are_relied_on(flash):
         ("torch", {"columns": 81, "value_columns": 81}, "a multiple of 8 up to 256, got 81 and 81"),
         ("torch", {"columns": 264, "value_columns": 264}, "a multiple of 8 up to 256, got 264 and 264"),
         ("torch", {"value_columns": 64}, "it takes one head_dim, a multiple of 8 up to 256, got 80 and 64"),
-        ("torch", {"aligned": False}, "must begin at multiples of 8 elements"),
+        ("torch", {"aligned": False}, "must be multiples of 8 elements"),
         ("torch", {"empty": True}, "at least one segment and one row"),
         ("torch", {"capability": 75}, "it needs a GPU of capability 8.0, this one has 7.5"),
         ("torch", {"capability": 0}, "it needs an NVIDIA GPU"),
