@@ -20,6 +20,7 @@ The Triton kernels are in ``_attention`` and ``_attention_backward``, others' in
 from __future__ import annotations
 
 from functools import cache
+from operator import index
 
 import torch
 
@@ -180,7 +181,8 @@ def chosen(
     tracked = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     repeatable, kind = torch.are_deterministic_algorithms_enabled(), q.device.type
     (rows, heads, columns), (_, kv_heads, value_columns) = q.shape, v.shape
-    facts = (kind, q.device.index, q.dtype, columns, value_columns, heads != kv_heads, causal, tracked)
+    widths = index(columns), index(value_columns)  # a compiler makes code for one width
+    facts = (kind, q.device.index, q.dtype, *widths, bool(heads != kv_heads), causal, tracked)
     if kind == "cuda":
         empty = segments < 1 or rows == 0 or heads == 0
         aligned, farthest = True, heads * columns
@@ -188,7 +190,12 @@ def chosen(
             of_rows, of_heads, _ = x.stride()
             aligned = aligned and (of_rows % 8 == 0 and of_heads % 8 == 0)
             farthest = max(farthest, of_rows)
-        facts += (_attention_choice.bucket(max_seqlen), aligned or empty, rows * farthest >= 2**31, empty)
+        facts += (
+            _attention_choice.bucket(max_seqlen),
+            bool(aligned or empty),
+            bool(rows * farthest >= 2**31),
+            bool(empty),
+        )
     else:
         facts += (0, True, False, False)
     requested = backend if backend is not None else forced("varlen_attention")
@@ -205,10 +212,10 @@ _choose._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAc
 
 
 def _decide(
-    kind, index, dtype, columns, value_columns, grouped, causal, tracked, rows, aligned, wide, empty, repeatable,
+    kind, ordinal, dtype, columns, value_columns, grouped, causal, tracked, rows, aligned, wide, empty, repeatable,
     invariant, requested,
 ) -> str:  # fmt: skip
-    device = torch.device(kind, index) if kind == "cuda" else torch.device(kind)
+    device = torch.device(kind, ordinal) if kind == "cuda" else torch.device(kind)
     target = target_of(device)
     call = Call(
         kind, target.capability if kind == "cuda" else 0, dtype, columns, value_columns, grouped, causal, tracked, rows,

@@ -218,6 +218,15 @@ def test_the_choice_is_the_same_in_compiled_code(gpu, dynamic):
         assert _in_graph(lambda *a, cu=cu_seqlens: attend(*a, cu, 300), *inputs) == [module.chosen(*inputs, 300)]
 
 
+def test_one_compiled_function_for_several_widths():
+    """A second width makes Dynamo take it for a number that changes."""
+    torch._dynamo.reset()
+    call = torch.compile(attend, fullgraph=True, backend="eager")
+    for columns, rows, heads in ((80, 30, 4), (64, 40, 2), (128, 50, 4), (72, 60, 3)):
+        x, cu_seqlens = torch.randn(rows, heads, columns), torch.tensor([0, 10, rows], dtype=torch.int32)
+        assert torch.equal(call(x, x, x, cu_seqlens, rows), attend(x, x, x, cu_seqlens, rows))
+
+
 # -------------------------------------------------------------------------------------------------- invariance
 
 
