@@ -181,25 +181,27 @@ def chosen(
     tracked = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     repeatable, kind = torch.are_deterministic_algorithms_enabled(), q.device.type
     (rows, heads, columns), (_, kv_heads, value_columns) = q.shape, v.shape
-    widths = index(columns), index(value_columns)  # a compiler makes code for one width
-    facts = (kind, q.device.index, q.dtype, *widths, bool(heads != kv_heads), causal, tracked)
+    widths = index(columns), index(value_columns)
+    facts = (kind, q.device.index, q.dtype, *widths, _settled(heads != kv_heads), causal, tracked)
     if kind == "cuda":
-        empty = segments < 1 or rows == 0 or heads == 0
+        empty = _settled(segments < 1 or rows == 0 or heads == 0)
         aligned, farthest = True, heads * columns
         for x in (q, k, v):
             of_rows, of_heads, _ = x.stride()
-            aligned = aligned and (of_rows % 8 == 0 and of_heads % 8 == 0)
+            aligned = aligned and _settled(of_rows % 8 == 0 and of_heads % 8 == 0)
             farthest = max(farthest, of_rows)
-        facts += (
-            _attention_choice.bucket(max_seqlen),
-            bool(aligned or empty),
-            bool(rows * farthest >= 2**31),
-            bool(empty),
-        )
+        facts += (_attention_choice.bucket(max_seqlen), aligned or empty, _settled(rows * farthest >= 2**31), empty)
     else:
         facts += (0, True, False, False)
     requested = backend if backend is not None else forced("varlen_attention")
     return _choose(*facts, repeatable, invariant, requested)
+
+
+def _settled(condition: bool) -> bool:
+    """A compiler that traces sizes makes code for this answer; as for ``index`` of a width above."""
+    if condition:  # noqa: SIM103
+        return True
+    return False
 
 
 def _choose(kind, *facts) -> str:
