@@ -41,6 +41,24 @@ SHAPE_CHOICES = {
     ("varlen_attention", "cuda"): "by the table below",
 }
 
+#: op -> device type -> the result under benchmarks/results that a first choice was read from. Others are not measured.
+MEASURED: dict[str, dict[str, str]] = {
+    "varlen_attention": {"cpu": "amd-epyc-2-threads/attention.json"},
+    "mrope_positions": {"cpu": "amd-epyc-2-threads/positions.json"},
+    "vision_positions": {"cpu": "amd-epyc-2-threads/positions.json"},
+    "image_to_patches": {"cpu": "amd-epyc-2-threads/preprocess.json"},
+}
+
+#: Why a backend is taken, in words for :func:`table`.
+_WHY = {
+    "native": "one pass in C++, where PyTorch's operations take many",
+    "cuda": "one launch and nothing read by the host, where PyTorch's operations take many",
+    "triton": "one pass over the memory, where PyTorch's operations take several",
+    "sdpa": "PyTorch's fused attention",
+    "torch": "PyTorch's own FlashAttention",
+    "eager": "the formula in PyTorch's operations",
+}
+
 _forced: dict[str, str] = {}  # op -> backend, set by use_backend
 
 
@@ -120,13 +138,16 @@ def use_backend(name: str | None = None, **per_op: str) -> Iterator[None]:
         _forced.update(saved)
 
 
-def table(device_type: str = "cpu") -> list[tuple[str, str, str]]:
-    """Rows ``(op, backend taken, why the preferred ones are not)`` for ``device_type``; ``qwen2vl info`` prints it."""
+def table(device_type: str = "cpu") -> list[tuple[str, str, str, str | None, str]]:
+    """Rows ``(op, backend taken, why the preferred ones are not, where it was measured, why it is taken)`` for
+    ``device_type``; ``qwen2vl info`` prints it."""
     rows = []
     for op, by_device in PREFERENCE.items():
         choices = by_device.get(device_type, ("eager",))
         taken = resolve(op, device_type, None)
         missed = [f"{c}: {unavailable(c, device_type)}" for c in choices[: choices.index(taken)]]
         special = SHAPE_CHOICES.get((op, device_type)) if op not in _forced else None
-        rows.append((op, f"{taken} ({special})" if special else taken, "; ".join(missed)))
+        measured = MEASURED.get(op, {}).get(device_type) if taken == choices[0] else None
+        why = _WHY.get(taken, "") if op not in _forced else "use_backend names it"
+        rows.append((op, f"{taken} ({special})" if special else taken, "; ".join(missed), measured, why))
     return rows
