@@ -12,10 +12,11 @@ import torch
 import typer
 from rich.console import Console
 
-from . import environment, page, report
+from . import environment, isolate, lines, page, report
 from .case import Context
+from .lines import write
 from .page import PAGE
-from .run import RESULTS, GateError, case_names, load_case, run_case, write
+from .run import RESULTS, GateError, case_names, load_case
 from .timing import Clock
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
@@ -42,42 +43,68 @@ def run(
         Path | None,
         typer.Option(help="Keep the random checkpoints here (4.4 GB for the 2B) and use those that are there."),
     ] = None,
+    limit: Annotated[
+        float | None, typer.Option(min=0.1, help="Seconds for a workload, instead of what its case gives.")
+    ] = None,
 ) -> None:
-    """Measure cases; what has a red parity gate, or fails, is not timed and makes the exit status 1."""
+    """Measure cases, each workload in a process of its own, and write a line for each as it ends.
+
+    What has a red parity gate, fails, crashes or hangs is not among the rows, costs no other, and makes the exit
+    status 1.
+    """
     if threads is not None:
         torch.set_num_threads(threads)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     console = Console(width=None if sys.stdout.isatty() else 200)
     if out is None and quick:
         raise typer.BadParameter("--quick needs --out: its numbers do not belong among the results", param_hint="out")
-    folder = out if out is not None else RESULTS / environment.folder_name(where)
+    chosen = case_names() if names == ["all"] else names
     try:
-        cases = [load_case(name) for name in (case_names() if names == ["all"] else names)]
+        cases = [load_case(name) for name in chosen]
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="case") from error
     red = False
-    with Context(device=where, quick=quick, rounds=rounds, checkpoint_dir=checkpoint_dir) as context:
-        for case in cases:
+    processes = isolate.Processes(tuple(dict.fromkeys(module for case in cases for module in case.imports)))
+    with isolate.stopped_by_sigterm(), Context(where, quick, rounds, checkpoint_dir) as context:
+        for name in chosen:
             try:
-                result = run_case(
-                    case, context, _command(), log=lambda line: console.print(line, style="dim", markup=False)
-                )
-            except GateError as error:
-                console.print(str(error), style="bold red", markup=False)
+                begun = isolate.begin(processes, name, context, out, _command(), limit)
+            except RuntimeError as error:
+                console.print(str(error), style="bold red", markup=False, soft_wrap=True)
                 red = True
                 continue
-            except Exception:  # whatever it was, the cases behind it are worth measuring
-                console.print_exception()
-                red = True
-                continue
-            report.show(result, console)
-            for message in result["red"]:
-                console.print(message, style="bold red", markup=False)
-            red = red or bool(result["red"])
-            if result["rows"]:
-                console.print(f"written to {write(result, folder)}", soft_wrap=True)
+            try:
+                begun.finish(log=lambda text: console.print(text, style="dim", markup=False, soft_wrap=True))
+            finally:  # of a run that is being ended, what there is
+                red = not _collect(begun.path, console) or red
     if red:
         raise typer.Exit(1)
+
+
+@app.command()
+def collect(
+    paths: Annotated[list[Path], typer.Argument(metavar="LINES...", help="Files <case>.jsonl.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the JSON; default beside the lines.")] = None,
+) -> None:
+    """Make results files of the lines that runs have left, also of those that were killed; says what is missing."""
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    try:
+        complete = [_collect(path, console, out) for path in paths]
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="lines") from error
+    if not all(complete):
+        raise typer.Exit(1)
+
+
+def _collect(path: Path, console: Console, out: Path | None = None) -> bool:
+    """Show and write what the lines in ``path`` hold; whether nothing in them is red or missing."""
+    result = lines.assemble(lines.read(path))
+    report.show(result, console)
+    for message in result["red"]:
+        console.print(message, style="bold red", markup=False, soft_wrap=True)
+    if result["rows"]:
+        console.print(f"written to {lines.write(result, out or path.parent)}", soft_wrap=True)
+    return not result["red"] and not result["missing"]
 
 
 @app.command("report")

@@ -2,7 +2,8 @@
 
 A case is one file in ``benchmarks/cases`` that holds ``CASE = Case(name, summary, workloads)``; it is found by
 being there. ``workloads(context)`` is a generator: it yields one :class:`Workload` at a time and may free or reuse
-its inputs when resumed, which happens after the workload was measured.
+its inputs when resumed. Every workload is measured in a process of its own, which runs the generator up to it: what
+takes long (models, compilation, big inputs) belongs into ``Provider.make`` and gates, which only that process calls.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,19 @@ class Check:
         return self.error <= self.allowed
 
 
+class Skip(Exception):
+    """Raised while a provider is made: it takes no part, and why."""
+
+
 @dataclass(frozen=True)
 class Provider:
     """One contender of a workload.
 
     Attributes:
         name: what the table shows.
+        make: makes the provider that runs, of the same name, when it is its turn; :class:`Skip` says why it cannot.
+        refuses: exceptions that making it or its first call may end with where it cannot serve these inputs; it is
+            skipped in its own words then.
         call: the work of one sample. In a timed workload its duration is measured and its result goes to the
             gate; in one with ``units`` it returns the measured values by metric.
         peer: somebody else's implementation, to which ours are compared.
@@ -51,10 +59,16 @@ class Provider:
     before: Callable[[], None] | None = None
     warm: Callable[[], Any] | None = None
     skipped: str | None = None
+    make: Callable[[], Provider] | None = None
+    refuses: tuple[type[Exception], ...] = ()
 
     def __post_init__(self) -> None:
-        if (self.call is None) == (self.skipped is None):
-            raise ValueError(f"provider {self.name!r}: give either call or the reason in skipped")
+        if sum(given is not None for given in (self.call, self.make, self.skipped)) != 1:
+            raise ValueError(f"provider {self.name!r}: give either call, or make, or the reason in skipped")
+
+    def ready(self) -> Provider:
+        """The provider that runs, made where it is not yet."""
+        return self if self.make is None else self.make()
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,8 @@ class Workload:
         unit: what one unit is, where its rate is to be shown: ``"token"`` shows tokens/s.
         units: metrics to take from what ``call`` returns, with their unit (``"s"`` or ``"B"``); ``None`` times
             the call.
+        another: makes the same workload on a second shape of the same kind. Each provider's first call there, beside
+            its first call here, tells what every new shape costs from what the first costs once.
         series, size: what this is one point of, and which, for plots: an op and its tokens, say.
         min_rounds, max_rounds, budget_s: rounds are as many as fit the budget, within these bounds.
     """
@@ -85,6 +101,7 @@ class Workload:
     per_call: int = 1
     unit: str | None = None
     units: Mapping[str, str] | None = None
+    another: Callable[[], Workload] | None = None
     series: str | None = None
     size: int | None = None
     min_rounds: int = 5
@@ -116,6 +133,10 @@ class Context:
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
+    def elsewhere(self) -> Context:
+        """The same for another process, which leaves the folders alone."""
+        return replace(self, _stack=ExitStack())
+
     def temporary(self) -> Path:
         """A new folder that lives as long as the context."""
         return Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="qwen2vl-bench-")))
@@ -129,12 +150,21 @@ class Context:
 
 @dataclass(frozen=True)
 class Case:
-    """A benchmark. ``gate`` is for checks that stand for all workloads; each may have its own as well."""
+    """A benchmark.
+
+    Attributes:
+        gate: for checks that stand for all workloads; each may have its own as well.
+        limit_s: seconds on a GPU after which the gate, or a workload, counts as hanging; a CPU gets sixty times that.
+        imports: modules to import once, before the processes of the workloads are forked. They may neither touch the
+            GPU nor start threads.
+    """
 
     name: str
     summary: str
     workloads: Callable[[Context], Iterator[Workload]]
     gate: Callable[[Context], Sequence[Check]] | None = None
+    limit_s: float = 60.0
+    imports: tuple[str, ...] = ()
 
 
 def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:

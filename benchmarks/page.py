@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from . import plot, report
-from .run import SCHEMA, case_names
+from .lines import SCHEMA
+from .run import case_names
 
 PAGE = Path(__file__).resolve().parent / "REPORT.md"
 

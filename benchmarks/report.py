@@ -19,28 +19,43 @@ COLUMNS = (
 )
 
 
+#: Where the case gives a second shape: what the first call cost, and the first on the second shape.
+FIRST = "first call, on a new shape"
+
+
+def columns(result: dict[str, Any]) -> tuple[str, ...]:
+    """The headings of a result's table."""
+    return COLUMNS + ((FIRST,) if any("another_shape_s" in row for row in result["rows"]) else ())
+
+
 def show(result: dict[str, Any], console: Console) -> None:
     """Print a result as a table."""
     table = Table(title=f"{result['case']}: {result['summary']}", caption=footer(result))
-    for column in COLUMNS:
+    for column in columns(result):
         table.add_column(column, justify="left" if column in ("workload", "provider") else "right")
     previous = None
     for row in result["rows"]:
         group = (row["workload"], row["metric"])
         if previous is not None and previous != group:
             table.add_section()
-        cells = row_cells(row)
+        cells = row_cells(row)[: len(table.columns)]
         table.add_row("" if previous == group else cells[0], *cells[1:], style="dim" if row["peer"] else None)
         previous = group
     console.print(table)
     for skip in result["skipped"]:
-        console.print(f"skipped: {skip['provider']} in {skip['workload']}: {skip['reason']}", style="yellow")
+        console.print(
+            f"skipped: {skip['provider']} in {skip['workload']}: {skip['reason']}", style="yellow", markup=False
+        )
+    for name in result.get("missing", []):
+        console.print(f"missing: the run did not come to {name}", style="yellow", markup=False)
 
 
 def table(result: dict[str, Any]) -> str:
     """The rows of a result as a table in Markdown."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|---|" + "---:|" * (len(COLUMNS) - 2)]
-    lines += ["| " + " | ".join(c.replace("|", "\\|") for c in row_cells(row)) + " |" for row in result["rows"]]
+    headings = columns(result)
+    lines = ["| " + " | ".join(headings) + " |", "|---|---|" + "---:|" * (len(headings) - 2)]
+    cells = [[cell.replace("|", "\\|") for cell in row_cells(row)[: len(headings)]] for row in result["rows"]]
+    lines += ["| " + " | ".join(row) + " |" for row in cells]
     return "\n".join(lines)
 
 
@@ -60,7 +75,7 @@ def notes(result: dict[str, Any]) -> str:
 
 
 def row_cells(row: dict[str, Any]) -> list[str]:
-    """A row of a result in the order of :data:`COLUMNS`."""
+    """A row of a result in the order of :data:`COLUMNS`, and behind them :data:`FIRST`."""
     unit = row["unit"]
     name = row["workload"] if row["metric"] == "time" else f"{row['workload']}: {row['metric']}"
     rate = ""
@@ -82,6 +97,7 @@ def row_cells(row: dict[str, Any]) -> list[str]:
         rate,
         f"{100 * row['of_ceiling']:.0f} % {row['ceiling']}" if "of_ceiling" in row else "",
         ", ".join(ratios),
+        ", ".join(value(row[key], "s") for key in ("first_call_s", "another_shape_s") if key in row),
     ]
 
 

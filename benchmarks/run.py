@@ -1,24 +1,26 @@
-"""Run a case: gate, ceilings, interleaved rounds, then rows with spread, rates and ratios."""
+"""Measure a case: gates, first calls, interleaved rounds; a line for each workload, as ``lines`` describes them.
+
+``isolate`` calls these in processes of their own; :func:`run_case` calls them all in this one.
+"""
 
 from __future__ import annotations
 
 import importlib
-import json
-import math
 import pkgutil
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import cases, environment
-from .case import Case, Check, Context, Workload
-from .timing import Ceilings, Clock, Samples, measure, ratio, spread
+from .case import Case, Check, Context, Provider, Skip, Workload
+from .lines import SCHEMA, Line, assemble
+from .timing import Ceilings, Clock, dtype_name, measure
 
-SCHEMA = 1
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -36,7 +38,12 @@ def case_names() -> list[str]:
 
 
 def load_case(name: str) -> Case:
-    """The case called ``name``. Raises ``ValueError`` with the names there are."""
+    """The case called ``name``; one with a dot is a module anywhere, which holds a ``CASE`` too.
+
+    Raises ``ValueError`` with the names there are.
+    """
+    if "." in name:
+        return importlib.import_module(name).CASE
     if name not in case_names():
         raise ValueError(f"case: {name!r} is unknown; the cases are {', '.join(case_names())}")
     return importlib.import_module(f"{cases.__name__}.{name}").CASE
@@ -45,92 +52,128 @@ def load_case(name: str) -> Case:
 def run_case(
     case: Case, context: Context, command: str = "", log: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
-    """Measure ``case``; the result is what goes into its JSON. ``log`` gets a line a provider as it is measured.
+    """Measure ``case`` in this process; the result is what goes into its JSON. ``log`` gets a line a provider.
 
     A workload whose gate is red is not timed: it is among the ``"skipped"`` ones, and ``"red"`` says what was wrong.
 
     Raises :class:`GateError` if the case's own gate is red, and ``ValueError`` for a workload that no gate covers.
     """
-    result: dict[str, Any] = {
+    own = gate(case, context)  # before anything is made
+    lines = [plan(case, context, command), own]
+    with torch.inference_mode():
+        for workload in case.workloads(context):
+            try:
+                lines.append(measured(case, workload, context))
+                for text in brief(lines[-1]):
+                    log(text)
+            except GateError as error:
+                lines.append(red(workload.name, error))
+                log(str(error))
+            del workload  # its inputs, before the case makes the next ones
+    return assemble([*lines, again(lines[0], context)])
+
+
+def plan(case: Case, context: Context, command: str) -> Line:
+    """Where and how ``case`` is measured, its workloads' names, and the ceilings of the products they want."""
+    dtypes: set[torch.dtype] = set()
+    names = []
+    with torch.inference_mode():
+        for workload in case.workloads(context):
+            names.append(workload.name)
+            if workload.flops or workload.bytes:
+                dtypes.add(workload.dtype)
+            del workload
+    if len(set(names)) < len(names):
+        raise ValueError(f"{case.name}: names of workloads must be unique, got {names}")
+    return {
+        "line": "plan",
         "schema": SCHEMA,
         "case": case.name,
         "summary": case.summary,
         "command": command,
         "quick": context.quick,
         **environment.describe(context.device),
+        "workloads": names,
+        "ceilings": _ceilings(context, dtypes),
     }
+
+
+def again(plan: Line, context: Context) -> Line:
+    """The ceilings that ``plan`` holds, measured after the workloads."""
+    dtypes = {getattr(torch, name) for name in plan["ceilings"].get("matmul_flops_per_s", {})}
+    return {"line": "ceilings", "ceilings": _ceilings(context, dtypes)}
+
+
+def gate(case: Case, context: Context) -> Line:
+    """Hold the case to its own gate. Raises :class:`GateError` where it is red."""
     with torch.inference_mode():
-        checks = _green(case.name, case.gate(context) if case.gate is not None else [])
-        clock = Clock(context.device)
-        ceilings = Ceilings(clock, context.quick)
-        measured: list[tuple[Workload, Samples]] = []
-        red: list[tuple[str, GateError]] = []
-        dtypes: set[torch.dtype] = set()
-        for workload in case.workloads(context):
-            if workload.gate is None and case.gate is None:
-                raise ValueError(f"{case.name}, {workload.name}: has no parity gate")
-            try:
-                checks += _green(f"{case.name}, {workload.name}", _workload_checks(workload))
-            except GateError as error:
-                red.append((workload.name, error))
-                log(str(error))
-                del workload
-                continue
-            if new := _wanted_ceilings(workload) - dtypes:
-                ceilings.update(sorted(new, key=str))
-                dtypes |= new
-            rounds = context.rounds or (2 if context.quick else None)
-            samples = measure(workload, clock, rounds)
-            for provider, by_metric in samples.items():
-                log(f"{workload.name}, {provider}: " + ", ".join(map(_brief, by_metric.items())))
-            measured.append((_without_calls(workload), samples))
-            del workload  # its inputs, before the case makes the next ones
-        if dtypes:
-            ceilings.update(sorted(dtypes, key=str))
-    result["ceilings"] = ceilings.as_json() if dtypes else {}
-    result["gate"] = [{"name": c.name, "error": c.error, "allowed": c.allowed} for c in checks]
-    result["rows"] = [row for workload, samples in measured for row in _rows(workload, samples, ceilings)]
-    result["skipped"] = [
-        {"workload": workload.name, "provider": provider.name, "reason": provider.skipped}
-        for workload, _ in measured
-        for provider in workload.providers
-        if provider.skipped is not None
-    ] + [{"workload": name, "provider": "all", "reason": "the parity gate is red"} for name, _ in red]
-    result["red"] = [str(error) for _, error in red]
-    return result
+        return {"line": "gate", "checks": _green(case.name, case.gate(context) if case.gate is not None else [])}
 
 
-def write(result: dict[str, Any], out: Path) -> Path:
-    """Write a result to ``out/<case>.json``."""
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{result['case']}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return path
+def nth(case: Case, index: int, context: Context) -> Line:
+    """Measure the workload of ``case`` at ``index``; those before it are declared and left alone."""
+    workloads = case.workloads(context)  # kept until the end, when it puts right what it changed
+    with torch.inference_mode():
+        return measured(case, next(islice(workloads, index, None)), context)
 
 
-def _green(where: str, checks: Sequence[Check]) -> list[Check]:
-    if any(not check.passed for check in checks):
-        raise GateError(where, checks)
-    return list(checks)
+def measured(case: Case, workload: Workload, context: Context) -> Line:
+    """First calls, gate, rounds. Raises :class:`GateError` for a red gate, ``ValueError`` for none at all."""
+    if workload.gate is None and case.gate is None:
+        raise ValueError(f"{case.name}, {workload.name}: has no parity gate")
+    clock = Clock(context.device)
+    workload, outputs, first = _first_calls(workload, clock)
+    checks = _green(f"{case.name}, {workload.name}", _workload_checks(workload, outputs))
+    del outputs
+    other: Mapping[str, float] = {}
+    if workload.another is not None:
+        running = {provider.name for provider in workload.providers if provider.call is not None}
+        second = workload.another()
+        second = replace(second, providers=[p for p in second.providers if p.name in running])
+        other = _first_calls(second, clock)[2]
+        del second
+    samples = measure(workload, clock, context.rounds or (2 if context.quick else None), first)
+    return {
+        "line": "workload",
+        "workload": workload.name,
+        "declared": {
+            "flops": workload.flops,
+            "bytes": workload.bytes,
+            "dtype": dtype_name(workload.dtype),
+            "unit": workload.unit,
+            "units": None if workload.units is None else dict(workload.units),
+            "series": workload.series,
+            "size": workload.size,
+        },
+        "providers": [
+            {"name": p.name, "peer": p.peer}
+            | ({"skipped": p.skipped} if p.skipped is not None else {})
+            | ({"first_call_s": first[p.name]} if p.name in first else {})
+            | ({"another_shape_s": other[p.name]} if p.name in other else {})
+            for p in workload.providers
+        ],
+        "checks": checks,
+        "samples": samples,
+    }
 
 
-def _workload_checks(workload: Workload) -> Sequence[Check]:
-    if workload.gate is None:
-        return []
-    outputs = {}
-    for provider in workload.providers:
-        if provider.call is not None:
-            if provider.before is not None:
-                provider.before()
-            outputs[provider.name] = provider.call()
-    checks = workload.gate(outputs)
-    if not checks:
-        raise ValueError(f"{workload.name}: the gate checked nothing")
-    return [Check(f"{workload.name}: {c.name}", c.error, c.allowed) for c in checks]
+def red(workload: str | None, error: GateError) -> Line:
+    """The line of a workload, or of the case, whose gate is red."""
+    return {
+        "line": "failed",
+        "kind": "red",
+        "workload": workload,
+        "reason": "the parity gate is red",
+        "message": str(error),
+    }
 
 
-def _wanted_ceilings(workload: Workload) -> set[torch.dtype]:
-    return {workload.dtype} if workload.flops or workload.bytes else set()
+def brief(line: Line) -> list[str]:
+    """What a terminal shows of a measured workload, a line a provider."""
+    return [
+        f"{line['workload']}, {provider}: " + ", ".join(map(_brief, by_metric.items()))
+        for provider, by_metric in line["samples"].items()
+    ]
 
 
 def _brief(metric: tuple[str, list[float]]) -> str:
@@ -138,57 +181,51 @@ def _brief(metric: tuple[str, list[float]]) -> str:
     return f"{name} {statistics.median(values):.4g} ({min(values):.4g} .. {max(values):.4g})"
 
 
-def _without_calls(workload: Workload) -> Workload:
-    """The declaration alone: calls hold on to inputs and models, whose memory the next workload needs."""
-    bare = [replace(p, call=None if p.call is None else _nothing, before=None, warm=None) for p in workload.providers]
-    return replace(workload, providers=bare, gate=None)
+def _first_calls(workload: Workload, clock: Clock) -> tuple[Workload, dict[str, Any], dict[str, float]]:
+    """Make every provider and call it once, where the gate wants its result or the call is what is timed.
+
+    Returns the workload with the providers that run or say why not, outputs and seconds by their names.
+    """
+    outputs, seconds, ready = {}, {}, []
+    for provider in workload.providers:
+        try:
+            made = provider.ready()
+            timed = workload.units is None and made.warm is None
+            if made.call is not None and (workload.gate is not None or timed):
+                if made.before is not None:
+                    made.before()
+                seconds[made.name], output = clock.first(made.call)
+                if workload.gate is not None:
+                    outputs[made.name] = output
+                del output
+        except (Skip, *provider.refuses) as error:
+            if "CUDA error" in str(error):  # the device is lost for this process: no refusal
+                raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            made = Provider(provider.name, skipped=reason, peer=provider.peer)
+        ready.append(made)
+    return replace(workload, providers=ready), outputs, seconds
 
 
-def _nothing() -> None:
-    return None
+def _workload_checks(workload: Workload, outputs: Mapping[str, Any]) -> Sequence[Check]:
+    if workload.gate is None:
+        return []
+    checks = workload.gate(outputs)
+    if not checks:
+        raise ValueError(f"{workload.name}: the gate checked nothing")
+    return [Check(f"{workload.name}: {c.name}", c.error, c.allowed) for c in checks]
 
 
-def _rows(workload: Workload, samples: Samples, ceilings: Ceilings) -> list[dict[str, Any]]:
-    """One row a provider and metric; ``ratios`` holds peer / this for every peer."""
-    peers = [provider.name for provider in workload.providers if provider.peer]
-    floor = ceilings.floor_s(workload.flops, workload.bytes, workload.dtype)
-    rows = []
-    for metric in dict.fromkeys(metric for by_metric in samples.values() for metric in by_metric):
-        unit = "s" if workload.units is None else workload.units[metric]
-        for provider in workload.providers:
-            values = samples.get(provider.name, {}).get(metric)
-            if values is None:
-                continue
-            row: dict[str, Any] = {
-                "workload": workload.name,
-                "provider": provider.name,
-                "peer": provider.peer,
-                "metric": metric,
-                "unit": unit,
-                **spread(values),
-                "ratios": {
-                    peer: ratio(theirs, values)
-                    for peer in peers
-                    if peer != provider.name and (theirs := samples.get(peer, {}).get(metric))
-                    if any(theirs) and any(values)  # nothing is no part of something
-                },
-            }
-            if workload.series is not None:
-                row |= {"series": workload.series, "size": workload.size}
-            if workload.units is None:
-                row.update(_rates(workload, row["median"], floor))
-            rows.append(row)
-    return rows
+def _green(where: str, checks: Sequence[Check]) -> list[dict[str, Any]]:
+    if any(not check.passed for check in checks):
+        raise GateError(where, checks)
+    return [{"name": c.name, "error": c.error, "allowed": c.allowed} for c in checks]
 
 
-def _rates(workload: Workload, seconds: float, floor: tuple[float, str] | None) -> dict[str, Any]:
-    rates: dict[str, Any] = {}
-    if workload.unit is not None:
-        rates |= {"unit_of_work": workload.unit, "units_per_s": 1 / seconds}
-    if workload.flops:
-        rates |= {"flops": workload.flops, "flops_per_s": workload.flops / seconds}
-    if workload.bytes:
-        rates |= {"bytes": workload.bytes, "bytes_per_s": workload.bytes / seconds}
-    if floor is not None and math.isfinite(seconds):
-        rates |= {"ceiling": floor[1], "of_ceiling": floor[0] / seconds}
-    return rates
+def _ceilings(context: Context, dtypes: set[torch.dtype]) -> dict[str, Any]:
+    if not dtypes:
+        return {}
+    ceilings = Ceilings(Clock(context.device), context.quick)
+    with torch.inference_mode():
+        ceilings.update(sorted(dtypes, key=str))
+    return ceilings.as_json()

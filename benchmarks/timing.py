@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,12 +44,24 @@ class Clock:
             start.record()
             call()
             end.record()
-            torch.cuda.synchronize(self.device)
+            self._synchronize()
             return start.elapsed_time(end) * 1e-3
         begin = time.perf_counter()
         for _ in range(repeat):
             call()
         return (time.perf_counter() - begin) / repeat
+
+    def first(self, call: Callable[[], Any]) -> tuple[float, Any]:
+        """Seconds of the host until a call and all its work on the device are done, and what it returned."""
+        self._synchronize()
+        begin = time.perf_counter()
+        result = call()
+        self._synchronize()
+        return time.perf_counter() - begin, result
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def repeats(self, seconds: float) -> int:
         """How many calls of ``seconds`` make a sample long enough."""
@@ -61,19 +73,20 @@ class Clock:
 Samples = dict[str, dict[str, list[float]]]  # provider -> metric -> one value a round
 
 
-def measure(workload: Workload, clock: Clock, rounds: int | None = None) -> Samples:
+def measure(
+    workload: Workload, clock: Clock, rounds: int | None = None, first_s: Mapping[str, float] | None = None
+) -> Samples:
     """Run all providers in turn, round after round, each round starting with the next provider.
 
     Whatever slows the machine down for a while hits all of them, and none always follows the same neighbour.
+    ``first_s``: seconds of the first call of those that were called already.
     """
     active = [provider for provider in workload.providers if provider.skipped is None]
     samples: Samples = {provider.name: {} for provider in active}
     repeats: dict[str, int] = {}
-    spent = 0.0
     for provider in active:
-        begin = time.perf_counter()
-        repeats[provider.name] = 1 if workload.units is not None else _warm_up(provider, clock)
-        spent += time.perf_counter() - begin
+        first = (first_s or {}).get(provider.name)
+        repeats[provider.name] = 1 if workload.units is not None else _warm_up(provider, clock, first)
     done, begin, limit = 0, time.perf_counter(), rounds or workload.max_rounds
     while active and done < limit:
         if rounds is None and done >= workload.min_rounds and time.perf_counter() - begin > workload.budget_s:
@@ -94,9 +107,11 @@ def measure(workload: Workload, clock: Clock, rounds: int | None = None) -> Samp
     return samples
 
 
-def _warm_up(provider: Provider, clock: Clock) -> int:
+def _warm_up(provider: Provider, clock: Clock, first: float | None) -> int:
     """Call until caches, code generation and allocators have settled; returns the calls of a sample."""
     assert provider.call is not None
+    if first is not None and first > 0.5 and clock.device.type == "cpu":  # nothing was compiled in it
+        return 1
     call = provider.warm or provider.call
     for _ in range(2):
         if provider.before is not None:
@@ -162,17 +177,25 @@ class Ceilings:
             self.clock.time(call)
         return statistics.median(self.clock.time(call) for _ in range(7))
 
-    def floor_s(self, flops: float | None, bytes_: float | None, dtype: torch.dtype) -> tuple[float, str] | None:
-        """The least time the declared work can take here, and which ceiling says so (the roofline)."""
-        bounds = []
-        if flops and self.matmul.get(dtype):
-            bounds.append((flops / self.matmul[dtype], "matmul"))
-        if bytes_ and self.copy:
-            bounds.append((bytes_ / self.copy, "copy"))
-        return max(bounds) if bounds else None
-
     def as_json(self) -> dict[str, Any]:
         return {
             "copy_bytes_per_s": self.copy,
-            "matmul_flops_per_s": {str(dtype).removeprefix("torch."): rate for dtype, rate in self.matmul.items()},
+            "matmul_flops_per_s": {dtype_name(dtype): rate for dtype, rate in self.matmul.items()},
         }
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def floor_s(
+    ceilings: Mapping[str, Any], flops: float | None, bytes_: float | None, dtype: str
+) -> tuple[float, str] | None:
+    """The least time the declared work can take under ``ceilings``, as :meth:`Ceilings.as_json` gives them, and which
+    one says so (the roofline)."""
+    bounds = []
+    if flops and (rate := ceilings.get("matmul_flops_per_s", {}).get(dtype)):
+        bounds.append((flops / rate, "matmul"))
+    if bytes_ and (rate := ceilings.get("copy_bytes_per_s")):
+        bounds.append((bytes_ / rate, "copy"))
+    return max(bounds) if bounds else None

@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 
 from benchmarks import environment, providers, report, tune
 from benchmarks.__main__ import _command, app
-from benchmarks.case import Case, Check, Context, Provider, Workload, equal, relative_error, two_times
+from benchmarks.case import Case, Check, Context, Provider, Skip, Workload, equal, relative_error, two_times
 from benchmarks.cases._worker import in_subprocess
-from benchmarks.run import GateError, case_names, load_case, run_case, write
-from benchmarks.timing import Ceilings, Clock, measure, ratio, spread
+from benchmarks.lines import write
+from benchmarks.run import GateError, case_names, load_case, run_case
+from benchmarks.timing import Ceilings, Clock, floor_s, measure, ratio, spread
 from qwen2vl.demo.checkpoint import write_random_checkpoint
 from qwen2vl_kernels._backend import unavailable
 from qwen2vl_kernels._triton import Target, record
@@ -83,6 +84,37 @@ def test_a_workload_without_any_gate_is_refused():
         run_case(case(workload(gate=None)), QUICK)
     with pytest.raises(ValueError, match="checked nothing"):
         run_case(case(workload(gate=lambda outputs: [])), QUICK)
+
+
+def test_providers_are_made_at_their_turn_and_may_refuse():
+    def refuse():
+        raise ValueError("no heads of 7\nbut of 8")
+
+    def skip():
+        raise Skip("not installed")
+
+    made = [
+        Provider("ours", make=lambda: Provider("ours", lambda: "a")),
+        Provider("x", make=refuse, refuses=(ValueError,), peer=True),
+        Provider("y", make=lambda: Provider("y", refuse, peer=True), refuses=(ValueError,), peer=True),
+        Provider("z", make=skip, peer=True),
+    ]
+    result = run_case(case(workload(providers=made, another=lambda: workload(providers=made))), QUICK)
+    (row,) = result["rows"]
+    assert row["provider"] == "ours" and row["first_call_s"] > 0 and row["another_shape_s"] > 0
+    refused = "no heads of 7"
+    assert {s["provider"]: s["reason"] for s in result["skipped"]} == {"x": refused, "y": refused, "z": "not installed"}
+    with pytest.raises(ValueError, match="no heads"):
+        run_case(case(workload(providers=[Provider("ours", make=refuse)])), QUICK)
+
+
+def test_a_lost_device_is_no_refusal():
+    def lose():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    lost = Provider("peer", lose, refuses=(RuntimeError,), peer=True)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run_case(case(workload(providers=[lost])), QUICK)
 
 
 def test_gate_gets_the_outputs_of_everyone_who_runs():
@@ -164,17 +196,17 @@ def test_spread_and_ratio():
 
 
 def test_the_ceiling_is_the_one_that_binds():
+    given = {"copy_bytes_per_s": 100.0, "matmul_flops_per_s": {"float32": 1000.0}}
+    assert floor_s(given, 5000.0, 100.0, "float32") == (5.0, "matmul")
+    assert floor_s(given, 5000.0, 1000.0, "float32") == (10.0, "copy")
+    assert floor_s(given, None, None, "float32") is None and floor_s({}, 1.0, 1.0, "float32") is None
     ceilings = Ceilings(Clock(torch.device("cpu")), quick=True)
-    ceilings.copy, ceilings.matmul = 100.0, {torch.float32: 1000.0}
-    assert ceilings.floor_s(5000.0, 100.0, torch.float32) == (5.0, "matmul")
-    assert ceilings.floor_s(5000.0, 1000.0, torch.float32) == (10.0, "copy")
-    assert ceilings.floor_s(None, None, torch.float32) is None
     ceilings.update([torch.float32])
     assert ceilings.copy > 100 and ceilings.matmul[torch.float32] > 1000
 
 
 def test_declarations_are_checked():
-    with pytest.raises(ValueError, match="either call or the reason"):
+    with pytest.raises(ValueError, match="either call, or make, or the reason"):
         Provider("a")
     with pytest.raises(ValueError, match="unique"):
         workload(providers=[Provider("a", lambda: 1), Provider("a", lambda: 1)])
@@ -336,24 +368,6 @@ def test_command_refuses_unknown_cases_and_quick_numbers_among_results(tmp_path)
     assert unknown.exit_code == 2 and "nothing" in unknown.output
     quick = CliRunner().invoke(app, ["run", "positions", "--quick"])
     assert quick.exit_code == 2 and "--out" in quick.output
-
-
-def test_a_red_gate_makes_the_exit_status_1_and_writes_nothing(tmp_path, monkeypatch):
-    red = case(workload(gate=lambda outputs: [Check("wrong", 1.0, 0.0)]))
-    monkeypatch.setattr("benchmarks.__main__.load_case", lambda name: red)
-    done = CliRunner().invoke(app, ["run", "tiny", "--quick", "--out", str(tmp_path)])
-    assert done.exit_code == 1 and "parity gate is red" in done.output
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_fails_does_not_end_the_cases_behind_it(tmp_path, monkeypatch):
-    def broken():
-        raise RuntimeError("device lost")
-
-    cases = {"bad": case(workload(providers=[Provider("ours", broken)])), "good": case(workload())}
-    monkeypatch.setattr("benchmarks.__main__.load_case", cases.get)
-    done = CliRunner().invoke(app, ["run", "bad", "good", "--quick", "--out", str(tmp_path)])
-    assert done.exit_code == 1 and "device lost" in done.output and (tmp_path / "tiny.json").is_file()
 
 
 def test_load_measures_in_fresh_processes(tmp_path):

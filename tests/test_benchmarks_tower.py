@@ -128,7 +128,8 @@ def test_the_patched_provider_is_patched_and_the_stock_one_is_not(tmp_path, monk
     monkeypatch.setattr(e2e.TransformersAnswers, "__call__", lambda self, *given: seen.append(VisionAttention.forward))
     with Context(checkpoint_dir=tmp_path) as context:
         folder = checkpoint(context, "small", small_config())
-        for provider in e2e._providers(context, folder, e2e.QUICK, torch.bfloat16)[1:]:
+        for declared in e2e._providers(context, folder, e2e.QUICK, torch.bfloat16)[1:]:
+            provider = declared.ready()
             assert provider.before is not None and provider.call is not None
             provider.before()
             provider.call()

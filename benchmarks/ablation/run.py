@@ -17,8 +17,9 @@ from qwen2vl.small.shape import write_beginning
 
 from .. import environment
 from ..case import Check
+from ..lines import SCHEMA
 from ..report import footer
-from ..run import SCHEMA, GateError
+from ..run import GateError
 from ..timing import spread
 from .model import BATCH, Job, Outcome, Scores, train_and_score
 from .plan import ABLATIONS

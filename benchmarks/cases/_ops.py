@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,11 +11,14 @@ import torch
 from qwen2vl_kernels import BackendError
 
 from .. import providers
-from ..case import Check, Context, Provider, Workload, two_times
+from ..case import Check, Context, Provider, Skip, Workload, two_times
 
 Tensors = Sequence[torch.Tensor]
 
 DTYPE = torch.bfloat16
+
+#: What the cases beside transformers' models import before their processes are forked.
+MODELING = ("transformers.models.qwen2_vl.modeling_qwen2_vl",)
 
 BACKENDS = {"cuda": ("triton", "eager"), "cpu": ("eager",)}
 
@@ -34,23 +36,34 @@ def random(context: Context, *shape: int, seed: int = 0, scale: float = 1.0) -> 
 
 
 def made(name: str, make: Callable[[], Callable[[], Any]], *, module: str | None = None, peer: bool = True) -> Provider:
-    """The provider of ``make()``, skipped where ``module`` is missing or older, or the backend cannot run here."""
-    if module is not None and (reason := providers.why_not(module)) is not None:
-        return Provider(name, skipped=reason, peer=peer)
-    try:
+    """The provider of ``make()``, which is called when it is its turn.
+
+    It is skipped where ``module`` is missing or older, or the backend cannot run here; a peer also where it refuses
+    this GPU or these shapes.
+    """
+
+    def provider() -> Provider:
+        if module is not None and (reason := providers.why_not(module)) is not None:
+            raise Skip(reason)
         call = make()
-        call()
-    except (BackendError, ImportError) as error:
-        return Provider(name, skipped=str(error), peer=peer)
-    return Provider(name, call, peer=peer)
+        return Provider(name, call, peer=peer, before=getattr(call, "before", None))
+
+    refuses = (BackendError, ImportError)
+    if peer:
+        refuses = (*refuses, RuntimeError, ValueError, NotImplementedError)
+    return Provider(name, make=provider, peer=peer, refuses=refuses)
 
 
-def compiled(context: Context, function: Callable, tokens: int) -> Callable | None:
-    """``function`` through torch.compile, on a GPU at one size, as each takes seconds to compile; else ``None``."""
+def compiled(context: Context, function: Callable, tokens: int) -> Callable[[], Callable] | None:
+    """What makes ``function`` through torch.compile, on a GPU at one size, as each takes seconds; else ``None``."""
     if context.device.type != "cuda" or tokens != 8192:
         return None
-    keep_for_another_backward()
-    return torch.compile(function, dynamic=False)
+
+    def make() -> Callable:
+        keep_for_another_backward()
+        return torch.compile(function, dynamic=False)
+
+    return make
 
 
 def keep_for_another_backward() -> None:
@@ -99,7 +112,7 @@ class Op:
         ]
         contenders.append(made("transformers' formula", lambda: prepare(self.formula)))
         if (fast := compiled(self.context, self.formula, tokens)) is not None:
-            contenders.append(made("the same, torch.compile", lambda: prepare(fast)))
+            contenders.append(made("the same, torch.compile", lambda: prepare(fast())))
         for peer, (module, make) in self.peers.items():
             contenders.append(self._peer(peer, module, make, prepare))
         return Workload(
@@ -114,25 +127,20 @@ class Op:
         )
 
     def _peer(self, name: str, module: str, make: Callable[[], Callable], prepare: Callable) -> Provider:
-        originals, resets = self.inputs, []
-
         def prepared() -> Callable[[], Any]:
             run = make()
             if not getattr(run, "in_place", False):
                 return prepare(run)
+            originals = self.inputs
             copies = self.inputs = tuple(x.clone() for x in originals)
-            call = prepare(run)
-            resets.extend(zip(copies, originals, strict=True))
-            resets.extend(getattr(call, "gradients", ()))
-            return call
+            try:
+                call = prepare(run)
+            finally:
+                self.inputs = originals
+            resets = [*zip(copies, originals, strict=True), *getattr(call, "gradients", ())]
+            return _Restored(call, resets)
 
-        try:
-            provider = made(name, prepared, module=module)
-        finally:
-            self.inputs = originals
-        if not resets:
-            return provider
-        return replace(provider, before=lambda: [target.copy_(source) for target, source in resets])
+        return made(name, prepared, module=module)
 
     def _gradient(self, run: Callable) -> Callable[[], Tensors]:
         with torch.inference_mode(False), torch.enable_grad():
@@ -166,6 +174,20 @@ class Op:
             for name, results in outputs.items()
             for n, got in enumerate(_tuple(results))
         ]
+
+
+class _Restored:
+    """A call that overwrites what it is given, and ``before`` it, what puts that right."""
+
+    def __init__(self, call: Callable[[], Any], resets: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self.call, self.resets = call, resets
+
+    def __call__(self) -> Any:
+        return self.call()
+
+    def before(self) -> None:
+        for target, source in self.resets:
+            target.copy_(source)
 
 
 def _tuple(results: Any) -> Tensors:

@@ -178,6 +178,11 @@ class Transformers:
 MODELS = {"ours": Ours, "transformers": Transformers}
 
 
+def unallocated(config: Qwen2VLConfig) -> Qwen2VL:
+    """The model in bf16 without memory, to be counted."""
+    return Qwen2VL.from_config(config, device="meta", dtype=torch.bfloat16)
+
+
 def weight_bytes(model: torch.nn.Module) -> int:
     return sum(p.nbytes for p in model.parameters())
 

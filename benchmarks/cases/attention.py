@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -34,6 +36,12 @@ def workloads(context: Context) -> Iterator[Workload]:
         chosen = small_packs() if context.device.type == "cpu" else packs()
     for pack in chosen:
         yield from _both(context, pack)
+
+
+def _fewer(pack: Pack) -> Pack:
+    """A pack of the same kind that nothing has seen: every segment 16 rows shorter, or half as long."""
+    lengths = tuple(n - 16 if n > 32 else max(n // 2, 1) for n in pack.lengths)
+    return replace(pack, name=f"{pack.name}, fewer rows", lengths=lengths)  # not among those of FlexAttention
 
 
 def _both(context: Context, pack: Pack) -> Iterator[Workload]:
@@ -64,9 +72,11 @@ def _both(context: Context, pack: Pack) -> Iterator[Workload]:
     else:
         peers["SDPA, masked"] = (None, partial(_masked, pack))
     heads = f"{pack.heads} heads" if pack.heads == pack.kv_heads else f"{pack.heads}/{pack.kv_heads} heads"
-    for suffix, prepare, work in (
-        ("", partial(_forward, (q, k, v)), flops),
-        (", backward", partial(_gradient, (q, k, v), grad), 2.5 * flops),
+    for place, (suffix, prepare, work) in enumerate(
+        (
+            ("", partial(_forward, (q, k, v)), flops),
+            (", backward", partial(_gradient, (q, k, v), grad), 2.5 * flops),
+        )
     ):
         contenders: list[Provider] = []
         for backend in _BACKENDS[context.device.type]:
@@ -82,6 +92,7 @@ def _both(context: Context, pack: Pack) -> Iterator[Workload]:
             flops=work,
             bytes=2 * (q.nbytes + k.nbytes + v.nbytes),
             dtype=DTYPE,
+            another=lambda place=place: next(islice(_both(context, _fewer(pack)), place, None)),
         )
 
 

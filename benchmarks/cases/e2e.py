@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from qwen2vl.demo.checkpoint import small_config
 
 from .. import providers
 from ..case import Case, Check, Context, Provider, Workload
+from ._ops import MODELING
 from ._qwen2vl import Ours, Transformers, checkpoint, wide_config
 
 QUESTION = "What is in this picture?"
@@ -144,22 +145,28 @@ class _Streamer:
 
 def _providers(context: Context, folder: Path, size: Size, dtype: torch.dtype) -> list[Provider]:
     image = picture(size)
-    ours = Provider("ours", partial(OursAnswers(folder, context.device, dtype), image, size.tokens))
+
+    def make_ours() -> Provider:
+        return Provider("ours", partial(OursAnswers(folder, context.device, dtype), image, size.tokens))
+
+    ours = Provider("ours", make=make_ours)
     if (reason := providers.why_not("transformers")) is not None:
         return [ours, *(Provider(who, skipped=reason, peer=who == STOCK) for who in (PATCHED, STOCK))]
     from qwen2vl_kernels.integrations import transformers as kernels
 
-    theirs = TransformersAnswers(folder, context.device, dtype)
-    theirs.prepare(image)
+    @cache
+    def call() -> Callable[[], Any]:
+        theirs = TransformersAnswers(folder, context.device, dtype)
+        theirs.prepare(image)
+        return partial(theirs, image, size.tokens)
 
     def patch() -> None:
         kernels.apply()
 
-    call: Callable[[], Any] = partial(theirs, image, size.tokens)
     return [
         ours,
-        Provider(PATCHED, call, before=patch),
-        Provider(STOCK, call, before=kernels.restore, peer=True),
+        Provider(PATCHED, make=lambda: Provider(PATCHED, call(), before=patch)),
+        Provider(STOCK, make=lambda: Provider(STOCK, call(), before=kernels.restore, peer=True), peer=True),
     ]
 
 
@@ -168,7 +175,8 @@ def gate(context: Context) -> list[Check]:
     # Weights of 0.1: at 0.02 a small model mostly repeats its last token.
     folder = checkpoint(context, "small-gate", small_config(), torch.float32, 0.1)
     tokens = {}
-    for provider in _providers(context, folder, Size("small", 280, 196, 24), torch.float32):
+    for declared in _providers(context, folder, Size("small", 280, 196, 24), torch.float32):
+        provider = declared.ready()
         if provider.call is not None:
             if provider.before is not None:
                 provider.before()
@@ -207,4 +215,11 @@ def workloads(context: Context) -> Iterator[Workload]:
             kernels.restore()
 
 
-CASE = Case("e2e", "From a picture to tokens in bf16, beside transformers' own and patched", workloads, gate)
+CASE = Case(
+    "e2e",
+    "From a picture to tokens in bf16, beside transformers' own and patched",
+    workloads,
+    gate,
+    limit_s=90.0,
+    imports=MODELING,
+)

@@ -1,15 +1,15 @@
 """The whole model at the 2B's shapes with random bf16 weights: vision tower, prefill, decoding, peak memory.
 
-Both models map the same checkpoint and take turns in one process; peak memory is taken in a process each. An exact run
-at full size is too dear for a gate, so the gate compares small shapes in float32, and in bf16 holds the 2B's widths
-with two layers to the two-times rule, at lengths that take the same kernels as the full ones.
+Both models map the same checkpoint and take turns in one process for each workload; peak memory is taken in a process
+each. An exact run at full size is too dear for a gate, so the gate compares small shapes in float32, and in bf16 holds
+the 2B's widths with two layers to the two-times rule, at lengths that take the same kernels as the full ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -18,6 +18,7 @@ from qwen2vl.demo.checkpoint import small_config
 
 from .. import providers
 from ..case import Case, Check, Context, Provider, Workload, relative_error, two_times
+from ._ops import MODELING
 from ._qwen2vl import (
     MODELS,
     Ours,
@@ -27,6 +28,7 @@ from ._qwen2vl import (
     decode_flops,
     make_prompt,
     prefill_flops,
+    unallocated,
     vision_flops,
     weight_bytes,
     wide_config,
@@ -110,23 +112,30 @@ def workloads(context: Context) -> Iterator[Workload]:
         max_rounds=1,
     )
 
-    models = {who: kind(folder, device) for who, kind in MODELS.items() if who == "ours" or reason is None}
+    @cache
+    def model(who: str) -> Ours | Transformers:
+        return MODELS[who](folder, device)
+
     prompt = make_prompt(config, sizes.side, sizes.text, sizes.steps, device)
     warm_up = make_prompt(config, GATE.side, GATE.text, GATE.steps, device)
 
     def tower(who: str, rows: str) -> Provider:
-        call = partial(models[who].vision, getattr(prompt, rows), prompt.grid)
-        # A whole call takes a minute on a small machine; a small image touches all weights too.
-        warm = partial(models[who].vision, getattr(warm_up, rows), warm_up.grid)
         title = f"{who}, uint8 pixels" if rows == "pixels" else who
-        return Provider(title, call, peer=who != "ours", warm=warm if device.type == "cpu" else None)
+
+        def make() -> Provider:
+            call = partial(model(who).vision, getattr(prompt, rows), prompt.grid)
+            # A whole call takes a minute on a small machine; a small image touches all weights too.
+            warm = partial(model(who).vision, getattr(warm_up, rows), warm_up.grid)
+            return Provider(title, call, peer=who != "ours", warm=warm if device.type == "cpu" else None)
+
+        return Provider(title, make=make, peer=who != "ours")
 
     patches = prompt.rows.shape[0]
     yield Workload(
         name=f"{name}: vision tower, {patches} patches",
         providers=[tower("ours", "pixels"), *_each(reason, lambda who: tower(who, "rows"))],
         flops=vision_flops(config.vision, patches),
-        bytes=weight_bytes(models["ours"].model.visual),
+        bytes=weight_bytes(unallocated(config).visual),
         dtype=torch.bfloat16,
         min_rounds=2,
         budget_s=10.0,
@@ -134,11 +143,14 @@ def workloads(context: Context) -> Iterator[Workload]:
 
     features = torch.randn(patches // 4, config.text.hidden_size, generator=torch.Generator().manual_seed(1))
     features = (0.02 * features).to(device, torch.bfloat16)
+
+    def filling(who: str) -> Provider:
+        make = lambda: Provider(who, partial(model(who).prefill, prompt, features), peer=who != "ours")  # noqa: E731
+        return Provider(who, make=make, peer=who != "ours")
+
     yield Workload(
         name=f"{name}: prefill, {prompt.tokens} tokens",
-        providers=_each(
-            reason, lambda who: Provider(who, partial(models[who].prefill, prompt, features), peer=who != "ours")
-        ),
+        providers=_each(reason, filling),
         flops=prefill_flops(config.text, prompt.tokens),
         bytes=decode_bytes(config.text, 0, 2),
         dtype=torch.bfloat16,
@@ -146,13 +158,14 @@ def workloads(context: Context) -> Iterator[Workload]:
         budget_s=10.0,
     )
 
-    for model in models.values():
-        model.prefill(prompt, features)
-
     def decoding(who: str) -> Provider:
-        model = models[who]
-        rewind = partial(model.rewind, prompt)
-        return Provider(who, partial(model.decode, prompt), peer=who != "ours", before=rewind)
+        def make() -> Provider:
+            filled = model(who)
+            filled.prefill(prompt, features)
+            rewind = partial(filled.rewind, prompt)
+            return Provider(who, partial(filled.decode, prompt), peer=who != "ours", before=rewind)
+
+        return Provider(who, make=make, peer=who != "ours")
 
     seen = prompt.tokens + sizes.steps // 2
     yield Workload(
@@ -173,4 +186,11 @@ def _each(reason: str | None, make: Callable[[str], Provider]) -> list[Provider]
     return [make("ours"), peer]
 
 
-CASE = Case("model", "Qwen2-VL with random bf16 weights, beside transformers with sdpa", workloads, gate)
+CASE = Case(
+    "model",
+    "Qwen2-VL with random bf16 weights, beside transformers with sdpa",
+    workloads,
+    gate,
+    limit_s=90.0,
+    imports=MODELING,
+)

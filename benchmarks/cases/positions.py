@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 
-from qwen2vl_kernels import BackendError, mrope_positions, vision_positions
+from qwen2vl_kernels import mrope_positions, vision_positions
 
-from .. import providers
-from ..case import Case, Check, Context, Provider, Workload, equal
+from ..case import Case, Check, Context, Provider, Skip, Workload, equal
+from ._ops import MODELING, made
 
 IMAGE, VIDEO, VISION_START, VISION_END = 151655, 151656, 151652, 151653
 _BACKENDS = {"cpu": ("native", "eager"), "cuda": ("cuda", "eager")}
@@ -50,47 +50,40 @@ def _sequence(tokens: int, images: int, side: int, device: torch.device) -> tupl
 def _ours(backend: str, ids: torch.Tensor, grids: torch.Tensor) -> Provider:
     tokens = {"image_token_id": IMAGE, "video_token_id": VIDEO}
     call = partial(mrope_positions, ids, grids, None, backend=backend, **tokens)
-    try:
-        call()
-    except BackendError as error:
-        return Provider(backend, skipped=str(error))
-    return Provider(backend, call)
+    return made(backend, lambda: call, peer=False)
 
 
 def _transformers(ids: torch.Tensor, grids: torch.Tensor) -> Provider:
-    name = "transformers"
-    if (reason := providers.why_not("transformers")) is not None:
-        return Provider(name, skipped=reason, peer=True)
-    from transformers import Qwen2VLConfig
-    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
-
-    with torch.device("meta"):  # the method needs the configuration only
-        model = Qwen2VLModel(Qwen2VLConfig())
     inputs: dict[str, Any] = {
         "input_ids": ids,
         "mm_token_type_ids": (ids == IMAGE).int(),
         "image_grid_thw": grids,
     }
-    return Provider(name, partial(model.get_rope_index, **inputs), peer=True)
+
+    def make() -> Callable[[], Any]:
+        from transformers import Qwen2VLConfig
+        from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
+
+        with torch.device("meta"):  # the method needs the configuration only
+            model = Qwen2VLModel(Qwen2VLConfig())
+        return partial(model.get_rope_index, **inputs)
+
+    return made("transformers", make, module="transformers")
 
 
 def _patches(backend: str, grids: torch.Tensor, patches: int) -> Provider:
-    call = partial(vision_positions, grids, num_patches=patches, backend=backend)
-    try:
-        call()
-    except BackendError as error:
-        return Provider(backend, skipped=str(error))
-    return Provider(backend, call)
+    return made(backend, lambda: partial(vision_positions, grids, num_patches=patches, backend=backend), peer=False)
 
 
 def _transformers_patches(grids: torch.Tensor) -> Provider:
-    if (reason := providers.why_not("transformers")) is not None:
-        return Provider("transformers", skipped=reason, peer=True)
-    try:
-        from transformers.vision_utils import get_vision_position_ids
-    except ImportError:
-        return Provider("transformers", skipped="this version has no get_vision_position_ids", peer=True)
-    return Provider("transformers", partial(get_vision_position_ids, grids, 2), peer=True)
+    def make() -> Callable[[], Any]:
+        try:
+            from transformers.vision_utils import get_vision_position_ids
+        except ImportError:
+            raise Skip("this version has no get_vision_position_ids") from None
+        return partial(get_vision_position_ids, grids, 2)
+
+    return made("transformers", make, module="transformers")
 
 
 def _gate(outputs: Mapping[str, Any]) -> list[Check]:
@@ -104,5 +97,8 @@ def _gate(outputs: Mapping[str, Any]) -> list[Check]:
 
 
 CASE = Case(
-    "positions", "position ids built from token ids and grids: of M-RoPE, and of the tower's patches", workloads
+    "positions",
+    "position ids built from token ids and grids: of M-RoPE, and of the tower's patches",
+    workloads,
+    imports=MODELING,
 )

@@ -12,7 +12,7 @@ that the rate is in bytes of pixels a second, beside the machine's copy.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,8 @@ from PIL import Image
 from qwen2vl.image import IMAGE_MEAN, IMAGE_STD
 from qwen2vl_kernels import images_to_patches, smart_resize
 
-from .. import providers
 from ..case import Case, Check, Context, Provider, Workload, equal
+from ._ops import made
 
 RELEASED = 12_845_056  # pixels at most: the released checkpoints' setting
 DEFAULT = 1_003_520  # transformers' default, 1280 tokens
@@ -35,15 +35,15 @@ def workloads(context: Context) -> Iterator[Workload]:
     if context.device.type != "cpu":
         return  # a case about the CPU
     if context.quick:
-        yield _workload("one 70x90 image", [photo(70, 90, 0)], RELEASED)
-        yield _workload("4-frame clip 60x80", [photo(60, 80, n) for n in range(4)], CLIP, clip=True)
+        yield _workload("one 70x90 image", [(70, 90)], RELEASED)
+        yield _workload("4-frame clip 60x80", [(60, 80)] * 4, CLIP, clip=True)
         return
     for height, width in ((448, 448), (1008, 1344), (2160, 3840)):
-        yield _workload(f"{width}x{height}", [photo(height, width, 0)], RELEASED)
-    yield _workload("4032x3024 to 1280 tokens", [photo(3024, 4032, 0)], DEFAULT)
+        yield _workload(f"{width}x{height}", [(height, width)], RELEASED)
+    yield _workload("4032x3024 to 1280 tokens", [(3024, 4032)], DEFAULT)
     sides = np.random.default_rng(0).integers(200, 500, (32, 2)).tolist()
-    yield _workload("32 images of 200 to 500 px", [photo(h, w, n) for n, (h, w) in enumerate(sides)], RELEASED)
-    yield _workload("64-frame clip 1280x720", [photo(720, 1280, n) for n in range(64)], CLIP, clip=True)
+    yield _workload("32 images of 200 to 500 px", sides, RELEASED)
+    yield _workload("64-frame clip 1280x720", [(720, 1280)] * 64, CLIP, clip=True)
 
 
 def photo(height: int, width: int, seed: int) -> np.ndarray:
@@ -55,56 +55,71 @@ def photo(height: int, width: int, seed: int) -> np.ndarray:
     return np.clip(colour + rng.normal(0, 8, (height, width, 3)), 0, 255).astype(np.uint8)
 
 
-def _workload(name: str, arrays: Sequence[np.ndarray], max_pixels: int, *, clip: bool = False) -> Workload:
-    sizes = [smart_resize(*array.shape[:2], max_pixels=max_pixels) for array in arrays]
-    items: Sequence[Any] = [list(arrays)] if clip else arrays
-    item_sizes = sizes[:1] if clip else sizes
-    ours = partial(images_to_patches, items, item_sizes, temporal_patch_size=2 if clip else 1)
-    floats = partial(images_to_patches, items, item_sizes, mean=IMAGE_MEAN, std=IMAGE_STD)
-    buffer = torch.empty_like(floats())
-    pictures = [Image.fromarray(array) for array in arrays]
-    tensors = [torch.from_numpy(array).permute(2, 0, 1) for array in arrays]
+def _workload(name: str, shapes: Sequence[Sequence[int]], max_pixels: int, *, clip: bool = False) -> Workload:
+    """``shapes``: height and width of each picture."""
+    sizes = [smart_resize(*shape, max_pixels=max_pixels) for shape in shapes]
+
+    @cache
+    def arrays() -> list[np.ndarray]:
+        return [photo(height, width, n) for n, (height, width) in enumerate(shapes)]
+
+    def ours(**options: Any) -> Callable[[], torch.Tensor]:
+        items: Sequence[Any] = [arrays()] if clip else arrays()
+        return partial(images_to_patches, items, sizes[:1] if clip else sizes, **options)
+
+    def uint8(**options: Any) -> Callable[[], torch.Tensor]:
+        return ours(temporal_patch_size=2 if clip else 1, **options)
+
+    def floats() -> Callable[[], torch.Tensor]:
+        return ours(mean=IMAGE_MEAN, std=IMAGE_STD)
+
+    def buffered() -> Callable[[], torch.Tensor]:
+        return ours(mean=IMAGE_MEAN, std=IMAGE_STD, out=torch.empty_like(floats()()))
+
+    def pictures() -> list[Image.Image]:
+        return [Image.fromarray(array) for array in arrays()]
+
+    def tensors() -> list[torch.Tensor]:
+        return [torch.from_numpy(array).permute(2, 0, 1) for array in arrays()]
+
     if clip:
         theirs = Provider("transformers", skipped="its video processor needs torchvision", peer=True)
     else:
-        theirs = _transformers(pictures, max_pixels)
+        theirs = made("transformers", lambda: _transformers(pictures(), max_pixels), module="transformers")
+    name_of_utils, utils = "qwen-vl-utils, resize alone", lambda: _qwen_vl_utils(pictures(), max_pixels)
     return Workload(
         name=name,
         providers=[
-            Provider("uint8", ours),
-            Provider("uint8, 1 thread", partial(ours, num_threads=1)),
-            Provider("float32", floats),
-            Provider("float32 into a buffer", partial(floats, out=buffer)),
+            made("uint8", uint8, peer=False),
+            made("uint8, 1 thread", lambda: uint8(num_threads=1), peer=False),
+            made("float32", floats, peer=False),
+            made("float32 into a buffer", buffered, peer=False),
             theirs,
-            _qwen_vl_utils(pictures, max_pixels, clip),
-            Provider("torch", partial(_torch_path, tensors, sizes, clip), peer=True),
-            Provider("Pillow, resize alone", partial(_pillow, pictures, sizes), peer=True),
+            Provider(name_of_utils, skipped="it takes a clip as a file", peer=True)
+            if clip
+            else made(name_of_utils, utils, module="qwen_vl_utils"),
+            made("torch", lambda: partial(_torch_path, tensors(), sizes, clip)),
+            made("Pillow, resize alone", lambda: partial(_pillow, pictures(), sizes)),
         ],
         gate=partial(_gate, clip),
-        bytes=sum(array.nbytes for array in arrays),
+        bytes=sum(3 * height * width for height, width in shapes),
         max_rounds=30,
     )
 
 
-def _transformers(pictures: Sequence[Image.Image], max_pixels: int) -> Provider:
-    if (reason := providers.why_not("transformers")) is not None:
-        return Provider("transformers", skipped=reason, peer=True)
+def _transformers(pictures: Sequence[Image.Image], max_pixels: int) -> Callable[[], torch.Tensor]:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     processor = Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=max_pixels)
-    call: Callable[[], torch.Tensor] = lambda: processor(list(pictures), return_tensors="pt")["pixel_values"]  # noqa: E731
-    return Provider("transformers", call, peer=True)
+    return lambda: processor(list(pictures), return_tensors="pt")["pixel_values"]
 
 
-def _qwen_vl_utils(pictures: Sequence[Image.Image], max_pixels: int, clip: bool) -> Provider:
+def _qwen_vl_utils(pictures: Sequence[Image.Image], max_pixels: int) -> Callable[[], list[Any]]:
     """Its fetch and resize: pictures, without patches."""
-    name = "qwen-vl-utils, resize alone"
-    if clip or (reason := providers.why_not("qwen_vl_utils")) is not None:
-        return Provider(name, skipped="it takes a clip as a file" if clip else reason, peer=True)
     from qwen_vl_utils import fetch_image  # pyright: ignore[reportMissingImports]
 
     requests = [{"image": picture, "min_pixels": 3136, "max_pixels": max_pixels} for picture in pictures]
-    return Provider(name, lambda: [fetch_image(request) for request in requests], peer=True)
+    return lambda: [fetch_image(request) for request in requests]
 
 
 def _pillow(pictures: Sequence[Image.Image], sizes: Sequence[tuple[int, int]]) -> list[Image.Image]:
@@ -156,4 +171,9 @@ def _gate(clip: bool, outputs: Mapping[str, Any]) -> list[Check]:
     return checks
 
 
-CASE = Case("preprocess", "Images and clips to patches, on the CPU", workloads)
+CASE = Case(
+    "preprocess",
+    "Images and clips to patches, on the CPU",
+    workloads,
+    imports=("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl",),
+)

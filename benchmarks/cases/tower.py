@@ -21,7 +21,8 @@ from qwen2vl_kernels._product import slow_on_cpu
 
 from .. import providers
 from ..case import Case, Check, Context, Provider, Workload, relative_error, two_times
-from ._qwen2vl import Ours, Transformers, checkpoint, vision_flops, weight_bytes, wide_config
+from ._ops import MODELING
+from ._qwen2vl import Ours, Transformers, checkpoint, unallocated, vision_flops, weight_bytes, wide_config
 from ._trace import LAYER, PARTS, Trace, trace
 
 FLOAT = torch.float32
@@ -127,28 +128,36 @@ def workloads(context: Context) -> Iterator[Workload]:
     name = f"small-tower-{chosen.depth}" if context.quick else f"2b-tower-{chosen.depth}"
     folder = checkpoint(context, name, config if context.quick else tower_config(chosen.depth))
     absent = _absent()
-    towers: dict[str, Ours | Transformers] = {"ours": Ours(folder, device)}
+    towers: dict[str, Callable[..., Ours | Transformers]] = {"ours": Ours}
     if STOCK not in absent:
-        towers |= {PATCHED: patched(folder, device), STOCK: Transformers(folder, device)}
+        towers |= {PATCHED: patched, STOCK: Transformers}
     if device.type == "cuda" and FLASH not in absent:
-        towers[FLASH] = Transformers(folder, device, attention="flash_attention_2")
+        towers[FLASH] = partial(Transformers, attention="flash_attention_2")
     skipped = (
         []
         if device.type != "cuda" and STOCK not in absent
         else [Provider(who, skipped=reason, peer=who != PATCHED) for who, reason in absent.items()]
     )
-    vision = towers["ours"].config.vision
+    config = Qwen2VLConfig.from_pretrained(folder)
     rows, grid = pack(chosen.grids, device)
     title = f"{len(chosen.grids)} images, {chosen.patches} patches, {chosen.depth} layers"
 
-    def call(who: str) -> torch.Tensor:
-        return towers[who].vision(rows, grid)
+    @cache
+    def model(who: str) -> Ours | Transformers:
+        return towers[who](folder, device)
+
+    def contender(who: str, make: Callable[[str], Callable]) -> Provider:
+        peer = who in (STOCK, FLASH)
+        return Provider(who, make=lambda: Provider(who, make(who), peer=peer), peer=peer)
+
+    def call(who: str) -> Callable[[], torch.Tensor]:
+        return partial(model(who).vision, rows, grid)
 
     yield Workload(
         f"tower, {title}",
-        [*(Provider(who, partial(call, who), peer=who in (STOCK, FLASH)) for who in towers), *skipped],
-        flops=vision_flops(vision, chosen.patches, sum((h * w) ** 2 for h, w in chosen.grids)),
-        bytes=weight_bytes(_visual(towers["ours"])),
+        [*(contender(who, call) for who in towers), *skipped],
+        flops=vision_flops(config.vision, chosen.patches, sum((h * w) ** 2 for h, w in chosen.grids)),
+        bytes=weight_bytes(unallocated(config).visual),
         dtype=torch.bfloat16,
         min_rounds=3,
         budget_s=20.0,
@@ -156,23 +165,21 @@ def workloads(context: Context) -> Iterator[Workload]:
 
     @cache
     def traced(who: str) -> Trace:
-        return trace(partial(call, who), _visual(towers[who]))
+        return trace(call(who), _visual(model(who)))
 
-    def counted(what: str, unit: str, values: Callable[[Trace], dict[str, float]]) -> Workload:
-        contenders = [Provider(who, lambda who=who: values(traced(who)), peer=who in (STOCK, FLASH)) for who in towers]
-        return Workload(
-            f"{what}, {title}", contenders, units={part: unit for part in values(traced("ours"))},
-            min_rounds=1, max_rounds=1,
-        )  # fmt: skip
+    def counted(what: str, unit: str, parts: Sequence[str], values: Callable[[Trace], dict[str, float]]) -> Workload:
+        contenders = [contender(who, lambda who: lambda: values(traced(who))) for who in towers]
+        units = {part: unit for part in parts}
+        return Workload(f"{what}, {title}", contenders, units=units, min_rounds=1, max_rounds=1)
 
     depth = chosen.depth
-    yield counted("seconds by part", "s", lambda t: {part: t.seconds[part] for part in PARTS})
+    yield counted("seconds by part", "s", PARTS, lambda t: {part: t.seconds[part] for part in PARTS})
     yield counted(
-        "traffic of a layer", "B",
+        "traffic of a layer", "B", ("all", *LAYER),
         lambda t: {"all": t.of_layers(t.bytes) / depth} | {part: t.bytes[part] / depth for part in LAYER},
     )  # fmt: skip
     yield counted(
-        "launches of a layer", "launches",
+        "launches of a layer", "launches", ("all", *LAYER),
         lambda t: {"all": t.of_layers(t.launches) / depth} | {part: t.launches[part] / depth for part in LAYER},
     )  # fmt: skip
 
@@ -181,4 +188,11 @@ def _visual(of: Ours | Transformers) -> torch.nn.Module:
     return of.model.visual if isinstance(of, Ours) else of.model.model.visual
 
 
-CASE = Case("tower", "The vision tower on mixed images in bf16, beside transformers' own and patched", workloads, gate)
+CASE = Case(
+    "tower",
+    "The vision tower on mixed images in bf16, beside transformers' own and patched",
+    workloads,
+    gate,
+    limit_s=90.0,
+    imports=MODELING,
+)

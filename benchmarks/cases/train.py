@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from qwen2vl import Qwen2VLConfig
 from qwen2vl.demo.checkpoint import small_config
 from qwen2vl.training.errors import TrainingConfigError
 from qwen2vl.training.example import Example
@@ -27,13 +28,13 @@ from qwen2vl.training.stages import PARTS
 
 from .. import providers
 from ..case import Case, Check, Context, Provider, Workload, relative_error, two_times
+from ._ops import MODELING
 from ._qwen2vl import checkpoint
 from ._training import (
     MIX,
     SIDES,
     SMALL_MIX,
     Ours,
-    Side,
     Transformers,
     gradients,
     grads_on,
@@ -146,25 +147,29 @@ def workloads(context: Context) -> Iterator[Workload]:
 def _loops(context: Context) -> Iterator[Workload]:
     sizes, folder, dtype, device = _sizes(context), _folder(context), _dtype(context), context.device
     reason = providers.why_not("transformers")
-    with grads_on():
-        ours = Ours(folder, device, dtype)
-        config = ours.config
-        samples = make_samples(config, sizes.count, _mix(context))
-        steps = steps_of(samples, sizes.batch)
-        by_length = steps_of(sorted(samples, key=lambda e: e.tokens), sizes.batch)
-        shortest = [min(samples, key=lambda e: e.tokens)]
+    config = Qwen2VLConfig.from_pretrained(folder)
+    samples = make_samples(config, sizes.count, _mix(context))
+    steps = steps_of(samples, sizes.batch)
+    by_length = steps_of(sorted(samples, key=lambda e: e.tokens), sizes.batch)
+    shortest = [min(samples, key=lambda e: e.tokens)]
 
-        def provider(name: str, side: Side, order: list[list[Example]]) -> Provider:
-            call = partial(train, side, [side.prepare(step) for step in order])
-            # A pass takes ten seconds on a small machine; a short sample touches all weights and states too.
-            return Provider(name, call, peer=name != "ours", warm=partial(train, side, [side.prepare(shortest)]))
+    def provider(name: str, kind: type[Ours] | type[Transformers], order: list[list[Example]]) -> Provider:
+        def make() -> Provider:
+            with grads_on():
+                side = kind(folder, device, dtype)
+                call = partial(train, side, [side.prepare(step) for step in order])
+                # A pass takes ten seconds on a small machine; a short sample touches all weights and states too.
+                warm = partial(train, side, [side.prepare(shortest)])
+            return Provider(name, call, peer=name != "ours", warm=warm)
 
-        contenders = [provider("ours", ours, steps)]
-        if reason is None:
-            for name, order in (("transformers", steps), ("transformers, sorted by length", by_length)):
-                contenders.append(provider(name, Transformers(folder, device, dtype), order))
-        else:
-            contenders.append(Provider("transformers", skipped=reason, peer=True))
+        return Provider(name, make=make, peer=name != "ours")
+
+    contenders = [provider("ours", Ours, steps)]
+    if reason is None:
+        for name, order in (("transformers", steps), ("transformers, sorted by length", by_length)):
+            contenders.append(provider(name, Transformers, order))
+    else:
+        contenders.append(Provider("transformers", skipped=reason, peer=True))
     tokens = sum(e.tokens for e in samples)
     waste, least = (1 - tokens / padded_tokens(order) for order in (steps, by_length))
     flops = sum(training_flops(config, work_of(collate(step, config)), set(PARTS)) for step in steps)
@@ -279,4 +284,11 @@ def _loss_gate(context: Context) -> list[Check]:
     return checks
 
 
-CASE = Case("train", "Training: packing and the chunked loss beside transformers' padded batches", workloads, gate)
+CASE = Case(
+    "train",
+    "Training: packing and the chunked loss beside transformers' padded batches",
+    workloads,
+    gate,
+    limit_s=120.0,
+    imports=MODELING,
+)
