@@ -66,7 +66,8 @@ FLASH = (
 )
 
 #: The first PyTorch whose cuDNN backward on ragged packs may be trusted: before pytorch#186142 it takes head_dim for
-#: the longest segment, and its kernel writes beyond the workspace. No release up to 2.13 is known to have that.
+#: the longest segment, and its kernel writes beyond the workspace. So does 2.10's binary, and no release up to 2.13 is
+#: known to be mended.
 _CUDNN_BACKWARD = (2, 14)
 
 

@@ -52,11 +52,11 @@ def attention(stock: Callable) -> Callable:
 
 
 def bounds(cu_seqlens: torch.Tensor, tokens: int, backend: str) -> tuple[torch.Tensor, int]:
-    """``cu_seqlens`` where the attention reads it, on the device if its kernel does, else on the host; and a bound of
-    the longest segment.
+    """``cu_seqlens`` where the attention wants it, and a bound of the longest segment.
 
-    Our kernel takes any bound. Others' launch programs for as many rows in every segment, so theirs is read. What was
-    read is kept on the tensor, which all layers share: one wait for the device a forward instead of one a layer.
+    Our kernel takes both as they are. Others' launch programs for as many rows in every segment, and do not know where
+    the last one ends, so the boundaries are read. What was read is kept on the tensor, which all layers share: one wait
+    for the device a forward instead of one a layer.
     """
     cu_seqlens = cu_seqlens if cu_seqlens.dtype == torch.int32 else cu_seqlens.int()
     unread = cu_seqlens.device.type == "cpu" or torch.compiler.is_compiling() or backend == "triton"
@@ -66,7 +66,7 @@ def bounds(cu_seqlens: torch.Tensor, tokens: int, backend: str) -> tuple[torch.T
     if copy is None or version != _version(cu_seqlens):
         copy = cu_seqlens.cpu()
         cu_seqlens._on_host = (_version(cu_seqlens), copy)  # type: ignore[attr-defined]
-    return (copy, tokens) if reads_host(backend) else (cu_seqlens, max(copy.diff().tolist(), default=0))
+    return copy, max(copy.diff().tolist(), default=0)
 
 
 def _version(tensor: torch.Tensor) -> int:

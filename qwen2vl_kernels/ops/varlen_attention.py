@@ -316,7 +316,8 @@ def varlen_attention(
             - ``"torch"``: PyTorch's own FlashAttention 2; ``"flash"``: flash-attn 4, 3 (also its forward alone, of
               ``fa3-fwd``) or 2, the newest installed that serves the call. They read nothing on the host either, and
               promise neither.
-            - ``"cudnn"``: cuDNN on packs, by PyTorch's operators. It makes a plan for every new shape.
+            - ``"cudnn"``: cuDNN on packs, by PyTorch's operators; promises neither. It makes a plan for every new
+              shape, PyTorch 2.10 at every call. Gradients from PyTorch 2.14 on.
             - ``"sdpa"``: PyTorch's fused attention, once a segment, or once for all when they are equally long.
             - ``"blocked"``: CPU, no backward: blocked matrix products for segments of 256 rows or more, ``"sdpa"`` for
               shorter ones; chosen for bf16 where the CPU has matrix products of it.
