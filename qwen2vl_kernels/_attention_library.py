@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from . import _tail
 from ._tiles import TilePlan
 
 #: The dtypes that all of them take.
@@ -273,8 +274,7 @@ def zero_past(x: torch.Tensor, plan: TilePlan) -> torch.Tensor:
     """``x`` with zeros in the rows past the last segment, which nobody wrote; nothing runs where there are none."""
     held = plan.held()
     if held is None:
-        past = torch.arange(x.shape[0], device=x.device) >= plan.bounds()[-1]
-        x.masked_fill_(past[:, None, None], 0)
+        _tail.zero_past(x, plan.bounds())
     elif held < x.shape[0]:
         x[held:].zero_()
     return x

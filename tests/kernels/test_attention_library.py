@@ -13,11 +13,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qwen2vl_kernels import BackendError, _attention_library, plan_tiles, varlen_attention
+from qwen2vl_kernels import BackendError, _attention_library, _tail, _triton, plan_tiles, varlen_attention
 from qwen2vl_kernels._attention_library import FLASH, Call, peer_of, why_not
 from qwen2vl_kernels._backend import unavailable
 from qwen2vl_kernels.ops.varlen_attention import varlen_attention_ref
-from tests.conftest import assert_two_times
+from tests.conftest import DEVICE, assert_two_times
 
 SCALE = 0.3
 CALL = Call("cuda", 90, torch.bfloat16, 80, 80)
@@ -180,6 +180,19 @@ def test_a_view_that_begins_off_16_bytes_is_copied(stand_in, pack):
     kernel.forward = lambda *a: seen.extend(x.data_ptr() % 16 for x in a[:3]) or forward(*a)
     assert off[0].data_ptr() % 16 and torch.equal(_attend(name, *off, cu, False), _attend(name, *inputs, cu, False))
     assert seen == [0] * 6
+
+
+@pytest.mark.parametrize("triton", [True, False], ids=["kernel", "masked_fill_"])
+@pytest.mark.parametrize(("total", "held"), [(300, 130), (300, 0), (300, 300), (64, 63), (65, 1)])
+def test_zeros_past_what_a_device_knows(total, held, triton, monkeypatch):
+    if triton and (reason := _triton.reason(DEVICE)) is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr(_tail, "reason", lambda kind: None if triton else "left out")
+    for shape, dtype in (((16, 80), torch.bfloat16), ((3, 5), torch.float32), ((28, 128), torch.float16)):
+        x = torch.full((total, *shape), torch.nan, dtype=dtype, device=DEVICE)
+        x[:held] = 1
+        _tail.zero_past(x, torch.tensor([0, 0, held], dtype=torch.int32, device=DEVICE))
+        assert (x[:held] == 1).all() and (x[held:] == 0).all()
 
 
 # ------------------------------------------------------------------------------------------------- flash-attn
