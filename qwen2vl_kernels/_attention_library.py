@@ -3,7 +3,8 @@
 They know packs, take strides, keep softmax statistics in float32 and read no boundary on the host. What they leave open
 is closed here: rows past the last segment are made zero, in results and in gradients. What each cannot serve is said
 from what the host knows of a call, before anything is launched. Their backward passes get the statistics that their
-forward passes kept, as the operators of ``ops.varlen_attention`` hand them on, in a compiled graph too.
+forward passes kept, as the operators of ``ops.varlen_attention`` hand them on, in a compiled graph too. By its source
+FlashAttention 2 multiplies rows by strides in 64 bits, cuDNN's offsets have 32; nobody has run either past 2^31 here.
 """
 
 from __future__ import annotations

@@ -194,7 +194,10 @@ def chosen(
     else:
         facts += (0, True, False, False)
     requested = backend if backend is not None else forced("varlen_attention")
-    return _choose(*facts, repeatable, invariant, requested)
+    name = _choose(*facts, repeatable, invariant, requested)
+    if name.startswith(_REFUSED):
+        raise BackendError(name.removeprefix(_REFUSED))
+    return name
 
 
 def _settled(condition: bool) -> bool:
@@ -204,8 +207,15 @@ def _settled(condition: bool) -> bool:
     return False
 
 
+_REFUSED = "refused: "
+
+
 def _choose(kind, *facts) -> str:
-    return _known(kind, *facts) if kind == "cuda" else _decide(kind, *facts)
+    """A backend, or why there is none: what is raised here would be an error of the compiler's."""
+    try:
+        return _known(kind, *facts) if kind == "cuda" else _decide(kind, *facts)
+    except BackendError as error:
+        return f"{_REFUSED}{error}"
 
 
 # As torch.compiler.assume_constant_result says it, which imports all of Dynamo: what is asked here are modules, a
@@ -238,7 +248,7 @@ def _decide(
         )
     name = resolve("varlen_attention", kind, requested)
     if name == "blocked" and tracked:
-        raise ValueError("varlen_attention: backend 'blocked' has no backward; q, k and v must not require grad")
+        raise BackendError("varlen_attention: backend 'blocked' has no backward; q, k and v must not require grad")
     if name in ("torch", "flash", "cudnn"):
         peer, reason = _attention_library.peer_of(name, call)
         if peer is None:

@@ -189,22 +189,23 @@ def _in_graph(call, *inputs):
 def test_the_choice_is_the_same_in_compiled_code(gpu, dynamic):
     names = ("triton", "torch", "sdpa")
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for gradients, deterministic, want in (
-            (False, False, "triton"),
-            (True, False, "torch"),
-            (True, True, "triton"),
+        for gradients, deterministic, invariant, want in (
+            (False, False, False, "triton"),
+            (True, False, False, "torch"),
+            (True, True, False, "triton"),
+            (True, False, True, "triton"),
         ):
             inputs = _inputs(300, gradients=gradients)
             for x in inputs if dynamic else ():
                 torch._dynamo.mark_dynamic(x, 0)
 
-            def call(one, *inputs):
-                return one + names.index(module.chosen(*inputs, 256))
+            def call(one, *inputs, invariant=invariant):
+                return one + names.index(module.chosen(*inputs, 256, invariant=invariant))
 
             torch._dynamo.reset()
             torch.use_deterministic_algorithms(deterministic)
             try:
-                assert module.chosen(*inputs, 256) == want
+                assert module.chosen(*inputs, 256, invariant=invariant) == want
                 graphs = []
                 one = torch.ones(())
                 torch.compile(call, fullgraph=True, backend=lambda graph, _, to=graphs: to.append(graph) or graph)(
@@ -217,6 +218,13 @@ def test_the_choice_is_the_same_in_compiled_code(gpu, dynamic):
     for dtype in (torch.bfloat16, torch.float32):
         inputs, cu_seqlens = _inputs(300, dtype=dtype, device="cpu"), torch.tensor([0, 300], dtype=torch.int32)
         assert _in_graph(lambda *a, cu=cu_seqlens: attend(*a, cu, 300), *inputs) == [module.chosen(*inputs, 300)]
+
+
+def test_a_refusal_in_compiled_code_is_one_of_ours():
+    torch._dynamo.reset()
+    x, cu_seqlens = torch.randn(6, 2, 8), torch.tensor([0, 6], dtype=torch.int32)
+    with pytest.raises(BackendError, match="backend 'flash' does not serve cpu tensors"):
+        torch.compile(attend, backend="eager")(x, x, x, cu_seqlens, 6, backend="flash")
 
 
 def test_one_compiled_function_for_several_widths():
