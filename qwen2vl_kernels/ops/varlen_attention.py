@@ -143,8 +143,23 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(q, k, v, *output, cu_seqlens)
 
 
+class _FirstOrder(torch.autograd.Function):
+    """Gradients as they are, which have no derivatives of their own: PyTorch would take these for zero."""
+
+    @staticmethod
+    def forward(ctx, grad, q, k, v, *grads):
+        return tuple(x.view_as(x) for x in grads)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError("varlen_attention: its gradients have no derivatives of their own")
+
+
 def _backward(ctx, grad, _):
-    grads = torch.ops.qwen2vl.varlen_attention_backward(grad, *ctx.saved_tensors, *ctx.settings)
+    with torch.no_grad():
+        grads = torch.ops.qwen2vl.varlen_attention_backward(grad, *ctx.saved_tensors, *ctx.settings)
+    if torch.is_grad_enabled():  # create_graph=True
+        grads = _FirstOrder.apply(grad, *ctx.saved_tensors[:3], *grads)
     return (*grads, None, None, None, None, None)
 
 

@@ -329,6 +329,15 @@ def test_sdpa_on_a_cpu_keeps_its_statistics_in_compiled_code():
         assert all(torch.equal(a, b) for a, b in zip(results, eager, strict=True))
 
 
+def test_derivatives_of_second_order_are_refused():
+    q, cu_seqlens = torch.randn(6, 2, 8, requires_grad=True), torch.tensor([0, 6], dtype=torch.int32)
+    for backend in ("sdpa", "eager"):
+        out = torch.ops.qwen2vl.varlen_attention(q, q, q, cu_seqlens, 6, False, 0.3, backend)[0]
+        (first,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+        with pytest.raises(NotImplementedError, match="its gradients have no derivatives of their own"):
+            torch.autograd.grad(first.sum(), q)
+
+
 def test_pytorch_picks_the_kernel_whose_statistics_are_kept():
     """``keeps_statistics`` must say what PyTorch's own choice is."""
     from qwen2vl_kernels._attention_cpu import keeps_statistics
