@@ -48,19 +48,26 @@ _PHOTOS = tuple(
 
 
 def packs(tokens: int = 65536) -> tuple[Pack, ...]:
-    """What the towers and the decoder see, ``tokens`` at most where segments are alike."""
-    alike = [
-        Pack(f"{total // n} of {n}", (n,) * (total // n))
+    """What the towers and the decoder see, ``tokens`` at most where segments are alike; the most telling first, as time
+    on a GPU ends early: a long and a short kind, a decoder's prefill, ragged packs, windows, Qwen3-VL's heads of 72."""
+    alike = {
+        (n, total): Pack(f"{total // n} of {n}", (n,) * (total // n))
         for n in (256, 1024, 1600, 4096, 16384)
         for total in (16384, 65536)
         if n <= total <= tokens
-    ]
+    }
+    first = [alike.pop(key) for key in ((4096, 16384), (1024, 16384), (256, 16384)) if key in alike]
+    decoder = {"heads": 28, "kv_heads": 4, "columns": 128, "causal": True}
     return (
-        *alike,
-        Pack("1 of 16384 and 63 of 256", (16384, *[256] * 63)),
+        *first,
+        Pack("causal 4096+2048+1333+715", (4096, 2048, 1333, 715), **decoder),
         Pack("9 photos", _PHOTOS),
+        Pack("9 photos", _PHOTOS, columns=72),
         Pack("windows of 72x72 and 60x82 patches", windows(72, 72) + windows(60, 82)),
-        Pack("causal 4096+2048+1333+715", (4096, 2048, 1333, 715), 28, 4, 128, True),
+        Pack("1 of 16384 and 63 of 256", (16384, *[256] * 63)),
+        Pack("causal 8 of 2048", (2048,) * 8, **decoder),
+        Pack("4 of 4096", (4096,) * 4, columns=72),
+        *alike.values(),
     )
 
 

@@ -8,7 +8,11 @@ from importlib import metadata
 #: module -> (distribution, first version that the cases are written for). Older ones have other interfaces.
 PEERS: dict[str, tuple[str, tuple[int, int]]] = {
     "transformers": ("transformers", (5, 23)),
-    "flash_attn": ("flash-attn", (2, 6)),
+    "flash_attn": ("flash-attn", (2, 7)),
+    "flash_attn_interface": ("flash_attn_3", (3, 0)),
+    "fa3_fwd_interface": ("fa3-fwd", (0, 0)),
+    "flash_attn.cute": ("flash-attn-4", (4, 0)),
+    "quack": ("quack-kernels", (0, 6)),
     "liger_kernel": ("liger-kernel", (0, 6)),
     "torchvision": ("torchvision", (0, 19)),
     "PIL": ("pillow", (10, 1)),

@@ -62,6 +62,8 @@ def table(result: dict[str, Any]) -> str:
 def notes(result: dict[str, Any]) -> str:
     """Where and how it was measured, the gate, and who was skipped, in Markdown."""
     lines = [footer(result) + f" `{result['command']}`, {result['date']}, commit {result['commit']}.", ""]
+    if "note" in result:  # what a reader must know of a result that was not written by its run
+        lines += [result["note"], ""]
     text = f"Parity gate: {len(result['gate'])} checks green"
     bounded = [check for check in result["gate"] if check["allowed"]]
     if bounded:
@@ -92,7 +94,7 @@ def row_cells(row: dict[str, Any]) -> list[str]:
         row["provider"],
         value(row["median"], unit),
         f"{value(row['min'], unit)} .. {value(row['max'], unit)}",
-        str(len(row["samples"])),
+        str(len(row["samples"]) or ""),
         rate,
         f"{100 * row['of_ceiling']:.0f} % {row['ceiling']}" if "of_ceiling" in row else "",
         ", ".join(ratios),
@@ -102,7 +104,8 @@ def row_cells(row: dict[str, Any]) -> list[str]:
 
 def footer(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    text = f"{result['device']}, {result['threads']} threads, load {result['load_average'][0]}; {versions}."
+    load = "".join(f", load {value}" for value in result["load_average"][:1])
+    text = f"{result['device']}, {result['threads']} threads{load}; {versions}."
     ceilings = result["ceilings"]
     if ceilings:
         rates = [f"copy {quantity(ceilings['copy_bytes_per_s'])}B/s"]

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from . import _attention_library, _native, _triton
 
 #: op -> device type -> backends, first choice first. ROCm tensors have device type "cuda" in PyTorch.
@@ -16,10 +18,10 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "mrope": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
     "vision_rope": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
     "append_kv": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
-    # varlen_attention puts "blocked" first for bf16 inference, where it measured faster.
+    # varlen_attention has a table of its own, _attention_choice.TABLE; what is here are the names.
     "varlen_attention": {
         "cpu": ("sdpa", "blocked", "eager", "triton"),
-        "cuda": ("triton", "torch", "sdpa", "flash", "eager"),
+        "cuda": ("torch", "triton", "sdpa", "flash", "cudnn", "eager"),
     },
     "kvcache_attention": {"cpu": ("sdpa", "eager"), "cuda": ("sdpa", "eager")},
     "patch_embed": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
@@ -36,7 +38,25 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
 #: What an op takes for some shapes before the table's first choice, in words for :func:`table`.
 SHAPE_CHOICES = {
     ("varlen_attention", "cpu"): "bf16 inference: blocked",
-    ("varlen_attention", "cuda"): "float32: sdpa",
+    ("varlen_attention", "cuda"): "by the table below",
+}
+
+#: op -> device type -> the result under benchmarks/results that a first choice was read from. Others are not measured.
+MEASURED: dict[str, dict[str, str]] = {
+    "varlen_attention": {"cpu": "amd-epyc-2-threads/attention.json"},
+    "mrope_positions": {"cpu": "amd-epyc-2-threads/positions.json"},
+    "vision_positions": {"cpu": "amd-epyc-2-threads/positions.json"},
+    "image_to_patches": {"cpu": "amd-epyc-2-threads/preprocess.json"},
+}
+
+#: Why a backend is taken, in words for :func:`table`.
+_WHY = {
+    "native": "one pass in C++, where PyTorch's operations take many",
+    "cuda": "one launch and nothing read by the host, where PyTorch's operations take many",
+    "triton": "one pass over the memory, where PyTorch's operations take several",
+    "sdpa": "PyTorch's fused attention",
+    "torch": "PyTorch's own FlashAttention",
+    "eager": "the formula in PyTorch's operations",
 }
 
 _forced: dict[str, str] = {}  # op -> backend, set by use_backend
@@ -51,14 +71,25 @@ def unavailable(backend: str, device_type: str) -> str | None:
     if backend == "triton":
         return _triton.reason(device_type)
     if backend == "torch":
-        return _attention_library.torch_reason()
+        return _no_device() or _attention_library.torch_reason()
     if backend == "flash":
-        return _attention_library.flash_reason()
+        return _no_device() or _attention_library.flash_reason()
+    if backend == "cudnn":
+        return _no_device() or _attention_library.cudnn_reason()
     if backend == "native":
         return _native.cpu_reason()
     if backend == "cuda":
         return _native.cuda_reason()
     return None
+
+
+def _no_device() -> str | None:
+    return None if torch.cuda.is_available() else "PyTorch sees no CUDA device"
+
+
+def forced(op: str) -> str | None:
+    """The backend that :func:`use_backend` names for ``op`` now."""
+    return _forced.get(op)
 
 
 def resolve(op: str, device_type: str, requested: str | None, prefer: str | None = None) -> str:
@@ -107,13 +138,16 @@ def use_backend(name: str | None = None, **per_op: str) -> Iterator[None]:
         _forced.update(saved)
 
 
-def table(device_type: str = "cpu") -> list[tuple[str, str, str]]:
-    """Rows ``(op, backend taken, why the preferred ones are not)`` for ``device_type``; ``qwen2vl info`` prints it."""
+def table(device_type: str = "cpu") -> list[tuple[str, str, str, str | None, str]]:
+    """Rows ``(op, backend taken, why the preferred ones are not, where it was measured, why it is taken)`` for
+    ``device_type``; ``qwen2vl info`` prints it."""
     rows = []
     for op, by_device in PREFERENCE.items():
         choices = by_device.get(device_type, ("eager",))
         taken = resolve(op, device_type, None)
         missed = [f"{c}: {unavailable(c, device_type)}" for c in choices[: choices.index(taken)]]
         special = SHAPE_CHOICES.get((op, device_type)) if op not in _forced else None
-        rows.append((op, f"{taken} ({special})" if special else taken, "; ".join(missed)))
+        measured = MEASURED.get(op, {}).get(device_type) if taken == choices[0] else None
+        why = _WHY.get(taken, "") if op not in _forced else "use_backend names it"
+        rows.append((op, f"{taken} ({special})" if special else taken, "; ".join(missed), measured, why))
     return rows

@@ -34,6 +34,7 @@ class TilePlan:
         self.padded = padded
         self._captured = _capturing(device)
         self._lists: dict[int, torch.Tensor] = {}
+        self._there: torch.Tensor | None = None
 
     def tiles(self, rows: int) -> torch.Tensor:
         """``(n, 3)`` int32 on the plan's device: first row, segment begin and segment end of every tile of ``rows``
@@ -46,6 +47,22 @@ class TilePlan:
             if self._captured or not _capturing(self.device):
                 self._lists[rows] = made
         return made
+
+    def bounds(self) -> torch.Tensor:
+        """``cu_seqlens`` on the plan's device, copied there once, for kernels that read boundaries themselves."""
+        if self.cu_seqlens.device == self.device:
+            return self.cu_seqlens.contiguous()
+        there = self._there
+        if there is None:
+            there = self.cu_seqlens.to(self.device, non_blocking=True)
+            if self._captured or not _capturing(self.device):
+                self._there = there
+        return there
+
+    def held(self) -> int | None:
+        """The rows that segments hold, ``None`` where the host does not know or a replay may bring others."""
+        fixed = not self.padded and self.cu_seqlens.device.type == "cpu"
+        return int(self.cu_seqlens[-1]) if fixed else None
 
     def update_(self, cu_seqlens: torch.Tensor) -> TilePlan:
         """Write the tiles of other boundaries over those that were made, where they lie: a captured CUDA graph that
@@ -60,6 +77,8 @@ class TilePlan:
         check.require(self.padded, "the plan must be padded to take other boundaries: plan_tiles(..., padded=True)")
         check.tensor("cu_seqlens", cu_seqlens, (self.cu_seqlens.shape[0],), dtypes=(torch.int32,), any_device=True)
         self.cu_seqlens.copy_(cu_seqlens)
+        if self._there is not None:
+            self._there.copy_(cu_seqlens)
         for rows, made in self._lists.items():
             made.copy_(make_tiles(self.cu_seqlens, rows, self.total, exact=False))
         return self

@@ -1,7 +1,8 @@
 """Attention over packed segments: what the towers and the decoder see (``benchmarks.packs``).
 
-FLOPs are the useful ones: 4 D for every pair of a query and a key that it sees, 2.5 times that backward.
-``sdpa`` is ours, which calls PyTorch's once a segment, or once for equal ones.
+FLOPs are the useful ones: 4 D for every pair of a query and a key that it sees, 2.5 times that backward. Ours are
+there by backend, and ``chosen`` is what runs where nobody names one: its ratios to the peers say whether the default is
+slower than what is installed. ``sdpa`` is ours, which calls PyTorch's once a segment, or once for equal ones.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
@@ -18,15 +19,25 @@ import torch
 import torch.nn.functional as F
 
 from qwen2vl_kernels import plan_tiles, varlen_attention
+from qwen2vl_kernels._attention_library import Call, why_not
+from qwen2vl_kernels._triton import target_of
 from qwen2vl_kernels.ops.varlen_attention import varlen_attention_ref
 
-from ..case import Case, Check, Context, Provider, Workload, two_times
+from .. import providers
+from ..case import Case, Check, Context, Provider, Skip, Workload, two_times
 from ..packs import Pack, packs, small_packs
 from ._ops import DTYPE, keep_for_another_backward, made, random
 
 #: FlexAttention compiles for half a minute a pack, so it is there for some.
 _FLEX = ("16 of 1024", "4 of 4096", "9 photos", "causal 4096+2048+1333+715")
-_BACKENDS = {"cuda": ("triton", "sdpa"), "cpu": ("sdpa", "blocked")}
+_BACKENDS = {"cuda": ("chosen", "triton", "sdpa"), "cpu": ("chosen", "sdpa", "blocked")}
+#: Distributions of flash-attn by what the table calls them.
+_FLASH = {
+    "flash-attn 2": "flash_attn",
+    "flash-attn 3": "flash_attn_interface",
+    "fa3-fwd": "fa3_fwd_interface",
+    "flash-attn 4": "flash_attn.cute",
+}
 
 
 def workloads(context: Context) -> Iterator[Workload]:
@@ -44,64 +55,87 @@ def _fewer(pack: Pack) -> Pack:
     return replace(pack, name=f"{pack.name}, fewer rows", lengths=lengths)  # not among those of FlexAttention
 
 
+class _Inputs:
+    """A pack's tensors, made when they are first asked for: a process that measures a later pack makes none."""
+
+    def __init__(self, context: Context, pack: Pack) -> None:
+        self.context, self.pack, self.total, self.longest = context, pack, sum(pack.lengths), max(pack.lengths)
+
+    @cached_property
+    def leaves(self) -> tuple[torch.Tensor, ...]:
+        with torch.inference_mode(False):
+            heads = (self.pack.heads, self.pack.kv_heads, self.pack.kv_heads)
+            return tuple(random(self.context, self.total, n, self.pack.columns, seed=i) for i, n in enumerate(heads))
+
+    @cached_property
+    def grad(self) -> torch.Tensor:
+        with torch.inference_mode(False):
+            return random(self.context, self.total, self.pack.heads, self.pack.columns, seed=3)
+
+    @cached_property
+    def host(self) -> torch.Tensor:
+        with torch.inference_mode(False):
+            return torch.tensor([0, *self.pack.lengths]).cumsum(0, dtype=torch.int32)
+
+    @cached_property
+    def cu_seqlens(self) -> torch.Tensor:
+        with torch.inference_mode(False):
+            return self.host.to(self.context.device)
+
+    def ours(self, backend: str | None) -> Callable:
+        with torch.inference_mode(False):
+            tiles = plan_tiles(self.host, self.total, device=self.context.device)
+        settings = {"causal": self.pack.causal, "tiles": tiles, "backend": None if backend == "chosen" else backend}
+        return lambda q, k, v: varlen_attention(q, k, v, self.host, self.longest, **settings)
+
+    def prepared(self, run: Callable, backward: bool) -> Callable[[], Any]:
+        return _gradient(self.leaves, self.grad, run) if backward else _forward(self.leaves, run)
+
+
 def _both(context: Context, pack: Pack) -> Iterator[Workload]:
-    total, longest, causal, columns = sum(pack.lengths), max(pack.lengths), pack.causal, pack.columns
-    with torch.inference_mode(False):
-        q = random(context, total, pack.heads, columns)
-        k, v = (random(context, total, pack.kv_heads, columns, seed=seed) for seed in (1, 2))
-        grad = random(context, total, pack.heads, columns, seed=3)
-        cu_seqlens = torch.tensor([0, *pack.lengths], device=context.device).cumsum(0, dtype=torch.int32)
-        host = cu_seqlens.cpu()
-        tiles = plan_tiles(host, total, device=context.device)
-    flops = 4 * columns * pack.heads * pack.pairs
-
-    def ours(backend: str) -> Callable:
-        return lambda q, k, v: varlen_attention(q, k, v, host, longest, causal=causal, tiles=tiles, backend=backend)
-
-    peers: dict[str, tuple[str | None, Callable[[], Callable]]] = {}
-    if context.device.type == "cuda":
-        peers["torch varlen"] = (None, partial(_torch_varlen, cu_seqlens, longest, causal))
-        if pack.name in _FLEX:
-            peers["FlexAttention"] = (None, partial(_flex, cu_seqlens, causal))
-        if len(set(pack.lengths)) == 1:
-            peers["cuDNN"] = (None, partial(_cudnn, longest, causal))
-        for name, module in (("2", "flash_attn"), ("3", "flash_attn_interface"), ("4", "flash_attn.cute")):
-            peers[f"flash-attn {name}"] = (None, partial(_flash, module, cu_seqlens, longest, causal))
-        if columns == 80:
-            peers["ours, padded to 128"] = (None, partial(_padded, ours("triton")))
-    else:
-        peers["SDPA, masked"] = (None, partial(_masked, pack))
+    inputs = _Inputs(context, pack)
+    flops = 4 * pack.columns * pack.heads * pack.pairs
     heads = f"{pack.heads} heads" if pack.heads == pack.kv_heads else f"{pack.heads}/{pack.kv_heads} heads"
-    for place, (suffix, prepare, work) in enumerate(
-        (
-            ("", partial(_forward, (q, k, v)), flops),
-            (", backward", partial(_gradient, (q, k, v), grad), 2.5 * flops),
-        )
-    ):
+    for backward in (False, True):
         contenders: list[Provider] = []
         for backend in _BACKENDS[context.device.type]:
-            if suffix and backend == "blocked":
+            if backward and backend == "blocked":
                 contenders.append(Provider(backend, skipped="it has no backward"))
             else:
-                contenders.append(made(backend, partial(prepare, ours(backend)), peer=False))
-        contenders += [_peer(provider, prepare, make, module) for provider, (module, make) in peers.items()]
+                contenders.append(
+                    made(backend, lambda n=backend, b=backward: inputs.prepared(inputs.ours(n), b), peer=False)
+                )
+        for name, make in _peers(inputs, backward).items():
+            contenders.append(made(name, lambda make=make, b=backward: inputs.prepared(make(), b)))
         yield Workload(
-            f"{pack.name}, {heads} of {columns}{suffix}",
+            f"{pack.name}, {heads} of {pack.columns}{', backward' if backward else ''}",
             contenders,
-            gate=partial(_gate, prepare, cu_seqlens, causal, (q, k, v), grad if suffix else None),
-            flops=work,
-            bytes=2 * (q.nbytes + k.nbytes + v.nbytes),
+            gate=partial(_gate, inputs, backward),
+            flops=2.5 * flops if backward else flops,
+            bytes=2 * DTYPE.itemsize * inputs.total * (pack.heads + 2 * pack.kv_heads) * pack.columns,
             dtype=DTYPE,
-            another=lambda place=place: next(islice(_both(context, _fewer(pack)), place, None)),
+            another=lambda place=int(backward): next(islice(_both(context, _fewer(pack)), place, None)),
         )
 
 
-def _peer(name: str, prepare: Callable, make: Callable[[], Callable], module: str | None) -> Provider:
-    """A peer that is there but refuses this GPU or these shapes is skipped, in its own words."""
-    try:
-        return made(name, lambda: prepare(make()), module=module)
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        return Provider(name, skipped=(str(error).splitlines() or [type(error).__name__])[0], peer=True)
+def _peers(inputs: _Inputs, backward: bool) -> dict[str, Callable[[], Callable]]:
+    """What makes each peer's function of q, k and v."""
+    pack = inputs.pack
+    if inputs.context.device.type != "cuda":
+        return {"SDPA, masked": lambda: _masked(pack)}
+    peers: dict[str, Callable[[], Callable]] = {
+        "torch varlen": lambda: _torch_varlen(inputs.cu_seqlens, inputs.longest, pack.causal),
+        "cuDNN, ragged": lambda: inputs.ours("cudnn"),  # PyTorch has its operators, and nothing public that calls them
+    }
+    if len(set(pack.lengths)) == 1:
+        peers["cuDNN"] = lambda: _cudnn(inputs.longest, pack.causal)
+    for name, module in _FLASH.items():
+        peers[name] = partial(_flash, module, inputs, backward)
+    if pack.name in _FLEX:
+        peers["FlexAttention"] = lambda: _flex(inputs.cu_seqlens, pack.causal)
+    if pack.columns == 80:
+        peers["ours, padded to 128"] = lambda: _padded(inputs.ours("triton"))
+    return peers
 
 
 def _forward(inputs: tuple[torch.Tensor, ...], run: Callable) -> Callable[[], torch.Tensor]:
@@ -139,11 +173,20 @@ def _torch_varlen(cu_seqlens: torch.Tensor, longest: int, causal: bool) -> Calla
     return run
 
 
-def _flash(module: str, cu_seqlens: torch.Tensor, longest: int, causal: bool) -> Callable:
+def _flash(module: str, inputs: _Inputs, backward: bool) -> Callable:
+    """flash-attn by itself, not where it is known to be wrong or to have no kernel: a red gate would stop everyone."""
+    if (reason := providers.why_not(module)) is not None:
+        raise Skip(reason)
+    pack = inputs.pack
+    capability = target_of(inputs.context.device).capability
+    call = Call("cuda", capability, DTYPE, pack.columns, pack.columns, gradients=backward, causal=pack.causal)
+    if (reason := why_not(module, call)) is not None:
+        raise Skip(reason)
     attend = importlib.import_module(module).flash_attn_varlen_func
+    bounds = {f"cu_seqlens_{x}": inputs.cu_seqlens for x in "qk"} | {f"max_seqlen_{x}": inputs.longest for x in "qk"}
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out = attend(q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=causal)
+        out = attend(q, k, v, **bounds, causal=pack.causal)  # by name: the fourth argument of 4 is another
         return out[0] if isinstance(out, tuple) else out
 
     return run
@@ -213,17 +256,17 @@ def _padded(run: Callable) -> Callable:
     return padded
 
 
-def _gate(prepare, cu_seqlens, causal, inputs, grad, outputs) -> list[Check]:
+def _gate(inputs, backward, outputs) -> list[Check]:
     """The formula in float64, head by head's worth of memory at a time, on segments that are not too long for it."""
-    bounds = cu_seqlens.tolist()
+    bounds, causal, leaves = inputs.host.tolist(), inputs.pack.causal, inputs.leaves
     rows = next((slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if b - a <= 4096), None)
     checks = []
     reference = "sdpa"  # where every segment is too long: against PyTorch's own
     if rows is not None:
         own = torch.tensor([0, rows.stop - rows.start], dtype=torch.int32)
-        parts = tuple(x[rows] for x in inputs)
+        parts = tuple(x[rows] for x in leaves)
         formula = lambda q, k, v: varlen_attention_ref(q, k, v, own, causal)  # noqa: E731
-        plan = _forward if grad is None else partial(_gradient, grad=grad[rows])
+        plan = partial(_gradient, grad=inputs.grad[rows]) if backward else _forward
         low, exact = (_tuple((plan(given, run=formula))()) for given in (parts, tuple(x.double() for x in parts)))
         for name, results in outputs.items():
             for n, got in enumerate(_tuple(results)):

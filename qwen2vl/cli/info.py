@@ -22,6 +22,8 @@ _PACKAGES = (
     "triton",
     "transformers",
     "flash-attn",
+    "flash-attn-4",
+    "fa3-fwd",
     "av",
     "tokenizers",
     "safetensors",
@@ -30,8 +32,9 @@ _PACKAGES = (
     "matplotlib",
 )
 
-#: What is said of varlen_attention for each dtype and head_dim.
-_ATTENTION = ("dtype", "head_dim", "inference", "training", "why")
+
+#: What is said of every operation: what runs, why nothing better does, the result that says so, and why it runs.
+_CHOSEN = ("op", "backend", "not_taken", "measured", "why")
 
 
 def info(
@@ -71,14 +74,8 @@ def collect() -> dict[str, Any]:
             "cuda": _extension(_native.cuda_reason()),
         },
         "build": _native.build_info(),
-        "backends": {
-            device: [{"op": op, "backend": backend, "not_taken": missed} for op, backend, missed in rows]
-            for device, rows in tables.items()
-        },
-        "attention": {
-            device: [dict(zip(_ATTENTION, row, strict=True)) for row in varlen_attention.choices(device)]
-            for device in ("cpu", "cuda")
-        },
+        "backends": {device: [dict(zip(_CHOSEN, row, strict=True)) for row in rows] for device, rows in tables.items()},
+        "attention": {device: varlen_attention.choices(device) for device in ("cpu", "cuda")},
         "unavailable": {
             name: reason for name in backends if (reason := _backend.unavailable(name, "cuda")) is not None
         },
@@ -112,26 +109,49 @@ def _print(facts: dict[str, Any]) -> None:
         table.add_row(f"built: {name}", escape(value))
     console.print(table)
 
-    console.print("\n[bold]Backend of every operation[/], by the device of its tensors")
-    table = _table("operation", "cpu", "cuda", header=True)
-    for cpu, cuda in zip(facts["backends"]["cpu"], facts["backends"]["cuda"], strict=True):
-        table.add_row(cpu["op"], _choice(cpu), _choice(cuda))
-    console.print(table)
-    console.print("\n[bold]varlen_attention[/] by dtype and head_dim: without gradients / with them")
-    table = _table("dtype", "head_dim", "cpu", "cuda", header=True)
-    for (dtype, cpu, cuda), head_dims in _grouped(facts["attention"]).items():
-        table.add_row(dtype, ", ".join(map(str, head_dims)), cpu, cuda)
-    console.print(table)
+    for device in _devices(facts):
+        console.print(f"\n[bold]Backend of every operation[/] on {device}")
+        table, notes = _table("operation", "backend", "", header=True), _Notes()
+        for row in facts["backends"][device]:
+            table.add_row(row["op"], _choice(row), notes.of(row))
+        notes.show(console, table)
+        console.print(f"\n[bold]varlen_attention[/] on {device}, by rows of the longest segment")
+        table, notes = _table("dtype", "head_dim", "to 1023", "1024 on", "gradients", "", header=True), _Notes()
+        for (dtype, *served, note), head_dims in _grouped(facts["attention"][device], notes).items():
+            table.add_row(dtype, ", ".join(map(str, head_dims)), *served, note)
+        notes.show(console, table)
     for name, reason in facts["unavailable"].items():
         console.print(f"* no {name}: {escape(reason)}", soft_wrap=True)
 
 
-def _grouped(attention: dict[str, list[dict[str, Any]]]) -> dict[tuple[str, str, str], list[int]]:
-    """The head_dims that are served alike, by dtype and what serves them on a CPU and on a GPU."""
-    groups: dict[tuple[str, str, str], list[int]] = {}
-    for rows in zip(attention["cpu"], attention["cuda"], strict=True):
-        cpu, cuda = (f"{row['inference']} / {row['training']} ({row['why']})" for row in rows)
-        groups.setdefault((rows[0]["dtype"], cpu, cuda), []).append(rows[0]["head_dim"])
+def _devices(facts: dict[str, Any]) -> list[str]:
+    """Of whose tensors this machine has something to say: its GPU's, if it has one, come first."""
+    return ["cuda", "cpu"] if facts["gpus"] else ["cpu"]
+
+
+class _Notes:
+    """Where a choice was measured and why it is one, numbered below the table that refers to it."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, int] = {}
+
+    def of(self, row: dict[str, Any]) -> str:
+        measured = f"measured in benchmarks/results/{row['measured']}" if row["measured"] else "not measured"
+        number = self.texts.setdefault(f"{measured}: {row['why']}", len(self.texts) + 1)
+        return f"({number})"
+
+    def show(self, console: Console, table: Table) -> None:
+        console.print(table)
+        for text, number in self.texts.items():
+            console.print(f"({number}) {escape(text)}", soft_wrap=True)
+
+
+def _grouped(attention: list[dict[str, Any]], notes: _Notes) -> dict[tuple[str, ...], list[int]]:
+    """The head_dims that are served alike, by dtype, what serves them without gradients and with them, and the note."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for row in attention:
+        served = (row["inference"], row["long"], row["training"], notes.of(row))
+        groups.setdefault((row["dtype"], *served), []).append(row["head_dim"])
     return groups
 
 

@@ -52,8 +52,9 @@ def attention_class(stock: Any) -> Any:
                 cu_seqlens = cu_seqlens[0]
             else:
                 cu_seqlens = vision.resolve_seqlens(cu_seqlens, bsz, seq_len, device=q.device)
-            backend = "triton" if q.is_cuda else None  # others read boundaries on the host
-            # The longest segment is not known without waiting for the device; all rows are a bound.
+            # The longest segment is not known without waiting for the device; all rows are a bound, for which others'
+            # kernels would launch programs in every segment.
+            backend = "triton" if q.is_cuda else None
             out = varlen_attention(q, k, v, cu_seqlens.int(), q.shape[0], softmax_scale=softmax_scale, backend=backend)
             if (prepared := kwargs.get("output_ws")) is None:
                 return out

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from .._backend import resolve
 from .._tiles import TilePlan, plan_tiles
-from ..ops.varlen_attention import varlen_attention
+from ..ops.varlen_attention import chosen, reads_host, varlen_attention
 from ..ops.vision_rope import vision_rope, vision_rope_qkv_
 from ._modules import owned, parameters_after, project, with_idle_rows
 
@@ -43,39 +42,44 @@ def attention(stock: Callable) -> Callable:
         else:
             q, k, v = qkv[:tokens].unbind(1)
             q, k = vision_rope(q, k, *tables)
-        cu_seqlens, longest = bounds(given["cu_seqlens"]), q.shape[0]
-        tiles = _tiles(cu_seqlens, q)
+        backend = chosen(q, k, v, tokens)
+        cu_seqlens, longest = bounds(given["cu_seqlens"], tokens, backend)
+        tiles = _tiles(cu_seqlens, q, backend)
         out = varlen_attention(q, k, v, cu_seqlens, longest, softmax_scale=self.scaling, tiles=tiles)
         return project(self.proj, out.flatten(1))[:tokens]
 
     return forward
 
 
-def bounds(cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """``cu_seqlens`` where the attention reads it: on the device if its kernel does, else on the host.
+def bounds(cu_seqlens: torch.Tensor, tokens: int, backend: str) -> tuple[torch.Tensor, int]:
+    """``cu_seqlens`` where the attention wants it, and a bound of the longest segment.
 
-    The copy is kept on the tensor, which all layers share: one wait for the device a forward instead of one a layer.
+    Our kernel takes both as they are. Others' launch programs for as many rows in every segment, and do not know where
+    the last one ends, so the boundaries are read. What was read is kept on the tensor, which all layers share: one wait
+    for the device a forward instead of one a layer.
     """
     cu_seqlens = cu_seqlens if cu_seqlens.dtype == torch.int32 else cu_seqlens.int()
-    if cu_seqlens.device.type == "cpu" or torch.compiler.is_compiling():
-        return cu_seqlens
-    if resolve("varlen_attention", cu_seqlens.device.type, None) == "triton":
-        return cu_seqlens
+    unread = cu_seqlens.device.type == "cpu" or torch.compiler.is_compiling() or backend == "triton"
+    if unread or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return cu_seqlens, tokens
     version, copy = getattr(cu_seqlens, "_on_host", (None, None))
-    if copy is None or version != cu_seqlens._version:
+    if copy is None or version != _version(cu_seqlens):
         copy = cu_seqlens.cpu()
-        cu_seqlens._on_host = (cu_seqlens._version, copy)  # type: ignore[attr-defined]
-    return copy
+        cu_seqlens._on_host = (_version(cu_seqlens), copy)  # type: ignore[attr-defined]
+    return copy, max(copy.diff().tolist(), default=0)
 
 
-def _tiles(cu_seqlens: torch.Tensor, q: torch.Tensor) -> TilePlan | None:
+def _version(tensor: torch.Tensor) -> int:
+    """Inference tensors have none; their model makes them anew for every forward."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _tiles(cu_seqlens: torch.Tensor, q: torch.Tensor, backend: str) -> TilePlan | None:
     """The plan of inference tensors, which all layers share, as their model makes them anew for every forward.
 
     Of ordinary tensors the op keeps plans itself, as long as they are not written to; of these nobody can tell.
     """
-    if torch.compiler.is_compiling() or not cu_seqlens.is_inference():
-        return None
-    if resolve("varlen_attention", q.device.type, None) != "triton":
+    if torch.compiler.is_compiling() or not cu_seqlens.is_inference() or reads_host(backend):
         return None
     plan = getattr(cu_seqlens, "_tiles", None)
     if plan is None or plan.total != q.shape[0] or plan.device != q.device:

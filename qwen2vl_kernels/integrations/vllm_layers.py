@@ -72,12 +72,18 @@ def encoder_attention_class(stock: Any) -> Any:
         # The other backends' boundaries count elements. Keys of another length are no self-attention.
         if self.attn_backend.name not in _STRIDED or key.shape[1] != rows:
             return default(query, key, value, cu_seqlens, max_seqlen, sequence_lengths)
+        longest = 0  # not known: vLLM's backends that need no longest segment are given 0
         if cu_seqlens is None:
             cu_seqlens = torch.arange(0, (batch + 1) * rows, rows, dtype=torch.int32, device=query.device)
+            longest = rows
+        elif isinstance(max_seqlen, int) or (max_seqlen is not None and max_seqlen.device.type == "cpu"):
+            longest = int(max_seqlen)
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         q, k, v = (x.reshape(batch * rows, n, self.head_size) for x, n in zip((query, key, value), heads, strict=True))
-        backend = "triton" if query.is_cuda else None  # others read boundaries on the host
-        out = varlen_attention(q, k, v, cu_seqlens.int(), batch * rows, softmax_scale=self.scale, backend=backend)
+        # Ours takes any bound; others' kernels launch programs for it in every segment.
+        backend = "triton" if query.is_cuda and not longest else None
+        settings = {"softmax_scale": self.scale, "backend": backend}
+        out = varlen_attention(q, k, v, cu_seqlens.int(), longest or batch * rows, **settings)
         return out.reshape(query.shape)
 
     class MMEncoderAttention(mm_encoder_attention.MMEncoderAttention):

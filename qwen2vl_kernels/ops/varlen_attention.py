@@ -19,17 +19,21 @@ The Triton kernels are in ``_attention`` and ``_attention_backward``, others' in
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
+from functools import cache
+from operator import index
 
+import torch
+
+from .. import _attention_choice, _attention_library
 from .._attention import attention
-from .._attention_library import flash_varlen, shape_reason, torch_varlen
-from .._backend import BackendError, resolve
+from .._attention_cpu import blocked, keeps_statistics, per_segment, sdpa, sdpa_backward, sdpa_with_statistics
+from .._attention_library import Call
+from .._backend import BackendError, forced, resolve
 from .._checks import Checker
-from .._library import register_opaque
-from .._product import slow_on_cpu
+from .._library import direct, register_opaque
 from .._rotary import Angles, rotate, rotated
-from .._tiles import TilePlan, check_bounds
+from .._tiles import TilePlan, check_bounds, plan_for
+from .._triton import target_of
 
 
 def varlen_attention_ref(
@@ -63,94 +67,7 @@ def varlen_attention_ref(
             scores = scores.masked_fill(future, float("-inf"))
         return (scores.softmax(-1).to(v.dtype) @ vs).transpose(0, 1).to(out_dtype)
 
-    return _per_segment(attend, q.shape[0], q.new_empty((0, q.shape[1], v.shape[2]), dtype=out_dtype), cu_seqlens)
-
-
-#: Query rows that "blocked" works on at a time. On 2 Zen 5 cores, bf16, 512 beat 128 and 256 at every length.
-_BLOCK_ROWS = 512
-#: From this length on "blocked" beats PyTorch's attention there (1.3x at 256 rows, 2.9x at 5184, 2.4x causal 1333).
-_BLOCKED_MIN_SEQLEN = 256
-
-
-def _per_segment(attend, total: int, empty: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """Concatenate ``attend(rows)`` over the non-empty segments, zeros for the rows after the last."""
-    bounds = cu_seqlens.tolist()
-    parts = [attend(slice(a, b)) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
-    return _joined(parts, bounds[-1], total, empty)
-
-
-def _joined(parts: list[torch.Tensor], covered: int, total: int, empty: torch.Tensor) -> torch.Tensor:
-    """``parts``, which are the first ``covered`` rows, and zeros up to ``total``."""
-    if covered < total:
-        parts.append(empty.new_zeros((total - covered, *empty.shape[1:])))
-    return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else empty
-
-
-def _sdpa(q, k, v, cu_seqlens, causal, scale) -> torch.Tensor:
-    """PyTorch's fused attention, one call for each run of neighbours of one length: the frames of a video, say."""
-    bounds = cu_seqlens.tolist()
-    runs: list[list[int]] = []  # first row, row behind the last, length of each segment
-    for a, b in zip(bounds, bounds[1:], strict=False):
-        if runs and runs[-1][2] == b - a:
-            runs[-1][1] = b
-        elif b > a:
-            runs.append([a, b, b - a])
-    parts = [_sdpa_equal(q[a:b], k[a:b], v[a:b], length, causal, scale) for a, b, length in runs]
-    return _joined(parts, bounds[-1], q.shape[0], q.new_empty((0, q.shape[1], v.shape[2])))
-
-
-def _sdpa_equal(q, k, v, length: int, causal, scale) -> torch.Tensor:
-    """One fused call over segments of ``length`` rows each."""
-    qb, kb, vb = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))  # (S, H, L, D)
-    gqa = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(qb, kb, vb, is_causal=causal, scale=scale, enable_gqa=gqa)
-    return out.transpose(1, 2).flatten(0, 1)
-
-
-def _blocked(q, k, v, cu_seqlens, causal, scale) -> torch.Tensor:
-    """Long segments by :func:`_blocked_segment`, short ones by PyTorch's attention: each by its own length alone.
-
-    A choice by the longest segment of the pack would make a result depend on what it is packed with.
-    """
-    bounds = cu_seqlens.tolist()
-    if all(b - a < _BLOCKED_MIN_SEQLEN for a, b in zip(bounds, bounds[1:], strict=False)):
-        return _sdpa(q, k, v, cu_seqlens, causal, scale)
-
-    def attend(rows: slice) -> torch.Tensor:
-        length = rows.stop - rows.start
-        if length >= _BLOCKED_MIN_SEQLEN:
-            return _blocked_segment(q[rows], k[rows], v[rows], causal, scale)
-        return _sdpa_equal(q[rows], k[rows], v[rows], length, causal, scale)
-
-    return _per_segment(attend, q.shape[0], q.new_empty((0, q.shape[1], v.shape[2])), cu_seqlens)
-
-
-def _blocked_segment(q, k, v, causal, scale) -> torch.Tensor:
-    """Two matrix products and a softmax per head and block of query rows, scores in the working dtype.
-
-    PyTorch's CPU attention runs bf16 at half the rate of its bf16 matrix products or less; keeping one block's
-    scores in cache and leaving the products to the GEMM library is faster on long segments. One head's keys and
-    values are copied together for it at a time. The rounding is that of :func:`varlen_attention_ref`: scores and
-    probabilities in the input dtype, softmax inside in float32.
-    """
-    length, heads, group = q.shape[0], q.shape[1], q.shape[1] // k.shape[1]
-    out = q.new_empty((length, heads, v.shape[2]))
-    buffer = q.new_empty((min(_BLOCK_ROWS, length), length))
-    for kv_head in range(k.shape[1]):
-        keys, values = k[:, kv_head].t().contiguous(), v[:, kv_head].contiguous()  # (D, L), (L, Dv)
-        for row in range(0, length, _BLOCK_ROWS):
-            stop = min(row + _BLOCK_ROWS, length)
-            seen = stop if causal else length
-            scores = buffer[: stop - row, :seen]
-            if causal:
-                future = torch.ones((stop - row, stop - row), dtype=torch.bool).triu(1)
-            for head in range(kv_head * group, (kv_head + 1) * group):
-                # alpha is applied to the float32 accumulator, so scaling costs no rounding of its own.
-                torch.addmm(scores, q[row:stop, head], keys[:, :seen], beta=0, alpha=scale, out=scores)
-                if causal:
-                    scores[:, row:].masked_fill_(future, float("-inf"))
-                out[row:stop, head] = scores.softmax(-1) @ values[:seen]
-    return out
+    return per_segment(attend, q.shape[0], q.new_empty((0, q.shape[1], v.shape[2]), dtype=out_dtype), cu_seqlens)
 
 
 def _host(implementation):
@@ -158,78 +75,228 @@ def _host(implementation):
     return lambda q, k, v, cu_seqlens, max_seqlen, causal, scale: implementation(q, k, v, cu_seqlens, causal, scale)
 
 
+def _peer(name):
+    """Others' kernels, without what their backward needs."""
+
+    def attend(q, k, v, cu_seqlens, max_seqlen, causal, scale, tiles=None):
+        plan = plan_for(cu_seqlens, q.shape[0], q.device) if tiles is None else tiles
+        return _attention_library.forward(name, q, k, v, plan, max_seqlen, causal, scale, keep=False)[0]
+
+    return attend
+
+
+#: Others' kernels by what an operator is told, "torch", "cudnn" or a module; "flash" is the newest one that serves.
+_PEERS = ("torch", "cudnn", *(flash.module for flash in _attention_library.FLASH))
 _BACKENDS = {
     "eager": _host(varlen_attention_ref),
-    "sdpa": _host(_sdpa),
-    "blocked": _host(_blocked),
-    "torch": torch_varlen,
-    "flash": flash_varlen,
+    "sdpa": _host(sdpa),
+    "blocked": _host(blocked),
     "triton": attention,
+    **{name: _peer(name) for name in _PEERS},
 }
 
 
-def _run(q, k, v, cu_seqlens, max_seqlen, causal, softmax_scale, backend) -> torch.Tensor:
-    return _BACKENDS[backend](q, k, v, cu_seqlens, max_seqlen, causal, softmax_scale).contiguous()
+def _run(q, k, v, cu_seqlens, max_seqlen, causal, softmax_scale, backend):
+    """``(out, lse)``, where lse is what the backend's backward takes, or empty."""
+    settings = (max_seqlen, causal, softmax_scale)
+    if backend in _PEERS:
+        plan = plan_for(cu_seqlens, q.shape[0], q.device)
+        return _attention_library.forward(backend, q, k, v, plan, *settings, keep=True)
+    if backend == "sdpa" and keeps_statistics(q, v):
+        return sdpa_with_statistics(q, k, v, cu_seqlens, causal, softmax_scale)
+    return _BACKENDS[backend](q, k, v, cu_seqlens, *settings).contiguous(), q.new_empty(0)
 
 
-def _run_backward(grad, q, k, v, cu_seqlens, max_seqlen, causal, softmax_scale, backend):
-    """The forward once more under autograd: these backends keep nothing for a backward of their own."""
+def _run_backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, causal, softmax_scale, backend):
+    settings = (max_seqlen, causal, softmax_scale)
+    if backend in _PEERS:
+        plan = plan_for(cu_seqlens, q.shape[0], q.device)
+        return _attention_library.backward(backend, grad, q, k, v, out, lse, plan, *settings)
+    if backend == "sdpa" and keeps_statistics(q, v):
+        return sdpa_backward(grad, q, k, v, out, lse, cu_seqlens, causal, softmax_scale)
+    # The formula, and PyTorch's attention where it picks a kernel of its own by the shape, keep nothing between two
+    # operators: the forward once more.
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     with torch.enable_grad():
-        out = _BACKENDS[backend](*leaves, cu_seqlens, max_seqlen, causal, softmax_scale)
-    return tuple(g.contiguous() for g in torch.autograd.grad(out, leaves, grad))
+        again = _BACKENDS[backend](*leaves, cu_seqlens, *settings)
+    return tuple(g.contiguous() for g in torch.autograd.grad(again, leaves, grad))
+
+
+def _fake_forward(q, k, v, cu_seqlens, max_seqlen, causal, softmax_scale, backend):
+    wide = torch.promote_types(q.dtype, torch.float32)
+    if backend in _PEERS:  # of one shape for all: cuDNN's changed between versions
+        lse = q.new_empty(q.shape[0] * q.shape[1], dtype=torch.float32)
+    elif backend == "sdpa" and keeps_statistics(q, v):
+        lse = q.new_empty(q.shape[:2], dtype=wide)
+    else:
+        lse = q.new_empty(0)
+    return q.new_empty((q.shape[0], q.shape[1], v.shape[2])), lse
+
+
+def _fake_backward(grad, q, k, v, *_):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
 def _setup_context(ctx, inputs, output) -> None:
     q, k, v, cu_seqlens, *ctx.settings = inputs
-    ctx.save_for_backward(q, k, v, cu_seqlens)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
 
 
-def _backward(ctx, grad):
-    grads = torch.ops.qwen2vl.varlen_attention_backward(grad, *ctx.saved_tensors, *ctx.settings)
+class _FirstOrder(torch.autograd.Function):
+    """Gradients as they are, which have no derivatives of their own: PyTorch would take these for zero."""
+
+    @staticmethod
+    def forward(ctx, grad, q, k, v, *grads):
+        return tuple(x.view_as(x) for x in grads)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError("varlen_attention: its gradients have no derivatives of their own")
+
+
+def _backward(ctx, grad, _):
+    with torch.no_grad():
+        grads = torch.ops.qwen2vl.varlen_attention_backward(grad, *ctx.saved_tensors, *ctx.settings)
+    if torch.is_grad_enabled():  # create_graph=True
+        grads = _FirstOrder.apply(grad, *ctx.saved_tensors[:3], *grads)
     return (*grads, None, None, None, None, None)
 
 
-_ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int max_seqlen, bool causal, float softmax_scale"
+_SETTINGS = "Tensor cu_seqlens, int max_seqlen, bool causal, float softmax_scale, str backend"
 register_opaque(
-    f"varlen_attention({_ARGUMENTS}, str backend) -> Tensor",
-    fake=lambda q, k, v, *_: q.new_empty((q.shape[0], q.shape[1], v.shape[2])),
+    f"varlen_attention(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor)",
+    fake=_fake_forward,
     setup_context=_setup_context,
     backward=_backward,
     CPU=_run,
     CUDA=_run,
 )
 register_opaque(
-    f"varlen_attention_backward(Tensor grad, {_ARGUMENTS}, str backend) -> (Tensor, Tensor, Tensor)",
-    fake=lambda grad, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
+    f"varlen_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_SETTINGS})"
+    " -> (Tensor, Tensor, Tensor)",
+    fake=_fake_backward,
     CPU=_run_backward,
     CUDA=_run_backward,
 )
 
 
-def preferred(device_type: str, dtype: torch.dtype, head_dim: int, tracked: bool) -> tuple[str | None, str]:
-    """What serves such a call before the table's first choice, and why; ``None`` leaves it to the table."""
-    if device_type == "cpu" and dtype == torch.bfloat16 and not tracked:
-        if slow_on_cpu(dtype):
-            return "sdpa", "this CPU has no matrix products of bf16, and PyTorch's attention makes them in float32"
-        return "blocked", "matrix products in blocks measured faster than PyTorch's attention"
-    if device_type == "cuda" and dtype in (torch.float32, torch.float64):
-        return "sdpa", "plain float32 runs without matrix units in Triton"
-    if device_type == "cuda" and head_dim > 256:
-        return "sdpa", "a head of more than 256 columns fits no program's registers"
-    return None, "first in the table"
+def chosen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    max_seqlen: int,
+    *,
+    causal: bool = False,
+    invariant: bool = False,
+    segments: int = 1,
+    backend: str | None = None,
+) -> str:
+    """Which of :data:`_BACKENDS` serves such a call. Raises :class:`BackendError` where the one named does not."""
+    tracked = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    repeatable, kind = torch.are_deterministic_algorithms_enabled(), q.device.type
+    (rows, heads, columns), (_, kv_heads, value_columns) = q.shape, v.shape
+    widths = index(columns), index(value_columns)
+    facts = (kind, q.device.index, q.dtype, *widths, _settled(heads != kv_heads), causal, tracked)
+    if kind == "cuda":
+        empty = _settled(segments < 1 or rows == 0 or heads == 0)
+        aligned, farthest = True, heads * columns
+        for x in (q, k, v):
+            of_rows, of_heads, _ = x.stride()
+            aligned = aligned and _settled(of_rows % 8 == 0 and of_heads % 8 == 0)
+            farthest = max(farthest, of_rows)
+        facts += (_attention_choice.bucket(max_seqlen), aligned or empty, _settled(rows * farthest >= 2**31), empty)
+    else:
+        facts += (0, True, False, False)
+    requested = backend if backend is not None else forced("varlen_attention")
+    name = _choose(*facts, repeatable, invariant, requested)
+    if name.startswith(_REFUSED):
+        raise BackendError(name.removeprefix(_REFUSED))
+    return name
 
 
-def choices(device_type: str) -> list[tuple[str, int, str, str, str]]:
-    """Rows ``(dtype, head_dim, backend without gradients, backend with them, why the first)`` for ``qwen2vl info``."""
-    rows = []
+def _settled(condition: bool) -> bool:
+    """A compiler that traces sizes makes code for this answer; as for ``index`` of a width above."""
+    if condition:  # noqa: SIM103
+        return True
+    return False
+
+
+_REFUSED = "refused: "
+
+
+def _choose(kind, *facts) -> str:
+    """A backend, or why there is none: what is raised here would be an error of the compiler's."""
+    try:
+        return _known(kind, *facts) if kind == "cuda" else _decide(kind, *facts)
+    except BackendError as error:
+        return f"{_REFUSED}{error}"
+
+
+# As torch.compiler.assume_constant_result says it, which imports all of Dynamo: what is asked here are modules, a
+# driver and a table, and the answer is one for all calls alike.
+_choose._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _decide(
+    kind, ordinal, dtype, columns, value_columns, grouped, causal, tracked, rows, aligned, wide, empty, repeatable,
+    invariant, requested,
+) -> str:  # fmt: skip
+    device = torch.device(kind, ordinal) if kind == "cuda" else torch.device(kind)
+    target = target_of(device)
+    call = Call(
+        kind, target.capability if kind == "cuda" else 0, dtype, columns, value_columns, grouped, causal, tracked, rows,
+        aligned, wide, empty, repeatable,
+    )  # fmt: skip
+    if requested is None:
+        try:
+            choice = _attention_choice.choose(call, invariant)
+        except LookupError as error:
+            raise BackendError(
+                f"varlen_attention: invariant=True has only Triton's kernels here, and {error}"
+            ) from None
+        return choice.peer or choice.backend
+    if invariant and kind == "cuda" and requested != "triton":
+        raise BackendError(
+            f"varlen_attention: invariant=True asks for the same bits twice and in every pack, which backend "
+            f"{requested!r} does not promise; 'triton' does"
+        )
+    name = resolve("varlen_attention", kind, requested)
+    if name == "blocked" and tracked:
+        raise BackendError("varlen_attention: backend 'blocked' has no backward; q, k and v must not require grad")
+    if name in ("torch", "flash", "cudnn"):
+        peer, reason = _attention_library.peer_of(name, call)
+        if peer is None:
+            raise BackendError(f"varlen_attention: backend {name!r} does not serve this call: {reason}")
+        return peer
+    return name
+
+
+_known = cache(_decide)  # modules and GPUs stay what they are
+
+
+def reads_host(backend: str) -> bool:
+    """Whether a backend reads ``cu_seqlens`` on the host, and waits for the device where it lies there."""
+    return backend in ("eager", "sdpa", "blocked")
+
+
+def choices(device_type: str) -> list[dict[str, object]]:
+    """What serves calls of common kinds on such tensors and why, for ``qwen2vl info``."""
+    rows: list[dict[str, object]] = []
+    capability = 0
+    if device_type == "cuda" and torch.cuda.is_available():
+        capability = target_of(torch.device("cuda", torch.cuda.current_device())).capability
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for head_dim in (64, 72, 80, 128, 512):
-            taken = []
-            for tracked in (False, True):
-                prefer, why = preferred(device_type, dtype, head_dim, tracked)
-                taken.append((resolve("varlen_attention", device_type, None, prefer), why))
-            rows.append((str(dtype).removeprefix("torch."), head_dim, taken[0][0], taken[1][0], taken[0][1]))
+        for columns in (64, 72, 80, 128, 512):
+            row: dict[str, object] = {"dtype": str(dtype).removeprefix("torch."), "head_dim": columns}
+            for kind, gradients, longest in (("inference", False, 0), ("long", False, 4096), ("training", True, 4096)):
+                rows_ = _attention_choice.bucket(longest)
+                call = Call(device_type, capability, dtype, columns, columns, gradients=gradients, rows=rows_)
+                choice = _attention_choice.choose(call)
+                row[kind] = choice.backend
+                if kind == "inference":
+                    row |= {"measured": choice.measured, "why": choice.why}
+            rows.append(row)
     return rows
 
 
@@ -244,6 +311,7 @@ def varlen_attention(
     softmax_scale: float | None = None,
     tiles: TilePlan | None = None,
     rope: tuple[torch.Tensor, torch.Tensor] | None = None,
+    invariant: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Attention over packed variable-length segments.
@@ -253,7 +321,8 @@ def varlen_attention(
         k: ``(T, Hk, D)``, v: ``(T, Hk, Dv)``, likewise, q's dtype; Hq a multiple of Hk.
         cu_seqlens: ``(S + 1,)`` int32 row at which each segment starts, then the last one's end; non-decreasing,
             first entry 0, last at most T. Repeated values are empty segments. On q's device or on the CPU.
-        max_seqlen: an upper bound of the segments' lengths.
+        max_seqlen: an upper bound of the segments' lengths. A tight one counts where others' kernels are chosen: they
+            launch programs for as many rows in every segment.
         causal: a row sees only rows of its segment up to itself.
         softmax_scale: default ``D ** -0.5``; positive.
         tiles: :func:`plan_tiles` of these ``cu_seqlens``, so that all layers share the list of tiles; without it the
@@ -261,11 +330,19 @@ def varlen_attention(
         rope: ``(cos, sin)``, ``(T, D/2)`` each, of any float dtype, without gradients: q and k are turned first, and
             keep what they held. The Triton kernels turn them as they load them where segments are short and in a pass
             of its own where they are long, with the same bits.
-        backend: ``None`` (choose), or
+        invariant: the same bits twice, forward and backward, and a segment's bits do not depend on what it is packed
+            with. On a GPU only ``"triton"`` promises that, and runs, for float32 too; on a CPU every backend does.
+            ``torch.use_deterministic_algorithms(True)`` chooses the same.
+        backend: ``None`` chooses by a table of measurements (``qwen2vl info`` prints it): the architecture, dtype, D,
+            ``max_seqlen``, and whether gradients are wanted; where nobody measured, PyTorch's own kernel. Or
 
             - ``"triton"``: reads nothing on the host, can be captured in a CUDA graph; deterministic, and a segment's
-              result does not depend on what it is packed with. Chosen for 16-bit tensors on a GPU.
-            - ``"flash"``: flash-attn 4, 3 or 2, the newest installed; ``"torch"``: PyTorch's own FlashAttention 2.
+              result does not depend on what it is packed with.
+            - ``"torch"``: PyTorch's own FlashAttention 2; ``"flash"``: flash-attn 4, 3 (also its forward alone, of
+              ``fa3-fwd``) or 2, the newest installed that serves the call. They read nothing on the host either, and
+              promise neither.
+            - ``"cudnn"``: cuDNN on packs, by PyTorch's operators; promises neither. It makes a plan for every new
+              shape, PyTorch 2.10 at every call. Gradients from PyTorch 2.14 on.
             - ``"sdpa"``: PyTorch's fused attention, once a segment, or once for all when they are equally long.
             - ``"blocked"``: CPU, no backward: blocked matrix products for segments of 256 rows or more, ``"sdpa"`` for
               shorter ones; chosen for bf16 where the CPU has matrix products of it.
@@ -274,7 +351,7 @@ def varlen_attention(
             The last three read ``cu_seqlens`` on the host, which waits for the device if it lies there.
 
     Returns ``(T, Hq, Dv)``; rows past ``cu_seqlens[-1]`` are zero. Raises ``TypeError``/``ValueError`` naming the
-    argument that does not fit.
+    argument that does not fit; a backend that cannot serve the call is a :class:`BackendError` with the reason.
     """
     check = Checker("varlen_attention")
     check.tensor("q", q, ("T", "Hq", "D"), contiguous_last=True)
@@ -300,20 +377,17 @@ def varlen_attention(
     elif cu_seqlens.device.type == "cpu":
         check_bounds(check, cu_seqlens.tolist(), q.shape[0], max_seqlen)
 
-    tracked = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    prefer, _ = preferred(q.device.type, q.dtype, q.shape[2], tracked)
-    name = resolve("varlen_attention", q.device.type, backend, prefer)
-    if name == "blocked" and tracked:
-        raise ValueError("varlen_attention: backend 'blocked' has no backward; q, k and v must not require grad")
-    if name in ("torch", "flash") and (reason := shape_reason(q, v)) is not None:
-        raise BackendError(f"varlen_attention: backend {name!r} does not serve this call: {reason}")
+    segments = cu_seqlens.shape[0] - 1
+    name = chosen(q, k, v, max_seqlen, causal=causal, invariant=invariant, segments=segments, backend=backend)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     if name == "triton":  # an op of its own, which keeps what its backward needs
         return _BACKENDS[name](q, k, v, cu_seqlens, max_seqlen, causal, scale, tiles=tiles, rope=rope)
     if rope is not None:
         q, k = _turn(q, k, rope, name)
-    if traced and name not in ("torch", "flash"):  # tracers need one opaque op, as the implementations read cu_seqlens
-        return torch.ops.qwen2vl.varlen_attention(q, k, v, cu_seqlens, max_seqlen, causal, scale, name)
+    if name in _PEERS and direct(q, k, v, cu_seqlens):
+        return _BACKENDS[name](q, k, v, cu_seqlens, max_seqlen, causal, scale, tiles)
+    if traced or name in _PEERS:  # tracers need one opaque op, as the implementations read cu_seqlens
+        return torch.ops.qwen2vl.varlen_attention(q, k, v, cu_seqlens, max_seqlen, causal, scale, name)[0]
     return _BACKENDS[name](q, k, v, cu_seqlens, max_seqlen, causal, scale)
 
 

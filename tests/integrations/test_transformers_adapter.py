@@ -18,6 +18,7 @@ from torch import nn
 
 from qwen2vl_kernels import _tiles, use_backend
 from qwen2vl_kernels.integrations import transformers as adapter
+from qwen2vl_kernels.integrations import transformers_attention
 
 from ..conftest import assert_two_times, relative_error, triton_where_it_serves
 from ..kernels.mrope_layouts import IMAGE, PAD, VIDEO
@@ -484,3 +485,29 @@ def test_wrong_arguments():
     with pytest.raises(ValueError, match="has nothing for 'vision_rope'; it has"):
         adapter.apply(model("Qwen2VL"), features=["norm", "vision_rope"])
     assert "applied" not in {row.state for row in adapter.status()}
+
+
+class _OnDevice:
+    """Boundaries on a GPU, as far as they are looked at; counts how often the host waits for them."""
+
+    dtype, device, is_cuda, _version, waits = torch.int32, torch.device("cuda", 0), False, 0, 0
+
+    def is_inference(self):
+        return False
+
+    def cpu(self):
+        self.waits += 1
+        return torch.tensor([0, 9, 9, 30], dtype=torch.int32)
+
+
+def test_boundaries_are_read_once_a_forward_and_only_for_others_kernels():
+    cu_seqlens: Any = _OnDevice()
+    assert transformers_attention.bounds(cu_seqlens, 40, "triton") == (cu_seqlens, 40) and cu_seqlens.waits == 0
+    for _ in range(3):
+        for backend in ("torch", "fa3_fwd_interface", "sdpa"):
+            read, longest = transformers_attention.bounds(cu_seqlens, 40, backend)
+            assert longest == 21 and read.device.type == "cpu"
+    assert cu_seqlens.waits == 1
+    cu_seqlens._version = 1
+    transformers_attention.bounds(cu_seqlens, 40, "torch")
+    assert cu_seqlens.waits == 2, "they were written to"

@@ -1,136 +1,437 @@
 """varlen_attention by others' kernels: what they are asked for, and what is closed that they leave open.
 
-Their kernels run on GPUs; here functions of their signatures stand for them, which check what they get and answer with
-the formula, with NaN in the rows that nobody writes.
+Their kernels run on GPUs; here functions with their names and parameters stand for them, which check what they get and
+answer with the formula, with NaN in the rows that nobody writes. PyTorch's operators are called through its dispatcher,
+so that the installed version's schema says whether the arguments are its own.
 """
 
 from __future__ import annotations
 
-import importlib
 import types
+from dataclasses import replace
 
 import pytest
 import torch
 
-from qwen2vl_kernels import BackendError, _attention_library, varlen_attention
+from qwen2vl_kernels import BackendError, _attention_library, _tail, _triton, plan_tiles, varlen_attention
+from qwen2vl_kernels._attention_library import FLASH, Call, peer_of, why_not
 from qwen2vl_kernels._backend import unavailable
 from qwen2vl_kernels.ops.varlen_attention import varlen_attention_ref
-from tests.conftest import assert_two_times
+from tests.conftest import DEVICE, assert_two_times
+
+SCALE = 0.3
+CALL = Call("cuda", 90, torch.bfloat16, 80, 80)
 
 
 @pytest.fixture
 def pack():
-    q = torch.randn(17, 3, 4, 80).bfloat16()
+    """Two segments, an empty one and three rows past the last; grouped heads in a packed projection."""
+    q = torch.randn(17, 3, 4, 80).double()  # a stand-in takes what no kernel does
     q, k, v = q[:, 0], q[:, 1, :2], q[:, 2, :2]
     return q, k, v, torch.tensor([0, 9, 9, 14], dtype=torch.int32)
 
 
-def _answer(q, k, v, bounds, causal, scale):
-    assert q.stride(0) == 960 and bounds.dtype == torch.int32  # read in place
-    out = varlen_attention_ref(q, k, v, bounds, causal, scale)
-    out[int(bounds[-1]) :] = torch.nan
-    return out
+class Kernel:
+    """Stands for one of others' kernels: the formula, with NaN where nobody writes."""
+
+    def __init__(self, statistics: str = "HT") -> None:
+        self.statistics, self.longest, self.stride, self.forwards, self.backwards = statistics, 9, 960, 0, 0
+
+    def forward(self, q, k, v, bounds, longest, causal, scale):
+        self.forwards += 1
+        assert self.stride is None or q.stride(0) == v.stride(0) == self.stride, "read in place"
+        assert bounds.dtype == torch.int32 and bounds.is_contiguous() and longest == self.longest and scale == SCALE
+        out = varlen_attention_ref(q, k, v, bounds, causal, scale)
+        out[int(bounds[-1]) :] = torch.nan
+        lse = torch.arange(q.shape[0] * q.shape[1], dtype=torch.float32)
+        return out, lse.view(q.shape[0], -1, 1) if self.statistics == "TH1" else lse.view(q.shape[1], -1)
+
+    def backward(self, grad, q, k, v, out, lse, bounds, longest, causal, scale):
+        self.backwards += 1
+        assert grad.is_contiguous() and longest == self.longest and scale == SCALE and not out[int(bounds[-1]) :].any()
+        shape = (q.shape[0], q.shape[1], 1) if self.statistics == "TH1" else (q.shape[1], q.shape[0])
+        assert lse.shape == shape and torch.equal(lse.flatten(), torch.arange(lse.numel(), dtype=torch.float32))
+        grads = _gradients(grad, q, k, v, bounds.tolist(), causal, scale)
+        for x in grads:
+            x[int(bounds[-1]) :] = torch.nan
+        return grads
 
 
-def _check(run, pack, causal, scale):
-    q, k, v, cu = pack
-    for bounds in (cu, cu.clone().to("cpu")):
-        got = run(q, k, v, bounds, 9, causal, scale)
-        assert torch.equal(got, varlen_attention_ref(q, k, v, cu, causal, scale))
+def _gradients(grad, q, k, v, bounds, causal, scale):
+    """By hand, as there is no autograd inside of an operator."""
+    group = q.shape[1] // k.shape[1]
+    made = [torch.zeros(q.shape, dtype=q.dtype) for _ in range(3)]
+    for a, b in zip(bounds, bounds[1:], strict=False):
+        g, qs, ks, vs = (x[a:b].transpose(0, 1) for x in (grad, q, k, v))
+        ks, vs = ks.repeat_interleave(group, 0), vs.repeat_interleave(group, 0)
+        scores = (qs @ ks.mT) * scale
+        if causal:
+            scores = scores.masked_fill(torch.ones(b - a, b - a, dtype=torch.bool).triu(1), float("-inf"))
+        p = scores.softmax(-1)
+        dp = g @ vs.mT
+        ds = p * (dp - (dp * p).sum(-1, keepdim=True)) * scale
+        for whole, part in zip(made, (ds @ ks, ds.mT @ qs, p.mT @ g), strict=True):
+            whole[a:b] = part.transpose(0, 1)
+    return made[0], *(x.unflatten(1, (-1, group)).sum(2) for x in made[1:])
+
+
+def _operator(library, name, answer):
+    """``answer`` by the schema's names in the place of an operator, also what equals a default and is not handed on."""
+    arguments = getattr(torch.ops.aten, name).default._schema.arguments
+    defaults = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
+
+    def run(*given, **more):
+        values = defaults | dict(zip((argument.name for argument in arguments), given, strict=False)) | more
+        assert values["max_q"] == values["max_k"] and values["cum_seq_q"] is values["cum_seq_k"]
+        assert not values["dropout_p"] and not values.get("return_debug_mask") and values.get("attn_bias") is None
+        return answer(values)
+
+    library.impl(name, run, "CPU")
+
+
+def _operators(kernel, name, library):
+    def forward(values):
+        tensors = [values[key] for key in ("query", "key", "value", "cum_seq_q")]
+        out, lse = kernel.forward(*tensors, values["max_q"], values["is_causal"], values["scale"])
+        empty = torch.empty(0)
+        if name == "torch":
+            return out, lse, empty, empty, empty
+        return out, lse if values["compute_log_sumexp"] else empty, empty, empty, 0, 0, empty, empty, empty
+
+    def backward(values):
+        keys = ("grad_out", "query", "key", "value", "out", "logsumexp", "cum_seq_q", "max_q", "is_causal", "scale")
+        return kernel.backward(*(values[key] for key in keys))
+
+    stem = "_flash_attention" if name == "torch" else "_cudnn_attention"
+    _operator(library, f"{stem}_forward", forward)
+    _operator(library, f"{stem}_backward", backward)
+
+
+@pytest.fixture(params=["torch", "cudnn", "cudnn of later versions"])
+def stand_in(request):
+    """PyTorch's operators on CPU tensors: the peer's name and what counts the calls."""
+    name, kernel = request.param.split()[0], Kernel("TH1" if request.param == "cudnn" else "HT")
+    library = torch.library.Library("aten", "IMPL")  # what is registered goes with it
+    _operators(kernel, name, library)
+    yield name, kernel
+    library._destroy()
+
+
+def _attend(name, q, k, v, cu, causal):
+    return torch.ops.qwen2vl.varlen_attention(q, k, v, cu, 9, causal, SCALE, name)[0]
+
+
+def _check_gradients(name, kernel, pack, causal, attend=_attend):
+    *inputs, cu = pack
+    assert torch.equal(attend(name, *inputs, cu, causal), varlen_attention_ref(*inputs, cu, causal, SCALE))
+    before = kernel.forwards
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    grad = torch.randn(4, 17, 80).double().transpose(0, 1)
+    got = torch.autograd.grad(attend(name, *leaves, cu, causal), leaves, grad)
+    assert (kernel.forwards - before, kernel.backwards) == (1, 1), "the statistics of the forward are kept"
+    want = torch.autograd.grad(varlen_attention_ref(*leaves, cu, causal, SCALE), leaves, grad)
+    for one, two in zip(got, want, strict=True):
+        torch.testing.assert_close(one, two)
+        assert not one[14:].any()
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("version", ["2.10", "2.13"])
-def test_torch_varlen(pack, version, causal, monkeypatch):
-    module = importlib.import_module("torch.nn.attention.varlen")
+def test_pytorchs_operators_forward_and_backward(stand_in, pack, causal):
+    _check_gradients(*stand_in, pack, causal)
 
-    def older(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
-        assert max_q == max_k == 9 and cu_seq_q is cu_seq_k and key.shape[1] == query.shape[1]  # no grouped heads
-        out = varlen_attention_ref(query, key, value, cu_seq_q, is_causal)
-        out[int(cu_seq_q[-1]) :] = torch.nan
-        return out
 
-    def newer(
-        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
-        enable_gqa=False,
+def test_one_forward_also_in_compiled_code(stand_in, pack):
+    torch._dynamo.reset()
+    _check_gradients(*stand_in, pack, True, torch.compile(_attend, fullgraph=True, backend="aot_eager"))
+
+
+def test_registered_peers_pass_opcheck(stand_in, pack):
+    *inputs, cu = pack
+    name, kernel = stand_in
+    kernel.stride = None  # opcheck clones what it is given
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    torch.library.opcheck(torch.ops.qwen2vl.varlen_attention.default, (*leaves, cu, 9, False, SCALE, name))
+
+
+def test_boundaries_that_may_change_and_a_longest_segment_of_one_row(stand_in, pack):
+    """A padded plan stands for boundaries that only a device knows: the rows past the last are found there."""
+    name, kernel = stand_in
+    *inputs, cu = pack
+    plan = plan_tiles(cu.clone(), 17, padded=True)
+    assert plan.held() is None and plan_tiles(cu, 17).held() == 14
+    for longest in (9, 1):  # FlashAttention 2 takes a longest segment of 1 for decoding, where all have one row
+        kernel.longest = max(2, longest)
+        out, lse = _attention_library.forward(name, *inputs, plan, longest, False, SCALE, keep=False)
+        assert lse is None and torch.equal(out, varlen_attention_ref(*inputs, cu, False, SCALE))
+    other = torch.tensor([0, 2, 3, 4], dtype=torch.int32)
+    plan.update_(other)
+    assert torch.equal(plan.bounds(), other)
+
+
+def test_a_view_that_begins_off_16_bytes_is_copied(stand_in, pack):
+    name, kernel = stand_in
+    *inputs, cu = pack
+    kernel.stride = None
+    off = [torch.empty(17, x.shape[1], 88, dtype=x.dtype)[..., 1:81] for x in inputs]
+    for view, x in zip(off, inputs, strict=True):
+        view.copy_(x)
+    seen = []
+    forward = kernel.forward
+    kernel.forward = lambda *a: seen.extend(x.data_ptr() % 16 for x in a[:3]) or forward(*a)
+    assert off[0].data_ptr() % 16 and torch.equal(_attend(name, *off, cu, False), _attend(name, *inputs, cu, False))
+    assert seen == [0] * 6
+
+
+@pytest.mark.parametrize("triton", [True, False], ids=["kernel", "masked_fill_"])
+@pytest.mark.parametrize(("total", "held"), [(300, 130), (300, 0), (300, 300), (64, 63), (65, 1)])
+def test_zeros_past_what_a_device_knows(total, held, triton, monkeypatch):
+    if triton and (reason := _triton.reason(DEVICE)) is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr(_tail, "reason", lambda kind: None if triton else "left out")
+    for shape, dtype in (((16, 80), torch.bfloat16), ((3, 5), torch.float32), ((28, 128), torch.float16)):
+        x = torch.full((total, *shape), torch.nan, dtype=dtype, device=DEVICE)
+        x[:held] = 1
+        _tail.zero_past(x, torch.tensor([0, 0, held], dtype=torch.int32, device=DEVICE))
+        assert (x[:held] == 1).all() and (x[held:] == 0).all()
+
+
+# ------------------------------------------------------------------------------------------------- flash-attn
+
+
+def _modules(kernel):
+    """flash-attn 4.0.0b36, 3, fa3-fwd 0.0.3 and 2.8 by the names and parameters that are relied on."""
+
+    def answer(q, k, v, bounds, other, longest, causal, scale):
+        assert bounds is other
+        return kernel.forward(q, k, v, bounds, longest, causal, scale)
+
+    def gradients(made, *given):
+        for x, value in zip(made, kernel.backward(*given), strict=True):
+            x.copy_(value)
+
+    def four(
+        q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
+        softmax_scale=None, causal=False, window_size=(None, None), deterministic=False, return_lse=False,
     ):  # fmt: skip
-        assert max_q == max_k == 9 and enable_gqa and window_size in ((-1, -1), (-1, 0))
-        return _answer(query, key, value, cu_seq_q, window_size == (-1, 0), scale)
+        out, lse = answer(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, causal, softmax_scale)
+        return out, lse if return_lse else None
 
-    monkeypatch.setattr(module, "varlen_attn", older if version == "2.10" else newer)
-    _check(_attention_library.torch_varlen, pack, causal, 80**-0.5)
-    if version == "2.10":
-        with pytest.raises(ValueError, match=r"takes no softmax_scale but 0.11\d+, got 0.5"):
-            _attention_library.torch_varlen(*pack, 9, causal, 0.5)
-    else:
-        _check(_attention_library.torch_varlen, pack, causal, 0.5)
+    def four_backward(
+        q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
+        window_size_right=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
+        deterministic=False, dq=None, dk=None, dv=None,
+    ):  # fmt: skip
+        assert window_size_left is window_size_right is None and softcap == 0
+        gradients((dq, dk, dv), dout, q, k, v, out, lse, cu_seqlens_q, max_seqlen_q, causal, softmax_scale)
+        return dq, dk, dv
+
+    def three(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=False,
+        return_attn_probs=False,
+    ):  # fmt: skip
+        out, lse = answer(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, causal, softmax_scale)
+        return (out, lse) if return_attn_probs else out
+
+    def three_backward(
+        dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None, sequed_k=None,
+        max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False,
+        window_size_left=-1, window_size_right=-1, softcap=0.0, deterministic=False, sm_margin=0,
+    ):  # fmt: skip
+        gradients((dq, dk, dv), dout, q, k, v, out, softmax_lse, cu_seqlens_q, max_seqlen_q, is_causal, softmax_scale)
+
+    def two(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+        causal=False, return_attn_probs=False,
+    ):  # fmt: skip
+        out, lse = answer(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, causal, softmax_scale)
+        return (out, lse, None) if return_attn_probs else out
+
+    def two_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+        softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic,
+        rng_state=None,
+    ):  # fmt: skip
+        assert (dropout_p, window_size_left, window_size_right, softcap, alibi_slopes) == (0, -1, -1, 0, None)
+        gradients((dq, dk, dv), dout, q, k, v, out, softmax_lse, cu_seqlens_q, max_seqlen_q, causal, softmax_scale)
+
+    def older_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+        softmax_scale, causal, window_size, alibi_slopes, deterministic,
+    ):  # fmt: skip
+        raise AssertionError("its window is asked for in another form")
+
+    flags = {"build_flags": {"FLASHATTENTION_DISABLE_FP16": True, "FLASHATTENTION_DISABLE_BACKWARD": True}}
+    space = types.SimpleNamespace
+    made = {
+        "flash_attn.cute": space(flash_attn_varlen_func=four),
+        "flash_attn.cute.interface": space(_flash_attn_bwd=four_backward),
+        "flash_attn_interface": space(flash_attn_varlen_func=three, _flash_attn_backward=three_backward),
+        "fa3_fwd_interface": space(flash_attn_varlen_func=three),
+        "fa3_fwd_config": space(CONFIG=flags),
+        "flash_attn": space(flash_attn_varlen_func=two),
+        "flash_attn.flash_attn_interface": space(_flash_attn_varlen_backward=two_backward),
+        "flash_attn 2.6": space(_flash_attn_varlen_backward=older_backward),
+    }
+    return made
 
 
-@pytest.mark.parametrize("returns", ["out", "out and lse"])
-def test_flash_takes_the_newest_that_runs_here(pack, returns, monkeypatch):
-    calls = []
+@pytest.fixture
+def installed(monkeypatch):
+    """Says which modules there are; the stand-in that they all call."""
+    kernel = Kernel()
+    made = _modules(kernel)
 
-    def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, softmax_scale=None, causal=False):
-        calls.append((max_q, max_k))
-        out = _answer(q, k, v, cu_seqlens_q, causal, softmax_scale)
-        return out if returns == "out" else (out, None)
+    def install(*names, older=False):
+        def importing(name):
+            if name.removesuffix(".interface").removesuffix(".flash_attn_interface") not in (*names, "fa3_fwd_config"):
+                raise ImportError(f"No module named {name!r}")
+            return made["flash_attn 2.6" if older and name == "flash_attn.flash_attn_interface" else name]
 
-    def modules(capability):
-        _attention_library.flash_function.cache_clear()
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        for asked in (_attention_library._loaded, _attention_library._backward_of):
+            asked.cache_clear()
+        monkeypatch.setattr(_attention_library, "importlib", types.SimpleNamespace(import_module=importing))
+        return kernel
 
-    def importing(name):
-        if name == "flash_attn.cute":
-            raise ImportError("No module named 'flash_attn.cute'")
-        return types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func, name=name)
-
-    monkeypatch.setattr(_attention_library, "importlib", types.SimpleNamespace(import_module=importing))
-    try:
-        modules((9, 0))
-        _check(_attention_library.flash_varlen, pack, True, 0.3)
-        assert calls == [(9, 9)] * 2 and _attention_library.flash_reason() is None
-        modules((7, 5))
-        reason = _attention_library.flash_reason()
-        assert reason is not None and "flash_attn.cute: No module named" in reason
-        assert "flash_attn: it needs a GPU of capability 8.0, this one has 7.5" in reason
-    finally:
-        _attention_library.flash_function.cache_clear()
+    yield install
+    for asked in (_attention_library._loaded, _attention_library._backward_of):
+        asked.cache_clear()
 
 
-def test_they_refuse_other_dtypes_and_widths():
-    for columns, dtype, reason in (
-        (80, torch.float32, "it takes bfloat16 and float16, got torch.float32"),
-        (81, torch.bfloat16, "a multiple of 8 up to 256, got 81 and 81"),
-        (264, torch.bfloat16, "a multiple of 8 up to 256, got 264 and 264"),
+ALL = tuple(flash.module for flash in FLASH)
+
+
+@pytest.mark.parametrize("module", ["flash_attn.cute", "flash_attn_interface", "flash_attn"])
+def test_flash_attn_forward_and_backward(installed, pack, module):
+    _check_gradients(module, installed(*ALL), pack, True)
+
+
+def test_the_forward_alone(installed, pack):
+    kernel = installed("fa3_fwd_interface")
+    *inputs, cu = pack
+    got = _attend("fa3_fwd_interface", *inputs, cu, False)
+    assert kernel.forwards == 1 and torch.equal(got, varlen_attention_ref(*inputs, cu, False, SCALE))
+
+
+def test_flash_is_the_newest_that_serves_the_call(installed):
+    installed(*ALL)
+    training, wide = replace(CALL, gradients=True), replace(CALL, columns=96, value_columns=96)
+    for call, backend, module in (
+        (CALL, "flash", "flash_attn.cute"),
+        (CALL, "flash 3", "flash_attn_interface"),
+        (training, "flash", "flash_attn_interface"),
+        (replace(wide, gradients=True), "flash", "flash_attn.cute"),
+        (replace(training, capability=100), "flash", "flash_attn.cute"),
+        (replace(training, capability=80), "flash", "flash_attn"),
+        (replace(CALL, capability=86), "flash", "flash_attn"),
     ):
-        x = torch.empty(3, 2, columns, dtype=dtype)
-        assert reason in (_attention_library.shape_reason(x, x) or "")
+        assert peer_of(backend, call) == (module, "")
+    installed("fa3_fwd_interface")
+    assert peer_of("flash 3", CALL) == peer_of("flash", CALL) == ("fa3_fwd_interface", "")
+    peer, reason = peer_of("flash", training)
+    assert peer is None and "fa3_fwd_interface: it has a forward pass only; q, k and v must not require grad" in reason
+    assert "built without float16" in peer_of("flash", replace(CALL, dtype=torch.float16))[1]
+    installed("flash_attn.cute")
+    assert (
+        "silently wrong dq where head_dim is no multiple of 32 (flash-attention#2896)" in peer_of("flash", training)[1]
+    )
+    assert peer_of("flash 3", CALL)[0] is None, "another generation is not what was measured"
+
+
+def test_a_backward_of_another_form_is_not_called(installed):
+    installed("flash_attn", older=True)
+    assert peer_of("flash", CALL)[0] == "flash_attn"
+    reason = peer_of("flash", replace(CALL, gradients=True))[1]
+    assert "its backward takes other arguments than those known: window_size" in reason
+
+
+@pytest.mark.parametrize("flash", FLASH, ids=lambda flash: flash.module)
+def test_installed_modules_have_the_arguments_that_are_relied_on(flash):
+    module = _attention_library._loaded(flash.module)
+    if isinstance(module, str):
+        pytest.skip(f"{flash.module}: {module}")
+    if flash.backward is not None:
+        assert not isinstance(_attention_library._backward_of(flash.module), str)
+
+
+# --------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "reason"),
+    [
+        ("torch", {"dtype": torch.float32}, "it takes bfloat16 and float16, got torch.float32"),
+        ("torch", {"columns": 81, "value_columns": 81}, "a multiple of 8 up to 256, got 81 and 81"),
+        ("torch", {"columns": 264, "value_columns": 264}, "a multiple of 8 up to 256, got 264 and 264"),
+        ("torch", {"value_columns": 64}, "it takes one head_dim, a multiple of 8 up to 256, got 80 and 64"),
+        ("torch", {"aligned": False}, "must be multiples of 8 elements"),
+        ("torch", {"empty": True}, "at least one segment and one row"),
+        ("torch", {"capability": 75}, "it needs a GPU of capability 8.0, this one has 7.5"),
+        ("torch", {"capability": 0}, "it needs an NVIDIA GPU"),
+        ("torch", {"capability": 89, "columns": 224, "value_columns": 224, "gradients": True}, "heads of 224"),
+        ("cudnn", {"capability": 80}, "it needs a GPU of capability 9.0, this one has 8.0"),
+        ("cudnn", {"columns": 136, "value_columns": 136}, "up to 128 columns on packs, got 136"),
+        ("cudnn", {"grouped": True}, "refuses grouped heads"),
+        ("cudnn", {"wide": True}, "offsets into a pack have 32 bits"),
+        ("cudnn", {"gradients": True}, "takes head_dim for the longest segment"),
+        ("flash_attn.cute", {"capability": 80}, "built for capability 9.0 and later ones of its kind, this is capab"),
+        ("flash_attn_interface", {"capability": 100}, "built for capability 9.0 and later ones"),
+        ("flash_attn.cute", {"capability": 100, "columns": 192, "value_columns": 192}, "or of 256 there, got 192"),
+    ],
+)
+def test_what_they_refuse(name, changed, reason, installed, monkeypatch):
+    installed(*ALL)
+    for asked in ("torch_reason", "cudnn_reason"):
+        monkeypatch.setattr(_attention_library, asked, lambda: None)
+    monkeypatch.setattr(_attention_library, "_torch_version", lambda: (2, 13))
+    assert why_not(name, CALL) is None
+    assert reason in (why_not(name, replace(CALL, **changed)) or "")
+
+
+def test_cudnns_backward_where_pytorch_is_right(monkeypatch):
+    monkeypatch.setattr(_attention_library, "cudnn_reason", lambda: None)
+    monkeypatch.setattr(_attention_library, "_torch_version", lambda: (2, 14))
+    call = replace(CALL, gradients=True)
+    assert why_not("cudnn", call) is None
+    assert "sums with atomics" in (why_not("cudnn", replace(call, repeatable=True)) or "")
+
+
+def test_they_do_not_serve_a_cpu():
     x = torch.empty(3, 2, 80, dtype=torch.bfloat16)
-    assert _attention_library.shape_reason(x, x) is None
-    with pytest.raises(BackendError, match="backend 'flash' does not serve cpu tensors; these do: sdpa, blocked"):
-        varlen_attention(x, x, x, torch.tensor([0, 3]).int(), 3, backend="flash")
+    for backend in ("flash", "torch", "cudnn"):
+        with pytest.raises(BackendError, match=f"backend '{backend}' does not serve cpu tensors; these do: sdpa, blo"):
+            varlen_attention(x, x, x, torch.tensor([0, 3]).int(), 3, backend=backend)
+
+
+# --------------------------------------------------------------------------------------------------- on a GPU
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["torch", "flash"])
+@pytest.mark.parametrize("backend", ["torch", "flash", "cudnn"])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-def test_on_a_gpu(backend, causal):
+@pytest.mark.parametrize("gradients", [False, True], ids=["forward", "backward"])
+def test_on_a_gpu(backend, causal, gradients):
     if not torch.cuda.is_available():
         pytest.skip("PyTorch sees no CUDA device")
     if (reason := unavailable(backend, "cuda")) is not None:
         pytest.skip(f"{backend}: {reason}")
     qkv = torch.randn(400, 3, 4, 80, device="cuda").bfloat16()
     cu = torch.tensor([0, 130, 130, 390], dtype=torch.int32)
-    leaves = [x.detach().clone().requires_grad_() for x in qkv.unbind(1)]
+    leaves = [x.detach().clone().requires_grad_(gradients) for x in qkv.unbind(1)]
     results = []
     for call, inputs in (
         (lambda *a: varlen_attention(*a, cu.cuda(), 260, causal=causal, backend=backend), leaves),
         (lambda *a: varlen_attention_ref(*a, cu, causal), leaves),
-        (lambda *a: varlen_attention_ref(*a, cu, causal), [x.detach().double().requires_grad_() for x in leaves]),
+        (
+            lambda *a: varlen_attention_ref(*a, cu, causal),
+            [x.detach().double().requires_grad_(gradients) for x in leaves],
+        ),
     ):
-        out = call(*inputs)
+        try:
+            out = call(*inputs)
+        except BackendError as error:
+            pytest.skip(str(error))
         assert not out[390:].any()
-        results.append((out, *torch.autograd.grad(out, inputs, torch.ones_like(out))))
+        results.append((out, *(torch.autograd.grad(out, inputs, torch.ones_like(out)) if gradients else ())))
     for got, eager, exact in zip(*results, strict=True):
+        assert not got[390:].any()
         assert_two_times(got, eager, exact, 2e-6)

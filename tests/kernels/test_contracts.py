@@ -65,6 +65,8 @@ def test_public_function_and_registered_op_agree(name):
     def outputs(call, arguments):
         result = call(*arguments)
         tensors = [result] if isinstance(result, torch.Tensor) else list(result or ())
+        if name == "varlen_attention":  # the op also returns what its backward needs
+            tensors = tensors[:1]
         return tensors + [a for a in arguments if isinstance(a, torch.Tensor)]  # in-place results are arguments
 
     torch.manual_seed(1)

@@ -361,7 +361,9 @@ def test_info(run):
     assert facts["versions"]["torch"] and facts["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     for device in ("cpu", "cuda"):
         rows = facts["backends"][device]
-        assert [(r["op"], r["backend"], r["not_taken"]) for r in rows] == _backend.table(device)
+        assert [tuple(r.values()) for r in rows] == _backend.table(device) and all(r["why"] for r in rows)
+        for measured in [r["measured"] for r in rows + facts["attention"][device] if r["measured"]]:
+            assert (ROOT / "benchmarks" / "results" / measured).is_file()
     assert facts["threads"]["torch"] == torch.get_num_threads()
     assert len(facts["gpus"]) == torch.cuda.device_count()
     for extension in facts["extensions"].values():
@@ -371,9 +373,9 @@ def test_info(run):
     assert attention["bfloat16", 80]["training"] == "sdpa"
     assert all(row["why"] for rows in facts["attention"].values() for row in rows)
     text = run("info").stdout
-    assert "varlen_attention by dtype and head_dim" in text and "64, 72, 80, 128" in text
+    assert "varlen_attention on cpu, by rows of the longest segment" in text and "64, 72, 80, 128" in text
     for row in facts["backends"]["cpu"]:
-        assert row["op"] in text
+        assert row["op"] in text and (row["measured"] or "not measured") in text
     for reason in facts["unavailable"].values():
         assert reason in text.replace("\n", " ")
 

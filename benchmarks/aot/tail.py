@@ -1,0 +1,21 @@
+"""Zeros behind the last segment, in rows as wide as the towers' and the decoders' heads together."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from qwen2vl_kernels._tail import launch_zero_past
+
+from .compiler import Specimen, label, meta
+
+
+def _zero(heads: int, columns: int, dtype: torch.dtype) -> None:
+    launch_zero_past(meta(4100, heads, columns, dtype=dtype), meta(65, dtype=torch.int32))
+
+
+SPECIMENS = tuple(
+    Specimen(f"rows past the last segment, {heads}x{columns} {label(dtype)}", partial(_zero, heads, columns, dtype))
+    for heads, columns, dtype in ((16, 80, torch.bfloat16), (28, 128, torch.bfloat16), (16, 72, torch.float32))
+)
