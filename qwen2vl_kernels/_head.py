@@ -114,8 +114,9 @@ def _turned_block(
     b = load_block(x + PAIRS, row, live, x_row, PAIR, BLOCK // 2, PAIRS, MASKED).to(ACC)
     c = load_block(cos, row, live, table_row, PAIR, BLOCK // 2, PAIRS, MASKED).to(ACC)
     s = load_block(sin, row, live, table_row, PAIR, BLOCK // 2, PAIRS, MASKED).to(ACC)
-    first, second = turn(a, b, c, s, x.dtype.element_ty)
-    return tl.reshape(tl.join(first, second), (row.shape[0], BLOCK))
+    first, second = turn(a, b, c, s)
+    dtype = x.dtype.element_ty
+    return tl.reshape(tl.join(first.to(dtype), second.to(dtype)), (row.shape[0], BLOCK))
 
 
 @jit
@@ -127,7 +128,7 @@ def _store_turned_block(
     a, b = tl.split(tl.reshape(value, (row.shape[0], BLOCK // 2, 2)))
     c = load_block(cos, row, live, table_row, PAIR, BLOCK // 2, PAIRS, True).to(ACC)
     s = load_block(sin, row, live, table_row, PAIR, BLOCK // 2, PAIRS, True).to(ACC)
-    first, second = turn(a, b, c, -s, x.dtype.element_ty)
+    first, second = turn(a, b, c, -s)
     store_block(x, first, row, live, x_row, PAIR, BLOCK // 2, PAIRS)
     store_block(x + PAIRS, second, row, live, x_row, PAIR, BLOCK // 2, PAIRS)
 

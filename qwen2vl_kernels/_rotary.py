@@ -155,13 +155,13 @@ def cos_sin(
 
 
 @jit
-def turn(a, b, c, s, dtype: tl.constexpr):
+def turn(a, b, c, s):
     """The pair (a, b) turned by the angle of cosine c and sine s.
 
     Which of two products keeps its low bits in a multiply-add is said here: left to the compiler, the kernels that turn
     would choose differently, and their bits would differ.
     """
-    return tl.fma(a, c, -(b * s)).to(dtype), tl.fma(b, c, a * s).to(dtype)
+    return tl.fma(a, c, -(b * s)), tl.fma(b, c, a * s)
 
 
 @jit
@@ -188,7 +188,9 @@ def turn_heads(
         else:
             a = tl.load(at + column, mask=mask, other=0.0).to(c.dtype)
             b = tl.load(at + PAIRS + column, mask=mask, other=0.0).to(c.dtype)
-        first_turned, second_turned = turn(a, b, c, s, out.dtype.element_ty)
+        first_turned, second_turned = turn(a, b, c, s)
+        first_turned = first_turned.to(out.dtype.element_ty)
+        second_turned = second_turned.to(out.dtype.element_ty)
         if TO_SIDE:
             turned = tl.join(first_turned, second_turned)
             tl.store(to + wide, tl.reshape(turned, (turned.shape[0], 2 * BLOCK)), mask=both)

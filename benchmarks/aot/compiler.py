@@ -170,9 +170,10 @@ def _kind(value: object) -> str:
 def _code(source: Any, key: object, launch: Launch, backend: str, arch: Any, warp: int) -> _Code:
     """The kernel's code, from the cache of what neither the kernel nor compiler nor reader has changed."""
     import triton
+    from triton import knobs
 
     known = (triton.__version__, _readers(), source.hash(), key, backend, arch, os.environ.get("TRITON_PTXAS_PATH"))
-    folder = Path(triton.knobs.cache.dir) / "qwen2vl-aot"
+    folder = Path(knobs.cache.dir) / "qwen2vl-aot"
     path = folder / f"{hashlib.sha256(str(known).encode()).hexdigest()}.json"
     if path.is_file():
         found = json.loads(path.read_text())
