@@ -323,7 +323,8 @@ def test_positions_by_command(tmp_path):
 
 
 @pytest.mark.skipif(
-    int(PIL.__version__.split(".")[0]) < 13, reason="the gate takes Pillow's bytes, and before 13 it resizes columns first"
+    int(PIL.__version__.split(".")[0]) < 13,
+    reason="the gate takes Pillow's bytes, and before 13 it resizes columns first",
 )
 def test_preprocess_by_command(tmp_path):
     """Its gate holds ours to Pillow and transformers, bit by bit."""
