@@ -19,7 +19,7 @@ FUZZ := $(wildcard tests/fuzz/*.cpp tests/fuzz/*.h)
 # The versions of Triton that PyTorch's builds for CUDA bring: 2.10 and 2.11, 2.12, 2.13, 2.14.
 TRITONS := 3.6.0 3.7.0 3.7.1 3.8.0
 
-.PHONY: help install demo check test aot lint format fuzz gpu gpu-wheels hub test-stacks clean
+.PHONY: help install demo check test aot lint format fuzz gpu gpu-wheels hub test-stacks test-oldest resolve clean
 .DEFAULT_GOAL := help
 
 help:
@@ -33,6 +33,8 @@ help:
 	@echo "             python3, no network;  make gpu DEVICE=cpu  rehearses it at small sizes"
 	@echo "make gpu-wheels    wheels of what benchmarks compare with, for a machine without a network, in build/wheels"
 	@echo "make test-stacks    vLLM's and SGLang's own towers and transformers 4.57, patched and stock, each in an environment"
+	@echo "make test-oldest    the test suite with the lowest versions that pyproject.toml names, in an environment of their own"
+	@echo "make resolve    shows that every Python of README finds all versions: the newest, the lowest and the pinned"
 	@echo "make hub     the ops and layers as a project of the kernels hub, in build/hub"
 	@echo "make clean   remove .venv and everything that was built"
 
@@ -149,6 +151,45 @@ test-stacks: $(foreach stack,vllm sglang transformers4,build/stacks/$(stack)/ins
 	PYTHONPATH=. build/stacks/vllm/bin/python -m tests.stacks.vllm_tower
 	PYTHONPATH=. build/stacks/sglang/bin/python -m tests.stacks.sglang_tower
 	PYTHONPATH=. build/stacks/transformers4/bin/python -m pytest -q -p no:cacheprovider tests/integrations/test_transformers.py
+
+# uv alone can take the lowest versions. It knows neither pip's configuration nor its cache.
+UV := build/uv/bin/uv
+
+$(UV): constraints.txt
+	$(PYTHON) -m venv --clear build/uv
+	build/uv/bin/python -m pip install --quiet -c constraints.txt uv
+	@touch $@
+
+# Two environments, some 3 GB to fetch, with PyTorch for CUDA as it has no other on PyPI; kept between runs. The first has
+# the lowest of everything, as far as transformers lets it. What transformers bounds further is the lowest in the second,
+# which is without, and has the pinned NumPy: Triton's oldest interpreter is older than it.
+OLDEST_INSTALL = $(UV) pip install --python build/oldest/$*/bin/python --only-binary :all: --resolution lowest-direct
+build/oldest/full/install.stamp: EXTRAS = --all-extras
+build/oldest/full/install.stamp: BUILD = --no-build-isolation -e .
+build/oldest/bare/install.stamp: BUILD = .
+build/oldest/bare/install.stamp: EXTRAS = --extra video --extra inspect "pytest>=8" "pytest-xdist>=3.5" "hypothesis>=6.100" \
+	$(shell grep ^numpy== constraints.txt)
+OLDEST_PYTEST = OMP_NUM_THREADS=1 build/oldest/$(1)/bin/python -m pytest -q -rs -n auto $(PYTEST_ARGS)
+
+build/oldest/full/install.stamp build/oldest/bare/install.stamp: build/oldest/%/install.stamp: $(UV) pyproject.toml setup.py $(CSRC)
+	$(PYTHON) -m venv --clear build/oldest/$*
+	$(OLDEST_INSTALL) -r pyproject.toml $(EXTRAS)
+	$(UV) pip install --python build/oldest/$*/bin/python --no-deps $(BUILD)
+	@touch $@
+
+test-oldest: build/oldest/full/install.stamp build/oldest/bare/install.stamp
+	$(call OLDEST_PYTEST,full)
+	$(call OLDEST_PYTEST,bare) tests/kernels/test_norms_triton.py \
+		$$(grep -LE '^(import|from) (transformers|tests.model import oracle)' tests/model/test_*.py tests/synthetic/test_*.py)
+
+resolve: $(UV)
+	@for python in 3.11 3.12 3.13 3.14; do \
+		for how in "--resolution highest" "--resolution lowest-direct" "--constraints constraints.txt"; do \
+			echo "Python $$python, $$how"; \
+			UV_PYTHON_DOWNLOADS=never $(UV) pip compile --quiet --python-version $$python --python-platform linux \
+				--only-binary :all: $$how --all-extras pyproject.toml > /dev/null || exit 1; \
+		done; \
+	done
 
 # The project for kernel-builder, which builds and uploads it.
 hub:

@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import subprocess
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def folder_name(device: torch.device) -> str:
 def describe(device: torch.device) -> dict[str, Any]:
     """Device, versions, threads, load and commit, as they go into the JSON."""
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device_name(device),
         "device_type": device.type,
         "threads": torch.get_num_threads(),

@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
 
 import hypothesis
+import PIL
 import pytest
 import torch
 
@@ -28,6 +29,11 @@ if not torch.cuda.is_available():
         from tests import interpreter
 
         interpreter.repair()
+
+if int(PIL.__version__.split(".")[0]) < 13:
+    from tests import pillow
+
+    pillow.repair()
 
 #: Where a test of a Triton kernel puts its tensors: on a GPU the kernel runs as compiled, else it is interpreted.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

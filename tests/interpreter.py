@@ -2,7 +2,8 @@
 
 As it comes (3.6 to 3.9) it truncates float32 to bfloat16, converts other types to bfloat16's bit pattern as if it were
 an integer, and multiplies matrices of bit patterns. A condition on scalars becomes an int32 when it meets a tensor, and
-what they make together is no mask.
+what they make together is no mask. And 3.6 rounds a fused multiply-add twice, and counts loops by arrays of one
+element, which NumPy 2.4 no longer takes for integers.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import numpy as np
 
 
 def repair() -> None:
-    """Replace the interpreter's conversions and matrix product; harmless where kernels are compiled."""
+    """Replace the interpreter's conversions, products and loop counters; harmless where kernels are compiled."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -53,3 +54,17 @@ def repair() -> None:
         return handle_of(made.data.astype(bool), tl.int1) if value.data.dtype == bool else made
 
     builder.create_splat = create_splat
+
+    def create_fma(self, x, y, z):
+        wide = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data
+        return handle_of(wide.astype(z.data.dtype), z.dtype.scalar)
+
+    if not hasattr(interpreter._interpreter, "fma_fp32"):  # later versions have one that rounds once
+        builder.create_fma = create_fma
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_index(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_tensor_and_index

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import PIL
 import pytest
 import torch
 from rich.console import Console
@@ -256,7 +257,7 @@ def test_json(result, tmp_path):
         "quick",
     ):
         assert key in read
-    assert read["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(read["versions"]["torch"])  # wheels may leave "+cu128" out of their metadata
     assert read["gate"] == [{"name": "64 | 64: product", "error": 0.0, "allowed": 1e-6}]
     assert read["skipped"] == [{"workload": "64 | 64", "provider": "absent", "reason": "not installed"}]
     ours, theirs = read["rows"]
@@ -358,6 +359,10 @@ def test_positions_by_command(tmp_path):
     assert "eager" in ran
 
 
+@pytest.mark.skipif(
+    int(PIL.__version__.split(".")[0]) < 13,
+    reason="the gate takes Pillow's bytes, and before 13 it resizes columns first",
+)
 def test_preprocess_by_command(tmp_path):
     """Its gate holds ours to Pillow and transformers, bit by bit."""
     done = command("run", "preprocess", "--quick", "--out", str(tmp_path))

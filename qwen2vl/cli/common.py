@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import Enum
+from enum import StrEnum
 from importlib import metadata
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,7 +32,7 @@ _CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"
 _CONTROL |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
-class DType(str, Enum):
+class DType(StrEnum):
     """Choices of --dtype."""
 
     float32 = "float32"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import mimetypes
-from enum import Enum
+from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,7 +44,7 @@ _VIDEO_SUFFIXES = (
 )
 
 
-class Kind(str, Enum):
+class Kind(StrEnum):
     """Choices of --as."""
 
     image = "image"

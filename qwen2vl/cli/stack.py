@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from importlib import metadata
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..errors import Qwen2VLError
 from .common import installed_version
 
 
-class Stack(str, Enum):
+class Stack(StrEnum):
     """Choices of --stack."""
 
     transformers = "transformers"

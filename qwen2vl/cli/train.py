@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _LINE_EVERY_SECONDS = 10.0  # where no terminal shows a bar
 
 
-class Stage(str, Enum):
+class Stage(StrEnum):
     """Choices of --stage, those of qwen2vl.training.stages.STAGES, which would load PyTorch to be asked."""
 
     vision = "vision"

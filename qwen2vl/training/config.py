@@ -5,7 +5,7 @@ Relative paths are taken from the folder of the file.
 
 from __future__ import annotations
 
-import sys
+import tomllib
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -113,11 +113,6 @@ class TrainingConfig:
     def from_toml(cls, path: str | Path) -> TrainingConfig:
         """Read a file. Raises :class:`TrainingConfigError` naming the file and the key."""
         path = Path(path)
-        if sys.version_info >= (3, 11):
-            import tomllib
-        else:
-            import tomli as tomllib  # pyright: ignore[reportMissingImports]
-
         try:
             tables = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

@@ -187,7 +187,8 @@ def test_ranks_of_torchrun_speak_with_one_voice(place, tmp_path, monkeypatch):
     config = configure(place, tmp_path / "two", run={"steps": 2})
     stdout, stderr = (process := start("--stage", "instruct", "--config", config, ranks=2)).communicate()
     assert process.returncode == 0, stderr
-    assert stdout == f"{tmp_path / 'two' / 'model'}\n"
+    ours = [line for line in stdout.splitlines() if not line.startswith("[Gloo]")]  # PyTorch 2.10 has it report there
+    assert ours == [str(tmp_path / "two" / "model")]
     assert "on 2 x cpu (fsdp), steps 1 to 2" in stderr and stderr.count("step 2/2") == 1
     assert "data of rank 0: " in stderr and "data of rank 1: " in stderr
     assert len(log(tmp_path / "two")) == 2
