@@ -59,7 +59,7 @@ check: .venv/install.stamp
 	@$(RUN) -m qwen2vl.demo --check
 
 # Another version of Triton beside that of .venv, for its compiler: most people's GPU runs what that one makes.
-build/triton/%: .venv/torch.stamp
+build/triton/%: | .venv/torch.stamp
 	@echo "installing Triton $*, for its compiler ..."
 	@rm -rf $@.part && $(PIP) install --quiet --no-deps --target $@.part triton==$* && mv $@.part $@
 
