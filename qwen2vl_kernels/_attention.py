@@ -27,9 +27,9 @@ from ._head import (
     strides_of,
     tables,
     turned_for_attention,
-    zero_between,
 )
 from ._library import direct, register_opaque
+from ._tail import zero_behind
 from ._tiles import TilePlan, plan_for
 from ._triton import Target, accumulator, architecture, jit, launch, target_of, tl
 
@@ -185,7 +185,6 @@ def launch_forward(
     total, heads, columns = q.shape
     if out.numel() == 0:
         return out, lse
-    zero_between(out, plan.cu_seqlens, fixed=not plan.padded)
     cos, sin = tables(rope) if rope is not None and fused else (None, None)
     if rope is not None and cos is None:
         q, k = turned_for_attention(q, k, *rope)
@@ -220,7 +219,7 @@ def launch_forward(
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
     )
-    return out, lse
+    return zero_behind(out, plan), lse
 
 
 def _fake_forward(q, k, v, keep=True):

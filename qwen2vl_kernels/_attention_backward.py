@@ -23,8 +23,8 @@ from ._head import (
     tables,
     turned_back,
     turned_for_attention,
-    zero_between,
 )
+from ._tail import zero_behind
 from ._tiles import plan_for
 from ._triton import Target, accumulator, architecture, cdiv, jit, launch, next_power_of_2, target_of, tl
 
@@ -205,8 +205,9 @@ def launch_backward(
         dq, dk, dv = launch_backward(grad, q, k, v, out, lse, cu_seqlens, causal, softmax_scale, wide=True)
         return *turned_back(dq, dk, cos, sin, q.dtype), dv
     dq, dk, dv = gradients
+    plan = plan_for(cu_seqlens, q.shape[0], q.device)
     for gradient in gradients:
-        zero_between(gradient, cu_seqlens)
+        zero_behind(gradient, plan)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     (total, heads, columns), kv_heads, acc = q.shape, k.shape[1], accumulator(q.dtype)
     target = target_of(q.device)
@@ -230,7 +231,6 @@ def launch_backward(
         ACC=acc,
         num_warps=target.warps(128),
     )
-    plan = plan_for(cu_seqlens, total, q.device)
     scales = (softmax_scale * math.log2(math.e), softmax_scale)
     strides, unit = strides_of(q, k, v, grad)
     strides.append(0 if cos is None else cos.stride(0))

@@ -39,15 +39,6 @@ def strides_of(*tensors: torch.Tensor) -> tuple[list[int], int]:
     return [stride for x in tensors for stride in (x.stride(0), x.stride(1) // unit)], unit
 
 
-def zero_between(x: torch.Tensor, cu_seqlens: torch.Tensor, *, fixed: bool = True) -> None:
-    """Zero the rows of a fresh output that no segment holds. Where boundaries are not ``fixed``, a CUDA graph that is
-    captured now may be replayed on others."""
-    if fixed and cu_seqlens.device.type == "cpu":
-        x[int(cu_seqlens[-1]) :].zero_()
-    else:  # where they begin is not known here
-        x.zero_()
-
-
 def tables(rope: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines with the one layout that kernels read."""
     cos, sin = rope

@@ -156,11 +156,8 @@ def cos_sin(
 
 @jit
 def turn(a, b, c, s):
-    """The pair (a, b) turned by the angle of cosine c and sine s.
-
-    Which of two products keeps its low bits in a multiply-add is said here: left to the compiler, the kernels that turn
-    would choose differently, and their bits would differ.
-    """
+    """The pair (a, b) turned by the angle of cosine c and sine s. Which product of two is rounded is said here: left to
+    compilers, kernels that turn would choose differently, and differ in their bits."""
     return tl.fma(a, c, -(b * s)), tl.fma(b, c, a * s)
 
 
@@ -189,10 +186,8 @@ def turn_heads(
             a = tl.load(at + column, mask=mask, other=0.0).to(c.dtype)
             b = tl.load(at + PAIRS + column, mask=mask, other=0.0).to(c.dtype)
         first_turned, second_turned = turn(a, b, c, s)
-        first_turned = first_turned.to(out.dtype.element_ty)
-        second_turned = second_turned.to(out.dtype.element_ty)
         if TO_SIDE:
-            turned = tl.join(first_turned, second_turned)
+            turned = tl.join(first_turned.to(out.dtype.element_ty), second_turned.to(out.dtype.element_ty))
             tl.store(to + wide, tl.reshape(turned, (turned.shape[0], 2 * BLOCK)), mask=both)
         else:
             tl.store(to + column, first_turned, mask=mask)
@@ -318,18 +313,12 @@ def launch_rotation(
     shares = cdiv(q_heads + k_heads, chosen.heads)
     rest = 0 if q_out is q and k_out is k else columns - 2 * pairs
     positions, inv_freq, cos, sin = angles.tensors()
+    operands = (q, k, q_out, k_out, positions, inv_freq, cos, sin)
     launch(
         _rotate_kernel,
         (cdiv(tokens, chosen.rows), shares),
         q.device,
-        q,
-        k,
-        q_out,
-        k_out,
-        positions,
-        inv_freq,
-        cos,
-        sin,
+        *operands,
         tokens,
         0 if cos is None else cos.shape[0] - 1,
         *((0, 0) if positions is None else positions.stride()),

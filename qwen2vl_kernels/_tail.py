@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from ._tiles import TilePlan
 from ._triton import cdiv, jit, launch, reason, target_of, tl
 
 #: Rows that a program looks after, values that it writes at a time.
@@ -23,6 +24,17 @@ def _zero_past_kernel(x, cu_seqlens, last, total, ROW: tl.constexpr, ROWS: tl.co
     for start in range(begin, end, BLOCK):
         at = start + tl.arange(0, BLOCK)
         tl.store(x + at, tl.zeros((BLOCK,), x.dtype.element_ty), mask=at < end)
+
+
+def zero_behind(x: torch.Tensor, plan: TilePlan) -> torch.Tensor:
+    """A contiguous ``x (T, ...)`` with zeros in the rows behind the plan's last segment, which nobody wrote; nothing
+    runs where the host knows that there are none."""
+    held = plan.held()
+    if held is None:
+        zero_past(x, plan.bounds())
+    elif held < x.shape[0]:
+        x[held:].zero_()
+    return x
 
 
 def zero_past(x: torch.Tensor, cu_seqlens: torch.Tensor) -> None:

@@ -18,6 +18,7 @@ Register = tuple[str, int]
 _PREFIX = {"GPR": "R", "PRED": "P", "UGPR": "UR", "UPRED": "UP"}
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);\s*$")
 _LABEL = re.compile(r"^([\w.$]+):\s*$")
+_COPY = re.compile(r"^(?:R2UR|MOV|UMOV)(?:\.\w+)* U?R\d+, U?R\d+$|^IMAD(?:\.MOV)?\.U32 R\d+, RZ, RZ, U?R\d+$")
 _TARGET = re.compile(r"`\(([\w.$]+)\)")
 
 
@@ -27,6 +28,7 @@ class _Instruction:
     text: str
     reads: frozenset[Register]
     writes: frozenset[Register]
+    copy: bool  # of one register to another
     next: list[int] = field(default_factory=list)  # indices of those that may follow
     call: int | None = None  # of a subroutine's first instruction
 
@@ -80,7 +82,8 @@ def _parse(section: str) -> tuple[list[_Instruction], dict[str, int]]:
             reads = frozenset(register for register, mark in marks if mark in "vx")
             writes = frozenset(register for register, mark in marks if mark in "^x")
             words = found[2].strip().replace(".reuse", "")
-            code.append(_Instruction(int(found[1], 16), words, reads - _unread(words), writes))
+            copy = _COPY.match(words) is not None and len(reads) == len(writes) == 1
+            code.append(_Instruction(int(found[1], 16), words, reads - _unread(words), writes, copy))
     if not code or not columns:
         raise ValueError("the disassembly has no instructions with columns of registers: was it made with -plr?")
     return code, labels
@@ -204,7 +207,7 @@ def _follow(code: list[_Instruction]) -> list[EarlyRead]:
         n = waiting.pop()
         instruction, known = code[n], before[n]
         assert known is not None
-        written = known | instruction.writes
+        written = _after(instruction, known)
         if instruction.call is not None:
             reach(instruction.call, written)
             written |= written_by_calls[instruction.call]
@@ -213,6 +216,14 @@ def _follow(code: list[_Instruction]) -> list[EarlyRead]:
     return [
         EarlyRead(f"{_PREFIX[file]}{number}", instruction.place, instruction.text)
         for instruction, written in zip(code, before, strict=True)
-        if written is not None
+        if written is not None and not instruction.copy
         for file, number in sorted(instruction.reads - written)
     ]
+
+
+def _after(instruction: _Instruction, known: frozenset[Register]) -> frozenset[Register]:
+    """What is written behind an instruction. A copy of what is not is no use of it, as when half of a pair is spilled,
+    but then its target is not written either."""
+    if instruction.copy and not instruction.reads <= known:
+        return known - instruction.writes
+    return known | instruction.writes

@@ -48,11 +48,20 @@ def _found(*lines: str) -> list[str]:
 
 
 def test_the_first_read_decides():
-    lines = ("MOV R2, R3 ; R3 > R2", "IADD3 R12, R2, R2, RZ ; R2 > R12", "EXIT ;")
+    lines = ("IADD3 R2, R3, R3, RZ ; R3 > R2", "IADD3 R12, R2, R2, RZ ; R2 > R12", "EXIT ;")
     (read,) = early_reads(_listing(*lines))
     assert (read.register, read.place) == ("R3", 0)
-    assert str(read) == "reads R3 before anything writes it: MOV R2, R3 at 0x0"
+    assert str(read) == "reads R3 before anything writes it: IADD3 R2, R3, R3, RZ at 0x0"
     assert _found("MOV R3, 0x1 ; > R3", *lines) == []
+
+
+def test_a_copy_is_no_use_but_carries_what_is_missing():
+    """Half of a pair that is spilled and filled may hold nothing: what counts is who works with it."""
+    copies = ("R2UR UR11, R55 ; R55 > UR11", "IMAD.U32 R7, RZ, RZ, UR11 ; UR11 > R7", "MOV.SPILL R8, R7 ; R7 > R8")
+    assert _found(*copies, "EXIT ;") == []
+    assert _found(*copies, "STG R8 ; R8 >", "EXIT ;") == ["R8"]
+    assert _found("MOV R55, 0x1 ; > R55", *copies, "STG R8 ; R8 >", "EXIT ;") == []
+    assert _found("MOV R8, 0x1 ; > R8", *copies, "STG R8 ; R8 >", "EXIT ;") == ["R8"]
 
 
 @pytest.mark.parametrize("name", ["R7", "P1", "UR38", "UP0"])
@@ -105,7 +114,14 @@ def test_barriers_join_where_their_last_entry_said():
 
 
 def test_a_subroutine_reads_what_its_callers_wrote():
-    call = ("CALL.REL.NOINC `($div) ;", "STG R9 ; R9 >", "EXIT ;", "$div", "MOV R9, R8 ; R8 > R9", "RET.REL.NODEC R2 ;")
+    call = (
+        "CALL.REL.NOINC `($div) ;",
+        "STG R9 ; R9 >",
+        "EXIT ;",
+        "$div",
+        "FADD R9, R8, R8 ; R8 > R9",
+        "RET.REL.NODEC R2 ;",
+    )
     assert _found(*call) == ["R8"]
     assert _found("MOV R8, 0x1 ; > R8", *call) == []
 
