@@ -82,7 +82,8 @@ def _parse(section: str) -> tuple[list[_Instruction], dict[str, int]]:
             reads = frozenset(register for register, mark in marks if mark in "vx")
             writes = frozenset(register for register, mark in marks if mark in "^x")
             words = found[2].strip().replace(".reuse", "")
-            copy = _COPY.match(words) is not None and len(reads) == len(writes) == 1
+            # Where nobody reads what it writes, nvdisasm marks no write.
+            copy = _COPY.match(words) is not None and len(reads) == 1 and len(writes) <= 1
             code.append(_Instruction(int(found[1], 16), words, reads - _unread(words), writes, copy))
     if not code or not columns:
         raise ValueError("the disassembly has no instructions with columns of registers: was it made with -plr?")

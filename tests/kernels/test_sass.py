@@ -59,6 +59,7 @@ def test_a_copy_is_no_use_but_carries_what_is_missing():
     """Half of a pair that is spilled and filled may hold nothing: what counts is who works with it."""
     copies = ("R2UR UR11, R55 ; R55 > UR11", "IMAD.U32 R7, RZ, RZ, UR11 ; UR11 > R7", "MOV.SPILL R8, R7 ; R7 > R8")
     assert _found(*copies, "EXIT ;") == []
+    assert _found("R2UR UR73, R61 ; R61 >", "EXIT ;") == []
     assert _found(*copies, "STG R8 ; R8 >", "EXIT ;") == ["R8"]
     assert _found("MOV R55, 0x1 ; > R55", *copies, "STG R8 ; R8 >", "EXIT ;") == []
     assert _found("MOV R8, 0x1 ; > R8", *copies, "STG R8 ; R8 >", "EXIT ;") == ["R8"]
