@@ -40,6 +40,9 @@ TARGETS: dict[str, tuple[Target, Any, int, int]] = {
 #: Where other versions of Triton are installed, each in a folder of its name (``make`` does it).
 TRITONS = Path(__file__).resolve().parents[2] / "build" / "triton"
 
+#: The version whose spills are gated on every target. On sm_90 every version's are.
+NEWEST = "3.9."
+
 _POINTERS = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
@@ -207,7 +210,7 @@ def _judge(specimen: Specimen, launch: Launch, target: str, code: _Code, shared_
     moved = sum(width * count for width, count in code.widths.items())
     wide = sum(width * count for width, count in code.widths.items() if width >= 16) / moved if moved else None
     failures = list(code.early)
-    if code.spilled:
+    if code.spilled and (target == "sm_90" or triton.__version__.startswith(NEWEST)):
         failures.append(f"{code.spilled} bytes spilled")
     if code.shared > shared_limit:
         failures.append(f"{code.shared} bytes of shared memory, {shared_limit} at most")

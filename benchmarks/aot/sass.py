@@ -81,7 +81,7 @@ def _parse(section: str) -> tuple[list[_Instruction], dict[str, int]]:
             marks = [(columns[n], mark) for n, mark in enumerate(cells) if mark in "^vx" and n in columns]
             reads = frozenset(register for register, mark in marks if mark in "vx")
             writes = frozenset(register for register, mark in marks if mark in "^x")
-            words = re.sub(r"\s+(?:\?\w+\s*)+$", "", found[2].strip().replace(".reuse", ""))  # without scheduling hints
+            words = re.sub(r"(?:\s+[?&]\S+)+$", "", found[2].strip().replace(".reuse", ""))  # without scheduling hints
             # Where nobody reads what it writes, nvdisasm marks no write.
             copy = _COPY.match(words) is not None and len(reads) == 1 and len(writes) <= 1
             code.append(_Instruction(int(found[1], 16), words, reads - _unread(words), writes, copy))

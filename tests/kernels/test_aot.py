@@ -13,12 +13,11 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from benchmarks import aot
+from benchmarks.aot.compiler import NEWEST
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 #: The Triton that PyTorch 2.10 and 2.11 bring, with ptxas 12.8.93 for capability 9.
 OLD = "3.6.0"
-#: What spills is the compiler's doing: all targets are gated with the newest Triton, sm_90 with any.
-NEWEST = "3.9."
 TRITON = metadata.version("triton")
 needs_old = pytest.mark.skipif(
     not (aot.TRITONS / OLD / "triton").is_dir(),

@@ -137,7 +137,7 @@ def test_descriptors_are_read_as_the_hardware_reads_them():
 
 def test_parts_of_words_may_be_nobodys():
     assert _found("MOV R4, 0x1 ; > R4", "PRMT R5, R4, 0x7632, R5 ; R4 R5 > R5", "EXIT ;") == []
-    assert _found("MOV R4, 0x1 ; > R4", "PRMT R5, R4, 0x7632, R5   ?trans1 ; R4 R5 > R5", "EXIT ;") == []
+    assert _found("MOV R4, 0x1 ; > R4", "PRMT R5, R4, 0x7632, R5  &req={3}  ?trans1 ; R4 R5 > R5", "EXIT ;") == []
     assert _found("MOV R4, 0x1 ; > R4", "PRMT R6, R4, 0x7632, R5 ; R4 R5 > R6", "EXIT ;") == ["R5"]
     assert _found("LOP3.LUT R5, R5, 0xfffffbff, RZ, 0xc0, !PT ; R5 > R5", "EXIT ;") == []
     assert _found("LOP3.LUT R5, R5, 0xff, RZ, 0xc0, !PT ; R5 > R5", "EXIT ;") == ["R5"]
