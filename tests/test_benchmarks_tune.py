@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from benchmarks import report, tune
 from benchmarks.__main__ import app
 from benchmarks.run import SCHEMA
-from benchmarks.tune import search
+from benchmarks.tune import search, verdict
 from benchmarks.tune.subjects import DTYPES, configured
 from benchmarks.tune.worker import Timer, bits, rounds
 from qwen2vl_kernels._attention import ForwardConfig
@@ -209,7 +209,7 @@ def test_one_candidate_costs_itself(searched):
         assert min(trial.finals, key=trial.finals.__getitem__) == "ForwardConfig(128, 16, 4, 3)"
         assert trial.left == 0
     assert len({row["process"] for row in rows if "process" in row}) > 1
-    measured = [row for row in rows if "final" not in row]
+    measured = [row for row in rows if "literal" in row]
     assert measured == [row for trial in trials for row in trial.rows], "every row is in the file, as it was measured"
 
 
@@ -236,34 +236,177 @@ def test_the_result_has_rows_as_every_case(searched):
     assert "90: ((80, ForwardConfig(128, 16, 4, 3)),)," in shown
 
 
+@pytest.fixture
+def forwards(monkeypatch):
+    """A search by the process that stands in, of two groups: 4 candidates of each of two shapes, then 12 of one."""
+    own = {"rows": (128,), "step": (16, 32, 64), "num_warps": (4,), "num_stages": (3,)}
+    many = own | {"step": (16, 32, 64, 128), "num_stages": (1, 2, 3)}
+    one = next(s for s in tune.subjects(quick=True) if s.name == "attention forward 2x80, 96")
+    first = dataclasses.replace(one, grid=own)
+    last = dataclasses.replace(one, grid=many, group="attention forward 2x64", columns=64)
+    found = [first, dataclasses.replace(first, shape="97"), last]
+    monkeypatch.setattr(search, "subjects", lambda quick: found)
+
+    def run(**settings):
+        told: list[str] = []
+        settings = {"rows": tune.Rows(None), "worker": "tests.tune_worker", "log": told.append, **settings}
+        one = tune.Search(torch.device("cpu"), HOPPER, quick=True, **settings)
+        return one.run(("forward",)), told
+
+    return run
+
+
+def test_each_subject_is_decided_before_the_next_is_compiled(forwards, tmp_path):
+    trials, told = forwards(rows=(rows := tune.Rows(tmp_path / "rows.jsonl")))
+    rows.close()
+    assert [line.split()[0] for line in told] == ["compiled", "attention", "attention", "compiled", "attention"]
+    assert "compiled 4 of 4" in told[0] and "2x80, 96: 16.0 us" in told[1] and "compiled 1" in told[3]
+    written = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    for trial in trials:
+        own = [row for row in written if row["subject"] == trial.subject.name]
+        order = ["literal", "again", "final"]  # what ships once more, before the comparison in turn
+        kinds = [next(kind for kind in order if kind in row) for row in own]
+        assert kinds == sorted(kinds, key=order.index)
+        assert own[0]["literal"] == trial.ships and own[kinds.index("again")]["again"] == trial.ships
+        assert len(trial.again) == 5
+
+
+def test_a_short_limit_decides_the_first_subjects(forwards, monkeypatch):
+    """The 13 candidates of the last one take longer to compile than there is, the 4 of the first do not."""
+    monkeypatch.setenv("TUNE_WORKER_COMPILES", "0.5")
+    trials, told = forwards(limit=7.0)
+    assert not trials[0].left and not trials[1].left and trials[2].left
+    found = tune.result(trials, HOPPER, torch.device("cpu"), True, "")
+    first, last = found["groups"] if len(found["groups"]) == 2 else (*found["groups"], None)
+    assert first["from"] == "2 of 2 shapes" and first["best"] == "ForwardConfig(128, 16, 4, 3)" and first["changes"]
+    assert found["left"] == [trials[2].subject.name] and set(found["tables"]) == {
+        "qwen2vl_kernels._attention.forward_config"
+    }
+    assert "64, Forward" not in str(found["tables"])
+    if last is not None:
+        assert last["best"] is None and last["from"] == "0 of 1 shapes"
+        assert any("candidates: no verdict" in line for line in told)
+        console = Console(width=250, record=True, file=io.StringIO())
+        tune.show(found, console)
+        assert "the limit came after" in console.export_text()
+
+
 def test_tables_hold_whole_entries():
-    group = {"function": "m.backward_config", "columns": 80, "place": 0, "best": "B(1)"}
+    group = {"function": "m.backward_config", "columns": 80, "place": 0, "best": "B(1)", "from": "4 of 4 shapes"}
     both = [
         group,
         group | {"place": 1, "best": "B(2)"},
         group | {"columns": 72},
+        group | {"columns": 128, "best": None},
         {"function": "m.tile", "best": "T(1)"},
     ]
     assert tune.tables(both, HOPPER) == {"m.backward_config": "90: ((80, B(1), B(2)),),"}
+    both[1] |= {"from": "2 of 4 shapes"}
+    assert tune.tables(both, HOPPER) == {"m.backward_config": "90: ((80, B(1), B(2)),),  # 80 from 2 of 4 shapes"}
+
+
+# ----------------------------------------------------------------------------------------------------------- verdict
+
+SHIPS = ForwardConfig(128, 128, 8, 2)
+
+
+def tried(subject, first, finals=None, left=0, again=()):
+    """The trial of a subject with the seconds of its first pass by tile, and the samples of finals."""
+    config = {tile: SHIPS if tile == "ships" else ForwardConfig(*tile, 4, 2) for tile in (*first, *(finals or ()))}
+    trial = tune.Trial(subject, SHIPS, [{}] * (len(first) + left), shapes=4, again=list(again))
+    trial.rows = [
+        {"literal": search.literal(config[tile]), "fields": dataclasses.asdict(config[tile]),
+         "samples": [seconds], "median": seconds, "bits": str(config[tile].step),
+         "check": {"name": "result 0", "error": 0.0, "allowed": 1.0}}
+        for tile, seconds in first.items()
+    ]  # fmt: skip
+    trial.finals = {search.literal(config[tile]): samples for tile, samples in (finals or {}).items()}
+    return trial
+
+
+def verdict_of(*trials):
+    found = tune.result(trials, HOPPER, torch.device("cpu"), True, "")
+    (group,) = found["groups"]
+    return group, found
+
+
+FORWARDS = [s for s in tune.subjects() if s.group == "attention forward 16x80"]
 
 
 def test_one_step_serves_all_lengths():
     """The step is chosen over the shapes before all else; faster candidates of one shape are named beside it."""
-    subjects = [s for s in tune.subjects() if s.group == "attention forward 16x80"][:2]
     times = ({(128, 64): 10.0, (64, 64): 9.0, (128, 128): 8.0}, {(128, 64): 10.0, (64, 64): 20.0, (128, 128): 30.0})
     trials = []
-    for subject, by_tile in zip(subjects, times, strict=True):
-        trial = tune.Trial(subject, ForwardConfig(128, 128, 8, 2), [])
-        for (rows, step), seconds in by_tile.items():
-            config = ForwardConfig(rows, step, 4, 2)
-            trial.rows.append({"literal": search.literal(config), "fields": dataclasses.asdict(config),
-                               "median": seconds, "bits": str(step)})  # fmt: skip
-        trials.append(trial)
-    (group,) = tune.result(trials, HOPPER, torch.device("cpu"), True, "")["groups"]
+    for subject, by_tile in zip(FORWARDS[:2], times, strict=True):
+        by_tile = by_tile | {"ships": 40.0}
+        trials.append(tried(subject, by_tile, {tile: [s] * 5 for tile, s in by_tile.items()}))
+    group, _ = verdict_of(*trials)
     assert group["fixed"] == {"step": 64} and group["best"] == "ForwardConfig(128, 64, 4, 2)"
-    first, second = (group["shapes"][subject.shape] for subject in subjects)
+    first, second = (group["shapes"][subject.shape] for subject in FORWARDS[:2])
     assert first["fastest"] == "ForwardConfig(128, 128, 4, 2)" and first["same_bits"] == "ForwardConfig(64, 64, 4, 2)"
     assert second["fastest"] == second["same_bits"] == "ForwardConfig(128, 64, 4, 2)"
+
+
+def test_a_shape_that_the_limit_cut_has_no_say():
+    """It looked at one candidate of three, which is all that the shapes would have in common."""
+    slow, fast = (128, 64), (64, 64)
+    whole = {"ships": 20.0, slow: 15.0, fast: 10.0}
+    first = tried(FORWARDS[0], whole, {tile: [s] * 5 for tile, s in whole.items()})
+    cut = tried(FORWARDS[1], {"ships": 20.0, slow: 15.0}, left=1)
+    group, found = verdict_of(first, cut)
+    assert group["best"] == "ForwardConfig(64, 64, 4, 2)" and group["from"] == "1 of 4 shapes"
+    assert list(group["shapes"]) == [FORWARDS[0].shape] and found["left"] == [FORWARDS[1].name]
+    assert list(found["tables"].values()) == ["90: ((80, ForwardConfig(64, 64, 4, 2)),),  # 80 from 1 of 4 shapes"]
+    group, found = verdict_of(cut)
+    assert group["best"] is None and group["from"] == "0 of 4 shapes" and not found["tables"] and not found["rows"]
+
+
+@pytest.mark.parametrize(
+    ("candidate", "changes", "why"),
+    [
+        ([1.0] * 15, True, "faster by more"),
+        ([1.085] * 15, False, "within 2%"),
+        ([0.9, 1.05, 1.3] * 5, False, "rounds differ"),
+        ([1.2] * 15, False, "within 2%"),
+    ],
+)
+def test_the_comparison_in_turn_decides_and_not_the_first_pass(candidate, changes, why):
+    """In which what ships took 1.1 as in the end, and the candidate half of that."""
+    finals = {"ships": [1.1] * 15, (64, 64): candidate}
+    trials = [tried(subject, {"ships": 1.1, (64, 64): 0.5}, finals) for subject in FORWARDS]
+    group, found = verdict_of(*trials)
+    assert group["candidate"] == "ForwardConfig(64, 64, 4, 2)" and group["from"] == "4 of 4 shapes"
+    assert group["changes"] is changes and why in group["why"]
+    assert group["best"] == (group["candidate"] if changes else search.literal(SHIPS))
+    assert group["best"] in found["tables"]["qwen2vl_kernels._attention.forward_config"]
+    console = Console(width=250, record=True, file=io.StringIO())
+    tune.show(found, console)
+    assert ("change to" if changes else "keep what ships") in console.export_text()
+
+
+def test_the_group_names_who_is_compared():
+    """Its first three of all shapes, beside what ships and the fastest of the shape itself."""
+    tiles = [(rows, 64) for rows in (16, 32, 64, 128, 256)]
+    seconds = (dict(zip(tiles, times, strict=True)) for times in ([1.0, 3, 4, 5, 9], [30.0, 3, 4, 5, 9]))
+    one, other = (tried(s, {"ships": 20.0, **times}) for s, times in zip(FORWARDS, seconds, strict=False))
+    fixed, ranked = verdict.ranking([one, other])
+    assert fixed == {"step": 64} and ranked[:3] == [f"ForwardConfig({rows}, 64, 4, 2)" for rows in (32, 64, 128)]
+    ships = search.literal(SHIPS)
+    assert verdict.finalists(one, ranked) == [*ranked[:3], ships, "ForwardConfig(16, 64, 4, 2)"]
+    assert verdict.finalists(other, ranked) == [*ranked[:3], ships]
+
+
+def test_what_ships_is_timed_before_and_after_all_others():
+    trial = tried(FORWARDS[0], {"ships": 4.0, (64, 64): 3.0}, again=[2.0])
+    assert trial.medians == {search.literal(SHIPS): 3.0, "ForwardConfig(64, 64, 4, 2)": 3.0}
+    (subject,) = verdict_of(trial)[1]["subjects"]
+    assert subject["drift"] == 0.5
+
+
+def test_what_fails_is_replaced():
+    finals = {(64, 64): [5.0] * 3}
+    group, _ = verdict_of(tried(FORWARDS[0], {(64, 64): 5.0}, finals))
+    assert group["changes"] and group["best"] == "ForwardConfig(64, 64, 4, 2)" and "fails at" in group["why"]
 
 
 def test_finalists_take_turns():
