@@ -23,6 +23,7 @@ def test_one_wrong_result_is_red(name):
             for provider in workload.providers:
                 try:
                     made = provider.ready()
+                    assert made.call is not None
                     if made.before is not None:
                         made.before()
                     outputs[made.name] = made.call()
