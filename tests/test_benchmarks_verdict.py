@@ -20,7 +20,8 @@ SHIPS = ForwardConfig(128, 128, 8, 2)
 
 def tried(subject, first, finals=None, left=0, again=()):
     """The trial of a subject with the seconds of its first pass by tile, and the samples of finals."""
-    config = {tile: SHIPS if tile == "ships" else ForwardConfig(tile[0], tile[1], 4, 2) for tile in (*first, *(finals or ()))}
+    tiles = (*first, *(finals or ()))
+    config = {tile: SHIPS if tile == "ships" else ForwardConfig(tile[0], tile[1], 4, 2) for tile in tiles}
     trial = tune.Trial(subject, SHIPS, [{}] * (len(first) + left), shapes=4, again=list(again))
     trial.rows = [
         {"literal": verdict.literal(config[tile]), "fields": dataclasses.asdict(config[tile]),
