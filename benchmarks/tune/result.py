@@ -169,8 +169,8 @@ def show(found: dict[str, Any], console: Console) -> None:
             continue
         gain = f" is {g['gain']:.2f}x what ships (rounds within {g['spread']:.2f})" if "gain" in g else ""
         one = "".join(f", one {field} for all shapes: {value}" for field, value in g["fixed"].items())
-        does = f"change to {g['candidate']}" if g["changes"] else "keep what ships"
-        told = f"{g['group']}, from {g['from']}: {does}: {g['candidate']}{gain}: {g['why']}{one}"
+        does = "change to it" if g["changes"] else "keep what ships"
+        told = f"{g['group']}, from {g['from']}: {g['candidate']}{gain}: {does}, {g['why']}{one}"
         console.print(told, markup=False, soft_wrap=True)
     for function, line in found["tables"].items():
         console.print(f"{function}:\n    {line}", markup=False, soft_wrap=True)
