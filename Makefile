@@ -15,6 +15,8 @@ PIP := .venv/bin/python -m pip
 RUN := .venv/bin/python
 CSRC := $(shell find csrc -type f)
 FUZZ := $(wildcard tests/fuzz/*.cpp tests/fuzz/*.h)
+# What clang-format keeps in order: the extensions, and what no install builds.
+FORMATTED := $(CSRC) $(FUZZ) $(wildcard tests/kernels/host/* benchmarks/cuda/*)
 
 # The versions of Triton that PyTorch's builds for CUDA bring: 2.10 and 2.11, 2.12, 2.13, 2.14.
 TRITONS := 3.6.0 3.7.0 3.7.1 3.8.0
@@ -75,12 +77,12 @@ lint: .venv/install.stamp
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright --pythonpath $(RUN)
-	.venv/bin/clang-format --dry-run -Werror $(CSRC) $(FUZZ)
+	.venv/bin/clang-format --dry-run -Werror $(FORMATTED)
 
 format: .venv/install.stamp
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
-	.venv/bin/clang-format -i $(CSRC) $(FUZZ)
+	.venv/bin/clang-format -i $(FORMATTED)
 
 # Without libFuzzer the targets have a main of their own, which knows nothing of coverage but needs no clang.
 FUZZ_SECONDS ?= 60

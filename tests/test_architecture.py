@@ -188,3 +188,13 @@ def test_csrc_knows_no_torch():
     for path in (ROOT / "csrc").rglob("*"):
         if path.is_file():
             assert "torch/" not in path.read_text(encoding="utf-8"), path
+
+
+def test_lint_formats_every_file_of_c():
+    """Those that no install builds, too."""
+    plan = subprocess.run(["make", "-n", "lint"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (line,) = (line for line in plan.splitlines() if "clang-format" in line)
+    suffixes = (".cpp", ".cu", ".cuh", ".h")
+    files = {path.relative_to(ROOT) for top in ("csrc", "tests", "benchmarks") for path in (ROOT / top).rglob("*")}
+    wanted = {str(path) for path in files if path.suffix in suffixes}
+    assert len(wanted) > 20 and wanted <= set(line.split())

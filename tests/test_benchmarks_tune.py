@@ -21,7 +21,6 @@ from benchmarks.run import SCHEMA
 from benchmarks.tune import search
 from benchmarks.tune.subjects import DTYPES, configured
 from benchmarks.tune.worker import Timer, bits, rounds
-from qwen2vl_kernels._attention import ForwardConfig
 from qwen2vl_kernels._backend import unavailable
 from qwen2vl_kernels._triton import Target, record, target_of
 from tests.conftest import DEVICE
@@ -209,7 +208,7 @@ def test_one_candidate_costs_itself(searched):
         assert min(trial.finals, key=trial.finals.__getitem__) == "ForwardConfig(128, 16, 4, 3)"
         assert trial.left == 0
     assert len({row["process"] for row in rows if "process" in row}) > 1
-    measured = [row for row in rows if "final" not in row]
+    measured = [row for row in rows if "literal" in row]
     assert measured == [row for trial in trials for row in trial.rows], "every row is in the file, as it was measured"
 
 
@@ -236,34 +235,59 @@ def test_the_result_has_rows_as_every_case(searched):
     assert "90: ((80, ForwardConfig(128, 16, 4, 3)),)," in shown
 
 
-def test_tables_hold_whole_entries():
-    group = {"function": "m.backward_config", "columns": 80, "place": 0, "best": "B(1)"}
-    both = [
-        group,
-        group | {"place": 1, "best": "B(2)"},
-        group | {"columns": 72},
-        {"function": "m.tile", "best": "T(1)"},
-    ]
-    assert tune.tables(both, HOPPER) == {"m.backward_config": "90: ((80, B(1), B(2)),),"}
+@pytest.fixture
+def forwards(monkeypatch):
+    """A search by the process that stands in, of two groups: 4 candidates of each of two shapes, then 12 of one."""
+    own = {"rows": (128,), "step": (16, 32, 64), "num_warps": (4,), "num_stages": (3,)}
+    many = own | {"step": (16, 32, 64, 128), "num_stages": (1, 2, 3)}
+    one = next(s for s in tune.subjects(quick=True) if s.name == "attention forward 2x80, 96")
+    first = dataclasses.replace(one, grid=own)
+    last = dataclasses.replace(one, grid=many, group="attention forward 2x64", columns=64)
+    found = [first, dataclasses.replace(first, shape="97"), last]
+    monkeypatch.setattr(search, "subjects", lambda quick: found)
+
+    def run(**settings):
+        told: list[str] = []
+        settings = {"rows": tune.Rows(None), "worker": "tests.tune_worker", "log": told.append, **settings}
+        one = tune.Search(torch.device("cpu"), HOPPER, quick=True, **settings)
+        return one.run(("forward",)), told
+
+    return run
 
 
-def test_one_step_serves_all_lengths():
-    """The step is chosen over the shapes before all else; faster candidates of one shape are named beside it."""
-    subjects = [s for s in tune.subjects() if s.group == "attention forward 16x80"][:2]
-    times = ({(128, 64): 10.0, (64, 64): 9.0, (128, 128): 8.0}, {(128, 64): 10.0, (64, 64): 20.0, (128, 128): 30.0})
-    trials = []
-    for subject, by_tile in zip(subjects, times, strict=True):
-        trial = tune.Trial(subject, ForwardConfig(128, 128, 8, 2), [])
-        for (rows, step), seconds in by_tile.items():
-            config = ForwardConfig(rows, step, 4, 2)
-            trial.rows.append({"literal": search.literal(config), "fields": dataclasses.asdict(config),
-                               "median": seconds, "bits": str(step)})  # fmt: skip
-        trials.append(trial)
-    (group,) = tune.result(trials, HOPPER, torch.device("cpu"), True, "")["groups"]
-    assert group["fixed"] == {"step": 64} and group["best"] == "ForwardConfig(128, 64, 4, 2)"
-    first, second = (group["shapes"][subject.shape] for subject in subjects)
-    assert first["fastest"] == "ForwardConfig(128, 128, 4, 2)" and first["same_bits"] == "ForwardConfig(64, 64, 4, 2)"
-    assert second["fastest"] == second["same_bits"] == "ForwardConfig(128, 64, 4, 2)"
+def test_each_subject_is_decided_before_the_next_is_compiled(forwards, tmp_path):
+    trials, told = forwards(rows=(rows := tune.Rows(tmp_path / "rows.jsonl")))
+    rows.close()
+    assert [line.split()[0] for line in told] == ["compiled", "attention", "attention", "compiled", "attention"]
+    assert "compiled 4 of 4" in told[0] and "2x80, 96: 16.0 us" in told[1] and "compiled 1" in told[3]
+    written = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    for trial in trials:
+        own = [row for row in written if row["subject"] == trial.subject.name]
+        order = ["literal", "again", "final"]  # what ships once more, before the comparison in turn
+        kinds = [next(kind for kind in order if kind in row) for row in own]
+        assert kinds == sorted(kinds, key=order.index)
+        assert own[0]["literal"] == trial.ships and own[kinds.index("again")]["again"] == trial.ships
+        assert len(trial.again) == 5
+
+
+def test_a_short_limit_decides_the_first_subjects(forwards, monkeypatch):
+    """The 13 candidates of the last one take longer to compile than there is, the 4 of the first do not."""
+    monkeypatch.setenv("TUNE_WORKER_COMPILES", "0.5")
+    trials, told = forwards(limit=7.0)
+    assert not trials[0].left and not trials[1].left and trials[2].left
+    found = tune.result(trials, HOPPER, torch.device("cpu"), True, "")
+    first, last = found["groups"] if len(found["groups"]) == 2 else (*found["groups"], None)
+    assert first["from"] == "2 of 2 shapes" and first["best"] == "ForwardConfig(128, 16, 4, 3)" and first["changes"]
+    assert found["left"] == [trials[2].subject.name] and set(found["tables"]) == {
+        "qwen2vl_kernels._attention.forward_config"
+    }
+    assert "64, Forward" not in str(found["tables"])
+    if last is not None:
+        assert last["best"] is None and last["from"] == "0 of 1 shapes"
+        assert any("candidates: no verdict" in line for line in told)
+        console = Console(width=250, record=True, file=io.StringIO())
+        tune.show(found, console)
+        assert "the limit came after" in console.export_text()
 
 
 def test_finalists_take_turns():

@@ -1,6 +1,7 @@
 """What the tests of the tuner run in place of its worker: no kernels, but every way to fail, told by the fields.
 
-At ``rows`` of 128 a candidate takes ``step`` microseconds, at 64 it fails by its step. Needs nothing but Python.
+At ``rows`` of 128 a candidate takes ``step`` microseconds, at 64 it fails by its step. A compilation takes the seconds
+that the environment variable ``TUNE_WORKER_COMPILES`` names. Needs nothing but Python.
 """
 
 import json
@@ -12,6 +13,7 @@ for line in sys.stdin:
     request = json.loads(line)
     reply: dict = {}
     if sys.argv[1] == "compile":
+        time.sleep(float(os.environ.get("TUNE_WORKER_COMPILES", "0")))
         if request["fields"].get("num_stages") == 4:
             reply = {"failed": "does not compile", "why": "no registers"}
     elif "finalists" in request:

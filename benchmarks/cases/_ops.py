@@ -81,6 +81,8 @@ class Op:
             float64 the truth. It and all others take the inputs and return a tensor or a tuple.
         ours: called with the inputs and ``backend=``.
         inputs: tensors; those in ``constants`` stay as they are in float64 and have no gradient.
+        written: tensors that come after the constants and are written into: whoever runs has copies of its own, or the
+            gate would compare one memory with itself.
         peers: name -> (module that must be there, function that makes the callable). A callable with a true attribute
             ``in_place`` overwrites its inputs: it gets copies of its own, restored before every sample.
     """
@@ -92,14 +94,19 @@ class Op:
         ours: Callable,
         inputs: Tensors,
         constants: Tensors = (),
+        written: Tensors = (),
         peers: Mapping[str, tuple[str, Callable[[], Callable]]] | None = None,
         floor: float = 1e-6,
     ) -> None:
         self.context, self.formula, self.ours, self.floor = context, formula, ours, floor
-        self.inputs, self.constants, self.peers = tuple(inputs), tuple(constants), dict(peers or {})
+        self.inputs, self.constants, self.written = tuple(inputs), tuple(constants), tuple(written)
+        self.peers = dict(peers or {})
 
     def forward(self, series: str, tokens: int, *, bytes: float, flops: float | None = None) -> Workload:
-        return self._workload(series, tokens, lambda run: partial(run, *self.inputs, *self.constants), bytes, flops)
+        def prepare(run: Callable) -> Callable[[], Any]:
+            return partial(run, *self.inputs, *self.constants, *(x.clone() for x in self.written))
+
+        return self._workload(series, tokens, prepare, bytes, flops)
 
     def backward(self, series: str, tokens: int, *, bytes: float, flops: float | None = None) -> Workload:
         """The gradients of the inputs alone: the forward is done before the clock starts."""
@@ -162,13 +169,13 @@ class Op:
         return made.view(output.shape).to(output.dtype)
 
     def _gate(self, prepare: Callable, outputs: Mapping[str, Any]) -> list[Check]:
-        keep = self.inputs
+        keep = self.inputs, self.written
         low = _tuple(prepare(self.formula)())
-        self.inputs = tuple(x.double() if x.is_floating_point() else x for x in keep)
+        self.inputs, self.written = (tuple(x.double() if x.is_floating_point() else x for x in xs) for xs in keep)
         try:
             exact = _tuple(prepare(self.formula)())
         finally:
-            self.inputs = keep
+            self.inputs, self.written = keep
         return [
             two_times(f"{name}, result {n}", got, low[n].view(got.shape), exact[n].view(got.shape), self.floor)
             for name, results in outputs.items()

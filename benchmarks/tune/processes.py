@@ -35,6 +35,10 @@ class Worker:
         self._process: subprocess.Popen[str] | None = None
         self._errors: IO[str] | None = None
 
+    def start(self) -> None:
+        """Let the process begin with its imports, before there is something to ask."""
+        self._started()
+
     def ask(self, request: Mapping[str, Any], limit: float) -> dict[str, Any]:
         """The reply, within ``limit`` seconds. Raises :class:`Died`."""
         process = self._started()

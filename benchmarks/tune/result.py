@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,17 +17,17 @@ from qwen2vl_kernels._triton import Target
 from .. import environment
 from ..run import SCHEMA
 from ..timing import ratio, spread
-from .search import Trial, literal
+from .verdict import Trial, by_group, verdict, whole
 
 
 def result(trials: Sequence[Trial], target: Target, device: torch.device, quick: bool, command: str) -> dict[str, Any]:
     """Everything measured so far.
 
     Beside what every case's result has: ``architecture``; ``subjects``, each with what ships, the best and how many
-    candidates were timed, failed or left; ``groups``, each with the best for all its shapes; ``tables``, those of one
-    chooser as the entry of its table; ``left``, the subjects of which nothing was measured.
+    candidates were timed, failed or left; ``groups``, each with the verdict for all its shapes; ``tables``, those
+    of one chooser as the entry of its table; ``left``, the subjects without a verdict.
     """
-    timed = [trial for trial in trials if trial.finals]
+    timed = [trial for trial in whole(trials) if trial.finals]
     return {
         "schema": SCHEMA,
         "case": "tune",
@@ -43,9 +42,9 @@ def result(trials: Sequence[Trial], target: Target, device: torch.device, quick:
         "skipped": _skipped(trials),
         "red": [],
         "subjects": [_subject(trial) for trial in trials if trial.rows],
-        "groups": (found := groups(trials)),
+        "groups": (found := [verdict(*g) for g in by_group(trials).items() if any(t.rows for t in g[1])]),
         "tables": tables(found, target),
-        "left": [trial.subject.name for trial in trials if not trial.finals],
+        "left": [trial.subject.name for trial in trials if trial not in timed],
     }
 
 
@@ -57,76 +56,21 @@ def write(found: dict[str, Any], path: Path) -> None:
     partial.replace(path)
 
 
-def groups(trials: Iterable[Trial]) -> list[dict[str, Any]]:
-    """By group, the candidate that is best for all shapes: least geometric mean of its time over each shape's best.
-
-    Where bits depend on a field, its value is chosen first, by the best that each shape can do with it, for it has to
-    serve all shapes; ``shapes`` names for each the fastest candidate, and the fastest one whose result has the very
-    bits of the one for all, so may take its place there.
-    """
-    by_group: dict[str, list[Trial]] = {}
-    for trial in trials:
-        if any("median" in row for row in trial.rows):
-            by_group.setdefault(trial.subject.group, []).append(trial)
-    return [_group(name, members) for name, members in by_group.items()]
-
-
-def _group(name: str, members: Sequence[Trial]) -> dict[str, Any]:
-    subject = members[0].subject
-    times = [{row["literal"]: row for row in trial.rows if "median" in row} for trial in members]
-    least = [min(row["median"] for row in shape.values()) for shape in times]
-    common = [text for text in times[0] if all(text in shape for shape in times)]
-    fixed = {}
-    for field in subject.fixed:
-        values = {times[0][text]["fields"][field] for text in common}
-
-        def cost(value: int, field: str = field) -> float:
-            best = [min(r["median"] for r in shape.values() if r["fields"][field] == value) for shape in times]
-            return _mean(best, least)
-
-        if values:
-            fixed[field] = min(values, key=cost)
-    allowed = [t for t in common if all(times[0][t]["fields"][f] == value for f, value in fixed.items())]
-    if not allowed:
-        return {"group": name, "best": None, "why": "no candidate was timed at every shape"}
-    best = min(allowed, key=lambda text: _mean([shape[text]["median"] for shape in times], least))
-    ships = [literal(trial.shipped) for trial in members]  # shorter segments may have another
-    shapes = {}
-    for trial, shape in zip(members, times, strict=True):
-        alike = [text for text, row in shape.items() if row["bits"] == shape[best]["bits"]]
-        shapes[trial.subject.shape] = {
-            "ships": literal(trial.shipped),
-            "fastest": (fastest := min(shape, key=lambda text: shape[text]["median"])),
-            "fastest_s": shape[fastest]["median"],
-            "best_s": shape[best]["median"],
-            "same_bits": (same := min(alike, key=lambda text: shape[text]["median"])),
-            "same_bits_s": shape[same]["median"],
-        }
-    found = {
-        "group": name,
-        "function": f"{subject.module.__name__}.{subject.function}",
-        "best": best,
-        "fixed": fixed,
-        "shapes": shapes,
-    }
-    if all(text in shape for text, shape in zip(ships, times, strict=True)):
-        shipped = [shape[text]["median"] for text, shape in zip(ships, times, strict=True)]
-        found["gain"] = _mean(shipped, [shape[best]["median"] for shape in times])
-    if subject.columns is not None:
-        found |= {"columns": subject.columns, "place": subject.place or 0}
-    return found
-
-
 def tables(groups: Iterable[dict[str, Any]], target: Target) -> dict[str, str]:
     """By chooser, the best of heads by width as a line of its table of architectures.
 
-    A width of which a pass is missing is left out, as half an entry cannot be written in.
+    A width of which a pass is missing is left out, as half an entry cannot be written in. A comment says which widths
+    do not come from all shapes.
     """
     known: dict[str, dict[int, dict[int, str]]] = {}
+    partial: dict[str, list[str]] = {}
     for group in groups:
-        if "columns" in group:
+        if "columns" in group and group["best"] is not None:
             by_width = known.setdefault(group["function"], {})
             by_width.setdefault(group["columns"], {})[group["place"]] = group["best"]
+            count, _, of, _ = group["from"].split()
+            if count != of:
+                partial.setdefault(group["function"], []).append(f"{group['columns']} from {group['from']}")
     architecture = target.capability if target.backend == "cuda" else 0
     lines = {}
     for function, by_width in known.items():
@@ -136,13 +80,9 @@ def tables(groups: Iterable[dict[str, Any]], target: Target) -> dict[str, str]:
             for columns, places in sorted(by_width.items())
             if len(places) == whole
         ]
-        lines[function] = f"{architecture}: ({', '.join(entries)},),"
+        comment = f"  # {', '.join(dict.fromkeys(partial[function]))}" if function in partial else ""
+        lines[function] = f"{architecture}: ({', '.join(entries)},),{comment}"
     return lines
-
-
-def _mean(times: Sequence[float], others: Sequence[float]) -> float:
-    """The geometric mean of quotients."""
-    return math.exp(statistics.fmean(math.log(a / b) for a, b in zip(times, others, strict=True)))
 
 
 def _best(trial: Trial) -> str:
@@ -154,20 +94,25 @@ def _subject(trial: Trial) -> dict[str, Any]:
     failed = [row for row in trial.rows if "failed" in row]
     told = {
         "subject": trial.subject.name,
-        "ships": literal(trial.shipped),
+        "ships": trial.ships,
         "timed": len(trial.rows) - len(failed),
         "failed": [{"literal": row["literal"], "failed": row["failed"], "why": row["why"]} for row in failed],
         "left": trial.left,
     }
-    if trial.finals:
+    if trial.again:
+        first = next(row["samples"] for row in trial.rows if row["literal"] == trial.ships)
+        told["drift"] = statistics.median(trial.again) / statistics.median(first)  # of the machine, in the first pass
+    if trial.broken is not None:
+        told["broken"] = trial.broken
+    if trial.finals and not trial.left:
         told |= {"best": (best := _best(trial)), "best_s": spread(trial.finals[best])}
-        if (ships := literal(trial.shipped)) in trial.finals:
+        if (ships := trial.ships) in trial.finals:
             told |= {"ships_s": spread(trial.finals[ships])}
     return told
 
 
 def _rows(trial: Trial) -> list[dict[str, Any]]:
-    best, ships = _best(trial), literal(trial.shipped)
+    best, ships = _best(trial), trial.ships
     rows = []
     for text in dict.fromkeys((ships, best)):
         if (samples := trial.finals.get(text)) is not None:
@@ -189,6 +134,7 @@ def _skipped(trials: Iterable[Trial]) -> list[dict[str, str]]:
     told = []
     for trial in trials:
         reasons = [(row["literal"], f"{row['failed']}: {row['why']}") for row in trial.rows if "failed" in row]
+        reasons += [("the best", trial.broken)] if trial.broken is not None else []
         reasons += [(f"{trial.left} candidates", "the limit came first")] if trial.left else []
         told += [{"workload": trial.subject.name, "provider": what, "reason": why} for what, why in reasons]
     return told
@@ -212,13 +158,20 @@ def show(found: dict[str, Any], console: Console) -> None:
             ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)),
         )
     console.print(table)
+    for s in found["subjects"]:
+        if s["left"]:
+            looked = s["timed"] + len(s["failed"])
+            told = f"{s['subject']}: the limit came after {looked} of {looked + s['left']} candidates: no verdict"
+            console.print(told, style="yellow", markup=False, soft_wrap=True)
     for g in found["groups"]:
-        if g["best"] is None:
+        if "candidate" not in g:
             console.print(f"{g['group']}: {g['why']}", markup=False)
             continue
-        gain = f"{g['gain']:.2f}x what ships" if "gain" in g else "what ships was not timed at every shape"
+        gain = f" is {g['gain']:.2f}x what ships (rounds within {g['spread']:.2f})" if "gain" in g else ""
         one = "".join(f", one {field} for all shapes: {value}" for field, value in g["fixed"].items())
-        console.print(f"{g['group']}: {g['best']}: {gain}{one}", markup=False, soft_wrap=True)
+        does = "change to it" if g["changes"] else "keep what ships"
+        told = f"{g['group']}, from {g['from']}: {g['candidate']}{gain}: {does}, {g['why']}{one}"
+        console.print(told, markup=False, soft_wrap=True)
     for function, line in found["tables"].items():
         console.print(f"{function}:\n    {line}", markup=False, soft_wrap=True)
     if found["left"]:

@@ -1,14 +1,20 @@
-"""The search: candidates are compiled by all cores, then run, compared and timed by one process."""
+"""The search, subject by subject: candidates are compiled by all cores, then run, compared and timed by one process.
+
+Nothing is compiled while something is timed. A group is decided anew after each of its shapes, so that a search that
+ends early leaves whole verdicts on the first ones.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import queue
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,36 +25,18 @@ from qwen2vl_kernels import _triton
 
 from .processes import Died, Worker
 from .subjects import DTYPES, REHEARSED, Subject, configured, subjects
+from .verdict import Trial, by_group, finalists, literal, ranking, whole
 
-#: Of the whole limit, what compiling may take: what is compiled by then is timed.
-_COMPILE_SHARE = 0.4
+#: Of the time that is left when a subject begins, what compiling may take: what is compiled by then is timed.
+_COMPILE_SHARE = 0.7
+#: What the first pass leaves of the limit to the comparison in the end: a share, and at most some seconds.
+_FINALS_SHARE, _FINALS_SECONDS = 0.15, 10.0
 #: Seconds that one candidate may take: a compilation; a run with its comparison, a subject's first one and later ones.
 _COMPILE_LIMIT, _START_LIMIT, _RUN_LIMIT = 120.0, 90.0, 20.0
 #: Of a candidate, and of those that are compared in the end.
-_SAMPLES, _FINAL_SAMPLES, _FINALISTS = 5, 15, 3
+_SAMPLES, _FINAL_SAMPLES = 5, 15
 
 Fields = dict[str, int]
-
-
-@dataclass
-class Trial:
-    """What became of a subject: every candidate's row, and the finalists' samples by their literal text."""
-
-    subject: Subject
-    shipped: Any
-    candidates: list[Fields]
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    finals: dict[str, list[float]] = field(default_factory=dict)
-
-    @property
-    def left(self) -> int:
-        """Candidates that the limit kept from being looked at."""
-        return len(self.candidates) - len(self.rows)
-
-
-def literal(config: Any) -> str:
-    """``ForwardConfig(128, 64, 8, 2)``: as configurations are written."""
-    return f"{type(config).__name__}({', '.join(map(str, asdict(config).values()))})"
 
 
 def candidates(subject: Subject, target: _triton.Target, dtype: torch.dtype) -> tuple[Any, list[Fields]]:
@@ -113,7 +101,10 @@ class Search:
 
     def __post_init__(self) -> None:
         self._begin = time.monotonic()
+        self._end = math.inf if self.limit is None else self._begin + self.limit
+        self._kept = 0.0 if self.limit is None else min(_FINALS_SECONDS, _FINALS_SHARE * self.limit)
         self.dtype = DTYPES[self.device.type]
+        self._compiled: dict[tuple[str, str], dict[str, Any]] = {}
 
     def run(self, names: Sequence[str] = (), done: Callable[[list[Trial]], None] = lambda trials: None) -> list[Trial]:
         """Compile and time every subject whose name holds one of ``names``, by default all, or a few with ``quick``.
@@ -121,88 +112,99 @@ class Search:
         ``done`` gets all trials after each subject. Raises ``ValueError`` as :meth:`trials`.
         """
         trials = self.trials(names)
-        compiled = self.compile(trials, _COMPILE_SHARE)
         interpret = {"TRITON_INTERPRET": "1" if self.device.type == "cpu" else None}
-        with Worker((self.worker, "time", str(self.device), self._size), interpret) as worker:
+        with ExitStack() as stack:
+            worker = stack.enter_context(Worker((self.worker, "time", str(self.device), self._size), interpret))
+            worker.start()
+            compilers = self._compilers(stack)
             for trial in trials:
-                if self._time_is_up():
+                if self._left() <= self._kept:
                     break
-                self._time(trial, compiled, worker)
+                self._compile([trial], compilers, time.monotonic() + _COMPILE_SHARE * (self._left() - self._kept))
+                self._time(trial, worker)
+                self._compare(by_group(trials)[trial.subject.group], worker)
                 done(trials)
         return trials
 
     def trials(self, names: Sequence[str] = ()) -> list[Trial]:
         """Of subjects whose name holds one of ``names``, with nothing measured. Raises ``ValueError`` where none is."""
-        names = names or (REHEARSED if self.quick else ())
-        chosen = [s for s in subjects(self.quick) if not names or any(name in s.name for name in names)]
+        names, known = names or (REHEARSED if self.quick else ()), list(subjects(self.quick))
+        chosen = [s for s in known if not names or any(name in s.name for name in names)]
         if not chosen:
             raise ValueError(f"no subject's name has one of {', '.join(names)} in it")
-        return [Trial(s, *candidates(s, self.target, self.dtype)) for s in chosen]
+        groups = [s.group for s in known]
+        return [Trial(s, *candidates(s, self.target, self.dtype), groups.count(s.group)) for s in chosen]
 
-    def compile(self, trials: Iterable[Trial], share: float = 1.0) -> dict[tuple[str, str], dict[str, Any]]:
-        """What became of every candidate, by what the subject is compiled as and the candidate's fields.
+    def compile(self, trials: Iterable[Trial]) -> None:
+        """Compile the candidates of all and time none."""
+        with ExitStack() as stack:
+            self._compile(trials, self._compilers(stack), self._end)
 
-        Those that ``share`` of the limit leaves no time for are not among them.
-        """
+    def _compilers(self, stack: ExitStack) -> list[Worker]:
+        """They wait while something is timed, as starting one takes longer than most compilations."""
+        where = f"{self.target.backend}:{self.target.capability}:{str(self.dtype).removeprefix('torch.')}"
+        command = (self.worker, "compile", where, self._size)
+        return [stack.enter_context(Worker(command, {"TRITON_INTERPRET": None})) for _ in range(self.jobs)]
+
+    def _compile(self, trials: Iterable[Trial], compilers: Sequence[Worker], until: float) -> None:
+        """Find out what becomes of every candidate that was not compiled yet, until a point of the monotonic clock."""
         tasks: queue.SimpleQueue[tuple[tuple[str, str], dict[str, Any]]] = queue.SimpleQueue()
-        known: set[tuple[str, str]] = set()
+        new: set[tuple[str, str]] = set()
         for trial in trials:
             for fields in trial.candidates:
                 key = (trial.subject.compiled_as, str(fields))
-                if key not in known:
-                    known.add(key)
+                if key not in self._compiled and key not in new:
+                    new.add(key)
                     tasks.put((key, {"subject": trial.subject.name, "fields": fields}))
-        compiled: dict[tuple[str, str], dict[str, Any]] = {}
-        where = f"{self.target.backend}:{self.target.capability}:{str(self.dtype).removeprefix('torch.')}"
+        if not new:
+            return
+        begin = time.monotonic()
 
-        def work() -> None:
-            with Worker((self.worker, "compile", where, self._size), {"TRITON_INTERPRET": None}) as worker:
-                while not self._time_is_up(share):
-                    try:
-                        key, request = tasks.get_nowait()
-                    except queue.Empty:
+        def work(compiler: Worker) -> None:
+            while time.monotonic() < until:
+                try:
+                    key, request = tasks.get_nowait()
+                except queue.Empty:
+                    return
+                try:
+                    reply = compiler.ask(request, min(_COMPILE_LIMIT, max(0.1, until - time.monotonic())))
+                except Died as death:
+                    if time.monotonic() >= until:
                         return
-                    try:
-                        compiled[key] = worker.ask(request, self._within(_COMPILE_LIMIT, share))
-                    except Died as death:
-                        if not self._time_is_up(share):
-                            compiled[key] = {"failed": "does not compile", "why": str(death)}
+                    reply = {"failed": "does not compile", "why": str(death)}
+                self._compiled[key] = reply
 
-        threads = [threading.Thread(target=work) for _ in range(min(self.jobs, len(known)))]
+        threads = [threading.Thread(target=work, args=(one,)) for one in compilers[: len(new)]]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        failed = sum("failed" in reply for reply in compiled.values())
-        took = time.monotonic() - self._begin
-        self.log(f"compiled {len(compiled) - failed} of {len(known)} candidates in {took:.0f} s, {failed} fail")
-        return compiled
+        replies = [self._compiled[key] for key in new if key in self._compiled]
+        failed = sum("failed" in reply for reply in replies)
+        took = time.monotonic() - begin
+        self.log(f"compiled {len(replies) - failed} of {len(new)} candidates in {took:.0f} s, {failed} fail")
 
     @property
     def _size(self) -> str:
         return "quick" if self.quick else "whole"
 
-    def _time_is_up(self, share: float = 1.0) -> bool:
-        return self.limit is not None and time.monotonic() - self._begin > share * self.limit
+    def _left(self) -> float:
+        """Seconds of the limit."""
+        return self._end - time.monotonic()
 
-    def _within(self, limit: float, share: float = 1.0) -> float:
-        """``limit``, or the seconds that ``share`` of the whole one leaves and a few, where that is less."""
-        if self.limit is None:
-            return limit
-        return min(limit, 5 + max(0.0, self._begin + share * self.limit - time.monotonic()))
-
-    def _time(self, trial: Trial, compiled: dict[tuple[str, str], dict[str, Any]], worker: Worker) -> None:
+    def _time(self, trial: Trial, worker: Worker) -> None:
+        """The first pass: every candidate once, and what ships once more, as a machine may slow down meanwhile."""
         subject, beat = trial.subject, None
         for fields in trial.candidates:
-            if self._time_is_up():
+            if self._left() <= self._kept:
                 break
-            reply = compiled.get((subject.compiled_as, str(fields)))
+            reply = self._compiled.get((subject.compiled_as, str(fields)))
             if reply is None:
                 continue  # the limit came before it
             if "failed" not in reply:
-                request = {"subject": subject.name, "fields": fields, "beat": beat, "samples": _SAMPLES}
-                reply = self._ask(worker, request, _RUN_LIMIT if worker.running and trial.rows else _START_LIMIT)
-                if reply.get("failed") == "hangs" and self._time_is_up():
+                limit = _RUN_LIMIT if worker.running and trial.rows else _START_LIMIT
+                reply = self._ask(worker, self._sample(trial, fields, beat), limit)
+                if reply.get("failed") == "hangs" and self._left() <= 0:
                     break  # it was the whole limit that ended it
             row = {"subject": subject.name, "group": subject.group, "shape": subject.shape, "fields": fields,
                    "literal": literal(type(trial.shipped)(**{**asdict(trial.shipped), **fields})), **reply}  # fmt: skip
@@ -211,27 +213,44 @@ class Search:
                 beat = min(beat or row["median"], row["median"])
             trial.rows.append(row)
             self.rows.add(row)
-        timed = sorted((row for row in trial.rows if "median" in row), key=lambda row: row["median"])
-        if not timed:
-            return
-        finalists = timed[:_FINALISTS]
-        ships = literal(trial.shipped)
-        finalists += [row for row in timed[_FINALISTS:] if row["literal"] == ships]
-        request = {"subject": subject.name, "finalists": [row["fields"] for row in finalists],
-                   "samples": 3 if self.quick else _FINAL_SAMPLES}  # fmt: skip
-        reply = self._ask(worker, request, _START_LIMIT)
-        if "failed" in reply:
-            self.log(f"{subject.name}: those compared in the end: {reply['failed']}: {reply['why']}")
-            return
-        trial.finals = {row["literal"]: samples for row, samples in zip(finalists, reply["samples"], strict=True)}
-        for name, samples in trial.finals.items():
-            self.rows.add({"subject": subject.name, "final": name, "samples": samples})
-        best = min(trial.finals, key=lambda name: statistics.median(trial.finals[name]))
-        self.log(f"{subject.name}: {1e6 * statistics.median(trial.finals[best]):.1f} us with {best}")
+        if trial.left:
+            looked = f"{len(trial.rows)} of {len(trial.candidates)}"
+            self.log(f"{subject.name}: the limit came after {looked} candidates: no verdict")
+        elif trial.ships in trial.medians:
+            trial.again = self._ask(worker, self._sample(trial, trial.candidates[0], None), _RUN_LIMIT).get(
+                "samples", []
+            )
+            self.rows.add({"subject": subject.name, "again": trial.ships, "samples": trial.again})
+
+    @staticmethod
+    def _sample(trial: Trial, fields: Fields, beat: float | None) -> dict[str, Any]:
+        return {"subject": trial.subject.name, "fields": fields, "beat": beat, "samples": _SAMPLES}
+
+    def _compare(self, members: Sequence[Trial], worker: Worker) -> None:
+        """The best of a group by its whole shapes, and what ships, in turn at every one, where they were not yet."""
+        ready = whole(members)
+        ranked = ranking(ready)[1] if ready else []
+        for trial in ready:
+            wanted = finalists(trial, ranked)
+            if set(wanted) <= set(trial.finals) or self._left() <= 0:
+                continue
+            fields = {row["literal"]: row["fields"] for row in trial.rows}
+            request = {"subject": trial.subject.name, "finalists": [fields[text] for text in wanted],
+                       "samples": 3 if self.quick else _FINAL_SAMPLES}  # fmt: skip
+            reply = self._ask(worker, request, _START_LIMIT)
+            if "failed" in reply:
+                trial.broken = f"those compared in the end: {reply['failed']}: {reply['why']}"
+                self.log(f"{trial.subject.name}: {trial.broken}")
+                continue
+            trial.finals = dict(zip(wanted, reply["samples"], strict=True))
+            for name, samples in trial.finals.items():
+                self.rows.add({"subject": trial.subject.name, "final": name, "samples": samples})
+            best = min(trial.finals, key=lambda name: statistics.median(trial.finals[name]))
+            self.log(f"{trial.subject.name}: {1e6 * statistics.median(trial.finals[best]):.1f} us with {best}")
 
     def _ask(self, worker: Worker, request: dict[str, Any], limit: float) -> dict[str, Any]:
         """The reply; a process that dies or hangs costs its candidate, and the next one gets another process."""
         try:
-            return worker.ask(request, self._within(limit))
+            return worker.ask(request, min(limit, 5 + max(0.0, self._left())))
         except Died as death:
             return {"failed": "hangs" if "killed after" in str(death) else "dies", "why": str(death)}
