@@ -23,6 +23,8 @@ SCHEMA = 1
 
 Line = dict[str, Any]
 
+_FIRST = ("first_call_s", "first_call_compiled", "another_shape_s", "another_shape_compiled")
+
 
 def read(path: Path) -> list[Line]:
     """The lines of a run. The last may be torn, as the run was killed while writing it.
@@ -83,6 +85,7 @@ def assemble(lines: Sequence[Line]) -> dict[str, Any]:
         where = "all" if line["workload"] is None else line["workload"]
         result["skipped"].append({"workload": where, "provider": "all", "reason": line["reason"], **told})
     result["red"] = [line["message"] for line in failed]
+    result["red"] += [failure for line in measured for failure in line.get("failures", ())]
     done = {line["workload"] for line in [*measured, *failed]}
     result["missing"] = [] if None in done else [name for name in plan["workloads"] if name not in done]
     return result
@@ -126,7 +129,7 @@ def _rows(line: Line, ceilings: Mapping[str, Any]) -> list[dict[str, Any]]:
                     if any(theirs) and any(values)  # nothing is no part of something
                 },
             }
-            row |= {key: provider[key] for key in ("first_call_s", "another_shape_s") if key in provider}
+            row |= {key: provider[key] for key in _FIRST if key in provider}
             if declared["series"] is not None:
                 row |= {"series": declared["series"], "size": declared["size"]}
             if declared["units"] is None:

@@ -196,7 +196,7 @@ def workloads(context: Context) -> Iterator[Workload]:
 
     def all_there(outputs: Mapping[str, Any]) -> list[Check]:
         """Also the warm-up: a call each."""
-        return [Check(f"{who}'s tokens", abs(len(got["tokens"]) - size.tokens), 0) for who, got in outputs.items()]
+        return [Check(f"{who}'s tokens", abs(len(got["tokens"]) - size.tokens), 0, who) for who, got in outputs.items()]
 
     try:
         yield Workload(
