@@ -98,6 +98,7 @@ class Workload:
             the call.
         another: makes the same workload on a second shape of the same kind. Each provider's first call there, beside
             its first call here, tells what every new shape costs from what the first costs once.
+        late: dear and telling less: a command measures it after all other workloads of all its cases.
         series, size: what this is one point of, and which, for plots: an op and its tokens, say.
         min_rounds, max_rounds, budget_s: rounds are as many as fit the budget, within these bounds. Rounds that are
             asked for are never more than ``max_rounds``, which is 1 where a second round says nothing new.
@@ -113,6 +114,7 @@ class Workload:
     unit: str | None = None
     units: Mapping[str, str] | None = None
     another: Callable[[], Workload] | None = None
+    late: bool = False
     series: str | None = None
     size: int | None = None
     min_rounds: int = 5

@@ -304,16 +304,18 @@ class Run:
     path: Path
     plan: Line
 
-    def finish(self, log: Callable[[str], None] = lambda text: None) -> None:
-        """Measure the case and append a line after each step.
+    def finish(self, log: Callable[[str], None] = lambda text: None, late: bool = False) -> bool:
+        """Measure the case but for its late workloads, or with ``late`` those, and append a line after each step;
+        whether the case's own gate is green.
 
         ``log`` gets a line a provider, and why a process ended early. A workload that a peer ended is measured again
         without it.
         """
-        tasks = [replace(self.task, what="gate")] if self.case.gate is not None else []
+        tasks = [replace(self.task, what="gate")] if self.case.gate is not None and not late else []
         for index, name in enumerate(self.plan["workloads"]):
-            tasks.append(replace(self.task, what="workload", index=index, workload=name))
-        if self.plan["ceilings"]:
+            if (name in self.plan["late"]) == late:
+                tasks.append(replace(self.task, what="workload", index=index, workload=name))
+        if self.plan["ceilings"] and not late:
             tasks.append(replace(self.task, what="again", plan=self.plan))
         for task in tasks:
             got = self.processes.run(task, self.limit)
@@ -323,14 +325,15 @@ class Run:
                 task = replace(task, context=replace(task.context, ended=ended))
                 got = self.processes.run(task, self.limit)
             if isinstance(got, Ended) and task.what == "again":
-                return  # those of the plan count
+                break  # those of the plan count
             line = got.line(self.case.name, task.workload) if isinstance(got, Ended) else got
             append(line, self.path)
             said = {"failed": lambda line=line: [line["message"]], "workload": lambda line=line: run.brief(line)}
             for text in said.get(line["line"], list)():
                 log(text)
             if task.what == "gate" and line["line"] == "failed":
-                return
+                return False
+        return True
 
 
 def begin(

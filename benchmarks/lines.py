@@ -2,7 +2,7 @@
 
 A killed run leaves its lines, of which the same file is made: it says what is missing. The kinds of lines, in order:
 
-- ``plan``: where and how it is measured, names of all workloads, ceilings of the machine.
+- ``plan``: where and how it is measured, names of all workloads and of those to come last, ceilings of the machine.
 - ``gate``: the checks of the case's own gate.
 - ``workload``: one that was measured: what it declares, providers, checks, samples.
 - ``failed``: one that was not, or the case's gate (``workload`` is null): ``kind`` is ``red`` or ``ended``.
@@ -70,7 +70,7 @@ def assemble(lines: Sequence[Line]) -> dict[str, Any]:
         kinds.setdefault(line["line"], []).append(line)
     measured, failed = kinds.get("workload", []), kinds.get("failed", [])
     ceilings = _best([plan["ceilings"], *(line["ceilings"] for line in kinds.get("ceilings", []))])
-    result = {key: value for key, value in plan.items() if key not in ("line", "workloads", "ceilings")}
+    result = {key: value for key, value in plan.items() if key not in ("line", "workloads", "late", "ceilings")}
     result["ceilings"] = ceilings
     result["gate"] = [check for line in [*kinds.get("gate", []), *measured] for check in line["checks"]]
     result["rows"] = [row for line in measured for row in _rows(line, ceilings)]

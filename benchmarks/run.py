@@ -76,10 +76,11 @@ def run_case(
 def plan(case: Case, context: Context, command: str) -> Line:
     """Where and how ``case`` is measured, its workloads' names, and the ceilings of the products they want."""
     dtypes: set[torch.dtype] = set()
-    names = []
+    names, late = [], []
     with torch.inference_mode():
         for workload in case.workloads(context):
             names.append(workload.name)
+            late += [workload.name] if workload.late else []
             if workload.flops or workload.bytes:
                 dtypes.add(workload.dtype)
             del workload
@@ -94,6 +95,7 @@ def plan(case: Case, context: Context, command: str) -> Line:
         "quick": context.quick,
         **environment.describe(context.device),
         "workloads": names,
+        "late": late,
         "ceilings": _ceilings(context, dtypes),
     }
 

@@ -78,6 +78,27 @@ def test_every_line_is_there(broken):
     assert assemble(lines) == json.loads((out / "broken.json").read_text())
 
 
+def test_late_workloads_come_after_those_of_all_cases(tmp_path, monkeypatch):
+    order, append = [], isolate.append
+
+    def noted(line, path):
+        order.append((path.stem, line.get("workload")))
+        append(line, path)
+
+    monkeypatch.setattr(isolate, "append", noted)
+    names = ["tests.broken_cases.late", "tests.broken_cases.peers"]
+    small = ["--without", "aborts", "--without", "hangs", "--without", "loses CUDA"]
+    done = command("run", *names, *small, "--quick", "--device", "cpu", "--out", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    assert order == [
+        ("late", None), ("late", "last"),
+        ("broken_peers", None), ("broken_peers", "all of them"), ("broken_peers", "behind them"),
+        ("late", "first"),
+    ]  # fmt: skip
+    result = json.loads((tmp_path / "late.json").read_text())
+    assert result["missing"] == [] and len(result["rows"]) == 4
+
+
 def test_a_gate_of_the_case_that_crashes_is_red_and_writes_no_results(tmp_path):
     done = command("run", "tests.broken_cases.gate", "--quick", "--device", "cpu", "--out", str(tmp_path))
     assert done.exit_code == 1 and "broken_gate: ended by SIGABRT" in done.output
