@@ -24,6 +24,8 @@ from ..environment import ROOT, slug
 _GRACE = 6.0
 #: A part with less than this before it is not started.
 _LEAST = 8.0
+#: Seconds that a GPU is there for, some to spare.
+BUDGET = 480.0
 #: A word of a command that stands for the whole seconds it has, but for those that it takes to end.
 SECONDS = "{seconds}"
 _TO_END = 4
@@ -56,14 +58,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Phase:
-    """Parts that share ``limit`` seconds, one after the other or all at once; ``reserve`` seconds of the budget are left
-    to those behind it."""
+    """Parts that share ``limit`` seconds, one after the other or all at once.
+
+    Of a budget of :data:`BUDGET` seconds those before it leave it at least ``floor``, of a smaller one as much less.
+    """
 
     name: str
     limit: float
     parts: tuple[Part, ...]
     together: bool = False
-    reserve: float = 0.0
+    floor: float = 0.0
 
 
 @dataclass
@@ -128,8 +132,9 @@ class Session:
     def run(self, phases: Sequence[Phase]) -> None:
         """Run all phases; being ended by a signal or an exception still leaves a summary of what was done."""
         try:
-            for phase in phases:
-                self._phase(phase)
+            for place, phase in enumerate(phases):
+                floors = sum(later.floor for later in phases[place + 1 :])
+                self._phase(phase, floors * min(1.0, self.budget / BUDGET))
         finally:
             at_work = {running.part.name: running for running in self.started}
             for running in self.started:
@@ -149,8 +154,8 @@ class Session:
     def failed(self) -> bool:
         return any(outcome.state == "failed" for outcome in self.outcomes)
 
-    def _phase(self, phase: Phase) -> None:
-        end = time.monotonic() + min(phase.limit, self.left - phase.reserve)
+    def _phase(self, phase: Phase, reserve: float) -> None:
+        end = time.monotonic() + min(phase.limit, self.left - reserve)
         waiting: list[_Running] = []
         for part in phase.parts:
             if part.missing is not None:
@@ -190,10 +195,10 @@ class Session:
 
     def _note(self, phase: Phase, part: Part, state: str, seconds: float, last: str) -> None:
         rest = None
-        if part.tests is not None and state in ("done", "failed"):
+        if part.tests is not None and state in ("done", "failed", "stopped"):
             last, rest = _of_tests(part.tests, last)
         elif state in ("stopped", "did not fit") or (state == "cannot run" and part.command):
-            left = [name for name in part.cases if not self._complete(name)]
+            left = [name for name in part.cases if state == "cannot run" or not self._complete(name)]
             rest = ", ".join(left) if left else None if part.cases else "all of it"
         command = _shown(part.command, part.environment)
         self.outcomes.append(Outcome(phase.name, part.name, state, round(seconds, 1), last, command, rest))
@@ -250,23 +255,23 @@ class _Running:
         self.part, self.path, self.stopped = part, log, False
         seconds = str(max(int(end - time.monotonic()) - _TO_END, 1))
         self.begin = time.monotonic()
-        self.file = log.open("wb")
-        self.process = subprocess.Popen(
-            [seconds if word == SECONDS else word for word in part.command],
-            cwd=ROOT,
-            env={**environment, **part.environment},
-            stdin=subprocess.DEVNULL,
-            stdout=self.file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                [seconds if word == SECONDS else word for word in part.command],
+                cwd=ROOT,
+                env={**environment, **part.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self.begin
 
     def stop(self) -> None:
-        """Ask it to end, and kill it where it does not. Of tests the first is asked alone, which then tells failures."""
+        """Ask it to end, and kill it where it does not. Of tests the first process is asked alone, to tell failures."""
         self.stopped = self.stopped or self.process.poll() is None
         if self.part.tests is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
@@ -281,7 +286,6 @@ class _Running:
     def close(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)  # what it left behind
-        self.file.close()
 
     def last(self) -> str:
         """The last line that it printed."""
@@ -316,6 +320,8 @@ def _shown(command: Sequence[str], environment: Mapping[str, str]) -> str:
     for word in given:
         if word == "--checkpoint-dir":
             next(given)
+        elif word == SECONDS:
+            words.pop()  # its option
         else:
             words.append("python" if word == sys.executable else word)
     return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in environment.items()), shlex.join(words)])
