@@ -86,8 +86,9 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if hasattr(session.config, "workerinput"):
-        _reason(session.config.workerinput).unlink(missing_ok=True)
+    worker = getattr(session.config, "workerinput", None)
+    if worker is not None:
+        _reason(worker).unlink(missing_ok=True)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -191,9 +191,9 @@ def test_what_is_left_is_run_by_the_command_that_is_named(tmp_path):
 def test_the_commit_can_be_given(monkeypatch):
     monkeypatch.setenv("QWEN2VL_COMMIT", "0123456789ab")
     assert environment.commit() == "0123456789ab"
-    given = ["make", "-n", "gpu", "QWEN2VL_COMMIT=feed", "PYTHON=env;true"]
+    given = ["make", "-s", "gpu", "QWEN2VL_COMMIT=feed", "PYTHON=sh -c 'echo $$QWEN2VL_COMMIT'"]
     done = subprocess.run(given, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "feed", done.stderr
 
 
 def test_a_run_that_is_ended_brings_back_what_it_had(tmp_path):
@@ -254,9 +254,10 @@ def test_kernels_are_compiled_into_tritons_cache(tmp_path):
     if (reason := _triton.reason("cuda")) is not None:
         pytest.skip(reason)
     code = (
-        "from pathlib import Path\nfrom benchmarks.gpu import warm\n"
+        "from pathlib import Path\nfrom benchmarks.gpu import warm\nfrom benchmarks.timing import compilations\n"
         "warm._begin(warm.named('sm_90'))\n"
-        "launches, error = warm._compile(('linear', 0))\n"
+        "with compilations() as compiled: launches, error = warm._compile(('linear', 0))\n"
+        "assert compiled and all(compiled), compiled\n"
         f"found = sorted(Path({str(tmp_path)!r}).rglob('*.cubin'))\n"
         "assert error is None and 0 < len(found) <= launches, (error, found, launches)\n"
         "times = [path.stat().st_mtime_ns for path in found]\n"
@@ -322,6 +323,9 @@ def test_the_rehearsal(tmp_path):
         result = json.loads(found[f"results/{case}.json"])
         assert result["rows"] and result["missing"] == [] and result["quick"] is True
         assert f"logs/{'ops' if case in ('rope', 'preprocess') else case}.log" in found
+    for part, state in ((part, part["state"]) for part in parts if part["phase"] == "tests"):
+        assert state == "done" and ("passed" in part["last"] or "skipped" in part["last"])
+        assert found[f"results/{part['part']}.jsonl"].startswith(b'{"collected": ')
     assert "results/tune.json" in found
     assert f"packed into {out / 'logs.tgz'}" in done.stdout
 
