@@ -236,6 +236,10 @@ def test_the_phases_of_a_gpu(tmp_path, monkeypatch):
     assert parts["peers"].command[-1].endswith("peer-1-py3-none-any.whl") and "--no-index" in parts["peers"].command
     assert parts["extension"].environment == {"QWEN2VL_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
     assert parts["kernels"].command[3:] == ("warm", "--jobs", "16")
+    assert parts["tuning-build"].command[3:5] == ("tune", "--compile") and SECONDS in parts["tuning"].command
+    assert {part.name for part in made[0].parts} >= {"peers", "extension", "kernels", "checkpoints", "tuning-build"}
+    assert made[0].together and not any(part.peers for part in made[0].parts)
+    assert [part.name for part in made[PHASES.index("tuning")].parts] == ["wgmma", "tuning"]
     for name in ("gpu-tests", "device-tests"):
         files = [word for word in parts[name].command if word.endswith(".py")]
         assert files and all((ROOT / file).is_file() for file in files)
