@@ -123,7 +123,8 @@ def measured(case: Case, workload: Workload, context: Context) -> Line:
     green = _green(f"{case.name}, {workload.name}", checks)
     del outputs
     workload = _leave_out(workload, out)
-    samples, dropped = measure(workload, clock, context.rounds or (2 if context.quick else None), _seconds(first))
+    rounds = context.rounds or (2 if context.quick else None)
+    samples, dropped = measure(workload, clock, rounds, _seconds(first), context.turn)
     workload = _leave_out(workload, dropped)
     other, failures = _another(workload, clock)
     return {

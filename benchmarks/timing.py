@@ -116,12 +116,17 @@ Samples = dict[str, dict[str, list[float]]]  # provider -> metric -> one value a
 
 
 def measure(
-    workload: Workload, clock: Clock, rounds: int | None = None, first_s: Mapping[str, float] | None = None
+    workload: Workload,
+    clock: Clock,
+    rounds: int | None = None,
+    first_s: Mapping[str, float] | None = None,
+    turn: Callable[[str | None], None] = lambda peer: None,
 ) -> tuple[Samples, dict[str, str]]:
     """Run all providers in turn, round after round, each round starting with the next provider.
 
     Whatever slows the machine down for a while hits all of them, and none always follows the same neighbour.
-    ``first_s``: seconds of the first call of those that were called already.
+    ``first_s``: seconds of the first call of those that were called already. ``turn`` is told of peers that warm up or
+    lose the device, and of ``None`` after them.
 
     Returns the samples, and why of the peers that failed, which have none.
     """
@@ -133,6 +138,7 @@ def measure(
     def drop(provider: Provider, error: Exception) -> None:
         """Go on without a peer that failed; the exception of one of ours, and what loses the device, is raised."""
         if not provider.peer or clock.lost(error):
+            turn(provider.name if provider.peer else None)
             raise error
         dropped[provider.name] = words(error)
         active.remove(provider)
@@ -140,10 +146,12 @@ def measure(
 
     for provider in list(active):
         first = (first_s or {}).get(provider.name)
+        turn(provider.name if provider.peer else None)
         try:
             repeats[provider.name] = 1 if workload.units is not None else _warm_up(provider, clock, first)
         except Exception as error:
             drop(provider, error)
+    turn(None)
     done, begin, limit = 0, time.perf_counter(), min(rounds or workload.max_rounds, workload.max_rounds)
     while active and done < limit:
         if rounds is None and done >= workload.min_rounds and time.perf_counter() - begin > workload.budget_s:

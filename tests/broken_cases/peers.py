@@ -11,7 +11,7 @@ from benchmarks.case import Case, Check, Context, Provider, Workload
 
 from .workloads import fail, hang, work
 
-calls = count()
+calls, more_calls = count(), count()
 
 
 class CompilationError(Exception):
@@ -29,6 +29,13 @@ def tire() -> int:
     return work()
 
 
+def lose_later() -> int:
+    """The same, and then the device is lost to the process."""
+    if next(more_calls) > 3:
+        fail()
+    return work()
+
+
 PEERS: dict[str, Callable[[], object]] = {
     "aborts": os.abort,
     "loses CUDA": fail,
@@ -37,6 +44,7 @@ PEERS: dict[str, Callable[[], object]] = {
     "is wrong": lambda: 5,
     "is no number": lambda: "a result",
     "tires": tire,
+    "loses CUDA later": lose_later,
     "well": work,
 }
 
