@@ -5,6 +5,7 @@
 #   PYTEST_ARGS=...            extra arguments for pytest, e.g. -k rotary
 #   DEVICE=cpu                  make gpu rehearses at small sizes in .venv
 #   BUDGET=480, PHASES="tests attention", OUT=build/gpu    make gpu: its seconds, its phases, the folder of what it learns
+#   QWEN2VL_COMMIT=...          the commit that results name, on a machine that has the files without their history
 #   WHEELS=build/wheels         folder of the wheels that make gpu-wheels fetches and make gpu installs for itself
 #   PYTHON_VERSION=3.12         the Python that make gpu-wheels fetches wheels for
 #   FUZZ_SECONDS=60, FUZZER=libfuzzer, FUZZ_CXX=..., FUZZ_DIR=...    make fuzz: time a target, engine, compiler, folder
@@ -32,7 +33,8 @@ help:
 	@echo "make lint    ruff, pyright, clang-format;  make format  rewrites what they can"
 	@echo "make fuzz    the C++ of the CPU on random input, under the address and undefined behaviour sanitizers"
 	@echo "make gpu     on a machine with a GPU: build, test, measure and tune within BUDGET=480 seconds, with its own"
-	@echo "             python3, no network;  make gpu DEVICE=cpu  rehearses it at small sizes"
+	@echo "             python3, no network;  make gpu DEVICE=cpu  rehearses it at small sizes;  QWEN2VL_COMMIT=...  is the"
+	@echo "             commit that results name where there is no .git"
 	@echo "make gpu-wheels    wheels of what benchmarks compare with, for a machine without a network, in build/wheels"
 	@echo "make test-stacks    vLLM's and SGLang's own towers and transformers 4.57, patched and stock, each in an environment"
 	@echo "make test-oldest    the test suite with the lowest versions that pyproject.toml names, in an environment of their own"
@@ -110,6 +112,7 @@ BUDGET ?= 480
 OUT ?= build/gpu
 WHEELS ?= build/wheels
 
+gpu: export QWEN2VL_COMMIT := $(QWEN2VL_COMMIT)
 gpu: $(if $(filter cpu,$(DEVICE)),.venv/install.stamp)
 	$(if $(filter cpu,$(DEVICE)),$(RUN),$(PYTHON)) -m benchmarks gpu --device $(DEVICE) --budget $(BUDGET) \
 		--out $(OUT) --wheels $(WHEELS) $(addprefix --only ,$(PHASES))

@@ -48,7 +48,7 @@ def run(
     ] = None,
     without: Annotated[list[str] | None, typer.Option(help="A contender to leave out; can be given again.")] = None,
 ) -> None:
-    """Measure cases, each workload in a process of its own, and write a line for each as it ends.
+    """Measure cases in processes of their own, and write a line for each workload as it ends.
 
     What has a red parity gate, fails, crashes or hangs is not among the rows, costs no other, and makes the exit
     status 1.
@@ -71,17 +71,24 @@ def run(
         Context(where, quick, rounds, checkpoint_dir, tuple(without or ())) as context,
         isolate.Processes(imports) as processes,
     ):
-        for name in chosen:
-            try:
-                begun = isolate.begin(processes, name, context, out, _command(), limit)
-            except RuntimeError as error:
-                console.print(str(error), style="bold red", markup=False, soft_wrap=True)
-                red = True
-                continue
-            try:
-                begun.finish(log=lambda text: console.print(text, style="dim", markup=False, soft_wrap=True))
-            finally:  # of a run that is being ended, what there is
-                red = not _collect(begun.path, console) or red
+        begun: list[isolate.Run] = []
+        log = lambda text: console.print(text, style="dim", markup=False, soft_wrap=True)  # noqa: E731
+        try:
+            for name in chosen:
+                try:
+                    begun.append(isolate.begin(processes, name, context, out, _command(), limit))
+                except RuntimeError as error:
+                    console.print(str(error), style="bold red", markup=False, soft_wrap=True)
+                    red = True
+                    continue
+                if not begun[-1].finish(log) or not begun[-1].plan["late"]:
+                    red = not _collect(begun.pop().path, console) or red
+            while begun:
+                begun[0].finish(log, late=True)
+                red = not _collect(begun.pop(0).path, console) or red
+        finally:  # of a run that is being ended, what there is
+            for each in begun:
+                red = not _collect(each.path, console) or red
     if red:
         raise typer.Exit(1)
 

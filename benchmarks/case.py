@@ -2,8 +2,9 @@
 
 A case is one file in ``benchmarks/cases`` that holds ``CASE = Case(name, summary, workloads)``; it is found by
 being there. ``workloads(context)`` is a generator: it yields one :class:`Workload` at a time and may free or reuse
-its inputs when resumed. Every workload is measured in a process of its own, which runs the generator up to it: what
-takes long (models, compilation, big inputs) belongs into ``Provider.make`` and gates, which only that process calls.
+its inputs when resumed. One process measures the workloads of a case in turn, and another, which runs the generator up
+to the next, those behind one that crashed: what takes long (models, compilation, big inputs) belongs into
+``Provider.make`` and gates, which are called for what is measured.
 """
 
 from __future__ import annotations
@@ -25,11 +26,16 @@ _CHECKPOINTS = 16 << 30
 
 @dataclass(frozen=True)
 class Check:
-    """One line of a parity gate: green when ``error <= allowed``. A NaN is red."""
+    """One line of a parity gate: green when ``error <= allowed``. A NaN is red.
+
+    ``provider``: whose result it is, where that is one's alone. Red ones of a peer leave that peer out; all others end
+    the workload.
+    """
 
     name: str
     error: float
     allowed: float
+    provider: str | None = None
 
     @property
     def passed(self) -> bool:
@@ -48,7 +54,7 @@ class Provider:
         name: what the table shows.
         make: makes the provider that runs, of the same name, when it is its turn; :class:`Skip` says why it cannot.
         refuses: exceptions that making it or its first call may end with where it cannot serve these inputs; it is
-            skipped in its own words then.
+            skipped in its own words then. A peer is skipped whatever it raises.
         call: the work of one sample. In a timed workload its duration is measured and its result goes to the
             gate; in one with ``units`` it returns the measured values by metric.
         peer: somebody else's implementation, to which ours are compared.
@@ -92,6 +98,7 @@ class Workload:
             the call.
         another: makes the same workload on a second shape of the same kind. Each provider's first call there, beside
             its first call here, tells what every new shape costs from what the first costs once.
+        late: dear and telling less: a command measures it after all other workloads of all its cases.
         series, size: what this is one point of, and which, for plots: an op and its tokens, say.
         min_rounds, max_rounds, budget_s: rounds are as many as fit the budget, within these bounds. Rounds that are
             asked for are never more than ``max_rounds``, which is 1 where a second round says nothing new.
@@ -107,6 +114,7 @@ class Workload:
     unit: str | None = None
     units: Mapping[str, str] | None = None
     another: Callable[[], Workload] | None = None
+    late: bool = False
     series: str | None = None
     size: int | None = None
     min_rounds: int = 5
@@ -119,7 +127,7 @@ class Workload:
             raise ValueError(f"workload {self.name!r}: provider names must be unique, got {names}")
 
 
-def _nothing() -> None:
+def _nothing(provider: str | None) -> None:
     pass
 
 
@@ -127,8 +135,8 @@ def _nothing() -> None:
 class Context:
     """Where and how a run measures; shared by the cases of one command.
 
-    ``without`` names contenders that are left out. ``quiet`` is called before anything is timed and returns when
-    nothing of the run disturbs it any more.
+    ``without`` names contenders that are left out, ``ended`` peers that ended a process in the workload that is next,
+    and how. ``turn`` is told which peer is about to be called for the first time, and ``None`` after it.
 
     Use it as a context manager: leaving it removes the temporary folders that cases asked for.
     """
@@ -138,7 +146,8 @@ class Context:
     rounds: int | None = None
     checkpoint_dir: Path | None = None
     without: tuple[str, ...] = ()
-    quiet: Callable[[], None] = field(default=_nothing, repr=False)
+    ended: Mapping[str, str] = field(default_factory=dict)
+    turn: Callable[[str | None], None] = field(default=_nothing, repr=False)
     _stack: ExitStack = field(default_factory=ExitStack, repr=False)
 
     def __enter__(self) -> Context:
@@ -202,16 +211,23 @@ def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
     return difference / max(whole, 1e-30)
 
 
-def equal(name: str, got: torch.Tensor, want: torch.Tensor) -> Check:
+def equal(name: str, got: torch.Tensor, want: torch.Tensor, provider: str | None = None) -> Check:
     """Bitwise equality as a check: the error is the number of differing elements."""
     if got.shape != want.shape:
-        return Check(name, math.inf, 0)
-    return Check(name, float((got != want.to(got.device)).sum()), 0)
+        return Check(name, math.inf, 0, provider)
+    return Check(name, float((got != want.to(got.device)).sum()), 0, provider)
 
 
-def two_times(name: str, got: torch.Tensor, low: torch.Tensor, exact: torch.Tensor, floor: float = 0.0) -> Check:
+def two_times(
+    name: str,
+    got: torch.Tensor,
+    low: torch.Tensor,
+    exact: torch.Tensor,
+    floor: float = 0.0,
+    provider: str | None = None,
+) -> Check:
     """The two-times rule: ``got`` at most twice as far from ``exact`` as ``low``, the plain way in its precision.
 
     ``floor`` is the rounding that no implementation avoids, as a relative error.
     """
-    return Check(name, relative_error(got, exact), 2 * relative_error(low, exact) + floor)
+    return Check(name, relative_error(got, exact), 2 * relative_error(low, exact) + floor, provider)

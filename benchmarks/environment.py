@@ -45,6 +45,13 @@ def folder_name(device: torch.device) -> str:
     return f"{name}-{slug(torch.backends.cpu.get_cpu_capability())}-{torch.get_num_threads()}-threads"
 
 
+def full_float32() -> None:
+    """Let products and convolutions of float32 be in float32: PyTorch's default for cuDNN is TF32, with 10 bits, which
+    a gate against another implementation would find."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def describe(device: torch.device) -> dict[str, Any]:
     """Device, versions, threads, load and commit, as they go into the JSON."""
     return {
@@ -54,6 +61,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "isa": torch.backends.cpu.get_cpu_capability(),
+        "tf32": torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32,
         "load_average": [round(x, 2) for x in os.getloadavg()],
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -63,7 +71,12 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit measured, with ``+`` when tracked files differ from it; ``None`` outside of a checkout."""
+    """The commit measured, with ``+`` when tracked files differ from it; ``None`` outside of a checkout.
+
+    ``QWEN2VL_COMMIT`` says it where the files came without their history.
+    """
+    if given := os.environ.get("QWEN2VL_COMMIT"):
+        return given
 
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)

@@ -2,7 +2,7 @@
 
 A killed run leaves its lines, of which the same file is made: it says what is missing. The kinds of lines, in order:
 
-- ``plan``: where and how it is measured, names of all workloads, ceilings of the machine.
+- ``plan``: where and how it is measured, names of all workloads and of those to come last, ceilings of the machine.
 - ``gate``: the checks of the case's own gate.
 - ``workload``: one that was measured: what it declares, providers, checks, samples.
 - ``failed``: one that was not, or the case's gate (``workload`` is null): ``kind`` is ``red`` or ``ended``.
@@ -22,6 +22,8 @@ from .timing import floor_s, ratio, spread
 SCHEMA = 1
 
 Line = dict[str, Any]
+
+_FIRST = ("first_call_s", "first_call_compiled", "another_shape_s", "another_shape_compiled")
 
 
 def read(path: Path) -> list[Line]:
@@ -68,7 +70,7 @@ def assemble(lines: Sequence[Line]) -> dict[str, Any]:
         kinds.setdefault(line["line"], []).append(line)
     measured, failed = kinds.get("workload", []), kinds.get("failed", [])
     ceilings = _best([plan["ceilings"], *(line["ceilings"] for line in kinds.get("ceilings", []))])
-    result = {key: value for key, value in plan.items() if key not in ("line", "workloads", "ceilings")}
+    result = {key: value for key, value in plan.items() if key not in ("line", "workloads", "late", "ceilings")}
     result["ceilings"] = ceilings
     result["gate"] = [check for line in [*kinds.get("gate", []), *measured] for check in line["checks"]]
     result["rows"] = [row for line in measured for row in _rows(line, ceilings)]
@@ -83,6 +85,7 @@ def assemble(lines: Sequence[Line]) -> dict[str, Any]:
         where = "all" if line["workload"] is None else line["workload"]
         result["skipped"].append({"workload": where, "provider": "all", "reason": line["reason"], **told})
     result["red"] = [line["message"] for line in failed]
+    result["red"] += [failure for line in measured for failure in line.get("failures", ())]
     done = {line["workload"] for line in [*measured, *failed]}
     result["missing"] = [] if None in done else [name for name in plan["workloads"] if name not in done]
     return result
@@ -126,7 +129,7 @@ def _rows(line: Line, ceilings: Mapping[str, Any]) -> list[dict[str, Any]]:
                     if any(theirs) and any(values)  # nothing is no part of something
                 },
             }
-            row |= {key: provider[key] for key in ("first_call_s", "another_shape_s") if key in provider}
+            row |= {key: provider[key] for key in _FIRST if key in provider}
             if declared["series"] is not None:
                 row |= {"series": declared["series"], "size": declared["size"]}
             if declared["units"] is None:

@@ -98,8 +98,14 @@ def row_cells(row: dict[str, Any]) -> list[str]:
         rate,
         f"{100 * row['of_ceiling']:.0f} % {row['ceiling']}" if "of_ceiling" in row else "",
         ", ".join(ratios),
-        ", ".join(value(row[key], "s") for key in ("first_call_s", "another_shape_s") if key in row),
+        ", ".join(_first_call(row, which) for which in ("first_call", "another_shape") if f"{which}_s" in row),
     ]
+
+
+def _first_call(row: dict[str, Any], which: str) -> str:
+    """Its seconds, and how many kernels Triton compiled in them where there were any."""
+    compiled = row.get(f"{which}_compiled", 0)
+    return value(row[f"{which}_s"], "s") + (f" ({compiled} compiled)" if compiled else "")
 
 
 def footer(result: dict[str, Any]) -> str:

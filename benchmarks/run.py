@@ -1,6 +1,6 @@
 """Measure a case: gates, first calls, interleaved rounds; a line for each workload, as ``lines`` describes them.
 
-``isolate`` calls these in processes of their own; :func:`run_case` calls them all in this one.
+``isolate`` calls these in other processes; :func:`run_case` calls them all in this one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from . import cases, environment
 from .case import Case, Check, Context, Provider, Skip, Workload
 from .lines import SCHEMA, Line, assemble
-from .timing import Ceilings, Clock, dtype_name, measure
+from .timing import Ceilings, Clock, compilations, dtype_name, measure, words
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -57,6 +57,7 @@ def run_case(
 
     Raises :class:`GateError` if the case's own gate is red, and ``ValueError`` for a workload that no gate covers.
     """
+    environment.full_float32()
     own = gate(case, context)  # before anything is made
     lines = [plan(case, context, command), own]
     with torch.inference_mode():
@@ -75,10 +76,11 @@ def run_case(
 def plan(case: Case, context: Context, command: str) -> Line:
     """Where and how ``case`` is measured, its workloads' names, and the ceilings of the products they want."""
     dtypes: set[torch.dtype] = set()
-    names = []
+    names, late = [], []
     with torch.inference_mode():
         for workload in case.workloads(context):
             names.append(workload.name)
+            late += [workload.name] if workload.late else []
             if workload.flops or workload.bytes:
                 dtypes.add(workload.dtype)
             del workload
@@ -93,6 +95,7 @@ def plan(case: Case, context: Context, command: str) -> Line:
         "quick": context.quick,
         **environment.describe(context.device),
         "workloads": names,
+        "late": late,
         "ceilings": _ceilings(context, dtypes),
     }
 
@@ -114,19 +117,16 @@ def measured(case: Case, workload: Workload, context: Context) -> Line:
     if workload.gate is None and case.gate is None:
         raise ValueError(f"{case.name}, {workload.name}: has no parity gate")
     clock = Clock(context.device)
-    workload = _leave_out(workload, context.without)
-    workload, outputs, first = _first_calls(workload, clock)
-    checks = _green(f"{case.name}, {workload.name}", _workload_checks(workload, outputs))
+    workload = _leave_out(workload, dict.fromkeys(context.without, "left out by --without") | dict(context.ended))
+    workload, outputs, first = _first_calls(workload, clock, context.turn)
+    out, checks = _peers_out(*_workload_checks(workload, outputs))
+    green = _green(f"{case.name}, {workload.name}", checks)
     del outputs
-    context.quiet()
-    other: Mapping[str, float] = {}
-    if workload.another is not None:
-        running = {provider.name for provider in workload.providers if provider.call is not None}
-        second = workload.another()
-        second = replace(second, providers=[p for p in second.providers if p.name in running])
-        other = _first_calls(second, clock)[2]
-        del second
-    samples = measure(workload, clock, context.rounds or (2 if context.quick else None), first)
+    workload = _leave_out(workload, out)
+    rounds = context.rounds or (2 if context.quick else None)
+    samples, dropped = measure(workload, clock, rounds, _seconds(first), context.turn)
+    workload = _leave_out(workload, dropped)
+    other, failures = _another(workload, clock)
     return {
         "line": "workload",
         "workload": workload.name,
@@ -142,12 +142,13 @@ def measured(case: Case, workload: Workload, context: Context) -> Line:
         "providers": [
             {"name": p.name, "peer": p.peer}
             | ({"skipped": p.skipped} if p.skipped is not None else {})
-            | ({"first_call_s": first[p.name]} if p.name in first else {})
-            | ({"another_shape_s": other[p.name]} if p.name in other else {})
+            | _first_call(first.get(p.name), "first_call")
+            | _first_call(other.get(p.name), "another_shape")
             for p in workload.providers
         ],
-        "checks": checks,
+        "checks": green,
         "samples": samples,
+        "failures": [f"{case.name}, {workload.name}: {failure}" for failure in failures],
     }
 
 
@@ -175,47 +176,118 @@ def _brief(metric: tuple[str, list[float]]) -> str:
     return f"{name} {statistics.median(values):.4g} ({min(values):.4g} .. {max(values):.4g})"
 
 
-def _leave_out(workload: Workload, names: Sequence[str]) -> Workload:
+def _leave_out(workload: Workload, reasons: Mapping[str, str]) -> Workload:
     given = [
-        Provider(p.name, skipped="left out by --without", peer=p.peer) if p.name in names else p
-        for p in workload.providers
+        Provider(p.name, skipped=reasons[p.name], peer=p.peer) if p.name in reasons else p for p in workload.providers
     ]
     return replace(workload, providers=given)
 
 
-def _first_calls(workload: Workload, clock: Clock) -> tuple[Workload, dict[str, Any], dict[str, float]]:
+#: Seconds of a provider's first call, and the kernels that Triton compiled in it, which Triton's cache did not hold.
+First = tuple[float, int]
+
+
+def _seconds(first: Mapping[str, First]) -> dict[str, float]:
+    return {name: seconds for name, (seconds, _) in first.items()}
+
+
+def _first_call(first: First | None, name: str) -> dict[str, Any]:
+    return {} if first is None else {f"{name}_s": first[0], f"{name}_compiled": first[1]}
+
+
+def _first_calls(
+    workload: Workload, clock: Clock, turn: Callable[[str | None], None]
+) -> tuple[Workload, dict[str, Any], dict[str, First]]:
     """Make every provider and call it once, where the gate wants its result or the call is what is timed.
 
-    Returns the workload with the providers that run or say why not, outputs and seconds by their names.
+    Returns the workload with the providers that run or say why not, outputs and first calls by their names.
     """
-    outputs, seconds, ready = {}, {}, []
+    outputs, first, ready = {}, {}, []
     for provider in workload.providers:
+        turn(provider.name if provider.peer else None)
         try:
             made = provider.ready()
             timed = workload.units is None and made.warm is None
             if made.call is not None and (workload.gate is not None or timed):
                 if made.before is not None:
                     made.before()
-                seconds[made.name], output = clock.first(made.call)
+                with compilations() as compiled:
+                    seconds, output = clock.first(made.call)
+                first[made.name] = (seconds, sum(compiled))
                 if workload.gate is not None:
                     outputs[made.name] = output
                 del output
-        except (Skip, *provider.refuses) as error:
-            if "CUDA error" in str(error):  # the device is lost for this process: no refusal
+        except Exception as error:
+            if not (provider.peer or isinstance(error, (Skip, *provider.refuses))):
                 raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            made = Provider(provider.name, skipped=reason, peer=provider.peer)
+            if clock.lost(error):  # for this process: no refusal
+                raise
+            first.pop(provider.name, None)
+            made = Provider(provider.name, skipped=words(error), peer=provider.peer)
         ready.append(made)
-    return replace(workload, providers=ready), outputs, seconds
+    turn(None)
+    return replace(workload, providers=ready), outputs, first
 
 
-def _workload_checks(workload: Workload, outputs: Mapping[str, Any]) -> Sequence[Check]:
+def _another(workload: Workload, clock: Clock) -> tuple[Mapping[str, First], list[str]]:
+    """First calls on another shape of those that were measured, and why ours have none.
+
+    It comes last, so that what goes wrong there costs none of the samples.
+    """
+    if workload.another is None:
+        return {}, []
+    running = {provider.name for provider in workload.providers if provider.call is not None}
+    found: dict[str, First] = {}
+    second = workload.another()
+    for provider in second.providers:
+        if provider.name not in running:
+            continue
+        try:
+            found |= _first_calls(replace(second, providers=[provider]), clock, lambda peer: None)[2]
+        except Exception as error:
+            why = [] if provider.peer else [f"{provider.name} on another shape: {words(error)}"]
+            if why or clock.lost(error):
+                return found, why
+    return found, []
+
+
+def _workload_checks(workload: Workload, outputs: Mapping[str, Any]) -> tuple[Workload, Sequence[Check]]:
+    """The checks, and the workload without the peers whose results the gate cannot even read."""
     if workload.gate is None:
-        return []
-    checks = workload.gate(outputs)
+        return workload, []
+    try:
+        checks = workload.gate(outputs)
+    except Exception:
+        workload, outputs = _readable(workload, outputs)
+        checks = workload.gate(outputs)  # type: ignore[misc]
     if not checks:
         raise ValueError(f"{workload.name}: the gate checked nothing")
-    return [Check(f"{workload.name}: {c.name}", c.error, c.allowed) for c in checks]
+    return workload, [replace(c, name=f"{workload.name}: {c.name}") for c in checks]
+
+
+def _readable(workload: Workload, outputs: Mapping[str, Any]) -> tuple[Workload, Mapping[str, Any]]:
+    """Without the peers whose results, beside ours, the gate ends on with an exception."""
+    assert workload.gate is not None
+    peers = [provider.name for provider in workload.providers if provider.peer and provider.name in outputs]
+    reasons: dict[str, str] = {}
+    for name in peers:
+        try:
+            workload.gate({who: output for who, output in outputs.items() if who == name or who not in peers})
+        except Exception as error:
+            reasons[name] = f"the parity gate cannot compare its result: {words(error)}"
+    return _leave_out(workload, reasons), {who: out for who, out in outputs.items() if who not in reasons}
+
+
+def _peers_out(workload: Workload, checks: Sequence[Check]) -> tuple[dict[str, str], Sequence[Check]]:
+    """Peers that take no part, and why, those whose checks are red among them; and the checks of all others."""
+    peers = {provider.name for provider in workload.providers if provider.peer}
+    reasons = {p.name: p.skipped for p in workload.providers if p.skipped is not None}
+    for check in checks:
+        if check.provider in peers and not check.passed:
+            name = check.name.removeprefix(f"{workload.name}: ")
+            told = f"the parity gate is red: {name}: error {check.error:.3g}, allowed {check.allowed:.3g}"
+            reasons.setdefault(check.provider, told)  # type: ignore[arg-type]
+    return reasons, [check for check in checks if check.provider not in reasons]
 
 
 def _green(where: str, checks: Sequence[Check]) -> list[dict[str, Any]]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from qwen2vl_kernels import _triton
 from qwen2vl_kernels._product import slow_on_cpu
 
 from .case import Provider, Workload
@@ -59,6 +62,16 @@ class Clock:
         self._synchronize()
         return time.perf_counter() - begin, result
 
+    def lost(self, error: Exception) -> bool:
+        """Whether after ``error`` no call to CUDA can succeed in this process."""
+        if "CUDA error" in str(error):
+            return True
+        try:
+            self._synchronize()
+        except RuntimeError:
+            return True
+        return False
+
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -70,41 +83,100 @@ class Clock:
         return math.ceil(_SHORTEST_SAMPLE_S / max(seconds, 1e-9))
 
 
+@contextmanager
+def compilations() -> Iterator[list[bool]]:
+    """A list that gets, for every kernel that Triton makes ready in here, whether it had to be compiled: with Triton's
+    cache, seconds of a first call depend on what ran before."""
+    compiled: list[bool] = []
+    if "triton" not in sys.modules or _triton.INTERPRETED:
+        yield compiled
+        return
+    from triton import knobs
+
+    before = knobs.compilation.listener
+
+    def listen(*given: Any, **named: Any) -> None:
+        compiled.append(not named["cache_hit"])
+        if before is not None:
+            before(*given, **named)
+
+    knobs.compilation.listener = listen
+    try:
+        yield compiled
+    finally:
+        knobs.compilation.listener = before
+
+
+def words(error: Exception) -> str:
+    """The first line of an exception's message, or its type where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 Samples = dict[str, dict[str, list[float]]]  # provider -> metric -> one value a round
 
 
 def measure(
-    workload: Workload, clock: Clock, rounds: int | None = None, first_s: Mapping[str, float] | None = None
-) -> Samples:
+    workload: Workload,
+    clock: Clock,
+    rounds: int | None = None,
+    first_s: Mapping[str, float] | None = None,
+    turn: Callable[[str | None], None] = lambda peer: None,
+) -> tuple[Samples, dict[str, str]]:
     """Run all providers in turn, round after round, each round starting with the next provider.
 
     Whatever slows the machine down for a while hits all of them, and none always follows the same neighbour.
-    ``first_s``: seconds of the first call of those that were called already.
+    ``first_s``: seconds of the first call of those that were called already. ``turn`` is told of peers that warm up or
+    lose the device, and of ``None`` after them.
+
+    Returns the samples, and why of the peers that failed, which have none.
     """
     active = [provider for provider in workload.providers if provider.skipped is None]
     samples: Samples = {provider.name: {} for provider in active}
     repeats: dict[str, int] = {}
-    for provider in active:
+    dropped: dict[str, str] = {}
+
+    def drop(provider: Provider, error: Exception) -> None:
+        """Go on without a peer that failed; the exception of one of ours, and what loses the device, is raised."""
+        if not provider.peer or clock.lost(error):
+            turn(provider.name if provider.peer else None)
+            raise error
+        dropped[provider.name] = words(error)
+        active.remove(provider)
+        del samples[provider.name]
+
+    for provider in list(active):
         first = (first_s or {}).get(provider.name)
-        repeats[provider.name] = 1 if workload.units is not None else _warm_up(provider, clock, first)
+        turn(provider.name if provider.peer else None)
+        try:
+            repeats[provider.name] = 1 if workload.units is not None else _warm_up(provider, clock, first)
+        except Exception as error:
+            drop(provider, error)
+    turn(None)
     done, begin, limit = 0, time.perf_counter(), min(rounds or workload.max_rounds, workload.max_rounds)
     while active and done < limit:
         if rounds is None and done >= workload.min_rounds and time.perf_counter() - begin > workload.budget_s:
             break
         shift = done % len(active)
         for provider in active[shift:] + active[:shift]:
-            assert provider.call is not None
-            if provider.before is not None:
-                provider.before()
-            if workload.units is None:
-                values = {"time": clock.time(provider.call, repeats[provider.name]) / workload.per_call}
-            else:
-                returned = provider.call()
-                values = {metric: float(returned[metric]) for metric in workload.units}
+            try:
+                values = _sample(workload, provider, clock, repeats[provider.name])
+            except Exception as error:
+                drop(provider, error)
+                continue
             for metric, value in values.items():
                 samples[provider.name].setdefault(metric, []).append(value)
         done += 1
-    return samples
+    return samples, dropped
+
+
+def _sample(workload: Workload, provider: Provider, clock: Clock, repeat: int) -> dict[str, float]:
+    assert provider.call is not None
+    if provider.before is not None:
+        provider.before()
+    if workload.units is None:
+        return {"time": clock.time(provider.call, repeat) / workload.per_call}
+    returned = provider.call()
+    return {metric: float(returned[metric]) for metric in workload.units}
 
 
 def _warm_up(provider: Provider, clock: Clock, first: float | None) -> int:

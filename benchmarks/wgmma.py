@@ -221,7 +221,9 @@ def case(library: Library, widths: Sequence[int] = WIDTHS) -> Case:
 
 
 def _gate(outputs: Mapping[str, Any]) -> list[Check]:
-    return [Check(f"{name}: elements that ones make wrong", output["wrong"], 0) for name, output in outputs.items()]
+    return [
+        Check(f"{name}: elements that ones make wrong", output["wrong"], 0, name) for name, output in outputs.items()
+    ]
 
 
 def table(result: Mapping[str, Any]) -> Table:

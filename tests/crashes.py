@@ -5,11 +5,15 @@ the worker therefore ends itself, in the middle of the test that did it: xdist c
 behind it to others and starts another worker. Why a worker ended is in a file that the controller reads into the
 report: the test's traceback, or the stack that ``faulthandler`` writes for a signal and for ``--test-limit``. Without
 xdist nothing can be restarted: the run then ends with a message.
+
+``--test-lines`` names a file that gets a JSON line for what was collected and for every test as it ends: of a run that
+is killed it tells the failures, and what did not run.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -29,14 +33,51 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="SECONDS",
         help="end the process of a test that takes longer; under pytest-xdist that test fails and the others run",
     )
+    parser.addoption(
+        "--test-lines", type=Path, metavar="FILE", help="write a JSON line for every test there as it ends"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     worker = getattr(config, "workerinput", None)
     if worker is None:
+        lines = config.getoption("--test-lines")
+        if lines is not None:
+            lines.unlink(missing_ok=True)
+            config.pluginmanager.register(_Lines(lines))
         config.stash[_file] = os.dup(2)  # tests have theirs captured, this one is the terminal's
     else:
         config.stash[_file] = os.open(_reason(worker), os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND, 0o600)
+
+
+class _Lines:
+    """In the controller, or in the only process: the lines of ``--test-lines``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.collected = path, False
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        if not self.collected and session.items:
+            self._collected([item.nodeid for item in session.items])
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node: Any, ids: list[str]) -> None:
+        if not self.collected:  # all workers find the same
+            self._collected(ids)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Also of a test whose worker has ended, with the reason in it."""
+        if report.when == "call" or not report.passed:
+            why = {} if report.passed else {"why": report.longreprtext}
+            self._add({"test": report.nodeid, "when": report.when, "outcome": report.outcome, **why})
+
+    def _collected(self, ids: list[str]) -> None:
+        self.collected = True
+        self._add({"collected": ids})
+
+    def _add(self, line: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -45,8 +86,9 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if hasattr(session.config, "workerinput"):
-        _reason(session.config.workerinput).unlink(missing_ok=True)
+    worker = getattr(session.config, "workerinput", None)
+    if worker is not None:
+        _reason(worker).unlink(missing_ok=True)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -105,6 +105,17 @@ def test_providers_are_made_at_their_turn_and_may_refuse():
         run_case(case(workload(providers=[Provider("ours", make=refuse)])), QUICK)
 
 
+def test_what_fails_on_another_shape_costs_no_sample():
+    def fail():
+        raise RuntimeError("no such shape")
+
+    other = [Provider("ours", fail), Provider("theirs", fail, peer=True)]
+    result = run_case(case(workload(another=lambda: workload(providers=other))), QUICK)
+    assert [row["provider"] for row in result["rows"]] == ["ours", "theirs"]
+    assert all("first_call_s" in row and "another_shape_s" not in row for row in result["rows"])
+    assert result["red"] == ["tiny, shape 3: ours on another shape: no such shape"] and result["skipped"] == []
+
+
 def test_contenders_can_be_left_out():
     result = run_case(
         case(workload(), workload(name="second", another=workload)), Context(quick=True, without=("theirs",))
@@ -155,10 +166,10 @@ def test_providers_take_turns_and_each_starts_a_round():
 def test_before_runs_untimed_before_every_sample():
     events = []
     provider = Provider("a", lambda: events.append("call"), before=lambda: events.append("before"))
-    samples = measure(workload(providers=[provider], max_rounds=9), Clock(torch.device("cpu")), rounds=4)
+    samples, _ = measure(workload(providers=[provider], max_rounds=9), Clock(torch.device("cpu")), rounds=4)
     assert events == ["before", "call"] * (len(events) // 2)
     assert len(samples["a"]["time"]) == 4
-    assert len(measure(workload(max_rounds=1), Clock(torch.device("cpu")), rounds=4)["ours"]["time"]) == 1
+    assert len(measure(workload(max_rounds=1), Clock(torch.device("cpu")), rounds=4)[0]["ours"]["time"]) == 1
 
 
 def test_times_are_per_unit_of_work():
@@ -166,13 +177,13 @@ def test_times_are_per_unit_of_work():
         def time(self, call, repeat=1):
             return 8.0
 
-    samples = measure(workload(per_call=16), Fixed(torch.device("cpu")))
+    samples, _ = measure(workload(per_call=16), Fixed(torch.device("cpu")))
     assert samples["ours"]["time"] == [0.5] * 3
 
 
 def test_rounds_stop_at_the_budget_but_not_before_the_least():
     slow = workload(budget_s=0.0, min_rounds=2, max_rounds=50)
-    assert len(measure(slow, Clock(torch.device("cpu")))["ours"]["time"]) == 2
+    assert len(measure(slow, Clock(torch.device("cpu")))[0]["ours"]["time"]) == 2
 
 
 def test_returned_metrics_replace_timing():

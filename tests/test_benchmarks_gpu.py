@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,12 +17,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import gpu
+from benchmarks import environment, gpu
 from benchmarks.__main__ import app
 from benchmarks.case import Context
 from benchmarks.cases._qwen2vl import checkpoint
 from benchmarks.gpu import session as session_module
-from benchmarks.gpu.session import Part, Phase, Session
+from benchmarks.gpu.session import SECONDS, Part, Phase, Session
 from benchmarks.run import case_names
 from qwen2vl import Qwen2VL
 from qwen2vl.demo.checkpoint import small_config, write_random_checkpoint
@@ -29,7 +30,7 @@ from qwen2vl_kernels import _triton
 from tests.conftest import DEVICE
 
 ROOT = Path(__file__).resolve().parent.parent
-PHASES = ["peers", "build", "tests", "attention", "tower", "ops", "tuning", "sanitizer", "compiled"]
+PHASES = ["build", "tests", "attention", "tower", "ops", "tuning", "sanitizer", "compiled"]
 
 
 def python(code: str, **options) -> Part:
@@ -106,11 +107,12 @@ def test_the_budget_ends_what_measures_and_names_what_is_left(tmp_path, monkeypa
     made.run([Phase("one", 60, (slow, python(wait, name="never"))), Phase("two", 60, (later,))])
     first, *others = made.outcomes
     assert first.state == "stopped" and not made.failed()
-    assert first.rest is not None and first.rest.startswith("OMP_NUM_THREADS=1 python -m benchmarks run tests.broken")
-    assert "--checkpoint-dir" not in first.rest  # its checkpoints end with this run
+    assert first.rest == "slow" and "--checkpoint-dir" not in first.command  # its checkpoints end with this run
+    assert first.command.startswith("OMP_NUM_THREADS=1 python -m benchmarks run tests.broken")
     assert [o.state for o in others] == ["did not fit", "did not fit"]
     text = (tmp_path / "out" / "summary.txt").read_text()
-    assert "python -c 'print(1)'" in text and first.rest in text
+    assert "  one, slow: slow\n  one, never: all of it\n  two, later: all of it\n" in text
+    assert text.endswith('\n  make gpu PHASES="one two"\n')
     result = json.loads(packed(tmp_path / "out")["results/slow.json"])
     assert result["missing"] == ["hangs", "last"] and {row["workload"] for row in result["rows"]} == {"first"}
 
@@ -118,13 +120,80 @@ def test_the_budget_ends_what_measures_and_names_what_is_left(tmp_path, monkeypa
 def test_finished_cases_are_not_named_again(tmp_path):
     made = session(tmp_path)
     phase, part = Phase("ops", 1, ()), Part("ops", ("run", "one", "two"), cases=("one", "two"), measures=True)
-    plan = {"line": "plan", "case": "one", "ceilings": {}, "workloads": []}
+    plan = {"line": "plan", "case": "one", "ceilings": {}, "workloads": [], "late": []}
     (tmp_path / "work" / "results" / "one.jsonl").write_text(json.dumps(plan) + "\n")
     made._note(phase, part, "stopped", 1.0, "")
-    assert made.outcomes[0].rest == "run two"
+    assert made.outcomes[0].rest == "two"
     (tmp_path / "work" / "results" / "two.jsonl").write_text(json.dumps(plan) + "\n")
     made._note(phase, part, "stopped", 1.0, "")
     assert made.outcomes[1].rest is None
+
+
+def test_what_is_left_is_never_lost_to_a_broken_file_or_a_missing_program(tmp_path):
+    said = []
+    made = Session(60.0, tmp_path / "out", tmp_path / "work", said.append, {})
+    broken = Part("ops", (sys.executable, "-c", "import time; time.sleep(600)"), cases=("one",), measures=True)
+    (tmp_path / "work" / "results" / "one.jsonl").write_text('{"line": "plan"}\n{"line": "workload"}\n')
+    missing = Part("missing", (str(tmp_path / "no such program"),))
+    made.run([Phase("one", 9, (missing, broken)), Phase("two", 60, (python("print('on')"),))])
+    assert [outcome.state for outcome in made.outcomes] == ["failed", "stopped", "done"]
+    assert "it does not start" in made.outcomes[0].last and made.outcomes[1].rest == "one"
+    assert any(text.startswith("one.jsonl makes no results: KeyError") for text in said)
+
+
+def test_tests_that_are_stopped_tell_their_failures_and_what_did_not_run(tmp_path):
+    (tmp_path / "test_it.py").write_text(
+        "import time\ndef test_passes(): pass\ndef test_fails(): assert not 'a reason'\n"
+        "def test_takes_long(): time.sleep(600)\ndef test_comes_later(): pass\n"
+    )
+    made = session(tmp_path)
+    told = tmp_path / "work" / "results" / "tests.jsonl"
+    command = (sys.executable, "-m", "pytest", "-p", "tests.crashes", "-p", "no:cacheprovider", "-p", "no:xdist")
+    part = Part("tests", (*command, "--test-lines", str(told), str(tmp_path / "test_it.py")), tests=told)
+    made.run([Phase("tests", 10, (part,))])
+    (outcome,) = made.outcomes
+    assert outcome.state == "failed" and outcome.last == "1 failed, 1 passed, 2 did not run"
+    assert outcome.rest is not None and outcome.rest.startswith("2 tests: 2 of ")
+    found = packed(tmp_path / "out")
+    assert b"assert not 'a reason'" in found["results/tests.jsonl"]
+    assert b"KeyboardInterrupt" in found["logs/tests.log"] and b"1 failed, 1 passed" in found["logs/tests.log"]
+
+
+def test_a_command_is_given_the_seconds_that_are_left(tmp_path):
+    made = session(tmp_path, budget=1000.0)
+    tell = (sys.executable, "-c", "import sys; print(sys.argv[1:])", "--limit", SECONDS)
+    made.run([Phase("tuning", 100, (Part("tuning", tell),))])
+    assert made.outcomes[0].last == "['--limit', '95']" and "--limit" not in made.outcomes[0].command
+
+
+def test_a_phase_leaves_the_seconds_of_those_behind_it(tmp_path):
+    made = Session(480.0, tmp_path / "out", tmp_path / "work", lambda text: None, {})
+    tell = (sys.executable, "-c", "import sys; print(sys.argv[1])", SECONDS)
+    phases = [Phase("long", 1000, (Part("long", tell),)), Phase("tuning", 100, (Part("tuning", tell),), floor=60)]
+    made.run(phases)
+    assert 405 <= int(made.outcomes[0].last) <= 416
+
+
+def test_what_is_left_is_run_by_the_command_that_is_named(tmp_path):
+    """Alone a phase needs what is built, and the peers; one that is left out by default runs where it is named."""
+    wheels = ROOT / "build" / "wheels"
+    made = gpu.phases("cpu", tmp_path, tmp_path, wheels, 1)
+    assert [phase.name for phase in gpu.chosen(made, ["ops"])] == ["build", "ops"]
+    assert "peers" in [part.name for part in gpu.chosen(made, ["ops"])[0].parts]
+    (_, compiled) = gpu.chosen(made, ["compiled"])
+    assert compiled.limit > 0 and all(part.missing is None for part in compiled.parts)
+    told = gpu._command("cpu", 60.0, tmp_path, ["ops", "compiled"])
+    assert told == f'make gpu PHASES="ops compiled" DEVICE=cpu BUDGET=60 WHEELS={tmp_path}'
+    done = subprocess.run(["make", "-n", *shlex.split(told)[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert "--only ops --only compiled" in done.stdout and f"--wheels {tmp_path}" in done.stdout
+
+
+def test_the_commit_can_be_given(monkeypatch):
+    monkeypatch.setenv("QWEN2VL_COMMIT", "0123456789ab")
+    assert environment.commit() == "0123456789ab"
+    given = ["make", "-s", "gpu", "QWEN2VL_COMMIT=feed", "PYTHON=sh -c 'echo $$QWEN2VL_COMMIT'"]
+    done = subprocess.run(given, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "feed", done.stderr
 
 
 def test_a_run_that_is_ended_brings_back_what_it_had(tmp_path):
@@ -167,6 +236,10 @@ def test_the_phases_of_a_gpu(tmp_path, monkeypatch):
     assert parts["peers"].command[-1].endswith("peer-1-py3-none-any.whl") and "--no-index" in parts["peers"].command
     assert parts["extension"].environment == {"QWEN2VL_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
     assert parts["kernels"].command[3:] == ("warm", "--jobs", "16")
+    assert parts["tuning-build"].command[3:5] == ("tune", "--compile") and SECONDS in parts["tuning"].command
+    assert {part.name for part in made[0].parts} >= {"peers", "extension", "kernels", "checkpoints", "tuning-build"}
+    assert made[0].together and not any(part.peers for part in made[0].parts)
+    assert [part.name for part in made[PHASES.index("tuning")].parts] == ["wgmma", "tuning"]
     for name in ("gpu-tests", "device-tests"):
         files = [word for word in parts[name].command if word.endswith(".py")]
         assert files and all((ROOT / file).is_file() for file in files)
@@ -185,9 +258,10 @@ def test_kernels_are_compiled_into_tritons_cache(tmp_path):
     if (reason := _triton.reason("cuda")) is not None:
         pytest.skip(reason)
     code = (
-        "from pathlib import Path\nfrom benchmarks.gpu import warm\n"
+        "from pathlib import Path\nfrom benchmarks.gpu import warm\nfrom benchmarks.timing import compilations\n"
         "warm._begin(warm.named('sm_90'))\n"
-        "launches, error = warm._compile(('linear', 0))\n"
+        "with compilations() as compiled: launches, error = warm._compile(('linear', 0))\n"
+        "assert compiled and all(compiled), compiled\n"
         f"found = sorted(Path({str(tmp_path)!r}).rglob('*.cubin'))\n"
         "assert error is None and 0 < len(found) <= launches, (error, found, launches)\n"
         "times = [path.stat().st_mtime_ns for path in found]\n"
@@ -212,7 +286,7 @@ def test_a_budget_too_small_names_every_command(tmp_path):
     assert states["attention"] == states["ops"] == states["gpu-tests"] == "did not fit"
     for part in told["parts"]:
         assert (part["rest"] is not None) == (part["state"] == "did not fit" or part["part"] == "compiled")
-        assert part["rest"] is None or part["rest"] in done.output
+        assert part["rest"] is None or f"  {part['phase']}, {part['part']}: {part['rest']}\n" in done.output
     unknown = CliRunner().invoke(app, ["gpu", "--device", "cpu", "--only", "nothing", *places])
     assert unknown.exit_code == 2 and "nothing" in unknown.output
 
@@ -253,6 +327,9 @@ def test_the_rehearsal(tmp_path):
         result = json.loads(found[f"results/{case}.json"])
         assert result["rows"] and result["missing"] == [] and result["quick"] is True
         assert f"logs/{'ops' if case in ('rope', 'preprocess') else case}.log" in found
+    for part, state in ((part, part["state"]) for part in parts if part["phase"] == "tests"):
+        assert state == "done" and ("passed" in part["last"] or "skipped" in part["last"])
+        assert found[f"results/{part['part']}.jsonl"].startswith(b'{"collected": ')
     assert "results/tune.json" in found
     assert f"packed into {out / 'logs.tgz'}" in done.stdout
 

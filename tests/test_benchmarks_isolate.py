@@ -78,6 +78,28 @@ def test_every_line_is_there(broken):
     assert assemble(lines) == json.loads((out / "broken.json").read_text())
 
 
+def test_late_workloads_come_after_those_of_all_cases(tmp_path, monkeypatch):
+    order, append = [], isolate.append
+
+    def noted(line, path):
+        order.append((path.stem, line.get("workload")))
+        append(line, path)
+
+    monkeypatch.setattr(isolate, "append", noted)
+    names = ["tests.broken_cases.late", "tests.broken_cases.peers"]
+    small = ["aborts", "hangs", "loses CUDA", "loses CUDA later"]
+    small = [word for name in small for word in ("--without", name)]
+    done = command("run", *names, *small, "--quick", "--device", "cpu", "--out", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    assert order == [
+        ("late", None), ("late", "last"),
+        ("broken_peers", None), ("broken_peers", "all of them"), ("broken_peers", "behind them"),
+        ("late", "first"),
+    ]  # fmt: skip
+    result = json.loads((tmp_path / "late.json").read_text())
+    assert result["missing"] == [] and len(result["rows"]) == 4
+
+
 def test_a_gate_of_the_case_that_crashes_is_red_and_writes_no_results(tmp_path):
     done = command("run", "tests.broken_cases.gate", "--quick", "--device", "cpu", "--out", str(tmp_path))
     assert done.exit_code == 1 and "broken_gate: ended by SIGABRT" in done.output
@@ -89,6 +111,34 @@ def test_what_cannot_name_its_workloads_does_not_end_the_cases_behind_it(tmp_pat
     done = command("run", *names, "--quick", "--device", "cpu", "--out", str(tmp_path))
     assert done.exit_code == 1 and "broken_plan, naming the workloads: OSError: no such device" in done.output
     assert [path.name for path in tmp_path.iterdir()] == ["broken_gate.jsonl"]
+
+
+def test_what_a_peer_does_costs_that_peer_only(tmp_path):
+    """Also one that ends or hangs the process: the workload is measured again without it."""
+    done = command(
+        "run", "tests.broken_cases.peers", "--quick", "--device", "cpu", "--limit", "5", "--out", str(tmp_path)
+    )
+    result = json.loads((tmp_path / "broken_peers.json").read_text())
+    assert done.exit_code == 0, done.output
+    assert {(row["workload"], row["provider"]) for row in result["rows"]} == {
+        (name, who) for name in ("all of them", "behind them") for who in ("ours", "well")
+    }
+    reasons = {skip["provider"]: skip["reason"] for skip in result["skipped"] if skip["workload"] == "all of them"}
+    assert reasons == {
+        "aborts": "ended by SIGABRT",
+        "loses CUDA": "RuntimeError: CUDA error: an illegal memory access was encountered",
+        "hangs": "hung: ended after 5 s",
+        "does not compile": "CompilationError",
+        "is wrong": "the parity gate is red: is wrong: error 1, allowed 0",
+        "is no number": "the parity gate cannot compare its result: a result",
+        "tires": "out of resource: shared memory",
+        "loses CUDA later": "RuntimeError: CUDA error: an illegal memory access was encountered",
+    }
+    assert [check["name"] for check in result["gate"]] == [
+        *(f"all of them: {who}" for who in ("ours", "tires", "well")),
+        *(f"behind them: {who}" for who in ("ours", "well")),
+    ]
+    assert "broken_peers, all of them, aborts: ended by SIGABRT" in done.output
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -145,8 +195,8 @@ def test_a_process_that_cannot_be_forked_is_started_anew(monkeypatch):
     kinds = []
 
     class Process(isolate._Process):
-        def __init__(self, kind: str, task: isolate.Task) -> None:
-            super().__init__(kind, task)
+        def __init__(self, kind: str, case: str) -> None:
+            super().__init__(kind, case)
             kinds.append(kind)
             if kind == "forkserver":
                 self.heard.append(("no fork", None))
@@ -157,36 +207,39 @@ def test_a_process_that_cannot_be_forked_is_started_anew(monkeypatch):
         for _ in range(2):
             plan = processes.run(task, 60)
             assert isinstance(plan, dict) and plan["workloads"] == ["first"]
-    assert kinds == ["forkserver", "spawn", "spawn"]
+    assert kinds == ["forkserver", "spawn"]
 
 
-def test_nobody_times_while_the_next_gets_ready_or_the_last_leaves():
-    """Each is told to go on with its timing after the next said that it is ready."""
-    events = []
+def test_a_case_has_one_process_until_something_ends_it(monkeypatch):
+    """And there is never a second one, which would disturb what is timed."""
+    alive: list[isolate._Process] = []
 
     class Process(isolate._Process):
-        def hear(self, seconds: float):
-            word, value = super().hear(seconds)
-            events.append((self.task.index, word))
-            return word, value
+        def __init__(self, kind: str, case: str) -> None:
+            assert all(process.process.exitcode is not None for process in alive)
+            super().__init__(kind, case)
+            alive.append(self)
 
-    names = list(WAYS)
-    context = Context(quick=True)
-    tasks = [
-        isolate.Task("workload", "tests.broken_cases.workloads", context, 1, index=names.index(name), workload=name)
-        for name in ("first", "last")
-    ]
-    with pytest.MonkeyPatch.context() as patch, isolate.Processes() as processes:
-        patch.setattr(isolate, "_Process", Process)
-        first = processes.run(tasks[0], 60, tasks[1])
-        assert processes.next is not None and processes.next.task is tasks[1]
-        second = processes.run(tasks[1], 60)
-    assert isinstance(first, dict) and isinstance(second, dict)
-    assert [(task.workload, line["workload"]) for task, line in zip(tasks, (first, second), strict=True)] == [
-        ("first", "first"), ("last", "last"),
-    ]  # fmt: skip
-    a, b = tasks[0].index, tasks[1].index
-    assert events[:4] == [(a, "ready"), (a, "quiet"), (b, "ready"), (a, "line")]
+    monkeypatch.setattr(isolate, "_Process", Process)
+    with isolate.Processes() as processes:
+        for name in ("first", "aborts", "red", "last"):
+            place = {"index": list(WAYS).index(name), "workload": name}
+            task = isolate.Task("workload", "tests.broken_cases.workloads", Context(quick=True), 1, **place)
+            got = processes.run(task, 60)
+            assert isinstance(got, isolate.Ended) == (name == "aborts")
+            assert isinstance(got, isolate.Ended) or got["workload"] == name
+        assert len(alive) == 2
+        processes.run(isolate.Task("plan", "tests.broken_cases.gate", Context(quick=True), 1), 60)
+    assert len(alive) == 3
+
+
+def test_float32_is_measured_in_float32():
+    """cuDNN's convolutions are in TF32 unless one says no, and a gate would find that."""
+    assert torch.backends.cudnn.allow_tf32, "PyTorch's default is another: say so in environment.full_float32"
+    task = isolate.Task("plan", "tests.broken_cases.gate", Context(quick=True), 1)
+    with isolate.Processes() as processes:
+        plan = processes.run(task, 60)
+    assert isinstance(plan, dict) and plan["tf32"] is False
 
 
 def test_what_a_workload_started_ends_with_the_run(tmp_path):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.case import Context
-from benchmarks.cases import e2e, tower
+from benchmarks.cases import e2e, model, tower
 from benchmarks.cases._qwen2vl import checkpoint
 from benchmarks.cases._trace import LAYER, PARTS, trace
 from benchmarks.run import run_case
@@ -101,6 +101,21 @@ def test_tower(tmp_path):
         if row["provider"] == tower.STOCK and row["workload"].startswith("launches")
     }
     assert of_stock["linear"] == 4 and of_stock["norm"] == 2  # qkv, proj, fc1 and fc2; norm1 and norm2
+
+
+def test_transformers_that_fails_takes_nothing_of_ours_away(tmp_path, monkeypatch):
+    """The gates of the models hold ours to our own formula then."""
+
+    class Failing:
+        def __init__(self, *given, **named):
+            raise AttributeError("transformers has changed")
+
+    monkeypatch.setattr(tower, "Transformers", Failing)
+    monkeypatch.setattr(model, "Transformers", Failing)
+    with Context(quick=True, checkpoint_dir=tmp_path) as context, torch.inference_mode():
+        for checks, first in ((tower.gate(context), "float32 ours"), (model.gate(context), "bf16 vision from floats")):
+            assert checks[0].name.startswith(first) and all(check.passed for check in checks)
+            assert not any(tower.PATCHED in check.name for check in checks)
 
 
 def test_e2e(tmp_path):

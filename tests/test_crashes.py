@@ -1,9 +1,12 @@
 """A test that loses CUDA's context, dies or hangs fails alone, and says why."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 import xml.etree.ElementTree as xml
 from pathlib import Path
 
@@ -40,6 +43,7 @@ def _run(
     (folder / "conftest.py").write_text("from tests.crashes import *\n")
     (folder / "test_it.py").write_text(textwrap.dedent(_LOSE) + lines)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--junitxml=it.xml", "--test-limit=3"]
+    command.append("--test-lines=lines.jsonl")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
@@ -63,8 +67,10 @@ def test_one_test_fails_and_the_others_run(tmp_path):
     assert done.returncode == 1, done.stdout + done.stderr
     assert {name for name, why in outcomes.items() if why} == set(_FAILING) and set(outcomes) == set(tests)
     assert f"{len(_FAILING)} failed, {len(tests) - len(_FAILING)} passed" in done.stdout, done.stdout
+    lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    told = {line["test"].partition("::test_")[2]: line.get("why", "") for line in lines[1:]}
     for name, (_, reason) in _FAILING.items():
-        assert reason in outcomes[name]
+        assert reason in outcomes[name] and reason in told[name]
         assert ("crashed while running" in outcomes[name]) == (name != "only_fails")
 
 
@@ -78,3 +84,36 @@ def test_a_run_without_workers_ends_with_a_message(tmp_path):
 def test_a_hang_without_workers_shows_where(tmp_path):
     done, _ = _run(tmp_path, {"hangs": _FAILING["hangs"][0]}, "-p", "no:xdist")
     assert done.returncode == 1 and "Timeout (0:00:03)!" in done.stderr and "in test_hangs" in done.stderr
+
+
+@pytest.mark.parametrize("workers", ["-n1", "-pno:xdist"])
+def test_a_stopped_run_leaves_its_failures_and_names_what_did_not_run(tmp_path, workers):
+    (tmp_path / "conftest.py").write_text("from tests.crashes import *\n")
+    (tmp_path / "test_it.py").write_text(
+        "import os, pytest, time\n"
+        "def test_passes(): pass\n"
+        "def test_fails(): assert not 'a reason'\n"
+        "@pytest.mark.skip('no GPU')\ndef test_skips(): pass\n"
+        "def test_takes_long(): time.sleep(600)\n"
+        "def test_comes_later(): pass\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--test-lines=lines.jsonl", workers]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    path, deadline = tmp_path / "lines.jsonl", time.monotonic() + 120
+    while not path.is_file() or path.read_text().count("\n") < 4:
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.communicate()
+    collected, *tests = map(json.loads, path.read_text().splitlines())
+    ran = {line["test"].rpartition("_")[2]: line for line in tests}
+    assert {name: line["outcome"] for name, line in ran.items()} == {
+        "passes": "passed", "fails": "failed", "skips": "skipped",
+    }  # fmt: skip
+    assert "assert not 'a reason'" in ran["fails"]["why"] and "no GPU" in ran["skips"]["why"]
+    assert sorted(set(collected["collected"]) - {line["test"] for line in tests}) == [
+        "test_it.py::test_comes_later", "test_it.py::test_takes_long",
+    ]  # fmt: skip

@@ -38,8 +38,7 @@ def random(context: Context, *shape: int, seed: int = 0, scale: float = 1.0) -> 
 def made(name: str, make: Callable[[], Callable[[], Any]], *, module: str | None = None, peer: bool = True) -> Provider:
     """The provider of ``make()``, which is called when it is its turn.
 
-    It is skipped where ``module`` is missing or older, or the backend cannot run here; a peer also where it refuses
-    this GPU or these shapes.
+    It is skipped where ``module`` is missing or older, or the backend cannot run here.
     """
 
     def provider() -> Provider:
@@ -48,10 +47,7 @@ def made(name: str, make: Callable[[], Callable[[], Any]], *, module: str | None
         call = make()
         return Provider(name, call, peer=peer, before=getattr(call, "before", None))
 
-    refuses = (BackendError, ImportError)
-    if peer:
-        refuses = (*refuses, RuntimeError, ValueError, NotImplementedError)
-    return Provider(name, make=provider, peer=peer, refuses=refuses)
+    return Provider(name, make=provider, peer=peer, refuses=(BackendError, ImportError))
 
 
 def compiled(context: Context, function: Callable, tokens: int) -> Callable[[], Callable] | None:
@@ -177,7 +173,7 @@ class Op:
         finally:
             self.inputs, self.written = keep
         return [
-            two_times(f"{name}, result {n}", got, low[n].view(got.shape), exact[n].view(got.shape), self.floor)
+            two_times(f"{name}, result {n}", got, low[n].view(got.shape), exact[n].view(got.shape), self.floor, name)
             for name, results in outputs.items()
             for n, got in enumerate(_tuple(results))
         ]

@@ -270,13 +270,13 @@ def _gate(inputs, backward, outputs) -> list[Check]:
         low, exact = (_tuple((plan(given, run=formula))()) for given in (parts, tuple(x.double() for x in parts)))
         for name, results in outputs.items():
             for n, got in enumerate(_tuple(results)):
-                checks.append(two_times(f"{name}, result {n}", got[rows], low[n], exact[n], 1e-6))
+                checks.append(two_times(f"{name}, result {n}", got[rows], low[n], exact[n], 1e-6, name))
         return checks
     want = _tuple(outputs[reference])
     for name, results in outputs.items():
         for n, got in enumerate(_tuple(results)):
             error = ((got.float() - want[n].float()).norm() / want[n].float().norm()).item()
-            checks.append(Check(f"{name} against {reference}, result {n}", error, 1e-2))
+            checks.append(Check(f"{name} against {reference}, result {n}", error, 1e-2, name))
     return checks
 
 

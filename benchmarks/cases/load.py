@@ -48,7 +48,7 @@ def _provider(who: str, folder: Any, context: Context) -> Provider:
 def _gate(outputs: Mapping[str, Mapping[str, float]]) -> list[Check]:
     """All load the same bits. The same calls leave the file in the page cache."""
     want = outputs["ours"]["checksum"]
-    return [Check(f"{name} weights", abs(got["checksum"] - want), 0) for name, got in outputs.items()]
+    return [Check(f"{name} weights", abs(got["checksum"] - want), 0, name) for name, got in outputs.items()]
 
 
 CASE = Case("load", "Loading a checkpoint from safetensors in a fresh process", workloads, limit_s=300.0)

@@ -60,7 +60,7 @@ def _workload(context: Context, tokens: int, *, still: bool, copied: bool) -> Wo
     def gate(outputs: Mapping[str, Any]) -> list[Check]:
         _, rows, flat, _ = inputs()
         exact, low = F.linear(bring(rows).double(), flat.double()), _formula(bring(rows), flat)
-        return [two_times(name, got, low, exact, 1e-6) for name, got in outputs.items()]
+        return [two_times(name, got, low, exact, 1e-6, name) for name, got in outputs.items()]
 
     contenders = [made(backend, partial(ours, backend), peer=False) for backend in BACKENDS[device.type]]
     contenders.append(made("linear on float32 rows", partial(theirs, _formula)))

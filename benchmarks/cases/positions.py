@@ -34,7 +34,7 @@ def workloads(context: Context) -> Iterator[Workload]:
             *(_patches(name, grids, patches) for name in _BACKENDS[context.device.type]),
             _transformers_patches(grids),
         ],
-        gate=lambda outputs: [equal(f"{name} positions", got, outputs["eager"]) for name, got in outputs.items()],
+        gate=lambda outputs: [equal(f"{name} positions", got, outputs["eager"], name) for name, got in outputs.items()],
         bytes=grids.nbytes + 16 * patches,  # grids in, two numbers a patch out
     )
 
@@ -91,8 +91,8 @@ def _gate(outputs: Mapping[str, Any]) -> list[Check]:
     positions, delta = outputs["eager"]
     checks = []
     for name, (got, got_delta) in outputs.items():
-        checks.append(equal(f"{name} positions", got, positions))
-        checks.append(equal(f"{name} delta", got_delta.flatten(), delta.flatten()))
+        checks.append(equal(f"{name} positions", got, positions, name))
+        checks.append(equal(f"{name} delta", got_delta.flatten(), delta.flatten(), name))
     return checks
 
 

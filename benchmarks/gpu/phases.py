@@ -9,9 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
+from .. import wgmma
 from ..environment import ROOT
 from ..run import case_names
-from .session import Part, Phase
+from .session import SECONDS, Part, Phase
 
 
 def phases(device: str, work: Path, checkpoints: Path, wheels: Path, cores: int) -> list[Phase]:
@@ -33,29 +36,30 @@ def phases(device: str, work: Path, checkpoints: Path, wheels: Path, cores: int)
         return Part(name, (*command, "--checkpoint-dir", str(checkpoints)), cases=tuple(cases), measures=True)
 
     ops = ["rope", "norm", "activation", "patch_embed", "merge", "positions"]
-    towers = ["tower", "model", "e2e"]
+    towers = ["tower", "e2e", "model"]
     others = [name for name in case_names() if name not in ("attention", "preprocess", *towers, *ops)]
     if rehearsal:  # one of each kind
         ops, towers = ["rope", "preprocess"], ["tower"]
     # What torch.compile makes takes up to half a minute for every row.
     quickly = [word for name in ("FlexAttention", "the same, torch.compile") for word in ("--without", name)]
     slow = "torch.compile takes longer for its rows than there are minutes"
+    attention = run("attention", ["attention"], "--rounds", "6", "--limit", "30", *quickly)
     return [
-        Phase("peers", 40, (_peers(wheels, work),)),
-        Phase("build", 120, tuple(_build(rehearsal, checkpoints, cores)), together=True),
-        Phase("tests", 150, tuple(_tests(rehearsal, cores))),
-        Phase("attention", 90, (run("attention", ["attention"], "--rounds", "6", "--limit", "30", *quickly),)),
-        Phase("tower", 100, (run("tower", towers, "--rounds", "3", "--limit", "60"),)),
+        Phase("build", 110, (_peers(wheels, work), *_build(rehearsal, checkpoints, cores)), together=True),
+        Phase("tests", 130, tuple(_tests(rehearsal, cores, work)), floor=90),
+        Phase("attention", 90, (attention,), floor=70),
+        Phase("tower", 90, (run("tower", towers, "--rounds", "3", "--limit", "60"),), floor=60),
         Phase(
             "ops",
-            100,
+            50,
             (
                 run("ops", ops, "--rounds", "8", "--limit", "30", *quickly),
                 *([] if rehearsal else [run("preprocess", ["preprocess"], "--rounds", "3", where="cpu")]),
                 *([] if rehearsal else [run("others", others, "--rounds", "2")]),
             ),
+            floor=40,
         ),
-        Phase("tuning", 100, (_tuning(rehearsal, work), _rates(device, results))),
+        Phase("tuning", 120, (_rates(device, results), _tuning(rehearsal, work)), floor=60),
         Phase("sanitizer", 60, (_sanitizer(rehearsal),)),
         Phase("compiled", 0, (replace(run("compiled", ["attention", *ops]), missing=slow),)),
     ]
@@ -66,46 +70,48 @@ def _peers(wheels: Path, work: Path) -> Part:
     if not found:
         return Part("peers", missing=f"no wheels in {wheels}, so that only what is installed takes part")
     options = ["install", "-q", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--upgrade", "--target"]
-    return Part("peers", (sys.executable, "-m", "pip", *options, str(work / "site"), *found))
+    return Part("peers", (sys.executable, "-m", "pip", *options, str(work / "site"), *found), peers=False)
 
 
 def _build(rehearsal: bool, checkpoints: Path, cores: int) -> Iterator[Part]:
+    """None of these sees the peers, which are being installed."""
     python = sys.executable
     build = (python, "setup.py", "build_ext", "--inplace")
-    yield Part(
-        "checkpoints",
-        (python, "-m", "benchmarks", "checkpoints", str(checkpoints), *(("tower", "--quick") if rehearsal else ())),
-    )
+    small = ("tower", "--quick") if rehearsal else ()
+    yield Part("checkpoints", (python, "-m", "benchmarks", "checkpoints", str(checkpoints), *small), peers=False)
     if rehearsal:
         from qwen2vl_kernels import _native
 
         if _native._cpu is not None:
             yield Part("extension", missing="the CPU's extension is built already, the GPU's needs a GPU's machine")
         else:
-            yield Part("extension", build, environment={"QWEN2VL_BUILD_CUDA": "0"})
+            yield Part("extension", build, environment={"QWEN2VL_BUILD_CUDA": "0"}, peers=False)
         kernels = ("activation", "--target", "sm_90", "--jobs", "1")
     else:
-        import torch
-
         major, minor = torch.cuda.get_device_capability()
         built = {
             "QWEN2VL_BUILD_CUDA": "1",
             "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}"),
         }
-        yield Part("extension", build, environment=built)
+        yield Part("extension", build, environment=built, peers=False)
         kernels = ("--jobs", str(cores))
-    yield Part("kernels", (python, "-m", "benchmarks", "warm", *kernels))
+        if wgmma.why_not(torch.device("cuda")) is None:
+            yield Part("wgmma-build", (python, "-m", "benchmarks", "wgmma", "--build"), peers=False)
+        # Those that are timed first, in the shadow of the extension, which takes one core and longer.
+        candidates = ("--compile", "--limit", "40", "--jobs", str(max(cores // 2, 1)))
+        yield Part("tuning-build", (python, "-m", "benchmarks", "tune", *candidates), measures=True, peers=False)
+    yield Part("kernels", (python, "-m", "benchmarks", "warm", *kernels), peers=False)
 
 
-def _tests(rehearsal: bool, cores: int) -> Iterator[Part]:
+def _tests(rehearsal: bool, cores: int, work: Path) -> Iterator[Part]:
     """Tests that need a GPU, and those that put their tensors on one where there is one. Only files that hold such
     tests are named, as a machine may lack what others import."""
     python = sys.executable
-    files = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").rglob("test_*.py"))}
-    on_gpu = [str(path.relative_to(ROOT)) for path, text in files.items() if "mark.gpu" in text]
+    texts = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").rglob("test_*.py"))}
+    on_gpu = [str(path.relative_to(ROOT)) for path, text in texts.items() if "mark.gpu" in text]
     on_device = [
         str(path.relative_to(ROOT))
-        for path, text in files.items()
+        for path, text in texts.items()
         if path.parent.name == "kernels" and any("import" in row and "DEVICE" in row for row in text.splitlines())
     ]
     # A test that loses CUDA's context or hangs ends its worker, which is replaced however often that happens.
@@ -114,22 +120,19 @@ def _tests(rehearsal: bool, cores: int) -> Iterator[Part]:
     if rehearsal:  # the first are skipped, the second interpret one op's kernels
         on_gpu = [name for name in on_gpu if "graphs" in name]
         on_device = [name for name in on_device if "append_kv" in name]
-    command = (python, "-m", "pytest", *options)
-    yield Part("gpu-tests", (*command, "-m", "gpu", *on_gpu), environment={"OMP_NUM_THREADS": "1"})
-    yield Part("device-tests", (*command, "-m", "not gpu", *on_device), environment={"OMP_NUM_THREADS": "1"})
+    for name, marked, files in (("gpu-tests", "gpu", on_gpu), ("device-tests", "not gpu", on_device)):
+        told = work / "results" / f"{name}.jsonl"
+        command = (python, "-m", "pytest", *options, "--test-lines", str(told), "-m", marked, *files)
+        yield Part(name, command, environment={"OMP_NUM_THREADS": "1"}, tests=told)
 
 
 def _tuning(rehearsal: bool, work: Path) -> Part:
     out = ("--out", str(work / "results" / "tune.json"))
-    small = ("swiglu forward", "--quick", "--device", "cpu", "--jobs", "1") if rehearsal else ("--limit", "80")
+    small = ("swiglu forward", "--quick", "--device", "cpu", "--jobs", "1") if rehearsal else ("--limit", SECONDS)
     return Part("tuning", (sys.executable, "-m", "benchmarks", "tune", *small, *out), measures=True)
 
 
 def _rates(device: str, results: Sequence[str]) -> Part:
-    import torch
-
-    from .. import wgmma
-
     if (missing := wgmma.why_not(torch.device(device))) is not None:
         return Part("wgmma", missing=missing)
     return Part("wgmma", (sys.executable, "-m", "benchmarks", "wgmma", *results), measures=True)
