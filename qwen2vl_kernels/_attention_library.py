@@ -216,7 +216,7 @@ def _torch_version() -> tuple[int, int]:
 
 def forward(name, q, k, v, plan: TilePlan, max_seqlen: int, causal: bool, scale: float, keep: bool):
     """``(out (T, Hq, D), lse (T * Hq,))`` by the peer ``name``; lse is its statistics, ``None`` unless ``keep``."""
-    bounds, longest = plan.bounds(), max(2, max_seqlen)  # FlashAttention 2 takes 1 for decoding, with all segments full
+    bounds, longest = plan.bounds(), _longest(plan, max_seqlen)
     q, k, v = _at_16_bytes(q, k, v)
     if name == "torch":
         out, lse = torch.ops.aten._flash_attention_forward(
@@ -244,8 +244,8 @@ _dimensions: dict[str, int] = {}
 
 def backward(name, grad, q, k, v, out, lse, plan: TilePlan, max_seqlen: int, causal: bool, scale: float):
     """``(dq, dk, dv)`` of :func:`forward` from what it returned."""
-    bounds, longest, grad = plan.bounds(), max(2, max_seqlen), grad.contiguous()
-    q, k, v = _at_16_bytes(q, k, v)
+    bounds, longest = plan.bounds(), _longest(plan, max_seqlen)
+    q, k, v, grad, out = _at_16_bytes(q, k, v, grad.contiguous(), out)
     lse = lse.view(q.shape[0], q.shape[1], 1) if _dimensions.get(name) == 3 else lse.view(q.shape[1], q.shape[0])
     if name == "torch":
         state = torch.empty(2, dtype=torch.uint64, device=q.device)  # of the random numbers for dropout, not read
@@ -263,6 +263,15 @@ def backward(name, grad, q, k, v, out, lse, plan: TilePlan, max_seqlen: int, cau
     else:
         grads = _flash_backward(name, grad, q, k, v, out, lse, bounds, longest, causal, scale)
     return tuple(zero_past(x.contiguous(), plan) for x in grads)
+
+
+def _longest(plan: TilePlan, max_seqlen: int) -> int:
+    """What a peer's grid is made of, which must reach every segment, now and when a captured graph is replayed.
+
+    No segment has more rows than there are. FlashAttention 2 takes 1 for decoding, with all segments full.
+    """
+    plan.hold_to(max_seqlen)
+    return max(2, min(max_seqlen, plan.total))
 
 
 def _at_16_bytes(*tensors: torch.Tensor) -> list[torch.Tensor]:

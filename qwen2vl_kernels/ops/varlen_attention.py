@@ -373,7 +373,7 @@ def varlen_attention(
     if traced:  # neither is to be compiled in: code for one number of rows would serve no other
         pass
     elif tiles is not None:
-        _check_tiles(check, tiles, cu_seqlens, q)
+        _check_tiles(check, tiles, cu_seqlens, q, max_seqlen)
     elif cu_seqlens.device.type == "cpu":
         check_bounds(check, cu_seqlens.tolist(), q.shape[0], max_seqlen)
 
@@ -386,6 +386,8 @@ def varlen_attention(
         q, k = _turn(q, k, rope, name)
     if name in _PEERS and direct(q, k, v, cu_seqlens):
         return _BACKENDS[name](q, k, v, cu_seqlens, max_seqlen, causal, scale, tiles)
+    if tiles is not None and name in _PEERS and not traced:
+        tiles.hold_to(max_seqlen)  # the operator is not told of it
     if traced or name in _PEERS:  # tracers need one opaque op, as the implementations read cu_seqlens
         return torch.ops.qwen2vl.varlen_attention(q, k, v, cu_seqlens, max_seqlen, causal, scale, name)[0]
     return _BACKENDS[name](q, k, v, cu_seqlens, max_seqlen, causal, scale)
@@ -411,10 +413,13 @@ def _check_rope(check: Checker, q: torch.Tensor, rope: object) -> None:
         check.require(not table.requires_grad, f"{name} must not require grad: it is given none")
 
 
-def _check_tiles(check: Checker, tiles: object, cu_seqlens: torch.Tensor, q: torch.Tensor) -> None:
+def _check_tiles(check: Checker, tiles: object, cu_seqlens: torch.Tensor, q: torch.Tensor, max_seqlen: int) -> None:
     if not isinstance(tiles, TilePlan):
         raise TypeError(f"varlen_attention: tiles must be a TilePlan, got {type(tiles).__name__}")
     check.require(tiles.total == q.shape[0], f"tiles are planned for {tiles.total} rows, but q has {q.shape[0]}")
     check.require(tiles.device == q.device, f"tiles must be on {q.device} like q, got {tiles.device}")
     have, want = tiles.cu_seqlens.shape[0], cu_seqlens.shape[0]
     check.require(have == want, f"tiles are planned for {have - 1} segments, but cu_seqlens has {want - 1}")
+    longest = tiles.longest
+    ok = longest is None or max_seqlen >= longest
+    check.require(ok, f"max_seqlen is {max_seqlen}, but tiles are planned for a segment of {longest} rows")

@@ -13,9 +13,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qwen2vl_kernels import BackendError, _attention_library, _tail, _triton, plan_tiles, varlen_attention
+from qwen2vl_kernels import BackendError, _attention_library, _tail, _tiles, _triton, plan_tiles, varlen_attention
 from qwen2vl_kernels._attention_library import FLASH, Call, peer_of, why_not
 from qwen2vl_kernels._backend import unavailable
+from qwen2vl_kernels._tiles import TilePlan
 from qwen2vl_kernels.ops.varlen_attention import varlen_attention_ref
 from tests.conftest import DEVICE, assert_two_times
 
@@ -161,6 +162,9 @@ def test_boundaries_that_may_change_and_a_longest_segment_of_one_row(stand_in, p
     assert plan.held() is None and plan_tiles(cu, 17).held() == 14
     for longest in (9, 1):  # FlashAttention 2 takes a longest segment of 1 for decoding, where all have one row
         kernel.longest = max(2, longest)
+        if longest == 1:
+            cu = torch.arange(4, dtype=torch.int32)
+            plan.update_(cu)
         out, lse = _attention_library.forward(name, *inputs, plan, longest, False, SCALE, keep=False)
         assert lse is None and torch.equal(out, varlen_attention_ref(*inputs, cu, False, SCALE))
     other = torch.tensor([0, 2, 3, 4], dtype=torch.int32)
@@ -180,6 +184,88 @@ def test_a_view_that_begins_off_16_bytes_is_copied(stand_in, pack):
     kernel.forward = lambda *a: seen.extend(x.data_ptr() % 16 for x in a[:3]) or forward(*a)
     assert off[0].data_ptr() % 16 and torch.equal(_attend(name, *off, cu, False), _attend(name, *inputs, cu, False))
     assert seen == [0] * 6
+    backward = kernel.backward
+    kernel.backward = lambda *a: seen.extend(x.data_ptr() % 16 for x in a[:5]) or backward(*a)
+    out, lse = torch.ops.qwen2vl.varlen_attention(*inputs, cu, 9, False, SCALE, name)
+    grad = torch.randn(17 * 4 * 80 + 1).double()[1:].view(17, 4, 80)  # whole, as the backward of a concatenation gives
+    shifted = torch.empty(17 * 4 * 80 + 1).double()[1:].view(17, 4, 80).copy_(out)
+    assert grad.is_contiguous() and grad.data_ptr() % 16 and shifted.data_ptr() % 16
+    rest = (lse, cu, 9, False, SCALE, name)
+    got = torch.ops.qwen2vl.varlen_attention_backward(grad, *off, shifted, *rest)
+    want = torch.ops.qwen2vl.varlen_attention_backward(grad.clone(), *inputs, out, *rest)
+    assert all(torch.equal(one, two) for one, two in zip(got, want, strict=True))
+    assert seen[6 + 3 :] == [0] * 10
+
+
+def _by_max_seqlen(kernel):
+    """Makes the stand-in write no more rows of a segment than its grid has."""
+    forward = kernel.forward
+
+    def limited(q, k, v, bounds, longest, *settings):
+        kernel.longest = longest
+        out, lse = forward(q, k, v, bounds, longest, *settings)
+        for a, b in zip(bounds.tolist(), bounds[1:].tolist(), strict=False):
+            out[min(a + longest, b) : b] = torch.nan
+        return out, lse
+
+    kernel.forward = limited
+
+
+@pytest.mark.parametrize("on_device", [False, True], ids=["host", "device"])
+def test_a_plan_takes_no_segment_longer_than_a_grid(stand_in, pack, monkeypatch, on_device):
+    """What a graph does: the call that was captured is repeated as it was, on the boundaries of an update."""
+    name, kernel = stand_in
+    _by_max_seqlen(kernel)
+    *inputs, cu = pack
+    plan = plan_tiles(cu.clone(), 17, padded=True)
+
+    def replay():
+        return _attention_library.forward(name, *inputs, plan, 9, False, SCALE, keep=False)[0]
+
+    assert plan.update_(torch.tensor([0, 0, 0, 17], dtype=torch.int32)).longest == 17, "nothing was captured"
+    plan.update_(cu)
+    with monkeypatch.context() as patch:
+        patch.setattr(_tiles, "_capturing", lambda device: True)
+        assert torch.equal(replay(), varlen_attention_ref(*inputs, cu, False, SCALE))
+    fits, longer = (torch.tensor(b, dtype=torch.int32) for b in ([0, 2, 11, 17], [0, 1, 1, 11]))
+    assert torch.equal(plan.update_(fits).bounds(), fits) and plan.longest == 9
+    assert torch.equal(replay(), varlen_attention_ref(*inputs, fits, False, SCALE))
+    if on_device:  # boundaries that the host may not read: the assertion is one of the device's
+        check = TilePlan._check_longest
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a segment is longer than max_seqlen"):
+            patch.setattr(TilePlan, "_check_longest", lambda self, name, cu, most: check(self, name, _Far(cu), most))
+            plan.update_(longer)
+    else:
+        with pytest.raises(ValueError, match=r"a segment of 10 rows, but another's kernel was .* max_seqlen=9; give"):
+            plan.update_(longer)
+    assert torch.equal(plan.bounds(), fits), "what is refused is not written"
+    plan = plan_tiles(longer.clone(), 17, padded=True)
+    with pytest.raises(ValueError, match="max_seqlen is 9, but cu_seqlens has a segment of 10 rows"):
+        replay()
+    plan.update_(cu)
+    assert torch.equal(replay(), varlen_attention_ref(*inputs, cu, False, SCALE))
+
+
+class _Far:
+    """Boundaries that say they are on a GPU."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, tensor):
+        self.shape, self.diff = tensor.shape, tensor.diff
+
+
+def test_a_max_seqlen_that_is_too_small_reaches_no_kernel(stand_in, pack):
+    """Compiled code calls the operator, which checks nothing but this."""
+    name, kernel = stand_in
+    *inputs, cu = pack
+    with pytest.raises(ValueError, match="max_seqlen is 8, but cu_seqlens has a segment of 9 rows"):
+        torch.ops.qwen2vl.varlen_attention(*inputs, cu, 8, False, SCALE, name)
+    assert not kernel.forwards
+    with pytest.raises(ValueError, match="max_seqlen is 8, but tiles are planned for a segment of 9 rows"):
+        varlen_attention(*(x.float() for x in inputs), cu, 8, tiles=plan_tiles(cu, 17))
+    kernel.longest = 17  # not more than there are rows
+    torch.ops.qwen2vl.varlen_attention(*inputs, cu, 10**6, False, SCALE, name)
 
 
 @pytest.mark.parametrize("triton", [True, False], ids=["kernel", "masked_fill_"])
