@@ -29,7 +29,7 @@ from ._head import (
     turned_for_attention,
     zero_between,
 )
-from ._library import direct, register_opaque
+from ._library import direct, first_order, register_opaque
 from ._tiles import TilePlan, plan_for
 from ._triton import Target, accumulator, architecture, jit, launch, target_of, tl
 
@@ -244,7 +244,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad, _):
     q, k, v, out, lse, cu_seqlens, cos, sin = ctx.saved_tensors
     arguments = (grad, q, k, v, out, lse, cu_seqlens, cos, sin, ctx.causal, ctx.scale, ctx.fused)
-    return *torch.ops.qwen2vl.attention_backward(*arguments), *[None] * 7
+    return *first_order("varlen_attention", torch.ops.qwen2vl.attention_backward, *arguments), *[None] * 7
 
 
 _PACK = "Tensor cu_seqlens, Tensor? cos, Tensor? sin"

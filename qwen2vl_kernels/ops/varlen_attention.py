@@ -30,7 +30,7 @@ from .._attention_cpu import blocked, keeps_statistics, per_segment, sdpa, sdpa_
 from .._attention_library import Call
 from .._backend import BackendError, forced, resolve
 from .._checks import Checker
-from .._library import direct, register_opaque
+from .._library import direct, first_order, register_opaque
 from .._rotary import Angles, rotate, rotated
 from .._tiles import TilePlan, check_bounds, plan_for
 from .._triton import target_of
@@ -143,23 +143,9 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(q, k, v, *output, cu_seqlens)
 
 
-class _FirstOrder(torch.autograd.Function):
-    """Gradients as they are, which have no derivatives of their own: PyTorch would take these for zero."""
-
-    @staticmethod
-    def forward(ctx, grad, q, k, v, *grads):
-        return tuple(x.view_as(x) for x in grads)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise NotImplementedError("varlen_attention: its gradients have no derivatives of their own")
-
-
 def _backward(ctx, grad, _):
-    with torch.no_grad():
-        grads = torch.ops.qwen2vl.varlen_attention_backward(grad, *ctx.saved_tensors, *ctx.settings)
-    if torch.is_grad_enabled():  # create_graph=True
-        grads = _FirstOrder.apply(grad, *ctx.saved_tensors[:3], *grads)
+    backward = torch.ops.qwen2vl.varlen_attention_backward
+    grads = first_order("varlen_attention", backward, grad, *ctx.saved_tensors, *ctx.settings)
     return (*grads, None, None, None, None, None)
 
 

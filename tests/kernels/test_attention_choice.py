@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
+import qwen2vl_kernels
 from qwen2vl_kernels import BackendError, _attention_choice, _attention_library, _triton, plan_tiles, use_backend
 from qwen2vl_kernels import varlen_attention as attend
 from qwen2vl_kernels._attention_choice import TABLE, UNMEASURED, bucket, choose, entry_of
 from qwen2vl_kernels._attention_library import Call
 from qwen2vl_kernels.ops import varlen_attention as module
+from tests.conftest import DEVICE
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 #: Backends of the table by what the benchmark calls them.
@@ -329,13 +331,33 @@ def test_sdpa_on_a_cpu_keeps_its_statistics_in_compiled_code():
         assert all(torch.equal(a, b) for a, b in zip(results, eager, strict=True))
 
 
-def test_derivatives_of_second_order_are_refused():
-    q, cu_seqlens = torch.randn(6, 2, 8, requires_grad=True), torch.tensor([0, 6], dtype=torch.int32)
-    for backend in ("sdpa", "eager"):
+@pytest.mark.parametrize("backend", ["sdpa", "eager", "triton"])
+def test_derivatives_of_second_order_are_refused(backend):
+    """PyTorch takes the derivatives of an operator that has none registered for zero."""
+    q = torch.randn(6, 2, 16, requires_grad=True, device=DEVICE if backend == "triton" else "cpu")
+    cu_seqlens = torch.tensor([0, 6], dtype=torch.int32, device=q.device)
+    if backend == "triton":
+        if (reason := _triton.reason(DEVICE)) is not None:
+            pytest.skip(reason)
+        out = attend(q, q, q, cu_seqlens, 6, backend=backend)
+    else:
         out = torch.ops.qwen2vl.varlen_attention(q, q, q, cu_seqlens, 6, False, 0.3, backend)[0]
-        (first,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
-        with pytest.raises(NotImplementedError, match="its gradients have no derivatives of their own"):
-            torch.autograd.grad(first.sum(), q)
+    (first,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="varlen_attention: its gradients have no derivatives of their own"):
+        torch.autograd.grad(first.sum(), q)
+
+
+@pytest.mark.parametrize("op", ["swiglu", "quick_gelu", "rms_norm", "layer_norm"])
+def test_so_are_those_of_the_other_kernels_that_have_none(op):
+    if (reason := _triton.reason(DEVICE)) is not None:
+        pytest.skip(reason)
+    x, weight = torch.randn(4, 16, requires_grad=True, device=DEVICE), torch.ones(16, device=DEVICE)
+    others = {"swiglu": (x.detach(),), "quick_gelu": (), "rms_norm": (weight, 1e-6), "layer_norm": (weight, weight)}
+    with use_backend(**{op: "triton"}):
+        out = getattr(qwen2vl_kernels, op)(x, *others[op])
+    (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match=f"{op}: its gradients have no derivatives of their own"):
+        torch.autograd.grad(first.sum(), x)
 
 
 def test_pytorch_picks_the_kernel_whose_statistics_are_kept():
