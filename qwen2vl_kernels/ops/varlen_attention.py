@@ -192,8 +192,9 @@ def chosen(
             aligned = aligned and _settled(of_rows % 8 == 0 and of_heads % 8 == 0)
             farthest = max(farthest, of_rows)
         facts += (_attention_choice.bucket(max_seqlen), aligned or empty, _settled(rows * farthest >= 2**31), empty)
+        facts += (_settled(segments > _attention_library.MOST_BLOCKS),)
     else:
-        facts += (0, True, False, False)
+        facts += (0, True, False, False, False)
     requested = backend if backend is not None else forced("varlen_attention")
     name = _choose(*facts, repeatable, invariant, requested)
     if name.startswith(_REFUSED):
@@ -214,7 +215,8 @@ _REFUSED = "refused: "
 def _choose(kind, *facts) -> str:
     """A backend, or why there is none: what is raised here would be an error of the compiler's."""
     try:
-        return _known(kind, *facts) if kind == "cuda" else _decide(kind, *facts)
+        facts = kind, *facts, _attention_library.replaced() if kind == "cuda" else None
+        return _known(*facts) if kind == "cuda" else _decide(*facts)
     except BackendError as error:
         return f"{_REFUSED}{error}"
 
@@ -225,14 +227,14 @@ _choose._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAc
 
 
 def _decide(
-    kind, ordinal, dtype, columns, value_columns, grouped, causal, tracked, rows, aligned, wide, empty, repeatable,
-    invariant, requested,
+    kind, ordinal, dtype, columns, value_columns, grouped, causal, tracked, rows, aligned, wide, empty, many,
+    repeatable, invariant, requested, replaced,
 ) -> str:  # fmt: skip
     device = torch.device(kind, ordinal) if kind == "cuda" else torch.device(kind)
     target = target_of(device)
     call = Call(
         kind, target.capability if kind == "cuda" else 0, dtype, columns, value_columns, grouped, causal, tracked, rows,
-        aligned, wide, empty, repeatable,
+        aligned, wide, empty, many, repeatable, replaced,
     )  # fmt: skip
     if requested is None:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,7 +78,10 @@ def gpu(monkeypatch):
     def install(*names):
         module._known.cache_clear()
         monkeypatch.setattr(_attention_library, "_loaded", lambda name: RESULTS if name in names else "not installed")
-        monkeypatch.setattr(_attention_library, "_lacks", lambda feature: feature == "FP16")
+        flags = {"build_flags": {"FLASHATTENTION_DISABLE_FP16": True}}
+        modules = {"fa3_fwd_config": SimpleNamespace(CONFIG=flags)}
+        finds = SimpleNamespace(import_module=lambda name: modules.get(name, SimpleNamespace()))
+        monkeypatch.setattr(_attention_library, "importlib", finds)
 
     yield install
     module._known.cache_clear()
@@ -119,9 +123,22 @@ def test_what_nobody_measured_is_pytorchs_own_kernel(gpu, monkeypatch, changed):
     assert choice.backend == "triton" and "torch: it was left out" in choice.why
 
 
+def test_what_pytorch_has_activated_is_asked_at_every_call(gpu, monkeypatch):
+    """``torch.nn.attention.activate_flash_attention_impl`` puts other kernels under PyTorch's operators."""
+    active = [None]
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: active[0])
+    with FakeTensorMode():
+        inputs = _inputs(300, gradients=True)
+        for active[0], want in ((None, "torch"), ("FA4", "triton"), ("FA3", "torch"), ("mine", "triton")):
+            assert module.chosen(*inputs, 256) == want
+    training = replace(CALL, gradients=True, replaced="FA3")
+    assert choose(training).measured is None, "FlashAttention 2 was measured"
+
+
 @pytest.mark.parametrize(
     ("changed", "backend"),
     [
+        ({"many": True, "gradients": True}, "triton"),
         ({"aligned": False, "gradients": True}, "triton"),
         ({"value_columns": 64}, "triton"),
         ({"columns": 81, "value_columns": 81}, "triton"),
@@ -158,7 +175,8 @@ def test_nothing_is_read_from_a_device(gpu):
         off = torch.empty_strided((300, 16, 80), strides, dtype=torch.bfloat16, device="cuda", requires_grad=True)
         assert module.chosen(off, off, off, 256) == "triton", "its heads are not"
         assert module.chosen(*_inputs(0, gradients=True), 0) == "triton"
-        assert module.chosen(*_inputs(9, gradients=True), 9, segments=0) == "triton"
+        for segments, want in ((0, "triton"), (1, "torch"), (65535, "torch"), (65536, "triton")):
+            assert module.chosen(*_inputs(9, gradients=True), 9, segments=segments) == want
 
 
 def test_the_choice_is_the_same_in_capture(gpu, monkeypatch):

@@ -415,12 +415,95 @@ def test_flash_is_the_newest_that_serves_the_call(installed):
     assert peer_of("flash 3", CALL) == peer_of("flash", CALL) == ("fa3_fwd_interface", "")
     peer, reason = peer_of("flash", training)
     assert peer is None and "fa3_fwd_interface: it has a forward pass only; q, k and v must not require grad" in reason
-    assert "built without float16" in peer_of("flash", replace(CALL, dtype=torch.float16))[1]
+    assert "this build is without FP16" in peer_of("flash", replace(CALL, dtype=torch.float16))[1]
     installed("flash_attn.cute")
     assert (
         "silently wrong dq where head_dim is no multiple of 32 (flash-attention#2896)" in peer_of("flash", training)[1]
     )
     assert peer_of("flash 3", CALL)[0] is None, "another generation is not what was measured"
+
+
+@pytest.mark.parametrize(
+    ("module", "part", "changed"),
+    [
+        (module, part, changed)
+        for module in ("flash_attn_interface", "fa3_fwd_interface")
+        for part, changed in (
+            ("VARLEN", {}),
+            ("HDIM96", {}),
+            ("HDIM96", {"columns": 72, "value_columns": 72}),
+            ("HDIM64", {"columns": 64, "value_columns": 64}),
+            ("HDIM256", {"columns": 200, "value_columns": 200}),
+            ("FP16", {"dtype": torch.float16}),
+        )
+    ]
+    + [("flash_attn_interface", "BACKWARD", {"gradients": True})],
+    ids=str,
+)
+def test_a_build_is_asked_what_it_was_made_without(installed, monkeypatch, module, part, changed):
+    installed(module)
+    finds, flags = _attention_library.importlib.import_module, {}
+    configs = {module.replace("interface", "config"): types.SimpleNamespace(CONFIG={"build_flags": flags})}
+    monkeypatch.setattr(_attention_library.importlib, "import_module", lambda name: configs.get(name) or finds(name))
+    call = replace(CALL, **changed)
+    assert why_not(module, call) is None
+    flags[f"FLASHATTENTION_DISABLE_{part}"] = True
+    assert why_not(module, call) == f"this build is without {part}"
+    other = replace(CALL, columns=128, value_columns=128)
+    assert (why_not(module, other) is None) == (part != "VARLEN")
+
+
+def test_they_run_on_the_gpu_of_their_tensors(monkeypatch):
+    """PyTorch's dispatcher sees to it for its operators, not for kernels from Python."""
+    entered = []
+
+    class Device:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            entered.append(self.device)
+
+        def __exit__(self, *_):
+            entered.append(None)
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+    def attend(q, k, v, **_):
+        entered.append("forward")
+        return q
+
+    def gradients(dout, q, **_):
+        entered.append("backward")
+
+    monkeypatch.setattr(
+        _attention_library, "_loaded", lambda name: types.SimpleNamespace(flash_attn_varlen_func=attend)
+    )
+    monkeypatch.setattr(_attention_library, "_backward_of", lambda name: (gradients, {"dout", "q"}))
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    for index, around in ((0, False), (1, True)):
+        device = torch.device("cuda", index)
+        q = types.SimpleNamespace(is_cuda=True, device=device, shape=(1,), dtype=torch.bfloat16)
+        entered.clear()
+        _attention_library._flash_forward("flash_attn", q, q, q, None, 2, False, 1.0, False)
+        _attention_library._flash_backward("flash_attn", q, q, q, q, q, None, None, 2, False, 1.0)
+        want = [device, "forward", None, device, "backward", None] if around else ["forward", "backward"]
+        assert entered == want
+
+
+def test_determinism_that_is_demanded_between_forward_and_backward(installed, pack):
+    """PyTorch's FlashAttention looks for itself, the others are told, and cuDNN has none."""
+    installed(*ALL)
+    *inputs, cu = pack
+    out = torch.zeros(17, 4, 80)
+    arguments = (out, *inputs, out, torch.zeros(68), plan_tiles(cu, 17), 9, False, SCALE)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError, match=r"the backward of cudnn is not deterministic, and .* call it before"):
+            _attention_library.backward("cudnn", *arguments)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_backward_of_another_form_is_not_called(installed):
@@ -451,6 +534,12 @@ def test_installed_modules_have_the_arguments_that_are_relied_on(flash):
         ("torch", {"value_columns": 64}, "it takes one head_dim, a multiple of 8 up to 256, got 80 and 64"),
         ("torch", {"aligned": False}, "must be multiples of 8 elements"),
         ("torch", {"empty": True}, "at least one segment and one row"),
+        ("torch", {"many": True}, "a grid's second or third dimension, which ends at 65535"),
+        ("flash_attn", {"many": True}, "a grid's second or third dimension, which ends at 65535"),
+        ("torch", {"replaced": "FA4", "gradients": True}, "FA4 activated in its place: its backward on capability 9"),
+        ("torch", {"replaced": "FA4", "capability": 80}, "FA4 activated in its place: it serves capability 9 and 10"),
+        ("torch", {"replaced": "FA3", "capability": 100}, "FA3 activated in its place: it serves capability 9"),
+        ("torch", {"replaced": "mine"}, "has 'mine' activated in its place, which nobody has tried"),
         ("torch", {"capability": 75}, "it needs a GPU of capability 8.0, this one has 7.5"),
         ("torch", {"capability": 0}, "it needs an NVIDIA GPU"),
         ("torch", {"capability": 89, "columns": 224, "value_columns": 224, "gradients": True}, "heads of 224"),
