@@ -19,6 +19,7 @@ The Triton kernels are in ``_attention`` and ``_attention_backward``, others' in
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from operator import index
 
@@ -268,8 +269,17 @@ def reads_host(backend: str) -> bool:
     return backend in ("eager", "sdpa", "blocked")
 
 
+#: Calls that :func:`choices` tells of: ``max_seqlen``, and what of :class:`Call` is not as in a tower's inference.
+KINDS: dict[str, tuple[int, dict[str, bool]]] = {
+    "inference": (0, {}),
+    "long": (4096, {}),
+    "training": (4096, {"gradients": True}),
+    "prefill": (4096, {"causal": True, "grouped": True}),
+}
+
+
 def choices(device_type: str) -> list[dict[str, object]]:
-    """What serves calls of common kinds on such tensors and why, for ``qwen2vl info``."""
+    """What serves each of :data:`KINDS` on such tensors, where it was measured and why, for ``qwen2vl info``."""
     rows: list[dict[str, object]] = []
     capability = 0
     if device_type == "cuda" and torch.cuda.is_available():
@@ -277,13 +287,12 @@ def choices(device_type: str) -> list[dict[str, object]]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for columns in (64, 72, 80, 128, 512):
             row: dict[str, object] = {"dtype": str(dtype).removeprefix("torch."), "head_dim": columns}
-            for kind, gradients, longest in (("inference", False, 0), ("long", False, 4096), ("training", True, 4096)):
+            for kind, (longest, facts) in KINDS.items():
                 rows_ = _attention_choice.bucket(longest)
-                call = Call(device_type, capability, dtype, columns, columns, gradients=gradients, rows=rows_)
+                known = Call(device_type, capability, dtype, columns, columns, rows=rows_)
+                call = replace(known, replaced=_attention_library.replaced(), **facts)
                 choice = _attention_choice.choose(call)
-                row[kind] = choice.backend
-                if kind == "inference":
-                    row |= {"measured": choice.measured, "why": choice.why}
+                row[kind] = {"backend": choice.backend, "measured": choice.measured, "why": choice.why}
             rows.append(row)
     return rows
 

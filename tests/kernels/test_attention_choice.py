@@ -12,7 +12,15 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import qwen2vl_kernels
-from qwen2vl_kernels import BackendError, _attention_choice, _attention_library, _triton, plan_tiles, use_backend
+from qwen2vl_kernels import (
+    BackendError,
+    _attention_choice,
+    _attention_library,
+    _tail,
+    _triton,
+    plan_tiles,
+    use_backend,
+)
 from qwen2vl_kernels import varlen_attention as attend
 from qwen2vl_kernels._attention_choice import TABLE, UNMEASURED, bucket, choose, entry_of
 from qwen2vl_kernels._attention_library import Call
@@ -42,6 +50,8 @@ def test_every_entry_is_what_its_file_says(entry):
     """The order of medians: nobody later in an entry is more than 3 % faster, on any pack that the entry covers."""
     result = json.loads((RESULTS / entry.measured).read_text(encoding="utf-8"))
     assert result["device_type"] == "cuda" and not result["quick"]
+    assert f"at commit {result['commit']}" in entry.note
+    assert ("have changed since" in entry.note) == ("has changed since" in result["note"])
     rows = {(row["workload"], row["provider"]): row["median"] for row in result["rows"] if row["metric"] == "time"}
     later = [e.rows for e in TABLE if replace(e, rows=0, backends=()) == replace(entry, rows=0, backends=())]
     stop = min((rows for rows in later if rows > entry.rows), default=10**9)
@@ -58,6 +68,25 @@ def test_every_entry_is_what_its_file_says(entry):
             for other, fewer in found[n + 1 :]:
                 assert seconds <= 1.03 * fewer, f"{workload}: {name} is put before {other}"
     assert seen == set(entry.backends), "a backend in the order was not measured"
+
+
+def test_the_readme_says_how_far_backends_with_a_plan_for_every_shape_lead():
+    """The default's time over the best of cuDNN's, at most over all packs, without gradients and with them."""
+    result = json.loads((RESULTS / "nvidia-h200" / "attention.json").read_text(encoding="utf-8"))
+    rows = {(row["workload"], row["provider"]): row["median"] for row in result["rows"] if row["metric"] == "time"}
+    most = {False: 0.0, True: 0.0}
+    for pack in {name for name, _ in rows if "backward" not in name}:
+        longest = max(int(part.split(" of ")[1]) for part in pack.split(",")[0].split(" and "))
+        for gradients in most:
+            entry = entry_of(replace(CALL, gradients=gradients, rows=bucket(longest)))
+            found = _seconds(entry, pack.removesuffix(", 16 heads of 80") + ", 16 heads of 80", rows)
+            ours = next(found[name] for name in entry.backends if name in found and name != "flash 3")
+            ways = ("", ", backward") if gradients else ("",)
+            for provider in ("cuDNN", "sdpa"):
+                parts = [rows.get((pack + way, provider)) for way in ways]
+                most[gradients] = max(most[gradients], ours / sum(parts)) if all(parts) else most[gradients]
+    text = " ".join((RESULTS.parents[1] / "README.md").read_text(encoding="utf-8").split())
+    assert f"up to {most[True]:.1f} times faster with gradients and {most[False]:.1f} times without" in text
 
 
 def test_a_backend_with_a_plan_for_every_shape_is_not_in_the_table():
@@ -179,14 +208,53 @@ def test_nothing_is_read_from_a_device(gpu):
             assert module.chosen(*_inputs(9, gradients=True), 9, segments=segments) == want
 
 
+@pytest.fixture
+def shapes_of_cudnn():
+    """What cuDNN's operators give for tensors without values, which PyTorch does not say."""
+    library = torch.library.Library("aten", "IMPL")
+
+    def forward(q, k, v, *_, **__):
+        empty = q.new_empty(0)
+        lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+        return torch.empty_like(q), lse, empty, empty, 0, 0, empty, empty, empty
+
+    def backward(grad, q, k, v, *_, **__):
+        return tuple(torch.empty_like(x) for x in (q, k, v))
+
+    library.impl("_cudnn_attention_forward", forward, "Meta")
+    library.impl("_cudnn_attention_backward", backward, "Meta")
+    yield
+    library._destroy()
+
+
+@pytest.mark.usefixtures("shapes_of_cudnn")
+@pytest.mark.parametrize("name", ["torch", "cudnn"])
+def test_peers_read_nothing_from_a_device(name, monkeypatch):
+    """On tensors that have no values, forward and backward; a padded plan is what boundaries on a device have."""
+    monkeypatch.setattr(_tail, "reason", lambda kind: "the kernel is left out")
+    q, k, v = (torch.empty(300, 16, 80, dtype=torch.bfloat16, device="meta") for _ in range(3))
+    plan = plan_tiles(torch.empty(5, dtype=torch.int32, device="meta"), 300)
+    assert plan.padded and plan.longest is None and plan.held() is None
+    out, lse = _attention_library.forward(name, q, k, v, plan, 256, False, 0.3, keep=True)
+    grads = _attention_library.backward(name, out, q, k, v, out, lse, plan, 256, False, 0.3)
+    assert [x.shape for x in (out, *grads)] == [q.shape] * 4
+    with pytest.raises(RuntimeError, match="meta tensors"):
+        plan.cu_seqlens.max().item()  # as a read would
+
+
 def test_the_choice_is_the_same_in_capture(gpu, monkeypatch):
+    """Nothing that a choice is made of may ask whether there is one."""
     with FakeTensorMode():
-        for gradients in (False, True):
-            inputs = _inputs(300, gradients=gradients)
-            want = module.chosen(*inputs, 256)
-            with monkeypatch.context() as patch:
-                patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-                assert module.chosen(*inputs, 256) == want
+        wants = [module.chosen(*_inputs(300, gradients=gradients), 256) for gradients in (False, True)]
+        module._known.cache_clear()
+
+        def asked():
+            raise AssertionError("the choice asks whether a graph is captured")
+
+        for owner in (torch.cuda, torch.cuda.graphs):
+            monkeypatch.setattr(owner, "is_current_stream_capturing", asked)
+        monkeypatch.setattr(torch.cuda, "synchronize", asked)
+        assert [module.chosen(*_inputs(300, gradients=g), 256) for g in (False, True)] == wants == ["triton", "torch"]
     assert bucket(0) == 0 == bucket(1023) and bucket(1024) == 1024 == bucket(10**6)
 
 
@@ -392,9 +460,16 @@ def test_pytorch_picks_the_kernel_whose_statistics_are_kept():
             assert keeps_statistics(q, v) == (picked == fused)
 
 
-def test_the_table_for_people(gpu):
+def test_the_table_for_people(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     rows = {(row["dtype"], row["head_dim"]): row for row in module.choices("cuda")}
-    assert rows["float32", 80]["training"] == "sdpa" and all(row["why"] for row in rows.values())
+    assert rows["float32", 80]["training"]["backend"] == "sdpa"
+    assert all(row[kind]["why"] for row in rows.values() for kind in module.KINDS)
+    served = {kind: rows["bfloat16", 80][kind] for kind in module.KINDS}
+    assert [of["backend"] for of in served.values()] == ["triton", "triton", "torch", "torch"]
+    assert [bool(of["measured"]) for of in served.values()] == [True, True, True, False]
+    assert "at commit 3dc270fec4c9; the Triton kernels have changed since" in served["training"]["why"]
     assert set(UNMEASURED) <= set(module._BACKENDS)
     assert _attention_choice.choose(replace(CALL, device_type="cpu")).backend in ("blocked", "sdpa")
 
