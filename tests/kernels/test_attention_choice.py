@@ -474,6 +474,22 @@ def test_the_table_for_people(gpu, monkeypatch):
     assert _attention_choice.choose(replace(CALL, device_type="cpu")).backend in ("blocked", "sdpa")
 
 
+def test_on_a_cpu_nothing_is_called_measured_that_was_not(monkeypatch):
+    monkeypatch.setattr(_attention_choice, "slow_on_cpu", lambda dtype: False)
+    result = json.loads((RESULTS / _attention_choice._CPU).read_text(encoding="utf-8"))
+    heads = {row["workload"].split(", ")[1] for row in result["rows"] if not row["workload"].startswith("causal")}
+    causal = {row["workload"].split(", ")[1] for row in result["rows"] if row["workload"].startswith("causal")}
+    assert (heads, causal) == ({"16 heads of 80"}, {"28/4 heads of 128"})
+    found = {
+        (columns, causal, grouped)
+        for columns in (64, 72, 80, 96, 128)
+        for causal in (False, True)
+        for grouped in (False, True)
+        if choose(Call("cpu", 0, torch.bfloat16, columns, columns, grouped, causal)).measured
+    }
+    assert found == {(80, False, False), (128, True, True)}
+
+
 def test_boundaries_are_copied_to_the_device_once():
     cu = torch.tensor([0, 3, 9], dtype=torch.int32)
     plan = plan_tiles(cu, 9, device="meta")

@@ -584,29 +584,35 @@ def test_they_do_not_serve_a_cpu():
 @pytest.mark.parametrize("backend", ["torch", "flash", "cudnn"])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("gradients", [False, True], ids=["forward", "backward"])
-def test_on_a_gpu(backend, causal, gradients):
+@pytest.mark.parametrize("kv_heads", [4, 2], ids=["heads", "grouped heads"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_on_a_gpu(backend, causal, gradients, kv_heads, dtype):
+    """Parts of a packed projection, segments that no tile divides, rows past the last, and a gradient that begins off
+    16 bytes."""
     if not torch.cuda.is_available():
         pytest.skip("PyTorch sees no CUDA device")
     if (reason := unavailable(backend, "cuda")) is not None:
         pytest.skip(f"{backend}: {reason}")
-    qkv = torch.randn(400, 3, 4, 80, device="cuda").bfloat16()
-    cu = torch.tensor([0, 130, 130, 390], dtype=torch.int32)
-    leaves = [x.detach().clone().requires_grad_(gradients) for x in qkv.unbind(1)]
+    parts = (4, kv_heads, kv_heads)
+    packed = torch.randn(403, sum(parts), 80, device="cuda").to(dtype)
+    cu = torch.tensor([0, 131, 131, 132, 389], dtype=torch.int32)
+    grad = torch.randn(403 * 4 * 80 + 1, device="cuda").to(dtype)[1:].view(403, 4, 80)
+    assert grad.is_contiguous() and grad.data_ptr() % 16
+
+    def formula(*a):
+        return varlen_attention_ref(*a, cu, causal)
+
+    def served(*a):
+        return varlen_attention(*a, cu.cuda(), 257, causal=causal, backend=backend)
+
     results = []
-    for call, inputs in (
-        (lambda *a: varlen_attention(*a, cu.cuda(), 260, causal=causal, backend=backend), leaves),
-        (lambda *a: varlen_attention_ref(*a, cu, causal), leaves),
-        (
-            lambda *a: varlen_attention_ref(*a, cu, causal),
-            [x.detach().double().requires_grad_(gradients) for x in leaves],
-        ),
-    ):
+    for call, whole in ((served, packed), (formula, packed), (formula, packed.double())):
+        leaf = whole.detach().clone().requires_grad_(gradients)
         try:
-            out = call(*inputs)
+            out = call(*leaf.split(parts, 1))
         except BackendError as error:
             pytest.skip(str(error))
-        assert not out[390:].any()
-        results.append((out, *(torch.autograd.grad(out, inputs, torch.ones_like(out)) if gradients else ())))
+        results.append((out, *(torch.autograd.grad(out, leaf, grad.to(out.dtype)) if gradients else ())))
     for got, eager, exact in zip(*results, strict=True):
-        assert not got[390:].any()
+        assert not got[389:].any()
         assert_two_times(got, eager, exact, 2e-6)
