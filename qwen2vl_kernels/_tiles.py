@@ -101,7 +101,7 @@ class TilePlan:
                 )
             Checker(caller).require(longest <= most, words)
         elif cu_seqlens.shape[0] > 1:
-            torch._assert_async((cu_seqlens.diff().max() <= most), "a segment is longer than max_seqlen")
+            torch.ops.aten._assert_async.msg(cu_seqlens.diff().max() <= most, "a segment is longer than max_seqlen")
 
     def update_(self, cu_seqlens: torch.Tensor) -> TilePlan:
         """Write the tiles of other boundaries over those that were made, where they lie: a captured CUDA graph that

@@ -10,7 +10,7 @@ import torch
 
 from .._backend import BackendError, forced
 from .._tiles import TilePlan, plan_tiles
-from ..ops.varlen_attention import chosen, reads_host, varlen_attention
+from ..ops.varlen_attention import by_max_seqlen, chosen, reads_host, varlen_attention
 from ..ops.vision_rope import vision_rope, vision_rope_qkv_
 from ._modules import owned, parameters_after, project, with_idle_rows
 
@@ -54,7 +54,12 @@ def attention(stock: Callable) -> Callable:
 
 
 def bounds(
-    shared: dict[str, Any], cu_seqlens: torch.Tensor, max_seqlen: object, *qkv: torch.Tensor
+    shared: dict[str, Any],
+    cu_seqlens: torch.Tensor,
+    max_seqlen: object,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
 ) -> tuple[torch.Tensor, int, str | None]:
     """``cu_seqlens`` where the attention wants it, a bound of the longest segment, and the backend if not the default.
 
@@ -64,27 +69,30 @@ def bounds(
     as no table can tell which of them is faster; with them, where ours was measured 2.1 times slower, the default does.
     """
     cu_seqlens = cu_seqlens if cu_seqlens.dtype == torch.int32 else cu_seqlens.int()
-    tokens, segments = qkv[0].shape[0], cu_seqlens.shape[0] - 1
+    tokens, segments = q.shape[0], cu_seqlens.shape[0] - 1
     if isinstance(max_seqlen, int) and max_seqlen > 0:
         return cu_seqlens, max_seqlen, None
-    if segments == 1 or not qkv[0].is_cuda or forced("varlen_attention") == "triton":
+    if segments == 1 or not q.is_cuda or forced("varlen_attention") == "triton":
         return cu_seqlens, tokens, None
     compiled = torch.compiler.is_compiling()
     if compiled or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
-        tracked = torch.is_grad_enabled() and any(x.requires_grad for x in qkv)
-        return cu_seqlens, tokens, None if tracked or forced("varlen_attention") else _ours(cu_seqlens, *qkv)
-    if cu_seqlens.device.type != "cpu" and chosen(*qkv, tokens, segments=segments) == "triton":
+        tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        return cu_seqlens, tokens, None if tracked or forced("varlen_attention") else _ours(segments, q, k, v)
+    if cu_seqlens.device.type != "cpu" and chosen(q, k, v, tokens, segments=segments) == "triton":
         return cu_seqlens, tokens, None
     if "on_host" not in shared:
         copy = cu_seqlens.cpu()
         shared["on_host"] = copy, max(copy.diff().tolist(), default=0)
-    return *shared["on_host"], None
+    copy, longest = shared["on_host"]
+    return copy, longest, None
 
 
-def _ours(cu_seqlens: torch.Tensor, *qkv: torch.Tensor) -> str | None:
-    """Triton where it serves such tensors."""
+def _ours(segments: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Triton in the place of what launches programs for all rows in every segment, where it serves such tensors."""
+    if not by_max_seqlen(chosen(q, k, v, q.shape[0], segments=segments)):
+        return None
     try:
-        return chosen(*qkv, qkv[0].shape[0], segments=cu_seqlens.shape[0] - 1, backend="triton")
+        return chosen(q, k, v, q.shape[0], segments=segments, backend="triton")
     except BackendError:
         return None
 
@@ -106,14 +114,20 @@ def _shared(cu_seqlens: torch.Tensor, layer: object) -> dict[str, Any]:
 
 
 def _tiles(
-    shared: dict[str, Any], cu_seqlens: torch.Tensor, longest: int, backend: str | None, *qkv: torch.Tensor
+    shared: dict[str, Any],
+    cu_seqlens: torch.Tensor,
+    longest: int,
+    backend: str | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
 ) -> TilePlan | None:
     """The plan of inference tensors. Of ordinary tensors the op keeps plans itself, until they are written to."""
     if torch.compiler.is_compiling() or not cu_seqlens.is_inference():
         return None
-    if reads_host(chosen(*qkv, longest, segments=cu_seqlens.shape[0] - 1, backend=backend)):
+    if reads_host(chosen(q, k, v, longest, segments=cu_seqlens.shape[0] - 1, backend=backend)):
         return None
-    rows, device = qkv[0].shape[0], qkv[0].device
+    rows, device = q.shape[0], q.device
     plan = shared.get("tiles")
     if plan is None or plan.total != rows or plan.device != device:
         plan = shared["tiles"] = plan_tiles(cu_seqlens, rows, device=device)

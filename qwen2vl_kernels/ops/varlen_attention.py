@@ -216,8 +216,9 @@ _REFUSED = "refused: "
 def _choose(kind, *facts) -> str:
     """A backend, or why there is none: what is raised here would be an error of the compiler's."""
     try:
-        facts = kind, *facts, _attention_library.replaced() if kind == "cuda" else None
-        return _known(*facts) if kind == "cuda" else _decide(*facts)
+        if kind == "cuda":
+            return _known(kind, *facts, replaced=_attention_library.replaced())
+        return _decide(kind, *facts)
     except BackendError as error:
         return f"{_REFUSED}{error}"
 
@@ -229,7 +230,7 @@ _choose._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAc
 
 def _decide(
     kind, ordinal, dtype, columns, value_columns, grouped, causal, tracked, rows, aligned, wide, empty, many,
-    repeatable, invariant, requested, replaced,
+    repeatable, invariant, requested, replaced=None,
 ) -> str:  # fmt: skip
     device = torch.device(kind, ordinal) if kind == "cuda" else torch.device(kind)
     target = target_of(device)
@@ -267,6 +268,11 @@ _known = cache(_decide)  # modules and GPUs stay what they are
 def reads_host(backend: str) -> bool:
     """Whether a backend reads ``cu_seqlens`` on the host, and waits for the device where it lies there."""
     return backend in ("eager", "sdpa", "blocked")
+
+
+def by_max_seqlen(backend: str) -> bool:
+    """Whether a backend launches programs for ``max_seqlen`` rows in every segment."""
+    return backend in _PEERS
 
 
 #: Calls that :func:`choices` tells of: ``max_seqlen``, and what of :class:`Call` is not as in a tower's inference.
@@ -319,7 +325,8 @@ def varlen_attention(
         cu_seqlens: ``(S + 1,)`` int32 row at which each segment starts, then the last one's end; non-decreasing,
             first entry 0, last at most T. Repeated values are empty segments. On q's device or on the CPU.
         max_seqlen: an upper bound of the segments' lengths. A tight one counts where others' kernels are chosen: they
-            launch programs for as many rows in every segment.
+            launch programs for as many rows in every segment, and a captured graph replays these: longer segments are
+            refused then, by :meth:`TilePlan.update_` or by an assertion on the device.
         causal: a row sees only rows of its segment up to itself.
         softmax_scale: default ``D ** -0.5``; positive.
         tiles: :func:`plan_tiles` of these ``cu_seqlens``, so that all layers share the list of tiles; without it the

@@ -24,6 +24,7 @@ from qwen2vl_kernels import (
 from qwen2vl_kernels import varlen_attention as attend
 from qwen2vl_kernels._attention_choice import TABLE, UNMEASURED, bucket, choose, entry_of
 from qwen2vl_kernels._attention_library import Call
+from qwen2vl_kernels.integrations import transformers_attention
 from qwen2vl_kernels.ops import varlen_attention as module
 from tests.conftest import DEVICE
 
@@ -306,6 +307,32 @@ def test_the_choice_is_the_same_in_compiled_code(gpu, dynamic):
     for dtype in (torch.bfloat16, torch.float32):
         inputs, cu_seqlens = _inputs(300, dtype=dtype, device="cpu"), torch.tensor([0, 300], dtype=torch.int32)
         assert _in_graph(lambda *a, cu=cu_seqlens: attend(*a, cu, 300), *inputs) == [module.chosen(*inputs, 300)]
+
+
+def test_transformers_adapter_chooses_in_compiled_code(gpu):
+    """Boundaries stay unread there: Triton instead of others' kernels without gradients, where it serves."""
+    names = ("triton", None)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        cu_seqlens = torch.empty(4, dtype=torch.int32, device="cuda")
+        for gradients, columns, want in (
+            (False, 80, None),
+            (False, 64, "triton"),
+            (True, 64, None),
+            (False, 264, None),
+        ):
+            served = {None: module.chosen(*_inputs(300, gradients=gradients, columns=columns), 300)}.get(want, want)
+            assert served == {264: "sdpa"}.get(columns, "torch" if gradients else "triton")
+
+            def call(one, cu_seqlens, *qkv):
+                return one + names.index(transformers_attention.bounds({}, cu_seqlens, None, *qkv)[2])
+
+            torch._dynamo.reset()
+            graphs, inputs = [], _inputs(300, gradients=gradients, columns=columns)
+            torch.compile(call, fullgraph=True, backend=lambda graph, _, to=graphs: to.append(graph) or graph)(
+                torch.ones(()), cu_seqlens, *inputs
+            )
+            (node,) = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
+            assert node.args[1] == names.index(want)
 
 
 def test_a_refusal_in_compiled_code_is_one_of_ours():
