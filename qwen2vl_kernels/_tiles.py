@@ -84,7 +84,7 @@ class TilePlan:
         """
         if max_seqlen >= self.total:
             return
-        if self._checked is None or max_seqlen < self._checked or _capturing(self.device):
+        if self._checked is None or max_seqlen < self._checked:  # once for all layers
             self._check_longest("varlen_attention", self.cu_seqlens, max_seqlen)
             self._checked = max_seqlen
         if self._held_to is None or max_seqlen < self._held_to:
