@@ -28,7 +28,7 @@ from ._head import (
     tables,
     turned_for_attention,
 )
-from ._library import direct, register_opaque
+from ._library import direct, first_order, register_opaque
 from ._tail import zero_behind
 from ._tiles import TilePlan, plan_for
 from ._triton import Target, accumulator, architecture, jit, launch, target_of, tl
@@ -243,7 +243,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad, _):
     q, k, v, out, lse, cu_seqlens, cos, sin = ctx.saved_tensors
     arguments = (grad, q, k, v, out, lse, cu_seqlens, cos, sin, ctx.causal, ctx.scale, ctx.fused)
-    return *torch.ops.qwen2vl.attention_backward(*arguments), *[None] * 7
+    return *first_order("varlen_attention", torch.ops.qwen2vl.attention_backward, *arguments), *[None] * 7
 
 
 _PACK = "Tensor cu_seqlens, Tensor? cos, Tensor? sin"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from . import _tail
+from ._tail import zero_behind
 from ._tiles import TilePlan
 
 #: The dtypes that all of them take.
@@ -31,7 +32,9 @@ class Call:
 
     ``capability`` is 90 for 9.0, 0 for what is no NVIDIA GPU; ``rows`` the bucket of ``max_seqlen``. ``aligned``: the
     strides of rows and heads of q, k and v are multiples of 16 bytes; ``wide``: offsets of one of them pass 2^31
-    elements; ``empty``: no rows, or no segments; ``repeatable``: deterministic algorithms are demanded.
+    elements; ``empty``: no rows, or no segments; ``many``: more segments than a grid's second and third dimension
+    count; ``repeatable``: deterministic algorithms are demanded; ``replaced``: what ``torch.nn.attention`` has
+    activated in the place of PyTorch's FlashAttention 2.
     """
 
     device_type: str
@@ -46,7 +49,13 @@ class Call:
     aligned: bool = True
     wide: bool = False
     empty: bool = False
+    many: bool = False
     repeatable: bool = False
+    replaced: str | None = None
+
+
+#: Of blocks in a grid's second and third dimension, by CUDA.
+MOST_BLOCKS = 65535
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,13 @@ def torch_reason() -> str | None:
     return None
 
 
+def replaced() -> str | None:
+    """What stands for PyTorch's FlashAttention 2 at the moment: ``activate_flash_attention_impl`` registers another's
+    kernels as the same operators, "FA3" and "FA4" its own."""
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", None)
+    return None if current is None else current()
+
+
 @cache
 def cudnn_reason() -> str | None:
     """Why PyTorch's cuDNN attention on packs cannot serve CUDA tensors, or ``None``."""
@@ -112,8 +128,13 @@ def why_not(name: str, call: Call) -> str | None:
         return "it takes at least one segment and one row"
     if not call.aligned:
         return "it reads 16 bytes at a time: strides of rows and heads of q, k and v must be multiples of 8 elements"
+    if call.many:
+        return (
+            f"FlashAttention 2 has the segments in a grid's second or third dimension, which ends at {MOST_BLOCKS}, "
+            f"and nobody has tried more with the others"
+        )
     if name == "torch":
-        return _too_old(call, 80) or torch_reason() or _untrainable(call)
+        return _too_old(call, 80) or torch_reason() or (_replaced(call) if call.replaced else _untrainable(call))
     if name == "cudnn":
         return cudnn_reason() or _cudnn_shape(call)
     flash = next(flash for flash in FLASH if flash.module == name)
@@ -174,19 +195,37 @@ def _flash_shape(flash: Flash, call: Call) -> str | None:
     if call.capability not in flash.capabilities:
         have = f"capability {call.capability / 10}" if call.capability else "no NVIDIA GPU"
         return f"it is built for capability {flash.capabilities[0] / 10} and later ones of its kind, this is {have}"
-    if call.dtype == torch.float16 and flash.module == "fa3_fwd_interface" and _lacks("FP16"):
-        return "this wheel is built without float16"
-    if flash.generation == 4 and call.capability >= 100 and 128 < call.columns < 256:
+    if (part := _left_out(flash, call)) is not None:
+        return f"this build is without {part}"
+    if (reason := _generation_reason(flash.generation, call)) is not None or not call.gradients:
+        return reason
+    found = _backward_of(flash.module)
+    return found if isinstance(found, str) else None
+
+
+def _generation_reason(generation: int, call: Call) -> str | None:
+    """What no build of a generation serves."""
+    if generation == 4 and call.capability >= 100 and 128 < call.columns < 256:
         return f"it takes heads of up to 128 columns or of 256 there, got {call.columns}"
-    if not call.gradients:
-        return None
-    if flash.generation == 4 and call.capability // 10 == 9 and call.columns % 32:
+    if call.gradients and generation == 4 and call.capability // 10 == 9 and call.columns % 32:
         return (
             f"its backward on capability 9 is reported to give silently wrong dq where head_dim is no multiple of 32 "
             f"(flash-attention#2896), got {call.columns}"
         )
-    found = _backward_of(flash.module)
-    return found if isinstance(found, str) else None
+    return None
+
+
+def _replaced(call: Call) -> str | None:
+    """Why what ``torch.nn.attention`` has activated does not serve a call as PyTorch's own operators."""
+    generation = {"FA3": 3, "FA4": 4}.get(call.replaced or "")
+    if generation is None:
+        return f"torch.nn.attention has {call.replaced!r} activated in its place, which nobody has tried here"
+    kinds = (9,) if generation == 3 else (9, 10)
+    if call.capability // 10 in kinds:
+        reason = _generation_reason(generation, call)
+    else:
+        reason = f"it serves capability {' and '.join(map(str, kinds))}"
+    return reason and f"torch.nn.attention has {call.replaced} activated in its place: {reason}"
 
 
 @cache
@@ -200,10 +239,23 @@ def _loaded(name: str) -> ModuleType | str:
     return module
 
 
-def _lacks(feature: str) -> bool:
-    """Whether the wheel of FlashAttention 3's forward says that it was built without a feature."""
-    config = getattr(importlib.import_module("fa3_fwd_config"), "CONFIG", {})
-    return bool(config.get("build_flags", {}).get(f"FLASHATTENTION_DISABLE_{feature}"))
+#: Where a build of FlashAttention 3 says what it was built without.
+_CONFIGS = {"flash_attn_interface": "flash_attn_config", "fa3_fwd_interface": "fa3_fwd_config"}
+
+
+def _left_out(flash: Flash, call: Call) -> str | None:
+    """What a call needs and this build was made without, or ``None``; builds that do not say have all."""
+    if flash.module not in _CONFIGS:
+        return None
+    try:
+        config = getattr(importlib.import_module(_CONFIGS[flash.module]), "CONFIG", {})
+    except ImportError:
+        return None
+    needed = ["VARLEN", f"HDIM{next(width for width in (64, 96, 128, 192, 256) if call.columns <= width)}"]
+    needed += ["FP16"] if call.dtype == torch.float16 else []
+    needed += ["BACKWARD"] if call.gradients and flash.backward is not None else []
+    flags = config.get("build_flags", {})
+    return next((part for part in needed if flags.get(f"FLASHATTENTION_DISABLE_{part}")), None)
 
 
 def _torch_version() -> tuple[int, int]:
@@ -216,7 +268,7 @@ def _torch_version() -> tuple[int, int]:
 
 def forward(name, q, k, v, plan: TilePlan, max_seqlen: int, causal: bool, scale: float, keep: bool):
     """``(out (T, Hq, D), lse (T * Hq,))`` by the peer ``name``; lse is its statistics, ``None`` unless ``keep``."""
-    bounds, longest = plan.bounds(), max(2, max_seqlen)  # FlashAttention 2 takes 1 for decoding, with all segments full
+    bounds, longest = plan.bounds(), _longest(plan, max_seqlen)
     q, k, v = _at_16_bytes(q, k, v)
     if name == "torch":
         out, lse = torch.ops.aten._flash_attention_forward(
@@ -230,7 +282,7 @@ def forward(name, q, k, v, plan: TilePlan, max_seqlen: int, causal: bool, scale:
         )[:2]  # fmt: skip
     else:
         out, lse = _flash_forward(name, q, k, v, bounds, longest, causal, scale, keep)
-    out = zero_past(out.contiguous(), plan)
+    out = zero_behind(out.contiguous(), plan)
     if not keep:
         return out, None
     assert lse is not None, name
@@ -244,8 +296,8 @@ _dimensions: dict[str, int] = {}
 
 def backward(name, grad, q, k, v, out, lse, plan: TilePlan, max_seqlen: int, causal: bool, scale: float):
     """``(dq, dk, dv)`` of :func:`forward` from what it returned."""
-    bounds, longest, grad = plan.bounds(), max(2, max_seqlen), grad.contiguous()
-    q, k, v = _at_16_bytes(q, k, v)
+    bounds, longest = plan.bounds(), _longest(plan, max_seqlen)
+    q, k, v, grad, out = _at_16_bytes(q, k, v, grad.contiguous(), out)
     lse = lse.view(q.shape[0], q.shape[1], 1) if _dimensions.get(name) == 3 else lse.view(q.shape[1], q.shape[0])
     if name == "torch":
         state = torch.empty(2, dtype=torch.uint64, device=q.device)  # of the random numbers for dropout, not read
@@ -254,6 +306,8 @@ def backward(name, grad, q, k, v, out, lse, plan: TilePlan, max_seqlen: int, cau
             max_q=longest, max_k=longest, dropout_p=0.0, is_causal=causal, rng_state=state, unused=state, scale=scale,
         )  # fmt: skip
     elif name == "cudnn":
+        if torch.are_deterministic_algorithms_enabled():
+            _refuse_determinism(name)
         state = torch.empty(1, dtype=torch.int64, device=q.device)
         grads = torch.ops.aten._cudnn_attention_backward(
             grad_out=grad, query=q, key=k, value=v, out=out, logsumexp=lse, philox_seed=state, philox_offset=state,
@@ -262,7 +316,16 @@ def backward(name, grad, q, k, v, out, lse, plan: TilePlan, max_seqlen: int, cau
         )  # fmt: skip
     else:
         grads = _flash_backward(name, grad, q, k, v, out, lse, bounds, longest, causal, scale)
-    return tuple(zero_past(x.contiguous(), plan) for x in grads)
+    return tuple(zero_behind(x.contiguous(), plan) for x in grads)
+
+
+def _longest(plan: TilePlan, max_seqlen: int) -> int:
+    """What a peer's grid is made of, which must reach every segment, now and when a captured graph is replayed.
+
+    No segment has more rows than there are. FlashAttention 2 takes 1 for decoding, with all segments full.
+    """
+    plan.hold_to(max_seqlen)
+    return max(2, min(max_seqlen, plan.total))
 
 
 def _at_16_bytes(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -271,20 +334,26 @@ def _at_16_bytes(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [x if x.data_ptr() % 16 == 0 else x.clone() for x in tensors]
 
 
-def zero_past(x: torch.Tensor, plan: TilePlan) -> torch.Tensor:
-    """``x`` with zeros in the rows past the last segment, which nobody wrote; nothing runs where there are none."""
-    held = plan.held()
-    if held is None:
-        _tail.zero_past(x, plan.bounds())
-    elif held < x.shape[0]:
-        x[held:].zero_()
-    return x
+def _device_of(q: torch.Tensor) -> AbstractContextManager:
+    """Makes q's GPU the current one, as PyTorch's dispatcher does for its own operators: kernels from Python run on
+    the current one's stream."""
+    elsewhere = q.is_cuda and q.device.index != torch.cuda.current_device()
+    return torch.cuda.device(q.device) if elsewhere else nullcontext()
+
+
+def _refuse_determinism(name: str) -> None:
+    """The forward was chosen when nobody asked for it; PyTorch's FlashAttention looks for itself."""
+    raise RuntimeError(
+        f"varlen_attention: the backward of {name} is not deterministic, and torch.use_deterministic_algorithms(True) "
+        f"was called after the forward, which chooses the kernel; call it before"
+    )
 
 
 def _flash_forward(name, q, k, v, bounds, longest, causal, scale, keep):
     function = _module(name).flash_attn_varlen_func
     wanted = {"return_attn_probs", "return_lse"} & inspect.signature(function).parameters.keys() if keep else ()
-    result = function(
+    with _device_of(q):
+        result = function(
         q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=longest, max_seqlen_k=longest,
         softmax_scale=scale, causal=causal, **dict.fromkeys(wanted, True),
     )  # fmt: skip
@@ -302,7 +371,10 @@ def _flash_backward(name, grad, q, k, v, out, lse, bounds, longest, causal, scal
     found = _backward_of(name)
     assert not isinstance(found, str), found
     function, known = found
-    function(**{key: offered[key] for key in known if key in offered})
+    if offered["deterministic"] and "deterministic" not in known:
+        _refuse_determinism(name)
+    with _device_of(q):
+        function(**{key: offered[key] for key in known if key in offered})
     return made
 
 

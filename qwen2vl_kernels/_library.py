@@ -44,6 +44,30 @@ def register_opaque(
         torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_LIBRARY)
 
 
+class _FirstOrder(torch.autograd.Function):
+    """Gradients as they are, which have no derivatives of their own: PyTorch would take these for zero."""
+
+    @staticmethod
+    def forward(ctx, op, operands, *tensors):
+        ctx.op = op
+        return tuple(None if x is None else x.view_as(x) for x in tensors[operands:])
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(f"{ctx.op}: its gradients have no derivatives of their own")
+
+
+def first_order(op: str, backward: Callable, *arguments: Any) -> tuple[torch.Tensor | None, ...]:
+    """``backward(*arguments)``, an opaque op without a backward, for ``op``. What asks for derivatives of these
+    gradients (``create_graph=True``) gets a ``NotImplementedError`` then."""
+    with torch.no_grad():
+        grads = backward(*arguments)
+    if torch.is_grad_enabled():
+        operands = [a for a in arguments if isinstance(a, torch.Tensor)]
+        grads = _FirstOrder.apply(op, len(operands), *operands, *grads)
+    return tuple(grads)  # pyright: ignore[reportArgumentType]
+
+
 def direct(*tensors: torch.Tensor | None) -> bool:
     """Whether an opaque op's kernel may be called without PyTorch's dispatcher, which costs some 10 us a call.
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from ._elementwise import as_rows
-from ._library import direct, register_opaque
+from ._library import direct, first_order, register_opaque
 from ._triton import Target, accumulator, cdiv, jit, launch, next_power_of_2, target_of, tl
 
 
@@ -251,7 +251,9 @@ def _backward(ctx, dy, dtotal, _dmean, _drstd):
     if dy is None:
         return dtotal, dtotal, None, None, None, None, None
     arguments = (dy, s, dtotal, weight, mean, rstd, ctx.centred, ctx.biased, order)
-    ds, dweight, dbias = torch.ops.qwen2vl.norm_backward(*arguments)
+    ds, dweight, dbias = first_order(
+        "layer_norm" if ctx.centred else "rms_norm", torch.ops.qwen2vl.norm_backward, *arguments
+    )
     return ds, ds if ctx.added else None, dweight, dbias if ctx.biased else None, None, None, None
 
 

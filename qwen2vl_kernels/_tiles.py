@@ -25,6 +25,9 @@ class TilePlan:
         total: rows of the packed tensors, T.
         device: where the kernels run.
         padded: whether lists are as long as any boundaries of this shape may need.
+
+    Our kernels find all rows in these lists. Others' launch programs by ``max_seqlen``, and leave rows of a longer
+    segment unwritten: a plan that one of them has worked with takes no longer segments in :meth:`update_`.
     """
 
     def __init__(self, cu_seqlens: torch.Tensor, total: int, device: torch.device, padded: bool) -> None:
@@ -35,6 +38,9 @@ class TilePlan:
         self._captured = _capturing(device)
         self._lists: dict[int, torch.Tensor] = {}
         self._there: torch.Tensor | None = None
+        self._longest: int | None = None
+        self._checked: int | None = None  # against these boundaries
+        self._held_to: int | None = None  # by a graph, whatever they become
 
     def tiles(self, rows: int) -> torch.Tensor:
         """``(n, 3)`` int32 on the plan's device: first row, segment begin and segment end of every tile of ``rows``
@@ -64,6 +70,39 @@ class TilePlan:
         fixed = not self.padded and self.cu_seqlens.device.type == "cpu"
         return int(self.cu_seqlens[-1]) if fixed else None
 
+    @property
+    def longest(self) -> int | None:
+        """Rows of the longest segment, ``None`` where the host does not know. They may change with :meth:`update_`."""
+        if self._longest is None and self.cu_seqlens.device.type == "cpu":
+            self._longest = longest_of(self.cu_seqlens.tolist())
+        return self._longest
+
+    def hold_to(self, max_seqlen: int) -> None:
+        """Check that no segment has more than the ``max_seqlen`` rows that a kernel's grid has, which a graph keeps.
+
+        Raises ``ValueError`` where the host sees a longer segment; where only the device does, the device asserts.
+        """
+        if max_seqlen >= self.total:
+            return
+        if self._checked is None or max_seqlen < self._checked:  # once for all layers
+            self._check_longest("varlen_attention", self.cu_seqlens, max_seqlen)
+            self._checked = max_seqlen
+        if self._held_to is None or max_seqlen < self._held_to:
+            self._held_to = max_seqlen if _capturing(self.device) else self._held_to
+
+    def _check_longest(self, caller: str, cu_seqlens: torch.Tensor, most: int) -> None:
+        if cu_seqlens.device.type == "cpu":
+            longest = longest_of(cu_seqlens.tolist())
+            words = f"max_seqlen is {most}, but cu_seqlens has a segment of {longest} rows"
+            if caller == "TilePlan.update_":
+                words = (
+                    f"cu_seqlens has a segment of {longest} rows, but another's kernel was captured with this "
+                    f"plan and max_seqlen={most}; give that call a larger one, or backend='triton', which takes any"
+                )
+            Checker(caller).require(longest <= most, words)
+        elif cu_seqlens.shape[0] > 1:
+            torch.ops.aten._assert_async.msg(cu_seqlens.diff().max() <= most, "a segment is longer than max_seqlen")
+
     def update_(self, cu_seqlens: torch.Tensor) -> TilePlan:
         """Write the tiles of other boundaries over those that were made, where they lie: a captured CUDA graph that
         reads them then works on the new segments when it is replayed.
@@ -71,12 +110,17 @@ class TilePlan:
         Args:
             cu_seqlens: ``(S + 1,)`` int32 with the plan's S (repeat the last entry to pad), on any device.
 
-        Raises ``ValueError`` unless the plan is padded.
+        Raises ``ValueError`` unless the plan is padded, and where a graph has captured another's kernel with a
+        ``max_seqlen`` that a segment passes: a replay launches programs for no more rows. For boundaries on a device
+        that is asserted there, so that nobody waits.
         """
         check = Checker("TilePlan.update_")
         check.require(self.padded, "the plan must be padded to take other boundaries: plan_tiles(..., padded=True)")
         check.tensor("cu_seqlens", cu_seqlens, (self.cu_seqlens.shape[0],), dtypes=(torch.int32,), any_device=True)
+        if self._held_to is not None:
+            self._check_longest("TilePlan.update_", cu_seqlens, self._held_to)
         self.cu_seqlens.copy_(cu_seqlens)
+        self._longest = self._checked = None
         if self._there is not None:
             self._there.copy_(cu_seqlens)
         for rows, made in self._lists.items():
@@ -169,9 +213,14 @@ def check_bounds(check: Checker, bounds: list[int], total: int, max_seqlen: int 
     lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
     ok = bounds[0] == 0 and min(lengths, default=0) >= 0 and bounds[-1] <= total
     check.require(ok, f"cu_seqlens must rise from 0 to at most q's {total} rows, got {_short(bounds)}")
-    longest = max(lengths, default=0)
+    longest = longest_of(bounds)
     ok = max_seqlen is None or max_seqlen >= longest
     check.require(ok, f"max_seqlen is {max_seqlen}, but cu_seqlens has a segment of {longest} rows")
+
+
+def longest_of(bounds: list[int]) -> int:
+    """Rows of the longest segment, 0 where there is none."""
+    return max((b - a for a, b in zip(bounds, bounds[1:], strict=False)), default=0)
 
 
 def _short(values: list[int]) -> str:

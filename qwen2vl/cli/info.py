@@ -36,6 +36,14 @@ _PACKAGES = (
 #: What is said of every operation: what runs, why nothing better does, the result that says so, and why it runs.
 _CHOSEN = ("op", "backend", "not_taken", "measured", "why")
 
+#: Calls of varlen_attention, in words: no gradients and no causal mask where they do not say so.
+_CALLS = {
+    "inference": "to 1023 rows",
+    "long": "1024 rows on",
+    "training": "gradients",
+    "prefill": "causal, grouped heads",
+}
+
 
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -116,9 +124,9 @@ def _print(facts: dict[str, Any]) -> None:
             table.add_row(row["op"], _choice(row), notes.of(row))
         notes.show(console, table)
         console.print(f"\n[bold]varlen_attention[/] on {device}, by rows of the longest segment")
-        table, notes = _table("dtype", "head_dim", "to 1023", "1024 on", "gradients", "", header=True), _Notes()
-        for (dtype, *served, note), head_dims in _grouped(facts["attention"][device], notes).items():
-            table.add_row(dtype, ", ".join(map(str, head_dims)), *served, note)
+        table, notes = _table("call", "dtype", "head_dim", "backend", header=True), _Notes()
+        for (kind, dtype, served), head_dims in _grouped(facts["attention"][device], notes).items():
+            table.add_row(_CALLS[kind], dtype, ", ".join(map(str, head_dims)), served)
         notes.show(console, table)
     for name, reason in facts["unavailable"].items():
         console.print(f"* no {name}: {escape(reason)}", soft_wrap=True)
@@ -146,12 +154,13 @@ class _Notes:
             console.print(f"({number}) {escape(text)}", soft_wrap=True)
 
 
-def _grouped(attention: list[dict[str, Any]], notes: _Notes) -> dict[tuple[str, ...], list[int]]:
-    """The head_dims that are served alike, by dtype, what serves them without gradients and with them, and the note."""
-    groups: dict[tuple[str, ...], list[int]] = {}
-    for row in attention:
-        served = (row["inference"], row["long"], row["training"], notes.of(row))
-        groups.setdefault((row["dtype"], *served), []).append(row["head_dim"])
+def _grouped(attention: list[dict[str, Any]], notes: _Notes) -> dict[tuple[str, str, str], list[int]]:
+    """The head_dims that are served alike, by the kind of call, the dtype, and what serves them, with its note."""
+    groups: dict[tuple[str, str, str], list[int]] = {}
+    for kind in _CALLS:
+        for row in attention:
+            served = f"{row[kind]['backend']} {notes.of(row[kind])}"
+            groups.setdefault((kind, row["dtype"], served), []).append(row["head_dim"])
     return groups
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .._backend import forced
 from ..ops.quick_gelu import quick_gelu
 from ..ops.varlen_attention import varlen_attention
 from ..ops.vision_rope import vision_rope
@@ -53,8 +54,8 @@ def attention_class(stock: Any) -> Any:
             else:
                 cu_seqlens = vision.resolve_seqlens(cu_seqlens, bsz, seq_len, device=q.device)
             # The longest segment is not known without waiting for the device; all rows are a bound, for which others'
-            # kernels would launch programs in every segment.
-            backend = "triton" if q.is_cuda else None
+            # kernels would launch programs in every segment. A user's word goes first.
+            backend = "triton" if q.is_cuda and forced("varlen_attention") is None else None
             out = varlen_attention(q, k, v, cu_seqlens.int(), q.shape[0], softmax_scale=softmax_scale, backend=backend)
             if (prepared := kwargs.get("output_ws")) is None:
                 return out

@@ -11,8 +11,9 @@ quick_gelu         (default) the activation ``QuickGELU``, also where compilatio
 vision_attention   (opt-in) ``MMEncoderAttention`` by ``varlen_attention``, for heads of any size without padding
 mrope              (opt-in) ``MRotaryEmbedding``, cosines and sines read by position inside the kernel, in place
 
-``max_seqlen`` is not read: vLLM gives none, 0, or under encoder CUDA graphs more than there is. Boundaries may be
-padded by repeating the last, and rows past them come out as zeros. Under tensor parallelism a rank works on its heads.
+``max_seqlen`` is read where the host has it and nothing is compiled: vLLM gives none, 0, or under encoder CUDA graphs
+more than there is. Where it is not known, Triton's kernel serves, which takes any bound. Boundaries may be padded by
+repeating the last, and rows past them come out as zeros. Under tensor parallelism a rank works on its heads.
 """
 
 from __future__ import annotations

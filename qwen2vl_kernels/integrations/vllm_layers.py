@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .._backend import forced
 from ..ops.mrope import mrope_
 from ..ops.quick_gelu import quick_gelu
 from ..ops.varlen_attention import varlen_attention
@@ -76,12 +77,15 @@ def encoder_attention_class(stock: Any) -> Any:
         if cu_seqlens is None:
             cu_seqlens = torch.arange(0, (batch + 1) * rows, rows, dtype=torch.int32, device=query.device)
             longest = rows
-        elif isinstance(max_seqlen, int) or (max_seqlen is not None and max_seqlen.device.type == "cpu"):
-            longest = int(max_seqlen)
+        elif isinstance(max_seqlen, int):
+            longest = max_seqlen
+        elif max_seqlen is not None and max_seqlen.device.type == "cpu" and not torch.compiler.is_compiling():
+            longest = int(max_seqlen)  # a compiler would have to break its graph here, which vLLM forbids
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         q, k, v = (x.reshape(batch * rows, n, self.head_size) for x, n in zip((query, key, value), heads, strict=True))
-        # Ours takes any bound; others' kernels launch programs for it in every segment.
-        backend = "triton" if query.is_cuda and not longest else None
+        # Ours takes any bound; others' kernels launch programs for it in every segment. A user's word goes first.
+        unknown = query.is_cuda and not longest and forced("varlen_attention") is None
+        backend = "triton" if unknown else None
         settings = {"softmax_scale": self.scale, "backend": backend}
         out = varlen_attention(q, k, v, cu_seqlens.int(), longest or batch * rows, **settings)
         return out.reshape(query.shape)

@@ -14,7 +14,7 @@ import torch
 from .._backend import resolve
 from .._checks import Checker, no_grad_through
 from .._elementwise import SUM_PROGRAMS, as_rows, rows_view, tile
-from .._library import direct, register_composite, register_opaque, run_in_place
+from .._library import direct, first_order, register_composite, register_opaque, run_in_place
 from .._triton import accumulator, cdiv, jit, launch, target_of, tl
 
 
@@ -169,7 +169,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, dy):
     x, bias = ctx.saved_tensors
-    dx, dbias = torch.ops.qwen2vl.quick_gelu_backward(dy, x, bias)
+    dx, dbias = first_order("quick_gelu", torch.ops.qwen2vl.quick_gelu_backward, dy, x, bias)
     return dx, None if bias is None else dbias
 
 

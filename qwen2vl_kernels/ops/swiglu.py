@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from .._backend import resolve
 from .._checks import Checker, no_grad_through
 from .._elementwise import as_rows, rows_view, tile
-from .._library import direct, register_composite, register_opaque, run_in_place
+from .._library import direct, first_order, register_composite, register_opaque, run_in_place
 from .._triton import accumulator, cdiv, jit, launch, target_of, tl
 
 
@@ -159,7 +159,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, dy):
     gate, up = ctx.saved_tensors
-    dgate, dup = torch.ops.qwen2vl.swiglu_backward(dy, gate, up)
+    dgate, dup = first_order("swiglu", torch.ops.qwen2vl.swiglu_backward, dy, gate, up)
     return dgate, None if up is None else dup
 
 

@@ -19,6 +19,7 @@ The Triton kernels are in ``_attention`` and ``_attention_backward``, others' in
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from operator import index
 
@@ -30,7 +31,7 @@ from .._attention_cpu import blocked, keeps_statistics, per_segment, sdpa, sdpa_
 from .._attention_library import Call
 from .._backend import BackendError, forced, resolve
 from .._checks import Checker
-from .._library import direct, register_opaque
+from .._library import direct, first_order, register_opaque
 from .._rotary import Angles, rotate, rotated
 from .._tiles import TilePlan, check_bounds, plan_for
 from .._triton import target_of
@@ -143,23 +144,9 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(q, k, v, *output, cu_seqlens)
 
 
-class _FirstOrder(torch.autograd.Function):
-    """Gradients as they are, which have no derivatives of their own: PyTorch would take these for zero."""
-
-    @staticmethod
-    def forward(ctx, grad, q, k, v, *grads):
-        return tuple(x.view_as(x) for x in grads)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise NotImplementedError("varlen_attention: its gradients have no derivatives of their own")
-
-
 def _backward(ctx, grad, _):
-    with torch.no_grad():
-        grads = torch.ops.qwen2vl.varlen_attention_backward(grad, *ctx.saved_tensors, *ctx.settings)
-    if torch.is_grad_enabled():  # create_graph=True
-        grads = _FirstOrder.apply(grad, *ctx.saved_tensors[:3], *grads)
+    backward = torch.ops.qwen2vl.varlen_attention_backward
+    grads = first_order("varlen_attention", backward, grad, *ctx.saved_tensors, *ctx.settings)
     return (*grads, None, None, None, None, None)
 
 
@@ -206,8 +193,9 @@ def chosen(
             aligned = aligned and _settled(of_rows % 8 == 0 and of_heads % 8 == 0)
             farthest = max(farthest, of_rows)
         facts += (_attention_choice.bucket(max_seqlen), aligned or empty, _settled(rows * farthest >= 2**31), empty)
+        facts += (_settled(segments > _attention_library.MOST_BLOCKS),)
     else:
-        facts += (0, True, False, False)
+        facts += (0, True, False, False, False)
     requested = backend if backend is not None else forced("varlen_attention")
     name = _choose(*facts, repeatable, invariant, requested)
     if name.startswith(_REFUSED):
@@ -228,7 +216,9 @@ _REFUSED = "refused: "
 def _choose(kind, *facts) -> str:
     """A backend, or why there is none: what is raised here would be an error of the compiler's."""
     try:
-        return _known(kind, *facts) if kind == "cuda" else _decide(kind, *facts)
+        if kind == "cuda":
+            return _known(kind, *facts, replaced=_attention_library.replaced())
+        return _decide(kind, *facts)
     except BackendError as error:
         return f"{_REFUSED}{error}"
 
@@ -239,14 +229,14 @@ _choose._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAc
 
 
 def _decide(
-    kind, ordinal, dtype, columns, value_columns, grouped, causal, tracked, rows, aligned, wide, empty, repeatable,
-    invariant, requested,
+    kind, ordinal, dtype, columns, value_columns, grouped, causal, tracked, rows, aligned, wide, empty, many,
+    repeatable, invariant, requested, replaced=None,
 ) -> str:  # fmt: skip
     device = torch.device(kind, ordinal) if kind == "cuda" else torch.device(kind)
     target = target_of(device)
     call = Call(
         kind, target.capability if kind == "cuda" else 0, dtype, columns, value_columns, grouped, causal, tracked, rows,
-        aligned, wide, empty, repeatable,
+        aligned, wide, empty, many, repeatable, replaced,
     )  # fmt: skip
     if requested is None:
         try:
@@ -280,8 +270,22 @@ def reads_host(backend: str) -> bool:
     return backend in ("eager", "sdpa", "blocked")
 
 
+def by_max_seqlen(backend: str) -> bool:
+    """Whether a backend launches programs for ``max_seqlen`` rows in every segment."""
+    return backend in _PEERS
+
+
+#: Calls that :func:`choices` tells of: ``max_seqlen``, and what of :class:`Call` is not as in a tower's inference.
+KINDS: dict[str, tuple[int, dict[str, bool]]] = {
+    "inference": (0, {}),
+    "long": (4096, {}),
+    "training": (4096, {"gradients": True}),
+    "prefill": (4096, {"causal": True, "grouped": True}),
+}
+
+
 def choices(device_type: str) -> list[dict[str, object]]:
-    """What serves calls of common kinds on such tensors and why, for ``qwen2vl info``."""
+    """What serves each of :data:`KINDS` on such tensors, where it was measured and why, for ``qwen2vl info``."""
     rows: list[dict[str, object]] = []
     capability = 0
     if device_type == "cuda" and torch.cuda.is_available():
@@ -289,13 +293,12 @@ def choices(device_type: str) -> list[dict[str, object]]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for columns in (64, 72, 80, 128, 512):
             row: dict[str, object] = {"dtype": str(dtype).removeprefix("torch."), "head_dim": columns}
-            for kind, gradients, longest in (("inference", False, 0), ("long", False, 4096), ("training", True, 4096)):
+            for kind, (longest, facts) in KINDS.items():
                 rows_ = _attention_choice.bucket(longest)
-                call = Call(device_type, capability, dtype, columns, columns, gradients=gradients, rows=rows_)
+                known = Call(device_type, capability, dtype, columns, columns, rows=rows_)
+                call = replace(known, replaced=_attention_library.replaced(), **facts)
                 choice = _attention_choice.choose(call)
-                row[kind] = choice.backend
-                if kind == "inference":
-                    row |= {"measured": choice.measured, "why": choice.why}
+                row[kind] = {"backend": choice.backend, "measured": choice.measured, "why": choice.why}
             rows.append(row)
     return rows
 
@@ -322,7 +325,8 @@ def varlen_attention(
         cu_seqlens: ``(S + 1,)`` int32 row at which each segment starts, then the last one's end; non-decreasing,
             first entry 0, last at most T. Repeated values are empty segments. On q's device or on the CPU.
         max_seqlen: an upper bound of the segments' lengths. A tight one counts where others' kernels are chosen: they
-            launch programs for as many rows in every segment.
+            launch programs for as many rows in every segment, and a captured graph replays these: longer segments are
+            refused then, by :meth:`TilePlan.update_` or by an assertion on the device.
         causal: a row sees only rows of its segment up to itself.
         softmax_scale: default ``D ** -0.5``; positive.
         tiles: :func:`plan_tiles` of these ``cu_seqlens``, so that all layers share the list of tiles; without it the
@@ -373,7 +377,7 @@ def varlen_attention(
     if traced:  # neither is to be compiled in: code for one number of rows would serve no other
         pass
     elif tiles is not None:
-        _check_tiles(check, tiles, cu_seqlens, q)
+        _check_tiles(check, tiles, cu_seqlens, q, max_seqlen)
     elif cu_seqlens.device.type == "cpu":
         check_bounds(check, cu_seqlens.tolist(), q.shape[0], max_seqlen)
 
@@ -386,6 +390,8 @@ def varlen_attention(
         q, k = _turn(q, k, rope, name)
     if name in _PEERS and direct(q, k, v, cu_seqlens):
         return _BACKENDS[name](q, k, v, cu_seqlens, max_seqlen, causal, scale, tiles)
+    if tiles is not None and name in _PEERS and not traced:
+        tiles.hold_to(max_seqlen)  # the operator is not told of it
     if traced or name in _PEERS:  # tracers need one opaque op, as the implementations read cu_seqlens
         return torch.ops.qwen2vl.varlen_attention(q, k, v, cu_seqlens, max_seqlen, causal, scale, name)[0]
     return _BACKENDS[name](q, k, v, cu_seqlens, max_seqlen, causal, scale)
@@ -411,10 +417,13 @@ def _check_rope(check: Checker, q: torch.Tensor, rope: object) -> None:
         check.require(not table.requires_grad, f"{name} must not require grad: it is given none")
 
 
-def _check_tiles(check: Checker, tiles: object, cu_seqlens: torch.Tensor, q: torch.Tensor) -> None:
+def _check_tiles(check: Checker, tiles: object, cu_seqlens: torch.Tensor, q: torch.Tensor, max_seqlen: int) -> None:
     if not isinstance(tiles, TilePlan):
         raise TypeError(f"varlen_attention: tiles must be a TilePlan, got {type(tiles).__name__}")
     check.require(tiles.total == q.shape[0], f"tiles are planned for {tiles.total} rows, but q has {q.shape[0]}")
     check.require(tiles.device == q.device, f"tiles must be on {q.device} like q, got {tiles.device}")
     have, want = tiles.cu_seqlens.shape[0], cu_seqlens.shape[0]
     check.require(have == want, f"tiles are planned for {have - 1} segments, but cu_seqlens has {want - 1}")
+    longest = tiles.longest
+    ok = longest is None or max_seqlen >= longest
+    check.require(ok, f"max_seqlen is {max_seqlen}, but tiles are planned for a segment of {longest} rows")

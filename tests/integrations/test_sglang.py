@@ -8,7 +8,9 @@ from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
+from qwen2vl_kernels import use_backend
 from qwen2vl_kernels.integrations import sglang as adapter
 from qwen2vl_kernels.integrations import sglang_layers
 from qwen2vl_kernels.integrations._patches import PatchWarning
@@ -105,6 +107,19 @@ def test_attention_is_stock_attention(sglang, calls, features, eager_rope):
     torch.testing.assert_close(patched(**given), want, rtol=0, atol=2e-6)
     expected = {"vision_rope": "vision_rope", "vision_attention": "varlen_attention"}
     assert calls == [expected[feature] for feature in features if feature in expected]
+
+
+def test_a_users_word_goes_before_our_choice(sglang, monkeypatch):
+    adapter.apply(["vision_attention"])
+    ours, seen = sglang.VisionAttention(HEADS * HEAD_DIM, HEADS).qkv_backend, []
+    monkeypatch.setattr(sglang_layers, "varlen_attention", lambda q, *_, backend, **__: seen.append(backend) or q)
+    with FakeTensorMode():
+        q = torch.empty(ROWS, HEADS, HEAD_DIM, device="cuda")
+        bounds = [torch.empty(4, dtype=torch.int32, device="cuda")]
+        ours(q, q, q, bounds, 1, ROWS)
+        with use_backend(varlen_attention="torch"):
+            ours(q, q, q, bounds, 1, ROWS)
+    assert seen == ["triton", None]
 
 
 @pytest.mark.parametrize("bounds", ["tensor", "int64", "cache", "none", "metadata", "list"])

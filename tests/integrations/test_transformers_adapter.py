@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from qwen2vl_kernels import _tiles, use_backend
+from qwen2vl_kernels import BackendError, _tiles, plan_tiles, use_backend
 from qwen2vl_kernels.integrations import transformers as adapter
 from qwen2vl_kernels.integrations import transformers_attention
 
@@ -490,24 +490,108 @@ def test_wrong_arguments():
 class _OnDevice:
     """Boundaries on a GPU, as far as they are looked at; counts how often the host waits for them."""
 
-    dtype, device, is_cuda, _version, waits = torch.int32, torch.device("cuda", 0), False, 0, 0
+    dtype, device, is_cuda, shape, _version, waits = torch.int32, torch.device("cuda", 0), True, (4,), 0, 0
+    held = (0, 9, 9, 30)
 
-    def is_inference(self):
-        return False
+    def __init__(self, inference=False):
+        self.is_inference = lambda: inference
 
     def cpu(self):
         self.waits += 1
-        return torch.tensor([0, 9, 9, 30], dtype=torch.int32)
+        return torch.tensor(self.held, dtype=torch.int32)
 
 
-def test_boundaries_are_read_once_a_forward_and_only_for_others_kernels():
+@pytest.fixture
+def device(monkeypatch):
+    """Says what is chosen for tensors on a GPU, and whether they are captured or compiled."""
+    state = SimpleNamespace(chosen="torch", captured=False, compiled=False, cannot=False)
+
+    def chosen(*_, backend=None, **__):
+        if backend == "triton" and state.cannot:
+            raise BackendError("too wide")
+        return backend or state.chosen
+
+    monkeypatch.setattr(transformers_attention, "chosen", chosen)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.captured)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: state.compiled)
+    return state
+
+
+def _qkv(gradients=False):
+    return [SimpleNamespace(shape=(40, 2, 80), is_cuda=True, requires_grad=gradients) for _ in range(3)]
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["ordinary", "inference"])
+def test_boundaries_are_read_once_a_forward_and_only_for_others_kernels(device, inference):
+    cu_seqlens: Any = _OnDevice(inference)
+    layers = [object() for _ in range(3)]
+
+    def forward():
+        for layer in layers:
+            shared = transformers_attention._shared(cu_seqlens, layer)
+            read, longest, backend = transformers_attention.bounds(shared, cu_seqlens, None, *_qkv())
+            if device.chosen == "triton":
+                assert (read, longest, backend) == (cu_seqlens, 40, None)
+            else:
+                assert read.tolist() == list(cu_seqlens.held) and longest == max(read.diff()) and backend is None
+
+    device.chosen = "triton"
+    forward()
+    assert cu_seqlens.waits == 0
+    for device.chosen in ("torch", "fa3_fwd_interface", "sdpa"):
+        forward()
+    assert cu_seqlens.waits == (3 if inference else 1), "of inference tensors no forward knows what another read"
+    cu_seqlens._version, cu_seqlens.held = 1, (0, 3, 9, 30)
+    forward()
+    assert cu_seqlens.waits == (4 if inference else 2), "they were written to"
+
+
+def test_what_transformers_says_is_not_read(device):
     cu_seqlens: Any = _OnDevice()
-    assert transformers_attention.bounds(cu_seqlens, 40, "triton") == (cu_seqlens, 40) and cu_seqlens.waits == 0
-    for _ in range(3):
-        for backend in ("torch", "fa3_fwd_interface", "sdpa"):
-            read, longest = transformers_attention.bounds(cu_seqlens, 40, backend)
-            assert longest == 21 and read.device.type == "cpu"
-    assert cu_seqlens.waits == 1
-    cu_seqlens._version = 1
-    transformers_attention.bounds(cu_seqlens, 40, "torch")
-    assert cu_seqlens.waits == 2, "they were written to"
+    for device.compiled in (False, True):
+        assert transformers_attention.bounds({}, cu_seqlens, 21, *_qkv()) == (cu_seqlens, 21, None)
+    assert cu_seqlens.waits == 0
+
+
+@pytest.mark.parametrize("how", ["captured", "compiled"])
+def test_boundaries_that_nobody_may_read(device, how):
+    """All rows are a bound for which others' kernels would launch programs in every segment."""
+    setattr(device, how, True)
+    cu_seqlens: Any = _OnDevice()
+
+    def backend(gradients=False):
+        read, longest, backend = transformers_attention.bounds({}, cu_seqlens, None, *_qkv(gradients))
+        assert read is cu_seqlens and longest == 40 and cu_seqlens.waits == 0
+        return backend
+
+    assert backend() == "triton"
+    with torch.no_grad():
+        assert backend(gradients=True) == "triton"
+    assert backend(gradients=True) is None, "ours was measured slower there"
+    with use_backend(varlen_attention="torch"):
+        assert backend() is None
+    device.cannot = True
+    assert backend() is None
+    device.cannot, cu_seqlens.shape = False, (2,)
+    assert backend() is None, "one segment has all rows"
+
+
+def test_plans_of_inference_tensors_are_of_one_forward(monkeypatch):
+    monkeypatch.setattr(transformers_attention, "reads_host", lambda backend: False)
+    layers = [object() for _ in range(2)]
+    q = torch.randn(9, 2, 8)
+    with torch.inference_mode():
+        cu_seqlens = torch.tensor([0, 2, 9], dtype=torch.int32)
+
+        def forward():
+            plans = []
+            for layer in layers:
+                shared = transformers_attention._shared(cu_seqlens, layer)
+                plans.append(transformers_attention._tiles(shared, cu_seqlens, 9, None, q, q, q))
+            assert plans[0] is plans[1]
+            return plans[0].tiles(4).tolist()
+
+        before = forward()
+        cu_seqlens.copy_(torch.tensor([0, 6, 9]))
+        after = forward()
+    assert before != after == plan_tiles(torch.tensor([0, 6, 9], dtype=torch.int32), 9).tiles(4).tolist()

@@ -7,8 +7,11 @@ from importlib.metadata import entry_points
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
+from qwen2vl_kernels import use_backend
 from qwen2vl_kernels.integrations import vllm as adapter
+from qwen2vl_kernels.integrations import vllm_layers
 from qwen2vl_kernels.integrations._patches import PatchWarning
 from tests.integrations.fakes.vllm import install_vllm
 
@@ -109,6 +112,32 @@ def test_encoder_attention_of_a_batch_without_boundaries(vllm):
     got = vllm.MMEncoderAttention(HEADS, HEAD_DIM)(q, k, v)
     want = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
     torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
+
+
+def test_a_longest_segment_is_not_read_in_compiled_code(vllm):
+    """vLLM compiles its vision blocks without graph breaks, and hands on a tensor."""
+    adapter.apply(["vision_attention"])
+    layer = vllm.MMEncoderAttention(HEADS, HEAD_DIM)
+    q, k, v = torch.randn(3, 1, ROWS, HEADS, HEAD_DIM)
+    cu_seqlens, longest = torch.tensor(BOUNDS, dtype=torch.int32), torch.tensor(28)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer.forward_cuda, fullgraph=True, backend="eager")
+    want = layer.forward_cuda(q, k, v, cu_seqlens, longest)
+    torch.testing.assert_close(compiled(q, k, v, cu_seqlens, longest), want)
+
+
+def test_which_backend_serves_where_the_longest_segment_is_not_known(vllm, monkeypatch):
+    adapter.apply(["vision_attention"])
+    layer, seen = vllm.MMEncoderAttention(HEADS, HEAD_DIM), []
+    monkeypatch.setattr(vllm_layers, "varlen_attention", lambda q, *_, backend, **__: seen.append(backend) or q)
+    with FakeTensorMode():
+        q = torch.empty(1, ROWS, HEADS, HEAD_DIM, device="cuda")
+        cu_seqlens = torch.empty(4, dtype=torch.int32, device="cuda")
+        for longest in (None, torch.empty((), device="cuda"), 28):
+            layer.forward_cuda(q, q, q, cu_seqlens, longest)
+        with use_backend(varlen_attention="torch"):
+            layer.forward_cuda(q, q, q, cu_seqlens, None)
+    assert seen == ["triton", "triton", None, None]
 
 
 def test_mrope_works_in_the_packed_projection(vllm):

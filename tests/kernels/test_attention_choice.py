@@ -5,16 +5,28 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from qwen2vl_kernels import BackendError, _attention_choice, _attention_library, _triton, plan_tiles, use_backend
+import qwen2vl_kernels
+from qwen2vl_kernels import (
+    BackendError,
+    _attention_choice,
+    _attention_library,
+    _tail,
+    _triton,
+    plan_tiles,
+    use_backend,
+)
 from qwen2vl_kernels import varlen_attention as attend
 from qwen2vl_kernels._attention_choice import TABLE, UNMEASURED, bucket, choose, entry_of
 from qwen2vl_kernels._attention_library import Call
+from qwen2vl_kernels.integrations import transformers_attention
 from qwen2vl_kernels.ops import varlen_attention as module
+from tests.conftest import DEVICE
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 #: Backends of the table by what the benchmark calls them.
@@ -39,6 +51,8 @@ def test_every_entry_is_what_its_file_says(entry):
     """The order of medians: nobody later in an entry is more than 3 % faster, on any pack that the entry covers."""
     result = json.loads((RESULTS / entry.measured).read_text(encoding="utf-8"))
     assert result["device_type"] == "cuda" and not result["quick"]
+    assert f"at commit {result['commit']}" in entry.note
+    assert ("have changed since" in entry.note) == ("has changed since" in result["note"])
     rows = {(row["workload"], row["provider"]): row["median"] for row in result["rows"] if row["metric"] == "time"}
     later = [e.rows for e in TABLE if replace(e, rows=0, backends=()) == replace(entry, rows=0, backends=())]
     stop = min((rows for rows in later if rows > entry.rows), default=10**9)
@@ -55,6 +69,25 @@ def test_every_entry_is_what_its_file_says(entry):
             for other, fewer in found[n + 1 :]:
                 assert seconds <= 1.03 * fewer, f"{workload}: {name} is put before {other}"
     assert seen == set(entry.backends), "a backend in the order was not measured"
+
+
+def test_the_readme_says_how_far_backends_with_a_plan_for_every_shape_lead():
+    """The default's time over the best of cuDNN's, at most over all packs, without gradients and with them."""
+    result = json.loads((RESULTS / "nvidia-h200" / "attention.json").read_text(encoding="utf-8"))
+    rows = {(row["workload"], row["provider"]): row["median"] for row in result["rows"] if row["metric"] == "time"}
+    most = {False: 0.0, True: 0.0}
+    for pack in {name for name, _ in rows if "backward" not in name}:
+        longest = max(int(part.split(" of ")[1]) for part in pack.split(",")[0].split(" and "))
+        for gradients in most:
+            entry = entry_of(replace(CALL, gradients=gradients, rows=bucket(longest)))
+            found = _seconds(entry, pack.removesuffix(", 16 heads of 80") + ", 16 heads of 80", rows)
+            ours = next(found[name] for name in entry.backends if name in found and name != "flash 3")
+            ways = ("", ", backward") if gradients else ("",)
+            for provider in ("cuDNN", "sdpa"):
+                parts = [rows.get((pack + way, provider)) for way in ways]
+                most[gradients] = max(most[gradients], ours / sum(parts)) if all(parts) else most[gradients]
+    text = " ".join((RESULTS.parents[1] / "README.md").read_text(encoding="utf-8").split())
+    assert f"up to {most[True]:.1f} times faster with gradients and {most[False]:.1f} times without" in text
 
 
 def test_a_backend_with_a_plan_for_every_shape_is_not_in_the_table():
@@ -75,7 +108,10 @@ def gpu(monkeypatch):
     def install(*names):
         module._known.cache_clear()
         monkeypatch.setattr(_attention_library, "_loaded", lambda name: RESULTS if name in names else "not installed")
-        monkeypatch.setattr(_attention_library, "_lacks", lambda feature: feature == "FP16")
+        flags = {"build_flags": {"FLASHATTENTION_DISABLE_FP16": True}}
+        modules = {"fa3_fwd_config": SimpleNamespace(CONFIG=flags)}
+        finds = SimpleNamespace(import_module=lambda name: modules.get(name, SimpleNamespace()))
+        monkeypatch.setattr(_attention_library, "importlib", finds)
 
     yield install
     module._known.cache_clear()
@@ -117,9 +153,22 @@ def test_what_nobody_measured_is_pytorchs_own_kernel(gpu, monkeypatch, changed):
     assert choice.backend == "triton" and "torch: it was left out" in choice.why
 
 
+def test_what_pytorch_has_activated_is_asked_at_every_call(gpu, monkeypatch):
+    """``torch.nn.attention.activate_flash_attention_impl`` puts other kernels under PyTorch's operators."""
+    active = [None]
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: active[0])
+    with FakeTensorMode():
+        inputs = _inputs(300, gradients=True)
+        for active[0], want in ((None, "torch"), ("FA4", "triton"), ("FA3", "torch"), ("mine", "triton")):
+            assert module.chosen(*inputs, 256) == want
+    training = replace(CALL, gradients=True, replaced="FA3")
+    assert choose(training).measured is None, "FlashAttention 2 was measured"
+
+
 @pytest.mark.parametrize(
     ("changed", "backend"),
     [
+        ({"many": True, "gradients": True}, "triton"),
         ({"aligned": False, "gradients": True}, "triton"),
         ({"value_columns": 64}, "triton"),
         ({"columns": 81, "value_columns": 81}, "triton"),
@@ -156,17 +205,57 @@ def test_nothing_is_read_from_a_device(gpu):
         off = torch.empty_strided((300, 16, 80), strides, dtype=torch.bfloat16, device="cuda", requires_grad=True)
         assert module.chosen(off, off, off, 256) == "triton", "its heads are not"
         assert module.chosen(*_inputs(0, gradients=True), 0) == "triton"
-        assert module.chosen(*_inputs(9, gradients=True), 9, segments=0) == "triton"
+        for segments, want in ((0, "triton"), (1, "torch"), (65535, "torch"), (65536, "triton")):
+            assert module.chosen(*_inputs(9, gradients=True), 9, segments=segments) == want
+
+
+@pytest.fixture
+def shapes_of_cudnn():
+    """What cuDNN's operators give for tensors without values, which PyTorch does not say."""
+    library = torch.library.Library("aten", "IMPL")
+
+    def forward(q, k, v, *_, **__):
+        empty = q.new_empty(0)
+        lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+        return torch.empty_like(q), lse, empty, empty, 0, 0, empty, empty, empty
+
+    def backward(grad, q, k, v, *_, **__):
+        return tuple(torch.empty_like(x) for x in (q, k, v))
+
+    library.impl("_cudnn_attention_forward", forward, "Meta")
+    library.impl("_cudnn_attention_backward", backward, "Meta")
+    yield
+    library._destroy()
+
+
+@pytest.mark.usefixtures("shapes_of_cudnn")
+@pytest.mark.parametrize("name", ["torch", "cudnn"])
+def test_peers_read_nothing_from_a_device(name, monkeypatch):
+    """On tensors that have no values, forward and backward; a padded plan is what boundaries on a device have."""
+    monkeypatch.setattr(_tail, "reason", lambda kind: "the kernel is left out")
+    q, k, v = (torch.empty(300, 16, 80, dtype=torch.bfloat16, device="meta") for _ in range(3))
+    plan = plan_tiles(torch.empty(5, dtype=torch.int32, device="meta"), 300)
+    assert plan.padded and plan.longest is None and plan.held() is None
+    out, lse = _attention_library.forward(name, q, k, v, plan, 256, False, 0.3, keep=True)
+    grads = _attention_library.backward(name, out, q, k, v, out, lse, plan, 256, False, 0.3)
+    assert [x.shape for x in (out, *grads)] == [q.shape] * 4
+    with pytest.raises(RuntimeError, match="meta tensors"):
+        plan.cu_seqlens.max().item()  # as a read would
 
 
 def test_the_choice_is_the_same_in_capture(gpu, monkeypatch):
+    """Nothing that a choice is made of may ask whether there is one."""
     with FakeTensorMode():
-        for gradients in (False, True):
-            inputs = _inputs(300, gradients=gradients)
-            want = module.chosen(*inputs, 256)
-            with monkeypatch.context() as patch:
-                patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-                assert module.chosen(*inputs, 256) == want
+        wants = [module.chosen(*_inputs(300, gradients=gradients), 256) for gradients in (False, True)]
+        module._known.cache_clear()
+
+        def asked():
+            raise AssertionError("the choice asks whether a graph is captured")
+
+        for owner in (torch.cuda, torch.cuda.graphs):
+            monkeypatch.setattr(owner, "is_current_stream_capturing", asked)
+        monkeypatch.setattr(torch.cuda, "synchronize", asked)
+        assert [module.chosen(*_inputs(300, gradients=g), 256) for g in (False, True)] == wants == ["triton", "torch"]
     assert bucket(0) == 0 == bucket(1023) and bucket(1024) == 1024 == bucket(10**6)
 
 
@@ -218,6 +307,32 @@ def test_the_choice_is_the_same_in_compiled_code(gpu, dynamic):
     for dtype in (torch.bfloat16, torch.float32):
         inputs, cu_seqlens = _inputs(300, dtype=dtype, device="cpu"), torch.tensor([0, 300], dtype=torch.int32)
         assert _in_graph(lambda *a, cu=cu_seqlens: attend(*a, cu, 300), *inputs) == [module.chosen(*inputs, 300)]
+
+
+def test_transformers_adapter_chooses_in_compiled_code(gpu):
+    """Boundaries stay unread there: Triton instead of others' kernels without gradients, where it serves."""
+    names = ("triton", None)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        cu_seqlens = torch.empty(4, dtype=torch.int32, device="cuda")
+        for gradients, columns, want in (
+            (False, 80, None),
+            (False, 64, "triton"),
+            (True, 64, None),
+            (False, 264, None),
+        ):
+            served = {None: module.chosen(*_inputs(300, gradients=gradients, columns=columns), 300)}.get(want, want)
+            assert served == {264: "sdpa"}.get(columns, "torch" if gradients else "triton")
+
+            def call(one, cu_seqlens, *qkv):
+                return one + names.index(transformers_attention.bounds({}, cu_seqlens, None, *qkv)[2])
+
+            torch._dynamo.reset()
+            graphs, inputs = [], _inputs(300, gradients=gradients, columns=columns)
+            torch.compile(call, fullgraph=True, backend=lambda graph, _, to=graphs: to.append(graph) or graph)(
+                torch.ones(()), cu_seqlens, *inputs
+            )
+            (node,) = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
+            assert node.args[1] == names.index(want)
 
 
 def test_a_refusal_in_compiled_code_is_one_of_ours():
@@ -329,13 +444,33 @@ def test_sdpa_on_a_cpu_keeps_its_statistics_in_compiled_code():
         assert all(torch.equal(a, b) for a, b in zip(results, eager, strict=True))
 
 
-def test_derivatives_of_second_order_are_refused():
-    q, cu_seqlens = torch.randn(6, 2, 8, requires_grad=True), torch.tensor([0, 6], dtype=torch.int32)
-    for backend in ("sdpa", "eager"):
+@pytest.mark.parametrize("backend", ["sdpa", "eager", "triton"])
+def test_derivatives_of_second_order_are_refused(backend):
+    """PyTorch takes the derivatives of an operator that has none registered for zero."""
+    q = torch.randn(6, 2, 16, requires_grad=True, device=DEVICE if backend == "triton" else "cpu")
+    cu_seqlens = torch.tensor([0, 6], dtype=torch.int32, device=q.device)
+    if backend == "triton":
+        if (reason := _triton.reason(DEVICE)) is not None:
+            pytest.skip(reason)
+        out = attend(q, q, q, cu_seqlens, 6, backend=backend)
+    else:
         out = torch.ops.qwen2vl.varlen_attention(q, q, q, cu_seqlens, 6, False, 0.3, backend)[0]
-        (first,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
-        with pytest.raises(NotImplementedError, match="its gradients have no derivatives of their own"):
-            torch.autograd.grad(first.sum(), q)
+    (first,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="varlen_attention: its gradients have no derivatives of their own"):
+        torch.autograd.grad(first.sum(), q)
+
+
+@pytest.mark.parametrize("op", ["swiglu", "quick_gelu", "rms_norm", "layer_norm"])
+def test_so_are_those_of_the_other_kernels_that_have_none(op):
+    if (reason := _triton.reason(DEVICE)) is not None:
+        pytest.skip(reason)
+    x, weight = torch.randn(4, 16, requires_grad=True, device=DEVICE), torch.ones(16, device=DEVICE)
+    others = {"swiglu": (x.detach(),), "quick_gelu": (), "rms_norm": (weight, 1e-6), "layer_norm": (weight, weight)}
+    with use_backend(**{op: "triton"}):
+        out = getattr(qwen2vl_kernels, op)(x, *others[op])
+    (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match=f"{op}: its gradients have no derivatives of their own"):
+        torch.autograd.grad(first.sum(), x)
 
 
 def test_pytorch_picks_the_kernel_whose_statistics_are_kept():
@@ -352,11 +487,34 @@ def test_pytorch_picks_the_kernel_whose_statistics_are_kept():
             assert keeps_statistics(q, v) == (picked == fused)
 
 
-def test_the_table_for_people(gpu):
+def test_the_table_for_people(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     rows = {(row["dtype"], row["head_dim"]): row for row in module.choices("cuda")}
-    assert rows["float32", 80]["training"] == "sdpa" and all(row["why"] for row in rows.values())
+    assert rows["float32", 80]["training"]["backend"] == "sdpa"
+    assert all(row[kind]["why"] for row in rows.values() for kind in module.KINDS)
+    served = {kind: rows["bfloat16", 80][kind] for kind in module.KINDS}
+    assert [of["backend"] for of in served.values()] == ["triton", "triton", "torch", "torch"]
+    assert [bool(of["measured"]) for of in served.values()] == [True, True, True, False]
+    assert "at commit 3dc270fec4c9; the Triton kernels have changed since" in served["training"]["why"]
     assert set(UNMEASURED) <= set(module._BACKENDS)
     assert _attention_choice.choose(replace(CALL, device_type="cpu")).backend in ("blocked", "sdpa")
+
+
+def test_on_a_cpu_nothing_is_called_measured_that_was_not(monkeypatch):
+    monkeypatch.setattr(_attention_choice, "slow_on_cpu", lambda dtype: False)
+    result = json.loads((RESULTS / _attention_choice._CPU).read_text(encoding="utf-8"))
+    heads = {row["workload"].split(", ")[1] for row in result["rows"] if not row["workload"].startswith("causal")}
+    causal = {row["workload"].split(", ")[1] for row in result["rows"] if row["workload"].startswith("causal")}
+    assert (heads, causal) == ({"16 heads of 80"}, {"28/4 heads of 128"})
+    found = {
+        (columns, causal, grouped)
+        for columns in (64, 72, 80, 96, 128)
+        for causal in (False, True)
+        for grouped in (False, True)
+        if choose(Call("cpu", 0, torch.bfloat16, columns, columns, grouped, causal)).measured
+    }
+    assert found == {(80, False, False), (128, True, True)}
 
 
 def test_boundaries_are_copied_to_the_device_once():

@@ -13,9 +13,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qwen2vl_kernels import BackendError, _attention_library, _tail, _triton, plan_tiles, varlen_attention
+from qwen2vl_kernels import BackendError, _attention_library, _tail, _tiles, _triton, plan_tiles, varlen_attention
 from qwen2vl_kernels._attention_library import FLASH, Call, peer_of, why_not
 from qwen2vl_kernels._backend import unavailable
+from qwen2vl_kernels._tiles import TilePlan
 from qwen2vl_kernels.ops.varlen_attention import varlen_attention_ref
 from tests.conftest import DEVICE, assert_two_times
 
@@ -161,6 +162,9 @@ def test_boundaries_that_may_change_and_a_longest_segment_of_one_row(stand_in, p
     assert plan.held() is None and plan_tiles(cu, 17).held() == 14
     for longest in (9, 1):  # FlashAttention 2 takes a longest segment of 1 for decoding, where all have one row
         kernel.longest = max(2, longest)
+        if longest == 1:
+            cu = torch.arange(4, dtype=torch.int32)
+            plan.update_(cu)
         out, lse = _attention_library.forward(name, *inputs, plan, longest, False, SCALE, keep=False)
         assert lse is None and torch.equal(out, varlen_attention_ref(*inputs, cu, False, SCALE))
     other = torch.tensor([0, 2, 3, 4], dtype=torch.int32)
@@ -180,6 +184,88 @@ def test_a_view_that_begins_off_16_bytes_is_copied(stand_in, pack):
     kernel.forward = lambda *a: seen.extend(x.data_ptr() % 16 for x in a[:3]) or forward(*a)
     assert off[0].data_ptr() % 16 and torch.equal(_attend(name, *off, cu, False), _attend(name, *inputs, cu, False))
     assert seen == [0] * 6
+    backward = kernel.backward
+    kernel.backward = lambda *a: seen.extend(x.data_ptr() % 16 for x in a[:5]) or backward(*a)
+    out, lse = torch.ops.qwen2vl.varlen_attention(*inputs, cu, 9, False, SCALE, name)
+    grad = torch.randn(17 * 4 * 80 + 1).double()[1:].view(17, 4, 80)  # whole, as the backward of a concatenation gives
+    shifted = torch.empty(17 * 4 * 80 + 1).double()[1:].view(17, 4, 80).copy_(out)
+    assert grad.is_contiguous() and grad.data_ptr() % 16 and shifted.data_ptr() % 16
+    rest = (lse, cu, 9, False, SCALE, name)
+    got = torch.ops.qwen2vl.varlen_attention_backward(grad, *off, shifted, *rest)
+    want = torch.ops.qwen2vl.varlen_attention_backward(grad.clone(), *inputs, out, *rest)
+    assert all(torch.equal(one, two) for one, two in zip(got, want, strict=True))
+    assert seen[6 + 3 :] == [0] * 10
+
+
+def _by_max_seqlen(kernel):
+    """Makes the stand-in write no more rows of a segment than its grid has."""
+    forward = kernel.forward
+
+    def limited(q, k, v, bounds, longest, *settings):
+        kernel.longest = longest
+        out, lse = forward(q, k, v, bounds, longest, *settings)
+        for a, b in zip(bounds.tolist(), bounds[1:].tolist(), strict=False):
+            out[min(a + longest, b) : b] = torch.nan
+        return out, lse
+
+    kernel.forward = limited
+
+
+@pytest.mark.parametrize("on_device", [False, True], ids=["host", "device"])
+def test_a_plan_takes_no_segment_longer_than_a_grid(stand_in, pack, monkeypatch, on_device):
+    """What a graph does: the call that was captured is repeated as it was, on the boundaries of an update."""
+    name, kernel = stand_in
+    _by_max_seqlen(kernel)
+    *inputs, cu = pack
+    plan = plan_tiles(cu.clone(), 17, padded=True)
+
+    def replay():
+        return _attention_library.forward(name, *inputs, plan, 9, False, SCALE, keep=False)[0]
+
+    assert plan.update_(torch.tensor([0, 0, 0, 17], dtype=torch.int32)).longest == 17, "nothing was captured"
+    plan.update_(cu)
+    with monkeypatch.context() as patch:
+        patch.setattr(_tiles, "_capturing", lambda device: True)
+        assert torch.equal(replay(), varlen_attention_ref(*inputs, cu, False, SCALE))
+    fits, longer = (torch.tensor(b, dtype=torch.int32) for b in ([0, 2, 11, 17], [0, 1, 1, 11]))
+    assert torch.equal(plan.update_(fits).bounds(), fits) and plan.longest == 9
+    assert torch.equal(replay(), varlen_attention_ref(*inputs, fits, False, SCALE))
+    if on_device:  # boundaries that the host may not read: the assertion is one of the device's
+        check = TilePlan._check_longest
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a segment is longer than max_seqlen"):
+            patch.setattr(TilePlan, "_check_longest", lambda self, name, cu, most: check(self, name, _Far(cu), most))
+            plan.update_(longer)
+    else:
+        with pytest.raises(ValueError, match=r"a segment of 10 rows, but another's kernel was .* max_seqlen=9; give"):
+            plan.update_(longer)
+    assert torch.equal(plan.bounds(), fits), "what is refused is not written"
+    plan = plan_tiles(longer.clone(), 17, padded=True)
+    with pytest.raises(ValueError, match="max_seqlen is 9, but cu_seqlens has a segment of 10 rows"):
+        replay()
+    plan.update_(cu)
+    assert torch.equal(replay(), varlen_attention_ref(*inputs, cu, False, SCALE))
+
+
+class _Far:
+    """Boundaries that say they are on a GPU."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, tensor):
+        self.shape, self.diff = tensor.shape, tensor.diff
+
+
+def test_a_max_seqlen_that_is_too_small_reaches_no_kernel(stand_in, pack):
+    """Compiled code calls the operator, which checks nothing but this."""
+    name, kernel = stand_in
+    *inputs, cu = pack
+    with pytest.raises(ValueError, match="max_seqlen is 8, but cu_seqlens has a segment of 9 rows"):
+        torch.ops.qwen2vl.varlen_attention(*inputs, cu, 8, False, SCALE, name)
+    assert not kernel.forwards
+    with pytest.raises(ValueError, match="max_seqlen is 8, but tiles are planned for a segment of 9 rows"):
+        varlen_attention(*(x.float() for x in inputs), cu, 8, tiles=plan_tiles(cu, 17))
+    kernel.longest = 17  # not more than there are rows
+    torch.ops.qwen2vl.varlen_attention(*inputs, cu, 10**6, False, SCALE, name)
 
 
 @pytest.mark.parametrize("triton", [True, False], ids=["kernel", "masked_fill_"])
@@ -329,12 +415,95 @@ def test_flash_is_the_newest_that_serves_the_call(installed):
     assert peer_of("flash 3", CALL) == peer_of("flash", CALL) == ("fa3_fwd_interface", "")
     peer, reason = peer_of("flash", training)
     assert peer is None and "fa3_fwd_interface: it has a forward pass only; q, k and v must not require grad" in reason
-    assert "built without float16" in peer_of("flash", replace(CALL, dtype=torch.float16))[1]
+    assert "this build is without FP16" in peer_of("flash", replace(CALL, dtype=torch.float16))[1]
     installed("flash_attn.cute")
     assert (
         "silently wrong dq where head_dim is no multiple of 32 (flash-attention#2896)" in peer_of("flash", training)[1]
     )
     assert peer_of("flash 3", CALL)[0] is None, "another generation is not what was measured"
+
+
+@pytest.mark.parametrize(
+    ("module", "part", "changed"),
+    [
+        (module, part, changed)
+        for module in ("flash_attn_interface", "fa3_fwd_interface")
+        for part, changed in (
+            ("VARLEN", {}),
+            ("HDIM96", {}),
+            ("HDIM96", {"columns": 72, "value_columns": 72}),
+            ("HDIM64", {"columns": 64, "value_columns": 64}),
+            ("HDIM256", {"columns": 200, "value_columns": 200}),
+            ("FP16", {"dtype": torch.float16}),
+        )
+    ]
+    + [("flash_attn_interface", "BACKWARD", {"gradients": True})],
+    ids=str,
+)
+def test_a_build_is_asked_what_it_was_made_without(installed, monkeypatch, module, part, changed):
+    installed(module)
+    finds, flags = _attention_library.importlib.import_module, {}
+    configs = {module.replace("interface", "config"): types.SimpleNamespace(CONFIG={"build_flags": flags})}
+    monkeypatch.setattr(_attention_library.importlib, "import_module", lambda name: configs.get(name) or finds(name))
+    call = replace(CALL, **changed)
+    assert why_not(module, call) is None
+    flags[f"FLASHATTENTION_DISABLE_{part}"] = True
+    assert why_not(module, call) == f"this build is without {part}"
+    other = replace(CALL, columns=128, value_columns=128)
+    assert (why_not(module, other) is None) == (part != "VARLEN")
+
+
+def test_they_run_on_the_gpu_of_their_tensors(monkeypatch):
+    """PyTorch's dispatcher sees to it for its operators, not for kernels from Python."""
+    entered = []
+
+    class Device:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            entered.append(self.device)
+
+        def __exit__(self, *_):
+            entered.append(None)
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+    def attend(q, k, v, **_):
+        entered.append("forward")
+        return q
+
+    def gradients(dout, q, **_):
+        entered.append("backward")
+
+    monkeypatch.setattr(
+        _attention_library, "_loaded", lambda name: types.SimpleNamespace(flash_attn_varlen_func=attend)
+    )
+    monkeypatch.setattr(_attention_library, "_backward_of", lambda name: (gradients, {"dout", "q"}))
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    for index, around in ((0, False), (1, True)):
+        device = torch.device("cuda", index)
+        q = types.SimpleNamespace(is_cuda=True, device=device, shape=(1,), dtype=torch.bfloat16)
+        entered.clear()
+        _attention_library._flash_forward("flash_attn", q, q, q, None, 2, False, 1.0, False)
+        _attention_library._flash_backward("flash_attn", q, q, q, q, q, None, None, 2, False, 1.0)
+        want = [device, "forward", None, device, "backward", None] if around else ["forward", "backward"]
+        assert entered == want
+
+
+def test_determinism_that_is_demanded_between_forward_and_backward(installed, pack):
+    """PyTorch's FlashAttention looks for itself, the others are told, and cuDNN has none."""
+    installed(*ALL)
+    *inputs, cu = pack
+    out = torch.zeros(17, 4, 80)
+    arguments = (out, *inputs, out, torch.zeros(68), plan_tiles(cu, 17), 9, False, SCALE)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError, match=r"the backward of cudnn is not deterministic, and .* call it before"):
+            _attention_library.backward("cudnn", *arguments)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_backward_of_another_form_is_not_called(installed):
@@ -365,6 +534,12 @@ def test_installed_modules_have_the_arguments_that_are_relied_on(flash):
         ("torch", {"value_columns": 64}, "it takes one head_dim, a multiple of 8 up to 256, got 80 and 64"),
         ("torch", {"aligned": False}, "must be multiples of 8 elements"),
         ("torch", {"empty": True}, "at least one segment and one row"),
+        ("torch", {"many": True}, "a grid's second or third dimension, which ends at 65535"),
+        ("flash_attn", {"many": True}, "a grid's second or third dimension, which ends at 65535"),
+        ("torch", {"replaced": "FA4", "gradients": True}, "FA4 activated in its place: its backward on capability 9"),
+        ("torch", {"replaced": "FA4", "capability": 80}, "FA4 activated in its place: it serves capability 9 and 10"),
+        ("torch", {"replaced": "FA3", "capability": 100}, "FA3 activated in its place: it serves capability 9"),
+        ("torch", {"replaced": "mine"}, "has 'mine' activated in its place, which nobody has tried"),
         ("torch", {"capability": 75}, "it needs a GPU of capability 8.0, this one has 7.5"),
         ("torch", {"capability": 0}, "it needs an NVIDIA GPU"),
         ("torch", {"capability": 89, "columns": 224, "value_columns": 224, "gradients": True}, "heads of 224"),
@@ -409,29 +584,35 @@ def test_they_do_not_serve_a_cpu():
 @pytest.mark.parametrize("backend", ["torch", "flash", "cudnn"])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("gradients", [False, True], ids=["forward", "backward"])
-def test_on_a_gpu(backend, causal, gradients):
+@pytest.mark.parametrize("kv_heads", [4, 2], ids=["heads", "grouped heads"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_on_a_gpu(backend, causal, gradients, kv_heads, dtype):
+    """Parts of a packed projection, segments that no tile divides, rows past the last, and a gradient that begins off
+    16 bytes."""
     if not torch.cuda.is_available():
         pytest.skip("PyTorch sees no CUDA device")
     if (reason := unavailable(backend, "cuda")) is not None:
         pytest.skip(f"{backend}: {reason}")
-    qkv = torch.randn(400, 3, 4, 80, device="cuda").bfloat16()
-    cu = torch.tensor([0, 130, 130, 390], dtype=torch.int32)
-    leaves = [x.detach().clone().requires_grad_(gradients) for x in qkv.unbind(1)]
+    parts = (4, kv_heads, kv_heads)
+    packed = torch.randn(403, sum(parts), 80, device="cuda").to(dtype)
+    cu = torch.tensor([0, 131, 131, 132, 389], dtype=torch.int32)
+    grad = torch.randn(403 * 4 * 80 + 1, device="cuda").to(dtype)[1:].view(403, 4, 80)
+    assert grad.is_contiguous() and grad.data_ptr() % 16
+
+    def formula(*a):
+        return varlen_attention_ref(*a, cu, causal)
+
+    def served(*a):
+        return varlen_attention(*a, cu.cuda(), 257, causal=causal, backend=backend)
+
     results = []
-    for call, inputs in (
-        (lambda *a: varlen_attention(*a, cu.cuda(), 260, causal=causal, backend=backend), leaves),
-        (lambda *a: varlen_attention_ref(*a, cu, causal), leaves),
-        (
-            lambda *a: varlen_attention_ref(*a, cu, causal),
-            [x.detach().double().requires_grad_(gradients) for x in leaves],
-        ),
-    ):
+    for call, whole in ((served, packed), (formula, packed), (formula, packed.double())):
+        leaf = whole.detach().clone().requires_grad_(gradients)
         try:
-            out = call(*inputs)
+            out = call(*leaf.split(parts, 1))
         except BackendError as error:
             pytest.skip(str(error))
-        assert not out[390:].any()
-        results.append((out, *(torch.autograd.grad(out, inputs, torch.ones_like(out)) if gradients else ())))
+        results.append((out, *(torch.autograd.grad(out, leaf, grad.to(out.dtype)) if gradients else ())))
     for got, eager, exact in zip(*results, strict=True):
-        assert not got[390:].any()
+        assert not got[389:].any()
         assert_two_times(got, eager, exact, 2e-6)

@@ -26,6 +26,7 @@ from qwen2vl.demo.checkpoint import small_config, write_random_checkpoint
 from qwen2vl.demo.media import draw_scene, write_video
 from qwen2vl_kernels import _backend
 from qwen2vl_kernels._product import slow_on_cpu
+from qwen2vl_kernels.ops import varlen_attention
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -362,18 +363,20 @@ def test_info(run):
     for device in ("cpu", "cuda"):
         rows = facts["backends"][device]
         assert [tuple(r.values()) for r in rows] == _backend.table(device) and all(r["why"] for r in rows)
-        for measured in [r["measured"] for r in rows + facts["attention"][device] if r["measured"]]:
+        served = [row[kind] for row in facts["attention"][device] for kind in varlen_attention.KINDS]
+        assert all(of["why"] for of in served)
+        for measured in [of["measured"] for of in rows + served if of["measured"]]:
             assert (ROOT / "benchmarks" / "results" / measured).is_file()
     assert facts["threads"]["torch"] == torch.get_num_threads()
     assert len(facts["gpus"]) == torch.cuda.device_count()
     for extension in facts["extensions"].values():
         assert extension["available"] == (extension["reason"] is None)
     attention = {(row["dtype"], row["head_dim"]): row for row in facts["attention"]["cpu"]}
-    assert attention["bfloat16", 80]["inference"] == ("sdpa" if slow_on_cpu(torch.bfloat16) else "blocked")
-    assert attention["bfloat16", 80]["training"] == "sdpa"
-    assert all(row["why"] for rows in facts["attention"].values() for row in rows)
+    assert attention["bfloat16", 80]["inference"]["backend"] == ("sdpa" if slow_on_cpu(torch.bfloat16) else "blocked")
+    assert attention["bfloat16", 80]["training"]["backend"] == "sdpa"
     text = run("info").stdout
     assert "varlen_attention on cpu, by rows of the longest segment" in text and "64, 72, 80, 128" in text
+    assert all(words in text for words in ("causal, grouped heads", "gradients", "1024 rows on", "sdpa ("))
     for row in facts["backends"]["cpu"]:
         assert row["op"] in text and (row["measured"] or "not measured") in text
     for reason in facts["unavailable"].values():
