@@ -6,6 +6,8 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -45,11 +47,16 @@ def folder_name(device: torch.device) -> str:
     return f"{name}-{slug(torch.backends.cpu.get_cpu_capability())}-{torch.get_num_threads()}-threads"
 
 
-def full_float32() -> None:
+@contextmanager
+def full_float32() -> Iterator[None]:
     """Let products and convolutions of float32 be in float32: PyTorch's default for cuDNN is TF32, with 10 bits, which
     a gate against another implementation would find."""
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def describe(device: torch.device) -> dict[str, Any]:

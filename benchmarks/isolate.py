@@ -255,9 +255,12 @@ class _Bench:
         self.turn = turn
         self.workloads: Iterator[Workload] = iter(())
         self.next: int | None = None  # the index of the workload that the generator yields next
-        environment.full_float32()
 
     def do(self, task: Task) -> Line:
+        with environment.full_float32():
+            return self._do(task)
+
+    def _do(self, task: Task) -> Line:
         torch.set_num_threads(task.threads)
         case, context = run.load_case(task.case), replace(task.context, turn=self.turn)
         if context.device.type == "cuda":

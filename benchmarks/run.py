@@ -57,10 +57,9 @@ def run_case(
 
     Raises :class:`GateError` if the case's own gate is red, and ``ValueError`` for a workload that no gate covers.
     """
-    environment.full_float32()
-    own = gate(case, context)  # before anything is made
-    lines = [plan(case, context, command), own]
-    with torch.inference_mode():
+    with environment.full_float32(), torch.inference_mode():
+        own = gate(case, context)  # before anything is made
+        lines = [plan(case, context, command), own]
         for workload in case.workloads(context):
             try:
                 lines.append(measured(case, workload, context))
@@ -70,7 +69,7 @@ def run_case(
                 lines.append(red(workload.name, error))
                 log(str(error))
             del workload  # its inputs, before the case makes the next ones
-    return assemble([*lines, again(lines[0], context)])
+        return assemble([*lines, again(lines[0], context)])
 
 
 def plan(case: Case, context: Context, command: str) -> Line:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import isolate
+from benchmarks import environment, isolate
 from benchmarks.__main__ import app
 from benchmarks.case import Context
 from benchmarks.lines import assemble, read
@@ -235,7 +235,11 @@ def test_a_case_has_one_process_until_something_ends_it(monkeypatch):
 
 def test_float32_is_measured_in_float32():
     """cuDNN's convolutions are in TF32 unless one says no, and a gate would find that."""
-    assert torch.backends.cudnn.allow_tf32, "PyTorch's default is another: say so in environment.full_float32"
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    assert before[1], "PyTorch's default is another: say so in environment.full_float32"
+    with environment.full_float32():
+        assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
     task = isolate.Task("plan", "tests.broken_cases.gate", Context(quick=True), 1)
     with isolate.Processes() as processes:
         plan = processes.run(task, 60)
