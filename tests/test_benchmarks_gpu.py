@@ -323,10 +323,10 @@ def test_the_rehearsal(tmp_path):
     assert set(cannot) <= {"extension", "wgmma", "sanitizer", "compiled"} and all(cannot.values())
     assert (tmp_path / "work" / "site" / "quickpeer.py").is_file()
     found = packed(out)
-    for case in ("attention", "tower", "rope", "preprocess"):
+    for case in ("attention", "tower", "rope", "positions"):
         result = json.loads(found[f"results/{case}.json"])
         assert result["rows"] and result["missing"] == [] and result["quick"] is True
-        assert f"logs/{'ops' if case in ('rope', 'preprocess') else case}.log" in found
+        assert f"logs/{'ops' if case in ('rope', 'positions') else case}.log" in found
     for part, state in ((part, part["state"]) for part in parts if part["phase"] == "tests"):
         assert state == "done" and ("passed" in part["last"] or "skipped" in part["last"])
         assert found[f"results/{part['part']}.jsonl"].startswith(b'{"collected": ')

@@ -39,7 +39,7 @@ def phases(device: str, work: Path, checkpoints: Path, wheels: Path, cores: int)
     towers = ["tower", "e2e", "model"]
     others = [name for name in case_names() if name not in ("attention", "preprocess", *towers, *ops)]
     if rehearsal:  # one of each kind
-        ops, towers = ["rope", "preprocess"], ["tower"]
+        ops, towers = ["rope", "positions"], ["tower"]
     # What torch.compile makes takes up to half a minute for every row.
     quickly = [word for name in ("FlexAttention", "the same, torch.compile") for word in ("--without", name)]
     slow = "torch.compile takes longer for its rows than there are minutes"

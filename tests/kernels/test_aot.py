@@ -102,7 +102,8 @@ def test_a_kernel_that_breaks_them_fails_the_gates():
     result = _python("-c", _FAILING)
     assert result.returncode == 0, result.stderr
     for target, failures in json.loads(result.stdout.splitlines()[-1]).items():
-        for part in ("of the bytes in 16-byte accesses", "no instruction on the matrix units", "bytes spilled"):
+        spills = ("bytes spilled",) if target == "sm_90" or TRITON.startswith(NEWEST) else ()
+        for part in ("of the bytes in 16-byte accesses", "no instruction on the matrix units", *spills):
             assert any(part in failure for failure in failures), (target, part, failures)
 
 
