@@ -172,7 +172,7 @@ OLDEST_INSTALL = $(UV) pip install --python build/oldest/$*/bin/python --only-bi
 build/oldest/full/install.stamp: EXTRAS = --all-extras
 build/oldest/full/install.stamp: BUILD = --no-build-isolation -e .
 build/oldest/bare/install.stamp: BUILD = .
-build/oldest/bare/install.stamp: EXTRAS = --extra video --extra inspect "pytest>=8" "pytest-xdist>=3.5" "hypothesis>=6.100" \
+build/oldest/bare/install.stamp: EXTRAS = --extra video --extra inspect "pytest>=8" "pytest-xdist>=3.5" "hypothesis>=6.115" "psutil>=5.9.4" \
 	$(shell grep ^numpy== constraints.txt)
 OLDEST_PYTEST = OMP_NUM_THREADS=1 build/oldest/$(1)/bin/python -m pytest -q -rs -n auto $(PYTEST_ARGS)
 
