@@ -83,7 +83,7 @@ def _attend(
     """The queries' sums with STEP more keys, of which all rows see those before ``whole``."""
     key = start + tl.arange(0, STEP)
     there = key < end
-    k0, k1 = load_head(k, cos, sin, key, there, k_row, table_row, D, D0, D1, True, ACC)
+    k0, k1 = load_head(k, cos, sin, key, there, k_row, table_row, D, D0, D1, ACC)
     s = product(q0, q1, k0, k1, D1, ACC)  # (ROWS, STEP)
     if start >= whole:
         seen = end - start
@@ -94,10 +94,10 @@ def _attend(
     p, shrink, most, total_p = _softmax_step(s, most, total_p, scale)
     p = p.to(v.dtype.element_ty)
     # One block of v at a time: both together cost registers that some targets do not have.
-    v0 = load_block(v, key, there, v_row, 0, V0, V, True)
+    v0 = load_block(v, key, there, v_row, 0, V0, V)
     o0 = tl.dot(p, v0, o0 * shrink[:, None], input_precision="ieee", out_dtype=ACC)
     if V1 > 0:
-        v1 = load_block(v, key, there, v_row, V0, V1, V, True)
+        v1 = load_block(v, key, there, v_row, V0, V1, V)
         o1 = tl.dot(p, v1, o1 * shrink[:, None], input_precision="ieee", out_dtype=ACC)
     return o0, o1, most, total_p
 
@@ -132,7 +132,7 @@ def _forward_kernel(
     v += head // GROUP * v_head
     row = first + tl.arange(0, ROWS)
     live = row < end
-    q0, q1 = load_head(q + head * q_head, cos, sin, row, live, q_row, table_row, D, D0, D1, True, ACC)
+    q0, q1 = load_head(q + head * q_head, cos, sin, row, live, q_row, table_row, D, D0, D1, ACC)
     o0 = tl.zeros((ROWS, V0), ACC)
     o1 = tl.zeros((ROWS, V1 if V1 > 0 else 16), ACC)
     most = tl.full((ROWS,), float("-inf"), ACC)

@@ -94,8 +94,8 @@ def _key_kernel(
     kv_head = tl.program_id(1).to(tl.int64)
     key = first + tl.arange(0, ROWS)
     there = key < end
-    k0, k1 = load_head(k + kv_head * k_head, cos, sin, key, there, k_row, table_row, D, D0, D1, True, ACC)
-    v0, v1 = load_head(v + kv_head * v_head, None, None, key, there, v_row, 0, V, V0, V1, True, ACC)
+    k0, k1 = load_head(k + kv_head * k_head, cos, sin, key, there, k_row, table_row, D, D0, D1, ACC)
+    v0, v1 = load_head(v + kv_head * v_head, None, None, key, there, v_row, 0, V, V0, V1, ACC)
     dk0 = tl.zeros((ROWS, D0), ACC)
     dk1 = tl.zeros((ROWS, D1 if D1 > 0 else 16), ACC)
     dv0 = tl.zeros((ROWS, V0), ACC)
@@ -105,8 +105,8 @@ def _key_kernel(
         for start in range(first if CAUSAL else begin, end, STEP):
             row = start + tl.arange(0, STEP)
             live = row < end
-            q0, q1 = load_head(q + head * q_head, cos, sin, row, live, q_row, table_row, D, D0, D1, True, ACC)
-            g0, g1 = load_head(grad + head * grad_head, None, None, row, live, grad_row, 0, V, V0, V1, True, ACC)
+            q0, q1 = load_head(q + head * q_head, cos, sin, row, live, q_row, table_row, D, D0, D1, ACC)
+            g0, g1 = load_head(grad + head * grad_head, None, None, row, live, grad_row, 0, V, V0, V1, ACC)
             at = head * total + row
             s = product(k0, k1, q0, q1, D1, ACC) * scale - tl.load(lse + at, mask=live, other=0.0)[None, :]
             seen = live[None, :] & there[:, None]
@@ -146,8 +146,8 @@ def _query_kernel(
     kv_head = head // GROUP
     row = first + tl.arange(0, ROWS)
     live = row < end
-    q0, q1 = load_head(q + head * q_head, cos, sin, row, live, q_row, table_row, D, D0, D1, True, ACC)
-    g0, g1 = load_head(grad + head * grad_head, None, None, row, live, grad_row, 0, V, V0, V1, True, ACC)
+    q0, q1 = load_head(q + head * q_head, cos, sin, row, live, q_row, table_row, D, D0, D1, ACC)
+    g0, g1 = load_head(grad + head * grad_head, None, None, row, live, grad_row, 0, V, V0, V1, ACC)
     at = head * total + row
     row_lse = tl.load(lse + at, mask=live, other=0.0)[:, None]
     row_delta = tl.load(delta + at, mask=live, other=0.0)[:, None]
@@ -157,8 +157,8 @@ def _query_kernel(
     for start in range(begin, stop, STEP):
         key = start + tl.arange(0, STEP)
         there = key < end
-        k0, k1 = load_head(k + kv_head * k_head, cos, sin, key, there, k_row, table_row, D, D0, D1, True, ACC)
-        v0, v1 = load_head(v + kv_head * v_head, None, None, key, there, v_row, 0, V, V0, V1, True, ACC)
+        k0, k1 = load_head(k + kv_head * k_head, cos, sin, key, there, k_row, table_row, D, D0, D1, ACC)
+        v0, v1 = load_head(v + kv_head * v_head, None, None, key, there, v_row, 0, V, V0, V1, ACC)
         s = product(q0, q1, k0, k1, D1, ACC) * scale - row_lse
         seen = there[None, :] & live[:, None]
         if CAUSAL:

@@ -66,25 +66,14 @@ def _empty(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
 
 
 @jit
-def load_block(
-    x, row, live, x_row,
-    START: tl.constexpr, BLOCK: tl.constexpr, STOP: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """``(rows, BLOCK)``: columns [START, START + BLOCK) of the rows, zero where not ``live`` or from STOP on.
-
-    All rows are there unless ``MASKED``.
-    """
+def load_block(x, row, live, x_row, START: tl.constexpr, BLOCK: tl.constexpr, STOP: tl.constexpr):
+    """``(rows, BLOCK)``: columns [START, START + BLOCK) of the rows, zero where not ``live`` or from STOP on."""
     column = START + tl.arange(0, BLOCK)[None, :]
     at = x + row.to(tl.int64)[:, None] * x_row + column
-    if MASKED:
-        if START + BLOCK <= STOP:
-            value = tl.load(at, mask=live[:, None], other=0.0)
-        else:
-            value = tl.load(at, mask=live[:, None] & (column < STOP), other=0.0)
-    elif START + BLOCK <= STOP:
-        value = tl.load(at)
+    if START + BLOCK <= STOP:
+        value = tl.load(at, mask=live[:, None], other=0.0)
     else:
-        value = tl.load(at, mask=column < STOP, other=0.0)
+        value = tl.load(at, mask=live[:, None] & (column < STOP), other=0.0)
     return value
 
 
@@ -98,13 +87,13 @@ def store_block(x, value, row, live, x_row, START: tl.constexpr, BLOCK: tl.const
 @jit
 def _turned_block(
     x, cos, sin, row, live, x_row, table_row,
-    PAIR: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr,
+    PAIR: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """``(rows, BLOCK)``: pairs [PAIR, PAIR + BLOCK / 2), turned, both of a pair side by side."""
-    a = load_block(x, row, live, x_row, PAIR, BLOCK // 2, PAIRS, MASKED).to(ACC)
-    b = load_block(x + PAIRS, row, live, x_row, PAIR, BLOCK // 2, PAIRS, MASKED).to(ACC)
-    c = load_block(cos, row, live, table_row, PAIR, BLOCK // 2, PAIRS, MASKED).to(ACC)
-    s = load_block(sin, row, live, table_row, PAIR, BLOCK // 2, PAIRS, MASKED).to(ACC)
+    a = load_block(x, row, live, x_row, PAIR, BLOCK // 2, PAIRS).to(ACC)
+    b = load_block(x + PAIRS, row, live, x_row, PAIR, BLOCK // 2, PAIRS).to(ACC)
+    c = load_block(cos, row, live, table_row, PAIR, BLOCK // 2, PAIRS).to(ACC)
+    s = load_block(sin, row, live, table_row, PAIR, BLOCK // 2, PAIRS).to(ACC)
     first, second = turn(a, b, c, s)
     dtype = x.dtype.element_ty
     return tl.reshape(tl.join(first.to(dtype), second.to(dtype)), (row.shape[0], BLOCK))
@@ -117,8 +106,8 @@ def _store_turned_block(
 ):  # fmt: skip
     """The gradient of :func:`_turned_block`'s rows from that of what it returned: turned back, in the usual order."""
     a, b = tl.split(tl.reshape(value, (row.shape[0], BLOCK // 2, 2)))
-    c = load_block(cos, row, live, table_row, PAIR, BLOCK // 2, PAIRS, True).to(ACC)
-    s = load_block(sin, row, live, table_row, PAIR, BLOCK // 2, PAIRS, True).to(ACC)
+    c = load_block(cos, row, live, table_row, PAIR, BLOCK // 2, PAIRS).to(ACC)
+    s = load_block(sin, row, live, table_row, PAIR, BLOCK // 2, PAIRS).to(ACC)
     first, second = turn(a, b, c, -s)
     store_block(x, first, row, live, x_row, PAIR, BLOCK // 2, PAIRS)
     store_block(x + PAIRS, second, row, live, x_row, PAIR, BLOCK // 2, PAIRS)
@@ -127,19 +116,19 @@ def _store_turned_block(
 @jit
 def load_head(
     x, cos, sin, row, live, x_row, table_row,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Both blocks of the rows, turned where ``cos`` is given; the second is only there to be named where D1 is 0."""
     if cos is not None:
-        first = _turned_block(x, cos, sin, row, live, x_row, table_row, 0, D // 2, D0, MASKED, ACC)
+        first = _turned_block(x, cos, sin, row, live, x_row, table_row, 0, D // 2, D0, ACC)
     else:
-        first = load_block(x, row, live, x_row, 0, D0, D, MASKED)
+        first = load_block(x, row, live, x_row, 0, D0, D)
     second = first
     if D1 > 0:
         if cos is not None:
-            second = _turned_block(x, cos, sin, row, live, x_row, table_row, D0 // 2, D // 2, D1, MASKED, ACC)
+            second = _turned_block(x, cos, sin, row, live, x_row, table_row, D0 // 2, D // 2, D1, ACC)
         else:
-            second = load_block(x, row, live, x_row, D0, D1, D, MASKED)
+            second = load_block(x, row, live, x_row, D0, D1, D)
     return first, second
 
 
