@@ -13,7 +13,7 @@ import pkgutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,6 +29,13 @@ def groups() -> dict[str, tuple[Specimen, ...]]:
     return {name: module.SPECIMENS for name, module in sorted(modules.items()) if hasattr(module, "SPECIMENS")}
 
 
+def check_names(what: str, given: Sequence[str] | None, have: Collection[str]) -> None:
+    """Raises ``ValueError`` for a name that is none of those there are."""
+    for name in given or ():
+        if name not in have:
+            raise ValueError(f"no {what} is called {name!r}; there are {', '.join(have)}")
+
+
 def compile_all(
     names: Sequence[str] | None = None, targets: Sequence[str] | None = None, jobs: int | None = None
 ) -> list[Report]:
@@ -37,10 +44,8 @@ def compile_all(
     Raises ``ValueError`` for a name that is none and ``RuntimeError`` where Triton cannot compile.
     """
     known = groups()
-    for what, given, have in (("group", names, known), ("target", targets, TARGETS)):
-        for name in given or ():
-            if name not in have:
-                raise ValueError(f"no {what} is called {name!r}; there are {', '.join(have)}")
+    check_names("group", names, known)
+    check_names("target", targets, TARGETS)
     work = [
         (group, place, target)
         for group in names or known

@@ -22,9 +22,7 @@ def warm(names: Sequence[str] | None, target: _triton.Target, jobs: int) -> tupl
     Returns how many launches are ready, and what went wrong. Raises ``ValueError`` for a name that is no group.
     """
     known = aot.groups()
-    for name in names or ():
-        if name not in known:
-            raise ValueError(f"no group is called {name!r}; there are {', '.join(known)}")
+    aot.check_names("group", names, known)
     work = [(group, place) for group in names or known for place in range(len(known[group]))]
     ready, failed = 0, []
     # Fresh processes: threads of PyTorch and LLVM that run here do not survive a fork.
@@ -42,8 +40,7 @@ def named(name: str) -> _triton.Target:
     Raises ``ValueError`` for a name that is none, and where there is no GPU.
     """
     if name:
-        if name not in TARGETS:
-            raise ValueError(f"no target is called {name!r}; there are {', '.join(TARGETS)}")
+        aot.check_names("target", [name], TARGETS)
         return TARGETS[name][0]
     if not torch.cuda.is_available():
         raise ValueError("PyTorch sees no CUDA device: name a target")
