@@ -159,6 +159,7 @@ def aot(
         typer.Option("--triton", help="Version installed in build/triton; default: the one that Python imports."),
     ] = None,
     failures_only: Annotated[bool, typer.Option("--failures", help="Print only what fails a gate.")] = False,
+    further: Annotated[bool, typer.Option(help="Further forms of kernels that others show, too.")] = True,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes that compile; default one a core.")] = None,
     out: Annotated[Path | None, typer.Option("--json", help="Write what was found there, too.")] = None,
 ) -> None:
@@ -171,9 +172,9 @@ def aot(
 
     try:
         if tritons:
-            reports = [r for version in tritons for r in ahead.compile_with(version, names, targets, jobs)]
+            reports = [r for version in tritons for r in ahead.compile_with(version, names, targets, jobs, further)]
         else:
-            reports = ahead.compile_all(names, targets, jobs)
+            reports = ahead.compile_all(names, targets, jobs, further)
     except (ValueError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from error
     if out is not None:

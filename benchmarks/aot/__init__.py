@@ -37,9 +37,12 @@ def check_names(what: str, given: Sequence[str] | None, have: Collection[str]) -
 
 
 def compile_all(
-    names: Sequence[str] | None = None, targets: Sequence[str] | None = None, jobs: int | None = None
+    names: Sequence[str] | None = None,
+    targets: Sequence[str] | None = None,
+    jobs: int | None = None,
+    further: bool = True,
 ) -> list[Report]:
-    """Compile groups for targets, by default all for all, in ``jobs`` processes.
+    """Compile groups for targets, by default all for all, in ``jobs`` processes. ``further``: as of ``Specimen``.
 
     Raises ``ValueError`` for a name that is none and ``RuntimeError`` where Triton cannot compile.
     """
@@ -49,7 +52,8 @@ def compile_all(
     work = [
         (group, place, target)
         for group in names or known
-        for place in range(len(known[group]))
+        for place, specimen in enumerate(known[group])
+        if further or not specimen.further
         for target in targets or TARGETS
     ]
     jobs = min(jobs or os.cpu_count() or 1, len(work))
@@ -61,7 +65,11 @@ def compile_all(
 
 
 def compile_with(
-    version: str, names: Sequence[str] | None = None, targets: Sequence[str] | None = None, jobs: int | None = None
+    version: str,
+    names: Sequence[str] | None = None,
+    targets: Sequence[str] | None = None,
+    jobs: int | None = None,
+    further: bool = True,
 ) -> list[Report]:
     """:func:`compile_all` in a process of its own with another Triton, which ``make build/triton/VERSION`` installs.
 
@@ -75,6 +83,7 @@ def compile_with(
         command = [sys.executable, "-m", "benchmarks", "aot", *(names or ()), "--json", str(out)]
         command += [word for target in targets or () for word in ("--target", target)]
         command += ["--jobs", str(jobs)] if jobs else []
+        command += [] if further else ["--no-further"]
         path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
         done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
         if not out.is_file():

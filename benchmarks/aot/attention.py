@@ -54,9 +54,14 @@ _SHAPES = (
 )
 
 SPECIMENS = (
-    *(Specimen(_name("attention", *shape), partial(_attention, *shape)) for shape in _SHAPES),
     *(
-        Specimen(_name("attention, rope", *shape), partial(_attention, *shape, turned=True))
+        Specimen(
+            _name("attention", *shape), partial(_attention, *shape), further=shape not in (_SHAPES[0], _SHAPES[-1])
+        )
+        for shape in _SHAPES
+    ),
+    *(
+        Specimen(_name("attention, rope", *shape), partial(_attention, *shape, turned=True), further=True)
         for shape in ((16, 16, 80, torch.bfloat16, False), (16, 16, 72, torch.bfloat16, False))
     ),
     Specimen(

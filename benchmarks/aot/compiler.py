@@ -65,12 +65,15 @@ class Specimen:
         wide: least share, by bytes, of instructions on global memory that move 16 bytes a thread; 0 where the layout
             forbids them.
         matrix: whether every kernel of it must use the matrix units.
+        further: whether it is a further form of kernels that other specimens of its group show. The test suite compiles
+            these for sm_90 only.
     """
 
     name: str
     run: Callable[[], object]
     wide: float = 0.0
     matrix: bool = False
+    further: bool = False
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,11 @@ def test_every_kernel_passes_the_gates(group):
 @pytest.mark.skipif(not TRITON.startswith(NEWEST), reason=f"only sm_90 is gated with Triton {TRITON}")
 @pytest.mark.parametrize("group", aot.groups())
 def test_every_kernel_passes_the_gates_on_other_targets(group):
+    """Each in its first forms; ``make aot`` has all of them."""
     others = [target for target in aot.TARGETS if target != "sm_90"]
     options = [word for target in others for word in ("--target", target)]
-    assert _compiled(group, *options) >= len(others) * len(aot.groups()[group])
+    first = sum(not specimen.further for specimen in aot.groups()[group])
+    assert _compiled(group, "--no-further", *options) >= len(others) * first > 0
 
 
 @needs_old
@@ -88,7 +90,7 @@ def run(columns):
     _norm.launch_forward(x, x, weight, weight, 1e-6, True)
 
 found = {}
-for target in TARGETS:
+for target in ("sm_90", "gfx942"):  # one for each reader of machine code
     narrow = Specimen("narrow", lambda: run(81), wide=0.9, matrix=True)
     large = Specimen("large", lambda: run(131072))
     reports = [report for specimen in (narrow, large) for report in compile_for(specimen, target)]
