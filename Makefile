@@ -57,10 +57,10 @@ help:
 install: .venv/install.stamp
 
 demo: .venv/install.stamp
-	@$(RUN) -m qwen2vl.demo
+	@$(RUN) -m examples.demo
 
 check: .venv/install.stamp
-	@$(RUN) -m qwen2vl.demo --check
+	@$(RUN) -m examples.demo --check
 
 # Another version of Triton beside that of .venv, for its compiler: most people's GPU runs what that one makes.
 build/triton/%: | .venv/torch.stamp
@@ -185,7 +185,7 @@ build/oldest/full/install.stamp build/oldest/bare/install.stamp: build/oldest/%/
 test-oldest: build/oldest/full/install.stamp build/oldest/bare/install.stamp
 	$(call OLDEST_PYTEST,full)
 	$(call OLDEST_PYTEST,bare) tests/kernels/test_norms_triton.py \
-		$$(grep -LE '^(import|from) (transformers|tests.model import oracle)' tests/model/test_*.py tests/synthetic/test_*.py)
+		$$(grep -LE '^(import|from) (transformers|tests.model import oracle)' tests/model/test_*.py tests/samples/test_*.py)
 
 resolve: $(UV)
 	@for python in 3.11 3.12 3.13 3.14; do \

@@ -241,7 +241,9 @@ def ablation_(
 
     At a budget of 1 on two cores it takes about 20 minutes. Figures want matplotlib.
     """
-    from . import ablation, plot
+    from examples import ablation
+
+    from . import plot
 
     if out is None and quick:
         raise typer.BadParameter("--quick needs --out: its numbers do not belong among the results", param_hint="out")
@@ -288,7 +290,7 @@ def tune_(
     device: Annotated[str, typer.Option(help="cpu, with --quick, rehearses: Triton interprets there.")] = "cuda",
 ) -> None:
     """Time candidate launch configurations on this GPU beside those that ship."""
-    from qwen2vl_kernels._triton import Target, reason, target_of
+    from qwen2vl_kernels.core.launching import Target, reason, target_of
 
     from . import tune
 

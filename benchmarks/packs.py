@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from rich.table import Table
 
-from qwen2vl_kernels._attention import forward_config
-from qwen2vl_kernels._head import column_blocks
-from qwen2vl_kernels._triton import Target
+from qwen2vl_kernels.core.launching import Target
+from qwen2vl_kernels.triton.attention_forward import forward_config
+from qwen2vl_kernels.triton.attention_head import column_blocks
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from qwen2vl_kernels import _triton
-from qwen2vl_kernels._product import slow_on_cpu
+from qwen2vl_kernels.core import launching
+from qwen2vl_kernels.core.matmul import slow_on_cpu
 
 from .case import Provider, Workload
 
@@ -88,7 +88,7 @@ def compilations() -> Iterator[list[bool]]:
     """A list that gets, for every kernel that Triton makes ready in here, whether it had to be compiled: with Triton's
     cache, seconds of a first call depend on what ran before."""
     compiled: list[bool] = []
-    if "triton" not in sys.modules or _triton.INTERPRETED:
+    if "triton" not in sys.modules or launching.INTERPRETED:
         yield compiled
         return
     from triton import knobs

@@ -44,13 +44,15 @@ def _imported() -> list[Path]:
             if not isinstance(node, ast.ImportFrom) or not node.level:
                 continue
             within = base.parents[node.level - 2] if node.level > 1 else base
-            names = [node.module] if node.module else [alias.name for alias in node.names]
+            inside = [f"{node.module or ''}.{alias.name}".removeprefix(".") for alias in node.names]
+            names = [node.module, *inside] if node.module else inside
             for name in names:
                 module = within / f"{name.replace('.', '/')}.py"
                 if (SOURCE / module).exists() and module not in found:
                     found.add(module)
                     waiting.append(SOURCE / module)
-    return sorted([*found, Path("ops", "__init__.py")])
+    rooms = {path.parent for path in found if path.parent.name}
+    return sorted([*found, *(room / "__init__.py" for room in rooms)])
 
 
 def _in_namespace_of_build(path: Path) -> str:

@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .agents.function_calls import Action, Call
+    from .agents.grounding import Box, Grounded, Quad, draw_grounding, parse_grounding, render_grounding
     from .config import Qwen2VLConfig, TextConfig, VisionConfig
     from .errors import (
         CheckpointError,
@@ -18,11 +20,9 @@ if TYPE_CHECKING:
         PromptError,
         Qwen2VLError,
     )
-    from .function_calls import Action, Call
     from .generation import GenerationConfig, GenerationResult, generate, stream
-    from .grounding import Box, Grounded, Quad, draw_grounding, parse_grounding, render_grounding
     from .model import Qwen2VL
-    from .processor import Inputs, Processor
+    from .prompt.processor import Inputs, Processor
 
 __all__ = [
     "Action",
@@ -65,11 +65,11 @@ _MODULES = {
         "PromptError",
         "Qwen2VLError",
     ),
-    "function_calls": ("Action", "Call"),
+    "agents.function_calls": ("Action", "Call"),
     "generation": ("GenerationConfig", "GenerationResult", "generate", "stream"),
-    "grounding": ("Box", "Grounded", "Quad", "draw_grounding", "parse_grounding", "render_grounding"),
+    "agents.grounding": ("Box", "Grounded", "Quad", "draw_grounding", "parse_grounding", "render_grounding"),
     "model": ("Qwen2VL",),
-    "processor": ("Inputs", "Processor"),
+    "prompt.processor": ("Inputs", "Processor"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -14,7 +14,7 @@ from .errors import CheckpointError, ContextLengthError, PromptError
 from .model import Qwen2VL, check_input_ids
 
 if TYPE_CHECKING:
-    from .tokenizer import Tokenizer
+    from .prompt.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

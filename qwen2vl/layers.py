@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qwen2vl_kernels import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from qwen2vl_kernels._product import linear
+from qwen2vl_kernels.core.matmul import linear
 
 
 def idle_rows(x: torch.Tensor) -> int:

@@ -29,8 +29,8 @@ from qwen2vl_kernels import (
 
 from .config import VisionConfig
 from .errors import PromptError
-from .image import IMAGE_MEAN, IMAGE_STD
 from .layers import LayerNorm, Linear, idle_rows, length_bound
+from .media.image import IMAGE_MEAN, IMAGE_STD
 
 
 @dataclass(frozen=True)

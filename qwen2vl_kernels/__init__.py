@@ -1,7 +1,7 @@
 """Kernels of Qwen2-VL as plain functions over packed tensors; see each function's docstring for shapes and dtypes."""
 
-from ._backend import BackendError, use_backend
-from ._tiles import TilePlan, plan_tiles
+from .core.backends import BackendError, use_backend
+from .core.tile_plan import TilePlan, plan_tiles
 from .ops.append_kv import append_kv
 from .ops.image_to_patches import image_to_patches, images_to_patches
 from .ops.kvcache_attention import kvcache_attention

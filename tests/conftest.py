@@ -12,17 +12,6 @@ import PIL
 import pytest
 import torch
 
-from tests.crashes import (  # noqa: F401
-    pytest_addoption,
-    pytest_configure,
-    pytest_handlecrashitem,
-    pytest_runtest_call,
-    pytest_runtest_makereport,
-    pytest_runtest_protocol,
-    pytest_sessionfinish,
-    pytest_sessionstart,
-)
-
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated, so before the ops are imported
     if importlib.util.find_spec("triton") is not None:
@@ -65,7 +54,7 @@ def assert_two_times(got: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor
 def triton_where_it_serves() -> dict[str, str]:
     """``use_backend``'s arguments for every op that has Triton kernels, for a model on the CPU; skips the test where
     they cannot run there."""
-    from qwen2vl_kernels._backend import PREFERENCE, unavailable
+    from qwen2vl_kernels.core.backends import PREFERENCE, unavailable
 
     if (reason := unavailable("triton", "cpu")) is not None:
         pytest.skip(f"triton: {reason}")

@@ -1,4 +1,4 @@
-"""The import rules: kernels never import the model, ops import only leaves, optional stacks only inside functions."""
+"""The import rules: which room may import which, and optional stacks only inside functions."""
 
 import ast
 import subprocess
@@ -64,31 +64,44 @@ def _files(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.py"))
 
 
+#: Whoever is named first may import those behind it, never the other way.
+ROOMS = ("integrations", "ops", "triton", "core")
+
+
 def test_kernels_never_import_the_model():
     for path in _files(KERNELS):
-        wrong = {name for name in _imports(path) if name.split(".")[0] in ("qwen2vl", "benchmarks", "tests")}
+        wrong = {n for n in _imports(path) if n.split(".")[0] in ("qwen2vl", "examples", "benchmarks", "tests")}
         assert not wrong, f"{_module(path)} imports {wrong}"
 
 
-def test_an_op_imports_only_leaves():
+def test_the_model_never_imports_what_is_not_installed():
+    for path in _files(MODEL):
+        wrong = {name for name in _imports(path) if name.split(".")[0] in ("examples", "benchmarks", "tests")}
+        assert not wrong, f"{_module(path)} imports {wrong}"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_rooms_of_the_kernels_import_one_way(room):
+    allowed = ROOMS[ROOMS.index(room) :]
+    paths = _files(KERNELS / room)
+    assert len(paths) > 3
+    for path in paths:
+        ours = {name for name in _imports(path) if name.startswith("qwen2vl_kernels.")}
+        wrong = {name for name in ours if name.split(".")[1] not in allowed}
+        assert not wrong, f"{_module(path)} imports {wrong}"
+
+
+def test_no_op_imports_another():
     for path in _files(KERNELS / "ops"):
-        ours = {name for name in _imports(path) if name.startswith("qwen2vl_kernels")}
-        wrong = {name for name in ours if not name.split(".")[1].startswith("_")}
+        wrong = {name for name in _imports(path) if name.startswith("qwen2vl_kernels.ops.")}
         assert not wrong, f"{_module(path)} imports {wrong}"
     assert not (KERNELS / "ops" / "__init__.py").read_text(), "an empty __init__: functions must not shadow modules"
-
-
-def test_leaves_import_no_op():
-    for path in KERNELS.glob("_*.py"):
-        if path.name != "__init__.py":
-            wrong = {name for name in _imports(path) if name.startswith("qwen2vl_kernels.ops")}
-            assert not wrong, f"{_module(path)} imports {wrong}"
 
 
 @pytest.mark.parametrize("folder", [KERNELS, MODEL], ids=lambda p: p.name)
 def test_optional_packages_are_imported_inside_functions(folder):
     for path in _files(folder):
-        allowed = {"triton"} if path.name == "_triton.py" else set()  # the one guarded import
+        allowed = {"triton"} if path.name == "launching.py" else set()  # the one guarded import
         found = {name.split(".")[0] for name in _imports(path, top_level_only=True)}
         wrong = (found & OPTIONAL) - allowed
         assert not wrong, f"{_module(path)} imports {wrong} at import time"

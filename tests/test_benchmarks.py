@@ -23,7 +23,7 @@ from benchmarks.cases._worker import in_subprocess
 from benchmarks.lines import write
 from benchmarks.run import GateError, case_names, load_case, run_case
 from benchmarks.timing import Ceilings, Clock, floor_s, measure, ratio, spread
-from qwen2vl.demo.checkpoint import write_random_checkpoint
+from examples.demo.checkpoint import write_random_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 

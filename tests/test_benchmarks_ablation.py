@@ -16,18 +16,18 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
-from benchmarks.ablation import ABLATIONS
-from benchmarks.ablation.model import Batches, Examples, Job, Outcome, Scores, one_dimensional, prepare, right_tokens
-from benchmarks.ablation.plan import POSITIONS, RESOLUTION, Arm, Part, repeated
-from benchmarks.ablation.run import _equal
 from benchmarks.plot import wilson
+from examples.ablation import ABLATIONS
+from examples.ablation.model import Batches, Examples, Job, Outcome, Scores, one_dimensional, prepare, right_tokens
+from examples.ablation.plan import POSITIONS, RESOLUTION, Arm, Part, repeated
+from examples.ablation.run import _equal
+from examples.small.shape import write_beginning
 from qwen2vl.errors import DataError
 from qwen2vl.generation import GenerationConfig, generate
 from qwen2vl.model import Qwen2VL
-from qwen2vl.processor import Processor
-from qwen2vl.small.shape import write_beginning
-from qwen2vl.synthetic import generate as make_sample
-from qwen2vl.synthetic.sample import from_ppm
+from qwen2vl.prompt.processor import Processor
+from qwen2vl.samples import generate as make_sample
+from qwen2vl.samples.sample import from_ppm
 from qwen2vl.training.data.generated import read_sample
 from qwen2vl.training.example import Example
 from qwen2vl.training.packing import IGNORE, Packer, collate

@@ -11,7 +11,7 @@ from benchmarks.case import Context, Skip
 from benchmarks.cases import attention
 from benchmarks.packs import Pack, packs
 from benchmarks.providers import PEERS
-from qwen2vl_kernels import _triton
+from qwen2vl_kernels.core import launching
 
 GPU = Context(device=torch.device("cuda"))
 PEERS_OF_ALL = {"torch varlen", "cuDNN, ragged", "flash-attn 2", "flash-attn 3", "fa3-fwd", "flash-attn 4"}
@@ -49,12 +49,12 @@ def test_useful_operations_are_counted(causal):
 def test_a_wrong_or_missing_peer_is_skipped_and_not_gated(monkeypatch):
     """A red gate would stop everyone."""
     assert {module for module in attention._FLASH.values()} < set(PEERS)
-    monkeypatch.setattr(_triton, "_target", lambda index: _triton.Target("cuda", 90))
+    monkeypatch.setattr(launching, "_target", lambda index: launching.Target("cuda", 90))
     inputs = attention._Inputs(GPU, packs()[0])
     with pytest.raises(Skip, match="is not installed"):
         attention._flash("flash_attn.cute", inputs, False)
     monkeypatch.setattr(attention.providers, "why_not", lambda module: None)
-    monkeypatch.setattr("qwen2vl_kernels._attention_library._loaded", lambda name: attention)
+    monkeypatch.setattr("qwen2vl_kernels.core.attention_peers._loaded", lambda name: attention)
     with pytest.raises(Skip, match="silently wrong dq where head_dim is no multiple of 32"):
         attention._flash("flash_attn.cute", inputs, True)
     with pytest.raises(Skip, match="it has a forward pass only"):

@@ -24,9 +24,9 @@ from benchmarks.cases._qwen2vl import checkpoint
 from benchmarks.gpu import session as session_module
 from benchmarks.gpu.session import SECONDS, Part, Phase, Session
 from benchmarks.run import case_names
+from examples.demo.checkpoint import small_config, write_random_checkpoint
 from qwen2vl import Qwen2VL
-from qwen2vl.demo.checkpoint import small_config, write_random_checkpoint
-from qwen2vl_kernels import _triton
+from qwen2vl_kernels.core import launching
 from tests.conftest import DEVICE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -255,7 +255,7 @@ def test_the_phases_of_a_gpu(tmp_path, monkeypatch):
 
 def test_kernels_are_compiled_into_tritons_cache(tmp_path):
     """By Triton's own just-in-time compiler, so that a launch finds them; a second time there is nothing to do."""
-    if (reason := _triton.reason("cuda")) is not None:
+    if (reason := launching.reason("cuda")) is not None:
         pytest.skip(reason)
     code = (
         "from pathlib import Path\nfrom benchmarks.gpu import warm\nfrom benchmarks.timing import compilations\n"

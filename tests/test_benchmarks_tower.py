@@ -11,8 +11,9 @@ from benchmarks.cases import e2e, model, tower
 from benchmarks.cases._qwen2vl import checkpoint
 from benchmarks.cases._trace import LAYER, PARTS, trace
 from benchmarks.run import run_case
-from qwen2vl.demo.checkpoint import small_config
-from qwen2vl_kernels import _product, rms_norm, use_backend
+from examples.demo.checkpoint import small_config
+from qwen2vl_kernels import rms_norm, use_backend
+from qwen2vl_kernels.core import matmul
 from tests.conftest import triton_where_it_serves
 
 
@@ -68,11 +69,11 @@ def test_views_in_place_and_given_outputs():
 
 
 def test_a_product_of_converted_weights_is_linear(monkeypatch):
-    monkeypatch.setattr(_product, "slow_on_cpu", lambda dtype: True)
+    monkeypatch.setattr(matmul, "slow_on_cpu", lambda dtype: True)
     made, x = tiny().bfloat16(), torch.randn(40, 8).bfloat16()
     fc1 = dict(made.named_modules())["mlp.fc1"]
     with torch.inference_mode():
-        found = trace(lambda: _product.linear(x, fc1.weight, fc1.bias).sigmoid(), made)
+        found = trace(lambda: matmul.linear(x, fc1.weight, fc1.bias).sigmoid(), made)
     assert found.launches == {"other": 1, "linear": 3, "activation": 2}  # x; weight, bias and product; rounding
 
 

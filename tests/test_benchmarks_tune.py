@@ -21,8 +21,8 @@ from benchmarks.run import SCHEMA
 from benchmarks.tune import search
 from benchmarks.tune.subjects import DTYPES, configured
 from benchmarks.tune.worker import Timer, bits, rounds
-from qwen2vl_kernels._backend import unavailable
-from qwen2vl_kernels._triton import Target, record, target_of
+from qwen2vl_kernels.core.backends import unavailable
+from qwen2vl_kernels.core.launching import Target, record, target_of
 from tests.conftest import DEVICE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,11 +127,11 @@ import sys, torch
 from triton import knobs
 from benchmarks.tune.subjects import configured, subjects
 from benchmarks.tune.worker import Compiler
-from qwen2vl_kernels import _triton
+from qwen2vl_kernels.core import launching
 subject = next(s for s in subjects(True) if s.name == sys.argv[1])
 fields = {name: values[-1] for name, values in subject.grid.items()}
-Compiler(target := _triton.Target("cuda", 90), True, torch.float16)  # its driver, on real tensors
-with _triton.record(target) as launches, configured(subject, fields):
+Compiler(target := launching.Target("cuda", 90), True, torch.float16)  # its driver, on real tensors
+with launching.record(target) as launches, configured(subject, fields):
     subject.make(torch.device("cpu"), torch.float16).run()
 compiled, found = [], []
 knobs.compilation.listener = lambda *, src, cache_hit, **_: (found if cache_hit else compiled).append(src.name)
@@ -279,7 +279,7 @@ def test_a_short_limit_decides_the_first_subjects(forwards, monkeypatch):
     first, last = found["groups"] if len(found["groups"]) == 2 else (*found["groups"], None)
     assert first["from"] == "2 of 2 shapes" and first["best"] == "ForwardConfig(128, 16, 4, 3)" and first["changes"]
     assert found["left"] == [trials[2].subject.name] and set(found["tables"]) == {
-        "qwen2vl_kernels._attention.forward_config"
+        "qwen2vl_kernels.triton.attention_forward.forward_config"
     }
     assert "64, Forward" not in str(found["tables"])
     if last is not None:

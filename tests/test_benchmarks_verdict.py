@@ -11,8 +11,8 @@ from rich.console import Console
 
 from benchmarks import tune
 from benchmarks.tune import verdict
-from qwen2vl_kernels._attention import ForwardConfig
-from qwen2vl_kernels._triton import Target
+from qwen2vl_kernels.core.launching import Target
+from qwen2vl_kernels.triton.attention_forward import ForwardConfig
 
 HOPPER = Target("cuda", 90)
 SHIPS = ForwardConfig(128, 128, 8, 2)
@@ -88,7 +88,7 @@ def test_the_comparison_in_turn_decides_and_not_the_first_pass(candidate, change
     assert group["candidate"] == "ForwardConfig(64, 64, 4, 2)" and group["from"] == "4 of 4 shapes"
     assert group["changes"] is changes and why in group["why"]
     assert group["best"] == (group["candidate"] if changes else verdict.literal(SHIPS))
-    assert group["best"] in found["tables"]["qwen2vl_kernels._attention.forward_config"]
+    assert group["best"] in found["tables"]["qwen2vl_kernels.triton.attention_forward.forward_config"]
     console = Console(width=250, record=True, file=io.StringIO())
     tune.show(found, console)
     assert ("change to" if changes else "keep what ships") in console.export_text()

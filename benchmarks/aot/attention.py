@@ -6,10 +6,10 @@ from functools import partial
 
 import torch
 
-from qwen2vl_kernels._attention import fuses_rope, launch_forward
-from qwen2vl_kernels._attention_backward import launch_backward
-from qwen2vl_kernels._tiles import plan_tiles
-from qwen2vl_kernels._triton import target_of
+from qwen2vl_kernels.core.launching import target_of
+from qwen2vl_kernels.core.tile_plan import plan_tiles
+from qwen2vl_kernels.triton.attention_backward import launch_backward
+from qwen2vl_kernels.triton.attention_forward import fuses_rope, launch_forward
 
 from .compiler import Specimen, label, meta
 

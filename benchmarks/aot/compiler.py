@@ -1,6 +1,6 @@
 """Compile recorded launches for GPUs that are not here, and read the machine code.
 
-The launchers of the ops run on "meta" tensors of the released models' shapes; ``qwen2vl_kernels._triton.record``
+The launchers of the ops run on "meta" tensors of the released models' shapes; ``qwen2vl_kernels.core.launching.record``
 collects what they would launch, with the strides, alignments and configurations of such a call. Each launch is
 specialised as Triton's JIT does (divisibility by 16, the value 1) and compiled for every target.
 """
@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from qwen2vl_kernels import _triton
-from qwen2vl_kernels._triton import Launch, Target, record
+from qwen2vl_kernels.core import launching
+from qwen2vl_kernels.core.launching import Launch, Target, record
 
 from . import sass
 
@@ -117,9 +117,9 @@ def label(dtype: torch.dtype) -> str:
 
 def compile_for(specimen: Specimen, target: str) -> Iterator[Report]:
     """Compile what ``specimen`` launches for ``target``, one report a kernel that differs from those before."""
-    if (missing := _triton.reason("cuda")) is not None:
+    if (missing := launching.reason("cuda")) is not None:
         raise RuntimeError(missing)
-    if _triton.INTERPRETED:
+    if launching.INTERPRETED:
         raise RuntimeError("kernels are interpreted in this process; unset TRITON_INTERPRET to compile them")
     chosen, arch, warp, shared_limit = TARGETS[target]
     with record(chosen) as launches, torch.no_grad():

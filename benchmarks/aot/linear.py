@@ -6,8 +6,8 @@ from functools import partial
 
 import torch
 
-from qwen2vl_kernels import _norm
-from qwen2vl_kernels._linear import launch_linear
+from qwen2vl_kernels.triton import norm
+from qwen2vl_kernels.triton.gemm import launch_linear
 
 from .compiler import Specimen, label, meta
 
@@ -24,8 +24,8 @@ def _linear(rows: int, depth: int, columns: int, dtype: torch.dtype, x_dtype: to
 def _gathering_norm(dtype: torch.dtype) -> None:
     x, weight = meta(_TOKENS, 1280, dtype=dtype), meta(1280, dtype=dtype)
     order, statistics = meta(_TOKENS, dtype=torch.int64), meta(_TOKENS, dtype=torch.float32)
-    _norm.launch_forward(x, None, weight, weight, 1e-6, True, order)
-    _norm.launch_backward(x, x, None, weight, statistics, statistics, True, True, order)
+    norm.launch_forward(x, None, weight, weight, 1e-6, True, order)
+    norm.launch_backward(x, x, None, weight, statistics, statistics, True, True, order)
 
 
 def _specimen(name: str, depth: int, columns: int, dtype: torch.dtype, x_dtype: torch.dtype, gelu: bool) -> Specimen:

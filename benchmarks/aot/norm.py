@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from qwen2vl_kernels import _norm
+from qwen2vl_kernels.triton import norm
 
 from .compiler import Specimen, label, meta
 
@@ -16,13 +16,13 @@ _TOKENS = 4100
 def _forward(columns: int, dtype: torch.dtype, centred: bool) -> None:
     x, weight = meta(_TOKENS, columns, dtype=dtype), meta(columns, dtype=dtype)
     bias = weight if centred else None
-    _norm.launch_forward(x, None, weight, bias, 1e-6, centred, statistics=False)
-    _norm.launch_forward(x, x, weight, bias, 1e-6, centred)
+    norm.launch_forward(x, None, weight, bias, 1e-6, centred, statistics=False)
+    norm.launch_forward(x, x, weight, bias, 1e-6, centred)
 
 
 def _backward(columns: int, dtype: torch.dtype, centred: bool) -> None:
     x, statistics = meta(_TOKENS, columns, dtype=dtype), meta(_TOKENS, dtype=torch.float32)
-    _norm.launch_backward(x, x, x, meta(columns, dtype=dtype), statistics, statistics, centred, centred)
+    norm.launch_backward(x, x, x, meta(columns, dtype=dtype), statistics, statistics, centred, centred)
 
 
 def _specimens(op: str, columns: int, dtype: torch.dtype) -> tuple[Specimen, ...]:

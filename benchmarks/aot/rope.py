@@ -6,8 +6,8 @@ from functools import partial
 
 import torch
 
-from qwen2vl_kernels._rotary import Angles, launch_rotation, launch_tables
 from qwen2vl_kernels.ops.append_kv import launch_append
+from qwen2vl_kernels.triton.rotary import Angles, launch_rotation, launch_tables
 
 from .compiler import Specimen, label, meta
 

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from qwen2vl_kernels._tail import launch_zero_past
+from qwen2vl_kernels.triton.tail import launch_zero_past
 
 from .compiler import Specimen, label, meta
 

@@ -21,7 +21,7 @@ from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsag
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qwen2vl_kernels import _triton
+from qwen2vl_kernels.core import launching
 
 #: "copies" are those around the blocks' products and residual additions; "other" is what comes before the first.
 LAYER = ("linear", "attention", "rotary", "norm", "activation", "residual, copies")
@@ -31,7 +31,7 @@ PARTS = (*LAYER, *ONCE)
 
 _PREFIX = "part: "
 #: Modules of our Triton kernels whose part is always the same; the others' follows as an operation's does.
-_KERNELS = {"_attention": "attention", "_rotary": "rotary", "_norm": "norm", "quick_gelu": "activation"}
+_KERNELS = {"attention_forward": "attention", "rotary": "rotary", "norm": "norm", "quick_gelu": "activation"}
 _PRODUCTS = ("mm", "bmm", "matmul", "softmax", "attention")
 
 
@@ -126,13 +126,13 @@ class _Sorter(TorchDispatchMode):
             given = list(_tensors(args))
             part = _KERNELS.get(kernel.__module__.rpartition(".")[2]) or self.part(kernel.__name__, given)
             with record_function(_PREFIX + part):
-                _triton.launch(kernel, grid, device, *args, **options)
+                launching.launch(kernel, grid, device, *args, **options)
             self.bytes[part] += sum(map(_bytes, given))
             self.launches[part] += 1
 
         with ExitStack() as stack:
             for module in [m for name, m in sys.modules.items() if name.startswith("qwen2vl_kernels.")]:
-                if module is not _triton and getattr(module, "launch", None) is _triton.launch:
+                if module is not launching and getattr(module, "launch", None) is launching.launch:
                     stack.enter_context(mock.patch.object(module, "launch", launch))
             yield
 

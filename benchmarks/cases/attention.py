@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from qwen2vl_kernels import plan_tiles, varlen_attention
-from qwen2vl_kernels._attention_library import Call, why_not
-from qwen2vl_kernels._triton import target_of
+from qwen2vl_kernels.core.attention_peers import Call, why_not
+from qwen2vl_kernels.core.launching import target_of
 from qwen2vl_kernels.ops.varlen_attention import varlen_attention_ref
 
 from .. import providers

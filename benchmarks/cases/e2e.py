@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from examples.demo.checkpoint import small_config
 from qwen2vl import GenerationConfig, Processor, Qwen2VLConfig, generate
-from qwen2vl.demo.checkpoint import small_config
 
 from .. import providers
 from ..case import Case, Check, Context, Provider, Workload

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
+from examples.demo.checkpoint import small_config
 from qwen2vl import Qwen2VLConfig
-from qwen2vl.demo.checkpoint import small_config
 
 from .. import providers
 from ..case import Case, Check, Context, Provider, Workload

@@ -14,8 +14,8 @@ from functools import cache, partial
 
 import torch
 
+from examples.demo.checkpoint import small_config
 from qwen2vl import Qwen2VLConfig
-from qwen2vl.demo.checkpoint import small_config
 
 from .. import providers
 from ..case import Case, Check, Context, Provider, Workload, relative_error, two_times

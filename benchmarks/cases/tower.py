@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
+from examples.demo.checkpoint import small_config
 from qwen2vl import Qwen2VLConfig
-from qwen2vl.demo.checkpoint import small_config
 from qwen2vl_kernels import use_backend
-from qwen2vl_kernels._product import slow_on_cpu
+from qwen2vl_kernels.core.matmul import slow_on_cpu
 
 from .. import providers
 from ..case import Case, Check, Context, Provider, Workload, relative_error, two_times

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
+from examples.demo.checkpoint import small_config
 from qwen2vl import Qwen2VLConfig
-from qwen2vl.demo.checkpoint import small_config
 from qwen2vl.training.errors import TrainingConfigError
 from qwen2vl.training.example import Example
 from qwen2vl.training.flops import training_flops, work_of

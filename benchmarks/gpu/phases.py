@@ -80,9 +80,9 @@ def _build(rehearsal: bool, checkpoints: Path, cores: int) -> Iterator[Part]:
     small = ("tower", "--quick") if rehearsal else ()
     yield Part("checkpoints", (python, "-m", "benchmarks", "checkpoints", str(checkpoints), *small), peers=False)
     if rehearsal:
-        from qwen2vl_kernels import _native
+        from qwen2vl_kernels.core import native
 
-        if _native._cpu is not None:
+        if native._cpu is not None:
             yield Part("extension", missing="the CPU's extension is built already, the GPU's needs a GPU's machine")
         else:
             yield Part("extension", build, environment={"QWEN2VL_BUILD_CUDA": "0"}, peers=False)

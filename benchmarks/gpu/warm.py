@@ -7,16 +7,16 @@ from collections.abc import Sequence
 
 import torch
 
-from qwen2vl_kernels import _triton
+from qwen2vl_kernels.core import launching
 
 from .. import aot
 from ..aot.compiler import TARGETS
 from ..tune.worker import stand_in
 
-_target: _triton.Target
+_target: launching.Target
 
 
-def warm(names: Sequence[str] | None, target: _triton.Target, jobs: int) -> tuple[int, list[str]]:
+def warm(names: Sequence[str] | None, target: launching.Target, jobs: int) -> tuple[int, list[str]]:
     """Compile the calls of groups of :mod:`benchmarks.aot`, by default of all, for ``target`` in ``jobs`` processes.
 
     Returns how many launches are ready, and what went wrong. Raises ``ValueError`` for a name that is no group.
@@ -34,7 +34,7 @@ def warm(names: Sequence[str] | None, target: _triton.Target, jobs: int) -> tupl
     return ready, failed
 
 
-def named(name: str) -> _triton.Target:
+def named(name: str) -> launching.Target:
     """The target of that name, or with an empty one that of this machine's GPU.
 
     Raises ``ValueError`` for a name that is none, and where there is no GPU.
@@ -44,10 +44,10 @@ def named(name: str) -> _triton.Target:
         return TARGETS[name][0]
     if not torch.cuda.is_available():
         raise ValueError("PyTorch sees no CUDA device: name a target")
-    return _triton.target_of(torch.device("cuda", 0))
+    return launching.target_of(torch.device("cuda", 0))
 
 
-def _begin(target: _triton.Target) -> None:
+def _begin(target: launching.Target) -> None:
     global _target
     _target = target
     stand_in(target)
@@ -57,7 +57,7 @@ def _compile(work: tuple[str, int]) -> tuple[int, str | None]:
     group, place = work
     specimen = aot.groups()[group][place]
     try:
-        with _triton.record(_target) as launches, torch.no_grad():
+        with launching.record(_target) as launches, torch.no_grad():
             specimen.run()
         for launch in launches:
             launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constexprs, **launch.options)

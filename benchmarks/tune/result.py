@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from qwen2vl_kernels._triton import Target
+from qwen2vl_kernels.core.launching import Target
 
 from .. import environment
 from ..run import SCHEMA

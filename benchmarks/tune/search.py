@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from qwen2vl_kernels import _triton
+from qwen2vl_kernels.core import launching
 
 from .processes import Died, Worker
 from .subjects import DTYPES, REHEARSED, Subject, configured, subjects
@@ -39,12 +39,12 @@ _SAMPLES, _FINAL_SAMPLES = 5, 15
 Fields = dict[str, int]
 
 
-def candidates(subject: Subject, target: _triton.Target, dtype: torch.dtype) -> tuple[Any, list[Fields]]:
+def candidates(subject: Subject, target: launching.Target, dtype: torch.dtype) -> tuple[Any, list[Fields]]:
     """The configuration that ships, and the fields of all to try, its own first.
 
     Left out are tiles of fewer than 16 rows a warp where there are matrix products, which warps would then share.
     """
-    with _triton.record(target), torch.no_grad(), configured(subject, None) as seen:
+    with launching.record(target), torch.no_grad(), configured(subject, None) as seen:
         subject.make(torch.device("meta"), dtype).run()
     shipped = seen[0]
     own = {name: getattr(shipped, name) for name in subject.grid}
@@ -91,7 +91,7 @@ class Search:
     """
 
     device: torch.device
-    target: _triton.Target
+    target: launching.Target
     quick: bool = False
     limit: float | None = None
     jobs: int = 1

@@ -12,8 +12,7 @@ from unittest import mock
 
 import torch
 
-from qwen2vl_kernels import _attention, _attention_backward, _linear, _norm, _rotary
-from qwen2vl_kernels._tiles import plan_tiles
+from qwen2vl_kernels.core.tile_plan import plan_tiles
 from qwen2vl_kernels.ops import quick_gelu, swiglu
 from qwen2vl_kernels.ops.layer_norm import layer_norm_ref
 from qwen2vl_kernels.ops.mrope import mrope_ref
@@ -21,6 +20,7 @@ from qwen2vl_kernels.ops.patch_embed import patch_embed_ref
 from qwen2vl_kernels.ops.rms_norm import rms_norm_ref
 from qwen2vl_kernels.ops.varlen_attention import varlen_attention, varlen_attention_ref
 from qwen2vl_kernels.ops.vision_rope import vision_rope_ref
+from qwen2vl_kernels.triton import attention_backward, attention_forward, gemm, norm, rotary
 
 from ..case import Check, relative_error, two_times
 
@@ -170,12 +170,12 @@ def _attentions(quick: bool) -> Iterator[Subject]:
         make = partial(_attention_work, lengths, heads, kv_heads, columns, causal)
         common = {"shape": shape, "columns": columns}
         yield Subject(
-            f"attention forward {head}", kernel="_forward_kernel", module=_attention, function="forward_config",
+            f"attention forward {head}", kernel="_forward_kernel", module=attention_forward, function="forward_config",
             grid={**_ATTENTION, "num_stages": (2, 3, 4)}, make=partial(make, None), fixed=("step",), **common,
         )  # fmt: skip
         for place, name in enumerate(("key", "query")):
             yield Subject(
-                f"attention {name} pass {head}", kernel=f"_{name}_kernel", module=_attention_backward,
+                f"attention {name} pass {head}", kernel=f"_{name}_kernel", module=attention_backward,
                 function="backward_config", grid={**_ATTENTION, "num_stages": (1, 2, 3)}, make=partial(make, place),
                 place=place, **common,
             )  # fmt: skip
@@ -202,13 +202,13 @@ def _attention_work(
     grads = None if place is None else (grad,)
     which = slice(None) if place is None else (slice(1, 3), slice(0, 1))[place]
     if place is None:
-        run = lambda: _attention.launch_forward(q, k, v, plan, longest, causal, scale)[:1]  # noqa: E731
+        run = lambda: attention_forward.launch_forward(q, k, v, plan, longest, causal, scale)[:1]  # noqa: E731
     else:
         if device.type == "meta":
             out, lse = torch.empty_like(grad), torch.empty(heads, total, device=device)
         else:
             out, lse = sdpa(q, k, v), _log_sums(q, k, lengths, causal, scale)
-        run = lambda: _attention_backward.launch_backward(grad, q, k, v, out, lse, cu_seqlens, causal, scale)[which]  # noqa: E731
+        run = lambda: attention_backward.launch_backward(grad, q, k, v, out, lse, cu_seqlens, causal, scale)[which]  # noqa: E731
     # The first key head and its queries against float64, which is slow; the whole against PyTorch's kernel.
     group = heads // kv_heads
     first = [q[:, :group], k[:, :1], v[:, :1]]
@@ -252,7 +252,7 @@ def _rotations(quick: bool) -> Iterator[Subject]:
         random = _random(device, dtype)
         qkv, angle = random(tokens, 3, 16, 80), random(tokens, 40).float()
         q, k, cos, sin = qkv[:, 0], qkv[:, 1], angle.cos(), angle.sin()
-        return _rotation(q, k, _rotary.Angles(cos=cos, sin=sin), vision_rope_ref, (cos, sin))
+        return _rotation(q, k, rotary.Angles(cos=cos, sin=sin), vision_rope_ref, (cos, sin))
 
     def text(heads: int, kv_heads: int, device: torch.device, dtype: torch.dtype) -> Work:
         random, section = _random(device, dtype), (16, 24, 24)
@@ -260,12 +260,12 @@ def _rotations(quick: bool) -> Iterator[Subject]:
         positions = torch.arange(3 * tokens, device=device).view(3, tokens) % 4093
         inv_freq = 1e6 ** -(torch.arange(64, dtype=torch.float32, device=device) / 64)
         formula = lambda q, k, positions, inv_freq: mrope_ref(q, k, positions, inv_freq, section)  # noqa: E731
-        return _rotation(q, k, _rotary.Angles(positions, inv_freq, section=section), formula, (positions, inv_freq))
+        return _rotation(q, k, rotary.Angles(positions, inv_freq, section=section), formula, (positions, inv_freq))
 
-    yield Subject("vision_rope", "16x80", "_rotate_kernel", _rotary, "config", grid, vision)
+    yield Subject("vision_rope", "16x80", "_rotate_kernel", rotary, "config", grid, vision)
     for heads, kv_heads in ((12, 2), (28, 4)):
         make = partial(text, heads, kv_heads)
-        yield Subject("mrope", f"{heads}+{kv_heads}x128", "_rotate_kernel", _rotary, "config", grid, make)
+        yield Subject("mrope", f"{heads}+{kv_heads}x128", "_rotate_kernel", rotary, "config", grid, make)
 
 
 def _rotation(q: torch.Tensor, k: torch.Tensor, angles: Any, formula: Callable, tables: Tensors) -> Work:
@@ -273,7 +273,7 @@ def _rotation(q: torch.Tensor, k: torch.Tensor, angles: Any, formula: Callable, 
 
     def run() -> Tensors:
         outputs = torch.empty_like(q), torch.empty_like(k)
-        _rotary.launch_rotation(q, k, *outputs, angles)
+        rotary.launch_rotation(q, k, *outputs, angles)
         return outputs
 
     return Work(run, _checked(formula, (q, k, *tables)))
@@ -286,7 +286,7 @@ def _norms(quick: bool) -> Iterator[Subject]:
         random = _random(device, dtype)
         x, residual, weight, bias = random(tokens, columns), random(tokens, columns), random(columns), random(columns)
         biases = (bias,) if centred else ()
-        run = lambda: _norm.launch_forward(x, residual, weight, *(biases or (None,)), 1e-6, centred)[:2]  # noqa: E731
+        run = lambda: norm.launch_forward(x, residual, weight, *(biases or (None,)), 1e-6, centred)[:2]  # noqa: E731
 
         def formula(x: torch.Tensor, residual: torch.Tensor, *parameters: torch.Tensor) -> Tensors:
             # In float64 too of the rounded sum, which is what the norm's input is.
@@ -303,7 +303,7 @@ def _norms(quick: bool) -> Iterator[Subject]:
         mean = wide.mean(1) if centred else wide.new_zeros(tokens)
         rstd = ((wide - mean[:, None]).square().mean(1) + 1e-6).rsqrt()
         biases = (bias,) if centred else ()
-        run = lambda: _norm.launch_backward(dy, s, None, weight, mean, rstd, centred, centred)[: 2 + centred]  # noqa: E731
+        run = lambda: norm.launch_backward(dy, s, None, weight, mean, rstd, centred, centred)[: 2 + centred]  # noqa: E731
         formula: Callable = layer_norm_ref if centred else rms_norm_ref
         return Work(run, _checked(formula, (s, weight, *biases), (dy,)))
 
@@ -313,7 +313,7 @@ def _norms(quick: bool) -> Iterator[Subject]:
             grid = {"rows": rows, "num_warps": warps}
             make = partial(make, columns, centred)
             group, shape = f"{name} {kind} {columns}", f"{tokens} rows"
-            yield Subject(group, shape, f"_{kind}_kernel", _norm, f"{kind}_config", grid, make)
+            yield Subject(group, shape, f"_{kind}_kernel", norm, f"{kind}_config", grid, make)
 
 
 def _activations(quick: bool) -> Iterator[Subject]:
@@ -356,11 +356,11 @@ def _products(quick: bool) -> Iterator[Subject]:
             y = patch_embed_ref(x, weight)
             return torch.nn.functional.gelu(y) if gelu else y
 
-        return Work(lambda: _linear.launch_linear(x, weight, None, gelu)[:1], _checked(formula, (x, weight)))
+        return Work(lambda: gemm.launch_linear(x, weight, None, gelu)[:1], _checked(formula, (x, weight)))
 
     for name, rows, depth, columns, gelu in (
         ("patch_embed of bytes", tokens, 588, 128 if quick else 1280, False),
         ("patch_merge fc1 + GELU", tokens // 4, 5120 if not quick else 256, 5120 if not quick else 256, True),
     ):
         make = partial(work, rows, depth, columns, gelu)
-        yield Subject("product", name, "_linear_kernel", _linear, "config", grid, make)
+        yield Subject("product", name, "_linear_kernel", gemm, "config", grid, make)

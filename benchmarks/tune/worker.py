@@ -15,14 +15,14 @@ from unittest import mock
 
 import torch
 
-from qwen2vl_kernels import _triton
+from qwen2vl_kernels.core import launching
 
 from ..timing import Clock
 from .processes import serve
 from .subjects import DTYPES, Subject, Tensors, Work, configured, subjects
 
 
-def gpu_target(target: _triton.Target) -> Any:
+def gpu_target(target: launching.Target) -> Any:
     """As Triton's driver names it on such a GPU."""
     from triton.backends.compiler import GPUTarget
 
@@ -32,7 +32,7 @@ def gpu_target(target: _triton.Target) -> Any:
     return GPUTarget("hip", properties.gcnArchName.split(":")[0], properties.warp_size)
 
 
-def stand_in(target: _triton.Target) -> None:
+def stand_in(target: launching.Target) -> None:
     """Put a driver into Triton's place for one that names the target and has no GPU: its compiler wants no more."""
     from triton.runtime import driver
 
@@ -50,7 +50,7 @@ class Compiler:
     identifies a kernel is the same as in a process that launches it, which then finds it there.
     """
 
-    def __init__(self, target: _triton.Target, quick: bool, dtype: torch.dtype) -> None:
+    def __init__(self, target: launching.Target, quick: bool, dtype: torch.dtype) -> None:
         self.target, self.dtype = target, dtype
         self.subjects = {subject.name: subject for subject in subjects(quick)}
         stand_in(target)
@@ -59,7 +59,7 @@ class Compiler:
         subject = self.subjects[request["subject"]]
         begin = time.perf_counter()
         try:
-            with _triton.record(self.target) as launches, torch.no_grad(), configured(subject, request["fields"]):
+            with launching.record(self.target) as launches, torch.no_grad(), configured(subject, request["fields"]):
                 subject.make(torch.device("meta"), self.dtype).run()
             for launch in launches:
                 launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constexprs, **launch.options)
@@ -78,7 +78,7 @@ class Timer:
         self.of: str | None = None
         self.work: Work | None = None
         self.compiled = 0
-        if not _triton.INTERPRETED:
+        if not launching.INTERPRETED:
             from triton import knobs
 
             knobs.compilation.listener = self._compiled
@@ -195,7 +195,7 @@ if __name__ == "__main__":
     does, where, size = sys.argv[1:]
     if does == "compile":
         backend, capability, dtype = where.split(":")
-        target = _triton.Target(backend, int(capability))
+        target = launching.Target(backend, int(capability))
         serve(Compiler(target, size == "quick", getattr(torch, dtype)))
     else:
         serve(Timer(torch.device(where), size == "quick"))

@@ -41,7 +41,7 @@ from .common import (
 if TYPE_CHECKING:
     from ..generation import GenerationConfig
     from ..model import Qwen2VL
-    from ..processor import Processor
+    from ..prompt.processor import Processor
 
 _HELP = """\
 /image PATH    attach an image to the next message
@@ -150,13 +150,13 @@ class _Chat:
         return True
 
     def attach_image(self, path: str) -> None:
-        from ..image import load_image
+        from ..media.image import load_image
 
         pixels = load_image(path, allow_remote=self.processor.allow_remote)
         self.attach(path, {"type": "image", "image": pixels})
 
     def attach_video(self, path: str) -> None:
-        from ..inspection import patches_to_frames
+        from ..media.inspection import patches_to_frames
 
         processor = self.processor
         with progress_bar("reading video frames") as report:

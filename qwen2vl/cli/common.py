@@ -22,7 +22,7 @@ from ..errors import CheckpointError, Qwen2VLError
 if TYPE_CHECKING:
     from ..generation import GenerationConfig
     from ..model import Qwen2VL
-    from ..processor import Processor
+    from ..prompt.processor import Processor
 
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -211,17 +211,17 @@ def load(
         raise typer.BadParameter(f"{min_pixels} is more than --max-pixels {max_pixels}", param_hint="--min-pixels")
     import torch
 
-    from .. import small
+    from .. import assets
     from ..hub import resolve
     from ..model import Qwen2VL
-    from ..processor import Processor
+    from ..prompt.processor import Processor
 
     if device is not None:
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:  # torch's ways of saying that it has no such device
             raise Qwen2VLError(f"--device {device}: {str(error).splitlines()[0]}") from error
-    folder = small.folder() if model is None else resolve(model)
+    folder = assets.folder() if model is None else resolve(model)
     processor = Processor.from_pretrained(
         folder, min_pixels=min_pixels, max_pixels=max_pixels, allow_remote=allow_remote
     )
@@ -273,7 +273,7 @@ def video_options(model: str | None, min_pixels: int | None, max_pixels: int | N
     Frames for the small model, which is what `model` None means, keep the size that they have, as in its training.
     """
     if model is None and min_pixels is None:
-        from ..small import MIN_FRAME_PIXELS
+        from ..assets import MIN_FRAME_PIXELS
 
         min_pixels = min(MIN_FRAME_PIXELS, max_pixels or MIN_FRAME_PIXELS)
     return {"video_min_pixels": min_pixels, "video_max_pixels": max_pixels, "fps": fps}

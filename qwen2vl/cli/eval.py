@@ -56,7 +56,7 @@ def evaluate(
     released checkpoints see qwen2vl.evaluation.lmms_eval.
     """
     from ..evaluation import held_out
-    from ..synthetic import LEVELS, SKILLS
+    from ..samples import LEVELS, SKILLS
 
     for name, given, known in (("--skill", skill, tuple(SKILLS)), ("--difficulty", difficulty, LEVELS)):
         if wrong := [one for one in given or () if one not in known]:

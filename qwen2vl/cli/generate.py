@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..small import FOLDER
+from ..assets import FOLDER
 from .common import (
     AllowRemoteOption,
     DeviceOption,

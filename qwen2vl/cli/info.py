@@ -64,11 +64,11 @@ def collect() -> dict[str, Any]:
     """What ``--json`` prints."""
     import torch
 
-    from qwen2vl_kernels import _backend, _native
+    from qwen2vl_kernels.core import backends, native
     from qwen2vl_kernels.ops import varlen_attention
 
-    tables = {device: _backend.table(device) for device in ("cpu", "cuda")}
-    backends = sorted({b for row in _backend.PREFERENCE.values() for choices in row.values() for b in choices})
+    tables = {device: backends.table(device) for device in ("cpu", "cuda")}
+    names = sorted({b for row in backends.PREFERENCE.values() for choices in row.values() for b in choices})
     gpus = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
     return {
         "versions": {
@@ -78,15 +78,13 @@ def collect() -> dict[str, Any]:
         },
         "platform": f"{platform.system()} {platform.machine()}",
         "extensions": {
-            "native": _extension(_native.cpu_reason()),
-            "cuda": _extension(_native.cuda_reason()),
+            "native": _extension(native.cpu_reason()),
+            "cuda": _extension(native.cuda_reason()),
         },
-        "build": _native.build_info(),
+        "build": native.build_info(),
         "backends": {device: [dict(zip(_CHOSEN, row, strict=True)) for row in rows] for device, rows in tables.items()},
         "attention": {device: varlen_attention.choices(device) for device in ("cpu", "cuda")},
-        "unavailable": {
-            name: reason for name in backends if (reason := _backend.unavailable(name, "cuda")) is not None
-        },
+        "unavailable": {name: reason for name in names if (reason := backends.unavailable(name, "cuda")) is not None},
         "gpus": [
             {"name": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "memory": gpu.total_memory} for gpu in gpus
         ],

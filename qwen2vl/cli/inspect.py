@@ -24,8 +24,8 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from ..image import ImagePatches
-    from ..video import VideoPatches
+    from ..media.image import ImagePatches
+    from ..media.video import VideoPatches
 
 # Containers that not every system's table of media types knows.
 _VIDEO_SUFFIXES = (
@@ -68,8 +68,8 @@ def inspect(
     With --out: for an image NAME-grid.png, its patches (thin lines) and tokens (thick lines); for a video
     NAME-frames.png, the frames kept; for both NAME-positions.png, the position ids of text, media, text.
     """
-    from ..image import MAX_PIXELS, MIN_PIXELS, preprocess_image
-    from ..video import MAX_FRAME_PIXELS, MIN_FRAME_PIXELS, preprocess_video
+    from ..media.image import MAX_PIXELS, MIN_PIXELS, preprocess_image
+    from ..media.video import MAX_FRAME_PIXELS, MIN_FRAME_PIXELS, preprocess_video
 
     if min_pixels is not None and max_pixels is not None and min_pixels > max_pixels:
         raise typer.BadParameter(f"{min_pixels} is more than --max-pixels {max_pixels}", param_hint="--min-pixels")
@@ -101,7 +101,7 @@ def save_pictures(out: Path, name: str, kind: str, media: ImagePatches | VideoPa
 
     Without matplotlib the plot of the position ids is left out, and said so on stderr.
     """
-    from .. import inspection
+    from ..media import inspection
 
     frames = inspection.patches_to_frames(media.patches, media.grid_thw, merge_size=media.merge_size)
     if kind == "image":

@@ -1,6 +1,6 @@
 """How well a model does what generated samples ask, on those that training never shows: by skill, difficulty and size.
 
-Skills and splits are those of :mod:`qwen2vl.synthetic`. Every skill has one score that counts as its accuracy:
+Skills and splits are those of :mod:`qwen2vl.samples`. Every skill has one score that counts as its accuracy:
 
     read, compare, colour_shape, count, video    exact match, which takes upper and lower case for the same
     point        recall at an IoU of 0.5, of the boxes that are wanted, by no more boxes than these
@@ -19,18 +19,18 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..agent import model_writer, run_agent
+from ..agents.grounding import Box, Grounded, parse_grounding
+from ..agents.loop import model_writer, run_agent
 from ..errors import Qwen2VLError
 from ..generation import GenerationConfig, generate
-from ..grounding import Box, Grounded, parse_grounding
-from ..synthetic import LEVELS, SKILLS, Sample, play
-from ..synthetic import generate as make_sample
+from ..samples import LEVELS, SKILLS, Sample, play
+from ..samples import generate as make_sample
 from ..training.data.generated import read_sample
 from .metrics import anls, character_edits, exact_match, match_boxes, recall, relaxed_accuracy
 
 if TYPE_CHECKING:
     from ..model import Qwen2VL
-    from ..processor import Processor
+    from ..prompt.processor import Processor
 
 #: Bounds of the classes of picture size, in tokens of one picture.
 SIZES = (4, 8, 16)

@@ -24,10 +24,10 @@ from tqdm import tqdm
 from ..errors import Qwen2VLError
 from ..generation import GenerationConfig, generate
 from ..hub import resolve
-from ..image import MAX_PIXELS, MIN_PIXELS
+from ..media.image import MAX_PIXELS, MIN_PIXELS
+from ..media.video import MAX_VIDEO_TOKENS
 from ..model import Qwen2VL
-from ..processor import Processor
-from ..video import MAX_VIDEO_TOKENS
+from ..prompt.processor import Processor
 
 
 def manifest() -> Any:

@@ -16,8 +16,8 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
+from ..agents.grounding import Box
 from ..errors import Qwen2VLError
-from ..grounding import Box
 
 _END_MARKS = " .。!！?？"
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?")

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 
 from ..files import read_json, write_json
 from ..model import Qwen2VL
-from ..processor import Processor
+from ..prompt.processor import Processor
 from .errors import TrainingConfigError
 from .parallel import Parallel, whole
 from .stages import merged_parameters

@@ -38,7 +38,7 @@ MakeDataset = Callable[[int, int], Dataset]
 
 def read_dataset(config: TrainingConfig, rank: int, world: int) -> TrainingData:
     """The dataset that ``config.data`` describes, read with the processor of ``config.model``."""
-    from ..processor import Processor
+    from ..prompt.processor import Processor
     from .data import build_dataset
 
     if not config.data:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .._product import linear
+from ..core.matmul import linear
 from ._target import MARK
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .._backend import forced
+from ..core.backends import forced
 from ..ops.quick_gelu import quick_gelu
 from ..ops.varlen_attention import varlen_attention
 from ..ops.vision_rope import vision_rope

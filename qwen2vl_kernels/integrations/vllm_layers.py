@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .._backend import forced
+from ..core.backends import forced
 from ..ops.mrope import mrope_
 from ..ops.quick_gelu import quick_gelu
 from ..ops.varlen_attention import varlen_attention

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 
 import torch
 
-from .._backend import resolve
-from .._checks import INTS, Checker, no_grad_through
-from .._library import register_opaque, run_in_place
-from .._rotary import Angles, check_angles, config, cos_sin, mrope_cos_sin, rotate, turn_heads
-from .._triton import accumulator, cdiv, jit, launch, next_power_of_2, target_of, tl
+from ..core.backends import resolve
+from ..core.checks import INTS, Checker, no_grad_through
+from ..core.launching import accumulator, cdiv, jit, launch, next_power_of_2, target_of, tl
+from ..core.library import register_opaque, run_in_place
+from ..triton.rotary import Angles, check_angles, config, cos_sin, mrope_cos_sin, rotate, turn_heads
 
 
 def append_kv_ref(

@@ -28,9 +28,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from .. import _native
-from .._backend import resolve
-from .._library import register_opaque
+from ..core import native
+from ..core.backends import resolve
+from ..core.library import register_opaque
 
 _DTYPES = (torch.uint8, torch.float32, torch.bfloat16)  # in the order of PatchType in csrc/cpu/image_to_patches.h
 _WEIGHT_BITS = 22
@@ -167,14 +167,14 @@ def _run_native(frames: Sequence[_Frame], options: _Options, kernels: int = 0) -
         pixels = sum(frame.pixels.shape[0] * frame.pixels.shape[1] + frame.height * frame.width for frame in frames)
         threads = max(1, min(torch.get_num_threads(), pixels // _PIXELS_PER_THREAD))
     kind = _DTYPES.index(options.dtype)
-    _native.cpu().image_to_patches(_raw(frames), (options.patch, options.merge, kind, address, threads, kernels))
+    native.cpu().image_to_patches(_raw(frames), (options.patch, options.merge, kind, address, threads, kernels))
 
 
 def _run_cuda(frames: Sequence[_Frame], options: _Options) -> None:
     """Launches on the current stream; nothing is copied from the host, nothing waits."""
     if not frames:
         return
-    extension, device, table = _native.cuda(), frames[0].out.device, options.table()
+    extension, device, table = native.cuda(), frames[0].out.device, options.table()
     address = 0 if table is None else table.data_ptr()  # host memory, read before the call returns
     raw, plain = _raw(frames), (options.patch, options.merge, _DTYPES.index(options.dtype), address, 1, 0)
     with torch.cuda.device(device):

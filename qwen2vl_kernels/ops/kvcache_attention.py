@@ -20,9 +20,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from .._backend import resolve
-from .._checks import Checker
-from .._library import register_opaque
+from ..core.backends import resolve
+from ..core.checks import Checker
+from ..core.library import register_opaque
 
 #: Query rows that share one mask, so that a long chunk on a long cache needs 256 x length and not length x length.
 _MASK_ROWS = 256

@@ -4,7 +4,7 @@
     add_layer_norm(x, r): s = x + r (rounded to the input dtype); return layer_norm(s), s
 
 Shapes: x, residual ``(..., C)``; weight, bias ``(C,)``. dtypes: float32, bfloat16, float16; statistics are float32. The
-kernels are in ``_norm``, which rms_norm shares.
+kernels are in ``triton.norm``, which rms_norm shares.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .._backend import resolve
-from .._checks import Checker
-from .._library import register_composite
-from .._norm import norm
+from ..core.backends import resolve
+from ..core.checks import Checker
+from ..core.library import register_composite
+from ..triton.norm import norm
 
 
 def layer_norm_ref(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:

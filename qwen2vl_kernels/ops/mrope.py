@@ -11,7 +11,7 @@ which axis a pair listens to: in order (t pairs temporal, then h, then w; Qwen2-
 
 Shapes: q ``(T, Hq, D)``, k ``(T, Hk, D)``, positions ``(3, T)`` integers, inv_freq ``(R/2,)`` float32 with R <= D;
 columns from R on pass through (partial rotary). dtypes: float32, bfloat16, float16; angles and rotation are float32.
-The kernels are in ``_rotary``, which vision_rope shares.
+The kernels are in ``triton.rotary``, which vision_rope shares.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from collections.abc import Sequence
 
 import torch
 
-from .._backend import resolve
-from .._checks import INTS, Checker, no_grad_through
-from .._library import register_composite
-from .._rotary import Angles, check_angles, mrope_cos_sin, rotate, rotate_in_place, rotated
+from ..core.backends import resolve
+from ..core.checks import INTS, Checker, no_grad_through
+from ..core.library import register_composite
+from ..triton.rotary import Angles, check_angles, mrope_cos_sin, rotate, rotate_in_place, rotated
 
 
 def mrope_ref(

@@ -24,10 +24,10 @@ from itertools import pairwise
 
 import torch
 
-from .. import _native
-from .._backend import resolve
-from .._checks import INTS, Checker
-from .._library import register_opaque
+from ..core import native
+from ..core.backends import resolve
+from ..core.checks import INTS, Checker
+from ..core.library import register_opaque
 
 _MASKS = (torch.int64, torch.bool, torch.int32, torch.uint8, torch.int8)
 
@@ -192,7 +192,7 @@ def _arguments(input_ids, image_grid_thw, video_grid_thw, attention_mask, cu_seq
     videos = 0 if video_grid_thw is None else video_grid_thw.shape[0]
     tensors = (input_ids, attention_mask, image_grid_thw, video_grid_thw, cu_seqlens, state)
     sizes = (*input_ids.shape, images, videos, _sequences(input_ids, cu_seqlens))
-    return (*map(_native.view, tensors), sizes, tokens)
+    return (*map(native.view, tensors), sizes, tokens)
 
 
 def _addresses(outputs: tuple[torch.Tensor, ...]) -> tuple[int, int, int]:
@@ -206,7 +206,7 @@ def _run_native(
 ):  # fmt: skip
     outputs = _outputs(input_ids, cu_seqlens, state)
     tokens = (image_token_id, video_token_id, spatial_merge_size)
-    error, video, item, token, found = _native.cpu().mrope_positions(
+    error, video, item, token, found = native.cpu().mrope_positions(
         *_arguments(input_ids, image_grid_thw, video_grid_thw, attention_mask, cu_seqlens, state, tokens),
         *_addresses(outputs),
     )
@@ -219,7 +219,7 @@ def _run_cuda(
     input_ids, image_grid_thw, video_grid_thw, attention_mask, cu_seqlens, state=None, *, image_token_id,
     video_token_id, spatial_merge_size,
 ):  # fmt: skip
-    extension, device = _native.cuda(), input_ids.device
+    extension, device = native.cuda(), input_ids.device
     outputs = _outputs(input_ids, cu_seqlens, state)
     tokens = (image_token_id, video_token_id, spatial_merge_size)
     arguments = _arguments(input_ids, image_grid_thw, video_grid_thw, attention_mask, cu_seqlens, state, tokens)

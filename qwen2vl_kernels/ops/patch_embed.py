@@ -12,7 +12,7 @@ from bytes:
 Centring matters in bfloat16: the rounding of weight' is multiplied by |x|, and |p - 128| is at most 128.
 For a still image, whose two frames are equal, the temporal halves add up: K 1176 -> 588.
 Shapes: patches ``(T, K)`` uint8 or float; weight ``(C, K)`` or ``(C, in, t, p, p)``; bias ``(C,)`` or ``None``.
-The kernel is in ``_linear``, which patch_merge shares.
+The kernel is in ``triton.gemm``, which patch_merge shares.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from collections.abc import Sequence
 
 import torch
 
-from .._backend import resolve
-from .._checks import EAGER_FLOATS, Checker
-from .._library import register_composite
-from .._linear import MATRIX_DTYPES, linear
-from .._product import linear as product
+from ..core.backends import resolve
+from ..core.checks import EAGER_FLOATS, Checker
+from ..core.library import register_composite
+from ..core.matmul import linear as product
+from ..triton.gemm import MATRIX_DTYPES, linear
 
 
 def patch_embed_ref(patches: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -6,8 +6,8 @@
 
 (Qwen2-VL, arXiv 2409.12191, section 2: adjacent 2x2 tokens compressed by an MLP.) ``order="block"``: the rows of x
 already come block by block, so gathering is a view. ``order="raster"``: rows run over each frame row by row, and
-``grid_thw`` says where frames begin. dtypes: float32, bfloat16, float16. The kernels are in ``_norm``, which gathers as
-it reads, and ``_linear``, whose epilogue adds the bias and applies GELU.
+``grid_thw`` says where frames begin. dtypes: float32, bfloat16, float16. The kernels are in
+``triton.norm``, which gathers as it reads, and ``triton.gemm``, whose epilogue adds the bias and applies GELU.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .._backend import resolve
-from .._checks import INTS, Checker
-from .._library import register_composite
-from .._linear import MATRIX_DTYPES, linear
-from .._norm import norm
-from .._product import linear as product
+from ..core.backends import resolve
+from ..core.checks import INTS, Checker
+from ..core.library import register_composite
+from ..core.matmul import linear as product
+from ..triton.gemm import MATRIX_DTYPES, linear
+from ..triton.norm import norm
 
 
 def gather_blocks_ref(x: torch.Tensor, grid_thw: torch.Tensor, merge_size: int = 2) -> torch.Tensor:

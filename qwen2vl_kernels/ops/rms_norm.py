@@ -4,17 +4,17 @@
     add_rms_norm(x, r): s = x + r (rounded to the input dtype); return rms_norm(s), s
 
 Shapes: x, residual ``(..., C)``; weight ``(C,)``. dtypes: float32, bfloat16, float16; statistics are float32. The
-kernels are in ``_norm``, which layer_norm shares.
+kernels are in ``triton.norm``, which layer_norm shares.
 """
 
 from __future__ import annotations
 
 import torch
 
-from .._backend import resolve
-from .._checks import Checker
-from .._library import register_composite
-from .._norm import norm
+from ..core.backends import resolve
+from ..core.checks import Checker
+from ..core.library import register_composite
+from ..triton.norm import norm
 
 
 def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:

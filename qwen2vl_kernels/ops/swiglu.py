@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .._backend import resolve
-from .._checks import Checker, no_grad_through
-from .._elementwise import as_rows, rows_view, tile
-from .._library import direct, first_order, register_composite, register_opaque, run_in_place
-from .._triton import accumulator, cdiv, jit, launch, target_of, tl
+from ..core.backends import resolve
+from ..core.checks import Checker, no_grad_through
+from ..core.launching import accumulator, cdiv, jit, launch, target_of, tl
+from ..core.library import direct, first_order, register_composite, register_opaque, run_in_place
+from ..triton.elementwise import as_rows, rows_view, tile
 
 
 def swiglu_ref(gate: torch.Tensor, up: torch.Tensor | None = None, *, upcast: bool = False) -> torch.Tensor:

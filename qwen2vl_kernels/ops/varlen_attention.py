@@ -14,7 +14,8 @@ Segment s is rows ``cu_seqlens[s] .. cu_seqlens[s + 1]``: an image, a video fram
 Shapes: q ``(T, Hq, D)``, k ``(T, Hk, D)``, v ``(T, Hk, Dv)``, Hq a multiple of Hk (query head h reads key head
 ``h // (Hq / Hk)``), cu_seqlens ``(S + 1,)`` int32. dtypes: float32, bfloat16, float16. With ``rope`` q and k are first
 turned, pairs (j, j + D/2) by the angles of their row (RoFormer, arXiv 2104.09864, in transformers' order of columns).
-The Triton kernels are in ``_attention`` and ``_attention_backward``, others' in ``_attention_library``.
+Triton's kernels are in ``triton.attention_forward`` and ``triton.attention_backward``, others' in
+``core.attention_peers``.
 """
 
 from __future__ import annotations
@@ -25,16 +26,17 @@ from operator import index
 
 import torch
 
-from .. import _attention_choice, _attention_library
-from .._attention import attention
-from .._attention_cpu import blocked, keeps_statistics, per_segment, sdpa, sdpa_backward, sdpa_with_statistics
-from .._attention_library import Call
-from .._backend import BackendError, forced, resolve
-from .._checks import Checker
-from .._library import direct, first_order, register_opaque
-from .._rotary import Angles, rotate, rotated
-from .._tiles import TilePlan, check_bounds, plan_for
-from .._triton import target_of
+from ..core import attention_choice, attention_peers
+from ..core.attention_cpu import blocked, keeps_statistics, per_segment, sdpa, sdpa_backward, sdpa_with_statistics
+from ..core.attention_peers import Call
+from ..core.backends import BackendError, forced, resolve
+from ..core.checks import Checker
+from ..core.launching import target_of
+from ..core.library import direct, first_order, register_opaque
+from ..core.tile_plan import TilePlan, check_bounds, plan_for
+from ..triton.attention_forward import attention
+from ..triton.rotary import Angles, rotate, rotated
+from ..triton.tail import zero_behind
 
 
 def varlen_attention_ref(
@@ -76,18 +78,30 @@ def _host(implementation):
     return lambda q, k, v, cu_seqlens, max_seqlen, causal, scale: implementation(q, k, v, cu_seqlens, causal, scale)
 
 
+def peer_forward(name, q, k, v, plan: TilePlan, max_seqlen: int, causal: bool, scale: float, keep: bool):
+    """``(out, lse)`` of others' kernels (:func:`attention_peers.forward`), zero behind the last segment."""
+    out, lse = attention_peers.forward(name, q, k, v, plan, max_seqlen, causal, scale, keep)
+    return zero_behind(out, plan), lse
+
+
+def peer_backward(name, grad, q, k, v, out, lse, plan: TilePlan, max_seqlen: int, causal: bool, scale: float):
+    """``(dq, dk, dv)`` of others' kernels (:func:`attention_peers.backward`), zero behind the last segment."""
+    grads = attention_peers.backward(name, grad, q, k, v, out, lse, plan, max_seqlen, causal, scale)
+    return tuple(zero_behind(x, plan) for x in grads)
+
+
 def _peer(name):
     """Others' kernels, without what their backward needs."""
 
     def attend(q, k, v, cu_seqlens, max_seqlen, causal, scale, tiles=None):
         plan = plan_for(cu_seqlens, q.shape[0], q.device) if tiles is None else tiles
-        return _attention_library.forward(name, q, k, v, plan, max_seqlen, causal, scale, keep=False)[0]
+        return peer_forward(name, q, k, v, plan, max_seqlen, causal, scale, keep=False)[0]
 
     return attend
 
 
 #: Others' kernels by what an operator is told, "torch", "cudnn" or a module; "flash" is the newest one that serves.
-_PEERS = ("torch", "cudnn", *(flash.module for flash in _attention_library.FLASH))
+_PEERS = ("torch", "cudnn", *(flash.module for flash in attention_peers.FLASH))
 _BACKENDS = {
     "eager": _host(varlen_attention_ref),
     "sdpa": _host(sdpa),
@@ -102,7 +116,7 @@ def _run(q, k, v, cu_seqlens, max_seqlen, causal, softmax_scale, backend):
     settings = (max_seqlen, causal, softmax_scale)
     if backend in _PEERS:
         plan = plan_for(cu_seqlens, q.shape[0], q.device)
-        return _attention_library.forward(backend, q, k, v, plan, *settings, keep=True)
+        return peer_forward(backend, q, k, v, plan, *settings, keep=True)
     if backend == "sdpa" and keeps_statistics(q, v):
         return sdpa_with_statistics(q, k, v, cu_seqlens, causal, softmax_scale)
     return _BACKENDS[backend](q, k, v, cu_seqlens, *settings).contiguous(), q.new_empty(0)
@@ -112,7 +126,7 @@ def _run_backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, causal, softm
     settings = (max_seqlen, causal, softmax_scale)
     if backend in _PEERS:
         plan = plan_for(cu_seqlens, q.shape[0], q.device)
-        return _attention_library.backward(backend, grad, q, k, v, out, lse, plan, *settings)
+        return peer_backward(backend, grad, q, k, v, out, lse, plan, *settings)
     if backend == "sdpa" and keeps_statistics(q, v):
         return sdpa_backward(grad, q, k, v, out, lse, cu_seqlens, causal, softmax_scale)
     # The formula, and PyTorch's attention where it picks a kernel of its own by the shape, keep nothing between two
@@ -192,8 +206,8 @@ def chosen(
             of_rows, of_heads, _ = x.stride()
             aligned = aligned and _settled(of_rows % 8 == 0 and of_heads % 8 == 0)
             farthest = max(farthest, of_rows)
-        facts += (_attention_choice.bucket(max_seqlen), aligned or empty, _settled(rows * farthest >= 2**31), empty)
-        facts += (_settled(segments > _attention_library.MOST_BLOCKS),)
+        facts += (attention_choice.bucket(max_seqlen), aligned or empty, _settled(rows * farthest >= 2**31), empty)
+        facts += (_settled(segments > attention_peers.MOST_BLOCKS),)
     else:
         facts += (0, True, False, False, False)
     requested = backend if backend is not None else forced("varlen_attention")
@@ -217,7 +231,7 @@ def _choose(kind, *facts) -> str:
     """A backend, or why there is none: what is raised here would be an error of the compiler's."""
     try:
         if kind == "cuda":
-            return _known(kind, *facts, replaced=_attention_library.replaced())
+            return _known(kind, *facts, replaced=attention_peers.replaced())
         return _decide(kind, *facts)
     except BackendError as error:
         return f"{_REFUSED}{error}"
@@ -240,7 +254,7 @@ def _decide(
     )  # fmt: skip
     if requested is None:
         try:
-            choice = _attention_choice.choose(call, invariant)
+            choice = attention_choice.choose(call, invariant)
         except LookupError as error:
             raise BackendError(
                 f"varlen_attention: invariant=True has only Triton's kernels here, and {error}"
@@ -255,7 +269,7 @@ def _decide(
     if name == "blocked" and tracked:
         raise BackendError("varlen_attention: backend 'blocked' has no backward; q, k and v must not require grad")
     if name in ("torch", "flash", "cudnn"):
-        peer, reason = _attention_library.peer_of(name, call)
+        peer, reason = attention_peers.peer_of(name, call)
         if peer is None:
             raise BackendError(f"varlen_attention: backend {name!r} does not serve this call: {reason}")
         return peer
@@ -294,10 +308,10 @@ def choices(device_type: str) -> list[dict[str, object]]:
         for columns in (64, 72, 80, 128, 512):
             row: dict[str, object] = {"dtype": str(dtype).removeprefix("torch."), "head_dim": columns}
             for kind, (longest, facts) in KINDS.items():
-                rows_ = _attention_choice.bucket(longest)
+                rows_ = attention_choice.bucket(longest)
                 known = Call(device_type, capability, dtype, columns, columns, rows=rows_)
-                call = replace(known, replaced=_attention_library.replaced(), **facts)
-                choice = _attention_choice.choose(call)
+                call = replace(known, replaced=attention_peers.replaced(), **facts)
+                choice = attention_choice.choose(call)
                 row[kind] = {"backend": choice.backend, "measured": choice.measured, "why": choice.why}
             rows.append(row)
     return rows

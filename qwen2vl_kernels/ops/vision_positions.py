@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import torch
 
-from .. import _native
-from .._backend import resolve
-from .._checks import INTS, Checker
-from .._library import register_opaque
+from ..core import native
+from ..core.backends import resolve
+from ..core.checks import INTS, Checker
+from ..core.library import register_opaque
 
 MAX_PATCHES = 2**31 - 1  # of one call: 32 GB of positions
 
@@ -62,7 +62,7 @@ def _check_count(held: int, num_patches: int | None) -> None:
 
 def _count(grid_thw: torch.Tensor, merge_size: int) -> int:
     """Patches of grids on the CPU."""
-    item, patches = _native.cpu().count_patches(_native.view(grid_thw), grid_thw.shape[0], merge_size, MAX_PATCHES)
+    item, patches = native.cpu().count_patches(native.view(grid_thw), grid_thw.shape[0], merge_size, MAX_PATCHES)
     if patches < 0:
         _refuse(grid_thw, item, merge_size)
     return patches
@@ -72,8 +72,8 @@ def _run_native(grid_thw: torch.Tensor, merge_size: int, num_patches: int | None
     patches = _count(grid_thw, merge_size)
     _check_count(patches, num_patches)
     positions = torch.empty((patches, 2), dtype=torch.int64, device="cpu")
-    view = _native.view(grid_thw)
-    _native.cpu().vision_positions(view, grid_thw.shape[0], merge_size, patches, positions.data_ptr())
+    view = native.view(grid_thw)
+    native.cpu().vision_positions(view, grid_thw.shape[0], merge_size, patches, positions.data_ptr())
     return positions
 
 
@@ -84,8 +84,8 @@ def _run_cuda(grid_thw: torch.Tensor, merge_size: int, num_patches: int | None) 
     with torch.cuda.device(device):
         positions = torch.empty((num_patches, 2), dtype=torch.int64, device=device)
         workspace = torch.empty((items,), dtype=torch.int64, device=device)
-        _native.cuda().vision_positions(
-            _native.view(grid_thw),
+        native.cuda().vision_positions(
+            native.view(grid_thw),
             items,
             merge_size,
             num_patches,

@@ -5,17 +5,17 @@
 The 2D form of Qwen2-VL (arXiv 2409.12191, section 2.1) lies in the tables: the first half of the pairs turns with a
 patch's row, the second half with its column (:func:`vision_rope_tables`). Shapes: q, k ``(T, H, D)`` or packed qkv
 ``(T, 3, H, D)``; cos, sin ``(T, R/2)``, R <= D. dtypes: float32, bfloat16, float16, tables of any float dtype; the
-rotation is float32. The kernels are in ``_rotary``, which mrope shares.
+rotation is float32. The kernels are in ``triton.rotary``, which mrope shares.
 """
 
 from __future__ import annotations
 
 import torch
 
-from .._backend import resolve
-from .._checks import INTS, Checker, no_grad_through
-from .._library import register_composite
-from .._rotary import Angles, rotate, rotate_in_place, rotated, tables
+from ..core.backends import resolve
+from ..core.checks import INTS, Checker, no_grad_through
+from ..core.library import register_composite
+from ..triton.rotary import Angles, rotate, rotate_in_place, rotated, tables
 
 
 def vision_rope_tables_ref(positions: torch.Tensor, inv_freq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -134,8 +134,8 @@ def test_a_namespace_written_another_way_is_refused(tmp_path):
     copy = tmp_path / "repository"
     copy.mkdir()
     subprocess.run(["cp", "-r", ROOT / "hub", ROOT / "qwen2vl_kernels", ROOT / "LICENSE", copy], check=True)
-    leaf = copy / "qwen2vl_kernels" / "_norm.py"
+    leaf = copy / "qwen2vl_kernels" / "triton" / "norm.py"
     leaf.write_text(leaf.read_text() + '\nOPS = getattr(torch.ops, "qwen2vl")\n')
     command = [sys.executable, copy / "hub" / "assemble.py", tmp_path / "out"]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode != 0 and "_norm.py registers or calls ops" in result.stderr
+    assert result.returncode != 0 and "norm.py registers or calls ops" in result.stderr

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from qwen2vl_kernels import BackendError, _tiles, plan_tiles, use_backend
+from qwen2vl_kernels import BackendError, plan_tiles, use_backend
+from qwen2vl_kernels.core import tile_plan
 from qwen2vl_kernels.integrations import transformers as adapter
 from qwen2vl_kernels.integrations import transformers_attention
 
@@ -141,8 +142,8 @@ def test_in_triton(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_inference_mode_all_layers_share_their_tiles(family, monkeypatch):
     made = []
-    make = _tiles.make_tiles
-    monkeypatch.setattr(_tiles, "make_tiles", lambda *a, **given: made.append(a[0]) or make(*a, **given))
+    make = tile_plan.make_tiles
+    monkeypatch.setattr(tile_plan, "make_tiles", lambda *a, **given: made.append(a[0]) or make(*a, **given))
     net, inputs = model(family, num_hidden_layers=1), prompt(family, ((("image", 1, 2, 4),), (("image", 1, 2, 2),)))
     net.model.visual.blocks = net.model.visual.blocks[:2]
     adapter.apply()

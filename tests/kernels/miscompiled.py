@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from benchmarks.aot.compiler import Specimen, compile_for, meta
-from qwen2vl_kernels._triton import launch
+from qwen2vl_kernels.core.launching import launch
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from qwen2vl_kernels._backend import unavailable
+from qwen2vl_kernels.core.backends import unavailable
 
 IMAGE, VIDEO, TEXT, PAD = 7, 8, 1, 0
 IDS: dict[str, Any] = {"image_token_id": IMAGE, "video_token_id": VIDEO}

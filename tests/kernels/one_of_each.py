@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 import qwen2vl_kernels as K
-from qwen2vl_kernels import _tail
-from qwen2vl_kernels._backend import PREFERENCE, unavailable
+from qwen2vl_kernels.core.backends import PREFERENCE, unavailable
+from qwen2vl_kernels.triton import tail
 
 
 def main(device: str = "cuda") -> list[str]:
@@ -73,7 +73,7 @@ def main(device: str = "cuda") -> list[str]:
             angles = torch.rand(37, 40, device=device)
             for rope in (None, (angles.cos(), angles.sin())):
                 backward(K.varlen_attention(q, k, v, cu_seqlens, 20, causal=causal, rope=rope, backend=backend))
-        _tail.zero_past(random(37, 2, 80).detach(), cu_seqlens.to(device))  # after others' attention
+        tail.zero_past(random(37, 2, 80).detach(), cu_seqlens.to(device))  # after others' attention
 
     def positions_of(backend: str) -> None:
         K.mrope_positions(ids, grid[:1], grid[1:], **tokens, backend=backend)

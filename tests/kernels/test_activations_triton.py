@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qwen2vl_kernels import quick_gelu, quick_gelu_, swiglu, swiglu_
-from qwen2vl_kernels._backend import unavailable
+from qwen2vl_kernels.core.backends import unavailable
 from qwen2vl_kernels.ops.quick_gelu import quick_gelu_ref
 from qwen2vl_kernels.ops.swiglu import swiglu_ref
 from tests.conftest import DEVICE, assert_two_times

@@ -82,12 +82,12 @@ def test_a_version_that_is_not_there_is_told():
 
 _FAILING = """
 import json, torch
-from qwen2vl_kernels import _norm
+from qwen2vl_kernels.triton import norm
 from benchmarks.aot.compiler import Specimen, TARGETS, compile_for, meta
 
 def run(columns):
     x, weight = (meta(*shape, dtype=torch.float32) for shape in ((64, columns), (columns,)))
-    _norm.launch_forward(x, x, weight, weight, 1e-6, True)
+    norm.launch_forward(x, x, weight, weight, 1e-6, True)
 
 found = {}
 for target in ("sm_90", "gfx942"):  # one for each reader of machine code
@@ -121,29 +121,29 @@ _SPECIALISED = """
 import json, torch
 from benchmarks.aot import compiler
 from benchmarks.aot.compiler import meta
-from qwen2vl_kernels import _linear, _norm, _rotary
-from qwen2vl_kernels._triton import Target, record
+from qwen2vl_kernels.core.launching import Target, record
 from qwen2vl_kernels.ops import append_kv, quick_gelu, swiglu
+from qwen2vl_kernels.triton import gemm, norm, rotary
 
 bf16 = torch.bfloat16
 
 def run(tokens):
     x, weight = meta(tokens, 1280, dtype=bf16), meta(1280, dtype=bf16)
     statistics = meta(tokens, dtype=torch.float32)
-    _norm.launch_forward(x, x, weight, weight, 1e-6, True)
-    _norm.launch_backward(x, x, x, weight, statistics, statistics, True, True)
+    norm.launch_forward(x, x, weight, weight, 1e-6, True)
+    norm.launch_backward(x, x, x, weight, statistics, statistics, True, True)
     quick_gelu.launch_forward(x, weight)
     quick_gelu.launch_backward(x, x, weight)
     swiglu.launch_forward(x, x)
     swiglu.launch_backward(x, x, x)
-    _linear.launch_linear(meta(tokens, 588, dtype=torch.uint8), meta(1280, 588, dtype=bf16), weight, False)
+    gemm.launch_linear(meta(tokens, 588, dtype=torch.uint8), meta(1280, 588, dtype=bf16), weight, False)
     q, k = meta(tokens, 12, 128, dtype=bf16), meta(tokens, 2, 128, dtype=bf16)
     positions, inv_freq = meta(3, tokens, dtype=torch.int64), meta(64, dtype=torch.float32)
-    angles = _rotary.Angles(positions, inv_freq, section=(16, 24, 24))
-    _rotary.launch_rotation(q, k, q, k, angles)
+    angles = rotary.Angles(positions, inv_freq, section=(16, 24, 24))
+    rotary.launch_rotation(q, k, q, k, angles)
     cache, slots = meta(3 + tokens % 5, 16 * (1 + tokens % 3), 2, 128, dtype=bf16), meta(tokens, dtype=torch.int64)
     append_kv.launch_append(k, k, cache, cache, slots, q, positions, inv_freq, (16, 24, 24), False, None, True)
-    _rotary.launch_tables(meta(tokens, 2, dtype=torch.int64), meta(20, dtype=torch.float32))
+    rotary.launch_tables(meta(tokens, 2, dtype=torch.int64), meta(20, dtype=torch.float32))
 
 kinds = []
 for tokens in (1, 2, 15, 16, 100, 4096, 100_000):
@@ -165,7 +165,7 @@ import json, torch
 from functools import partial
 from benchmarks.aot.attention import _attention
 from benchmarks.aot.compiler import TARGETS, Specimen, compile_for
-from qwen2vl_kernels._attention import forward_config
+from qwen2vl_kernels.triton.attention_forward import forward_config
 
 found = []
 for target in ("sm_80", "sm_90", "sm_120"):

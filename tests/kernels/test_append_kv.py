@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qwen2vl_kernels import append_kv
-from qwen2vl_kernels._backend import unavailable
+from qwen2vl_kernels.core.backends import unavailable
 from qwen2vl_kernels.ops.mrope import mrope_ref
 from tests.conftest import DEVICE
 

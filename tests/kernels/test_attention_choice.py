@@ -12,20 +12,14 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import qwen2vl_kernels
-from qwen2vl_kernels import (
-    BackendError,
-    _attention_choice,
-    _attention_library,
-    _tail,
-    _triton,
-    plan_tiles,
-    use_backend,
-)
+from qwen2vl_kernels import BackendError, plan_tiles, use_backend
 from qwen2vl_kernels import varlen_attention as attend
-from qwen2vl_kernels._attention_choice import TABLE, UNMEASURED, bucket, choose, entry_of
-from qwen2vl_kernels._attention_library import Call
+from qwen2vl_kernels.core import attention_choice, attention_peers, launching
+from qwen2vl_kernels.core.attention_choice import TABLE, UNMEASURED, bucket, choose, entry_of
+from qwen2vl_kernels.core.attention_peers import Call
 from qwen2vl_kernels.integrations import transformers_attention
 from qwen2vl_kernels.ops import varlen_attention as module
+from qwen2vl_kernels.triton import tail
 from tests.conftest import DEVICE
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
@@ -97,21 +91,21 @@ def test_a_backend_with_a_plan_for_every_shape_is_not_in_the_table():
 @pytest.fixture
 def gpu(monkeypatch):
     """As on a Hopper card with PyTorch's FlashAttention and no flash-attn; returns what changes that."""
-    monkeypatch.setattr(_attention_library, "torch_reason", lambda: None)
-    monkeypatch.setattr(_attention_library, "_loaded", lambda name: f"No module named {name!r}")
-    monkeypatch.setattr(_triton, "_target", lambda index: _triton.Target("cuda", 90))
-    if (reason := _triton.reason("cuda")) is not None:
+    monkeypatch.setattr(attention_peers, "torch_reason", lambda: None)
+    monkeypatch.setattr(attention_peers, "_loaded", lambda name: f"No module named {name!r}")
+    monkeypatch.setattr(launching, "_target", lambda index: launching.Target("cuda", 90))
+    if (reason := launching.reason("cuda")) is not None:
         pytest.skip(reason)
 
     module._known.cache_clear()
 
     def install(*names):
         module._known.cache_clear()
-        monkeypatch.setattr(_attention_library, "_loaded", lambda name: RESULTS if name in names else "not installed")
+        monkeypatch.setattr(attention_peers, "_loaded", lambda name: RESULTS if name in names else "not installed")
         flags = {"build_flags": {"FLASHATTENTION_DISABLE_FP16": True}}
         modules = {"fa3_fwd_config": SimpleNamespace(CONFIG=flags)}
         finds = SimpleNamespace(import_module=lambda name: modules.get(name, SimpleNamespace()))
-        monkeypatch.setattr(_attention_library, "importlib", finds)
+        monkeypatch.setattr(attention_peers, "importlib", finds)
 
     yield install
     module._known.cache_clear()
@@ -148,7 +142,7 @@ def test_what_nobody_measured_is_pytorchs_own_kernel(gpu, monkeypatch, changed):
     for rows in (0, 1024):
         choice = choose(replace(call, rows=rows))
         assert entry_of(call) is None and (choice.backend, choice.measured) == ("torch", None)
-    monkeypatch.setattr(_attention_library, "torch_reason", lambda: "it was left out")
+    monkeypatch.setattr(attention_peers, "torch_reason", lambda: "it was left out")
     choice = choose(call)
     assert choice.backend == "triton" and "torch: it was left out" in choice.why
 
@@ -232,12 +226,12 @@ def shapes_of_cudnn():
 @pytest.mark.parametrize("name", ["torch", "cudnn"])
 def test_peers_read_nothing_from_a_device(name, monkeypatch):
     """On tensors that have no values, forward and backward; a padded plan is what boundaries on a device have."""
-    monkeypatch.setattr(_tail, "reason", lambda kind: "the kernel is left out")
+    monkeypatch.setattr(tail, "reason", lambda kind: "the kernel is left out")
     q, k, v = (torch.empty(300, 16, 80, dtype=torch.bfloat16, device="meta") for _ in range(3))
     plan = plan_tiles(torch.empty(5, dtype=torch.int32, device="meta"), 300)
     assert plan.padded and plan.longest is None and plan.held() is None
-    out, lse = _attention_library.forward(name, q, k, v, plan, 256, False, 0.3, keep=True)
-    grads = _attention_library.backward(name, out, q, k, v, out, lse, plan, 256, False, 0.3)
+    out, lse = module.peer_forward(name, q, k, v, plan, 256, False, 0.3, keep=True)
+    grads = module.peer_backward(name, out, q, k, v, out, lse, plan, 256, False, 0.3)
     assert [x.shape for x in (out, *grads)] == [q.shape] * 4
     with pytest.raises(RuntimeError, match="meta tensors"):
         plan.cu_seqlens.max().item()  # as a read would
@@ -450,7 +444,7 @@ def test_derivatives_of_second_order_are_refused(backend):
     q = torch.randn(6, 2, 16, requires_grad=True, device=DEVICE if backend == "triton" else "cpu")
     cu_seqlens = torch.tensor([0, 6], dtype=torch.int32, device=q.device)
     if backend == "triton":
-        if (reason := _triton.reason(DEVICE)) is not None:
+        if (reason := launching.reason(DEVICE)) is not None:
             pytest.skip(reason)
         out = attend(q, q, q, cu_seqlens, 6, backend=backend)
     else:
@@ -462,7 +456,7 @@ def test_derivatives_of_second_order_are_refused(backend):
 
 @pytest.mark.parametrize("op", ["swiglu", "quick_gelu", "rms_norm", "layer_norm"])
 def test_so_are_those_of_the_other_kernels_that_have_none(op):
-    if (reason := _triton.reason(DEVICE)) is not None:
+    if (reason := launching.reason(DEVICE)) is not None:
         pytest.skip(reason)
     x, weight = torch.randn(4, 16, requires_grad=True, device=DEVICE), torch.ones(16, device=DEVICE)
     others = {"swiglu": (x.detach(),), "quick_gelu": (), "rms_norm": (weight, 1e-6), "layer_norm": (weight, weight)}
@@ -475,7 +469,7 @@ def test_so_are_those_of_the_other_kernels_that_have_none(op):
 
 def test_pytorch_picks_the_kernel_whose_statistics_are_kept():
     """``keeps_statistics`` must say what PyTorch's own choice is."""
-    from qwen2vl_kernels._attention_cpu import keeps_statistics
+    from qwen2vl_kernels.core.attention_cpu import keeps_statistics
 
     fused = torch.nn.attention.SDPBackend.FLASH_ATTENTION.value
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
@@ -498,12 +492,12 @@ def test_the_table_for_people(gpu, monkeypatch):
     assert [bool(of["measured"]) for of in served.values()] == [True, True, True, False]
     assert "at commit 3dc270fec4c9; the Triton kernels have changed since" in served["training"]["why"]
     assert set(UNMEASURED) <= set(module._BACKENDS)
-    assert _attention_choice.choose(replace(CALL, device_type="cpu")).backend in ("blocked", "sdpa")
+    assert attention_choice.choose(replace(CALL, device_type="cpu")).backend in ("blocked", "sdpa")
 
 
 def test_on_a_cpu_nothing_is_called_measured_that_was_not(monkeypatch):
-    monkeypatch.setattr(_attention_choice, "slow_on_cpu", lambda dtype: False)
-    result = json.loads((RESULTS / _attention_choice._CPU).read_text(encoding="utf-8"))
+    monkeypatch.setattr(attention_choice, "slow_on_cpu", lambda dtype: False)
+    result = json.loads((RESULTS / attention_choice._CPU).read_text(encoding="utf-8"))
     heads = {row["workload"].split(", ")[1] for row in result["rows"] if not row["workload"].startswith("causal")}
     causal = {row["workload"].split(", ")[1] for row in result["rows"] if row["workload"].startswith("causal")}
     assert (heads, causal) == ({"16 heads of 80"}, {"28/4 heads of 128"})

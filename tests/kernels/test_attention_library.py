@@ -13,11 +13,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qwen2vl_kernels import BackendError, _attention_library, _tail, _tiles, _triton, plan_tiles, varlen_attention
-from qwen2vl_kernels._attention_library import FLASH, Call, peer_of, why_not
-from qwen2vl_kernels._backend import unavailable
-from qwen2vl_kernels._tiles import TilePlan
+from qwen2vl_kernels import BackendError, plan_tiles, varlen_attention
+from qwen2vl_kernels.core import attention_peers, launching, tile_plan
+from qwen2vl_kernels.core.attention_peers import FLASH, Call, peer_of, why_not
+from qwen2vl_kernels.core.backends import unavailable
+from qwen2vl_kernels.core.tile_plan import TilePlan
+from qwen2vl_kernels.ops import varlen_attention as op
 from qwen2vl_kernels.ops.varlen_attention import varlen_attention_ref
+from qwen2vl_kernels.triton import tail
 from tests.conftest import DEVICE, assert_two_times
 
 SCALE = 0.3
@@ -165,7 +168,7 @@ def test_boundaries_that_may_change_and_a_longest_segment_of_one_row(stand_in, p
         if longest == 1:
             cu = torch.arange(4, dtype=torch.int32)
             plan.update_(cu)
-        out, lse = _attention_library.forward(name, *inputs, plan, longest, False, SCALE, keep=False)
+        out, lse = op.peer_forward(name, *inputs, plan, longest, False, SCALE, keep=False)
         assert lse is None and torch.equal(out, varlen_attention_ref(*inputs, cu, False, SCALE))
     other = torch.tensor([0, 2, 3, 4], dtype=torch.int32)
     plan.update_(other)
@@ -220,12 +223,12 @@ def test_a_plan_takes_no_segment_longer_than_a_grid(stand_in, pack, monkeypatch,
     plan = plan_tiles(cu.clone(), 17, padded=True)
 
     def replay():
-        return _attention_library.forward(name, *inputs, plan, 9, False, SCALE, keep=False)[0]
+        return op.peer_forward(name, *inputs, plan, 9, False, SCALE, keep=False)[0]
 
     assert plan.update_(torch.tensor([0, 0, 0, 17], dtype=torch.int32)).longest == 17, "nothing was captured"
     plan.update_(cu)
     with monkeypatch.context() as patch:
-        patch.setattr(_tiles, "_capturing", lambda device: True)
+        patch.setattr(tile_plan, "_capturing", lambda device: True)
         assert torch.equal(replay(), varlen_attention_ref(*inputs, cu, False, SCALE))
     fits, longer = (torch.tensor(b, dtype=torch.int32) for b in ([0, 2, 11, 17], [0, 1, 1, 11]))
     assert torch.equal(plan.update_(fits).bounds(), fits) and plan.longest == 9
@@ -271,13 +274,13 @@ def test_a_max_seqlen_that_is_too_small_reaches_no_kernel(stand_in, pack):
 @pytest.mark.parametrize("triton", [True, False], ids=["kernel", "masked_fill_"])
 @pytest.mark.parametrize(("total", "held"), [(300, 130), (300, 0), (300, 300), (64, 63), (65, 1)])
 def test_zeros_past_what_a_device_knows(total, held, triton, monkeypatch):
-    if triton and (reason := _triton.reason(DEVICE)) is not None:
+    if triton and (reason := launching.reason(DEVICE)) is not None:
         pytest.skip(reason)
-    monkeypatch.setattr(_tail, "reason", lambda kind: None if triton else "left out")
+    monkeypatch.setattr(tail, "reason", lambda kind: None if triton else "left out")
     for shape, dtype in (((16, 80), torch.bfloat16), ((3, 5), torch.float32), ((28, 128), torch.float16)):
         x = torch.full((total, *shape), torch.nan, dtype=dtype, device=DEVICE)
         x[:held] = 1
-        _tail.zero_past(x, torch.tensor([0, 0, held], dtype=torch.int32, device=DEVICE))
+        tail.zero_past(x, torch.tensor([0, 0, held], dtype=torch.int32, device=DEVICE))
         assert (x[:held] == 1).all() and (x[held:] == 0).all()
 
 
@@ -373,13 +376,13 @@ def installed(monkeypatch):
                 raise ImportError(f"No module named {name!r}")
             return made["flash_attn 2.6" if older and name == "flash_attn.flash_attn_interface" else name]
 
-        for asked in (_attention_library._loaded, _attention_library._backward_of):
+        for asked in (attention_peers._loaded, attention_peers._backward_of):
             asked.cache_clear()
-        monkeypatch.setattr(_attention_library, "importlib", types.SimpleNamespace(import_module=importing))
+        monkeypatch.setattr(attention_peers, "importlib", types.SimpleNamespace(import_module=importing))
         return kernel
 
     yield install
-    for asked in (_attention_library._loaded, _attention_library._backward_of):
+    for asked in (attention_peers._loaded, attention_peers._backward_of):
         asked.cache_clear()
 
 
@@ -442,9 +445,9 @@ def test_flash_is_the_newest_that_serves_the_call(installed):
 )
 def test_a_build_is_asked_what_it_was_made_without(installed, monkeypatch, module, part, changed):
     installed(module)
-    finds, flags = _attention_library.importlib.import_module, {}
+    finds, flags = attention_peers.importlib.import_module, {}
     configs = {module.replace("interface", "config"): types.SimpleNamespace(CONFIG={"build_flags": flags})}
-    monkeypatch.setattr(_attention_library.importlib, "import_module", lambda name: configs.get(name) or finds(name))
+    monkeypatch.setattr(attention_peers.importlib, "import_module", lambda name: configs.get(name) or finds(name))
     call = replace(CALL, **changed)
     assert why_not(module, call) is None
     flags[f"FLASHATTENTION_DISABLE_{part}"] = True
@@ -477,17 +480,15 @@ def test_they_run_on_the_gpu_of_their_tensors(monkeypatch):
     def gradients(dout, q, **_):
         entered.append("backward")
 
-    monkeypatch.setattr(
-        _attention_library, "_loaded", lambda name: types.SimpleNamespace(flash_attn_varlen_func=attend)
-    )
-    monkeypatch.setattr(_attention_library, "_backward_of", lambda name: (gradients, {"dout", "q"}))
+    monkeypatch.setattr(attention_peers, "_loaded", lambda name: types.SimpleNamespace(flash_attn_varlen_func=attend))
+    monkeypatch.setattr(attention_peers, "_backward_of", lambda name: (gradients, {"dout", "q"}))
     monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
     for index, around in ((0, False), (1, True)):
         device = torch.device("cuda", index)
         q = types.SimpleNamespace(is_cuda=True, device=device, shape=(1,), dtype=torch.bfloat16)
         entered.clear()
-        _attention_library._flash_forward("flash_attn", q, q, q, None, 2, False, 1.0, False)
-        _attention_library._flash_backward("flash_attn", q, q, q, q, q, None, None, 2, False, 1.0)
+        attention_peers._flash_forward("flash_attn", q, q, q, None, 2, False, 1.0, False)
+        attention_peers._flash_backward("flash_attn", q, q, q, q, q, None, None, 2, False, 1.0)
         want = [device, "forward", None, device, "backward", None] if around else ["forward", "backward"]
         assert entered == want
 
@@ -501,7 +502,7 @@ def test_determinism_that_is_demanded_between_forward_and_backward(installed, pa
     torch.use_deterministic_algorithms(True)
     try:
         with pytest.raises(RuntimeError, match=r"the backward of cudnn is not deterministic, and .* call it before"):
-            _attention_library.backward("cudnn", *arguments)
+            attention_peers.backward("cudnn", *arguments)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -515,11 +516,11 @@ def test_a_backward_of_another_form_is_not_called(installed):
 
 @pytest.mark.parametrize("flash", FLASH, ids=lambda flash: flash.module)
 def test_installed_modules_have_the_arguments_that_are_relied_on(flash):
-    module = _attention_library._loaded(flash.module)
+    module = attention_peers._loaded(flash.module)
     if isinstance(module, str):
         pytest.skip(f"{flash.module}: {module}")
     if flash.backward is not None:
-        assert not isinstance(_attention_library._backward_of(flash.module), str)
+        assert not isinstance(attention_peers._backward_of(flash.module), str)
 
 
 # --------------------------------------------------------------------------------------------------- refusals
@@ -556,15 +557,15 @@ def test_installed_modules_have_the_arguments_that_are_relied_on(flash):
 def test_what_they_refuse(name, changed, reason, installed, monkeypatch):
     installed(*ALL)
     for asked in ("torch_reason", "cudnn_reason"):
-        monkeypatch.setattr(_attention_library, asked, lambda: None)
-    monkeypatch.setattr(_attention_library, "_torch_version", lambda: (2, 13))
+        monkeypatch.setattr(attention_peers, asked, lambda: None)
+    monkeypatch.setattr(attention_peers, "_torch_version", lambda: (2, 13))
     assert why_not(name, CALL) is None
     assert reason in (why_not(name, replace(CALL, **changed)) or "")
 
 
 def test_cudnns_backward_where_pytorch_is_right(monkeypatch):
-    monkeypatch.setattr(_attention_library, "cudnn_reason", lambda: None)
-    monkeypatch.setattr(_attention_library, "_torch_version", lambda: (2, 14))
+    monkeypatch.setattr(attention_peers, "cudnn_reason", lambda: None)
+    monkeypatch.setattr(attention_peers, "_torch_version", lambda: (2, 14))
     call = replace(CALL, gradients=True)
     assert why_not("cudnn", call) is None
     assert "sums with atomics" in (why_not("cudnn", replace(call, repeatable=True)) or "")

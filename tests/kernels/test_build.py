@@ -144,8 +144,8 @@ def test_a_wheel_from_the_sdist_works_from_an_empty_folder(tmp_path):
     assert {str(path.relative_to(ROOT)) for path in CSRC.rglob("*") if path.is_file()} <= packed
     run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(wheel), path=str(blocker))
     code = (
-        "import qwen2vl, qwen2vl_kernels, qwen2vl_kernels._native as n\n"
-        "from qwen2vl.small import folder\n"
+        "import qwen2vl, qwen2vl_kernels, qwen2vl_kernels.core.native as n\n"
+        "from qwen2vl.assets import folder\n"
         "print(qwen2vl.__file__, n.cpu_reason(), n.cuda_reason(), qwen2vl.Qwen2VL.__name__, folder())\n"
     )
     # -S: an editable install of this tree hooks itself into imports there and would lend its own extensions.

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import qwen2vl_kernels as K
-from qwen2vl_kernels import BackendError, _native, use_backend
-from qwen2vl_kernels._backend import PREFERENCE, resolve, table, unavailable
+from qwen2vl_kernels import BackendError, use_backend
+from qwen2vl_kernels.core import native
+from qwen2vl_kernels.core.backends import PREFERENCE, resolve, table, unavailable
 
 
 def _x(*shape):
@@ -91,11 +92,9 @@ def test_compiles_without_a_graph_break(name):
 
 def test_whether_the_cuda_extension_serves_is_no_break_in_a_graph(monkeypatch):
     """Asking it is a call into C++, which is not to be traced."""
-    asked = SimpleNamespace(device_problem=lambda device: (_native.cpu().build_info(), None)[1])
-    monkeypatch.setattr(_native, "_cuda", asked)
-    run = torch.compile(
-        lambda x: x + (1 if _native._device_reason(123) is None else 2), fullgraph=True, backend="eager"
-    )
+    asked = SimpleNamespace(device_problem=lambda device: (native.cpu().build_info(), None)[1])
+    monkeypatch.setattr(native, "_cuda", asked)
+    run = torch.compile(lambda x: x + (1 if native._device_reason(123) is None else 2), fullgraph=True, backend="eager")
     assert run(torch.zeros(2)).tolist() == [1, 1]
 
 

@@ -54,7 +54,7 @@ def test_random_input_finds_nothing(sanitizers, tmp_path):
 _GROWTH = """
 import sys
 import numpy, psutil, torch
-import qwen2vl.image
+import qwen2vl.media.image
 
 torch.set_num_threads(1)
 keep = sys.argv[1] == "keep"
@@ -65,7 +65,7 @@ kept = []
 def images(count):
     for _ in range(count):
         height, width = random.integers(8, 200, 2)
-        made = qwen2vl.image.preprocess_image(noise[:height, :width, : random.choice([3, 4])])
+        made = qwen2vl.media.image.preprocess_image(noise[:height, :width, : random.choice([3, 4])])
         if keep:
             kept.append(made)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import qwen2vl_kernels as K
-from qwen2vl_kernels._backend import unavailable
+from qwen2vl_kernels.core.backends import unavailable
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,11 +8,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from qwen2vl_kernels import _native, image_to_patches, images_to_patches, use_backend
+from qwen2vl_kernels import image_to_patches, images_to_patches, use_backend
+from qwen2vl_kernels.core import native
 from qwen2vl_kernels.ops.image_to_patches import _Frame, _options, _run_native, _value_table
 
 BICUBIC = Image.Resampling.BICUBIC
-KERNELS = _native.cpu().row_kernels()  # instruction sets of this machine
+KERNELS = native.cpu().row_kernels()  # instruction sets of this machine
 PILLOW = int(PIL.__version__.split(".")[0])
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -327,11 +328,11 @@ def test_the_extension_checks_what_it_is_given(change):
     for at, value in change.items():
         frame[at] = value
     with pytest.raises(ValueError):
-        _native.cpu().image_to_patches([tuple(frame)], (14, 2, 0, 0, 1, 0))
+        native.cpu().image_to_patches([tuple(frame)], (14, 2, 0, 0, 1, 0))
 
 
 @pytest.mark.parametrize("options", [(0, 2, 0, 0, 1, 0), (14, 2, 3, 0, 1, 0), (14, 2, 1, 0, 1, 0), (14, 2, 0, 0, 0, 0),
                                      (14, 2, 0, 0, 1, 99)])  # fmt: skip
 def test_the_extension_checks_its_options(options):
     with pytest.raises(ValueError):
-        _native.cpu().image_to_patches([], options)
+        native.cpu().image_to_patches([], options)

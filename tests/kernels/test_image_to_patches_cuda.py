@@ -16,7 +16,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qwen2vl_kernels import _native, image_to_patches, images_to_patches
+from qwen2vl_kernels import image_to_patches, images_to_patches
+from qwen2vl_kernels.core import native
 from qwen2vl_kernels.ops.image_to_patches import _DTYPES, _Frame, _options, _raw, _run_native
 
 from .mrope_layouts import needs
@@ -190,23 +191,23 @@ def test_frames_of_one_size_may_go_to_places_of_other_strides(sanitized):
 # ------------------------------------------------------------------------------------- what the extension refuses
 
 
-@pytest.mark.skipif(_native._cuda is None, reason="the CUDA extension is not built")
+@pytest.mark.skipif(native._cuda is None, reason="the CUDA extension is not built")
 @pytest.mark.parametrize("change", [{1: 0}, {3: 2}, {5: 30}, {7: 0}, {10: 0}, {0: 0}, {2: 2**40}])
 def test_the_extension_checks_what_it_is_given(change):
     frame = [16, 30, 30, 3, 90, 28, 28, 16, 588, 196, 1]
     for at, value in change.items():
         frame[at] = value
     with pytest.raises(ValueError):
-        _native.cuda().image_to_patches_workspace_bytes([tuple(frame)], (14, 2, 0, 0, 1, 0))
+        native.cuda().image_to_patches_workspace_bytes([tuple(frame)], (14, 2, 0, 0, 1, 0))
     with pytest.raises(ValueError):
-        _native.cuda().image_to_patches([tuple(frame)], (14, 2, 0, 0, 1, 0), 16, 0, 0)
+        native.cuda().image_to_patches([tuple(frame)], (14, 2, 0, 0, 1, 0), 16, 0, 0)
 
 
-@pytest.mark.skipif(_native._cuda is None, reason="the CUDA extension is not built")
+@pytest.mark.skipif(native._cuda is None, reason="the CUDA extension is not built")
 def test_a_clip_needs_no_more_memory_than_a_launch_of_it():
     frame = (16, 1080, 1920, 3, 5760, 560, 980, 16, 1176, 392, 1)
     one, many = (
-        _native.cuda().image_to_patches_workspace_bytes([frame] * count, (14, 2, 0, 0, 1, 0)) for count in (1, 768)
+        native.cuda().image_to_patches_workspace_bytes([frame] * count, (14, 2, 0, 0, 1, 0)) for count in (1, 768)
     )
     assert one < 4 << 20 and many < 25 << 20
 

@@ -22,7 +22,7 @@ from qwen2vl_kernels import (
     swiglu,
     varlen_attention,
 )
-from qwen2vl_kernels._backend import unavailable
+from qwen2vl_kernels.core.backends import unavailable
 from tests.conftest import DEVICE
 
 if (reason := unavailable("triton", DEVICE)) is not None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qwen2vl_kernels import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from qwen2vl_kernels._backend import unavailable
+from qwen2vl_kernels.core.backends import unavailable
 from qwen2vl_kernels.ops.layer_norm import add_layer_norm_ref, layer_norm_ref
 from qwen2vl_kernels.ops.rms_norm import add_rms_norm_ref, rms_norm_ref
 from tests.conftest import DEVICE, assert_two_times

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qwen2vl_kernels._backend import PREFERENCE, unavailable
+from qwen2vl_kernels.core.backends import PREFERENCE, unavailable
 from tests.conftest import DEVICE
 
 from .one_of_each import main

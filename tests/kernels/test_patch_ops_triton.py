@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from qwen2vl_kernels import fold_patch_embed, patch_embed, patch_merge
-from qwen2vl_kernels._backend import unavailable
-from qwen2vl_kernels._linear import launch_linear
+from qwen2vl_kernels.core.backends import unavailable
 from qwen2vl_kernels.ops.patch_embed import patch_embed_ref
 from qwen2vl_kernels.ops.patch_merge import block_order, gather_blocks_ref, patch_merge_ref
+from qwen2vl_kernels.triton.gemm import launch_linear
 from tests.conftest import DEVICE, assert_two_times
 
 from .poison import poisoned  # noqa: F401

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qwen2vl_kernels import _product
+from qwen2vl_kernels.core import matmul
 from tests.conftest import assert_two_times
 
 
@@ -18,11 +18,11 @@ def layer(request):
 @pytest.mark.parametrize("shape", [(40,), (2, 20)], ids=str)
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_slow_products_are_made_in_float32_and_rounded_once(monkeypatch, layer, shape, with_bias):
-    monkeypatch.setattr(_product, "slow_on_cpu", lambda dtype: True)
+    monkeypatch.setattr(matmul, "slow_on_cpu", lambda dtype: True)
     x, weight, bias = layer
     x, bias = x.view(*shape, 96), bias if with_bias else None
     with torch.no_grad():
-        got = _product.linear(x, weight, bias)
+        got = matmul.linear(x, weight, bias)
     wide = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
     assert torch.equal(got, wide.to(x.dtype))
     exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
@@ -31,15 +31,15 @@ def test_slow_products_are_made_in_float32_and_rounded_once(monkeypatch, layer, 
 
 @pytest.mark.parametrize("why", ["fast", "few rows", "gradients"])
 def test_others_are_pytorchs_own(monkeypatch, layer, why):
-    monkeypatch.setattr(_product, "slow_on_cpu", lambda dtype: why != "fast")
+    monkeypatch.setattr(matmul, "slow_on_cpu", lambda dtype: why != "fast")
     x, weight, bias = layer
     x = x[:8] if why == "few rows" else x
     seen = []
     monkeypatch.setattr(F, "linear", lambda *given: seen.append(given) or x)
     with torch.set_grad_enabled(why == "gradients"):
-        _product.linear(x, weight, bias)
+        matmul.linear(x, weight, bias)
     assert [given[0].dtype for given in seen] == [x.dtype] and seen[0][1] is weight
 
 
 def test_float32_is_never_slow():
-    assert not _product.slow_on_cpu(torch.float32)
+    assert not matmul.slow_on_cpu(torch.float32)

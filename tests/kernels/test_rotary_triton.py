@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from qwen2vl_kernels import mrope, mrope_, vision_rope, vision_rope_, vision_rope_qkv_, vision_rope_tables
-from qwen2vl_kernels._backend import unavailable
-from qwen2vl_kernels._rotary import Angles, launch_rotation
+from qwen2vl_kernels.core.backends import unavailable
 from qwen2vl_kernels.ops.mrope import mrope_ref
 from qwen2vl_kernels.ops.vision_rope import vision_rope_ref, vision_rope_tables_ref
+from qwen2vl_kernels.triton.rotary import Angles, launch_rotation
 from tests.conftest import DEVICE, assert_two_times
 
 if (reason := unavailable("triton", DEVICE)) is not None:

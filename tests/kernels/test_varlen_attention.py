@@ -5,7 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from qwen2vl_kernels import _attention_choice, use_backend, varlen_attention
+from qwen2vl_kernels import use_backend, varlen_attention
+from qwen2vl_kernels.core import attention_choice
 from qwen2vl_kernels.ops.varlen_attention import varlen_attention_ref
 from tests.conftest import assert_two_times
 
@@ -139,7 +140,7 @@ def test_gradients():
 
 @pytest.mark.parametrize(("slow", "name", "other"), [(False, "blocked", "sdpa"), (True, "sdpa", "blocked")])
 def test_bf16_inference_is_blocked_where_the_cpu_has_products_of_it(monkeypatch, slow, name, other):
-    monkeypatch.setattr(_attention_choice, "slow_on_cpu", lambda dtype: slow)
+    monkeypatch.setattr(attention_choice, "slow_on_cpu", lambda dtype: slow)
     q, k, v, cu, longest = _pack([300], dtype=torch.bfloat16)
     got, want, not_it = (varlen_attention(q, k, v, cu, longest, backend=b) for b in (None, name, other))
     assert torch.equal(got, want) and not torch.equal(got, not_it)

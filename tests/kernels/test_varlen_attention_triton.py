@@ -7,15 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen2vl_kernels import _attention, plan_tiles, varlen_attention
-from qwen2vl_kernels._attention import forward_config, launch_forward
-from qwen2vl_kernels._attention_backward import launch_backward
-from qwen2vl_kernels._backend import unavailable
-from qwen2vl_kernels._head import column_blocks
-from qwen2vl_kernels._rotary import rotate
-from qwen2vl_kernels._tiles import make_tiles, plan_for
-from qwen2vl_kernels._triton import Target
+from qwen2vl_kernels import plan_tiles, varlen_attention
+from qwen2vl_kernels.core.backends import unavailable
+from qwen2vl_kernels.core.launching import Target
+from qwen2vl_kernels.core.tile_plan import make_tiles, plan_for
 from qwen2vl_kernels.ops.varlen_attention import varlen_attention_ref
+from qwen2vl_kernels.triton import attention_forward
+from qwen2vl_kernels.triton.attention_backward import launch_backward
+from qwen2vl_kernels.triton.attention_forward import forward_config, launch_forward
+from qwen2vl_kernels.triton.attention_head import column_blocks
+from qwen2vl_kernels.triton.rotary import rotate
 from tests.conftest import DEVICE, assert_two_times
 
 from .poison import poisoned  # noqa: F401
@@ -259,7 +260,7 @@ def test_rotary_tables_fused_and_in_a_pass_of_their_own(columns, causal, dtype, 
     fused = _results(run, q, k, v, grad)
     with torch.no_grad():
         assert torch.equal(run(q, k, v), fused[0])
-    monkeypatch.setattr(_attention, "FUSED_ROPE_MAX_SEQLEN", 0)
+    monkeypatch.setattr(attention_forward, "FUSED_ROPE_MAX_SEQLEN", 0)
     apart = _results(run, q, k, v, grad)
     assert all(torch.equal(one, two) for one, two in zip(inside, kept, strict=True))  # what was given is as it was
     assert all(torch.equal(one, two) for one, two in zip(fused, apart, strict=True))

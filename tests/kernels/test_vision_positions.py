@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen2vl_kernels import BackendError, _native, vision_positions
+from qwen2vl_kernels import BackendError, vision_positions
+from qwen2vl_kernels.core import native
 
 from .mrope_layouts import needs
 from .on_host import SANITIZERS, build_on_host
@@ -75,7 +76,7 @@ def test_grids_of_any_content_are_served_or_refused(grids, merge_size, backend):
 def test_the_extension_never_writes_past_its_room(patches):
     grids, out = torch.tensor([[1, 4, 4]]), torch.full((16, 2), -7)
     with pytest.raises(ValueError):
-        _native.cpu().vision_positions(_native.view(grids), 1, 2, patches, out.data_ptr())
+        native.cpu().vision_positions(native.view(grids), 1, 2, patches, out.data_ptr())
     assert (out == -7).all()
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from examples.demo.checkpoint import small_config, write_random_checkpoint
 from qwen2vl import Processor, Qwen2VL
-from qwen2vl.demo.checkpoint import small_config, write_random_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ import av
 import numpy as np
 from PIL import Image
 
-from qwen2vl.image import IMAGE_MEAN, IMAGE_STD
-from qwen2vl.inspection import patches_to_frames
-from qwen2vl.video import VideoPatches
+from qwen2vl.media.image import IMAGE_MEAN, IMAGE_STD
+from qwen2vl.media.inspection import patches_to_frames
+from qwen2vl.media.video import VideoPatches
 
 
 def noise(height: int, width: int, *, channels: int = 3, seed: int = 0) -> np.ndarray:

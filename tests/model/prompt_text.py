@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from qwen2vl.prompt import Media, Segment, Text
+from qwen2vl.prompt.chatml import Media, Segment, Text
 
 
 def segments_to_text(segments: Sequence[Segment]) -> str:

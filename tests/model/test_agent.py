@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from examples.demo.checkpoint import write_random_checkpoint
 from qwen2vl import GenerationConfig, Processor, Qwen2VL
-from qwen2vl.actions import STYLES
-from qwen2vl.agent import model_writer, run_agent
-from qwen2vl.demo.checkpoint import write_random_checkpoint
+from qwen2vl.agents.actions import STYLES
+from qwen2vl.agents.function_calls import Action, Call, Result, declare_actions, render_call, render_turn
+from qwen2vl.agents.loop import model_writer, run_agent
 from qwen2vl.errors import ContextLengthError, FunctionCallError, PromptError
-from qwen2vl.function_calls import Action, Call, Result, declare_actions, render_call, render_turn
 from tests.model.prompt_text import segments_to_text
 
 WALK = Action("Walk", "Take steps.", [{"name": "by", "description": "how many", "required": True}])
@@ -219,7 +219,7 @@ def test_earlier_images_are_left_out_of_what_the_model_is_shown():
     )
 )  # fmt: skip
 def test_whatever_a_model_writes_the_loop_ends_and_its_conversation_can_be_rendered(texts):
-    from qwen2vl.prompt import render
+    from qwen2vl.prompt.chatml import render
 
     episode = run_agent(Script(*texts), corridor := Corridor(), max_steps=4)
     assert episode.outcome in ("done", "answered", "step limit", "error limit")

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
+from examples.demo.checkpoint import small_config
 from qwen2vl import GenerationConfig, Qwen2VL, generate
-from qwen2vl.demo.checkpoint import small_config
 from qwen2vl_kernels import use_backend
-from qwen2vl_kernels._attention_library import FLASH
+from qwen2vl_kernels.core.attention_peers import FLASH
 from qwen2vl_kernels.ops import kvcache_attention, varlen_attention
 from tests.conftest import assert_two_times, triton_where_it_serves
 
@@ -35,7 +35,7 @@ def test_eager_runs_the_references_only(model, monkeypatch):
 
 @pytest.mark.parametrize("module", [varlen_attention, kvcache_attention], ids=lambda m: m.__name__.split(".")[-1])
 def test_every_table_entry_has_an_implementation(module):
-    from qwen2vl_kernels._backend import PREFERENCE
+    from qwen2vl_kernels.core.backends import PREFERENCE
 
     op = module.__name__.split(".")[-1]
     implemented = set(module._BACKENDS)

@@ -19,13 +19,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import qwen2vl_kernels
+from examples.demo.checkpoint import small_config, write_random_checkpoint
+from examples.demo.media import draw_scene, write_video
 from qwen2vl import GenerationConfig, Processor, Qwen2VL, generate
 from qwen2vl.cli import app
 from qwen2vl.cli.common import printable
-from qwen2vl.demo.checkpoint import small_config, write_random_checkpoint
-from qwen2vl.demo.media import draw_scene, write_video
-from qwen2vl_kernels import _backend
-from qwen2vl_kernels._product import slow_on_cpu
+from qwen2vl_kernels.core import backends
+from qwen2vl_kernels.core.matmul import slow_on_cpu
 from qwen2vl_kernels.ops import varlen_attention
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -252,7 +252,7 @@ def test_control_characters_do_not_reach_a_terminal():
 def test_chat_is_a_conversation(run, monkeypatch):
     """Two turns with media equal the same messages through the API, and no file is decoded twice."""
     opened = []
-    module = importlib.import_module("qwen2vl.processor")
+    module = importlib.import_module("qwen2vl.prompt.processor")
     read_image, read_video = module.preprocess_image, module.preprocess_video
     monkeypatch.setattr(module, "preprocess_image", lambda s, **k: opened.append(s) or read_image(s, **k))
     monkeypatch.setattr(module, "preprocess_video", lambda s, **k: opened.append(s) or read_video(s, **k))
@@ -362,7 +362,7 @@ def test_info(run):
     assert facts["versions"]["torch"] and facts["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     for device in ("cpu", "cuda"):
         rows = facts["backends"][device]
-        assert [tuple(r.values()) for r in rows] == _backend.table(device) and all(r["why"] for r in rows)
+        assert [tuple(r.values()) for r in rows] == backends.table(device) and all(r["why"] for r in rows)
         served = [row[kind] for row in facts["attention"][device] for kind in varlen_attention.KINDS]
         assert all(of["why"] for of in served)
         for measured in [of["measured"] for of in rows + served if of["measured"]]:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from examples.demo.checkpoint import small_config
 from qwen2vl import Qwen2VL
 from qwen2vl.cache import KVCache
-from qwen2vl.demo.checkpoint import small_config
 from qwen2vl.text import Pack
 from qwen2vl.vision import Pack as VisionPack
 from qwen2vl_kernels import plan_tiles, use_backend

@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 
 import qwen2vl.model
 import qwen2vl_kernels
-from qwen2vl import Call, Qwen2VL, small
-from qwen2vl.demo import trained
-from qwen2vl.demo.__main__ import demo
-from qwen2vl.demo.media import draw_scene
-from qwen2vl.synthetic import generate as make_sample
-from qwen2vl.synthetic import play
+from examples.demo import trained
+from examples.demo.__main__ import demo
+from examples.demo.media import draw_scene
+from qwen2vl import Call, Qwen2VL, assets
+from qwen2vl.samples import generate as make_sample
+from qwen2vl.samples import play
 
 app = typer.Typer()
 app.command()(demo)
@@ -77,7 +77,7 @@ def test_a_game_is_shown_with_its_taps(tmp_path):
 
 
 def test_without_the_small_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(small, "FOLDER", tmp_path / "none")
+    monkeypatch.setattr(assets, "FOLDER", tmp_path / "none")
     result = CliRunner().invoke(app, ["--out", str(tmp_path)])
     assert result.exit_code == 1 and "the small model is not in this installation" in result.stderr
 

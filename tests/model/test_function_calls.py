@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen2vl.actions import STYLES
-from qwen2vl.errors import FunctionCallError
-from qwen2vl.function_calls import (
+from qwen2vl.agents.actions import STYLES
+from qwen2vl.agents.function_calls import (
     Action,
     Call,
     Result,
@@ -22,7 +21,8 @@ from qwen2vl.function_calls import (
     render_turn,
     stop_words,
 )
-from qwen2vl.prompt import Control, render
+from qwen2vl.errors import FunctionCallError
+from qwen2vl.prompt.chatml import Control, render
 
 WORDS = {
     "paper": ["*FUNCTION*", "*ARGS*", "*RESULT*", "*RETURN*"],

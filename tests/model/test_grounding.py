@@ -8,8 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from qwen2vl.errors import GroundingError, MediaError
-from qwen2vl.grounding import (
+from qwen2vl.agents.grounding import (
     Box,
     Grounded,
     Quad,
@@ -26,8 +25,9 @@ from qwen2vl.grounding import (
     to_qwen25,
     to_thousandths,
 )
-from qwen2vl.image import smart_resize
-from qwen2vl.tokenizer import GROUNDING_TOKENS
+from qwen2vl.errors import GroundingError, MediaError
+from qwen2vl.media.image import smart_resize
+from qwen2vl.prompt.tokenizer import GROUNDING_TOKENS
 
 CAT = "<|object_ref_start|>the cat<|object_ref_end|>"
 BOX = "<|box_start|>(1,2),(30,40)<|box_end|>"

@@ -11,7 +11,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as their_smart_resize
 
 from qwen2vl.errors import MediaError
-from qwen2vl.image import PatchBuffer, load_image, preprocess_image, smart_resize
+from qwen2vl.media.image import PatchBuffer, load_image, preprocess_image, smart_resize
 from tests.model.media_fixtures import (
     encode_image,
     noise,

@@ -7,7 +7,13 @@ import pytest
 from PIL import Image
 
 from qwen2vl.errors import MediaError
-from qwen2vl.inspection import draw_contact_sheet, draw_patch_grid, patches_to_frames, plot_positions, position_ids
+from qwen2vl.media.inspection import (
+    draw_contact_sheet,
+    draw_patch_grid,
+    patches_to_frames,
+    plot_positions,
+    position_ids,
+)
 from qwen2vl_kernels import images_to_patches
 
 MAGENTA = (235, 20, 130)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from examples.demo.checkpoint import write_random_checkpoint
+from examples.demo.media import write_video
 from qwen2vl import GenerationConfig, Processor, Qwen2VL, generate
-from qwen2vl.demo.checkpoint import write_random_checkpoint
-from qwen2vl.demo.media import write_video
 from qwen2vl.errors import Qwen2VLError
 from tests.integrations.fakes.modules import install
 

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qwen2vl.errors import MediaError
-from qwen2vl.image import load_image, preprocess_image
-from qwen2vl.video import preprocess_video
+from qwen2vl.media.image import load_image, preprocess_image
+from qwen2vl.media.video import preprocess_video
 from tests.model.media_fixtures import (
     encode_image,
     noise,
@@ -202,7 +202,7 @@ def test_damaged_metadata_is_passed_over_in_silence(tmp_path):
     (tmp_path / "samples.tiff").write_bytes(tiff)
     code = """if True:
         import sys, qwen2vl.errors
-        from qwen2vl.image import load_image
+        from qwen2vl.media.image import load_image
         for path in sys.argv[1:]:
             try:
                 print(load_image(path).shape)
@@ -303,7 +303,7 @@ def test_remote_failures(server, path, match):
 
 @pytest.mark.parametrize("path", ["/slow-headers", "/slow-body"])
 def test_a_trickle_does_not_outlast_the_deadline(server, monkeypatch, path):
-    monkeypatch.setattr("qwen2vl.media_source.REMOTE_DEADLINE", 0.4)
+    monkeypatch.setattr("qwen2vl.media.sources.REMOTE_DEADLINE", 0.4)
     begin = time.monotonic()
     with pytest.raises(MediaError, match=r"took longer than 0\.4 s to arrive"):
         load_image(server[0] + path, allow_remote=True)
@@ -312,7 +312,7 @@ def test_a_trickle_does_not_outlast_the_deadline(server, monkeypatch, path):
 
 def test_a_silent_server_is_left_at_the_deadline(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr("qwen2vl.media_source.REMOTE_DEADLINE", 0.4)
+    monkeypatch.setattr("qwen2vl.media.sources.REMOTE_DEADLINE", 0.4)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(MediaError, match="took longer than"):
         load_image(f"http://127.0.0.1:{silent.getsockname()[1]}/", allow_remote=True)
 
@@ -326,7 +326,7 @@ def test_file_size_limit(tmp_path):
 
 
 def test_remote_size_limit_holds_without_a_declared_length(server, monkeypatch):
-    monkeypatch.setattr("qwen2vl.image.MAX_IMAGE_BYTES", 100)
+    monkeypatch.setattr("qwen2vl.media.image.MAX_IMAGE_BYTES", 100)
     with pytest.raises(MediaError, match="more than the limit of 100 bytes"):
         load_image(server[0] + "/ok", allow_remote=True)
 

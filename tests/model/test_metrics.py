@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwen2vl.agents.grounding import Box
 from qwen2vl.errors import Qwen2VLError
 from qwen2vl.evaluation.metrics import (
     anls,
@@ -18,7 +19,6 @@ from qwen2vl.evaluation.metrics import (
     recall,
     relaxed_accuracy,
 )
-from qwen2vl.grounding import Box
 
 short = st.text("abé中", max_size=6)
 boxes = st.builds(

@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
-import qwen2vl.processor
+import qwen2vl.prompt.processor
+from examples.demo.checkpoint import write_random_checkpoint
+from examples.demo.tokenizer import write_byte_tokenizer
 from qwen2vl.config import Qwen2VLConfig
-from qwen2vl.demo.checkpoint import write_random_checkpoint
-from qwen2vl.demo.tokenizer import write_byte_tokenizer
 from qwen2vl.errors import CheckpointError, MediaError, PromptError
-from qwen2vl.image import preprocess_image
+from qwen2vl.media.image import preprocess_image
+from qwen2vl.media.video import preprocess_video
 from qwen2vl.model import Qwen2VL
-from qwen2vl.processor import MediaInfo, Processor
-from qwen2vl.prompt import LOW_DETAIL_PIXELS, check_placeholders, render
-from qwen2vl.video import preprocess_video
+from qwen2vl.prompt.chatml import LOW_DETAIL_PIXELS, check_placeholders, render
+from qwen2vl.prompt.processor import MediaInfo, Processor
 from tests.model.prompt_text import segments_to_text
 
 IMAGE_PAD, VIDEO_PAD = 151655, 151656
@@ -150,7 +150,7 @@ def test_media_keep_their_order_and_are_read_once(processor, monkeypatch):
         read.append(source)
         return preprocess_image(source, **options)
 
-    monkeypatch.setattr(qwen2vl.processor, "preprocess_image", counting)
+    monkeypatch.setattr(qwen2vl.prompt.processor, "preprocess_image", counting)
     pictures = [picture(56 + 28 * n, 84, n) for n in range(4)]
     first = user({"image": pictures[0]}, {"text": "and"}, {"image": pictures[1]}) + user({"image": pictures[2]})
     inputs = processor([first, user({"image_url": pictures[3]})])

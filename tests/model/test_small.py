@@ -8,14 +8,14 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from qwen2vl import Processor, Qwen2VL, small
+from examples.demo.media import write_frames
+from qwen2vl import Processor, Qwen2VL, assets
 from qwen2vl.cli import app
 from qwen2vl.cli.common import video_options
-from qwen2vl.demo.media import write_frames
 from qwen2vl.evaluation.held_out import prompt_of
-from qwen2vl.synthetic import SKILLS
-from qwen2vl.synthetic import generate as make_sample
-from qwen2vl.synthetic.sample import from_ppm
+from qwen2vl.samples import SKILLS
+from qwen2vl.samples import generate as make_sample
+from qwen2vl.samples.sample import from_ppm
 
 #: Of the easiest reading and naming; a model that learned nothing has about 0.
 MIN_ACCURACY = 0.5
@@ -34,7 +34,7 @@ def picture(tmp_path_factory):
 
 
 def test_it_is_a_checkpoint_in_the_released_layout():
-    folder = small.folder()
+    folder = assets.folder()
     files = {path.name for path in folder.iterdir()}
     assert {"config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json"} <= files
     assert {"tokenizer_config.json", "model.safetensors"} <= files
@@ -48,7 +48,7 @@ def test_generate_answers_without_a_model(picture):
     result = run("generate", "--image", picture, "--prompt", "Read the text.", "-n", 8)
     assert result.exit_code == 0 and result.stdout.strip(), result.output
     facts = json.loads(run("generate", "--image", picture, "--prompt", "Read the text.", "-n", 8, "--json").stdout)
-    assert facts["text"] == result.stdout[:-1] and facts["model"] == str(small.FOLDER)
+    assert facts["text"] == result.stdout[:-1] and facts["model"] == str(assets.FOLDER)
     assert facts["media"][0]["resized_size"] == [56, 56]
 
 
@@ -64,7 +64,7 @@ def test_frames_of_a_video_keep_their_size(tmp_path):
     write_frames(tmp_path / "x.mp4", frames, size=sample.size, fps=2)
     result = run("generate", "--video", tmp_path / "x.mp4", "--prompt", "Where does it go?", "-n", 4, "--json")
     (video,) = json.loads(result.stdout)["media"]
-    asked = Processor.from_pretrained(small.FOLDER)(prompt_of(sample)).media[0]
+    asked = Processor.from_pretrained(assets.FOLDER)(prompt_of(sample)).media[0]
     assert video["grid_thw"] == list(asked.grid_thw) and video["resized_size"] == [56, 56]
     assert video_options("a", None, None, 2.0)["video_min_pixels"] is None
     assert video_options(None, None, 500, 2.0)["video_min_pixels"] == 500
@@ -85,7 +85,7 @@ def test_it_reads_and_names():
 
 
 def test_an_installation_without_it(picture, tmp_path, monkeypatch):
-    monkeypatch.setattr(small, "FOLDER", tmp_path / "none")
+    monkeypatch.setattr(assets, "FOLDER", tmp_path / "none")
     for args in (("generate", "--prompt", "hi"), ("chat",), ("eval", "--quick")):
         result = run(*args)
         assert result.exit_code == 1 and result.stderr.count("\n") == 1, result.output

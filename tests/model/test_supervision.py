@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from qwen2vl.demo.tokenizer import write_byte_tokenizer
+from examples.demo.tokenizer import write_byte_tokenizer
+from qwen2vl.agents.function_calls import Call, Result, render_turn
 from qwen2vl.errors import PromptError
-from qwen2vl.function_calls import Call, Result, render_turn
-from qwen2vl.processor import IGNORED, Processor
-from qwen2vl.tokenizer import CONTROL_TOKENS, GROUNDING_TOKENS, Tokenizer
+from qwen2vl.prompt.processor import IGNORED, Processor
+from qwen2vl.prompt.tokenizer import CONTROL_TOKENS, GROUNDING_TOKENS, Tokenizer
 
 CAT = "<|object_ref_start|>cat<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|>"
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import qwen2vl.video_decode
+import qwen2vl.media.decoding
 from qwen2vl.errors import MediaError
-from qwen2vl.inspection import patches_to_frames
-from qwen2vl.video import frame_count, frame_indices, frame_size, preprocess_video
+from qwen2vl.media.inspection import patches_to_frames
+from qwen2vl.media.video import frame_count, frame_indices, frame_size, preprocess_video
 from tests.model.media_fixtures import (
     encode_image,
     noise,
@@ -199,7 +199,7 @@ def test_seeking_reads_less_and_gives_the_same(tmp_path):
     path = tmp_path / "clip.mp4"
     write_video(str(path), numbered(400), gop=20, options={"bf": "3"})
     decoded = []
-    original = qwen2vl.video_decode._ticked_frames
+    original = qwen2vl.media.decoding._ticked_frames
 
     def counting(*arguments):
         for item in original(*arguments):
@@ -207,7 +207,7 @@ def test_seeking_reads_less_and_gives_the_same(tmp_path):
             yield item
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(qwen2vl.video_decode, "_ticked_frames", counting)
+        patch.setattr(qwen2vl.media.decoding, "_ticked_frames", counting)
         video = preprocess_video(path, start=12, num_frames=2, isolate=False)
     assert numbers(video) == [360, 399]
     assert len(decoded) < 100

@@ -15,16 +15,16 @@ import psutil
 import pytest
 from PIL import Image
 
-import qwen2vl.video
-import qwen2vl.video_process
+import qwen2vl.media.process
+import qwen2vl.media.video
 from qwen2vl.errors import MediaError
-from qwen2vl.image import PatchBuffer
-from qwen2vl.video import preprocess_video
+from qwen2vl.media.image import PatchBuffer
+from qwen2vl.media.video import preprocess_video
 from tests.model.media_fixtures import encode_image, noise, numbered, video_bytes
 
 
 def children():
-    return [child for child in psutil.Process().children() if "qwen2vl.video_process" in " ".join(child.cmdline())]
+    return [child for child in psutil.Process().children() if "qwen2vl.media.process" in " ".join(child.cmdline())]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def large():
 @pytest.fixture
 def child_says(monkeypatch):
     """Replace the child's program."""
-    return lambda program: monkeypatch.setattr(qwen2vl.video_process, "_CHILD", program)
+    return lambda program: monkeypatch.setattr(qwen2vl.media.process, "_CHILD", program)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_crash_in_the_middle(large, number):
 
 
 def test_a_hang_ends_with_the_time(child_says, large):
-    child_says("import time; time.sleep(100)  # qwen2vl.video_process")
+    child_says("import time; time.sleep(100)  # qwen2vl.media.process")
     begin = time.monotonic()
     with pytest.raises(MediaError, match=r"was not decoded within timeout = 0.3 s"):
         preprocess_video(large, timeout=0.3)
@@ -153,7 +153,7 @@ def test_nothing_is_left_after_many_videos(child_says, large):
 
 def test_the_child_is_light():
     """Neither torch nor the kernels: starting it would take seconds."""
-    code = "import sys, qwen2vl.video_process; print([m for m in ('torch', 'qwen2vl_kernels') if m in sys.modules])"
+    code = "import sys, qwen2vl.media.process; print([m for m in ('torch', 'qwen2vl_kernels') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
@@ -161,7 +161,7 @@ def test_decoding_goes_on_while_a_frame_is_resized(large, monkeypatch):
     """While the first frame is still being put, later ones arrive."""
     decoders, waiting = [], []
 
-    class Watched(qwen2vl.video.Decoder):
+    class Watched(qwen2vl.media.video.Decoder):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             decoders.append(self)
@@ -176,7 +176,7 @@ def test_decoding_goes_on_while_a_frame_is_resized(large, monkeypatch):
             waiting.append(decoders[0]._messages.qsize())
         put(self, index, frame)
 
-    monkeypatch.setattr(qwen2vl.video, "Decoder", Watched)
+    monkeypatch.setattr(qwen2vl.media.video, "Decoder", Watched)
     monkeypatch.setattr(PatchBuffer, "put", slow_put)
     preprocess_video(large, num_frames=10)
     assert waiting == [2]
@@ -185,7 +185,7 @@ def test_decoding_goes_on_while_a_frame_is_resized(large, monkeypatch):
 # VmHWM, not ru_maxrss: that one survives exec, so that a new process begins with the peak of who started it.
 MEASURE = """
 import json, psutil, sys
-from qwen2vl.video import preprocess_video
+from qwen2vl.media.video import preprocess_video
 def peak(process):
     lines = open(f"/proc/{process.pid}/status").read().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])

@@ -12,9 +12,9 @@ from av.stream import Disposition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import qwen2vl.video_decode
+import qwen2vl.media.decoding
 from qwen2vl.errors import MediaError
-from qwen2vl.video import preprocess_video
+from qwen2vl.media.video import preprocess_video
 from tests.model.media_fixtures import (
     encode_image,
     noise,
@@ -119,7 +119,7 @@ def test_truncated_behind_its_index_gives_what_is_there():
 
 
 def test_fewer_frames_than_promised(clip, monkeypatch):
-    original = qwen2vl.video_decode._ticked_frames
+    original = qwen2vl.media.decoding._ticked_frames
 
     def short(*arguments):
         for index, item in enumerate(original(*arguments)):
@@ -127,11 +127,11 @@ def test_fewer_frames_than_promised(clip, monkeypatch):
                 return
             yield item
 
-    monkeypatch.setattr(qwen2vl.video_decode, "_ticked_frames", short)
+    monkeypatch.setattr(qwen2vl.media.decoding, "_ticked_frames", short)
     video = preprocess_video(clip, num_frames=4, isolate=False)
     assert numbers(video) == [0, 30, 49, 49]
     np.testing.assert_allclose(video.frame_times, [0, 1, 49 / 30, 49 / 30])
-    monkeypatch.setattr(qwen2vl.video_decode, "_ticked_frames", lambda *arguments: iter(()))
+    monkeypatch.setattr(qwen2vl.media.decoding, "_ticked_frames", lambda *arguments: iter(()))
     with pytest.raises(MediaError, match="no frame could be decoded"):
         preprocess_video(clip, isolate=False)
 
@@ -156,11 +156,11 @@ def test_errors_other_than_ffmpegs_are_typed_too(clip):
 
 
 def test_huge_frames_are_refused(clip, monkeypatch):
-    monkeypatch.setattr(qwen2vl.video_decode, "MAX_SOURCE_FRAME_PIXELS", 5000)
+    monkeypatch.setattr(qwen2vl.media.decoding, "MAX_SOURCE_FRAME_PIXELS", 5000)
     with pytest.raises(MediaError, match="frames of 96 x 56 pixels, more than the limit of 5000"):
         preprocess_video(clip, isolate=False)
-    monkeypatch.setattr(qwen2vl.video_decode, "MAX_SOURCE_FRAME_PIXELS", 6000)
-    monkeypatch.setattr(qwen2vl.video_decode, "MAX_SOURCE_FRAMES", 89)
+    monkeypatch.setattr(qwen2vl.media.decoding, "MAX_SOURCE_FRAME_PIXELS", 6000)
+    monkeypatch.setattr(qwen2vl.media.decoding, "MAX_SOURCE_FRAMES", 89)
     with pytest.raises(MediaError, match="more than the limit of 89 frames"):
         preprocess_video(clip, isolate=False)
 
@@ -200,7 +200,7 @@ def test_missing_pyav_says_what_to_install(clip, monkeypatch):
 
 MEMORY_SCRIPT = """
 import sys
-from qwen2vl.video import preprocess_video
+from qwen2vl.media.video import preprocess_video
 def peak():  # not ru_maxrss, which survives exec and would begin with the peak of who started this process
     lines = open("/proc/self/status").read().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
@@ -227,7 +227,7 @@ def test_memory_is_bounded_by_the_result(tmp_path):
 NOISE_SCRIPT = """
 import sys
 from qwen2vl.errors import MediaError
-from qwen2vl.video import preprocess_video
+from qwen2vl.media.video import preprocess_video
 for path in sys.argv[1:]:
     try:
         preprocess_video(path)

@@ -7,9 +7,9 @@ import tarfile
 import numpy as np
 from PIL import Image
 
-from qwen2vl.demo.tokenizer import write_byte_tokenizer
-from qwen2vl.processor import Processor
-from qwen2vl.tokenizer import Tokenizer
+from examples.demo.tokenizer import write_byte_tokenizer
+from qwen2vl.prompt.processor import Processor
+from qwen2vl.prompt.tokenizer import Tokenizer
 
 
 def make_processor(folder):

@@ -13,7 +13,7 @@ from benchmarks import report
 from benchmarks.case import Context, Provider, Workload
 from benchmarks.cases import _training, train
 from benchmarks.run import run_case
-from qwen2vl.demo.checkpoint import small_config, write_random_checkpoint
+from examples.demo.checkpoint import small_config, write_random_checkpoint
 from qwen2vl.training.flops import layer_matrices
 from qwen2vl.training.packing import collate
 

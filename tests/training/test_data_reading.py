@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from qwen2vl.errors import DataError
-from qwen2vl.processor import Processor
+from qwen2vl.prompt.processor import Processor
 from qwen2vl.training.data import build_dataset
 from tests.training.data_files import chat, make_processor, numbers, write_jsonl, write_tar
 

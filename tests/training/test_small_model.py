@@ -11,15 +11,15 @@ import torch
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-from qwen2vl import small
+from examples.small.plan import PHASES, SEED, configuration
+from examples.small.results import GOALS, Goal, behind, error_rate, facts_of, mean, table
+from examples.small.shape import write_beginning
+from qwen2vl import assets
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.model import Qwen2VL
-from qwen2vl.processor import Processor
-from qwen2vl.small.plan import PHASES, SEED, configuration
-from qwen2vl.small.results import GOALS, Goal, behind, error_rate, facts_of, mean, table
-from qwen2vl.small.shape import write_beginning
-from qwen2vl.synthetic.skills import DATA_VERSION
-from qwen2vl.tokenizer import CONTROL_TOKENS
+from qwen2vl.prompt.processor import Processor
+from qwen2vl.prompt.tokenizer import CONTROL_TOKENS
+from qwen2vl.samples.skills import DATA_VERSION
 from qwen2vl.training.config import TrainingConfig
 from qwen2vl.training.stages import STAGES
 
@@ -71,8 +71,8 @@ def test_every_phase_is_a_run_that_the_trainer_takes(tmp_path, processes):
 
 def test_the_command_trains_resumes_and_ships(tmp_path, monkeypatch):
     """Two phases of one step each, the second one begun again after its first one is there."""
-    command = import_module("qwen2vl.small.__main__")
-    results = import_module("qwen2vl.small.results")
+    command = import_module("examples.small.__main__")
+    results = import_module("examples.small.results")
     phases = [replace(PHASES[n], steps=1, tokens=512, mix={"read": ("0", 1.0), "count": ("0", 1.0)}) for n in (0, -1)]
     monkeypatch.setattr(command, "PHASES", phases[:1])
     monkeypatch.setattr(results, "SKILLS", {"read": None})
@@ -121,7 +121,7 @@ def test_goals_are_means_over_difficulties_and_edits_by_characters():
 
 
 def test_the_shipped_file_says_what_made_it():
-    told = facts_of(small.FOLDER)
+    told = facts_of(assets.FOLDER)
     assert told["phases"] == json.loads(json.dumps([asdict(phase) for phase in PHASES]))
     assert (told["seed"], told["data_version"]) == (SEED, DATA_VERSION)
     assert (told["budget"], told["count"], len(told["typefaces"]) > 1) == (1, 200, True)
@@ -133,22 +133,22 @@ def test_the_shipped_file_says_what_made_it():
 
 def test_the_readme_says_what_the_shipped_file_does():
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    assert table(facts_of(small.FOLDER)) in readme
+    assert table(facts_of(assets.FOLDER)) in readme
 
 
 def test_the_shipped_file_is_small_and_of_bfloat16(beginning):
-    path = small.FOLDER / "model.safetensors"
+    path = assets.FOLDER / "model.safetensors"
     assert path.stat().st_size <= 16e6
     with safe_open(path, "pt") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118
-    assert (small.FOLDER / "tokenizer.json").read_bytes() == (beginning / "tokenizer.json").read_bytes()
+    assert (assets.FOLDER / "tokenizer.json").read_bytes() == (beginning / "tokenizer.json").read_bytes()
 
 
 def test_transformers_reads_the_shipped_file_as_we_do():
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    model = Qwen2VL.from_pretrained(small.FOLDER, device="cpu", dtype="float32")
-    other = transformers.Qwen2VLForConditionalGeneration.from_pretrained(small.FOLDER, dtype=torch.float32).eval()
-    ids = torch.tensor([Processor.from_pretrained(small.FOLDER).tokenizer.encode_plain("Read the text: 读出文字。")])
+    model = Qwen2VL.from_pretrained(assets.FOLDER, device="cpu", dtype="float32")
+    other = transformers.Qwen2VLForConditionalGeneration.from_pretrained(assets.FOLDER, dtype=torch.float32).eval()
+    ids = torch.tensor([Processor.from_pretrained(assets.FOLDER).tokenizer.encode_plain("Read the text: 读出文字。")])
     with torch.inference_mode():
         ours, theirs = model(input_ids=ids)[0], other(input_ids=ids).logits[0]
     assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()

@@ -16,11 +16,11 @@ import torch
 from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
+from examples.demo.checkpoint import write_random_checkpoint
+from examples.demo.media import write_video
 from qwen2vl import Processor, Qwen2VL
 from qwen2vl.cli import app
 from qwen2vl.cli.train import Stage
-from qwen2vl.demo.checkpoint import write_random_checkpoint
-from qwen2vl.demo.media import write_video
 from qwen2vl.training.config import TrainingConfig
 from qwen2vl.training.data import build_dataset
 from qwen2vl.training.stages import STAGES

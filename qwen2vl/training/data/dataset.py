@@ -12,7 +12,7 @@ from typing import Any
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ...errors import DataError, MediaError, Qwen2VLError
-from ...processor import IGNORED, Processor
+from ...prompt.processor import IGNORED, Processor
 from ..example import Example
 from .entry import DataEntry, Format, check_count
 from .generated import Generated

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from ...actions import STYLES, Style
+from ...agents.actions import STYLES, Style
 from ...errors import DataError
-from ...synthetic.skills import LEVELS, SKILLS, SPLITS, Split
+from ...samples.skills import LEVELS, SKILLS, SPLITS, Split
 
 Format = Literal["conversations", "sharegpt", "webdataset", "generated"]
 _GENERATED_KEYS = ("difficulty", "split", "samples")
@@ -33,7 +33,7 @@ class DataEntry:
 
     Attributes:
         path: file, glob pattern, range of shards ("shard-{0000..0099}.tar"), http(s) address of a shard where the
-            processor may fetch, or a list of these. Of generated samples a skill of `qwen2vl.synthetic.SKILLS`, or a
+            processor may fetch, or a list of these. Of generated samples a skill of `qwen2vl.samples.SKILLS`, or a
             list of them.
         format: "conversations", Qwen's JSON or JSONL of `conversations` with `from` and `value`; "sharegpt", JSON or
             JSONL of `messages` with `role` and `content`; "webdataset", tar files; "generated", samples made on the
@@ -45,7 +45,7 @@ class DataEntry:
         agent: "paper" or "qwen" where assistants' turns hold function calls in that form as text; "qwen" is the form
             that structured calls (`function_call`, `observation`, `tools`) are written in where this is not given.
         add_vision_id: number pictures and videos in the text.
-        difficulty: of generated samples: one or several of `qwen2vl.synthetic.LEVELS`, and every one of them equally
+        difficulty: of generated samples: one or several of `qwen2vl.samples.LEVELS`, and every one of them equally
             often, as every skill.
         split: of generated samples: "train" or "held-out".
         samples: of generated samples: how many make an epoch. Each epoch has others; without it there is no end.

@@ -1,4 +1,4 @@
-"""Samples of `qwen2vl.synthetic` as a source beside files: split over ranks and workers, resumed by a number."""
+"""Samples of `qwen2vl.samples` as a source beside files: split over ranks and workers, resumed by a number."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from ...errors import DataError
-from ...synthetic.sample import Sample, from_ppm
-from ...synthetic.skills import Split, generate
+from ...samples.sample import Sample, from_ppm
+from ...samples.skills import Split, generate
 from .entry import DataEntry
 from .json_files import Raw, State
 from .records import read_record
@@ -22,7 +22,7 @@ class Generated:
     Sample n is the same whoever reads it: its skill and difficulty are drawn by n, and n is its index.
 
     Args:
-        skills, difficulties: see `qwen2vl.synthetic.skills.generate`.
+        skills, difficulties: see `qwen2vl.samples.skills.generate`.
         seed: any ints.
         samples: how many make an epoch; None: it never ends.
     """

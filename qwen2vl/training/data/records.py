@@ -19,12 +19,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
-from ...actions import Action, declare_actions
+from ...agents.actions import Action, declare_actions
+from ...agents.function_calls import Call, Result, Step, mark_results, render_turn
+from ...agents.grounding import from_qwen_vl, parse_grounding
 from ...errors import DataError, FunctionCallError
-from ...function_calls import Call, Result, Step, mark_results, render_turn
-from ...grounding import from_qwen_vl, parse_grounding
-from ...prompt import DEFAULT_SYSTEM_PROMPT
-from ...tokenizer import GROUNDING_TOKENS
+from ...prompt.chatml import DEFAULT_SYSTEM_PROMPT
+from ...prompt.tokenizer import GROUNDING_TOKENS
 from .entry import DataEntry
 from .json_files import Raw, parse_object
 

@@ -20,7 +20,7 @@ from typing import BinaryIO
 import numpy as np
 
 from ...errors import DataError, MediaError
-from ...media_source import open_source
+from ...media.sources import open_source
 from .json_files import Raw, State
 
 MAX_SHARD_BYTES = 64 << 30  # of a shard that has to be fetched

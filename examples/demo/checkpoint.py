@@ -1,0 +1,105 @@
+"""A checkpoint with random weights in the released layout, for trying the real loading path without a download."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from qwen2vl.config import Qwen2VLConfig, TextConfig, VisionConfig
+from qwen2vl.media.image import MAX_PIXELS, MIN_PIXELS
+from qwen2vl.model import Qwen2VL
+from qwen2vl.prompt.files import write_image_settings
+
+from .tokenizer import write_byte_tokenizer
+
+#: config field -> special token's name
+SPECIAL_TOKENS = {
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+    "vision_token_id": "<|vision_pad|>",
+    "bos_token_id": "<|endoftext|>",
+    "eos_token_id": "<|im_end|>",
+    "pad_token_id": "<|endoftext|>",
+}
+
+
+def small_config(tie_word_embeddings: bool = True) -> Qwen2VLConfig:
+    """A model of about 2M parameters with the real proportions: vision head_dim 80, 2x2 merge, M-RoPE, grouped heads.
+
+    Its special tokens hold the last ids of a vocabulary of 512, until :func:`write_random_checkpoint` puts a
+    tokenizer's own.
+    """
+    text = TextConfig(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=512,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=tie_word_embeddings,
+        mrope_section=(8, 12, 12),
+    )
+    vision = VisionConfig(hidden_size=256, depth=2, embed_dim=160, num_heads=2)
+    return replace(
+        Qwen2VLConfig.preset("2b"), text=text, vision=vision, **{name: 511 - i for i, name in enumerate(SPECIAL_TOKENS)}
+    )
+
+
+def write_random_checkpoint(
+    folder: str | Path,
+    config: Qwen2VLConfig | None = None,
+    *,
+    seed: int = 0,
+    std: float = 0.02,
+    dtype: torch.dtype = torch.bfloat16,
+    max_shard_bytes: int = 5 * 10**9,
+    device: torch.device | str = "cpu",
+) -> Path:
+    """Write config, weights, a byte-level tokenizer and the processor's files; returns the folder.
+
+    Args:
+        config: default :func:`small_config` with the small tokenizer's own ids. A config given keeps its ids if they
+            are the released ones, which the tokenizer then uses too.
+        seed: of the weights; torch's global generator is left as it was.
+        std: of the weights. At 0.02 a small model mostly repeats its last token; at 0.1 it babbles.
+        dtype: of the stored weights.
+        device: makes the weights, other ones for each kind of device: a GPU takes moments where a CPU takes minutes.
+    """
+    device = torch.device(device)
+    folder = Path(folder)
+    released = config is not None and config.image_token_id == Qwen2VLConfig.image_token_id
+    names = write_byte_tokenizer(folder, released_ids=released)
+    ids = {field: names[token] for field, token in SPECIAL_TOKENS.items()}
+    config = replace(small_config() if config is None else config, **ids)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        model = Qwen2VL.from_config(config, device=device, dtype=dtype, std=std)
+    write_checkpoint(model, folder, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS, max_shard_bytes=max_shard_bytes)
+    return folder
+
+
+def write_checkpoint(
+    model: Qwen2VL, folder: Path, *, min_pixels: int, max_pixels: int, max_shard_bytes: int = 5 * 10**9
+) -> None:
+    """Write weights, configs and image settings of a new model beside its tokenizer's files; it decodes greedily."""
+    config, vision = model.config, model.config.vision
+    model.generation_defaults = {
+        "bos_token_id": config.bos_token_id,
+        "pad_token_id": config.pad_token_id,
+        "eos_token_id": [config.eos_token_id, config.pad_token_id],
+        "do_sample": False,
+    }
+    model.save_pretrained(folder, max_shard_bytes)
+    write_image_settings(
+        folder,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        patch_size=vision.patch_size,
+        merge_size=vision.spatial_merge_size,
+        temporal_patch_size=vision.temporal_patch_size,
+    )

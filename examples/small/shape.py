@@ -1,0 +1,79 @@
+"""What the small model is, and what its training begins from.
+
+Everything that makes Qwen2-VL itself is there: a tower of heads of 80 with 2D-RoPE over packed patches, the 2x2 merger,
+M-RoPE, grouped queries, and all special tokens under their names. Three things are of its own size:
+
+- rope_theta 100, not a million. M-RoPE gives the width the slowest third of the frequencies: at a million, a step of
+  one token turns these by less than a thousandth of a radian, which small weights never learn to see; at 100 by 0.01
+  to 0.06.
+- A vocabulary of 2048, see `examples.small.tokenizer`.
+- Images of 56 x 56 and more are taken as they are: 4 tokens instead of the usual least of 4 x 28 x 28 pixels and up.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from qwen2vl.config import Qwen2VLConfig, TextConfig, VisionConfig
+from qwen2vl.model import Qwen2VL
+
+from ..demo.checkpoint import SPECIAL_TOKENS, write_checkpoint
+from .tokenizer import write_tokenizer
+
+MIN_PIXELS = 56 * 56
+MAX_PIXELS = 1280 * 28 * 28
+DEPTH, LAYERS = 5, 4  # blocks of the tower, layers of the language model
+_EMBEDDING_STD = 0.1
+#: What writes into the residual stream, whose variance grows with every block.
+_OUTPUTS = ("o_proj.weight", "down_proj.weight", "attn.proj.weight", "fc2.weight")
+
+
+def shape(ids: dict[str, int], *, depth: int = DEPTH, layers: int = LAYERS) -> Qwen2VLConfig:
+    """The configuration.
+
+    Args:
+        ids: name -> id of the special tokens, the last of the vocabulary.
+        depth, layers: blocks of the tower and layers of the language model.
+    """
+    text = TextConfig(
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=layers,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        vocab_size=max(ids.values()) + 1,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        rope_theta=100.0,
+        mrope_section=(8, 12, 12),
+    )
+    vision = VisionConfig(hidden_size=192, depth=depth, embed_dim=160, num_heads=2)
+    fields = {field: ids[token] for field, token in SPECIAL_TOKENS.items()}
+    return replace(Qwen2VLConfig.preset("2b"), text=text, vision=vision, torch_dtype="float32", **fields)
+
+
+def write_beginning(folder: Path, *, seed: int, depth: int = DEPTH, layers: int = LAYERS) -> None:
+    """A checkpoint with random weights in float32, tokenizer and image settings; equal calls write equal bytes.
+
+    Matrices are normal with a variance of one over their inputs, those in front of the residual stream divided by the
+    number of them, so that sizes of activations neither grow nor fade: at the usual 0.02 the first characters are read
+    after three times as many samples. Embeddings are normal with 0.1, so that a token's own does not vanish among what
+    attention brings from its picture.
+    """
+    config = shape(write_tokenizer(folder), depth=depth, layers=layers)
+    generator = torch.Generator().manual_seed(seed)
+    model = Qwen2VL.from_config(config, device="cpu", dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim < 2:
+                continue
+            blocks = config.vision.depth if name.startswith("visual.") else config.text.num_hidden_layers
+            std = 1 / math.sqrt(parameter[0].numel())
+            if name.endswith(_OUTPUTS):
+                std /= math.sqrt(2 * blocks)
+            parameter.normal_(std=_EMBEDDING_STD if "embed_tokens" in name else std, generator=generator)
+    write_checkpoint(model, folder, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)

@@ -1,0 +1,115 @@
+"""A small byte-level BPE tokenizer, trained on what generated samples say, with Qwen2-VL's special tokens.
+
+Small because the embedding of a small model must be. What is read from pictures is left out of the training text: its
+characters stay near to a token each, so that reading is no naming of whole words.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers, trainers
+
+from qwen2vl.prompt.tokenizer import BYTE_OF_CHAR, CONTROL_TOKENS, GROUNDING_TOKENS
+from qwen2vl.samples.sample import Sample
+from qwen2vl.samples.skills import LEVELS, SKILLS, generate
+from qwen2vl.samples.words import (
+    COLOURS,
+    DIFFERENCES,
+    DIRECTION_NAMES,
+    EVENTS,
+    LANGUAGES,
+    QUESTIONS,
+    SCREEN,
+    SHAPES,
+    WHICH_PICTURE,
+    YES_NO,
+    colour_name,
+    event_sentence,
+    kind_name,
+    shape_name,
+)
+
+from ..demo.tokenizer import PRE_TOKENIZATION_PATTERN, write_bpe_tokenizer
+
+#: Tokens in all: 256 bytes, merges, special tokens. With these, what is said often is about a token a word.
+VOCABULARY = 2048
+
+
+def write_tokenizer(folder: str | os.PathLike[str], *, size: int = VOCABULARY) -> dict[str, int]:
+    """Train it and write tokenizer.json, tokenizer_config.json and chat_template.json; equal calls write equal bytes.
+
+    Args:
+        size: tokens in all, special ones included; fewer where the text gives no more merges.
+
+    Returns:
+        Name -> id of the special tokens.
+    """
+    return write_bpe_tokenizer(folder, train_merges(texts(), size - len(BYTE_OF_CHAR) - len(CONTROL_TOKENS)))
+
+
+def texts() -> Iterator[str]:
+    """All questions and answers that have a limited number of forms, and some samples of each skill."""
+    yield from ["system", "user", "assistant"] * 500  # a token each, as in the released vocabulary: all turns have them
+    for wordings in QUESTIONS.values():
+        for language, forms in wordings.items():
+            for form in forms:
+                # As often as samples ask it, roughly: the proportions of languages decide what is merged first.
+                yield from [form.replace("{}", " ")] * LANGUAGES[language]
+    for language, share in LANGUAGES.items():
+        names = [colour_name(colour, language) for colour in COLOURS] + [shape_name(s, language) for s in SHAPES]
+        spaced = [f" {name}" for name in names]  # as inside of a sentence
+        answers = (*YES_NO[language], *DIFFERENCES[language], *WHICH_PICTURE[language])
+        moves = (*DIRECTION_NAMES[language].values(), *SCREEN[language].values())
+        yield from [text.replace("{}", " ") for text in (*names * 2, *spaced * 2, *answers, *moves)] * share
+        for n, shape in enumerate(SHAPES):
+            for colour in COLOURS:
+                yield from [kind_name(colour, shape, language), kind_name(colour, None, language)]
+            # Not of every colour: else what joins colours and shapes would be merged before their names are.
+            yield from [event_sentence(e, list(COLOURS)[n + i], shape, language) for i, e in enumerate(EVENTS[:4])]
+            yield from [event_sentence(e, list(COLOURS)[n], shape, language) for e in EVENTS[4:]]
+            yield kind_name(None, shape, language)
+    for skill in SKILLS:
+        if skill != "read":
+            for level in LEVELS:
+                for index in range(40):
+                    yield from _said(skill, level, index)
+
+
+def _said(skill: str, level: int, index: int) -> Iterator[str]:
+    sample = generate(skill, level, seed=0, index=index)
+    if "text" in sample.scene or "texts" in sample.scene or any(kind == "type" for kind, _ in _tasks(sample)):
+        return
+    for turn in sample.record["messages"]:
+        text = turn["content"]
+        for marker in ("<image>", "<video>", *GROUNDING_TOKENS):
+            text = text.replace(marker, "\n")
+        yield text
+    yield sample.record.get("system", "You are a helpful assistant.")
+
+
+def _tasks(sample: Sample) -> list[list[str]]:
+    return sample.scene.get("tasks", [])
+
+
+def train_merges(lines: Iterable[str], count: int) -> list[str]:
+    """The merges of a byte-level BPE of this text, at most so many, as `"a b"`; pairs that come once are not merged."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    pieces = [
+        pre_tokenizers.Split(tokenizers.Regex(PRE_TOKENIZATION_PATTERN), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+    backend.normalizer = normalizers.NFC()  # pyright: ignore[reportAttributeAccessIssue]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(pieces)  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(BYTE_OF_CHAR) + count,
+        min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(lines, trainer)
+    merges = json.loads(backend.to_str())["model"]["merges"]
+    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]  # by version of tokenizers

@@ -1,0 +1,273 @@
+"""Decoding in a process of its own: a broken file may crash, hang or fill that one, never the caller's.
+
+The child imports neither torch nor our kernels and is up in a third of a second. It inherits the open file, reads its
+timeline, is told which frames are wanted, and sends them through a pipe while the parent resizes the one before. What
+comes from it is data only, numbers that are checked and pixels: a decoder taken over by its input can send wrong
+pictures, and that is all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import queue
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from qwen2vl.errors import MediaError
+from qwen2vl.media.decoding import MAX_SOURCE_FRAME_PIXELS, MAX_SOURCE_FRAMES, Timeline, kept_frames, read_timeline
+
+_LENGTH = struct.Struct("<I")  # of the JSON that begins a message; pixels and ticks follow it
+_MAX_JSON = 1 << 20
+_MEMORY = 16 << 30  # bytes of address space that the child may take
+_AHEAD = 2  # frames that wait in the parent, so that decoding goes on while one is resized
+_NO_FRAME = "the decoder sent something that is no frame"
+_CHILD = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from qwen2vl.media.process import serve; serve(int(sys.argv[2]))"
+)
+
+
+def _sanitised(text: object) -> str:
+    """One line of printable characters, of bounded length."""
+    line = "".join(c if c.isprintable() else " " for c in str(text))
+    return line if len(line) <= 500 else line[:500] + "..."
+
+
+# ----------------------------------------------------------------------------------------------------------- parent
+
+
+class Decoder:
+    """One video being decoded by a child process. Use it as a context manager; leaving it ends the child.
+
+    Args:
+        file: the video, open for reading.
+        label: its name in messages.
+        timeout: seconds for the whole video, reading and waiting for the caller included; ``None`` for no limit.
+
+    Raises:
+        MediaError: as ``read_timeline`` and ``kept_frames`` do; the time is up; the child crashed.
+    """
+
+    def __init__(self, file: BinaryIO, label: str, timeout: float | None):
+        if find_spec("av") is None:
+            raise MediaError('video files need PyAV: pip install "qwen2vl[video]"')
+        if not sys.executable:
+            raise MediaError(f"{label}: no Python executable is known to decode it in; pass isolate=False")
+        self._label, self._timeout = label, timeout
+        self._deadline = math.inf if timeout is None else time.monotonic() + timeout
+        self._stop = threading.Event()
+        self._messages: queue.Queue[tuple[dict[str, Any], np.ndarray | None] | None] = queue.Queue(_AHEAD)
+        paths = json.dumps([os.path.abspath(path) for path in sys.path])
+        # One thread and one heap arena: both reserve address space by the core, which is limited.
+        environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+        with _as_real_file(file, label) as real:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-c", _CHILD, paths, str(real.fileno())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[real.fileno()],
+                env=environment,
+            )
+        self._reader = threading.Thread(target=self._read, name="qwen2vl video frames", daemon=True)
+        self._reader.start()
+
+    def __enter__(self) -> Decoder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._process.kill()
+        self._process.wait()
+        self._reader.join()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+    def timeline(self) -> Timeline:
+        """When each frame is shown."""
+        self._tell({"label": self._label})
+        message, ticks = self._next()
+        with self._checked():
+            origin, unit, rate, numbered = (message[k] for k in ("origin", "unit", "declared_rate", "numbered"))
+            if ticks is None or not len(ticks) or not (np.diff(ticks) > 0).all() or not 0 < float(unit) < math.inf:
+                raise ValueError
+            return Timeline(ticks, int(origin), float(unit), float(rate), bool(numbered))
+
+    def kept_frames(self, wanted: np.ndarray) -> Iterator[tuple[range, np.ndarray, float]]:
+        """``video_decode.kept_frames`` of the child."""
+        self._tell({"wanted": wanted.tolist()})
+        done = 0
+        while done < len(wanted):
+            message, frame = self._next()
+            with self._checked():
+                slots = range(done, int(message["until"]))
+                if frame is None or frame.ndim != 3 or not slots or slots.stop > len(wanted):
+                    raise ValueError
+                seconds = float(message["seconds"])
+            done = slots.stop
+            yield slots, frame, seconds
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):  # a child that is gone is reported by what it did not send
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def _next(self) -> tuple[dict[str, Any], np.ndarray | None]:
+        left = self._deadline - time.monotonic()
+        try:
+            received = self._messages.get(timeout=None if math.isinf(left) else max(left, 0.0))
+        except queue.Empty:
+            raise MediaError(f"{self._label} was not decoded within timeout = {self._timeout:g} s") from None
+        if received is None:
+            raise MediaError(f"{self._label}: {self._ending()}")
+        if "error" in received[0]:
+            raise MediaError(_sanitised(received[0]["error"]))
+        return received
+
+    def _ending(self) -> str:
+        try:
+            code = self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            return "the decoder closed its pipe"
+        if code < 0:
+            name = next((s.name for s in signal.Signals if s == -code), "unknown")
+            return f"the decoder crashed (signal {-code}, {name})"
+        return f"the decoder ended early (exit status {code})"
+
+    @contextlib.contextmanager
+    def _checked(self) -> Iterator[None]:
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, OverflowError):
+            raise MediaError(f"{self._label}: {_NO_FRAME}") from None
+
+    def _read(self) -> None:
+        """The reading thread: messages to the queue until the child is done or gone."""
+        assert self._process.stdout is not None
+        received: tuple[dict[str, Any], np.ndarray | None] | None = None
+        try:
+            while not self._stop.is_set():
+                received = _receive(self._process.stdout)  # type: ignore[arg-type]
+                self._put(received)
+        except (EOFError, OSError):
+            self._put(None)
+        except Exception:  # whatever a child's bytes can lead to
+            self._put(({"error": f"{self._label}: {_NO_FRAME}"}, None))
+
+    def _put(self, message: tuple[dict[str, Any], np.ndarray | None] | None) -> None:
+        while not self._stop.is_set():
+            with contextlib.suppress(queue.Full):
+                return self._messages.put(message, timeout=0.1)
+
+
+@contextlib.contextmanager
+def _as_real_file(file: BinaryIO, label: str) -> Iterator[BinaryIO]:
+    """``file`` itself where it is one of the operating system's, else a temporary copy."""
+    raw = file.raw if isinstance(file, io.BufferedReader) else file
+    if isinstance(raw, io.FileIO):
+        yield file
+        return
+    with tempfile.TemporaryFile() as copy:
+        try:
+            file.seek(0)
+            shutil.copyfileobj(file, copy, 1 << 20)
+        except Exception as error:  # a file object of the caller's may fail in its own ways
+            raise MediaError(f"{label} is damaged: {_sanitised(error)}") from error
+        copy.flush()
+        yield copy  # type: ignore[misc]
+
+
+def _receive(pipe: BinaryIO) -> tuple[dict[str, Any], np.ndarray | None]:
+    size = _LENGTH.unpack(_exactly(pipe, _LENGTH.size))[0]
+    if size > _MAX_JSON:
+        raise ValueError
+    message = json.loads(bytes(_exactly(pipe, size)))
+    if not isinstance(message, dict):
+        raise ValueError
+    shape = message.get("shape")
+    if shape is None:
+        return message, None
+    if len(shape) == 1:
+        ticks = min(int(shape[0]), MAX_SOURCE_FRAMES)
+        return message, np.frombuffer(_exactly(pipe, 8 * ticks), np.int64)
+    height, width, channels = (int(side) for side in shape)
+    if min(height, width) < 1 or height * width > MAX_SOURCE_FRAME_PIXELS or channels not in (3, 4):
+        raise ValueError
+    return message, np.frombuffer(_exactly(pipe, height * width * channels), np.uint8).reshape(height, width, channels)
+
+
+def _exactly(pipe: BinaryIO, size: int) -> memoryview:
+    buffer: memoryview = np.empty(size, np.uint8).data
+    done = 0
+    while done < size:
+        count = pipe.readinto(buffer[done:])  # type: ignore[attr-defined]
+        if not count:
+            raise EOFError
+        done += count
+    return buffer
+
+
+# ------------------------------------------------------------------------------------------------------------ child
+
+
+def serve(descriptor: int) -> None:
+    """The child: one video, requests on stdin, messages on what was stdout."""
+    pipe = os.fdopen(os.dup(1), "wb", buffering=0)
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)  # whatever a library prints must not mix with frames
+    _limit_resources()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends the child
+
+    def send(message: dict[str, Any], payload: Any = b"") -> None:
+        head = json.dumps(message).encode()
+        for part in (_LENGTH.pack(len(head)) + head, payload):
+            view = memoryview(part).cast("B")
+            while len(view):
+                view = view[pipe.write(view) :]
+
+    label = json.loads(sys.stdin.readline())["label"]
+    try:
+        with os.fdopen(descriptor, "rb") as file:
+            timeline = read_timeline(file, label)
+            facts = {k: getattr(timeline, k) for k in ("origin", "unit", "declared_rate", "numbered")}
+            send(facts | {"shape": [len(timeline.ticks)]}, np.ascontiguousarray(timeline.ticks, np.int64))
+            wanted = np.array(json.loads(sys.stdin.readline())["wanted"], np.int64)
+            for slots, frame, seconds in kept_frames(file, label, timeline, wanted):
+                send({"until": slots.stop, "seconds": seconds, "shape": frame.shape}, np.ascontiguousarray(frame))
+    except MediaError as error:
+        send({"error": str(error)})
+    except MemoryError:
+        send({"error": f"{label} needs more memory than a video may take to decode"})
+    except BrokenPipeError:
+        pass  # the parent has seen enough
+
+
+def _limit_resources() -> None:
+    try:
+        import resource
+    except ImportError:
+        return
+    for name, most in (("RLIMIT_AS", _MEMORY), ("RLIMIT_CORE", 0)):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            kind = getattr(resource, name)
+            hard = resource.getrlimit(kind)[1]
+            most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+            resource.setrlimit(kind, (most, hard))

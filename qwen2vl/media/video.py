@@ -1,0 +1,335 @@
+"""Videos to patches: which frames, at which size, decoded as a stream.
+
+A file is read twice: once without decoding, for the time of every frame, because containers often report a
+wrong number of frames or none; then decoded, where only the frames that are kept are converted, resized and
+written straight into the result. Memory is bounded by the result, not by the length of the video.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from qwen2vl.errors import MediaError
+from qwen2vl.media.decoding import kept_frames, read_timeline
+from qwen2vl.media.image import PatchBuffer, check_positive_int, load_image, smart_resize
+from qwen2vl.media.process import Decoder
+from qwen2vl.media.sources import describe_source, open_source
+
+MIN_FRAME_PIXELS = 128 * 784
+MAX_FRAME_PIXELS = 768 * 784
+MAX_VIDEO_TOKENS = 16384
+DECODE_TIMEOUT = 600.0  # seconds
+MAX_VIDEO_BYTES = 4 << 30  # for what has to be downloaded or copied; a file on disk may be larger
+Progress = Callable[[int, int], object]
+
+
+@dataclass(frozen=True, eq=False)
+class VideoPatches:
+    """What a video becomes.
+
+    Attributes:
+        patches: (t * gh * gw, 3 * temporal_patch_size * patch_size**2) uint8, rows in merge-block order.
+        grid_thw: (t, gh, gw): time steps of temporal_patch_size frames, then patches.
+        source_size: (height, width) of the first kept frame in pixels, upright, before resizing.
+        resized_size: (height, width) in pixels that the patches of a frame cover.
+        duration: seconds of the part that was sampled; 0.0 where a single frame has no duration.
+        native_fps: frames per second of that part in the source; 0.0 where a single frame has no rate.
+        frame_times: seconds from the start of the video of every kept frame.
+        merge_size: side of the square of patches that becomes one token.
+    """
+
+    patches: np.ndarray
+    grid_thw: tuple[int, int, int]
+    source_size: tuple[int, int]
+    resized_size: tuple[int, int]
+    duration: float
+    native_fps: float
+    frame_times: tuple[float, ...]
+    merge_size: int = 2
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the prompt, without the two vision marks."""
+        return math.prod(self.grid_thw) // self.merge_size**2
+
+
+def _check_seconds(name: str, value: Any, *, zero: bool = False) -> float:
+    try:
+        number = math.nan if isinstance(value, (bool, str)) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
+        raise MediaError(f"{name} must be a finite number {'>= 0' if zero else '> 0'}, got {value!r}")
+    return number
+
+
+def frame_count(
+    total_frames: int,
+    native_fps: float,
+    *,
+    fps: float = 2.0,
+    num_frames: int | None = None,
+    min_frames: int = 4,
+    max_frames: int = 768,
+) -> int:
+    """How many frames of a video to keep; always even.
+
+    With ``num_frames``: that number, rounded to even (ties as in ``round``). Otherwise ``fps`` frames for every
+    second, at least ``min_frames`` (rounded up to even), at most ``max_frames`` and ``total_frames`` (each rounded
+    down to even). A video of one frame gives 2: the frame twice.
+
+    Raises:
+        MediaError: an argument out of range, or ``num_frames`` outside [2, total_frames].
+    """
+    total_frames = check_positive_int("total_frames", total_frames)
+    if num_frames is not None:
+        count = round(check_positive_int("num_frames", num_frames) / 2) * 2
+        if total_frames == 1:
+            return 2
+        if not 2 <= count <= total_frames:
+            raise MediaError(f"num_frames must round to an even number in [2, {total_frames}], got {num_frames}")
+        return count
+    fps = _check_seconds("fps", fps)
+    fewest = -(-check_positive_int("min_frames", min_frames) // 2) * 2
+    most = check_positive_int("max_frames", max_frames) // 2 * 2
+    if fewest > most:
+        raise MediaError(f"min_frames {min_frames} and max_frames {max_frames} leave no even number of frames")
+    if total_frames == 1:
+        return 2
+    most = min(most, total_frames // 2 * 2)
+    wanted = total_frames / _check_seconds("native_fps", native_fps) * fps
+    return math.floor(min(max(wanted, fewest), most, total_frames) / 2) * 2
+
+
+def frame_indices(total_frames: int, count: int) -> np.ndarray:
+    """(count,) int64: frames spread evenly from the first to the last, both included."""
+    check_positive_int("total_frames", total_frames)
+    return np.linspace(0, total_frames - 1, check_positive_int("count", count)).round().astype(np.int64)
+
+
+def frame_size(
+    height: int,
+    width: int,
+    num_frames: int,
+    *,
+    min_pixels: int = MIN_FRAME_PIXELS,
+    max_pixels: int = MAX_FRAME_PIXELS,
+    max_tokens: int = MAX_VIDEO_TOKENS,
+    patch_size: int = 14,
+    merge_size: int = 2,
+    temporal_patch_size: int = 2,
+) -> tuple[int, int]:
+    """The (height, width) in pixels at which the model sees every frame of a clip.
+
+    ``smart_resize`` within [min_pixels, max_pixels], where both shrink as far as needed for the whole clip to stay
+    within ``max_tokens``. That cap always holds; every side is at least patch_size * merge_size.
+
+    Raises:
+        MediaError: arguments that ``smart_resize`` refuses, or more time steps than ``max_tokens``.
+    """
+    factor = check_positive_int("patch_size", patch_size) * check_positive_int("merge_size", merge_size)
+    steps = -(
+        -check_positive_int("num_frames", num_frames) // check_positive_int("temporal_patch_size", temporal_patch_size)
+    )
+    budget = check_positive_int("max_tokens", max_tokens) // steps  # tokens for one time step
+    if budget < 1:
+        raise MediaError(
+            f"{num_frames} frames are {steps} time steps of at least one token each, more than max_tokens = "
+            f"{max_tokens}: keep fewer frames"
+        )
+    smart_resize(height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)  # checks all arguments
+    cap = min(max_pixels, budget * factor**2)
+    size = smart_resize(height, width, factor=factor, min_pixels=min(min_pixels, cap), max_pixels=cap)
+    rows, cols = size[0] // factor, size[1] // factor
+    if rows * cols > budget:  # rounding upwards to reach min_pixels went past the cap
+        scale = math.sqrt(budget / (height * width))
+        rows, cols = max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
+        rows, cols = (
+            min(rows, budget // cols or 1),
+            min(cols, budget // rows or 1),
+        )  # thin: one side held at 1
+    return rows * factor, cols * factor
+
+
+class _ClipWriter:
+    """Resizes kept frames to the size that the first one fixes, and writes their patches."""
+
+    def __init__(
+        self,
+        label: str,
+        count: int,
+        sizes: dict[str, int],
+        resized: tuple[int, int] | None,
+        progress: Progress | None,
+    ):
+        self.label, self.count, self.sizes, self.resized, self.progress = (
+            label,
+            count,
+            sizes,
+            resized,
+            progress,
+        )
+        self.times: list[float] = []
+        self.buffer: PatchBuffer | None = None
+        self.source_size = (0, 0)
+        if progress is not None:
+            progress(0, count)
+
+    def put(self, slots: Sequence[int], frame: np.ndarray, seconds: float) -> None:
+        buffer = self.buffer or self._allocate(frame)
+        for slot in slots:
+            buffer.put(slot, frame)
+            self.times.append(seconds)
+        if self.progress is not None:
+            self.progress(len(self.times), self.count)
+
+    def _allocate(self, frame: np.ndarray) -> PatchBuffer:
+        self.source_size = (frame.shape[0], frame.shape[1])
+        try:
+            height, width = frame_size(*(self.resized or self.source_size), self.count, **self.sizes)
+        except MediaError as error:
+            raise MediaError(f"{self.label}: {error}") from None
+        names = ("patch_size", "merge_size", "temporal_patch_size")
+        self.buffer = PatchBuffer(self.count, height, width, **{name: self.sizes[name] for name in names})
+        return self.buffer
+
+    def finish(self, duration: float, native_fps: float) -> VideoPatches:
+        assert self.buffer is not None and len(self.times) == self.count
+        return VideoPatches(
+            patches=self.buffer.patches,
+            grid_thw=self.buffer.grid_thw,
+            source_size=self.source_size,
+            resized_size=(self.buffer.height, self.buffer.width),
+            duration=duration,
+            native_fps=native_fps,
+            frame_times=tuple(self.times),
+            merge_size=self.sizes["merge_size"],
+        )
+
+
+def preprocess_video(
+    source: object,
+    *,
+    fps: float = 2.0,
+    num_frames: int | None = None,
+    min_frames: int = 4,
+    max_frames: int = 768,
+    start: float | None = None,
+    end: float | None = None,
+    min_pixels: int = MIN_FRAME_PIXELS,
+    max_pixels: int = MAX_FRAME_PIXELS,
+    max_tokens: int = MAX_VIDEO_TOKENS,
+    resized_height: int | None = None,
+    resized_width: int | None = None,
+    patch_size: int = 14,
+    merge_size: int = 2,
+    temporal_patch_size: int = 2,
+    progress: Progress | None = None,
+    timeout: float | None = DECODE_TIMEOUT,
+    isolate: bool = True,
+    allow_remote: bool = False,
+    allow_local_files: bool = True,
+) -> VideoPatches:
+    """Sample a video, resize its frames and cut them into patches.
+
+    Args:
+        source: path, ``file://`` URL, base64 ``data:`` URI, bytes or binary file object of a video (MP4, MOV,
+            Matroska, WebM, AVI, GIF, MPEG-TS and others that FFmpeg reads), http(s) URL when
+            ``allow_remote``; or the frames: a list or tuple of anything that ``load_image`` takes, or an
+            array (T, H, W, C). Given frames are all kept, unless ``num_frames`` asks for fewer, and are taken
+            to be ``fps`` a second.
+        fps, num_frames, min_frames, max_frames: see ``frame_count``; ``num_frames`` wins over ``fps``.
+        start, end: seconds from the first frame of a file; frames within, ends included, are sampled.
+        min_pixels, max_pixels, max_tokens: see ``frame_size``.
+        resized_height, resized_width: ask for this frame size instead of the source's own (give both).
+        progress: called as ``progress(kept frames done, kept frames in all)``, first with 0.
+        timeout: seconds that decoding a file may take, ``None`` for no limit. Without ``isolate`` it is not watched.
+        isolate: decode files in a process of their own, which costs a third of a second to start and lets decoding
+            and resizing overlap; a file that crashes or hangs the decoder is then refused like any damaged one.
+        allow_remote: whether http(s) URLs may be fetched.
+        allow_local_files: whether paths and ``file://`` URLs may be read, of frames too; see ``open_source``.
+
+    Frames of a file with even timestamps are chosen by number (``frame_indices``); where the rate varies, the
+    frames on screen at evenly spaced times are. Should a file decode to fewer frames than it holds, its last
+    frame stands for the missing ones, and ``frame_times`` says so.
+
+    Raises:
+        MediaError: source unreadable, damaged, without video or too large; arguments out of range; PyAV
+            missing.
+    """
+    if (resized_height is None) != (resized_width is None):
+        raise MediaError(f"resized_height and resized_width go together, got {resized_height!r} and {resized_width!r}")
+    resized = None if resized_height is None or resized_width is None else (resized_height, resized_width)
+    sizes = {
+        "min_pixels": min_pixels,
+        "max_pixels": max_pixels,
+        "max_tokens": max_tokens,
+        "patch_size": patch_size,
+    }
+    sizes |= {"merge_size": merge_size, "temporal_patch_size": temporal_patch_size}
+    counts: dict[str, Any] = {"num_frames": num_frames, "min_frames": min_frames, "max_frames": max_frames}
+    # Wrong arguments are found before anything is opened or downloaded: the smallest clip has to pass.
+    fps = _check_seconds("fps", fps)
+    frame_count(1, 1.0, fps=fps, **counts)
+    frame_size(100, 100, 2, **sizes)
+    begin = 0.0 if start is None else _check_seconds("start", start, zero=True)
+    stop = math.inf if end is None else _check_seconds("end", end)
+    timeout = None if timeout is None else _check_seconds("timeout", timeout)
+    if stop <= begin:
+        raise MediaError(f"end must be after start, got start {begin:g} s and end {stop:g} s")
+
+    if isinstance(source, (list, tuple)) or (isinstance(source, np.ndarray) and source.ndim == 4):
+        if start is not None or end is not None:
+            raise MediaError("start and end apply to video files, not to a list of frames")
+        access = {"allow_remote": allow_remote, "allow_local_files": allow_local_files}
+        return _from_frames(source, fps, num_frames, sizes, resized, progress, access)
+    if isinstance(source, (np.ndarray, Image.Image)):
+        raise MediaError(f"{describe_source(source)} is one image: give a video or a list of frames")
+    label = describe_source(source)
+    with (
+        open_source(
+            source, allow_remote=allow_remote, max_bytes=MAX_VIDEO_BYTES, allow_local_files=allow_local_files
+        ) as file,
+        Decoder(file, label, timeout) if isolate else nullcontext() as decoder,
+    ):
+        timeline = decoder.timeline() if decoder else read_timeline(file, label)
+        timeline = timeline.between(begin, stop, label)
+        count = frame_count(len(timeline.ticks), timeline.rate or 1.0, fps=fps, **counts)
+        wanted = timeline.choose(frame_indices(len(timeline.ticks), count))
+        writer = _ClipWriter(label, count, sizes, resized, progress)
+        frames = decoder.kept_frames(wanted) if decoder else kept_frames(file, label, timeline, wanted)
+        for slots, frame, seconds in frames:
+            writer.put(slots, frame, seconds)
+        return writer.finish(timeline.duration, timeline.rate)
+
+
+def _from_frames(
+    frames: Sequence[object] | np.ndarray,
+    fps: float,
+    num_frames: int | None,
+    sizes: dict[str, int],
+    resized: tuple[int, int] | None,
+    progress: Progress | None,
+    access: dict[str, bool],
+) -> VideoPatches:
+    total = len(frames)
+    if total == 0:
+        raise MediaError("a video given as a list of frames must not be empty")
+    kept = range(total)
+    if num_frames is not None:
+        kept = frame_indices(total, frame_count(total, fps, num_frames=num_frames)).tolist()
+    writer = _ClipWriter("list of frames", len(kept), sizes, resized, progress)
+    for slot, index in enumerate(kept):
+        try:
+            frame = load_image(frames[index], **access)
+        except MediaError as error:
+            raise MediaError(f"frame {index} of the list: {error}") from error
+        writer.put([slot], frame, index / fps)
+    return writer.finish(total / fps, fps)

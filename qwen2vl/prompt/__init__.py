@@ -1,0 +1,1 @@
+"""From chat messages to the model's inputs: ChatML, the tokenizer and the processor that joins them with media."""

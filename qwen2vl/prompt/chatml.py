@@ -1,0 +1,278 @@
+"""From chat messages to the segments of a ChatML prompt: plain text, control tokens, and places for images
+and videos.
+
+The layout is that of the released instruct template. A turn is `<|im_start|>role NEWLINE content <|im_end|>
+NEWLINE`, its content items stand side by side with no separator, an image is
+`<|vision_start|><|image_pad|><|vision_end|>`, and a conversation that does not begin with a system turn gets
+the default one.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from ..errors import PromptError
+from .messages import LOW_DETAIL_PIXELS, Media, Part, Text, read_content, read_messages
+from .tokenizer import END_OF_TEXT, GROUNDING_TOKENS, IM_END, IM_START, VISION_END, VISION_START
+
+__all__ = [
+    "CHAT_TEMPLATE",
+    "DEFAULT_SYSTEM_PROMPT",
+    "LOW_DETAIL_PIXELS",
+    "Control",
+    "Media",
+    "Segment",
+    "Span",
+    "Text",
+    "check_placeholders",
+    "render",
+    "render_document",
+    "render_spans",
+]
+
+DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
+
+# For other programs: `render` as a Jinja template, which is what checkpoints carry.
+CHAT_TEMPLATE = (
+    "{%- set seen = namespace(image=0, video=0) -%}"
+    "{%- if messages[0].role != 'system' -%}"
+    "{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}"
+    "{%- endif -%}"
+    "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message.role + '\\n' -}}"
+    "{%- if message.content is string -%}{{- message.content -}}"
+    "{%- else -%}"
+    "{%- for item in message.content -%}"
+    "{%- if item.type == 'image' or 'image' in item or 'image_url' in item -%}"
+    "{%- set seen.image = seen.image + 1 -%}"
+    "{%- if add_vision_id -%}{{- 'Picture ' ~ seen.image ~ ': ' -}}{%- endif -%}"
+    "{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}"
+    "{%- elif item.type == 'video' or 'video' in item or 'video_url' in item -%}"
+    "{%- set seen.video = seen.video + 1 -%}"
+    "{%- if add_vision_id -%}{{- 'Video ' ~ seen.video ~ ': ' -}}{%- endif -%}"
+    "{{- '<|vision_start|><|video_pad|><|vision_end|>' -}}"
+    "{%- else -%}{{- item.text -}}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- endif -%}"
+    "{{- '<|im_end|>\\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+
+
+@dataclass(frozen=True)
+class Control:
+    """One control token, by name."""
+
+    name: str
+
+
+Segment = Text | Control | Media
+
+
+@dataclass(frozen=True)
+class Span:
+    """Segments that are all taught or all not. A span is tokenised apart from its neighbours, so that no token
+    crosses the border of what is taught."""
+
+    segments: tuple[Segment, ...]
+    taught: bool
+
+
+def render(
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    add_vision_id: bool = False,
+    where: str = "messages",
+) -> list[Segment]:
+    """Segments of one conversation.
+
+    Args:
+        messages: a non-empty list of `{"role": "system" | "user" | "assistant", "content": str or list of
+            items}`. An item is text (`{"type": "text", "text": str}`), an image or a video; "type" may be left out
+            where the key says it. An image is one of `{"type": "image", "image": source}`, the same with key "url"
+            or "path", and `{"type": "image_url", "image_url": source or {"url": source, "detail": "auto", "high" or
+            "low"}}`, where "low" allows at most `LOW_DETAIL_PIXELS`; a video is the same with "video". Images and
+            videos take options beside their source, see `IMAGE_OPTIONS` and `VIDEO_OPTIONS`. A key whose value is
+            None counts as left out. An item, and a whole message, takes `"loss": False`, see `render_spans`.
+        add_generation_prompt: end with the opening of an assistant turn.
+        continue_final_message: leave the last message, which must be an assistant's, open for the model to go on with;
+            nothing is opened behind it, whatever add_generation_prompt says.
+        add_vision_id: put "Picture N: " or "Video N: " before every item, counted over the whole
+            conversation.
+        where: the name that errors give to `messages`.
+
+    Returns:
+        Segments in order. Neighbouring text is joined, so that it is tokenised as one, but for items with
+        `"loss": False`. Text never stands for a control token; only in what an assistant wrote do the grounding
+        markers (`GROUNDING_TOKENS`), which the model itself writes, keep their meaning.
+
+    Raises:
+        PromptError: naming the place, what it holds and what it wants.
+    """
+    pieces = list(_pieces(messages, add_vision_id, where))
+    if continue_final_message:
+        if messages[-1]["role"] != "assistant":
+            raise PromptError(
+                f"{where}: continue_final_message wants an assistant's last, got {messages[-1]['role']!r}"
+            )
+        pieces = pieces[:-2]  # <|im_end|> and the newline
+    elif add_generation_prompt:
+        pieces += [_Piece(Control(IM_START)), _Piece(Text("assistant\n"))]
+    runs = groupby(pieces, lambda piece: piece.inserted)
+    return [segment for _, run in runs for segment in _join_text([piece.segment for piece in run])]
+
+
+def render_spans(
+    messages: Sequence[Mapping[str, Any]], *, add_vision_id: bool = False, where: str = "messages"
+) -> list[Span]:
+    """Spans of one conversation to learn from.
+
+    Taught is what a model has to write by itself: in every turn of the assistant its text, with grounding markers as
+    control tokens, and the closing `<|im_end|>`. Not taught are the other turns, the marks and role that open a turn,
+    the newline behind it, images and videos with their marks wherever they stand, and
+
+    - messages with `"loss": False` of any role;
+    - items with `"loss": False` of an assistant's turn: what its runtime inserted, such as the result of a function
+      call. Their text comes from elsewhere and is ordinary text all through, grounding markers included.
+
+    An assistant's text is tokenised apart from the `assistant NEWLINE` before it, as it is where a model generates.
+
+    Args, raises: as :func:`render`.
+    """
+    runs = groupby(_pieces(messages, add_vision_id, where), lambda piece: (piece.taught, piece.inserted))
+    return [Span(tuple(_join_text([piece.segment for piece in run])), taught) for (taught, _), run in runs]
+
+
+def render_document(content: str | Sequence[Mapping[str, Any]], *, where: str = "content") -> list[Span]:
+    """Spans of a document to learn from: an image with its caption, a page with its text, text and images in turn.
+
+    There are no turns. All text is taught, with grounding markers as control tokens, and the `<|endoftext|>` that ends
+    it; images, videos and their marks are not, nor are items with `"loss": False`, whose text is ordinary.
+
+    Args:
+        content: text, or a list of items as messages hold them.
+
+    Raises:
+        PromptError: naming the place, what it holds and what it wants.
+    """
+    pieces = [piece for part in read_content(content, where) for piece in _part_pieces(part, True, True)]
+    pieces.append(_Piece(Control(END_OF_TEXT), True))
+    runs = groupby(pieces, lambda piece: piece.taught)
+    return [Span(tuple(_join_text([piece.segment for piece in run])), taught) for taught, run in runs]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    segment: Segment
+    taught: bool = False
+    inserted: bool = False  # by the runtime of an assistant
+
+
+def _pieces(messages: Sequence[Mapping[str, Any]], add_vision_id: bool, where: str) -> Iterator[_Piece]:
+    count = {"image": 0, "video": 0}
+    turns = read_messages(messages, where)
+    if turns[0].role != "system":
+        yield from (_Piece(Control(IM_START)), _Piece(Text(f"system\n{DEFAULT_SYSTEM_PROMPT}")))
+        yield from (_Piece(Control(IM_END)), _Piece(Text("\n")))
+    for turn in turns:
+        yield from (_Piece(Control(IM_START)), _Piece(Text(f"{turn.role}\n")))
+        written = turn.role == "assistant"
+        taught = written and turn.loss
+        for part in turn.parts:
+            if add_vision_id and isinstance(part.item, Media):
+                count[part.item.kind] += 1
+                name = "Picture" if part.item.kind == "image" else "Video"
+                yield _Piece(Text(f"{name} {count[part.item.kind]}: "), inserted=written and not part.loss)
+            yield from _part_pieces(part, written, taught)
+        yield from (_Piece(Control(IM_END), taught), _Piece(Text("\n")))
+
+
+def _part_pieces(part: Part, written: bool, taught: bool) -> Iterator[_Piece]:
+    """`written`: by the model, or as it should write, so that grounding markers are control tokens."""
+    inserted = written and not part.loss
+    if isinstance(part.item, Media):
+        segments: list[Segment] = [Control(VISION_START), part.item, Control(VISION_END)]
+        taught = False
+    else:
+        segments = _split_grounding(part.item.text) if written and part.loss else [part.item]
+        taught = taught and part.loss
+    for segment in segments:
+        yield _Piece(segment, taught, inserted)
+
+
+def check_placeholders(
+    input_ids: torch.Tensor,
+    image_grid_thw: torch.Tensor | None = None,
+    video_grid_thw: torch.Tensor | None = None,
+    *,
+    image_token_id: int,
+    video_token_id: int,
+    merge_size: int = 2,
+) -> None:
+    """Check that every grid has its run of t * h * w / merge_size**2 placeholders, in order over the whole
+    batch.
+
+    Truncating ids inside an image or video, or dropping one of a batch, is what this finds.
+
+    Args:
+        input_ids: (B, L) int64.
+        image_grid_thw, video_grid_thw: (n, 3) int64 in patches, or None for none.
+
+    Raises:
+        PromptError: naming the first image or video that does not fit.
+    """
+    for kind, token_id, grids in (
+        ("image", image_token_id, image_grid_thw),
+        ("video", video_token_id, video_grid_thw),
+    ):
+        wanted = [] if grids is None else [tuple(grid) for grid in grids.tolist()]
+        found = _run_lengths(input_ids == token_id)
+        if len(found) != len(wanted):
+            raise PromptError(
+                f"{kind}_grid_thw: wants {len(found)}, one for each run of placeholders, got {len(wanted)}"
+            )
+        for n, ((t, h, w), length) in enumerate(zip(wanted, found, strict=True)):
+            if h % merge_size or w % merge_size or t * h * w // merge_size**2 != length:
+                raise PromptError(
+                    f"{kind}_grid_thw[{n}]: ({t}, {h}, {w}) merged {merge_size} x {merge_size} does not give "
+                    f"the {length} placeholders that input_ids has for it"
+                )
+
+
+def _run_lengths(mask: torch.Tensor) -> list[int]:
+    """Lengths of the runs of True in (B, L), row by row."""
+    edges = torch.nn.functional.pad(mask.to(torch.int8), (1, 1)).diff(dim=1)  # (B, L + 1)
+    starts = (edges == 1).nonzero()[:, 1]
+    ends = (edges == -1).nonzero()[:, 1]
+    return (ends - starts).tolist()
+
+
+def _join_text(segments: Sequence[Segment]) -> Iterator[Segment]:
+    pending: list[str] = []
+    for segment in segments:
+        if isinstance(segment, Text):
+            pending.append(segment.text)
+            continue
+        if any(pending):
+            yield Text("".join(pending))
+        pending.clear()
+        yield segment
+    if any(pending):
+        yield Text("".join(pending))
+
+
+_GROUNDING_PATTERN = re.compile("(" + "|".join(map(re.escape, GROUNDING_TOKENS)) + ")")
+
+
+def _split_grounding(text: str) -> list[Segment]:
+    # re.split with one group puts the markers at the odd places.
+    pieces = _GROUNDING_PATTERN.split(text)
+    return [Control(piece) if n % 2 else Text(piece) for n, piece in enumerate(pieces)]

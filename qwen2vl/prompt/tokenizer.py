@@ -1,0 +1,201 @@
+"""The byte-level BPE tokenizer of a Qwen2-VL checkpoint, with control tokens kept apart from text.
+
+Text and control tokens never share an entry point: `Tokenizer.encode_plain` knows no control tokens, and a
+control token is only ever looked up by its name. Hence no text, whoever wrote it, can open or close a turn or
+claim an image's place.
+"""
+
+import codecs
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import tokenizers
+
+from ..errors import CheckpointError, PromptError
+
+END_OF_TEXT = "<|endoftext|>"
+IM_START = "<|im_start|>"
+IM_END = "<|im_end|>"
+VISION_START = "<|vision_start|>"
+VISION_END = "<|vision_end|>"
+IMAGE_PAD = "<|image_pad|>"
+VIDEO_PAD = "<|video_pad|>"
+
+GROUNDING_TOKENS = (
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+)
+REQUIRED_TOKENS = (END_OF_TEXT, IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
+
+# In the order of the released ids, 151643 to 151656.
+CONTROL_TOKENS = (
+    END_OF_TEXT,
+    IM_START,
+    IM_END,
+    *GROUNDING_TOKENS,
+    VISION_START,
+    VISION_END,
+    "<|vision_pad|>",
+    IMAGE_PAD,
+    VIDEO_PAD,
+)
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` read from tokenizer.json.
+
+    Attributes:
+        special_ids: name -> id of every control token that the file has.
+        pad_id: id of <|endoftext|>, which pads batches.
+
+    Raises:
+        CheckpointError: the tokenizer is not a byte-level BPE, lacks one of `REQUIRED_TOKENS`, or its
+            ordinary vocabulary can spell a control token.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        missing = [name for name in REQUIRED_TOKENS if backend.token_to_id(name) is None]
+        if missing:
+            raise CheckpointError(f"tokenizer: lacks the special tokens {', '.join(missing)} that Qwen2-VL needs")
+        if not isinstance(backend.decoder, tokenizers.decoders.ByteLevel):
+            got = type(backend.decoder).__name__
+            raise CheckpointError(f"tokenizer: wants a byte-level BPE (decoder ByteLevel), got decoder {got}")
+        # A file may hold a control token in its vocabulary without flagging it special; only the flag keeps
+        # it out of text.
+        known = [name for name in CONTROL_TOKENS if backend.token_to_id(name) is not None]
+        backend.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in known])
+        backend.encode_special_tokens = True
+        backend.no_padding()
+        backend.no_truncation()
+
+        self.backend = backend
+        self.special_ids: dict[str, int] = {
+            token.content: token_id
+            for token_id, token in backend.get_added_tokens_decoder().items()
+            if token.special or token.content in CONTROL_TOKENS
+        }
+        self._special_id_set = frozenset(self.special_ids.values())
+        self.pad_id = self.special_ids[END_OF_TEXT]
+        reachable = [name for name in self.special_ids if not self._special_id_set.isdisjoint(self.encode_plain(name))]
+        if reachable:
+            raise CheckpointError(f"tokenizer: ordinary text can spell the special tokens {', '.join(reachable)}")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> "Tokenizer":
+        """Read `folder`/tokenizer.json. Raises CheckpointError where it is missing or unreadable."""
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            hint = ""
+            if (Path(folder) / "vocab.json").is_file():
+                hint = "; vocab.json with merges.txt is not read, save a tokenizer.json with transformers"
+            raise CheckpointError(f"{path}: no such file, and the tokenizer is read from it{hint}")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception for every kind of damage
+            raise CheckpointError(f"{path}: not a readable tokenizer ({error})") from error
+        return cls(backend)
+
+    def id(self, name: str) -> int:
+        """Id of the control token `name`. Raises CheckpointError where the tokenizer has none such."""
+        try:
+            return self.special_ids[name]
+        except KeyError:
+            raise CheckpointError(f"tokenizer: has no special token {name!r}") from None
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of `text` as ordinary text: "<|im_end|>" becomes the pieces of its spelling, never the
+        control token.
+
+        No token is put before or after. Raises PromptError for a value that is no str, or that UTF-8 cannot
+        write.
+        """
+        if not isinstance(text, str):
+            raise PromptError(f"text: wants a str, got {type(text).__name__}")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise PromptError(
+                f"text: holds a lone surrogate at character {error.start}, which no UTF-8 text can"
+            ) from error
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of `ids` (any iterable of ints, a 1-D tensor included); ids without a token, such as padding
+        rows, give nothing.
+
+        Bytes that form no UTF-8 character become U+FFFD. Grounding markers are control tokens: to parse
+        boxes, decode with `skip_special_tokens=False`.
+        """
+        return self.backend.decode(_to_ints(ids), skip_special_tokens=skip_special_tokens)
+
+    def batch_decode(self, sequences: Iterable[Iterable[int]], *, skip_special_tokens: bool = True) -> list[str]:
+        """`decode` of each of `sequences` (lists, or a 2-D tensor)."""
+        return [self.decode(ids, skip_special_tokens=skip_special_tokens) for ids in sequences]
+
+    def stream_decoder(self, *, skip_special_tokens: bool = True) -> "StreamDecoder":
+        """A decoder for one sequence that arrives token by token."""
+        return StreamDecoder(self, skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token_id: int, *, skip_special_tokens: bool = True) -> bytes:
+        """The bytes that `token_id` adds to a text; none for an id without a token."""
+        if token_id in self._special_id_set and skip_special_tokens:
+            return b""
+        token = self.backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        # A token with any character outside the byte alphabet is taken as it stands, as the ByteLevel decoder
+        # does.
+        values = [BYTE_OF_CHAR.get(char) for char in token]
+        known = [value for value in values if value is not None]
+        return bytes(known) if len(known) == len(values) else token.encode("utf-8")
+
+
+class StreamDecoder:
+    """Text pieces of a sequence as its tokens arrive.
+
+    The pieces given by `push` and the last one given by `finish` concatenate to `Tokenizer.decode` of the
+    whole sequence. No piece ends inside a character: the bytes of an incomplete one wait for the next token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True):
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that became complete with `token_id`; often empty in the midst of a character."""
+        (token_id,) = _to_ints([token_id])
+        return self._utf8.decode(self._tokenizer.token_bytes(token_id, skip_special_tokens=self._skip_special_tokens))
+
+    def finish(self) -> str:
+        """What remains: U+FFFD if the sequence ended inside a character, else nothing. Then starts over."""
+        rest = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return rest
+
+
+def _to_ints(ids: Iterable[int]) -> list[int]:
+    values = [int(token_id) for token_id in ids]
+    bad = [value for value in values if not 0 <= value < 2**32]
+    if bad:
+        raise ValueError(f"ids: wants token ids, which are not negative and below 2**32, got {bad[0]}")
+    return values
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Character -> byte: printable Latin-1 stands for itself, the other bytes count up from U+0100."""
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
+
+
+BYTE_OF_CHAR = _byte_alphabet()

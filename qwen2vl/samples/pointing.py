@@ -1,0 +1,94 @@
+"""The skill of pointing: boxes of shapes and corners of slanted texts, in the grounding markup."""
+
+from __future__ import annotations
+
+import math
+
+from PIL import Image
+
+from ..agents.grounding import Grounded, Quad, render_grounding
+from .lettering import faces_for, ink_and_ground, random_text, text_mask
+from .look import another_kind
+from .sample import Draws, Sample, question
+from .shapes import GROUNDS, Thing, add_noise, draw_things, fitting_colours, random_thing, scatter
+from .words import SHAPES, kind_name, thing_name
+
+
+def point(draws: Draws, level: int) -> Sample:
+    """Boxes, and quadrilaterals of slanted text.
+
+    0 one thing, 56 x 56; 1 one thing in pictures of several sizes; 2 one of two or three; 3 all of a colour or of a
+    shape, one to three of up to five, from top to bottom; 4 the same, or a slanted text's corners, in noisy pictures of
+    many sizes.
+    """
+    if level == 4 and draws.chance(0.4):
+        return _point_at_text(draws)
+    language = draws.language()
+    ground = draws.pick(GROUNDS)
+    colours = fitting_colours(ground)
+    if level < 2:
+        size = (56, 56) if level == 0 else draws.size((2, 4), (2, 4))
+        things = found = [random_thing(draws, size, colours, (16, min(40, min(size) - 8)))]
+    elif level == 2:
+        size = draws.size((2, 4), (2, 4))
+        number = draws.between(2, 3)
+        chosen, shapes = draws.some(colours, number), draws.some(SHAPES, number)
+        places = scatter(draws, size, [draws.between(16, 36) for _ in range(number)])
+        things = [Thing(chosen[n], shapes[n], *place) for n, place in enumerate(places)]
+        found = things[:1]
+    else:
+        size = draws.size((3, 4), (3, 4)) if level == 3 else draws.size((3, 7), (3, 8), loose=True)
+        by_colour = draws.chance(0.5)
+        colour, shape = (draws.pick(colours), None) if by_colour else (None, draws.pick(SHAPES))
+        number = draws.between(1, 3)
+        kinds = [(colour or draws.pick(colours), shape or draws.pick(SHAPES)) for _ in range(number)]
+        kinds += [another_kind(draws, colours, colour, shape) for _ in range(draws.between(0, 2))]
+        places = scatter(draws, size, [draws.between(16, 36) for _ in kinds])
+        things = [Thing(*kind, *place) for kind, place in zip(kinds, places, strict=True)]
+        found = sorted(things[:number], key=lambda thing: (thing.box[1], thing.box[0]))
+        phrase = kind_name(colour, shape, language)
+        prompt = draws.question("find all", language, phrase)
+    if level < 3:
+        phrase = thing_name(found[0].colour, found[0].shape, language)
+        prompt = draws.question("find", language, phrase)
+    image = draw_things(size, ground, things)
+    if level == 4:
+        image = add_noise(draws, image)
+    place = Grounded(phrase, tuple(thing.grounding_box(size) for thing in found))
+    scene = {"things": [thing.to_dict() for thing in things], "found": [thing.to_dict() for thing in found]}
+    return question([image], prompt, render_grounding(place), language, places=[place], scene=scene)
+
+
+def _point_at_text(draws: Draws) -> Sample:
+    """The corners of a text's ink, from its upper left one clockwise, as the text stands."""
+    language = draws.language()
+    size = draws.size((4, 7), (4, 8), loose=True)
+    text = random_text(draws, 5)
+    mask = text_mask(draws.pick(faces_for(text)), text, draws.between(16, 24))
+    if mask.width > size[0] - 16:
+        mask = mask.crop((0, 0, size[0] - 16, mask.height))
+    degrees = draws.between(-25, 25)
+    turned = mask.rotate(degrees, Image.Resampling.BICUBIC, expand=True)
+    x, y = draws.between(1, size[0] - turned.width - 1), draws.between(1, size[1] - turned.height - 1)
+    ink, ground = ink_and_ground(draws)
+    image = Image.new("RGB", size, ground)
+    image.paste(ink, (x, y), turned)
+    angle = math.radians(degrees)
+    corners = []
+    for across, down in ((-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)):
+        dx, dy = across * mask.width, down * mask.height
+        corners.append(
+            (
+                x + turned.width / 2 + dx * math.cos(angle) + dy * math.sin(angle),
+                y + turned.height / 2 - dx * math.sin(angle) + dy * math.cos(angle),
+            )
+        )
+    place = Grounded(text, (Quad.from_pixels(corners, width=size[0], height=size[1]),))
+    return question(
+        [add_noise(draws, image)],
+        draws.question("find text", language, text),
+        render_grounding(place),
+        language,
+        places=[place],
+        scene={"text": text, "corners": [list(corner) for corner in corners]},
+    )

@@ -1,0 +1,1 @@
+"""What every op needs beside its kernels: backends and their choice, checks, registration, launching, tile plans."""

@@ -1,0 +1,152 @@
+"""Which backend serves a call of varlen_attention by default: on CUDA one literal table of what was measured.
+
+A choice is a function of what the host knows (:class:`Call`): it reads nothing from a device, is the same while a CUDA
+graph is captured and under ``torch.compile``, and does not guess from ``max_seqlen`` that lengths are equal. A backend
+that builds a plan for each new shape may be in the table only where that costs under a millisecond; cuDNN's does not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from . import attention_peers
+from .attention_peers import HALVES, Call
+from .backends import unavailable
+from .matmul import slow_on_cpu
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The order of backends for calls of one kind, and the committed result that it was read from.
+
+    Attributes:
+        capability: of the GPU, 90 for 9.0.
+        dtypes, columns, causal, gradients: of the call; columns from the first to the second.
+        rows: least ``max_seqlen``; the first entry that fits counts.
+        backends: first choice first; "flash 3" is ``flash`` where it can take FlashAttention 3.
+        measured: under ``benchmarks/results``.
+        note: at which commit, and what has changed since.
+    """
+
+    capability: int
+    dtypes: tuple[torch.dtype, ...]
+    columns: tuple[int, int]
+    causal: bool
+    gradients: bool
+    rows: int
+    backends: tuple[str, ...]
+    measured: str
+    note: str
+
+
+_H200 = "nvidia-h200/attention.json"
+_THEN = "at commit 3dc270fec4c9; the Triton kernels have changed since"
+
+#: Measured in bf16 on heads of 80. float16 has the same matrix rate. Heads of 72 are the same programs: 64 + 16 columns
+#: of ours, padded to 96 by FlashAttention 2 and 3. Heads of 64, 96 and 128, causal packs and grouped heads were not
+#: measured, so no entry covers them, nor were packs whose longest segment has fewer than 256 rows: these go like 256.
+TABLE: tuple[Entry, ...] = (
+    Entry(
+        90,
+        HALVES,
+        (72, 80),
+        causal=False,
+        gradients=True,
+        rows=0,
+        backends=("torch", "triton"),
+        measured=_H200,
+        note=_THEN,
+    ),
+    Entry(90, HALVES, (72, 80), False, False, 1024, ("flash 3", "triton", "torch"), _H200, _THEN),
+    Entry(90, HALVES, (72, 80), False, False, 0, ("triton", "torch"), _H200, _THEN),
+)
+
+#: What nobody measured, and what comes after an entry's backends: PyTorch's own kernel, then ours, then what serves.
+UNMEASURED = ("torch", "triton", "sdpa", "eager")
+#: The same for float32, which runs without matrix units in Triton.
+_WITHOUT_MATRIX_UNITS = ("sdpa", "eager")
+
+_CPU = "amd-epyc-2-threads/attention.json"
+#: What that measured, in bf16: columns, causal, grouped.
+CPU_MEASURED = ((80, False, False), (128, True, True))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """``backend``: a name of varlen_attention's; ``peer``: which of others' kernels that is, if it is one's."""
+
+    backend: str
+    peer: str | None
+    measured: str | None
+    why: str
+
+
+def bucket(max_seqlen: int) -> int:
+    """What the table tells lengths apart by: the largest ``rows`` of an entry that ``max_seqlen`` reaches."""
+    return max(entry.rows for entry in TABLE if entry.rows <= max_seqlen)
+
+
+def entry_of(call: Call) -> Entry | None:
+    """The table's row for a call on CUDA, ``None`` where nobody measured."""
+    for entry in TABLE:
+        known = (entry.capability, entry.causal, entry.gradients) == (call.capability, call.causal, call.gradients)
+        fits = call.dtype in entry.dtypes and entry.columns[0] <= call.columns <= entry.columns[1]
+        if known and fits and call.columns == call.value_columns and call.rows >= entry.rows and not call.grouped:
+            return entry
+    return None
+
+
+def choose(call: Call, invariant: bool = False) -> Choice:
+    """What serves ``call`` where nobody named a backend. Raises ``LookupError`` where nothing ``invariant`` does."""
+    if call.device_type != "cuda":
+        return _choose_on_cpu(call)
+    if invariant or call.repeatable:
+        reason = serves("triton", call)[1]
+        if reason is None:
+            return Choice("triton", None, None, "the same bits twice and in every pack are demanded")
+        if invariant:
+            raise LookupError(reason)
+    entry = entry_of(call)
+    listed = () if entry is None else entry.backends
+    if call.replaced is not None and "torch" in listed:  # FlashAttention 2 was measured, and is not what runs
+        entry, listed = None, ()
+    passed = []
+    for name in dict.fromkeys((*listed, *(UNMEASURED if call.dtype in HALVES else _WITHOUT_MATRIX_UNITS))):
+        peer, reason = serves(name, call)
+        if reason is None:
+            why, measured = "nobody measured such calls", None
+            if entry is not None and name in listed:
+                why, measured = f"first of what was measured {entry.note}", entry.measured
+            return Choice(name.split()[0], peer, measured, "; ".join((why, *passed)))
+        passed.append(f"{name}: {reason}")
+    raise AssertionError("eager serves every call")
+
+
+def serves(name: str, call: Call) -> tuple[str | None, str | None]:
+    """``(peer, None)`` where the backend ``name`` can serve ``call``, else ``(None, why not)``."""
+    if name in ("torch", "cudnn") or name.startswith("flash"):
+        if call.device_type != "cuda":
+            return None, f"it does not serve {call.device_type} tensors"
+        peer, reason = attention_peers.peer_of(name, call)
+        return peer, reason if peer is None else None
+    if name == "triton":
+        wide = max(call.columns, call.value_columns) > 256
+        reason = "a head of more than 256 columns fits no program's registers" if wide else None
+        return None, unavailable(name, call.device_type) or reason
+    return None, None
+
+
+def _choose_on_cpu(call: Call) -> Choice:
+    if call.device_type != "cpu":
+        return Choice("eager", None, None, f"nothing else serves {call.device_type} tensors")
+    known = (call.columns, call.causal, call.grouped) in CPU_MEASURED and call.columns == call.value_columns
+    measured = _CPU if known and call.dtype == torch.bfloat16 else None
+    if call.dtype == torch.bfloat16 and not call.gradients:
+        if slow_on_cpu(call.dtype):
+            why = "this CPU has no matrix products of bf16, and PyTorch's attention makes them in float32"
+            return Choice("sdpa", None, None, why)
+        why = "matrix products in blocks measured faster than PyTorch's attention"
+        return Choice("blocked", None, measured, why if known else f"{why} on heads of 80 and of 128")
+    return Choice("sdpa", None, measured, "PyTorch's fused attention, once for every run of equal segments")

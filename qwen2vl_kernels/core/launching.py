@@ -1,0 +1,151 @@
+"""Triton for every op: its guarded import, where its kernels can run, how they are launched, and how launches are
+recorded, so that exactly what a call would run can be compiled without a GPU.
+
+Triton is optional. Where it is missing, ``jit`` leaves a function as it is and ``tl`` is a name that only has to be
+there; :func:`reason` then says why no kernel can run. An op file imports both from here:
+
+    from ..core.launching import cdiv, jit, launch, tl
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+    from triton import knobs
+
+    _missing = None
+    #: Whether kernels run in Triton's interpreter, on tensors of any device: read when they are decorated, so once.
+    INTERPRETED = bool(knobs.runtime.interpret)
+except ImportError as error:
+    tl: Any = SimpleNamespace(constexpr=lambda value: value)
+
+    _missing = f"Triton cannot be imported: {error}"
+    INTERPRETED = False
+
+
+def jit(function: Callable | None = None, **options: Any) -> Any:
+    """``triton.jit``, with or without options."""
+    if _missing is not None:
+        return function if function is not None else lambda undecorated: undecorated
+    return triton.jit(function, **options)
+
+
+def reason(device_type: str) -> str | None:
+    """Why Triton kernels cannot run on tensors of ``device_type``, or ``None`` when they can."""
+    if _missing is not None:
+        return _missing
+    if device_type == "cpu" and not INTERPRETED:
+        return "on CPU tensors Triton only interprets; set TRITON_INTERPRET=1 before Python starts (slow, for tests)"
+    return None
+
+
+def cdiv(a: int, b: int) -> int:
+    """``ceil(a / b)``."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least ``n >= 1``."""
+    return 1 << (n - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a launch configuration is chosen for."""
+
+    backend: str  # "cuda" or "hip"
+    capability: int  # 80, 86, 90, 100, 120, ... on NVIDIA's cards, 0 on others
+
+    def warps(self, threads: int) -> int:
+        """``num_warps`` of a program of about ``threads`` threads: AMD's warps have 64."""
+        return max(1, threads // (32 if self.backend == "cuda" else 64))
+
+
+def architecture(target: Target, known: Collection[int]) -> int:
+    """The entry of a table of configurations that serves ``target``: the newest that is not newer, 0 for AMD's."""
+    if target.backend != "cuda":
+        return 0
+    older = [capability for capability in known if 0 < capability <= target.capability]
+    return max(older, default=min(capability for capability in known if capability))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as it was asked for: the kernel's arguments in order, ``constexprs`` and options by name."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constexprs: dict[str, Any]
+    options: dict[str, int | bool]
+
+
+_recording: tuple[Target, list[Launch]] | None = None
+
+
+@contextmanager
+def record(target: Target) -> Iterator[list[Launch]]:
+    """Inside the block, launches are collected instead of run, configured for ``target``.
+
+    Call the ops' launchers with tensors on the "meta" device. What is collected can be compiled ahead of time.
+    """
+    global _recording
+    assert _recording is None
+    _recording = (target, [])
+    try:
+        yield _recording[1]
+    finally:
+        _recording = None
+
+
+def target_of(device: torch.device) -> Target:
+    """The target that ``device`` is; for the interpreter, a Hopper card's."""
+    if _recording is not None:
+        return _recording[0]
+    return _target(device.index) if device.type == "cuda" else Target("cuda", 90)
+
+
+@cache
+def _target(index: int | None) -> Target:
+    if torch.version.hip is not None:
+        return Target("hip", 0)
+    major, minor = torch.cuda.get_device_capability(index)
+    return Target("cuda", 10 * major + minor)
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: torch.device,
+    *args: Any,
+    num_warps: int,
+    num_stages: int = 1,
+    **constexprs: Any,
+) -> None:
+    """Run ``kernel`` on ``device``'s current stream; nothing happens when a dimension of ``grid`` is 0."""
+    if 0 in grid:
+        return
+    # Contraction to FMA is said, not left to the version's default, which changes in Triton 3.10.
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    if _recording is not None:
+        _recording[1].append(Launch(kernel, grid, args, constexprs, options))
+    elif device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):  # Triton launches on the current device, wherever the pointers lie
+            kernel[grid](*args, **constexprs, **options)
+    else:
+        kernel[grid](*args, **constexprs, **options)
+
+
+def accumulator(dtype: torch.dtype) -> Any:
+    """The type that kernels compute in: float32; float64 for float64 inputs, which gradient checks use."""
+    return tl.float64 if dtype == torch.float64 else tl.float32

@@ -1,0 +1,290 @@
+"""The Triton kernels of layer_norm and rms_norm: one forward and one backward for both, with and without a residual.
+
+With m the row's mean (0 for RMSNorm), r = 1 / sqrt(mean((s - m)^2) + eps) and n = (s - m) r, s = x (+ residual):
+
+    y = n * weight (+ bias)
+    ds = r (g - n mean(g n) (- mean(g))) (+ dtotal),  g = dy * weight
+    dweight = sum over rows of dy n,  dbias = sum over rows of dy
+
+Bytes a row of C values of b bytes, each once: forward 2 C b, with a residual 4 C b (x, residual, sum, y); backward
+3 C b (dy, s, ds), 4 C b with dtotal. A program holds whole rows in registers, so the variance is that of centred
+values. The weight's gradient is summed without atomics: each program adds up a run of rows, in float32, and PyTorch
+adds the programs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..core.launching import Target, accumulator, cdiv, jit, launch, next_power_of_2, target_of, tl
+from ..core.library import direct, first_order, register_opaque
+from .elementwise import as_rows
+
+
+@dataclass(frozen=True)
+class NormConfig:
+    rows: int  # of a program's tile
+    num_warps: int
+
+
+def forward_config(columns: int, dtype: torch.dtype, target: Target) -> NormConfig:
+    """Two vectors of 16 bytes a thread and row, then rows until a program has enough loads in flight. Not yet tuned."""
+    block = next_power_of_2(columns)
+    lanes = block * dtype.itemsize // 16  # threads that one row keeps busy with one vector each
+    return NormConfig(rows=max(1, min(8, 4096 // block)), num_warps=target.warps(min(256, lanes // 2)))
+
+
+def backward_config(columns: int, dtype: torch.dtype, target: Target) -> NormConfig:
+    """One row at a time: the sums for the weight's gradient take the registers. Not yet tuned."""
+    lanes = next_power_of_2(columns) * dtype.itemsize // 16
+    return NormConfig(rows=1, num_warps=target.warps(min(512, lanes)))
+
+
+#: Programs of a backward, each with a run of rows and a row of partial sums of the weight's gradient.
+_BACKWARD_PROGRAMS = 512
+
+
+@jit(do_not_specialize=["rows"])
+def _forward_kernel(
+    x, order, residual, weight, bias, y, total, mean, rstd,
+    rows, x_row, x_column, residual_row, residual_column, eps,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CENTRED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
+    column = tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
+    valid = column < COLUMNS
+    mask = (row < rows) & valid
+    source = row if order is None else tl.load(order + row, mask=row < rows, other=0)
+    s = tl.load(x + source * x_row + column.to(tl.int64) * x_column, mask=mask, other=0.0)
+    if residual is not None:
+        s = s.to(ACC) + tl.load(
+            residual + row * residual_row + column.to(tl.int64) * residual_column, mask=mask, other=0.0
+        ).to(ACC)
+        s = s.to(total.dtype.element_ty)
+        tl.store(total + row * COLUMNS + column, s, mask=mask)
+    s = s.to(ACC)  # of the rounded sum, as an addition followed by a norm has it
+    if CENTRED:
+        m = tl.sum(s, 1, keep_dims=True) / COLUMNS  # (ROWS, 1)
+        s = tl.where(valid, s - m, 0.0)
+        if mean is not None:
+            tl.store(mean + row, m, mask=row < rows)
+    r = 1 / tl.sqrt(tl.sum(s * s, 1, keep_dims=True) / COLUMNS + eps)  # (ROWS, 1)
+    if rstd is not None:
+        tl.store(rstd + row, r, mask=row < rows)
+    out = s * r * tl.load(weight + column, mask=valid, other=0.0).to(ACC)
+    if bias is not None:
+        out += tl.load(bias + column, mask=valid, other=0.0).to(ACC)
+    tl.store(y + row * COLUMNS + column, out.to(y.dtype.element_ty), mask=mask)
+
+
+@jit(do_not_specialize=["rows", "run"])
+def _backward_kernel(
+    dy, s, order, dtotal, weight, mean, rstd, ds, dweight, dbias,
+    rows, run, dy_row, dy_column, s_row, s_column, dtotal_row, dtotal_column,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CENTRED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
+    valid = column < COLUMNS
+    w = tl.load(weight + column, mask=valid, other=0.0).to(ACC)
+    weight_sum = tl.zeros((ROWS, BLOCK), ACC)
+    bias_sum = tl.zeros((ROWS, BLOCK), ACC)
+    begin = tl.program_id(0).to(tl.int64) * run
+    end = tl.minimum(begin + run, rows)
+    for first in range(begin, end, ROWS):
+        row = (first + tl.arange(0, ROWS)[:, None]).to(tl.int64)  # (ROWS, 1)
+        mask = (row < end) & valid
+        r = tl.load(rstd + row, mask=row < end, other=0.0)
+        source = row if order is None else tl.load(order + row, mask=row < end, other=0)
+        n = tl.load(s + source * s_row + column.to(tl.int64) * s_column, mask=mask, other=0.0).to(ACC)
+        g = tl.load(dy + row * dy_row + column.to(tl.int64) * dy_column, mask=mask, other=0.0).to(ACC)
+        if CENTRED:
+            n -= tl.load(mean + row, mask=row < end, other=0.0)
+        n = tl.where(mask, n * r, 0.0)
+        weight_sum += g * n
+        if dbias is not None:
+            bias_sum += g
+        g *= w
+        out = g - n * (tl.sum(g * n, 1, keep_dims=True) / COLUMNS)
+        if CENTRED:
+            out -= tl.sum(g, 1, keep_dims=True) / COLUMNS
+        out *= r
+        if dtotal is not None:
+            out += tl.load(dtotal + row * dtotal_row + column.to(tl.int64) * dtotal_column, mask=mask, other=0.0).to(
+                ACC
+            )
+        tl.store(ds + source * COLUMNS + column, out.to(ds.dtype.element_ty), mask=mask)
+    at = tl.program_id(0).to(tl.int64) * COLUMNS + column
+    tl.store(dweight + at, tl.sum(weight_sum, 0, keep_dims=True), mask=valid)
+    if dbias is not None:
+        tl.store(dbias + at, tl.sum(bias_sum, 0, keep_dims=True), mask=valid)
+
+
+def launch_forward(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    centred: bool,
+    order: torch.Tensor | None = None,
+    statistics: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``(y, total, mean, rstd)``: total is empty without a residual, the statistics ``(rows,)`` unless wanted.
+
+    ``order (rows,)`` int64: row r of y and of the statistics is that of row ``order[r]`` of x; not with a residual.
+    """
+    y, total, mean, rstd = _fake_forward(x, residual, weight, bias, eps, centred, order, statistics)
+    if x.numel() == 0:
+        return y, total, mean, rstd
+    acc, columns = accumulator(x.dtype), x.shape[-1]
+    chosen = forward_config(columns, x.dtype, target_of(x.device))
+    flat = as_rows(x)
+    other = None if residual is None else as_rows(residual)
+    launch(
+        _forward_kernel,
+        (cdiv(flat.shape[0], chosen.rows),),
+        x.device,
+        flat,
+        order,
+        other,
+        weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+        y,
+        None if residual is None else total,
+        mean if statistics and centred else None,
+        rstd if statistics else None,
+        flat.shape[0],
+        *flat.stride(),
+        *((0, 0) if other is None else other.stride()),
+        eps,
+        COLUMNS=columns,
+        BLOCK=next_power_of_2(columns),
+        ROWS=chosen.rows,
+        CENTRED=centred,
+        ACC=acc,
+        num_warps=chosen.num_warps,
+    )
+    return y, total, mean, rstd
+
+
+def launch_backward(
+    dy: torch.Tensor,
+    s: torch.Tensor,
+    dtotal: torch.Tensor | None,
+    weight: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    centred: bool,
+    biased: bool,
+    order: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``(ds, dweight, dbias)``, dbias empty unless ``biased``."""
+    ds = torch.empty(s.shape, dtype=s.dtype, device=s.device)
+    columns = s.shape[-1]
+    if s.numel() == 0:
+        return ds, torch.zeros_like(weight), weight.new_zeros(columns if biased else 0)
+    acc = accumulator(s.dtype)
+    chosen = backward_config(columns, s.dtype, target_of(s.device))
+    flat, grad = as_rows(s), as_rows(dy)
+    other = None if dtotal is None else as_rows(dtotal)
+    rows = flat.shape[0]
+    run = chosen.rows * cdiv(rows, chosen.rows * _BACKWARD_PROGRAMS)  # rows of a program
+    programs = cdiv(rows, run)
+    partial = torch.empty((1 + biased, programs, columns), dtype=rstd.dtype, device=s.device)
+    launch(
+        _backward_kernel,
+        (programs,),
+        s.device,
+        grad,
+        flat,
+        order,
+        other,
+        weight.contiguous(),
+        mean if centred else None,
+        rstd,
+        ds,
+        partial[0],
+        partial[1] if biased else None,
+        rows,
+        run,
+        *grad.stride(),
+        *flat.stride(),
+        *((0, 0) if other is None else other.stride()),
+        COLUMNS=columns,
+        BLOCK=next_power_of_2(columns),
+        ROWS=chosen.rows,
+        CENTRED=centred,
+        ACC=acc,
+        num_warps=chosen.num_warps,
+    )
+    sums = partial.sum(1).to(weight.dtype)
+    return ds, sums[0], sums[1] if biased else weight.new_empty(0)
+
+
+def _fake_forward(x, residual, weight, bias, eps, centred, order=None, statistics=True):
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = torch.empty(x.shape if residual is not None else (0,), dtype=x.dtype, device=x.device)
+    mean = torch.empty(rows if statistics and centred else 0, dtype=wide, device=x.device)
+    rstd = torch.empty(rows if statistics else 0, dtype=wide, device=x.device)
+    return y, total, mean, rstd
+
+
+def _fake_backward(dy, s, dtotal, weight, mean, rstd, centred, biased, order=None):
+    return s.new_empty(s.shape), torch.empty_like(weight), weight.new_empty(weight.shape[0] if biased else 0)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, residual, weight, bias, _, ctx.centred, order = inputs
+    _, total, mean, rstd = output
+    ctx.added, ctx.biased = residual is not None, bias is not None
+    ctx.mark_non_differentiable(*((mean, rstd) if ctx.added else (total, mean, rstd)))
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(total if ctx.added else x, weight, mean, rstd, order)
+
+
+def _backward(ctx, dy, dtotal, _dmean, _drstd):
+    s, weight, mean, rstd, order = ctx.saved_tensors
+    if dy is None:
+        return dtotal, dtotal, None, None, None, None, None
+    arguments = (dy, s, dtotal, weight, mean, rstd, ctx.centred, ctx.biased, order)
+    ds, dweight, dbias = first_order(
+        "layer_norm" if ctx.centred else "rms_norm", torch.ops.qwen2vl.norm_backward, *arguments
+    )
+    return ds, ds if ctx.added else None, dweight, dbias if ctx.biased else None, None, None, None
+
+
+register_opaque(
+    "norm_forward(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool centred, Tensor? order)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_forward,
+    setup_context=_setup_context,
+    backward=_backward,
+    CPU=launch_forward,
+    CUDA=launch_forward,
+)
+register_opaque(
+    "norm_backward(Tensor dy, Tensor s, Tensor? dtotal, Tensor weight, Tensor mean, Tensor rstd, bool centred,"
+    " bool biased, Tensor? order) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_backward,
+    CPU=launch_backward,
+    CUDA=launch_backward,
+)
+
+
+def norm(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    centred: bool,
+    order: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(y, total)`` of either norm; total is empty without a residual. ``order`` as for :func:`launch_forward`."""
+    if direct(x, residual, weight, bias):
+        return launch_forward(x, residual, weight, bias, eps, centred, order, statistics=False)[:2]
+    return torch.ops.qwen2vl.norm_forward(x, residual, weight, bias, eps, centred, order)[:2]
