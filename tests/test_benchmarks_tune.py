@@ -136,7 +136,7 @@ with launching.record(target) as launches, configured(subject, fields):
 compiled, found = [], []
 knobs.compilation.listener = lambda *, src, cache_hit, **_: (found if cache_hit else compiled).append(src.name)
 for launch in launches:
-    launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constexprs, **launch.options)
+    launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
 print(len(found), compiled)
 """
 

@@ -62,7 +62,7 @@ class Compiler:
             with launching.record(self.target) as launches, torch.no_grad(), configured(subject, request["fields"]):
                 subject.make(torch.device("meta"), self.dtype).run()
             for launch in launches:
-                launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constexprs, **launch.options)
+                launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
         except Exception as error:  # every pass and ptxas have their own
             return {"failed": "does not compile", "why": words(error)}
         return {"seconds": time.perf_counter() - begin}

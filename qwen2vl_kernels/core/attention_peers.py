@@ -76,6 +76,9 @@ FLASH = (
     Flash(2, "flash_attn", range(80, 200), ("flash_attn.flash_attn_interface", "_flash_attn_varlen_backward")),
 )
 
+#: Others' kernels by what the op is told: "torch", "cudnn" or a module; "flash" is the newest one that serves a call.
+PEERS = ("torch", "cudnn", *(flash.module for flash in FLASH))
+
 #: The first PyTorch whose cuDNN backward on ragged packs may be trusted: before pytorch#186142 it takes head_dim for
 #: the longest segment, and its kernel writes beyond the workspace. So does 2.10's binary, and no release up to 2.13 is
 #: known to be mended.
