@@ -32,7 +32,7 @@ from qwen2vl.training.data.generated import read_sample
 from qwen2vl.training.example import Example
 from qwen2vl.training.packing import IGNORE, Packer, collate
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
