@@ -18,6 +18,7 @@ import torch
 from ..core.backends import resolve
 from ..core.checks import INTS, Checker, no_grad_through
 from ..core.library import direct, mark_written, register_opaque
+from ..core.namespace import torch_ops
 from ..core.rotation import check_angles, mrope_cos_sin, rotate
 from ..triton.cache import launch_append
 
@@ -136,4 +137,4 @@ def append_kv(
         _BACKENDS[chosen](*tensors, *settings)
         mark_written(k_cache, v_cache, q, k if overwrite_k else None)
     else:
-        torch.ops.qwen2vl.append_kv(*tensors, *settings, chosen)
+        torch_ops.append_kv(*tensors, *settings, chosen)

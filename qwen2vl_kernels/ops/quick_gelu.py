@@ -12,6 +12,7 @@ import torch
 from ..core.backends import resolve
 from ..core.checks import Checker, no_grad_through
 from ..core.library import direct, first_order, mark_written, register_composite, register_opaque, writes_only
+from ..core.namespace import torch_ops
 from ..triton.elementwise import as_rows, launch_backward, launch_forward
 
 
@@ -73,7 +74,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, dy):
     x, bias = ctx.saved_tensors
-    dx, dbias = first_order("quick_gelu", torch.ops.qwen2vl.quick_gelu_backward, dy, x, bias)
+    dx, dbias = first_order("quick_gelu", torch_ops.quick_gelu_backward, dy, x, bias)
     return dx, None if bias is None else dbias
 
 
@@ -112,7 +113,7 @@ def quick_gelu(x: torch.Tensor, bias: torch.Tensor | None = None, *, backend: st
     _check("quick_gelu", x, bias)
     if resolve("quick_gelu", x.device.type, backend) == "eager":
         return quick_gelu_ref(x, bias)
-    return (_forward if direct(x, bias) else torch.ops.qwen2vl.quick_gelu_forward)(x, bias)
+    return (_forward if direct(x, bias) else torch_ops.quick_gelu_forward)(x, bias)
 
 
 def quick_gelu_(x: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str | None = None) -> torch.Tensor:
@@ -125,7 +126,7 @@ def quick_gelu_(x: torch.Tensor, bias: torch.Tensor | None = None, *, backend: s
         _forward_in_place(x, bias)
         mark_written(x)
     else:
-        torch.ops.qwen2vl.quick_gelu_forward_(x, bias)
+        torch_ops.quick_gelu_forward_(x, bias)
     return x
 
 

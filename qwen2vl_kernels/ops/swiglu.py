@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from ..core.backends import resolve
 from ..core.checks import Checker, no_grad_through
 from ..core.library import direct, first_order, mark_written, register_composite, register_opaque, writes_only
+from ..core.namespace import torch_ops
 from ..triton.elementwise import as_rows, launch_backward, launch_forward
 
 
@@ -78,7 +79,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, dy):
     gate, up = ctx.saved_tensors
-    dgate, dup = first_order("swiglu", torch.ops.qwen2vl.swiglu_backward, dy, gate, up)
+    dgate, dup = first_order("swiglu", torch_ops.swiglu_backward, dy, gate, up)
     return dgate, None if up is None else dup
 
 
@@ -122,7 +123,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor | None = None, *, backend: str |
         check.tensor("up", up, tuple(gate.shape), like=gate)
     if resolve("swiglu", gate.device.type, backend) == "eager":
         return swiglu_ref(gate, up)
-    return (_forward if direct(gate, up) else torch.ops.qwen2vl.swiglu_forward)(gate, up)
+    return (_forward if direct(gate, up) else torch_ops.swiglu_forward)(gate, up)
 
 
 def swiglu_(gate: torch.Tensor, up: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
@@ -137,7 +138,7 @@ def swiglu_(gate: torch.Tensor, up: torch.Tensor, *, backend: str | None = None)
         _forward_in_place(gate, up)
         mark_written(gate)
     else:
-        torch.ops.qwen2vl.swiglu_forward_(gate, up)
+        torch_ops.swiglu_forward_(gate, up)
     return gate
 
 

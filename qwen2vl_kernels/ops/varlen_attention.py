@@ -30,6 +30,7 @@ from ..core.backends import resolve
 from ..core.checks import Checker
 from ..core.launching import target_of
 from ..core.library import direct, first_order, register_opaque
+from ..core.namespace import torch_ops
 from ..core.rotation import rotate
 from ..core.tile_plan import TilePlan, check_bounds, plan_for
 from ..triton.attention_backward import launch_backward
@@ -101,7 +102,7 @@ def _setup_triton(ctx, inputs, output) -> None:
 
 def _backward_triton(ctx, dout, _):
     arguments = (dout, *ctx.saved_tensors, ctx.causal, ctx.scale, ctx.fused)
-    return *first_order("varlen_attention", torch.ops.qwen2vl.attention_backward, *arguments), *[None] * 7
+    return *first_order("varlen_attention", torch_ops.attention_backward, *arguments), *[None] * 7
 
 
 _PACK = "Tensor cu_seqlens, Tensor? cos, Tensor? sin"
@@ -172,7 +173,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dout, _):
-    backward = torch.ops.qwen2vl.varlen_attention_backward
+    backward = torch_ops.varlen_attention_backward
     grads = first_order("varlen_attention", backward, dout, *ctx.saved_tensors, *ctx.settings)
     return *grads, *[None] * 5
 
@@ -287,11 +288,11 @@ def varlen_attention(
             return launch_forward(q, k, v, plan, *settings, cos=cos, sin=sin, fused=fused, keep=False)[0]
         return _peer_forward(name, q, k, v, plan, *settings, keep=False)[0]
     if name == "triton":  # an op of its own, which keeps what its backward needs
-        return torch.ops.qwen2vl.attention_forward(q, k, v, cu_seqlens, cos, sin, *settings, fused)[0]
+        return torch_ops.attention_forward(q, k, v, cu_seqlens, cos, sin, *settings, fused)[0]
     if tiles is not None and name in PEERS and not traced:
         tiles.hold_to(max_seqlen)  # the operator is not told of it
     if traced or name in PEERS:  # tracers need one opaque op, as the implementations read cu_seqlens
-        return torch.ops.qwen2vl.varlen_attention(q, k, v, cu_seqlens, *settings, name)[0]
+        return torch_ops.varlen_attention(q, k, v, cu_seqlens, *settings, name)[0]
     return _BACKENDS[name](q, k, v, cu_seqlens, *settings[1:])
 
 

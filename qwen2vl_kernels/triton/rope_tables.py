@@ -10,6 +10,7 @@ import torch
 
 from ..core.launching import accumulator, cdiv, jit, launch, next_power_of_2, strides, target_of, tl
 from ..core.library import direct, register_opaque
+from ..core.namespace import torch_ops
 from .rotary import config, cos_sin
 
 
@@ -95,5 +96,5 @@ register_opaque(
 
 def tables(positions: torch.Tensor, inv_freq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`launch_tables`, or the op of it."""
-    run = launch_tables if direct(positions, inv_freq) else torch.ops.qwen2vl.rope_tables
+    run = launch_tables if direct(positions, inv_freq) else torch_ops.rope_tables
     return run(positions, inv_freq)

@@ -17,6 +17,7 @@ import torch
 
 from ..core.launching import Target, accumulator, cdiv, jit, launch, next_power_of_2, strides, target_of, tl
 from ..core.library import direct, mark_written, register_opaque
+from ..core.namespace import torch_ops
 
 
 @dataclass(frozen=True)
@@ -385,7 +386,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, dq, dk):
     """A rotation's transpose is the rotation by the negative angle."""
     angles = (*ctx.saved_tensors, ctx.section, ctx.interleaved, not ctx.inverse)
-    dq, dk = torch.ops.qwen2vl.rotate(dq, dk, *angles)
+    dq, dk = torch_ops.rotate(dq, dk, *angles)
     return dq, dk, *[None] * len(angles)
 
 
@@ -419,7 +420,7 @@ def rotated(
     """New q and k, rotated. Gradients reach q and k, not the angles."""
     if not direct(q, k):
         section = list(section)
-        return torch.ops.qwen2vl.rotate(q, k, positions, inv_freq, cos, sin, section, interleaved, False)
+        return torch_ops.rotate(q, k, positions, inv_freq, cos, sin, section, interleaved, False)
     outputs = _fake_rotate(q, k)
     launch_rotation(q, k, *outputs, positions, inv_freq, cos, sin, section, interleaved)
     return outputs
@@ -441,4 +442,4 @@ def rotate_in_place(
         mark_written(q, k)
     else:
         section = list(section)
-        torch.ops.qwen2vl.rotate_(q, k, positions, inv_freq, cos, sin, section, interleaved, False)
+        torch_ops.rotate_(q, k, positions, inv_freq, cos, sin, section, interleaved, False)
