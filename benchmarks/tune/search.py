@@ -42,7 +42,8 @@ Fields = dict[str, int]
 def candidates(subject: Subject, target: launching.Target, dtype: torch.dtype) -> tuple[Any, list[Fields]]:
     """The configuration that ships, and the fields of all to try, its own first.
 
-    Left out are tiles of fewer than 16 rows a warp where there are matrix products, which warps would then share.
+    Left out are tiles of fewer than 16 rows a warp where there are matrix products, which warps would then share. The
+    first field of a grid is the height of the tile that a program owns.
     """
     with launching.record(target), torch.no_grad(), configured(subject, None) as seen:
         subject.make(torch.device("meta"), dtype).run()
@@ -50,7 +51,8 @@ def candidates(subject: Subject, target: launching.Target, dtype: torch.dtype) -
     own = {name: getattr(shipped, name) for name in subject.grid}
     tried = [dict(zip(subject.grid, values, strict=True)) for values in itertools.product(*subject.grid.values())]
     if hasattr(shipped, "num_stages"):
-        tried = [fields for fields in tried if fields["rows"] >= 16 * fields["num_warps"]]
+        height = next(iter(subject.grid))
+        tried = [fields for fields in tried if fields[height] >= 16 * fields["num_warps"]]
     return shipped, [own, *(fields for fields in tried if fields != own)]
 
 

@@ -153,6 +153,7 @@ def _checked(
 
 # --------------------------------------------------------------------------------------------------------- attention
 
+#: The first field is the height of the tile that a program owns: queries in the forward and in their pass.
 _ATTENTION = {"block_m": (64, 128), "block_n": (32, 64, 128), "num_warps": (4, 8)}
 #: The pass over tiles of keys owns keys and takes queries.
 _KEY_PASS = {"block_n": (64, 128), "block_m": (32, 64, 128), "num_warps": (4, 8)}

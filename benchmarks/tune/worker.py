@@ -129,10 +129,10 @@ class Timer:
         seen: list[Callable[[], object]] = []
         launch = subject.module.launch
 
-        def watched(kernel: Any, grid: Any, device: Any, *arguments: Any, **named: Any) -> None:
-            launch(kernel, grid, device, *arguments, **named)
+        def watched(kernel: Any, grid: Any, device: Any, **named: Any) -> None:
+            launch(kernel, grid, device, **named)
             if kernel.fn.__name__ == subject.kernel:
-                seen.append(lambda: launch(kernel, grid, device, *arguments, **named))
+                seen.append(lambda: launch(kernel, grid, device, **named))
 
         with configured(subject, fields), mock.patch.object(subject.module, "launch", watched), unwritten_is_nan():
             results = work.run()

@@ -168,7 +168,7 @@ def test_boundaries_that_may_change_and_a_longest_segment_of_one_row(stand_in, p
         if longest == 1:
             cu = torch.arange(4, dtype=torch.int32)
             plan.update_(cu)
-        out, lse = op.peer_forward(name, *inputs, plan, longest, False, SCALE, keep=False)
+        out, lse = op._peer_forward(name, *inputs, plan, longest, False, SCALE, keep=False)
         assert lse is None and torch.equal(out, varlen_attention_ref(*inputs, cu, False, SCALE))
     other = torch.tensor([0, 2, 3, 4], dtype=torch.int32)
     plan.update_(other)
@@ -223,7 +223,7 @@ def test_a_plan_takes_no_segment_longer_than_a_grid(stand_in, pack, monkeypatch,
     plan = plan_tiles(cu.clone(), 17, padded=True)
 
     def replay():
-        return op.peer_forward(name, *inputs, plan, 9, False, SCALE, keep=False)[0]
+        return op._peer_forward(name, *inputs, plan, 9, False, SCALE, keep=False)[0]
 
     assert plan.update_(torch.tensor([0, 0, 0, 17], dtype=torch.int32)).longest == 17, "nothing was captured"
     plan.update_(cu)
@@ -280,7 +280,8 @@ def test_zeros_past_what_a_device_knows(total, held, triton, monkeypatch):
     for shape, dtype in (((16, 80), torch.bfloat16), ((3, 5), torch.float32), ((28, 128), torch.float16)):
         x = torch.full((total, *shape), torch.nan, dtype=dtype, device=DEVICE)
         x[:held] = 1
-        tail.zero_past(x, torch.tensor([0, 0, held], dtype=torch.int32, device=DEVICE))
+        bounds = torch.tensor([0, 0, held], dtype=torch.int32, device=DEVICE)
+        tail.zero_behind(x, TilePlan(bounds, total, bounds.device, padded=True))
         assert (x[:held] == 1).all() and (x[held:] == 0).all()
 
 
