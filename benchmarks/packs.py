@@ -31,7 +31,7 @@ class Pack:
 
     @property
     def pairs(self) -> int:
-        """Of a query and a key that it sees."""
+        """Pairs of a query and a key that it sees."""
         return sum(n * (n + 1) // 2 if self.causal else n * n for n in self.lengths)
 
 

@@ -184,5 +184,5 @@ def _moved(schema: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> int
 
 
 def _bytes(x: torch.Tensor) -> int:
-    """Of the distinct elements: a dimension that is only repeated costs nothing."""
+    """Bytes of the distinct elements: a dimension that is only repeated costs nothing."""
     return x.element_size() * math.prod(n for n, stride in zip(x.shape, x.stride(), strict=True) if stride)

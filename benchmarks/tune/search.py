@@ -27,13 +27,13 @@ from .processes import Died, Worker
 from .subjects import DTYPES, REHEARSED, Subject, configured, subjects
 from .verdict import Trial, by_group, finalists, literal, ranking, whole
 
-#: Of the time that is left when a subject begins, what compiling may take: what is compiled by then is timed.
+#: Share of the time that is left when a subject begins that compiling may take: what is compiled by then is timed.
 _COMPILE_SHARE = 0.7
 #: What the first pass leaves of the limit to the comparison in the end: a share, and at most some seconds.
 _FINALS_SHARE, _FINALS_SECONDS = 0.15, 10.0
 #: Seconds that one candidate may take: a compilation; a run with its comparison, a subject's first one and later ones.
 _COMPILE_LIMIT, _START_LIMIT, _RUN_LIMIT = 120.0, 90.0, 20.0
-#: Of a candidate, and of those that are compared in the end.
+#: Samples of a candidate, and of those that are compared in the end.
 _SAMPLES, _FINAL_SAMPLES = 5, 15
 
 Fields = dict[str, int]
@@ -129,7 +129,7 @@ class Search:
         return trials
 
     def trials(self, names: Sequence[str] = ()) -> list[Trial]:
-        """Of subjects whose name holds one of ``names``, with nothing measured. Raises ``ValueError`` where none is."""
+        """Trials of subjects whose name holds one of ``names``, none measured yet. Raises ``ValueError`` for none."""
         names, known = names or (REHEARSED if self.quick else ()), list(subjects(self.quick))
         chosen = [s for s in known if not names or any(name in s.name for name in names)]
         if not chosen:

@@ -26,7 +26,7 @@ from qwen2vl_kernels.triton import attention_backward, attention_forward, elemen
 from ..case import Check, relative_error, two_times
 
 Tensors = tuple[torch.Tensor, ...]
-#: Of the inputs, by device. The rehearsal's are float16, which Triton's interpreter knows by itself.
+#: The dtype of the inputs, by device. The rehearsal's are float16, which Triton's interpreter knows by itself.
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float16}
 #: What two kernels that round in other places may differ by, as a relative error: as in the case attention.
 _AGREEMENT = 1e-2
@@ -116,7 +116,7 @@ def _random(device: torch.device, dtype: torch.dtype) -> Callable[..., torch.Ten
 
 
 def _results(formula: Callable, inputs: Sequence[torch.Tensor], grads: Tensors | None, double: bool) -> Tensors:
-    """Of the formula, or with ``grads`` its gradients for the floating inputs; in float64 with ``double``."""
+    """Results of the formula, or with ``grads`` its gradients for the floating inputs; in float64 with ``double``."""
 
     def to(x: torch.Tensor) -> torch.Tensor:
         return x.double() if double and x.is_floating_point() else x

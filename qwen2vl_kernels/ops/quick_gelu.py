@@ -36,11 +36,11 @@ def _in_place_ref(x: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         h.mul_(torch.sigmoid(1.702 * h))
 
 
-#: Of the input that the in-place form works on at a time on a CPU.
+#: Bytes of the input that the in-place form works on at a time on a CPU.
 _PIECE_BYTES = 1 << 19
 
 
-#: Of the sigmoid's argument, see ``triton.elementwise``.
+#: The factor of the sigmoid's argument, see ``triton.elementwise``.
 SCALE = 1.702
 
 

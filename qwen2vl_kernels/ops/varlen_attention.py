@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import torch
 
-from ..core import attention_peers
+from ..core import attention_calls
 from ..core.attention_choice import chosen
 from ..core.attention_cpu import blocked, keeps_statistics, per_segment, sdpa, sdpa_backward, sdpa_with_statistics
 from ..core.attention_peers import PEERS
@@ -75,14 +75,14 @@ def varlen_attention_ref(
 
 
 def _peer_forward(name, q, k, v, plan: TilePlan, max_seqlen: int, causal: bool, scale: float, keep: bool):
-    """``(out, lse)`` of others' kernels (:func:`attention_peers.forward`), zero behind the last segment."""
-    out, lse = attention_peers.forward(name, q, k, v, plan, max_seqlen, causal, scale, keep)
+    """``(out, lse)`` of others' kernels (:func:`attention_calls.forward`), zero behind the last segment."""
+    out, lse = attention_calls.forward(name, q, k, v, plan, max_seqlen, causal, scale, keep)
     return zero_behind(out, plan), lse
 
 
 def _peer_backward(name, dout, q, k, v, out, lse, plan: TilePlan, max_seqlen: int, causal: bool, scale: float):
-    """``(dq, dk, dv)`` of others' kernels (:func:`attention_peers.backward`), zero behind the last segment."""
-    grads = attention_peers.backward(name, dout, q, k, v, out, lse, plan, max_seqlen, causal, scale)
+    """``(dq, dk, dv)`` of others' kernels (:func:`attention_calls.backward`), zero behind the last segment."""
+    grads = attention_calls.backward(name, dout, q, k, v, out, lse, plan, max_seqlen, causal, scale)
     return tuple(zero_behind(x, plan) for x in grads)
 
 

@@ -58,7 +58,7 @@ _CONFIGS: dict[int, tuple[tuple[int, BackwardConfig, BackwardConfig], ...]] = {
 
 
 def backward_config(dtype: torch.dtype, columns: int, target: Target) -> tuple[BackwardConfig, BackwardConfig]:
-    """Of the pass that makes dk and dv, and of the one that makes dq."""
+    """The configurations of the pass that makes dk and dv, and of the one that makes dq."""
     if dtype not in (torch.bfloat16, torch.float16):
         plain = BackwardConfig(32, 32, target.warps(128), 1)
         return plain, plain

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from qwen2vl_kernels import BackendError, plan_tiles, varlen_attention
-from qwen2vl_kernels.core import attention_peers, launching, tile_plan
+from qwen2vl_kernels.core import attention_calls, attention_peers, launching, tile_plan
 from qwen2vl_kernels.core.attention_peers import FLASH, Call, peer_of, why_not
 from qwen2vl_kernels.core.backends import unavailable
 from qwen2vl_kernels.core.tile_plan import TilePlan
@@ -377,13 +377,13 @@ def installed(monkeypatch):
                 raise ImportError(f"No module named {name!r}")
             return made["flash_attn 2.6" if older and name == "flash_attn.flash_attn_interface" else name]
 
-        for asked in (attention_peers._loaded, attention_peers._backward_of):
+        for asked in (attention_peers._loaded, attention_peers.backward_of):
             asked.cache_clear()
         monkeypatch.setattr(attention_peers, "importlib", types.SimpleNamespace(import_module=importing))
         return kernel
 
     yield install
-    for asked in (attention_peers._loaded, attention_peers._backward_of):
+    for asked in (attention_peers._loaded, attention_peers.backward_of):
         asked.cache_clear()
 
 
@@ -488,8 +488,8 @@ def test_they_run_on_the_gpu_of_their_tensors(monkeypatch):
         device = torch.device("cuda", index)
         q = types.SimpleNamespace(is_cuda=True, device=device, shape=(1,), dtype=torch.bfloat16)
         entered.clear()
-        attention_peers._flash_forward("flash_attn", q, q, q, None, 2, False, 1.0, False)
-        attention_peers._flash_backward("flash_attn", q, q, q, q, q, None, None, 2, False, 1.0)
+        attention_calls._flash_forward("flash_attn", q, q, q, None, 2, False, 1.0, False)
+        attention_calls._flash_backward("flash_attn", q, q, q, q, q, None, None, 2, False, 1.0)
         want = [device, "forward", None, device, "backward", None] if around else ["forward", "backward"]
         assert entered == want
 
@@ -503,7 +503,7 @@ def test_determinism_that_is_demanded_between_forward_and_backward(installed, pa
     torch.use_deterministic_algorithms(True)
     try:
         with pytest.raises(RuntimeError, match=r"the backward of cudnn is not deterministic, and .* call it before"):
-            attention_peers.backward("cudnn", *arguments)
+            attention_calls.backward("cudnn", *arguments)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -521,7 +521,7 @@ def test_installed_modules_have_the_arguments_that_are_relied_on(flash):
     if isinstance(module, str):
         pytest.skip(f"{flash.module}: {module}")
     if flash.backward is not None:
-        assert not isinstance(attention_peers._backward_of(flash.module), str)
+        assert not isinstance(attention_peers.backward_of(flash.module), str)
 
 
 # --------------------------------------------------------------------------------------------------- refusals
