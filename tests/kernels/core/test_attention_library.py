@@ -482,7 +482,7 @@ def test_they_run_on_the_gpu_of_their_tensors(monkeypatch):
         entered.append("backward")
 
     monkeypatch.setattr(attention_peers, "_loaded", lambda name: types.SimpleNamespace(flash_attn_varlen_func=attend))
-    monkeypatch.setattr(attention_peers, "_backward_of", lambda name: (gradients, {"dout", "q"}))
+    monkeypatch.setattr(attention_peers, "backward_of", lambda name: (gradients, {"dout", "q"}))
     monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
     for index, around in ((0, False), (1, True)):
         device = torch.device("cuda", index)
