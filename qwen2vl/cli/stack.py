@@ -59,16 +59,16 @@ def collect(stack: Stack) -> dict[str, Any]:
     # Stacks log on stdout as they are imported, and --json leaves that to one object.
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", PatchWarning)
-        adapter: Any = importlib.import_module(f"qwen2vl_kernels.integrations.{stack.value}")
         try:
             importlib.import_module(stack.value)
-            plugins = _plugins(_PLUGINS[stack]) if stack in _PLUGINS else None
-            switch = None if plugins is None else _switch(stack, loaded=any(plugin["loaded"] for plugin in plugins))
-            rows = adapter.apply(features=adapter.FEATURES)
-            targets = [{name: getattr(r, name) for name in ("feature", "label", "state", "reason")} for r in rows]
-            adapter.restore()
-        except ImportError as error:
+        except Exception as error:  # whatever is wrong with somebody else's installation
             raise Qwen2VLError(f"--stack {stack.value}: {stack.value} {version} cannot be imported: {error}") from error
+        adapter: Any = importlib.import_module(f"qwen2vl_kernels.integrations.{stack.value}")
+        plugins = _plugins(_PLUGINS[stack]) if stack in _PLUGINS else None
+        switch = None if plugins is None else _switch(stack, loaded=any(plugin["loaded"] for plugin in plugins))
+        rows = adapter.apply(features=adapter.FEATURES)
+        targets = [{name: getattr(r, name) for name in ("feature", "label", "state", "reason")} for r in rows]
+        adapter.restore()
     on = () if switch is None else switch["on"]
     for target in targets:
         if target["state"] == "applied":

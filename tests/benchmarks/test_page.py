@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks import __main__ as main
 from benchmarks import page, plot, readme
 from benchmarks.__main__ import app
 from benchmarks.run import RESULTS
@@ -86,6 +87,17 @@ def test_two_runs_give_the_same_bytes(results, tmp_path):
         done = CliRunner().invoke(app, ["report", str(results), "--out", str(tmp_path / name / "REPORT.md")])
         assert done.exit_code == 0, done.output
     assert files(tmp_path / "one") == files(tmp_path / "two") and len(files(tmp_path / "one")) > 5
+
+
+def test_the_default_page_comes_with_the_figures_of_the_readme(results, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(readme, "draw", lambda folder: drawn.append(folder) or [])
+    monkeypatch.setattr(main, "RESULTS", results)
+    monkeypatch.setattr(main, "PAGE", tmp_path / "one" / "REPORT.md")
+    for name in ("one", "two"):
+        done = CliRunner().invoke(app, ["report", str(results), "--out", str(tmp_path / name / "REPORT.md")])
+        assert done.exit_code == 0, done.output
+    assert drawn == [results]
 
 
 def test_every_result_is_there_with_its_figures_and_where_they_come_from(results, tmp_path):

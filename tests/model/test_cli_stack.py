@@ -150,11 +150,16 @@ def test_a_stack_that_is_not_installed(monkeypatch, name, options):
     )
 
 
-def test_a_stack_that_cannot_be_imported(monkeypatch):
+def test_a_stack_that_cannot_be_imported(monkeypatch, tmp_path):
     monkeypatch.setattr(stack, "installed_version", lambda package: "1.0")
     monkeypatch.setitem(sys.modules, "vllm", None)
     code, message = failure("--stack", "vllm")
     assert code == 1 and message.startswith("error: --stack vllm: vllm 1.0 cannot be imported: ")
+    monkeypatch.delitem(sys.modules, "vllm")
+    (tmp_path / "vllm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    code, message = failure("--stack", "vllm")
+    assert code == 1 and message.endswith("cannot be imported: operator torchvision::nms does not exist")
 
 
 def test_another_name_is_a_usage_error():
