@@ -14,8 +14,7 @@ import torch
 from examples.demo.checkpoint import small_config, write_random_checkpoint
 from qwen2vl import Qwen2VL, Qwen2VLConfig
 from qwen2vl.cache import KVCache
-from qwen2vl.config import TextConfig, VisionConfig
-from qwen2vl.media.image import IMAGE_MEAN, IMAGE_STD
+from qwen2vl.config import IMAGE_MEAN, IMAGE_STD, TextConfig, VisionConfig
 
 from ..case import Context
 
