@@ -161,8 +161,8 @@ class _Run:
         self.ends = _end_ids(model, config)
         self.choose = _Chooser(model, inputs, config)
 
-    # inference_mode is entered around each forward, not around a yield: it is thread state that must not leak to
-    # the consumer between two tokens.
+    # inference_mode is entered around each forward and not around a yield: it is a state of the thread, and must not
+    # reach the consumer between two tokens.
     def __iter__(self) -> Iterator[tuple[int, int, str]]:
         model, budget = self.model, self.config.max_new_tokens
         with torch.inference_mode():
@@ -219,7 +219,8 @@ class _Chooser:
             self.seen.scatter_add_(1, ids.long(), real.long())
         self.generators: list[torch.Generator] = []
         if config.do_sample:
-            # Drawn from torch's generator, so that torch.manual_seed repeats an answer, and reseeding nothing.
+            # The seed is drawn from PyTorch's generator, so that torch.manual_seed repeats an answer and nothing is
+            # reseeded.
             seed = int(torch.randint(2**63 - 1, ())) if config.seed is None else config.seed
             rows = range(ids.shape[0])
             self.generators = [torch.Generator(model.device).manual_seed((seed + row) % 2**63) for row in rows]

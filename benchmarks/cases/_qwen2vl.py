@@ -121,8 +121,9 @@ class Ours:
 
     def decode(self, prompt: Prompt) -> torch.Tensor:
         """Feed ``next_ids`` one by one, choosing greedily each time; logits of the last, ``(1, vocab)``."""
+        assert self.cache is not None, "prefill comes first"
         for step in prompt.next_ids:
-            logits = self.model(step, cache=self.cache, last_only=True)[:, -1]
+            logits = self.model.step(step, self.cache)[:, -1]
             logits.argmax(-1)
         return logits
 

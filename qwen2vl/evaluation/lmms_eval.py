@@ -98,7 +98,7 @@ class ChatModel:
     def generate_until(self, requests: Sequence[Any]) -> list[Any]:
         """An answer for each request, in their order."""
         answers: list[Any] = [None] * len(requests)
-        # Requests that are answered alike, then long questions beside long ones.
+        # Requests with equal settings stand together, and among these long questions beside long ones.
         settings = [repr(sorted(request.args[2].items())) for request in requests]
         order = sorted(range(len(requests)), key=lambda n: (settings[n], len(requests[n].args[0]), n))
         with tqdm(total=len(requests), desc="qwen2vl", disable=self.rank != 0) as bar:

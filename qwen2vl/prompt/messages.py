@@ -166,7 +166,7 @@ def _read_item(item: object, where: str) -> Part:
 
     kind = _KINDS[payload]
     options = IMAGE_OPTIONS if kind == "image" else VIDEO_OPTIONS if kind == "video" else {}
-    # Tables fill absent columns with None: harmless in any key that some kind of item has.
+    # Tables fill absent columns with None, which is harmless under any key that some kind of item has.
     others = {*_KINDS, "url", "path", "loss", *IMAGE_OPTIONS, *VIDEO_OPTIONS}
     checked = [key for key in item if key in given or key not in others]
     article = "an" if kind == "image" else "a"

@@ -329,7 +329,7 @@ class Processor:
         own = {name: value for name, value in item.options.items() if name in OPTION_NAMES}
         others = {name: value for name, value in item.options.items() if name not in OPTION_NAMES}
         if "total_pixels" in others:
-            # As in qwen-vl-utils: the pixels of one frame of every time step, so that this many make a token.
+            # As in qwen-vl-utils, pixels are counted of one frame in every time step, so that this many make a token.
             pixels, per_token = others.pop("total_pixels"), self.shape.factor**2
             if pixels < per_token:
                 raise PromptError(f"{item.where}.total_pixels: wants at least {per_token}, got {pixels}")

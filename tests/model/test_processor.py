@@ -4,6 +4,9 @@ import base64
 import io
 import json
 import math
+import os
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
+import qwen2vl
 import qwen2vl.prompt.processor
 from examples.demo.checkpoint import write_random_checkpoint
 from examples.demo.tokenizer import write_byte_tokenizer
@@ -88,6 +92,23 @@ def test_many_images_keep_their_order_and_the_first_wrong_one_is_named(processor
     for _ in range(5):
         with pytest.raises(MediaError, match=r"^messages\[0\]\.content\[4\]: .*4\.png"):
             processor(user(*[{"image": str(file)} for file in files]))
+
+
+def test_an_image_crosses_few_files(processor, tmp_path):
+    """From messages to patches every file of this package whose functions run has something to add."""
+    picture(56, 84).save(tmp_path / "a.png")
+    messages = user({"image": str(tmp_path / "a.png")}, {"text": "What is it?"})
+    processor(messages)
+    root, crossed = str(Path(qwen2vl.__file__).parent), set()
+    previous = sys.getprofile()
+    sys.setprofile(lambda frame, event, argument: crossed.add(frame.f_code.co_filename))
+    try:
+        processor(messages)
+    finally:
+        sys.setprofile(previous)
+    ours = {str(Path(name).relative_to(root)) for name in crossed if name.startswith(root + os.sep)}
+    prompt = {f"prompt/{name}.py" for name in ("processor", "messages", "chatml", "tokenizer")}
+    assert ours == prompt | {"media/image.py", "media/sources.py"}
 
 
 def test_text_only_has_no_pixels(processor, peer):

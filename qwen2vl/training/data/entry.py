@@ -1,4 +1,4 @@
-"""What to read, as a table of a configuration file says it, and the account of what could not be read."""
+"""A set of samples to read, as a table of a configuration file describes it."""
 
 from __future__ import annotations
 

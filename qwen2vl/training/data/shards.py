@@ -131,7 +131,7 @@ class Shards:
                 for member in archive:
                     if member.isfile():
                         _add(samples, member)
-                    # Else every header would be kept, and shards have many.
+                    # The archive would keep every header, and shards have many.
                     archive.members = []  # type: ignore[attr-defined]
         except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
             samples.append(_Sample("", error=f"is a damaged tar file, or a compressed one: {error}"))
