@@ -1,8 +1,9 @@
 """``python hub/assemble.py FOLDER``: the project that ``kernel-builder`` builds and uploads to the kernels hub.
 
-FOLDER gets what lies beside this file, and from ``qwen2vl_kernels`` the ops that it imports with the leaves that they
-import. One thing is changed in these: a kernel may be loaded in several versions at once, so that ops are registered
-under the name that ``kernel-builder`` makes up for each build (module ``_ops``) instead of ``torch.ops.qwen2vl``.
+FOLDER gets what lies beside this file, and from ``qwen2vl_kernels`` the modules of the ops that it imports, with all
+that these import, byte for byte. One module comes from here instead of the package, ``core/namespace.py``: a process
+may load several builds of a kernel at once, so that each build registers its ops under a name of its own, which
+``kernel-builder`` makes up (module ``_ops``).
 """
 
 from __future__ import annotations
@@ -21,21 +22,23 @@ INSIDE = Path("torch-ext", "qwen2vl_kernels")
 def assemble(folder: Path) -> list[Path]:
     """Write the project; returns the modules that were taken from the package, relative to it.
 
-    Raises ``FileExistsError`` where ``folder`` exists, ``ValueError`` where a source keeps the package's own namespace.
+    Raises ``FileExistsError`` where ``folder`` exists, ``ValueError`` where a source names the package's own namespace.
     """
     taken = _imported()
+    for path in taken:
+        _check_namespace(path)
     shutil.copytree(HERE, folder, ignore=shutil.ignore_patterns("assemble.py", "__pycache__"))
     for path in taken:
         target = folder / INSIDE / path
         target.parent.mkdir(exist_ok=True)
-        target.write_text(_in_namespace_of_build(path), encoding="utf-8")
+        shutil.copy(SOURCE / path, target)
     shutil.copy(HERE.parent / "LICENSE", folder)
     return taken
 
 
 def _imported() -> list[Path]:
     """Modules of the package that the files here import, and those that these import, in any of their functions."""
-    waiting = [HERE / INSIDE / name for name in ("__init__.py", "layers.py")]
+    waiting = sorted((HERE / INSIDE).rglob("*.py"))
     found: set[Path] = set()
     while waiting:
         path = waiting.pop()
@@ -48,6 +51,8 @@ def _imported() -> list[Path]:
             names = [node.module, *inside] if node.module else inside
             for name in names:
                 module = within / f"{name.replace('.', '/')}.py"
+                if (HERE / INSIDE / module).exists():
+                    continue
                 if (SOURCE / module).exists() and module not in found:
                     found.add(module)
                     waiting.append(SOURCE / module)
@@ -55,22 +60,11 @@ def _imported() -> list[Path]:
     return sorted([*found, *(room / "__init__.py" for room in rooms)])
 
 
-def _in_namespace_of_build(path: Path) -> str:
-    text, dots = (SOURCE / path).read_text(encoding="utf-8"), "." * len(path.parts)
-    imports = []
-    if "torch.ops.qwen2vl." in text:
-        text = text.replace("torch.ops.qwen2vl.", "_build_ops.")
-        imports.append(f"from {dots}_ops import ops as _build_ops")
-    if "torch.library.Library(" in text:
-        text = text.replace('Library("qwen2vl", ', 'Library(_prefixed("").removesuffix("::"), ')
-        text = text.replace('f"qwen2vl::{_name(schema)}"', "_prefixed(_name(schema))")
-        imports.append(f"from {dots}_ops import add_op_namespace_prefix as _prefixed")
-    if imports:
-        text = re.sub(r"^import torch$", "\n".join(["import torch", "", *imports]), text, count=1, flags=re.M)
-    code = ast.unparse(_without_docstrings(ast.parse(text)))
+def _check_namespace(path: Path) -> None:
+    """Refuse a module that registers or calls ops by the package's own namespace: a build would take another's ops."""
+    code = ast.unparse(_without_docstrings(ast.parse((SOURCE / path).read_text(encoding="utf-8"))))
     if re.search(r"torch\.ops\.qwen2vl\b|['\"]qwen2vl(::|['\"])", code):
-        raise ValueError(f"assemble: {path} registers or calls ops of torch.ops.qwen2vl in a way unknown here")
-    return text
+        raise ValueError(f"assemble: {path} names the namespace qwen2vl, which only core/namespace.py may")
 
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:

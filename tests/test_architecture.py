@@ -98,6 +98,17 @@ def test_no_op_imports_another():
     assert not (KERNELS / "ops" / "__init__.py").read_text(), "an empty __init__: functions must not shadow modules"
 
 
+def test_one_file_names_the_namespace_of_the_ops():
+    """A build for the kernels hub replaces this file and nothing else."""
+    found = set()
+    for path in [path for room in ("ops", "triton", "core") for path in _files(KERNELS / room)]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            whole = ast.unparse(node) if isinstance(node, ast.Attribute) else getattr(node, "value", None)
+            if isinstance(whole, str) and (whole in ("qwen2vl", "torch.ops.qwen2vl") or whole.startswith("qwen2vl::")):
+                found.add(_module(path))
+    assert found == {"qwen2vl_kernels.core.namespace"}
+
+
 @pytest.mark.parametrize("folder", [KERNELS, MODEL], ids=lambda p: p.name)
 def test_optional_packages_are_imported_inside_functions(folder):
     for path in _files(folder):

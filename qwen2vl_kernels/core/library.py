@@ -1,4 +1,4 @@
-"""Registration of the ops under ``torch.ops.qwen2vl``.
+"""Registration of the ops with PyTorch, in the namespace that ``namespace.py`` names.
 
 An op whose only implementation is made of PyTorch operations is registered as *composite*: autograd, fake tensors and
 ``torch.compile`` follow from its parts, so a compiler may fuse them. An op backed by compiled code is *opaque*: it
@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-_LIBRARY = torch.library.Library("qwen2vl", "DEF")
+from .namespace import NAMESPACE
+
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
 def register_composite(schema: str, eager: Callable) -> None:
@@ -35,7 +37,7 @@ def register_opaque(
 
     ``setup_context(ctx, inputs, output)`` and ``backward(ctx, *grads)`` are ``torch.library.register_autograd``'s.
     """
-    name = f"qwen2vl::{_name(schema)}"
+    name = f"{NAMESPACE}::{_name(schema)}"
     _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
     for key, kernel in kernels.items():
         _LIBRARY.impl(_name(schema), kernel, key)

@@ -19,6 +19,7 @@ from ..core.backends import resolve
 from ..core.checks import INTS, Checker, no_grad_through
 from ..core.launching import accumulator, cdiv, jit, launch, next_power_of_2, target_of, tl
 from ..core.library import register_opaque, run_in_place
+from ..core.namespace import torch_ops
 from ..triton.rotary import Angles, check_angles, config, cos_sin, mrope_cos_sin, rotate, turn_heads
 
 
@@ -252,4 +253,4 @@ def append_kv(
     tensors = (q, k, v, k_cache, v_cache, slots, positions, inv_freq)
     written = (k_cache, v_cache, q, k if overwrite_k else None)
     settings = (list(section), interleaved, cos_sin_cache, overwrite_k, chosen)
-    run_in_place(_run, torch.ops.qwen2vl.append_kv, written, *tensors, *settings)
+    run_in_place(_run, torch_ops.append_kv, written, *tensors, *settings)

@@ -31,6 +31,7 @@ import torch
 from ..core import native
 from ..core.backends import resolve
 from ..core.library import register_opaque
+from ..core.namespace import torch_ops
 
 _DTYPES = (torch.uint8, torch.float32, torch.bfloat16)  # in the order of PatchType in csrc/cpu/image_to_patches.h
 _WEIGHT_BITS = 22
@@ -247,9 +248,7 @@ def image_to_patches(
     height, width = _check_size(options, ("height", height), ("width", width))
     chosen = resolve("image_to_patches", device.type, backend)
     if isinstance(image, torch.Tensor) and out is None and _traced(image):
-        return torch.ops.qwen2vl.image_to_patches(
-            image, height, width, patch_size, merge_size, mean, std, dtype, chosen
-        )
+        return torch_ops.image_to_patches(image, height, width, patch_size, merge_size, mean, std, dtype, chosen)
     patches = height // options.patch * (width // options.patch)
     if out is None:
         out = _packed(options, patches, 1, device)

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from ..core.backends import resolve
 from ..core.checks import Checker
 from ..core.library import register_opaque
+from ..core.namespace import torch_ops
 
 #: Query rows that share one mask, so that a long chunk on a long cache needs 256 x length and not length x length.
 _MASK_ROWS = 256
@@ -137,5 +138,5 @@ def kvcache_attention(
     check.require(not tracked, "q, k_cache and v_cache must not require grad; call it under torch.no_grad()")
     name = resolve("kvcache_attention", q.device.type, backend)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    run = torch.ops.qwen2vl.kvcache_attention if torch.compiler.is_compiling() else _run
+    run = torch_ops.kvcache_attention if torch.compiler.is_compiling() else _run
     return run(q, k_cache, v_cache, new_tokens, cache_seqlens, scale, name)

@@ -28,6 +28,7 @@ from ..core import native
 from ..core.backends import resolve
 from ..core.checks import INTS, Checker
 from ..core.library import register_opaque
+from ..core.namespace import torch_ops
 
 _MASKS = (torch.int64, torch.bool, torch.int32, torch.uint8, torch.int8)
 
@@ -330,7 +331,7 @@ def mrope_positions(
         input_ids, image_grid_thw, video_grid_thw, attention_mask, cu_seqlens, image_token_id, video_token_id,
         spatial_merge_size, backend,
     )  # fmt: skip
-    run = torch.ops.qwen2vl.mrope_positions if _traced(input_ids) else _run
+    run = torch_ops.mrope_positions if _traced(input_ids) else _run
     return run(
         input_ids, image_grid_thw, video_grid_thw, attention_mask, cu_seqlens, image_token_id, video_token_id,
         spatial_merge_size, chosen,
@@ -379,7 +380,7 @@ def mrope_positions_chunk(
     )  # fmt: skip
     if state is None:
         state = input_ids.new_zeros((_sequences(input_ids, cu_seqlens), _STATE_SIZE), dtype=torch.int64)
-    run = torch.ops.qwen2vl.mrope_positions_chunk if _traced(input_ids) else _run_chunk
+    run = torch_ops.mrope_positions_chunk if _traced(input_ids) else _run_chunk
     return run(
         input_ids, image_grid_thw, video_grid_thw, attention_mask, cu_seqlens, state, image_token_id, video_token_id,
         spatial_merge_size, chosen,

@@ -15,6 +15,7 @@ from ..core.backends import resolve
 from ..core.checks import Checker, no_grad_through
 from ..core.launching import accumulator, cdiv, jit, launch, target_of, tl
 from ..core.library import direct, first_order, register_composite, register_opaque, run_in_place
+from ..core.namespace import torch_ops
 from ..triton.elementwise import SUM_PROGRAMS, as_rows, rows_view, tile
 
 
@@ -169,7 +170,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, dy):
     x, bias = ctx.saved_tensors
-    dx, dbias = first_order("quick_gelu", torch.ops.qwen2vl.quick_gelu_backward, dy, x, bias)
+    dx, dbias = first_order("quick_gelu", torch_ops.quick_gelu_backward, dy, x, bias)
     return dx, None if bias is None else dbias
 
 
@@ -198,14 +199,14 @@ register_opaque(
 def _run(x, bias=None, backend=None) -> torch.Tensor:
     if resolve("quick_gelu", x.device.type, backend) == "eager":
         return quick_gelu_ref(x, bias)
-    return (launch_forward if direct(x, bias) else torch.ops.qwen2vl.quick_gelu_forward)(x, bias)
+    return (launch_forward if direct(x, bias) else torch_ops.quick_gelu_forward)(x, bias)
 
 
 def _run_in_place(x, bias=None, backend=None) -> None:
     if resolve("quick_gelu", x.device.type, backend) == "eager":
         _quick_gelu_inplace(x, bias)
     else:
-        run_in_place(launch_in_place, torch.ops.qwen2vl.quick_gelu_forward_, (x,), x, bias)
+        run_in_place(launch_in_place, torch_ops.quick_gelu_forward_, (x,), x, bias)
 
 
 register_composite("quick_gelu(Tensor x, Tensor? bias=None) -> Tensor", _run)

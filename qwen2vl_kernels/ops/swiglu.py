@@ -13,6 +13,7 @@ from ..core.backends import resolve
 from ..core.checks import Checker, no_grad_through
 from ..core.launching import accumulator, cdiv, jit, launch, target_of, tl
 from ..core.library import direct, first_order, register_composite, register_opaque, run_in_place
+from ..core.namespace import torch_ops
 from ..triton.elementwise import as_rows, rows_view, tile
 
 
@@ -159,7 +160,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, dy):
     gate, up = ctx.saved_tensors
-    dgate, dup = first_order("swiglu", torch.ops.qwen2vl.swiglu_backward, dy, gate, up)
+    dgate, dup = first_order("swiglu", torch_ops.swiglu_backward, dy, gate, up)
     return dgate, None if up is None else dup
 
 
@@ -188,14 +189,14 @@ register_opaque(
 def _run(gate, up=None, backend=None) -> torch.Tensor:
     if resolve("swiglu", gate.device.type, backend) == "eager":
         return swiglu_ref(gate, up)
-    return (launch_forward if direct(gate, up) else torch.ops.qwen2vl.swiglu_forward)(gate, up)
+    return (launch_forward if direct(gate, up) else torch_ops.swiglu_forward)(gate, up)
 
 
 def _run_in_place(gate, up, backend=None) -> None:
     if resolve("swiglu", gate.device.type, backend) == "eager":
         _swiglu_inplace(gate, up)
     else:
-        run_in_place(launch_in_place, torch.ops.qwen2vl.swiglu_forward_, (gate,), gate, up)
+        run_in_place(launch_in_place, torch_ops.swiglu_forward_, (gate,), gate, up)
 
 
 register_composite("swiglu(Tensor gate, Tensor? up=None) -> Tensor", _run)

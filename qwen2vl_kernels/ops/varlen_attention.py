@@ -33,6 +33,7 @@ from ..core.backends import BackendError, forced, resolve
 from ..core.checks import Checker
 from ..core.launching import target_of
 from ..core.library import direct, first_order, register_opaque
+from ..core.namespace import torch_ops
 from ..core.tile_plan import TilePlan, check_bounds, plan_for
 from ..triton.attention_forward import attention
 from ..triton.rotary import Angles, rotate, rotated
@@ -159,7 +160,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad, _):
-    backward = torch.ops.qwen2vl.varlen_attention_backward
+    backward = torch_ops.varlen_attention_backward
     grads = first_order("varlen_attention", backward, grad, *ctx.saved_tensors, *ctx.settings)
     return (*grads, None, None, None, None, None)
 
@@ -407,7 +408,7 @@ def varlen_attention(
     if tiles is not None and name in _PEERS and not traced:
         tiles.hold_to(max_seqlen)  # the operator is not told of it
     if traced or name in _PEERS:  # tracers need one opaque op, as the implementations read cu_seqlens
-        return torch.ops.qwen2vl.varlen_attention(q, k, v, cu_seqlens, max_seqlen, causal, scale, name)[0]
+        return torch_ops.varlen_attention(q, k, v, cu_seqlens, max_seqlen, causal, scale, name)[0]
     return _BACKENDS[name](q, k, v, cu_seqlens, max_seqlen, causal, scale)
 
 

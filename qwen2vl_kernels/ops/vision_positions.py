@@ -19,6 +19,7 @@ from ..core import native
 from ..core.backends import resolve
 from ..core.checks import INTS, Checker
 from ..core.library import register_opaque
+from ..core.namespace import torch_ops
 
 MAX_PATCHES = 2**31 - 1  # of one call: 32 GB of positions
 
@@ -144,5 +145,5 @@ def vision_positions(
     )
     chosen = resolve("vision_positions", grid_thw.device.type, backend)
     if torch.compiler.is_compiling() or type(grid_thw) is not torch.Tensor or grid_thw.is_meta:
-        return torch.ops.qwen2vl.vision_positions(grid_thw, merge_size, num_patches, chosen)
+        return torch_ops.vision_positions(grid_thw, merge_size, num_patches, chosen)
     return _run(grid_thw, merge_size, num_patches, chosen)

@@ -19,6 +19,7 @@ import torch
 
 from ..core.launching import Target, accumulator, architecture, jit, launch, target_of, tl
 from ..core.library import direct, first_order, register_opaque
+from ..core.namespace import torch_ops
 from ..core.tile_plan import TilePlan, plan_for
 from . import attention_backward
 from .attention_head import (
@@ -243,7 +244,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad, _):
     q, k, v, out, lse, cu_seqlens, cos, sin = ctx.saved_tensors
     arguments = (grad, q, k, v, out, lse, cu_seqlens, cos, sin, ctx.causal, ctx.scale, ctx.fused)
-    return *first_order("varlen_attention", torch.ops.qwen2vl.attention_backward, *arguments), *[None] * 7
+    return *first_order("varlen_attention", torch_ops.attention_backward, *arguments), *[None] * 7
 
 
 _PACK = "Tensor cu_seqlens, Tensor? cos, Tensor? sin"
@@ -285,4 +286,4 @@ def attention(
         return launch_forward(q, k, v, plan, max_seqlen, causal, softmax_scale, **settings)[0]
     cos, sin = (None, None) if rope is None else rope
     settings = (max_seqlen, causal, softmax_scale, fused)
-    return torch.ops.qwen2vl.attention_forward(q, k, v, cu_seqlens, cos, sin, *settings)[0]
+    return torch_ops.attention_forward(q, k, v, cu_seqlens, cos, sin, *settings)[0]

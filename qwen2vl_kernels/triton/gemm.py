@@ -16,6 +16,7 @@ import torch
 
 from ..core.launching import Target, accumulator, cdiv, jit, launch, target_of, tl
 from ..core.library import direct, register_opaque
+from ..core.namespace import torch_ops
 
 #: What tensor cores multiply; other dtypes run without them.
 MATRIX_DTYPES = (torch.bfloat16, torch.float16)
@@ -170,4 +171,4 @@ def linear(
     if direct(x, weight, bias):
         return launch_linear(x, weight, bias, gelu)[0]
     tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    return torch.ops.qwen2vl.linear_forward(x, weight, bias, gelu, gelu and tracked)[0]
+    return torch_ops.linear_forward(x, weight, bias, gelu, gelu and tracked)[0]

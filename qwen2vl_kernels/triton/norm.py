@@ -20,6 +20,7 @@ import torch
 
 from ..core.launching import Target, accumulator, cdiv, jit, launch, next_power_of_2, target_of, tl
 from ..core.library import direct, first_order, register_opaque
+from ..core.namespace import torch_ops
 from .elementwise import as_rows
 
 
@@ -251,9 +252,7 @@ def _backward(ctx, dy, dtotal, _dmean, _drstd):
     if dy is None:
         return dtotal, dtotal, None, None, None, None, None
     arguments = (dy, s, dtotal, weight, mean, rstd, ctx.centred, ctx.biased, order)
-    ds, dweight, dbias = first_order(
-        "layer_norm" if ctx.centred else "rms_norm", torch.ops.qwen2vl.norm_backward, *arguments
-    )
+    ds, dweight, dbias = first_order("layer_norm" if ctx.centred else "rms_norm", torch_ops.norm_backward, *arguments)
     return ds, ds if ctx.added else None, dweight, dbias if ctx.biased else None, None, None, None
 
 
@@ -287,4 +286,4 @@ def norm(
     """``(y, total)`` of either norm; total is empty without a residual. ``order`` as for :func:`launch_forward`."""
     if direct(x, residual, weight, bias):
         return launch_forward(x, residual, weight, bias, eps, centred, order, statistics=False)[:2]
-    return torch.ops.qwen2vl.norm_forward(x, residual, weight, bias, eps, centred, order)[:2]
+    return torch_ops.norm_forward(x, residual, weight, bias, eps, centred, order)[:2]

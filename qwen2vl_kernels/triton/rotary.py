@@ -18,6 +18,7 @@ import torch
 from ..core.checks import Checker
 from ..core.launching import Target, accumulator, cdiv, jit, launch, next_power_of_2, target_of, tl
 from ..core.library import direct, register_opaque, run_in_place
+from ..core.namespace import torch_ops
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -407,7 +408,7 @@ def _backward(ctx, dq, dk):
     """A rotation's transpose is the rotation by the negative angle."""
     positions, inv_freq, cos, sin = ctx.saved_tensors
     angles = Angles(positions, inv_freq, cos, sin, ctx.section, ctx.interleaved, not ctx.inverse)
-    dq, dk = torch.ops.qwen2vl.rotate(dq, dk, *angles.op_arguments())
+    dq, dk = torch_ops.rotate(dq, dk, *angles.op_arguments())
     return dq, dk, None, None, None, None, None, None, None
 
 
@@ -436,14 +437,14 @@ register_opaque(
 
 def rotated(q: torch.Tensor, k: torch.Tensor, angles: Angles) -> tuple[torch.Tensor, torch.Tensor]:
     """New q and k. Gradients reach q and k, not the angles."""
-    run = _rotate if direct(q, k) else torch.ops.qwen2vl.rotate
+    run = _rotate if direct(q, k) else torch_ops.rotate
     return run(q, k, *angles.op_arguments())
 
 
 def rotate_in_place(q: torch.Tensor, k: torch.Tensor, angles: Angles) -> None:
-    run_in_place(_rotate_in_place, torch.ops.qwen2vl.rotate_, (q, k), q, k, *angles.op_arguments())
+    run_in_place(_rotate_in_place, torch_ops.rotate_, (q, k), q, k, *angles.op_arguments())
 
 
 def tables(positions: torch.Tensor, inv_freq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    run = launch_tables if direct(positions, inv_freq) else torch.ops.qwen2vl.rope_tables
+    run = launch_tables if direct(positions, inv_freq) else torch_ops.rope_tables
     return run(positions, inv_freq)

@@ -129,13 +129,29 @@ def test_two_builds_beside_the_package_and_stock_layers(project, tmp_path):
     assert result.stdout == "served by build_0.ops.rms_norm build_1.ops.rms_norm\n"
 
 
-def test_a_namespace_written_another_way_is_refused(tmp_path):
-    """The assembler knows two ways; a third must not end up in the hub under the package's own name."""
+def test_sources_are_copied_byte_for_byte(project):
+    """The namespace lies in one module, which the build brings itself, so that no source is rewritten."""
+    package, own = project / "torch-ext" / "qwen2vl_kernels", ROOT / "hub" / "torch-ext" / "qwen2vl_kernels"
+    brought = {path.relative_to(own) for path in own.rglob("*.py")}
+    assert {str(path) for path in brought} == {"__init__.py", "layers.py", "core/namespace.py"}
+    for path in package.rglob("*.py"):
+        name = path.relative_to(package)
+        source = own if name in brought else ROOT / "qwen2vl_kernels"
+        assert path.read_bytes() == (source / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['OPS = getattr(torch.ops, "qwen2vl")', "OPS = torch.ops.qwen2vl.norm_forward", 'NAME = "qwen2vl::norm_forward"'],
+)
+def test_a_namespace_written_elsewhere_is_refused(line, tmp_path):
+    """A second place that names the namespace must not end up in the hub, where it would mean another build's ops."""
     copy = tmp_path / "repository"
     copy.mkdir()
     subprocess.run(["cp", "-r", ROOT / "hub", ROOT / "qwen2vl_kernels", ROOT / "LICENSE", copy], check=True)
     leaf = copy / "qwen2vl_kernels" / "triton" / "norm.py"
-    leaf.write_text(leaf.read_text() + '\nOPS = getattr(torch.ops, "qwen2vl")\n')
+    leaf.write_text(f"{leaf.read_text()}\n{line}\n")
     command = [sys.executable, copy / "hub" / "assemble.py", tmp_path / "out"]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode != 0 and "norm.py registers or calls ops" in result.stderr
+    assert result.returncode != 0 and "norm.py names the namespace qwen2vl" in result.stderr
+    assert not (tmp_path / "out").exists()
