@@ -29,6 +29,7 @@ from qwen2vl_kernels import (
 
 from .checks import Grid, Patches, check_patches
 from .config import IMAGE_MEAN, IMAGE_STD, VisionConfig
+from .errors import PromptError
 from .layers import LayerNorm, Linear, idle_rows, length_bound
 
 
@@ -151,7 +152,7 @@ class VisionTower(nn.Module):
     def forward(
         self,
         pixel_values: torch.Tensor | Sequence[torch.Tensor] | Sequence[Patches],
-        grid_thw: torch.Tensor | Sequence[torch.Tensor] = (),
+        grid_thw: torch.Tensor | Sequence[torch.Tensor] | None = None,
         *,
         max_patches: int | None = None,
     ) -> torch.Tensor:
@@ -170,6 +171,8 @@ class VisionTower(nn.Module):
         """
         given: Sequence[Any] = [pixel_values] if isinstance(pixel_values, torch.Tensor) else pixel_values
         if not all(isinstance(one, Patches) for one in given):
+            if grid_thw is None:
+                raise PromptError("pixel_values and grid_thw must be given together")
             grids = [grid_thw] if isinstance(grid_thw, torch.Tensor) else grid_thw
             given = [check_patches(self.config, rows, grid) for rows, grid in zip(given, grids, strict=True)]
         kinds = [one.rows for one in given]

@@ -69,6 +69,19 @@ def test_placeholders_that_do_not_fit(ids, image, video, match):
         check(ids, image, video)
 
 
+def test_the_tower_checks_what_it_is_given_alone(model, inputs):
+    pixels, grid = inputs["pixel_values"], inputs["image_grid_thw"]
+    for arguments, message in (
+        ((pixels,), "pixel_values and grid_thw must be given together"),
+        ((pixels, grid[:0]), r"grid_thw must have shape \(items, 3\) with items >= 1, got \(0, 3\)"),
+        ((pixels, grid[0]), r"grid_thw must have shape \(items, 3\)"),
+        ((pixels, torch.tensor([[1, 3, 8]])), r"grid_thw\[0\] must hold .* divisible by 2, got \(1, 3, 8\)"),
+        ((pixels[:-1], grid), r"pixel_values must have shape \(24, 1176\)"),
+    ):
+        with pytest.raises(PromptError, match=message):
+            model.visual(*arguments)
+
+
 def test_truncated_inputs_are_found(model, inputs):
     cut = {name: inputs[name][:, :-12] for name in ("input_ids", "attention_mask")}
     assert 0 < (cut["input_ids"] == model.config.image_token_id).sum() < 6
