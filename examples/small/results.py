@@ -27,7 +27,7 @@ from .plan import SEED, Phase
 
 Results = dict[str, Any]
 #: Key of the header under which the file says how it was made.
-KEY = "qwen2vl.assets"
+KEY = "qwen2vl.small"
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class Scored:
 
     @property
     def tokens(self) -> int:
-        """Of one picture."""
+        """Tokens of one picture of the sample."""
         return max(1, round(self.size[0] / 28) * round(self.size[1] / 28))
 
 

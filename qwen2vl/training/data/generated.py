@@ -64,7 +64,7 @@ class Generated:
 
 
 def raw_sample(sample: Sample) -> Raw:
-    """As a shard would give it, but for its pictures, which are pixels already: decoding costs more than drawing."""
+    """The sample as a shard would give it, except that its pictures are pixels: decoding costs more than drawing."""
     source = f"generated:{sample.skill}-{sample.difficulty}:{sample.split}:{sample.index}"
     record = json.dumps(sample.record, ensure_ascii=False).encode("utf-8")
     return Raw(source, record, None, {name: from_ppm(data) for name, data in sample.members.items()})
