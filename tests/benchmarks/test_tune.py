@@ -236,7 +236,7 @@ def test_the_result_has_rows_as_every_case(searched):
     console = Console(width=250, record=True, file=io.StringIO())
     tune.show(found, console)
     shown = console.export_text()
-    assert "4.00x" in shown and "1 wrong result" in shown and "one step for all shapes: 16" in shown
+    assert "4.00x" in shown and "1 wrong result" in shown and "one block_n for all shapes: 16" in shown
     assert "90: ((80, ForwardConfig(128, 16, 4, 3)),)," in shown
 
 

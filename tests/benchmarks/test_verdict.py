@@ -25,7 +25,7 @@ def tried(subject, first, finals=None, left=0, again=()):
     trial = tune.Trial(subject, SHIPS, [{}] * (len(first) + left), shapes=4, again=list(again))
     trial.rows = [
         {"literal": verdict.literal(config[tile]), "fields": dataclasses.asdict(config[tile]),
-         "samples": [seconds], "median": seconds, "bits": str(config[tile].step),
+         "samples": [seconds], "median": seconds, "bits": str(config[tile].block_n),
          "check": {"name": "result 0", "error": 0.0, "allowed": 1.0}}
         for tile, seconds in first.items()
     ]  # fmt: skip
