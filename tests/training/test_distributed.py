@@ -161,5 +161,5 @@ def test_ranks_with_only_text_only_images_and_only_videos(launch, tmp_path):
 def test_what_a_rank_says_as_it_fails_is_shown(launch, tmp_path):
     """The ranks of the tests above are forked, and what they print is in files."""
     request = {"folder": str(tmp_path / "nowhere"), "output": str(tmp_path / "out"), "stage": "vision"}
-    with pytest.raises(AssertionError, match="(?s)Traceback.*nowhere: no such folder"):
+    with pytest.raises(AssertionError, match=r"(?s)Traceback.*nowhere: no such folder"):
         launch(1, request)
