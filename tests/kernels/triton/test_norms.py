@@ -116,13 +116,23 @@ def test_gradient_of_the_sum_alone(op):
 
 
 @pytest.mark.parametrize("op", [f for f, _ in PAIRS + ADDED], ids=lambda f: f.__name__)
-def test_deterministic_and_the_same_in_every_pack(op):
-    arguments = _arguments(op, (600, 24), torch.bfloat16)
+def test_deterministic_and_the_same_in_every_pack(op, monkeypatch):
+    monkeypatch.setattr(norm, "_BACKWARD_PROGRAMS", 16)  # less than there are rows, as with 512 and packs of thousands
+    _check_packs(op, 60, slice(10, 27))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("op", [f for f, _ in PAIRS + ADDED], ids=lambda f: f.__name__)
+def test_the_same_in_a_pack_of_more_rows_than_programs(op):
+    _check_packs(op, 600, slice(100, 117))
+
+
+def _check_packs(op, total, rows):
+    arguments = _arguments(op, (total, 24), torch.bfloat16)
     added = op.__name__.startswith("add")
-    grads = tuple(torch.randn(600, 24, device=DEVICE).bfloat16() for _ in range(1 + added))
+    grads = tuple(torch.randn(total, 24, device=DEVICE).bfloat16() for _ in range(1 + added))
     first, second = (_forward_and_backward(op, arguments, grads, backend="triton") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    rows = slice(100, 117)
     part = [a[rows] if a.ndim == 2 else a for a in arguments]
     got = _forward_and_backward(op, part, tuple(g[rows] for g in grads), backend="triton")
     whole = 2 + 2 * added  # outputs and input gradients; the weights' are sums over rows
