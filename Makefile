@@ -22,13 +22,14 @@ FORMATTED := $(CSRC) $(FUZZ) $(wildcard tests/kernels/host/* benchmarks/cuda/*)
 # The versions of Triton that PyTorch's builds for CUDA bring: 2.10 and 2.11, 2.12, 2.13, 2.14.
 TRITONS := 3.6.0 3.7.0 3.7.1 3.8.0
 
-.PHONY: help install demo check test aot lint format fuzz gpu gpu-wheels hub test-stacks test-oldest resolve clean
+.PHONY: help install demo check test test-long aot lint format fuzz gpu gpu-wheels hub test-stacks test-oldest resolve clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    the small trained model reads, compares, points, follows videos and plays, beside the truth"
 	@echo "make check   a checkpoint with random weights here and in transformers: logits and greedy tokens compared"
-	@echo "make test    the test suite"
+	@echo "make test    the test suite, at its end the files that take the most CPU time"
+	@echo "make test-long    before a release: what is too slow for each commit, then fuzz, test-oldest and test-stacks"
 	@echo "make aot     every Triton kernel compiled for every GPU with every compiler that PyTorch brings, and its gates"
 	@echo "make lint    ruff, pyright, clang-format;  make format  rewrites what they can"
 	@echo "make fuzz    the C++ of the CPU on random input, under the address and undefined behaviour sanitizers"
@@ -72,8 +73,18 @@ aot: .venv/install.stamp $(addprefix build/triton/,$(TRITONS))
 	$(RUN) -m benchmarks aot --failures $(addprefix --triton ,$(TRITONS))
 
 # One worker a core and one thread a worker: threads of several workers would spin against each other.
+# Each worker has a stretch of files and takes from the others' when it is done, so that most modules have their
+# fixtures, models and processes of compilers once.
+PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist worksteal
 test: .venv/install.stamp | build/triton/3.6.0
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto $(PYTEST_ARGS)
+	@$(PYTEST) -m "not long" $(PYTEST_ARGS)
+
+# What repeats at a larger size what make test shows, then what needs minutes, other versions or other stacks.
+test-long: .venv/install.stamp
+	@$(PYTEST) -m long $(PYTEST_ARGS)
+	@$(MAKE) fuzz FUZZ_SECONDS=20
+	@$(MAKE) test-oldest PYTEST_ARGS=
+	@$(MAKE) test-stacks
 
 lint: .venv/install.stamp
 	.venv/bin/ruff check .

@@ -22,6 +22,7 @@ from tests.crashes import (  # noqa: F401
     pytest_sessionfinish,
     pytest_sessionstart,
 )
+from tests.times import pytest_runtest_setup, pytest_runtest_teardown, pytest_terminal_summary  # noqa: F401
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated, so before the ops are imported

@@ -31,13 +31,21 @@ def _swiglu(columns: int, dtype: torch.dtype, packed: bool) -> None:
 
 SPECIMENS = (
     *(
-        Specimen(f"quick_gelu 5120 {label(dtype)}{' + bias' * biased}", partial(_quick_gelu, dtype, biased), wide=0.9)
+        Specimen(
+            f"quick_gelu 5120 {label(dtype)}{' + bias' * biased}",
+            partial(_quick_gelu, dtype, biased),
+            wide=0.9,
+            further=dtype == torch.float32,
+        )
         for dtype in (torch.bfloat16, torch.float32)
         for biased in (False, True)
     ),
     *(
         Specimen(
-            f"swiglu {columns} {label(dtype)}{' packed' * packed}", partial(_swiglu, columns, dtype, packed), wide=0.9
+            f"swiglu {columns} {label(dtype)}{' packed' * packed}",
+            partial(_swiglu, columns, dtype, packed),
+            wide=0.9,
+            further=dtype != torch.bfloat16,
         )
         for columns, dtype, packed in (
             (8960, torch.bfloat16, False),

@@ -28,18 +28,20 @@ def _gathering_norm(dtype: torch.dtype) -> None:
     norm.launch_backward(x, x, None, weight, statistics, statistics, True, True, order)
 
 
-def _specimen(name: str, depth: int, columns: int, dtype: torch.dtype, x_dtype: torch.dtype, gelu: bool) -> Specimen:
+def _specimen(
+    name: str, depth: int, columns: int, dtype: torch.dtype, x_dtype: torch.dtype, gelu: bool, further: bool = False
+) -> Specimen:
     name = f"{name} {depth}x{columns} {label(dtype)}"
-    return Specimen(name, partial(_linear, _TOKENS, depth, columns, dtype, x_dtype, gelu), matrix=True)
+    return Specimen(name, partial(_linear, _TOKENS, depth, columns, dtype, x_dtype, gelu), matrix=True, further=further)
 
 
 SPECIMENS = (
     _specimen("patch_embed still, bytes", 588, 1280, torch.bfloat16, torch.uint8, False),
-    _specimen("patch_embed video, bytes", 1176, 1280, torch.bfloat16, torch.uint8, False),
+    _specimen("patch_embed video, bytes", 1176, 1280, torch.bfloat16, torch.uint8, False, further=True),
     _specimen("patch_embed", 1176, 1280, torch.bfloat16, torch.bfloat16, False),
-    _specimen("patch_embed from float32", 1176, 1280, torch.float16, torch.float32, False),
+    _specimen("patch_embed from float32", 1176, 1280, torch.float16, torch.float32, False, further=True),
     _specimen("patch_merge fc1 + GELU", 5120, 5120, torch.bfloat16, torch.bfloat16, True),
     _specimen("patch_merge fc2", 5120, 1536, torch.bfloat16, torch.bfloat16, False),
-    _specimen("patch_merge fc2", 5120, 3584, torch.float16, torch.float16, False),
+    _specimen("patch_merge fc2", 5120, 3584, torch.float16, torch.float16, False, further=True),
     Specimen("patch_merge norm, raster order", partial(_gathering_norm, torch.bfloat16), wide=0.85),
 )

@@ -25,19 +25,19 @@ def _backward(columns: int, dtype: torch.dtype, centred: bool) -> None:
     norm.launch_backward(x, x, x, meta(columns, dtype=dtype), statistics, statistics, centred, centred)
 
 
-def _specimens(op: str, columns: int, dtype: torch.dtype) -> tuple[Specimen, ...]:
+def _specimens(op: str, columns: int, dtype: torch.dtype, further: bool = False) -> tuple[Specimen, ...]:
     name, centred = f"{op} {columns} {label(dtype)}", op == "layer_norm"
     return (
-        Specimen(name, partial(_forward, columns, dtype, centred), wide=0.9),
-        Specimen(f"{name} backward", partial(_backward, columns, dtype, centred), wide=0.9),
+        Specimen(name, partial(_forward, columns, dtype, centred), wide=0.9, further=further),
+        Specimen(f"{name} backward", partial(_backward, columns, dtype, centred), wide=0.9, further=further),
     )
 
 
 SPECIMENS = (
     *_specimens("layer_norm", 1280, torch.bfloat16),
-    *_specimens("layer_norm", 1280, torch.float32),
+    *_specimens("layer_norm", 1280, torch.float32, further=True),
     *_specimens("rms_norm", 1536, torch.bfloat16),
-    *_specimens("rms_norm", 1536, torch.float32),
-    *_specimens("rms_norm", 3584, torch.bfloat16),
+    *_specimens("rms_norm", 1536, torch.float32, further=True),
+    *_specimens("rms_norm", 3584, torch.bfloat16, further=True),
     *_specimens("rms_norm", 8192, torch.bfloat16),
 )

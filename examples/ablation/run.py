@@ -55,7 +55,7 @@ def measure(
             write_beginning(Path(folder) / str(seed), seed=seed, depth=DEPTH, layers=LAYERS)
         for a, ablation in enumerate(ABLATIONS):
             steps = 3 if quick else max(1, round(budget * ablation.steps))
-            count = 8 if quick else ablation.count
+            count = 4 if quick else ablation.count
             for seed in range(1, seeds + 1):
                 jobs += [Job(a, n, seed, f"{folder}/{seed}", steps, count) for n in range(len(ablation.arms))]
         jobs.sort(key=lambda job: -job.steps)  # the shortest last: no process then waits for a long one

@@ -224,10 +224,10 @@ def test_the_command_writes_json_and_figures(tmp_path):
     for frames in (4, 6, 8, 12, 16, 24, 32):
         for kind in ("",) if frames < 8 else (", slower", ", repeated"):
             row = rows[f"direction, {frames} frames{kind}", "1-D RoPE", "accuracy"]
-            assert row["questions"] == 8 and row["vision_tokens"] == 2 * frames
+            assert row["questions"] == 4 and row["vision_tokens"] == 2 * frames
     costs = {arm: rows["counting, 112x56 pixels", arm, "accuracy"]["vision_tokens"] for arm in _names(RESOLUTION.arms)}
     assert costs == {"dynamic": 8, "fixed, 4 tokens": 4, "fixed, 6 tokens": 6}
-    assert rows["counting, all sizes", "dynamic", "tokens right"]["questions"] == 3 * 8
+    assert rows["counting, all sizes", "dynamic", "tokens right"]["questions"] == 3 * 4
     assert {p.name for p in tmp_path.glob("*.svg")} == {"ablation-frames.svg", "ablation-resolution.svg"}
     sizes = {name for name, *_ in rows if name.endswith(" pixels")}
     labels = re.findall(r"<!-- (\d+x\d+) -->", (tmp_path / "ablation-resolution.svg").read_text())

@@ -165,17 +165,20 @@ inline void mutate(std::vector<uint8_t>& bytes, XorShift& random) {
 
 }  // namespace fuzz
 
-// -max_total_time=SECONDS (0: only the files), -seed=NUMBER, -artifact_prefix=PATH, files to replay first.
+// -max_total_time=SECONDS, -runs=NUMBER of random inputs (without both: only the files), -seed=NUMBER,
+// -artifact_prefix=PATH, files to replay first.
 int main(int count, char** arguments) {
   using Clock = std::chrono::steady_clock;
   double seconds = 0;
-  uint64_t seed = 1, runs = 0;
+  uint64_t seed = 1, runs = 0, wanted = 0;
   std::vector<std::vector<uint8_t>> seeds;
   for (int n = 1; n < count; ++n) {
     const std::string argument = arguments[n];
     const std::string value = argument.substr(argument.find('=') + 1);
     if (argument.rfind("-max_total_time=", 0) == 0) {
       seconds = std::atof(value.c_str());
+    } else if (argument.rfind("-runs=", 0) == 0) {
+      wanted = std::strtoull(value.c_str(), nullptr, 10);
     } else if (argument.rfind("-seed=", 0) == 0) {
       seed = std::strtoull(value.c_str(), nullptr, 10);
     } else if (argument.rfind("-artifact_prefix=", 0) == 0) {
@@ -200,7 +203,7 @@ int main(int count, char** arguments) {
   fuzz::XorShift random(seed);
   const auto begin = Clock::now();
   const auto elapsed = [&] { return std::chrono::duration<double>(Clock::now() - begin).count(); };
-  while (elapsed() < seconds) {
+  for (uint64_t made = 0; made < wanted || elapsed() < seconds; ++made) {
     std::vector<uint8_t> bytes;
     if (!seeds.empty() && random.below(4) != 0) {
       bytes = seeds[random.below(seeds.size())];

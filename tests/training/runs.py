@@ -1,10 +1,15 @@
-"""Whole runs on the tiny model, for tests of the loop; ``python -m tests.training.runs`` is one rank of several."""
+"""Whole runs on the tiny model, for tests of the loop; ``python -m tests.training.runs`` forks ranks of several.
+
+A rank is forked from a process that has imported what ranks import, which takes several times as long as their work.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,6 +95,49 @@ def main(request: dict) -> None:
         torch.distributed.destroy_process_group()
 
 
+def rank(environment: dict, request: dict, log: str) -> int:
+    """The id of a process that is one rank, and writes what it says into ``log``."""
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        with open(log, "w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        os.environ.update(environment)
+        main(request)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def serve() -> None:
+    """A line of JSON for every launch: what :func:`rank` takes of each of its ranks, and the seconds that all have.
+    The answer is a line with their exit statuses."""
+    for line in sys.stdin:
+        ranks, patience = json.loads(line)
+        assert len(os.listdir("/proc/self/task")) == 1, "a lock that another thread holds would stay locked in a fork"
+        pids = [rank(**one) for one in ranks]
+
+        def end(*_, pids=pids) -> None:
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)  # also of those that have ended, which are waited for below
+
+        signal.signal(signal.SIGALRM, end)
+        signal.alarm(patience)
+        ended = [os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT) for pid in pids]
+        signal.alarm(0)
+        for pid in pids:
+            os.waitpid(pid, 0)
+        print(json.dumps([one.si_status for one in ended]), flush=True)
+
+
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    main(json.loads(sys.argv[1]))
+    import torch.distributed.fsdp
+    import torch.distributed.tensor.parallel
+
+    serve()

@@ -22,26 +22,33 @@ ROOT = Path(__file__).parents[2]
 PATIENCE = 120
 
 
-def launch(world: int, request: dict) -> None:
-    """``runs.main(request)`` in ``world`` processes, as torchrun would start them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    base = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world),
-            "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # fmt: skip
-    command = [sys.executable, "-m", "tests.training.runs", json.dumps(request)]
-    children = [
-        subprocess.Popen(command, env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=ROOT,
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for rank in range(world)
-    ]  # fmt: skip
-    try:
-        outputs = [child.communicate(timeout=PATIENCE)[0] for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    for child, output in zip(children, outputs, strict=True):
-        assert child.returncode == 0, output[-3000:]
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    """``launch(world, request)``: ``runs.main(request)`` in ``world`` processes, as torchrun would start them."""
+    base = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.training.runs"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    server = subprocess.Popen(command, env=base, cwd=ROOT, **pipes)
+
+    def launch(world: int, request: dict) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+        logs = [tmp_path_factory.mktemp("rank") / "log" for _ in range(world)]
+        ranks = [
+            {"environment": {**place, "RANK": str(n), "LOCAL_RANK": str(n)}, "request": request, "log": str(log)}
+            for n, log in enumerate(logs)
+        ]
+        server.stdin.write(json.dumps([ranks, PATIENCE]) + "\n")
+        server.stdin.flush()
+        answer = server.stdout.readline()
+        assert answer, f"the process that starts ranks ended with {server.wait()}"
+        for status, log in zip(json.loads(answer), logs, strict=True):
+            assert status == 0, log.read_text()[-3000:]
+
+    yield launch
+    server.communicate()  # the end of its input is the end of its work
 
 
 def one_process(folder, output, stage, data_ranks: int, dataset=mixed, world: int | None = None, **tables):
@@ -62,7 +69,9 @@ def one_process(folder, output, stage, data_ranks: int, dataset=mixed, world: in
     return losses
 
 
-def compare(tmp_path, world: int, stage: str, parallel: dict, data_ranks: int, dataset="mixed", tie=True, **tables):
+def compare(
+    launch, tmp_path, world: int, stage: str, parallel: dict, data_ranks: int, dataset="mixed", tie=True, **tables
+):
     folder = runs.checkpoint(tmp_path / "checkpoint", tie)
     # An eps far above the gradients makes AdamW's steps proportional to them: with the usual one, a gradient that is
     # too large by a factor would not show, and one that is nearly zero would be all rounding.
@@ -85,16 +94,16 @@ def compare(tmp_path, world: int, stage: str, parallel: dict, data_ranks: int, d
         assert error <= 2e-5 * moved[name] + 1e-7 * max(moved.values()), f"{name}: {error} of {moved[name]}"
 
 
-def test_fsdp_of_two(tmp_path):
-    compare(tmp_path, 2, "multimodal", {"mode": "fsdp"}, 2, run={"checkpoint_activations": True})
+def test_fsdp_of_two(launch, tmp_path):
+    compare(launch, tmp_path, 2, "multimodal", {"mode": "fsdp"}, 2, run={"checkpoint_activations": True})
 
 
-def test_replicas_of_two(tmp_path):
-    compare(tmp_path, 2, "multimodal", {"mode": "ddp"}, 2, tie=False)
+def test_replicas_of_two(launch, tmp_path):
+    compare(launch, tmp_path, 2, "multimodal", {"mode": "ddp"}, 2, tie=False)
 
 
 @pytest.mark.parametrize("mode", ["fsdp", "ddp"])
-def test_killed_and_resumed_with_masters_and_accumulation(tmp_path, mode):
+def test_killed_and_resumed_with_masters_and_accumulation(launch, tmp_path, mode):
     """bfloat16: two ranks, killed after two steps, are bitwise the run that went on; and no pack's gradient is lost."""
     folder = runs.checkpoint(tmp_path / "checkpoint")
     tables = {"run": {"accumulation": 2, "steps": 3}, "model": {"dtype": "bfloat16"}}
@@ -110,7 +119,7 @@ def test_killed_and_resumed_with_masters_and_accumulation(tmp_path, mode):
     torch.testing.assert_close(torch.tensor(whole), torch.tensor(one), rtol=0.02, atol=0)
 
 
-def test_ranks_name_the_sample_together(tmp_path):
+def test_ranks_name_the_sample_together(launch, tmp_path):
     folder = runs.checkpoint(tmp_path / "checkpoint")
     request = {"folder": str(folder), "output": str(tmp_path / "out"), "stage": "multimodal", "dataset": "poisoned",
                "parallel": {"mode": "fsdp"}}  # fmt: skip
@@ -120,7 +129,7 @@ def test_ranks_name_the_sample_together(tmp_path):
         assert re.match(r"step 1: the loss is not finite in 1 of \d+ samples: memory:5 \(nan\)\. ", message), message
 
 
-def test_decoder_split_in_two_refuses_samples_that_differ(tmp_path):
+def test_decoder_split_in_two_refuses_samples_that_differ(launch, tmp_path):
     """As where one of the ranks could not read a file: an error on both, and nothing learned from two packs at once."""
     folder = runs.checkpoint(tmp_path / "checkpoint")
     request = {"folder": str(folder), "output": str(tmp_path / "out"), "stage": "multimodal", "dataset": "differing",
@@ -130,20 +139,27 @@ def test_decoder_split_in_two_refuses_samples_that_differ(tmp_path):
     assert all("drew different samples" in m and f"rank {n} has memory:" in m for n, m in enumerate(messages)), messages
 
 
-def test_decoder_split_in_two(tmp_path):
-    compare(tmp_path, 2, "multimodal", {"tensor": 2, "mode": "fsdp"}, 1, tie=False)
+def test_decoder_split_in_two(launch, tmp_path):
+    compare(launch, tmp_path, 2, "multimodal", {"tensor": 2, "mode": "fsdp"}, 1, tie=False)
 
 
 @pytest.mark.slow
-def test_fsdp_of_two_times_decoder_split_in_two(tmp_path):
-    compare(tmp_path, 4, "multimodal", {"tensor": 2}, 2, run={"checkpoint_activations": True})
+def test_fsdp_of_two_times_decoder_split_in_two(launch, tmp_path):
+    compare(launch, tmp_path, 4, "multimodal", {"tensor": 2}, 2, run={"checkpoint_activations": True})
 
 
 @pytest.mark.parametrize("stage", ["vision", "instruct"])
-def test_ranks_with_only_text_and_only_images_do_not_wait_for_each_other(tmp_path, stage):
-    compare(tmp_path, 2, stage, {"mode": "fsdp"}, 2, dataset="by_rank")
+def test_ranks_with_only_text_and_only_images_do_not_wait_for_each_other(launch, tmp_path, stage):
+    compare(launch, tmp_path, 2, stage, {"mode": "fsdp"}, 2, dataset="by_rank")
 
 
 @pytest.mark.slow
-def test_ranks_with_only_text_only_images_and_only_videos(tmp_path):
-    compare(tmp_path, 3, "multimodal", {"mode": "fsdp"}, 3, dataset="by_rank")
+def test_ranks_with_only_text_only_images_and_only_videos(launch, tmp_path):
+    compare(launch, tmp_path, 3, "multimodal", {"mode": "fsdp"}, 3, dataset="by_rank")
+
+
+def test_what_a_rank_says_as_it_fails_is_shown(launch, tmp_path):
+    """The ranks of the tests above are forked, and what they print is in files."""
+    request = {"folder": str(tmp_path / "nowhere"), "output": str(tmp_path / "out"), "stage": "vision"}
+    with pytest.raises(AssertionError, match=r"(?s)Traceback.*nowhere: no such folder"):
+        launch(1, request)

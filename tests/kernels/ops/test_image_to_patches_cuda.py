@@ -28,13 +28,13 @@ UNWRITTEN = 77
 
 
 @pytest.fixture(scope="module")
-def on_host(tmp_path_factory):
-    return build_on_host("image_to_patches", tmp_path_factory.mktemp("host"))
+def on_host():
+    return build_on_host("image_to_patches")
 
 
 @pytest.fixture(scope="module")
-def sanitized(tmp_path_factory):
-    return build_on_host("image_to_patches", tmp_path_factory.mktemp("sanitized"), *SANITIZERS)
+def sanitized():
+    return build_on_host("image_to_patches", *SANITIZERS)
 
 
 def noise(seed: int, *shape: int) -> np.ndarray:

@@ -35,13 +35,13 @@ UNWRITTEN = -(2**63)  # what the host program fills its outputs with
 
 
 @pytest.fixture(scope="module")
-def on_host(tmp_path_factory):
-    return build_on_host("mrope_positions", tmp_path_factory.mktemp("host"))
+def on_host():
+    return build_on_host("mrope_positions")
 
 
 @pytest.fixture(scope="module")
-def sanitized(tmp_path_factory):
-    return build_on_host("mrope_positions", tmp_path_factory.mktemp("sanitized"), *SANITIZERS)
+def sanitized():
+    return build_on_host("mrope_positions", *SANITIZERS)
 
 
 def _run_on_host(program, ids, image, video, mask, cu, merge_size, threads, state=None):

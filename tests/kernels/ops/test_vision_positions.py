@@ -124,8 +124,8 @@ def test_meta_tensors():
 
 
 @pytest.fixture(scope="module")
-def on_host(tmp_path_factory):
-    return build_on_host("vision_positions", tmp_path_factory.mktemp("vision_positions"), *SANITIZERS)
+def on_host():
+    return build_on_host("vision_positions", *SANITIZERS)
 
 
 def _run_on_host(program, grids, merge_size, patches, threads=32):

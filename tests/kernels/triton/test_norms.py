@@ -9,6 +9,7 @@ from qwen2vl_kernels import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from qwen2vl_kernels.core.backends import unavailable
 from qwen2vl_kernels.ops.layer_norm import add_layer_norm_ref, layer_norm_ref
 from qwen2vl_kernels.ops.rms_norm import add_rms_norm_ref, rms_norm_ref
+from qwen2vl_kernels.triton import norm
 from tests.conftest import DEVICE, assert_two_times
 from tests.kernels.poison import poisoned  # noqa: F401
 
@@ -17,7 +18,7 @@ if (reason := unavailable("triton", DEVICE)) is not None:
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(1, 8), (5, 81), (3, 1280), (2, 3, 80), (9, 1536), (1100, 16)]
+SHAPES = [(1, 8), (5, 81), (3, 1280), (2, 3, 80), (9, 1536)]
 PAIRS = [(rms_norm, rms_norm_ref), (layer_norm, layer_norm_ref)]
 ADDED = [(add_rms_norm, add_rms_norm_ref), (add_layer_norm, add_layer_norm_ref)]
 
@@ -41,10 +42,7 @@ def _forward_and_backward(op, arguments, grads, **options):
     return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, arguments, grads)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("op", "ref"), PAIRS + ADDED, ids=lambda f: f.__name__)
-def test_forward_and_backward(op, ref, shape, dtype):
+def _check(op, ref, shape, dtype):
     arguments = _arguments(op, shape, dtype)
     count = 2 if op.__name__.startswith("add") else 1
     grads = tuple(torch.randn(shape, device=DEVICE).to(dtype) for _ in range(count))
@@ -63,6 +61,29 @@ def test_forward_and_backward(op, ref, shape, dtype):
     with torch.no_grad():
         for one, two in zip(_tuple(op(*arguments, backend="triton")), got[:count], strict=True):
             assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("op", "ref"), PAIRS + ADDED, ids=lambda f: f.__name__)
+def test_forward_and_backward(op, ref, shape, dtype):
+    _check(op, ref, shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("op", "ref"), PAIRS + ADDED, ids=lambda f: f.__name__)
+def test_programs_with_several_rows_each(op, ref, dtype, monkeypatch):
+    """More rows than a backward has programs: each adds up a run of three, and the last one has a single row."""
+    monkeypatch.setattr(norm, "_BACKWARD_PROGRAMS", 16)
+    _check(op, ref, (37, 16), dtype)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("op", "ref"), PAIRS + ADDED, ids=lambda f: f.__name__)
+def test_more_rows_than_programs(op, ref, dtype):
+    """The same with the number of programs that ships."""
+    _check(op, ref, (1100, 16), dtype)
 
 
 @pytest.mark.parametrize(("op", "ref"), PAIRS + ADDED, ids=lambda f: f.__name__)
@@ -95,13 +116,23 @@ def test_gradient_of_the_sum_alone(op):
 
 
 @pytest.mark.parametrize("op", [f for f, _ in PAIRS + ADDED], ids=lambda f: f.__name__)
-def test_deterministic_and_the_same_in_every_pack(op):
-    arguments = _arguments(op, (600, 24), torch.bfloat16)
+def test_deterministic_and_the_same_in_every_pack(op, monkeypatch):
+    monkeypatch.setattr(norm, "_BACKWARD_PROGRAMS", 16)  # less than there are rows, as with 512 and packs of thousands
+    _check_packs(op, 60, slice(10, 27))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("op", [f for f, _ in PAIRS + ADDED], ids=lambda f: f.__name__)
+def test_the_same_in_a_pack_of_more_rows_than_programs(op):
+    _check_packs(op, 600, slice(100, 117))
+
+
+def _check_packs(op, total, rows):
+    arguments = _arguments(op, (total, 24), torch.bfloat16)
     added = op.__name__.startswith("add")
-    grads = tuple(torch.randn(600, 24, device=DEVICE).bfloat16() for _ in range(1 + added))
+    grads = tuple(torch.randn(total, 24, device=DEVICE).bfloat16() for _ in range(1 + added))
     first, second = (_forward_and_backward(op, arguments, grads, backend="triton") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    rows = slice(100, 117)
     part = [a[rows] if a.ndim == 2 else a for a in arguments]
     got = _forward_and_backward(op, part, tuple(g[rows] for g in grads), backend="triton")
     whole = 2 + 2 * added  # outputs and input gradients; the weights' are sums over rows
