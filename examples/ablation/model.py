@@ -29,7 +29,7 @@ from .plan import ABLATIONS, Ablation, Arm, Part
 
 #: Samples of a step.
 BATCH = 32
-#: Of the samples of evaluation; those of training begin with the model's own seed, counted from 0.
+#: The seed of the samples of evaluation; those of training begin with the model's own seed, counted from 0.
 EVALUATION_SEED = 1_000_000
 _TOKENS = 1 << 20  # more than BATCH samples ever have: a pack is BATCH samples
 _LR = 5e-4
@@ -78,7 +78,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one class of samples: how many, means of vision tokens, of answers right in full, and of tokens right."""
+    """One class of samples: how many, means of vision tokens, of answers right in full, and of tokens right."""
 
     facts: dict[str, Any]
     samples: int
@@ -150,7 +150,7 @@ def prepare(sample: Sample, processor: Processor, size: tuple[int, int] | None =
 
 @torch.inference_mode()
 def right_tokens(model: Qwen2VL, batch: Batch) -> list[tuple[int, int]]:
-    """Of every sample how many supervised tokens the model puts first, of how many, each given the true ones before.
+    """How many supervised tokens of every sample the model puts first, and how many there are, each given the true ones before.
 
     Where all of them are, greedy decoding writes exactly the answer: its every step sees what is seen here.
     """

@@ -14,7 +14,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-#: Of everything that is drawn: weights and samples.
+#: The seed of everything that is drawn: weights and samples.
 SEED = 1
 
 

@@ -50,7 +50,7 @@ class Goal:
 
 
 def mean(skill: str, difficulties: Sequence[int], score: str = "accuracy") -> Callable[[Results], float]:
-    """Of a score over some difficulties of a skill."""
+    """The mean of a score over some difficulties of a skill."""
     return lambda results: _total(results, skill, difficulties, score) / _total(results, skill, difficulties, None)
 
 

@@ -138,7 +138,7 @@ def _alone_or_together() -> Iterator[bool]:
 
 
 def random_state() -> dict[str, Any]:
-    """Of every generator that data and dropout may draw from."""
+    """The state of every generator that data and dropout may draw from."""
     name, keys, *rest = np.random.get_state(legacy=True)
     found = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state()}  # type: ignore[union-attr]
     if torch.cuda.is_initialized():

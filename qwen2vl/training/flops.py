@@ -24,7 +24,7 @@ class Work:
 
 
 def work_of(batch: Batch) -> Work:
-    """Of a pack on the host; the placeholder image counts, as it is computed."""
+    """FLOPs of a pack on the host; the placeholder image counts, as it is computed."""
     lengths = batch.cu_seqlens.diff().tolist()
     frames = [
         (t, h * w)
@@ -61,19 +61,19 @@ def merger_matrices(config: Qwen2VLConfig) -> int:
 
 
 def layer_parameters(config: Qwen2VLConfig) -> int:
-    """Of one decoder layer: its matrices, the biases of q, k and v, two norms."""
+    """Parameters of one decoder layer: its matrices, the biases of q, k and v, two norms."""
     t = config.text
     return layer_matrices(config) + 3 * t.hidden_size + 2 * t.num_key_value_heads * t.head_dim
 
 
 def block_parameters(config: Qwen2VLConfig) -> int:
-    """Of one vision block: its matrices with a bias each, two norms with weight and bias."""
+    """Parameters of one vision block: its matrices with a bias each, two norms with weight and bias."""
     v = config.vision
     return block_matrices(config) + (3 + 1 + 1 + 4) * v.embed_dim + int(v.embed_dim * v.mlp_ratio)
 
 
 def parameters(config: Qwen2VLConfig) -> dict[str, int]:
-    """Of each part, as :data:`qwen2vl.training.stages.PARTS` names them; a tied head counts once."""
+    """Parameters of each part, as :data:`qwen2vl.training.stages.PARTS` names them; a tied head counts once."""
     t, v = config.text, config.vision
     merged = v.embed_dim * v.spatial_merge_size**2
     embeddings = (1 if t.tie_word_embeddings else 2) * t.vocab_size * t.hidden_size
@@ -100,7 +100,7 @@ def mean_work(*, vision_share: float, sample_tokens: int, image_tokens: int, mer
 def training_flops(
     config: Qwen2VLConfig, work: Work, trained: frozenset[str] | set[str], *, adapters: bool = False
 ) -> float:
-    """Of a forward and backward in which the parts ``trained`` (of tower, merger, llm) learn.
+    """FLOPs of a forward and backward in which the parts ``trained`` (of tower, merger, llm) learn.
 
     With ``adapters`` these are frozen and pass gradients on to adapters, whose own arithmetic is left out.
     """
