@@ -150,7 +150,9 @@ def prepare(sample: Sample, processor: Processor, size: tuple[int, int] | None =
 
 @torch.inference_mode()
 def right_tokens(model: Qwen2VL, batch: Batch) -> list[tuple[int, int]]:
-    """How many supervised tokens of every sample the model puts first, and how many there are, each given the true ones before.
+    """For every sample, how many supervised tokens the model puts first, and how many there are.
+
+    Each is asked for behind the true ones before it.
 
     Where all of them are, greedy decoding writes exactly the answer: its every step sees what is seen here.
     """
