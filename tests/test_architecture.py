@@ -152,6 +152,24 @@ def test_importing_the_packages_has_no_side_effects():
     assert result.stdout == ""
 
 
+@pytest.mark.parametrize("module", ["qwen2vl.training.trainer", "qwen2vl.evaluation.metrics", "qwen2vl.cli"])
+def test_generated_samples_load_only_when_they_are_asked_for(module):
+    code = (
+        f"import sys, {module}\n"
+        "assert not (loaded := [name for name in sys.modules if name.startswith('qwen2vl.samples')]), loaded\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_only_functions_import_generated_samples():
+    """A file outside of their room that imported them at its top would load them for everybody who imports it."""
+    for path in _files(MODEL):
+        if (MODEL / "samples") not in path.parents:
+            wrong = {n for n in _imports(path, top_level_only=True) if n.startswith("qwen2vl.samples")}
+            assert not wrong, f"{_module(path)} imports {wrong} at import time"
+
+
 def test_packages_work_without_triton():
     """Every op imports, and a Triton backend says what is missing."""
     code = (

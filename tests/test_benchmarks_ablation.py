@@ -28,7 +28,7 @@ from qwen2vl.model import Qwen2VL
 from qwen2vl.prompt.processor import Processor
 from qwen2vl.samples import generate as make_sample
 from qwen2vl.samples.sample import from_ppm
-from qwen2vl.training.data.generated import read_sample
+from qwen2vl.samples.source import read_sample
 from qwen2vl.training.example import Example
 from qwen2vl.training.packing import IGNORE, Packer, collate
 

@@ -19,8 +19,8 @@ from qwen2vl.model import Qwen2VL
 from qwen2vl.prompt.processor import Processor
 from qwen2vl.samples import Sample
 from qwen2vl.samples import generate as make_sample
+from qwen2vl.samples.source import Generated, raw_sample, read_sample
 from qwen2vl.training.config import ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
-from qwen2vl.training.data.generated import Generated, raw_sample, read_sample
 from qwen2vl.training.example import Example
 from qwen2vl.training.packing import IGNORE, Batch, Packer, collate
 from qwen2vl.training.trainer import Trainer

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from qwen2vl.samples import Sample
-from qwen2vl.samples.sample import UNIT
+from qwen2vl.samples.draws import UNIT
 from qwen2vl.samples.skills import Split
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from qwen2vl.samples.lettering import faces_for, font, typefaces
+from qwen2vl.samples.fonts import faces_for, font, typefaces
 
 ANSWER, TRUTH = "#e6194b", "#3cb44b"  # the first two colours of draw_grounding
 _WIDE = 1080  # pixels of a sheet

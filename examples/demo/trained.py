@@ -22,12 +22,12 @@ from qwen2vl.agents.grounding import Grounded, draw_grounding, parse_grounding, 
 from qwen2vl.agents.loop import model_writer, run_agent
 from qwen2vl.cli.common import printable
 from qwen2vl.errors import MediaError
-from qwen2vl.evaluation.held_out import prompt_of, score
 from qwen2vl.generation import GenerationConfig, generate
 from qwen2vl.samples import LEVELS, Sample, play
 from qwen2vl.samples import generate as make_sample
+from qwen2vl.samples.held_out import prompt_of, score
 from qwen2vl.samples.sample import from_ppm
-from qwen2vl.samples.screen import TAP, ScreenGame
+from qwen2vl.samples.screen_game import TAP, ScreenGame
 from qwen2vl.samples.skills import check_choice
 from qwen2vl.samples.words import LANGUAGES
 

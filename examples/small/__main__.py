@@ -43,7 +43,7 @@ def small(
     two cores.
     """
     from qwen2vl.files import write_json
-    from qwen2vl.samples.lettering import typefaces
+    from qwen2vl.samples.fonts import typefaces
 
     from .results import facts, measure, ship, table
     from .shape import write_beginning

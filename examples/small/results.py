@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from qwen2vl.evaluation.held_out import Scored, evaluate, report
 from qwen2vl.model import Qwen2VL
 from qwen2vl.prompt.processor import Processor
 from qwen2vl.samples import LEVELS, SKILLS
-from qwen2vl.samples.lettering import typefaces
+from qwen2vl.samples.fonts import typefaces
+from qwen2vl.samples.held_out import Scored, evaluate, report
 from qwen2vl.samples.skills import DATA_VERSION
 from qwen2vl.weights import SINGLE_NAME
 
@@ -35,7 +35,7 @@ class Goal:
     """A figure that the training aims at.
 
     Attributes:
-        value: calculates it from what :func:`qwen2vl.evaluation.held_out.report` gives.
+        value: calculates it from what :func:`qwen2vl.samples.held_out.report` gives.
         least: whether `wanted` is the least that is good; else it is the most.
     """
 

@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from qwen2vl.prompt.tokenizer import BYTE_OF_CHAR, CONTROL_TOKENS, GROUNDING_TOKENS
+from qwen2vl.samples.questions import QUESTIONS, SCREEN
 from qwen2vl.samples.sample import Sample
 from qwen2vl.samples.skills import LEVELS, SKILLS, generate
 from qwen2vl.samples.words import (
@@ -22,8 +23,6 @@ from qwen2vl.samples.words import (
     DIRECTION_NAMES,
     EVENTS,
     LANGUAGES,
-    QUESTIONS,
-    SCREEN,
     SHAPES,
     WHICH_PICTURE,
     YES_NO,

@@ -20,9 +20,9 @@ from qwen2vl.cli import app
 from qwen2vl.errors import DataError
 from qwen2vl.prompt.tokenizer import Tokenizer
 from qwen2vl.samples import LEVELS, SKILLS
+from qwen2vl.samples.source import Generated, raw_sample
 from qwen2vl.training.config import TrainingConfig
 from qwen2vl.training.data import build_dataset
-from qwen2vl.training.data.generated import Generated, raw_sample
 from tests.training.data_files import chat, make_processor, taught, write_jsonl
 
 ROOT = Path(__file__).parents[2]
