@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.random_checkpoint import SPECIAL_TOKENS, write_checkpoint
 from qwen2vl.config import Qwen2VLConfig, TextConfig, VisionConfig
 from qwen2vl.model import Qwen2VL
 
-from ..demo.checkpoint import SPECIAL_TOKENS, write_checkpoint
 from .tokenizer import write_tokenizer
 
 MIN_PIXELS = 56 * 56

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
+from benchmarks.byte_tokenizer import PRE_TOKENIZATION_PATTERN, write_bpe_tokenizer
 from qwen2vl.prompt.tokenizer import BYTE_OF_CHAR, CONTROL_TOKENS, GROUNDING_TOKENS
 from qwen2vl.samples.questions import QUESTIONS, SCREEN
 from qwen2vl.samples.sample import Sample
@@ -31,8 +32,6 @@ from qwen2vl.samples.words import (
     kind_name,
     shape_name,
 )
-
-from ..demo.tokenizer import PRE_TOKENIZATION_PATTERN, write_bpe_tokenizer
 
 #: Tokens in all: 256 bytes, merges, special tokens. With these, what is said often is about a token a word.
 VOCABULARY = 2048

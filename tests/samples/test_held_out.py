@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from examples.demo.checkpoint import write_random_checkpoint
+from benchmarks.random_checkpoint import write_random_checkpoint
 from qwen2vl import GenerationConfig, Processor, Qwen2VL, generate
 from qwen2vl.cli import app
 from qwen2vl.errors import Qwen2VLError

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
-from examples.demo.checkpoint import small_config, write_random_checkpoint
+from benchmarks.random_checkpoint import small_config, write_random_checkpoint
 from examples.small.tokenizer import write_tokenizer
 from qwen2vl.cli import app
 from qwen2vl.errors import DataError
