@@ -184,9 +184,9 @@ build/oldest/full/install.stamp build/oldest/bare/install.stamp: build/oldest/%/
 
 test-oldest: build/oldest/full/install.stamp build/oldest/bare/install.stamp
 	$(call OLDEST_PYTEST,full)
-	$(call OLDEST_PYTEST,bare) tests/kernels/test_norms_triton.py \
-		$$(grep -LE '^(import|from) (transformers|tests.model import oracle)' tests/model/test_*.py tests/samples/test_*.py) \
-		tests/examples/test_demo.py tests/examples/test_small_tokenizer.py
+	$(call OLDEST_PYTEST,bare) tests/kernels/triton/test_norms.py tests/examples/test_demo.py tests/examples/test_tokenizer.py \
+		$$(grep -LE '^(import|from) (transformers|tests.model import oracle)' \
+			$(foreach room,media prompt agents model samples,tests/$(room)/test_*.py))
 
 resolve: $(UV)
 	@for python in 3.11 3.12 3.13 3.14; do \

@@ -12,6 +12,17 @@ import PIL
 import pytest
 import torch
 
+from tests.crashes import (  # noqa: F401
+    pytest_addoption,
+    pytest_configure,
+    pytest_handlecrashitem,
+    pytest_runtest_call,
+    pytest_runtest_makereport,
+    pytest_runtest_protocol,
+    pytest_sessionfinish,
+    pytest_sessionstart,
+)
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated, so before the ops are imported
     if importlib.util.find_spec("triton") is not None:

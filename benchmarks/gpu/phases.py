@@ -112,7 +112,8 @@ def _tests(rehearsal: bool, cores: int, work: Path) -> Iterator[Part]:
     on_device = [
         str(path.relative_to(ROOT))
         for path, text in texts.items()
-        if path.parent.name == "kernels" and any("import" in row and "DEVICE" in row for row in text.splitlines())
+        if path.is_relative_to(ROOT / "tests" / "kernels")
+        and any("import" in row and "DEVICE" in row for row in text.splitlines())
     ]
     # A test that loses CUDA's context or hangs ends its worker, which is replaced however often that happens.
     workers = ["-n", str(cores), "--dist", "worksteal", "--max-worker-restart", "1000", "--test-limit", "60"]

@@ -16,7 +16,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 
 from qwen2vl_kernels.integrations.transformers import get_rope_index
 
-from ..kernels.mrope_layouts import IMAGE, PAD, VIDEO, batches, expected_batch, grids, token_ids
+from ..kernels.ops.mrope_layouts import IMAGE, PAD, VIDEO, batches, expected_batch, grids, token_ids
 
 GOLDEN = json.loads((Path(__file__).resolve().parent.parent / "golden" / "mrope_positions.json").read_text())
 VISION_START, VISION_END = 5, 6

@@ -22,7 +22,7 @@ from qwen2vl_kernels.integrations import transformers as adapter
 from qwen2vl_kernels.integrations import transformers_attention
 
 from ..conftest import assert_two_times, relative_error, triton_where_it_serves
-from ..kernels.mrope_layouts import IMAGE, PAD, VIDEO
+from ..kernels.ops.mrope_layouts import IMAGE, PAD, VIDEO
 from .tiny_models import FAMILIES, ROWS, VERSION_5, WITH_VIDEO, model, prompt
 
 #: float32 through some layers: two orders of the same sums differ by less, relative to the largest value.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 
-from ..kernels.mrope_layouts import IMAGE, PAD, VIDEO
+from ..kernels.ops.mrope_layouts import IMAGE, PAD, VIDEO
 
 VERSION_5 = int(transformers.__version__.split(".")[0]) >= 5
 FAMILIES = ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL")

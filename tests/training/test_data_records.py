@@ -11,7 +11,7 @@ from qwen2vl.training.data import build_dataset, read_examples
 from qwen2vl.training.data.entry import DataEntry
 from qwen2vl.training.data.json_files import Raw
 from qwen2vl.training.data.records import read_record
-from tests.model.media_fixtures import numbered, video_bytes
+from tests.media.media_fixtures import numbered, video_bytes
 from tests.training.data_files import chat, make_processor, png, taught, write_jsonl, write_tar
 
 BOX = "<|object_ref_start|>cat<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|>"

@@ -18,8 +18,7 @@ from qwen2vl_kernels.triton.attention_forward import forward_config, launch_forw
 from qwen2vl_kernels.triton.attention_head import column_blocks
 from qwen2vl_kernels.triton.rotary import rotate
 from tests.conftest import DEVICE, assert_two_times
-
-from .poison import poisoned  # noqa: F401
+from tests.kernels.poison import poisoned  # noqa: F401
 
 if (reason := unavailable("triton", DEVICE)) is not None:
     pytest.skip(f"triton: {reason}", allow_module_level=True)

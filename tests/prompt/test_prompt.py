@@ -14,7 +14,7 @@ from benchmarks.byte_tokenizer import write_byte_tokenizer
 from qwen2vl.errors import CheckpointError, PromptError
 from qwen2vl.prompt.chatml import Control, Media, Text, render
 from qwen2vl.prompt.tokenizer import CONTROL_TOKENS, GROUNDING_TOKENS, Tokenizer
-from tests.model.prompt_text import segments_to_text
+from tests.prompt.prompt_text import segments_to_text
 
 # SPEC's description of the instruct template, written down a second time.
 TEMPLATE = """\

@@ -12,7 +12,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from qwen2vl.errors import MediaError
 from qwen2vl.media.image import PatchBuffer, load_image, preprocess_image, smart_resize
-from tests.model.media_fixtures import (
+from tests.media.media_fixtures import (
     encode_image,
     noise,
     png_chunk,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import qwen2vl.media.decoding
 from qwen2vl.errors import MediaError
 from qwen2vl.media.video import preprocess_video
-from tests.model.media_fixtures import (
+from tests.media.media_fixtures import (
     encode_image,
     noise,
     numbered,

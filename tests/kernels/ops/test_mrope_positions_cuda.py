@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from qwen2vl_kernels import mrope_positions, mrope_positions_chunk
 from qwen2vl_kernels.ops.mrope_positions import mrope_positions_ref
+from tests.kernels.on_host import SANITIZERS, build_on_host
 
 from .mrope_layouts import (
     IDS,
@@ -29,7 +30,6 @@ from .mrope_layouts import (
     paper_rule,
     token_ids,
 )
-from .on_host import SANITIZERS, build_on_host
 
 UNWRITTEN = -(2**63)  # what the host program fills its outputs with
 

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from qwen2vl_kernels import image_to_patches, images_to_patches
 from qwen2vl_kernels.core import native
 from qwen2vl_kernels.ops.image_to_patches import _DTYPES, _Frame, _options, _raw, _run_native
+from tests.kernels.on_host import SANITIZERS, build_on_host
 
 from .mrope_layouts import needs
-from .on_host import SANITIZERS, build_on_host
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 UNWRITTEN = 77

@@ -10,8 +10,7 @@ from qwen2vl_kernels.core.backends import unavailable
 from qwen2vl_kernels.ops.quick_gelu import quick_gelu_ref
 from qwen2vl_kernels.ops.swiglu import swiglu_ref
 from tests.conftest import DEVICE, assert_two_times
-
-from .poison import poisoned  # noqa: F401
+from tests.kernels.poison import poisoned  # noqa: F401
 
 if (reason := unavailable("triton", DEVICE)) is not None:
     pytest.skip(f"triton: {reason}", allow_module_level=True)

@@ -29,7 +29,7 @@ from .mrope_layouts import (
     token_ids,
 )
 
-GOLDEN_FILE = Path(__file__).resolve().parent.parent / "golden" / "mrope_positions.json"
+GOLDEN_FILE = Path(__file__).resolve().parents[2] / "golden" / "mrope_positions.json"
 GOLDEN = json.loads(GOLDEN_FILE.read_text())
 CPU_BACKENDS = [needs("eager"), needs("native")]
 

@@ -16,7 +16,7 @@ import qwen2vl.media.decoding
 from qwen2vl.errors import MediaError
 from qwen2vl.media.inspection import patches_to_frames
 from qwen2vl.media.video import frame_count, frame_indices, frame_size, preprocess_video
-from tests.model.media_fixtures import (
+from tests.media.media_fixtures import (
     encode_image,
     noise,
     numbered,

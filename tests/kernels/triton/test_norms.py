@@ -10,8 +10,7 @@ from qwen2vl_kernels.core.backends import unavailable
 from qwen2vl_kernels.ops.layer_norm import add_layer_norm_ref, layer_norm_ref
 from qwen2vl_kernels.ops.rms_norm import add_rms_norm_ref, rms_norm_ref
 from tests.conftest import DEVICE, assert_two_times
-
-from .poison import poisoned  # noqa: F401
+from tests.kernels.poison import poisoned  # noqa: F401
 
 if (reason := unavailable("triton", DEVICE)) is not None:
     pytest.skip(f"triton: {reason}", allow_module_level=True)

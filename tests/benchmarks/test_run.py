@@ -25,7 +25,7 @@ from benchmarks.random_checkpoint import write_random_checkpoint
 from benchmarks.run import GateError, case_names, load_case, run_case
 from benchmarks.timing import Ceilings, Clock, floor_s, measure, ratio, spread
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def green(outputs) -> list[Check]:

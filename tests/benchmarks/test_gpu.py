@@ -29,7 +29,7 @@ from qwen2vl import Qwen2VL
 from qwen2vl_kernels.core import launching
 from tests.conftest import DEVICE
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PHASES = ["build", "tests", "attention", "tower", "ops", "tuning", "sanitizer", "compiled"]
 
 
@@ -98,7 +98,8 @@ def test_the_budget_ends_what_measures_and_names_what_is_left(tmp_path, monkeypa
     """Of a case that was cut the lines are made into results, and only what is unfinished is named."""
     monkeypatch.setattr(session_module, "_LEAST", 1.0)
     made = session(tmp_path, budget=12.0)
-    command = [sys.executable, "-m", "benchmarks", "run", "tests.broken_cases.slow", "--quick", "--device", "cpu"]
+    case = "tests.benchmarks.broken_cases.slow"
+    command = [sys.executable, "-m", "benchmarks", "run", case, "--quick", "--device", "cpu"]
     command += ["--out", str(tmp_path / "work" / "results"), "--checkpoint-dir", str(tmp_path)]
     slow = Part("slow", tuple(command), cases=("slow",), measures=True, environment={"OMP_NUM_THREADS": "1"})
     lines = tmp_path / "work" / "results" / "slow.jsonl"
@@ -108,7 +109,7 @@ def test_the_budget_ends_what_measures_and_names_what_is_left(tmp_path, monkeypa
     first, *others = made.outcomes
     assert first.state == "stopped" and not made.failed()
     assert first.rest == "slow" and "--checkpoint-dir" not in first.command  # its checkpoints end with this run
-    assert first.command.startswith("OMP_NUM_THREADS=1 python -m benchmarks run tests.broken")
+    assert first.command.startswith("OMP_NUM_THREADS=1 python -m benchmarks run tests.benchmarks.broken")
     assert [o.state for o in others] == ["did not fit", "did not fit"]
     text = (tmp_path / "out" / "summary.txt").read_text()
     assert "  one, slow: slow\n  one, never: all of it\n  two, later: all of it\n" in text

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from qwen2vl_kernels import BackendError, vision_positions
 from qwen2vl_kernels.core import native
+from tests.kernels.on_host import SANITIZERS, build_on_host
 
 from .mrope_layouts import needs
-from .on_host import SANITIZERS, build_on_host
 
 BACKENDS = st.sampled_from(["native", "eager"])
 

@@ -20,7 +20,7 @@ import qwen2vl.media.video
 from qwen2vl.errors import MediaError
 from qwen2vl.media.image import PatchBuffer
 from qwen2vl.media.video import preprocess_video
-from tests.model.media_fixtures import encode_image, noise, numbered, video_bytes
+from tests.media.media_fixtures import encode_image, noise, numbered, video_bytes
 
 
 def children():

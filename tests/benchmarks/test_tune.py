@@ -25,7 +25,7 @@ from qwen2vl_kernels.core.backends import unavailable
 from qwen2vl_kernels.core.launching import Target, record, target_of
 from tests.conftest import DEVICE
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HOPPER = Target("cuda", 90)
 META = torch.device("meta")
 NAMES = [subject.name for subject in tune.subjects(quick=True)]
@@ -171,7 +171,9 @@ def search_forward(tmp_path_factory):
 
     def run(**settings):
         rows = tune.Rows(folder / "tune.jsonl")
-        one = tune.Search(torch.device("cpu"), HOPPER, quick=True, rows=rows, worker="tests.tune_worker", **settings)
+        one = tune.Search(
+            torch.device("cpu"), HOPPER, quick=True, rows=rows, worker="tests.benchmarks.tune_worker", **settings
+        )
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(search, "_RUN_LIMIT", 2.0)
             patch.setattr(search, "_START_LIMIT", 3.0)
@@ -248,7 +250,7 @@ def forwards(monkeypatch):
 
     def run(**settings):
         told: list[str] = []
-        settings = {"rows": tune.Rows(None), "worker": "tests.tune_worker", "log": told.append, **settings}
+        settings = {"rows": tune.Rows(None), "worker": "tests.benchmarks.tune_worker", "log": told.append, **settings}
         one = tune.Search(torch.device("cpu"), HOPPER, quick=True, **settings)
         return one.run(("forward",)), told
 

@@ -22,7 +22,7 @@ from qwen2vl_kernels.ops import varlen_attention as module
 from qwen2vl_kernels.triton import tail
 from tests.conftest import DEVICE
 
-RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
 #: Backends of the table by what the benchmark calls them.
 PROVIDERS = {"torch": ("torch varlen",), "triton": ("triton",), "flash 3": ("flash-attn 3", "fa3-fwd")}
 CALL = Call("cuda", 90, torch.bfloat16, 80, 80)

@@ -12,7 +12,7 @@ from qwen2vl.agents.actions import STYLES
 from qwen2vl.agents.function_calls import Action, Call, Result, declare_actions, render_call, render_turn
 from qwen2vl.agents.loop import model_writer, run_agent
 from qwen2vl.errors import ContextLengthError, FunctionCallError, PromptError
-from tests.model.prompt_text import segments_to_text
+from tests.prompt.prompt_text import segments_to_text
 
 WALK = Action("Walk", "Take steps.", [{"name": "by", "description": "how many", "required": True}])
 LOOK = Action("Look", "Look around.")

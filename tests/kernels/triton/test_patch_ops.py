@@ -11,8 +11,7 @@ from qwen2vl_kernels.ops.patch_embed import patch_embed_ref
 from qwen2vl_kernels.ops.patch_merge import block_order, gather_blocks_ref, patch_merge_ref
 from qwen2vl_kernels.triton.gemm import launch_linear
 from tests.conftest import DEVICE, assert_two_times
-
-from .poison import poisoned  # noqa: F401
+from tests.kernels.poison import poisoned  # noqa: F401
 
 if (reason := unavailable("triton", DEVICE)) is not None:
     pytest.skip(f"triton: {reason}", allow_module_level=True)

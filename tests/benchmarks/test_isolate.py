@@ -19,10 +19,13 @@ from benchmarks import environment, isolate
 from benchmarks.__main__ import app
 from benchmarks.case import Context
 from benchmarks.lines import assemble, read
-from tests.broken_cases.workloads import WAYS
+from tests.benchmarks.broken_cases.workloads import WAYS
 
-ROOT = Path(__file__).resolve().parent.parent
-SLOW = [sys.executable, *["-m", "benchmarks", "run", "tests.broken_cases.slow", "--quick", "--device", "cpu", "--out"]]
+ROOT = Path(__file__).resolve().parents[2]
+SLOW = [
+    sys.executable,
+    *["-m", "benchmarks", "run", "tests.benchmarks.broken_cases.slow", "--quick", "--device", "cpu", "--out"],
+]
 ROW_KEYS = {"workload", "provider", "peer", "metric", "unit", "median", "min", "max", "samples", "ratios"}
 
 
@@ -34,7 +37,7 @@ def command(*arguments: str):
 def broken(tmp_path_factory) -> tuple[int, str, Path]:
     """Exit status, output and folder of one run of all that go wrong."""
     out = tmp_path_factory.mktemp("broken")
-    case = "tests.broken_cases.workloads"
+    case = "tests.benchmarks.broken_cases.workloads"
     # Five seconds are what starting a process may take on a machine with much else to do.
     done = command("run", case, "--quick", "--device", "cpu", "--limit", "5", "--out", str(out))
     return done.exit_code, done.output, out
@@ -86,7 +89,7 @@ def test_late_workloads_come_after_those_of_all_cases(tmp_path, monkeypatch):
         append(line, path)
 
     monkeypatch.setattr(isolate, "append", noted)
-    names = ["tests.broken_cases.late", "tests.broken_cases.peers"]
+    names = ["tests.benchmarks.broken_cases.late", "tests.benchmarks.broken_cases.peers"]
     small = ["aborts", "hangs", "loses CUDA", "loses CUDA later"]
     small = [word for name in small for word in ("--without", name)]
     done = command("run", *names, *small, "--quick", "--device", "cpu", "--out", str(tmp_path))
@@ -101,13 +104,13 @@ def test_late_workloads_come_after_those_of_all_cases(tmp_path, monkeypatch):
 
 
 def test_a_gate_of_the_case_that_crashes_is_red_and_writes_no_results(tmp_path):
-    done = command("run", "tests.broken_cases.gate", "--quick", "--device", "cpu", "--out", str(tmp_path))
+    done = command("run", "tests.benchmarks.broken_cases.gate", "--quick", "--device", "cpu", "--out", str(tmp_path))
     assert done.exit_code == 1 and "broken_gate: ended by SIGABRT" in done.output
     assert [path.name for path in tmp_path.iterdir()] == ["broken_gate.jsonl"]
 
 
 def test_what_cannot_name_its_workloads_does_not_end_the_cases_behind_it(tmp_path):
-    names = ["tests.broken_cases.plan", "tests.broken_cases.gate"]
+    names = ["tests.benchmarks.broken_cases.plan", "tests.benchmarks.broken_cases.gate"]
     done = command("run", *names, "--quick", "--device", "cpu", "--out", str(tmp_path))
     assert done.exit_code == 1 and "broken_plan, naming the workloads: OSError: no such device" in done.output
     assert [path.name for path in tmp_path.iterdir()] == ["broken_gate.jsonl"]
@@ -116,7 +119,8 @@ def test_what_cannot_name_its_workloads_does_not_end_the_cases_behind_it(tmp_pat
 def test_what_a_peer_does_costs_that_peer_only(tmp_path):
     """Also one that ends or hangs the process: the workload is measured again without it."""
     done = command(
-        "run", "tests.broken_cases.peers", "--quick", "--device", "cpu", "--limit", "5", "--out", str(tmp_path)
+        *("run", "tests.benchmarks.broken_cases.peers", "--quick", "--device", "cpu"),
+        *("--limit", "5", "--out", str(tmp_path)),
     )
     result = json.loads((tmp_path / "broken_peers.json").read_text())
     assert done.exit_code == 0, done.output
@@ -183,7 +187,7 @@ def test_lines_that_are_none_are_refused(tmp_path):
 def test_threads_and_device_are_those_asked_for():
     """What is measured in a process of its own has the parent's threads, and what it is forked from has but one: a
     parallel loop of that one would hang in all others."""
-    task = isolate.Task("plan", "tests.broken_cases.gate", Context(quick=True), torch.get_num_threads())
+    task = isolate.Task("plan", "tests.benchmarks.broken_cases.gate", Context(quick=True), torch.get_num_threads())
     with isolate.Processes() as processes:
         plan = processes.run(task, 60)
         server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
@@ -202,7 +206,7 @@ def test_a_process_that_cannot_be_forked_is_started_anew(monkeypatch):
                 self.heard.append(("no fork", None))
 
     monkeypatch.setattr(isolate, "_Process", Process)
-    task = isolate.Task("plan", "tests.broken_cases.gate", Context(quick=True), 1)
+    task = isolate.Task("plan", "tests.benchmarks.broken_cases.gate", Context(quick=True), 1)
     with isolate.Processes() as processes:
         for _ in range(2):
             plan = processes.run(task, 60)
@@ -224,12 +228,12 @@ def test_a_case_has_one_process_until_something_ends_it(monkeypatch):
     with isolate.Processes() as processes:
         for name in ("first", "aborts", "red", "last"):
             place = {"index": list(WAYS).index(name), "workload": name}
-            task = isolate.Task("workload", "tests.broken_cases.workloads", Context(quick=True), 1, **place)
+            task = isolate.Task("workload", "tests.benchmarks.broken_cases.workloads", Context(quick=True), 1, **place)
             got = processes.run(task, 60)
             assert isinstance(got, isolate.Ended) == (name == "aborts")
             assert isinstance(got, isolate.Ended) or got["workload"] == name
         assert len(alive) == 2
-        processes.run(isolate.Task("plan", "tests.broken_cases.gate", Context(quick=True), 1), 60)
+        processes.run(isolate.Task("plan", "tests.benchmarks.broken_cases.gate", Context(quick=True), 1), 60)
     assert len(alive) == 3
 
 
@@ -240,7 +244,7 @@ def test_float32_is_measured_in_float32():
     with environment.full_float32():
         assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
     assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
-    task = isolate.Task("plan", "tests.broken_cases.gate", Context(quick=True), 1)
+    task = isolate.Task("plan", "tests.benchmarks.broken_cases.gate", Context(quick=True), 1)
     with isolate.Processes() as processes:
         plan = processes.run(task, 60)
     assert isinstance(plan, dict) and plan["tf32"] is False

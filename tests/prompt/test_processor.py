@@ -22,7 +22,7 @@ from qwen2vl.media.video import preprocess_video
 from qwen2vl.model import Qwen2VL
 from qwen2vl.prompt.chatml import LOW_DETAIL_PIXELS, check_placeholders, render
 from qwen2vl.prompt.processor import MediaInfo, Processor
-from tests.model.prompt_text import segments_to_text
+from tests.prompt.prompt_text import segments_to_text
 
 IMAGE_PAD, VIDEO_PAD = 151655, 151656
 

@@ -21,7 +21,7 @@ from PIL import Image
 from qwen2vl.errors import MediaError
 from qwen2vl.media.image import load_image, preprocess_image
 from qwen2vl.media.video import preprocess_video
-from tests.model.media_fixtures import (
+from tests.media.media_fixtures import (
     encode_image,
     noise,
     numbered,

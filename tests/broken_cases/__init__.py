@@ -1,1 +1,0 @@
-"""Benchmark cases that go wrong, one way each; what they cost is for ``tests/test_benchmarks_isolate.py`` to see."""
