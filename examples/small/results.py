@@ -26,8 +26,9 @@ from qwen2vl.weights import SINGLE_NAME
 from .plan import SEED, Phase
 
 Results = dict[str, Any]
-#: Key of the header under which the file says how it was made.
-KEY = "qwen2vl.assets"
+#: The key of the file's header under which it says how it was made. It is older than the names of the folders here, and
+#: stays, so that the embedded file need not be written again.
+KEY = "qwen2vl.small"
 
 
 @dataclass(frozen=True)
