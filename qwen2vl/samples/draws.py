@@ -57,8 +57,8 @@ class Draws:
     def size(self, rows: tuple[int, int], columns: tuple[int, int], *, loose: bool = False) -> tuple[int, int]:
         """(width, height) in pixels of a picture that has between so many rows and columns of units.
 
-        Of the sizes that the ranges allow, those of :func:`is_held_out_size` are for evaluation alone. Where the ranges
-        allow only held-out sizes, or none, training and evaluation draw from the same sizes.
+        Sizes that :func:`is_held_out_size` names are for evaluation alone. Where the ranges allow only such sizes, or
+        none, training and evaluation draw from the same sizes.
 
         Args:
             loose: add up to 13 pixels to each side, which the processor removes again when it resizes.
