@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,51 @@ def test_exports_are_explicit_and_complete():
     for package in (qwen2vl, qwen2vl_kernels):
         for name in package.__all__:
             assert getattr(package, name).__doc__, f"{package.__name__}.{name} has no docstring"
+
+
+def test_lazy_names_are_listed_alike_everywhere():
+    """For type checkers, for ``import *``, for the lookup, and for whoever asks ``dir``."""
+    import qwen2vl
+    import qwen2vl.errors
+    import qwen2vl_kernels
+
+    tree = ast.parse((MODEL / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    checked = {alias.name for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert checked == set(qwen2vl.__all__) == set(qwen2vl._MODULE_OF)
+    assert list(qwen2vl.__all__) == sorted(qwen2vl.__all__) and len(checked) == len(qwen2vl.__all__)
+    errors = {name for name, value in vars(qwen2vl.errors).items() if isinstance(value, type)}
+    assert errors <= checked
+    assert {*qwen2vl.__all__, "__version__"} <= set(dir(qwen2vl))
+    assert {*qwen2vl_kernels.__all__, "__version__"} <= set(dir(qwen2vl_kernels))
+    for package in (qwen2vl, qwen2vl_kernels):
+        with pytest.raises(AttributeError, match=f"module '{package.__name__}' has no attribute 'nothing'"):
+            _ = package.nothing
+
+
+def test_the_version_is_that_of_pyproject(monkeypatch):
+    """Also where a checkout lies beside an installation of another version."""
+    import importlib.metadata
+
+    import qwen2vl
+    import qwen2vl_kernels
+
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.9.9")
+    assert qwen2vl.__version__ == qwen2vl_kernels.__version__ == wanted
+
+
+def test_without_a_checkout_the_version_is_that_of_the_installation(monkeypatch, tmp_path):
+    import importlib.metadata
+
+    import qwen2vl
+    import qwen2vl_kernels
+
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: {"qwen2vl": "9.9.9"}[name])
+    monkeypatch.setattr(qwen2vl_kernels, "__file__", str(tmp_path / "qwen2vl_kernels" / "__init__.py"))
+    assert qwen2vl.__version__ == "9.9.9"
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "another"\nversion = "1.0"\n')
+    assert qwen2vl_kernels.__version__ == "9.9.9"
 
 
 def test_exports_are_no_modules_once_every_submodule_is_imported():
