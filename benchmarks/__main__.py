@@ -11,7 +11,7 @@ import torch
 import typer
 from rich.console import Console
 
-from . import environment, isolate, lines, page, report
+from . import environment, isolate, lines, page, readme, report
 from .case import Context
 from .lines import write
 from .page import PAGE
@@ -140,12 +140,14 @@ def report_(
     results: Annotated[Path, typer.Argument(help="Folder with a folder of results a device.")] = RESULTS,
     out: Annotated[Path, typer.Option(help="The page; its figures go to plots/ beside it.")] = PAGE,
 ) -> None:
-    """Make the page of all results: tables, and figures as SVG (needs matplotlib)."""
+    """Make the page of all results: tables, and figures as SVG (needs matplotlib); without options, README's too."""
     try:
         written = page.write(results, out)
+        if (results, out) == (RESULTS, PAGE):
+            written += readme.draw(results)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="results") from error
-    print(f"written to {out}, {len(written) - 1} figures beside it")
+    print(f"written to {out}, and {len(written) - 1} figures")
 
 
 @app.command("aot")

@@ -1,4 +1,8 @@
-"""``benchmarks/REPORT.md``: every result as figures and a table, by device. The same results give the same page."""
+"""``benchmarks/REPORT.md``: every result as a table, by device. The same results give the same page.
+
+The figures of the results are drawn into ``plots`` beside the page. They are not kept in the repository, so the page
+names them and does not show them.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +32,8 @@ Made by `python -m benchmarks report` from the JSON under `benchmarks/results/`,
 number, run its case and make the page again. All contenders of a workload took turns in one process, after a parity
 gate. A ratio is the median over the rounds of peer / ours, so need not be the quotient of the medians; in brackets the
 quotient of both sides' best rounds. Ceilings are a copy and a matrix product timed in the same run.
+
+The same command draws the figures that are named below, as SVG in `benchmarks/plots/`. They are not kept.
 """
 
 
@@ -72,15 +78,15 @@ def markdown(found: Mapping[str, list[dict[str, Any]]]) -> str:
 def _section(device: str, result: dict[str, Any]) -> str:
     lines = [f"### {result['case']}", "", f"{result['summary']}.", ""]
     for name in _figures(result):
-        shows = plot.FIGURES[name].shows
-        path = f"plots/{device}/{result['case']}-{name}.svg"
-        lines += [f"![{result['case']}: {name}]({path})", "", f"*{shows}. {caption(result)}*", ""]
+        lines.append(f"- Figure `plots/{device}/{result['case']}-{name}.svg`: {plot.FIGURES[name].shows}.")
+    if _figures(result):
+        lines.append("")
     lines += ["<details><summary>Rows</summary>", "", report.table(result), "", "</details>", "", report.notes(result)]
     return "\n".join(lines) + "\n"
 
 
 def caption(result: dict[str, Any]) -> str:
-    """Device, versions, date and command, from the result."""
+    """What a figure says of itself: device, versions, date, command and commit of its result."""
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in sorted(result["versions"]))
     return f"{_where(result)}; {versions}; {result['date'][:10]}; `{result['command']}`, commit {result['commit']}."
 

@@ -10,6 +10,7 @@ import math
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -236,16 +237,21 @@ FIGURES = {
 
 def draw(result: Result, folder: Path) -> list[Path]:
     """Write every figure that ``result`` has to ``folder/<case>-<figure>.svg``; returns their paths."""
+    written = []
+    for name, kind in FIGURES.items():
+        if rows := kind.rows(result):
+            folder.mkdir(parents=True, exist_ok=True)
+            written.append(folder / f"{result['case']}-{name}.svg")
+            save(written[-1], partial(kind.make, result, rows))
+    return written
+
+
+def save(path: Path, make: Callable[[], Any], description: str | None = None) -> None:
+    """Write the figure that ``make`` returns to ``path``, with a ``description`` in an SVG's metadata."""
     import matplotlib
 
-    written = []
     with matplotlib.rc_context({"svg.hashsalt": "qwen2vl", "font.family": "DejaVu Sans", "axes.spines.top": False}):
-        for name, kind in FIGURES.items():
-            if rows := kind.rows(result):
-                folder.mkdir(parents=True, exist_ok=True)
-                written.append(folder / f"{result['case']}-{name}.svg")
-                kind.make(result, rows).savefig(written[-1], metadata={"Date": None})
-    return written
+        make().savefig(path, metadata={"Date": None, "Description": description})
 
 
 def _accuracies(panel: Any, rows: Rows, key: str) -> None:

@@ -1,4 +1,4 @@
-"""``qwen2vl info --stack``: what of these kernels goes into transformers, vLLM or SGLang here, and what does not."""
+"""``qwen2vl info --stack``: what these kernels replace in transformers, vLLM or SGLang, or would."""
 
 from __future__ import annotations
 
@@ -33,19 +33,23 @@ class _Plugins:
 
     group: str
     variable: str
+    empty: bool  # whether an empty value of the variable loads all plugins, too
 
 
 _PLUGINS = {
-    Stack.vllm: _Plugins("vllm.general_plugins", "VLLM_PLUGINS"),
-    Stack.sglang: _Plugins("sglang.srt.plugins", "SGLANG_PLUGINS"),
+    Stack.vllm: _Plugins("vllm.general_plugins", "VLLM_PLUGINS", empty=False),
+    Stack.sglang: _Plugins("sglang.srt.plugins", "SGLANG_PLUGINS", empty=True),
 }
 
 
 def collect(stack: Stack) -> dict[str, Any]:
-    """What ``--json`` prints: the patch report after what a process of the stack does on its start.
+    """What ``--json`` prints.
 
-    The plugins of the servers are loaded as they are there, from their entry points; transformers has none, so
-    its adapter is applied. Nothing stays applied. Raises ``Qwen2VLError`` where the stack is not installed.
+    Every feature is applied once, to learn what fits the stack that is installed, and taken off again. A target is then
+    "on" (a process of the stack that starts in this environment replaces it), "off" (it fits, and is not switched on)
+    or "skipped" for its reason. transformers has no plugins: its targets are off until ``apply()`` is called.
+
+    Raises ``Qwen2VLError`` where the stack is not installed, or cannot be imported.
     """
     version = installed_version(stack.value)
     if version is None:
@@ -55,49 +59,74 @@ def collect(stack: Stack) -> dict[str, Any]:
     # Stacks log on stdout as they are imported, and --json leaves that to one object.
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", PatchWarning)
-        adapter: Any = importlib.import_module(f"qwen2vl_kernels.integrations.{stack.value}")
         try:
-            plugins = _load_plugins(_PLUGINS[stack]) if stack in _PLUGINS else None
-            rows = adapter.apply() if plugins is None else adapter.status()
-            targets = [{name: getattr(r, name) for name in ("feature", "label", "state", "reason")} for r in rows]
-            adapter.restore()
-        except ImportError as error:
+            importlib.import_module(stack.value)
+        except Exception as error:  # whatever is wrong with somebody else's installation
             raise Qwen2VLError(f"--stack {stack.value}: {stack.value} {version} cannot be imported: {error}") from error
+        adapter: Any = importlib.import_module(f"qwen2vl_kernels.integrations.{stack.value}")
+        plugins = _plugins(_PLUGINS[stack]) if stack in _PLUGINS else None
+        switch = None if plugins is None else _switch(stack, loaded=any(plugin["loaded"] for plugin in plugins))
+        rows = adapter.apply(features=adapter.FEATURES)
+        targets = [{name: getattr(r, name) for name in ("feature", "label", "state", "reason")} for r in rows]
+        adapter.restore()
+    on = () if switch is None else switch["on"]
+    for target in targets:
+        if target["state"] == "applied":
+            target["state"] = "on" if target["feature"] in on else "off"
     return {
         "stack": stack.value,
         "version": version,
         "tested": list(adapter.TESTED),
         "kill_switch": {"variable": SWITCH, "value": os.environ.get(SWITCH)},
+        "switch": switch,
         "plugins": plugins,
         "targets": targets,
         "warnings": [str(w.message) for w in caught if issubclass(w.category, PatchWarning)],
     }
 
 
-def _load_plugins(plugins: _Plugins) -> list[dict[str, Any]]:
-    """Ours, loaded where the server would."""
+def _plugins(plugins: _Plugins) -> list[dict[str, Any]]:
+    """Our entry points, and whether the server loads each."""
     given = os.environ.get(plugins.variable)
-    named = None if given is None else [name.strip() for name in given.split(",")]
-    found = []
-    for entry in metadata.entry_points(group=plugins.group):
-        if entry.value.startswith("qwen2vl_kernels."):
-            loaded = named is None or entry.name in named
-            if loaded:
-                entry.load()()
-            found.append({"name": entry.name, "loaded": loaded, "variable": plugins.variable, "value": given})
-    return found
+    named = None if given is None or (plugins.empty and not given) else [n.strip() for n in given.split(",")]
+    return [
+        {
+            "name": entry.name,
+            "loaded": named is None or entry.name in named,
+            "variable": plugins.variable,
+            "value": given,
+        }
+        for entry in metadata.entry_points(group=plugins.group)
+        if entry.value.startswith("qwen2vl_kernels.")
+    ]
+
+
+def _switch(stack: Stack, loaded: bool) -> dict[str, Any]:
+    """What the environment switches on where the plugin is ``loaded``, and the settings that switch the rest on."""
+    from qwen2vl_kernels.integrations._switch import STACKS, VARIABLE, requested, setting
+
+    known = STACKS[stack.value]
+    return {
+        "variable": VARIABLE,
+        "value": os.environ.get(VARIABLE),
+        "on": list(requested(stack.value)) if loaded else [],
+        "default": list(known.default),
+        "settings": list(dict.fromkeys(setting(stack.value, names) for names in (known.default, known.features))),
+    }
 
 
 def show(report: dict[str, Any]) -> None:
     """The report as a table."""
-    console, switch = Console(highlight=False), report["kill_switch"]
+    console, kill = Console(highlight=False), report["kill_switch"]
     console.print(f"{report['stack']} {report['version']} (tested: {', '.join(report['tested'])})")
-    console.print(f"{switch['variable']}: {switch['value'] or 'not set'}")
     if report["plugins"] is not None:
         said = [f"{p['name']}{'' if p['loaded'] else ' (not loaded)'}" for p in report["plugins"]]
-        console.print(f"plugins: {', '.join(said) or '[yellow]none found: install this package[/]'}")
+        console.print(f"plugin: {', '.join(said) or '[yellow]none found: install this package[/]'}")
         if report["plugins"] and (given := report["plugins"][0]["value"]) is not None:
             console.print(f"{report['plugins'][0]['variable']}: {escape(given)}")
+    if (switch := report["switch"]) is not None:
+        console.print(f"{switch['variable']}: {escape(switch['value'] or 'not set')}", soft_wrap=True)
+    console.print(f"{kill['variable']}: {escape(kill['value'] or 'not set')}")
     rows = [("feature", "target", "state")]
     for target in report["targets"]:
         state = f"{target['state']}: {target['reason']}" if target["reason"] else target["state"]
@@ -107,3 +136,13 @@ def show(report: dict[str, Any]) -> None:
         console.print(f"{feature:{widths[0]}}  {label:{widths[1]}}  {state}", markup=False, soft_wrap=True)
     for warning in report["warnings"]:
         console.print(f"* {escape(warning)}", soft_wrap=True)
+    console.print(_how(report), markup=False, soft_wrap=True)
+
+
+def _how(report: dict[str, Any]) -> str:
+    """How what is off is switched on."""
+    if (switch := report["switch"]) is None:
+        return "off: until a program calls qwen2vl_kernels.integrations.transformers.apply()"
+    default, *more = switch["settings"]
+    text = f"off: {default} in the environment of the server switches on {', '.join(switch['default'])}"
+    return "; ".join((text, *(f"{setting} switches on everything" for setting in more)))

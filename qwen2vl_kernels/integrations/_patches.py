@@ -20,7 +20,12 @@ SWITCH = "QWEN2VL_KERNELS_DISABLE"
 
 
 class PatchWarning(UserWarning):
-    """Something that was asked for is not patched, or is on a version that nobody has tested."""
+    """Something that was asked for is not patched or not known, or is on a version that nobody has tested."""
+
+
+def disabled() -> bool:
+    """Whether ``QWEN2VL_KERNELS_DISABLE`` turns every adapter off."""
+    return os.environ.get(SWITCH, "") not in ("", "0")
 
 
 class PatchSet:
@@ -55,19 +60,19 @@ class PatchSet:
         wanted = known if features is None else list(features)
         if unknown := [f for f in wanted if f not in known]:
             raise ValueError(f"{self.stack}: there is no feature {unknown[0]!r}; the features are {', '.join(known)}")
-        disabled = os.environ.get(SWITCH, "") not in ("", "0")
-        if not disabled and not any(f"{self.version}.".startswith(f"{tested}.") for tested in self.tested):
+        off = disabled()
+        if not off and not any(f"{self.version}.".startswith(f"{tested}.") for tested in self.tested):
             self._warn(f"version {self.version} was never tested, only {', '.join(self.tested)}")
         for feature in wanted:
             group = [t for t in among if t.feature == feature and t.state != "applied"]
-            faults = [f"{SWITCH} is set" if disabled else t.fault() for t in group]
+            faults = [f"{SWITCH} is set" if off else t.fault() for t in group]
             news = [None if any(faults) else t.make(t.present()) for t in group]  # what may fail, before any is set
             if not any(faults):
                 _set_whole(group, news)
                 continue
             for target, fault in zip(group, faults, strict=True):
                 target.state, target.reason = "skipped", fault or f"{feature} goes whole or not at all"
-            if not disabled:
+            if not off:
                 why = "; ".join(f"{t.label} {fault}" for t, fault in zip(group, faults, strict=True) if fault)
                 self._warn(f"{feature} is left off: {why}")
         return self.status()

@@ -1,7 +1,9 @@
 """These kernels inside SGLang: a plugin that every process of it loads (entry point ``sglang.srt.plugins``).
 
-Installed beside SGLang all features are on; ``SGLANG_PLUGINS`` restricts which plugins are loaded. In Python, before
-SGLang builds a model: ``qwen2vl_kernels.integrations.sglang.apply(features=...)``.
+The plugin acts only where the environment switches it on: ``QWEN2VL_KERNELS=sglang`` for all features,
+``QWEN2VL_KERNELS=sglang:vision_rope,quick_gelu`` for some (``_switch.py`` has the grammar). ``SGLANG_PLUGINS`` says
+which plugins SGLang loads at all. In Python, before SGLang builds a model:
+``qwen2vl_kernels.integrations.sglang.apply(features=...)``.
 
 feature            what it does
 vision_rope        hooks around ``apply_rotary_pos_emb`` and its eager form: q and k of a vision tower in one kernel,
@@ -18,12 +20,13 @@ from collections.abc import Iterable
 from functools import cache
 
 from ._registered import StackPatches
+from ._switch import STACKS, requested
 from ._target import Target
 from .sglang_hooks import Entry, Hook, set_hooks
 from .sglang_layers import BACKEND, attention_class, choose_attention, quick_gelu_forward, vision_rope_around
 
 TESTED = ("0.5.23",)
-FEATURES = ("vision_rope", "quick_gelu", "vision_attention")
+DEFAULT, FEATURES = STACKS["sglang"].default, STACKS["sglang"].features
 
 _ROTARY, _VISION = "sglang.srt.layers.rotary_embedding.utils", "sglang.srt.layers.attention.vision"
 
@@ -51,7 +54,7 @@ def _patches() -> StackPatches:
     return StackPatches("SGLang", "sglang", TESTED, targets)
 
 
-def apply(features: Iterable[str] = FEATURES) -> list[Target]:
+def apply(features: Iterable[str] = DEFAULT) -> list[Target]:
     """Put kernels into SGLang, for models that are built from now on; returns :func:`status`.
 
     What does not fit the SGLang at hand is left as it is and reported, with a ``PatchWarning``; so is a version that
@@ -78,5 +81,9 @@ def status() -> list[Target]:
 
 
 def plugin() -> None:
-    """Register the hooks; SGLang sets them when every plugin has registered its own."""
-    _patches().apply(FEATURES)
+    """What SGLang calls in every process: register the hooks of the features that ``QWEN2VL_KERNELS`` asks for.
+
+    By default these are none. SGLang sets the hooks when every plugin has registered its own.
+    """
+    if features := requested("sglang"):
+        _patches().apply(features)

@@ -1,19 +1,20 @@
 """These kernels inside vLLM: a plugin that every process of it loads (entry point ``vllm.general_plugins``).
 
-Installed beside vLLM the default features are on. Those that are opt-in are plugins of their own, which act only where
-``VLLM_PLUGINS`` names them: ``VLLM_PLUGINS=qwen2vl_kernels,qwen2vl_kernels_attention,qwen2vl_kernels_mrope``. In
-Python, before vLLM builds a model: ``qwen2vl_kernels.integrations.vllm.apply(features=...)``.
+The plugin acts only where the environment switches it on: ``QWEN2VL_KERNELS=vllm`` for the default features,
+``QWEN2VL_KERNELS=vllm:default,mrope`` for those and one more (``_switch.py`` has the grammar). ``VLLM_PLUGINS`` says
+which plugins vLLM loads at all. In Python, before vLLM builds a model:
+``qwen2vl_kernels.integrations.vllm.apply(features=...)``.
 
 feature            what it replaces
 vision_rope        (default) ``Qwen2VisionAttention.forward``: q and k are rotated where the projection left them; vLLM
                    concatenates them, rotates into a third tensor and takes that apart
 quick_gelu         (default) the activation ``QuickGELU``, also where compilation would turn vLLM's own kernel off
-vision_attention   (opt-in) ``MMEncoderAttention`` by ``varlen_attention``, for heads of any size without padding
-mrope              (opt-in) ``MRotaryEmbedding``, cosines and sines read by position inside the kernel, in place
+vision_attention   ``MMEncoderAttention`` by ``varlen_attention``, for heads of any size without padding
+mrope              ``MRotaryEmbedding``: cosines and sines are read by position inside the kernel, which works in place
 
-``max_seqlen`` is read where the host has it and nothing is compiled: vLLM gives none, 0, or under encoder CUDA graphs
-more than there is. Where it is not known, Triton's kernel serves, which takes any bound. Boundaries may be padded by
-repeating the last, and rows past them come out as zeros. Under tensor parallelism a rank works on its heads.
+``max_seqlen`` is read where the host has it and nothing is compiled. vLLM gives none, 0, or under encoder CUDA graphs
+more than there is; where it is not known, the Triton kernel serves, which takes any bound. Boundaries may be padded by
+repeating the last one, and rows past it come out as zeros. Under tensor parallelism a rank works on its own heads.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from functools import cache
 from typing import Any
 
 from ._registered import Registered, StackPatches
+from ._switch import STACKS, requested
 from ._target import Target
 from .vllm_layers import attention_forward, encoder_attention_class, mrope_class, quick_gelu_class
 
 TESTED = ("0.33",)
-DEFAULT, OPT_IN = ("vision_rope", "quick_gelu"), ("vision_attention", "mrope")
-FEATURES = DEFAULT + OPT_IN
+DEFAULT, FEATURES = STACKS["vllm"].default, STACKS["vllm"].features
 
 _LAYERS = "vllm.model_executor.layers"
 _ENCODER_CLASS = f"{_LAYERS}.attention.mm_encoder_attention:MMEncoderAttention"
@@ -105,20 +106,6 @@ def status() -> list[Target]:
 
 
 def plugin() -> None:
-    apply()
-
-
-def attention_plugin() -> None:
-    _apply_if_named("qwen2vl_kernels_attention", "vision_attention")
-
-
-def mrope_plugin() -> None:
-    _apply_if_named("qwen2vl_kernels_mrope", "mrope")
-
-
-def _apply_if_named(name: str, feature: str) -> None:
-    """vLLM loads every plugin where ``VLLM_PLUGINS`` is not set: these must not count that as a wish."""
-    from vllm import envs  # type: ignore[import-not-found]
-
-    if name in (envs.VLLM_PLUGINS or ()):
-        apply([feature])
+    """What vLLM calls in every process: apply the features that ``QWEN2VL_KERNELS`` asks for, by default none."""
+    if features := requested("vllm"):
+        apply(features)

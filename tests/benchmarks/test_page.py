@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import page, plot
+from benchmarks import __main__ as main
+from benchmarks import page, plot, readme
 from benchmarks.__main__ import app
 from benchmarks.run import RESULTS
 
 pytest.importorskip("matplotlib")
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def row(workload: str, provider: str, median: float, metric: str = "time", unit: str = "s", **more: Any) -> dict:
@@ -67,8 +72,10 @@ def results(tmp_path) -> Path:
     return tmp_path / "results"
 
 
-def links(text: str) -> list[str]:
-    return re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
+def named(text: str) -> list[str]:
+    """The figures that a page names. It must not show them, as they are not kept with it."""
+    assert not re.findall(r"\]\(plots", text) and "![" not in text
+    return re.findall(r"^- Figure `([^`]+)`: \w", text, re.MULTILINE)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -82,11 +89,22 @@ def test_two_runs_give_the_same_bytes(results, tmp_path):
     assert files(tmp_path / "one") == files(tmp_path / "two") and len(files(tmp_path / "one")) > 5
 
 
+def test_the_default_page_comes_with_the_figures_of_the_readme(results, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(readme, "draw", lambda folder: drawn.append(folder) or [])
+    monkeypatch.setattr(main, "RESULTS", results)
+    monkeypatch.setattr(main, "PAGE", tmp_path / "one" / "REPORT.md")
+    for name in ("one", "two"):
+        done = CliRunner().invoke(app, ["report", str(results), "--out", str(tmp_path / name / "REPORT.md")])
+        assert done.exit_code == 0, done.output
+    assert drawn == [results]
+
+
 def test_every_result_is_there_with_its_figures_and_where_they_come_from(results, tmp_path):
     page.write(results, tmp_path / "out" / "REPORT.md")
     text = (tmp_path / "out" / "REPORT.md").read_text()
-    assert {f"plots/{name}" for name in files(tmp_path / "out" / "plots")} == set(links(text))
-    assert set(links(text)) == {
+    assert {f"plots/{name}" for name in files(tmp_path / "out" / "plots")} == set(named(text))
+    assert set(named(text)) == {
         *(f"plots/some-gpu-2/norm-{name}.svg" for name in ("ratios", "sizes")),
         *(f"plots/some-gpu-2/positions-{name}.svg" for name in ("ratios", "shares")),
         *(f"plots/some-gpu-2/tower-{name}.svg" for name in ("ratios", "rooflines", "parts", "traffic")),
@@ -97,11 +115,15 @@ def test_every_result_is_there_with_its_figures_and_where_they_come_from(results
         "## A CPU, 3 threads, AVX9", "### model",
         "## Some GPU/2", "### norm", "### positions", "### tower",
     ]  # fmt: skip
-    captions = [line for line in text.splitlines() if line.startswith("*")]
-    assert len(captions) == len(links(text))
-    for line in captions:
-        assert "other 1.5, torch 2.0; 2026-01-02; `python -m benchmarks run " in line and "commit abc" in line
-    assert "A CPU, 3 threads, AVX9;" in captions[0] and "Some GPU/2;" in captions[1]
+    sources = [line for line in text.splitlines() if "`python -m benchmarks run " in line and "commit abc" in line]
+    assert len(sources) == len(list(results.rglob("*.json"))), "one for every result"
+    for line in sources:
+        assert "3 threads" in line and "torch 2.0, other 1.5" in line and "`, 2026-01-02T03:04:05+00:00, commit" in line
+    assert sources[0].startswith("A CPU, ") and sources[1].startswith("Some GPU/2, ")
+    made = DEVICES["cpu"][0]
+    assert page.caption(made) == (
+        "A CPU, 3 threads, AVX9; other 1.5, torch 2.0; 2026-01-02; `python -m benchmarks run model`, commit abc."
+    )
 
 
 def test_what_is_not_there_is_said(results, tmp_path):
@@ -152,7 +174,37 @@ def test_the_committed_page_is_what_the_command_makes():
         assert f"\n### {path.stem}\n" in section
 
 
-def test_the_committed_figures_are_those_of_the_page():
-    beside = page.PAGE.parent
-    there = {path.relative_to(beside).as_posix() for path in (beside / "plots").rglob("*.svg")}
-    assert there == set(links(page.PAGE.read_text(encoding="utf-8"))) and there
+def test_figures_are_made_and_not_kept():
+    kept = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if kept.returncode:
+        pytest.skip("no history here to ask for what is kept")
+    figures = {path for path in kept.stdout.split() if path.endswith((".svg", ".png"))}
+    assert figures == {f"docs/figures/{figure.name}.svg" for figure in readme.FIGURES}
+    assert len(figures) <= 2
+
+
+def test_the_figures_of_the_readme_are_small_and_drawn_from_the_committed_results(tmp_path):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
+    made = readme.draw(RESULTS, tmp_path)
+    assert sorted(shown) == sorted(f"docs/figures/{path.name}" for path in made)
+    results = page.read(RESULTS)
+    for path, figure in zip(made, readme.FIGURES, strict=True):
+        committed = (readme.FOLDER / path.name).read_text(encoding="utf-8")
+        assert len(committed.encode()) < 60_000
+        result = next(r for r in results[figure.device] if r["case"] == figure.case)
+        assert html.escape(page.caption(result), quote=False) in committed, "run python -m benchmarks report"
+        here, there = (re.search(r"Matplotlib v[\d.]+", svg) for svg in (path.read_text(encoding="utf-8"), committed))
+        if here is not None and there is not None and here[0] == there[0]:  # another version draws other bytes
+            assert path.read_text(encoding="utf-8") == committed, "run python -m benchmarks report"
+
+
+def test_a_figure_of_the_readme_leaves_nothing_out_of_what_it_names():
+    for figure in readme.FIGURES:
+        result = next(r for r in page.read(RESULTS)[figure.device] if r["case"] == figure.case)
+        drawn = readme.rows(figure, result)
+        assert [row["workload"] for row in drawn] == list(figure.workloads.values())
+        for row, workload in zip(drawn, figure.workloads, strict=True):
+            (of,) = (r for r in result["rows"] if (r["workload"], r["provider"]) == (workload, figure.provider))
+            assert row["ratios"] == {figure.peers[p]: ratio for p, ratio in of["ratios"].items() if p in figure.peers}
+            assert row["ratios"] and row["median"] == of["median"]

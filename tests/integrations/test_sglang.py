@@ -14,6 +14,7 @@ from qwen2vl_kernels import use_backend
 from qwen2vl_kernels.integrations import sglang as adapter
 from qwen2vl_kernels.integrations import sglang_layers
 from qwen2vl_kernels.integrations._patches import PatchWarning
+from qwen2vl_kernels.integrations._switch import VARIABLE
 from tests.integrations.fakes.sglang import SingletonCache, install_sglang
 
 HEADS, HEAD_DIM = 4, 20
@@ -22,7 +23,8 @@ ROWS = 48  # four past the end
 
 
 @pytest.fixture(autouse=True)
-def _fresh():
+def _fresh(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "sglang")  # what asks the plugin to act
     adapter._patches.cache_clear()
     with torch.inference_mode():
         yield
@@ -417,6 +419,25 @@ def test_without_sglang_every_target_says_so():
 def test_unknown_feature(sglang):
     with pytest.raises(ValueError, match="there is no feature 'rope'; the features are vision_rope"):
         adapter.apply(["rope"])
+
+
+@pytest.mark.parametrize("value", [None, "", "vllm:all"])
+def test_the_plugin_changes_nothing_until_it_is_switched_on(sglang, monkeypatch, value):
+    monkeypatch.delenv(VARIABLE) if value is None else monkeypatch.setenv(VARIABLE, value)
+    before = everything(sglang)
+    quiet(adapter.plugin)
+    sglang.HookRegistry.apply_hooks()
+    assert identical(before, everything(sglang)) and set(of_features().values()) == {"off"}
+
+
+def test_the_plugin_registers_the_features_it_is_asked_for(sglang, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "vllm,sglang:quick_gelu,rope")
+    with pytest.warns(
+        PatchWarning, match="sglang has no feature 'rope'; its features are vision_rope, quick_gelu"
+    ) as got:
+        adapter.plugin()
+    assert len(got) == 1
+    assert of_features() == {"vision_rope": "off", "quick_gelu": "applied", "vision_attention": "off"}
 
 
 def test_the_plugin_is_found_and_registers_for_sglang_to_set(sglang, calls):

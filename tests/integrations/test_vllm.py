@@ -13,6 +13,7 @@ from qwen2vl_kernels import use_backend
 from qwen2vl_kernels.integrations import vllm as adapter
 from qwen2vl_kernels.integrations import vllm_layers
 from qwen2vl_kernels.integrations._patches import PatchWarning
+from qwen2vl_kernels.integrations._switch import VARIABLE
 from tests.integrations.fakes.vllm import install_vllm
 
 HEADS, HEAD_DIM = 4, 20
@@ -21,7 +22,8 @@ ROWS = 48  # four past the end
 
 
 @pytest.fixture(autouse=True)
-def _fresh():
+def _fresh(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
     adapter._patches.cache_clear()
     with torch.inference_mode():
         yield
@@ -252,18 +254,47 @@ def test_unknown_feature(vllm):
         adapter.apply(["rope"])
 
 
-def plugins():
-    return {entry.name: entry.load() for entry in entry_points(group="vllm.general_plugins")}
+def test_the_plugin_is_found_and_changes_nothing_until_it_is_switched_on(vllm, monkeypatch):
+    ours = [e for e in entry_points(group="vllm.general_plugins") if e.name.startswith("qwen2vl_kernels")]
+    assert [(entry.name, entry.value) for entry in ours] == [
+        ("qwen2vl_kernels", "qwen2vl_kernels.integrations.vllm:plugin")
+    ]
+    plugin, forward = ours[0].load(), vllm.Qwen2VisionAttention.forward
+    for value in (None, "", "sglang", "sglang:all"):
+        if value is not None:
+            monkeypatch.setenv(VARIABLE, value)
+        quiet(plugin)
+        assert vllm.registry == {} and vllm.Qwen2VisionAttention.forward is forward
+        assert set(states().values()) == {"off"}
 
 
-def test_plugins_are_found_and_those_that_are_opt_in_wait_to_be_named(vllm):
-    ours = {name: load for name, load in plugins().items() if name.startswith("qwen2vl_kernels")}
-    assert list(ours) == ["qwen2vl_kernels", "qwen2vl_kernels_attention", "qwen2vl_kernels_mrope"]
-    for _ in range(2):  # processes may load them again
-        for load in ours.values():
-            load()
-    assert {f for f, state in states().items() if state == "applied"} == set(adapter.DEFAULT)
-    vllm.envs.VLLM_PLUGINS = ["qwen2vl_kernels_mrope"]
-    for load in ours.values():
-        load()
-    assert states()["mrope"] == "applied" and states()["vision_attention"] == "off"
+@pytest.mark.parametrize(
+    ("value", "on"),
+    [
+        ("vllm", adapter.DEFAULT),
+        ("sglang, VLLM", adapter.DEFAULT),
+        ("vllm:default,mrope", (*adapter.DEFAULT, "mrope")),
+        ("vllm:mrope,sglang", ("mrope",)),
+        ("vllm:all", adapter.FEATURES),
+    ],
+)
+def test_the_plugin_applies_what_it_is_asked_for(vllm, monkeypatch, value, on):
+    monkeypatch.setenv(VARIABLE, value)
+    for _ in range(2):  # processes may load it again
+        quiet(adapter.plugin)
+    assert states() == {feature: "applied" if feature in on else "off" for feature in adapter.FEATURES}
+
+
+def test_the_kill_switch_goes_before_the_plugins_switch(vllm, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "vllm:all,rope")
+    monkeypatch.setenv("QWEN2VL_KERNELS_DISABLE", "1")
+    quiet(adapter.plugin)
+    assert set(states().values()) == {"off"} and vllm.registry == {}
+
+
+def test_what_the_plugin_does_not_know_is_a_warning(vllm, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "vllm:rope,mrope")
+    with pytest.warns(PatchWarning, match="^QWEN2VL_KERNELS=vllm:rope,mrope: vllm has no feature 'rope'") as caught:
+        adapter.plugin()
+    assert len(caught) == 1
+    assert {feature for feature, state in states().items() if state == "applied"} == {"mrope"}

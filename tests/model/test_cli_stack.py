@@ -19,7 +19,7 @@ from tests.integrations.fakes.vllm import install_vllm
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
-    for variable in ("QWEN2VL_KERNELS_DISABLE", "VLLM_PLUGINS", "SGLANG_PLUGINS"):
+    for variable in ("QWEN2VL_KERNELS", "QWEN2VL_KERNELS_DISABLE", "VLLM_PLUGINS", "SGLANG_PLUGINS"):
         monkeypatch.delenv(variable, raising=False)
     for adapter in (vllm, sglang):
         adapter._patches.cache_clear()
@@ -58,48 +58,69 @@ def test_transformers():
     facts = report("--stack", "transformers")
     assert facts["stack"] == "transformers" and facts["version"] == transformers.__version__
     assert facts["kill_switch"] == {"variable": "QWEN2VL_KERNELS_DISABLE", "value": None}
-    assert facts["plugins"] is None and facts["warnings"] == []
-    assert states(facts)["qwen2_vl: vision_attention"] == "applied"
+    assert facts["plugins"] is None and facts["switch"] is None and facts["warnings"] == []
+    assert states(facts)["qwen2_vl: vision_attention"] == "off"
     assert modeling_qwen2_vl.VisionAttention.forward is forward, "a report leaves nothing applied"
     text = run("--stack", "transformers")
     assert "VisionAttention.forward" in text and "QWEN2VL_KERNELS_DISABLE: not set" in text
+    assert "off: until a program calls qwen2vl_kernels.integrations.transformers.apply()" in text
 
 
 @pytest.mark.parametrize("name", ["vllm", "sglang"])
-def test_servers(servers, name):
+def test_servers_are_as_they_were_until_they_are_switched_on(servers, monkeypatch, name):
     facts = report("--stack", name)
     expected = {"vllm": ("0.33.0", ["0.33"]), "sglang": ("0.5.23", ["0.5.23"])}[name]
     assert (facts["version"], facts["tested"]) == expected
-    assert facts["plugins"] and all(plugin["loaded"] for plugin in facts["plugins"])
-    opt_in = dict.fromkeys(("vision_attention", "mrope"), "off") if name == "vllm" else {"vision_attention": "applied"}
-    assert states(facts) == {"vision_rope": "applied", "quick_gelu": "applied"} | opt_in
-    assert servers["vllm"].registry == {} and "qwen2vl" not in servers["sglang"].vision.QKV_BACKEND_IMPL
+    assert [(p["name"], p["loaded"]) for p in facts["plugins"]] == [("qwen2vl_kernels", True)]
+    more = ("mrope",) if name == "vllm" else ()
+    assert states(facts) == dict.fromkeys(("vision_rope", "quick_gelu", "vision_attention", *more), "off")
+    assert facts["switch"]["on"] == [] and facts["switch"]["settings"][0] == f"QWEN2VL_KERNELS={name}"
     text = run("--stack", name)
-    assert "plugins: qwen2vl_kernels" in text and "vision_rope" in text and "applied" in text
+    assert "plugin: qwen2vl_kernels" in text and "QWEN2VL_KERNELS: not set" in text and "vision_rope" in text
+    assert f"off: QWEN2VL_KERNELS={name} in the environment of the server switches on vision_rope, quick_gelu" in text
+    assert ("QWEN2VL_KERNELS=vllm:all switches on everything" in text) == (name == "vllm")
+
+    monkeypatch.setenv("QWEN2VL_KERNELS", f"another:feature,{name}")
+    facts = report("--stack", name)
+    on = {"vision_attention": "off", "mrope": "off"} if name == "vllm" else {"vision_attention": "on"}
+    assert states(facts) == {"vision_rope": "on", "quick_gelu": "on"} | on
+    assert facts["switch"]["value"] == f"another:feature,{name}"
+    assert facts["switch"]["on"] == [feature for feature, state in states(facts).items() if state == "on"]
+    (warning,) = facts["warnings"]
+    assert "there is no stack 'another'; the stacks are vllm, sglang" in warning
+    assert servers["vllm"].registry == {} and "qwen2vl" not in servers["sglang"].vision.QKV_BACKEND_IMPL
+    assert f"QWEN2VL_KERNELS: another:feature,{name}" in run("--stack", name)
 
 
-def test_plugins_that_the_server_is_told_to_load(servers, monkeypatch):
-    monkeypatch.setenv("VLLM_PLUGINS", "qwen2vl_kernels_mrope")
-    servers["vllm"].envs.VLLM_PLUGINS = ["qwen2vl_kernels_mrope"]
-    facts = report("--stack", "vllm")
-    assert {p["name"]: p["loaded"] for p in facts["plugins"]} == {
-        "qwen2vl_kernels": False,
-        "qwen2vl_kernels_attention": False,
-        "qwen2vl_kernels_mrope": True,
-    }
-    assert states(facts)["mrope"] == "applied" and states(facts)["vision_rope"] == "off"
-    text = run("--stack", "vllm")
-    assert "qwen2vl_kernels (not loaded)" in text and "VLLM_PLUGINS: qwen2vl_kernels_mrope" in text
-    monkeypatch.setenv("SGLANG_PLUGINS", "another")
+def test_the_value_of_another_stack_switches_nothing_on(servers, monkeypatch):
+    monkeypatch.setenv("QWEN2VL_KERNELS", "vllm:all")
+    assert set(states(report("--stack", "vllm")).values()) == {"on"}
     assert set(states(report("--stack", "sglang")).values()) == {"off"}
+
+
+@pytest.mark.parametrize("name", ["vllm", "sglang"])
+def test_plugins_that_the_server_is_told_to_load(servers, monkeypatch, name):
+    variable = f"{name.upper()}_PLUGINS"
+    monkeypatch.setenv("QWEN2VL_KERNELS", name)
+    monkeypatch.setenv(variable, "another")
+    facts = report("--stack", name)
+    assert {p["name"]: p["loaded"] for p in facts["plugins"]} == {"qwen2vl_kernels": False}
+    assert set(states(facts).values()) == {"off"} and facts["switch"]["on"] == []
+    text = run("--stack", name)
+    assert "qwen2vl_kernels (not loaded)" in text and f"{variable}: another" in text
+    monkeypatch.setenv(variable, "another, qwen2vl_kernels")
+    assert states(report("--stack", name))["vision_rope"] == "on"
+    monkeypatch.setenv(variable, "")  # of nothing vLLM loads nothing, and SGLang all
+    assert states(report("--stack", name))["vision_rope"] == ("off" if name == "vllm" else "on")
 
 
 @pytest.mark.parametrize("name", ["transformers", "vllm", "sglang"])
 def test_kill_switch(servers, monkeypatch, name):
     monkeypatch.setenv("QWEN2VL_KERNELS_DISABLE", "1")
+    monkeypatch.setenv("QWEN2VL_KERNELS", "vllm,sglang")
     facts = report("--stack", name)
-    assert facts["kill_switch"]["value"] == "1"
-    reasons = {(t["state"], t["reason"]) for t in facts["targets"] if t["state"] != "off"}
+    assert facts["kill_switch"]["value"] == "1" and (name == "transformers" or facts["switch"]["on"] == [])
+    reasons = {(t["state"], t["reason"]) for t in facts["targets"]}
     assert reasons == {("skipped", "QWEN2VL_KERNELS_DISABLE is set")}
     assert "QWEN2VL_KERNELS_DISABLE: 1" in run("--stack", name)
 
@@ -129,11 +150,16 @@ def test_a_stack_that_is_not_installed(monkeypatch, name, options):
     )
 
 
-def test_a_stack_that_cannot_be_imported(monkeypatch):
+def test_a_stack_that_cannot_be_imported(monkeypatch, tmp_path):
     monkeypatch.setattr(stack, "installed_version", lambda package: "1.0")
     monkeypatch.setitem(sys.modules, "vllm", None)
     code, message = failure("--stack", "vllm")
     assert code == 1 and message.startswith("error: --stack vllm: vllm 1.0 cannot be imported: ")
+    monkeypatch.delitem(sys.modules, "vllm")
+    (tmp_path / "vllm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    code, message = failure("--stack", "vllm")
+    assert code == 1 and message.endswith("cannot be imported: operator torchvision::nms does not exist")
 
 
 def test_another_name_is_a_usage_error():

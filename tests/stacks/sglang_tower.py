@@ -7,6 +7,7 @@ is a group of one. The plugin is found by SGLang itself, through the entry point
 # ruff: noqa: E402  (what SGLang's imports look for comes before them)
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from contextlib import nullcontext
@@ -63,7 +64,10 @@ def held() -> list[dict]:
 
 
 def load_as_sglang_does() -> None:
-    """As every process of a server does, from a distribution that has pyproject.toml's entry points."""
+    """As every process of a server does, from a distribution that has pyproject.toml's entry points.
+
+    First without the variable that switches the plugin on, which must change nothing, then with it.
+    """
     heading = f'[project.entry-points."{plugins.GENERAL_PLUGINS_GROUP}"]'
     after = (Path(__file__).parents[2] / "pyproject.toml").read_text().partition(heading)[2]
     names = after.partition("\n[")[0].replace('"', "")
@@ -74,8 +78,15 @@ def load_as_sglang_does() -> None:
         (about / "entry_points.txt").write_text(f"[{plugins.GENERAL_PLUGINS_GROUP}]{names}")
         sys.path.insert(0, folder)
         try:
+            before = held()
+            os.environ.pop("QWEN2VL_KERNELS", None)
+            plugins.load_plugins()
+            assert held() == before, "a plugin that is not switched on"
+            plugins._plugins_loaded = False  # as in a new process
+            os.environ["QWEN2VL_KERNELS"] = "sglang"
             plugins.load_plugins()
         finally:
+            os.environ.pop("QWEN2VL_KERNELS", None)
             sys.path.remove(folder)
 
 

@@ -58,8 +58,16 @@ def main() -> None:
     stock = tower(config, weights)(patches, GRIDS)
     print("transformers - vLLM     ", (want - stock).abs().max().item(), "of", want.abs().max().item())
     torch.testing.assert_close(stock, want, rtol=1e-4, atol=1e-4)
-    for features in (adapter.DEFAULT, ("vision_rope", "quick_gelu", "vision_attention")):
-        rows = adapter.apply(features)
+    for value, features in (
+        (None, ()),
+        ("vllm", adapter.DEFAULT),
+        ("vllm:default,vision_attention", ("vision_rope", "quick_gelu", "vision_attention")),
+    ):
+        os.environ.pop("QWEN2VL_KERNELS", None)
+        if value is not None:
+            os.environ["QWEN2VL_KERNELS"] = value
+        adapter.plugin()  # what every process of a server calls
+        rows = adapter.status()
         for row in rows:
             print(row.feature, row.label, row.state, row.reason)
         assert {row.feature for row in rows if row.state == "applied"} == set(features)

@@ -133,7 +133,6 @@ def install_vllm(monkeypatch: pytest.MonkeyPatch, version: str = "0.33.0", platf
     here = types.SimpleNamespace(
         CustomOp=CustomOp, QuickGELU=QuickGELU, MMEncoderAttention=MMEncoderAttention, registry=registry,
         Qwen2VisionAttention=Qwen2VisionAttention, MRotaryEmbedding=MRotaryEmbedding, settings=settings,
-        envs=SimpleNamespace(VLLM_PLUGINS=None),
     )  # fmt: skip
     current = SimpleNamespace(
         device_type=platform, is_cpu=lambda: platform == "cpu", is_cuda_alike=lambda: platform == "cuda"
@@ -142,7 +141,7 @@ def install_vllm(monkeypatch: pytest.MonkeyPatch, version: str = "0.33.0", platf
     install(
         monkeypatch,
         {
-            "vllm": {"__version__": version, "envs": here.envs},
+            "vllm": {"__version__": version},
             "vllm.config": {"get_cached_compilation_config": lambda: settings},
             "vllm.platforms": {"current_platform": current},
             "vllm.model_executor.custom_op": {"CustomOp": CustomOp, "op_registry_oot": registry},
