@@ -10,8 +10,7 @@ from pathlib import Path
 
 import torch
 
-from qwen2vl.config import Qwen2VLConfig, TextConfig, VisionConfig
-from qwen2vl.media.image import MAX_PIXELS, MIN_PIXELS
+from qwen2vl.config import MAX_PIXELS, MIN_PIXELS, Qwen2VLConfig, TextConfig, VisionConfig
 from qwen2vl.model import Qwen2VL
 from qwen2vl.prompt.files import write_image_settings
 

@@ -15,6 +15,17 @@ from typing import Any
 from .errors import CheckpointError
 from .files import read_json
 
+#: Mean and standard deviation of the channels R, G, B in [0, 1], by which every released checkpoint normalises pixels.
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+#: Bounds of a picture's area in pixels after resizing, where a checkpoint states none; 28 x 28 pixels are one token.
+MIN_PIXELS = 56 * 56  # 4 tokens
+MAX_PIXELS = 12_845_056  # 16,384 tokens
+#: The same for each frame of a video, and the most tokens of one video.
+MIN_FRAME_PIXELS = 128 * 784
+MAX_FRAME_PIXELS = 768 * 784
+MAX_VIDEO_TOKENS = 16384
+
 
 @dataclass(frozen=True)
 class VisionConfig:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from .cache import KVCache
+from .checks import Call, check_call
 from .errors import CheckpointError, ContextLengthError, PromptError
-from .model import Qwen2VL, check_input_ids
+from .model import Qwen2VL
 
 if TYPE_CHECKING:
     from .prompt.tokenizer import Tokenizer
@@ -151,18 +152,17 @@ class _Run:
         if config.stop and tokenizer is None:
             raise PromptError("stop strings need a tokenizer")
         self.model, self.config = model, config
-        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-        check_input_ids(ids, mask)
-        self.prompt_tokens = [ids.shape[1]] * ids.shape[0] if mask is None else mask.bool().sum(1).tolist()
+        call = check_call(model.config, **cast("dict[str, Any]", inputs))
+        self.call: Call | None = call  # let go after the prefill: pixels are large
+        self.prompt_tokens = call.counts
         check_context(model, self.prompt_tokens, config.max_new_tokens)
         self.rows = [_Row(tokenizer and tokenizer.stream_decoder(), config.stop) for _ in self.prompt_tokens]
         self.timings: dict[str, float] = {"vision": 0.0, "prefill": 0.0, "decode": 0.0, "decode_steps": 0}
         self.ends = _end_ids(model, config)
         self.choose = _Chooser(model, inputs, config)
-        self.prompt: dict[str, torch.Tensor] | None = dict(inputs)  # let go after the prefill: pixels are large
 
-    # inference_mode is entered around each forward, not around a yield: it is thread state that must not leak to
-    # the consumer between two tokens.
+    # inference_mode is entered around each forward and not around a yield: it is a state of the thread, and must not
+    # reach the consumer between two tokens.
     def __iter__(self) -> Iterator[tuple[int, int, str]]:
         model, budget = self.model, self.config.max_new_tokens
         with torch.inference_mode():
@@ -179,19 +179,19 @@ class _Run:
             with torch.inference_mode():
                 # Rows that have ended keep their place with a token nobody reads.
                 step = torch.tensor(tokens, device=model.device).unsqueeze(1)
-                logits = self._timed("decode", model, step, cache=cache, last_only=True)
+                logits = self._timed("decode", model.step, step, cache)
             self.timings["decode_steps"] += 1
 
     def _prefill(self) -> tuple[KVCache, torch.Tensor]:
-        if self.prompt is None:
+        if self.call is None:
             raise RuntimeError("a run can be iterated once")
-        model, inputs, self.prompt = self.model, self.prompt, None
-        media_names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
-        text = {k: v for k, v in inputs.items() if k not in ("pixel_values", "pixel_values_videos")}
+        model, call, self.call = self.model, self.call, None
         capacity = max(self.prompt_tokens) + self.config.max_new_tokens
         cache = KVCache(model.config.text, len(self.rows), capacity, device=model.device, dtype=model.dtype)
-        features = self._timed("vision", model.encode_media, *(inputs.get(name) for name in media_names))
-        return cache, self._timed("prefill", model, **text, features=features, cache=cache, last_only=True)
+        features = call.features
+        if features is None:
+            features = self._timed("vision", model.encode_patches, call.media)
+        return cache, self._timed("prefill", model.prefill, call, features, cache, last_only=True)
 
     def _timed(self, name: str, call: Callable, *args: Any, **kwargs: Any) -> Any:
         begin = time.perf_counter()
@@ -219,7 +219,8 @@ class _Chooser:
             self.seen.scatter_add_(1, ids.long(), real.long())
         self.generators: list[torch.Generator] = []
         if config.do_sample:
-            # Drawn from torch's generator, so that torch.manual_seed repeats an answer, and reseeding nothing.
+            # The seed is drawn from PyTorch's generator, so that torch.manual_seed repeats an answer and nothing is
+            # reseeded.
             seed = int(torch.randint(2**63 - 1, ())) if config.seed is None else config.seed
             rows = range(ids.shape[0])
             self.generators = [torch.Generator(model.device).manual_seed((seed + row) % 2**63) for row in rows]

@@ -1,17 +1,43 @@
-"""From the name of a model to a folder on disk."""
+"""From the name of a model to a folder on disk and to the configuration in it."""
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+from .config import Qwen2VLConfig
 from .errors import CheckpointError
 
-#: What a checkpoint consists of here. Pickle files are never asked for.
+#: The files that a checkpoint consists of here. Pickle files are never asked for.
 _TEXT_FILES = ["*.json", "*.txt", "*.jinja"]
 _WEIGHT_FILES = ["*.safetensors"]
 
 
-def resolve(name_or_path: str | Path, *, with_weights: bool = True) -> Path:
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that has been found, so that whoever loads several parts of it looks for it once.
+
+    ``Qwen2VL.from_pretrained`` and ``Processor.from_pretrained`` take it in place of a name.
+    """
+
+    folder: Path
+
+    @classmethod
+    def find(cls, name_or_path: str | os.PathLike[str] | Checkpoint, *, with_weights: bool = True) -> Checkpoint:
+        """The checkpoint that :func:`resolve` finds, or the one given. Raises what :func:`resolve` raises."""
+        if isinstance(name_or_path, Checkpoint):
+            return name_or_path
+        return cls(resolve(name_or_path, with_weights=with_weights))
+
+    @cached_property
+    def config(self) -> Qwen2VLConfig:
+        """Its config.json, read at the first use. Raises what :meth:`Qwen2VLConfig.from_pretrained` raises."""
+        return Qwen2VLConfig.from_pretrained(self.folder)
+
+
+def resolve(name_or_path: str | os.PathLike[str], *, with_weights: bool = True) -> Path:
     """The folder of a checkpoint: a local folder as it is, ``"org/name"`` through huggingface_hub's cache.
 
     ``with_weights``: also fetch the weights from the hub; a processor needs only the small files.
@@ -23,7 +49,7 @@ def resolve(name_or_path: str | Path, *, with_weights: bool = True) -> Path:
         return folder
     if folder.exists():
         raise CheckpointError(f"{folder}: is a file; give the checkpoint's folder")
-    name = str(name_or_path)
+    name = os.fspath(name_or_path)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"{name}: no such folder, and not a hub id of the form 'organisation/model'")
     from huggingface_hub import snapshot_download

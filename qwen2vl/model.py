@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,15 +12,18 @@ from torch import nn
 
 from qwen2vl_kernels import mrope_positions
 
-from . import hub, weights
+from . import weights
 from .cache import KVCache
+from .checks import Call, Features, Patches, check_call, check_features, check_media, placeholders
 from .config import Qwen2VLConfig
 from .errors import CheckpointError, PromptError
 from .files import read_json, write_json
+from .hub import Checkpoint
 from .layers import Linear
 from .text import Decoder, Pack
 from .vision import VisionTower
 
+_NONE: Features = (None, None)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -46,24 +50,24 @@ class Qwen2VL(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str | Path,
+        name_or_path: str | os.PathLike[str] | Checkpoint,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
         progress: weights.Progress | None = None,
     ) -> Qwen2VL:
-        """Load a checkpoint folder or a hub id.
+        """Load a checkpoint.
 
         Args:
             name_or_path: a folder with config.json and safetensors (released layout, or re-saved by transformers
-                4.x or 5.x), or ``"organisation/model"`` on the hub.
+                4.x or 5.x), ``"organisation/model"`` on the hub, or a checkpoint that was found before.
             device: default CUDA when there is one, else the CPU.
             dtype: default the checkpoint's own.
             progress: called with (tensors loaded, tensors in all).
 
         Raises :class:`CheckpointError`, listing every tensor that does not fit.
         """
-        folder = hub.resolve(name_or_path)
-        config = Qwen2VLConfig.from_pretrained(folder)
+        checkpoint = Checkpoint.find(name_or_path)
+        folder, config = checkpoint.folder, checkpoint.config
         with torch.device("meta"):
             model = cls(config)
         weights.load_weights(
@@ -152,21 +156,22 @@ class Qwen2VL(nn.Module):
         image_grid_thw: torch.Tensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
         video_grid_thw: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Vision features of all images and of all videos, ``(tokens, hidden)`` each, from one packed tower call."""
-        given = _media(pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
-        if not given:
+    ) -> Features:
+        """Vision features of all images and of all videos, ``(tokens, hidden)`` each, from one packed tower call.
+
+        The arguments are those of the model's call. Raises :class:`PromptError` when patches and grids disagree.
+        """
+        given = (pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
+        return self.encode_patches(check_media(self.config.vision, *given))
+
+    def encode_patches(self, media: Sequence[Patches]) -> Features:
+        """As :meth:`encode_media`, of patches that :mod:`qwen2vl.checks` has checked."""
+        if not media:
             return None, None
-        tokens = self.visual(
-            [rows for _, rows, _ in given],
-            [grid for _, _, grid in given],
-            max_patches=self.max_vision_patches,
-        )
-        if len(given) == 1:
-            return (tokens, None) if given[0][0] == "pixel_values" else (None, tokens)
-        merge = self.config.vision.spatial_merge_size**2
-        image, video = tokens.split([rows.shape[0] // merge for _, rows, _ in given])
-        return image, video
+        tokens = self.visual(media, max_patches=self.max_vision_patches)
+        parts = tokens.split([one.tokens for one in media])
+        found = {one.kind: part for one, part in zip(media, parts, strict=True)}
+        return found.get("image"), found.get("video")
 
     def forward(
         self,
@@ -179,14 +184,14 @@ class Qwen2VL(nn.Module):
         *,
         position_ids: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
-        features: tuple[torch.Tensor | None, torch.Tensor | None] | None = None,
+        features: Features | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
     ) -> torch.Tensor:
         """Logits of every token.
 
         Padding is cut away before the first layer and sequences run packed, so pads cost nothing and influence
-        nothing, on either side.
+        nothing, on either side. All arguments are checked before anything runs.
 
         Args:
             input_ids: ``(B, L)`` integers; each image or video stands as as many placeholder ids as it has tokens.
@@ -204,61 +209,69 @@ class Qwen2VL(nn.Module):
             last_only: only the last token of each sequence.
 
         Returns ``(B, L, vocab)``, zero at padding, or ``(B, 1, vocab)``, in the model's dtype. Raises
-        :class:`PromptError` when placeholders, grids and pixels disagree.
+        :class:`PromptError` when placeholders, grids, pixels or features disagree, and :class:`ContextLengthError` when
+        the cache has too little room.
         """
-        check_input_ids(input_ids, attention_mask)
-        batch = input_ids.shape[0]
-        if cache is not None and cache.batch != batch:
-            raise PromptError(f"cache holds {cache.batch} sequences, input_ids has {batch}")
+        call = check_call(
+            self.config,
+            input_ids,
+            attention_mask,
+            pixel_values,
+            image_grid_thw,
+            pixel_values_videos,
+            video_grid_thw,
+            position_ids=position_ids,
+            features=features,
+        )
+        if cache is not None and cache.batch != len(call.counts):
+            raise PromptError(f"cache holds {cache.batch} sequences, input_ids has {len(call.counts)}")
         if cache is not None and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             raise PromptError("cache: keys and values are kept for inference; call the model under torch.no_grad()")
+        return self.prefill(call, cache=cache, last_only=last_only)
+
+    def prefill(
+        self, call: Call, features: Features | None = None, cache: KVCache | None = None, *, last_only: bool = False
+    ) -> torch.Tensor:
+        """As calling the model, of inputs that :func:`qwen2vl.checks.check_call` has checked.
+
+        ``features``: of the call's media, where they have been encoded.
+        """
+        slots = None if cache is None else cache.slots(call.counts)  # refused, if at all, before anything runs
+        positions, following = self._positions(call, cache)
         if features is None:
-            _media(pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)  # refuse before any work
-        if attention_mask is None:
-            kept, counts = None, [input_ids.shape[1]] * batch
-            ids = input_ids.flatten().to(self.device)
-        else:
-            kept = attention_mask.bool().flatten().nonzero().squeeze(1).to(self.device)
-            counts = attention_mask.bool().sum(1).tolist()
-            ids = input_ids.to(self.device).flatten()[kept]
-        if min(counts) == 0:
-            raise PromptError(f"attention_mask: every sequence needs at least one token, got lengths {counts}")
-
-        positions, following = self._positions(
-            input_ids, attention_mask, kept, position_ids, image_grid_thw, video_grid_thw, cache
-        )
-        if features is None:
-            features = self.encode_media(pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
-        hidden = self._embed(ids, features)
-
-        slots = totals = None
-        if cache is not None:
-            slots = cache.slots(counts)
-            totals = [have + new for have, new in zip(cache.lengths, counts, strict=True)]
-        cu_seqlens = torch.tensor([0, *counts]).cumsum(0, dtype=torch.int32)  # on the host, as in the tower
-        pack = Pack(positions, self.model.inv_freq(self.device), counts, cu_seqlens, cache, slots, totals)
-        hidden = self.model(hidden, pack)  # (T, C)
-        if cache is not None:
-            cache.commit(counts, following)
-
+            features = self.encode_patches(call.media) if call.features is None else call.features
+        hidden = self._embed(call.packed.to(self.device), features)
+        cu_seqlens = torch.tensor([0, *call.counts]).cumsum(0, dtype=torch.int32)  # on the host, as in the tower
+        hidden = self._decode(hidden, positions, following, call.counts, cu_seqlens, cache, slots)  # (T, C)
         if last_only:
             return self._head(hidden[(cu_seqlens[1:].long() - 1).to(self.device)]).unsqueeze(1)
-        if kept is not None:  # widen the hidden states, not the logits, which are a hundred times larger
-            hidden = hidden.new_zeros((input_ids.numel(), hidden.shape[1])).index_copy(0, kept, hidden)
-        return self._head(hidden).unflatten(0, tuple(input_ids.shape))
+        if call.kept is not None:  # widen the hidden states, not the logits, which are a hundred times larger
+            places = call.kept.to(self.device)
+            hidden = hidden.new_zeros((call.ids.numel(), hidden.shape[1])).index_copy(0, places, hidden)
+        return self._head(hidden).unflatten(0, tuple(call.ids.shape))
+
+    def step(self, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Logits ``(B, 1, vocab)`` that follow one more token of every sequence in ``cache``.
+
+        ``ids (B, 1)`` on the model's device were chosen from this model's logits, so that nothing is checked, and
+        nothing is read back from a device. They must be no placeholders.
+        """
+        counts, bounds = [1] * cache.batch, torch.arange(cache.batch + 1, dtype=torch.int32)
+        positions, following = self._next_positions(cache, 1)
+        hidden = self.model.embed_tokens(ids.flatten())
+        hidden = self._decode(hidden, positions, following, counts, bounds, cache, cache.slots(counts))
+        return self._head(hidden).unsqueeze(1)
 
     def hidden_states(
-        self,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        features: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+        self, input_ids: torch.Tensor, positions: torch.Tensor, cu_seqlens: torch.Tensor, features: Features = _NONE
     ) -> torch.Tensor:
         """``(T, C)`` normed states of packed ``input_ids (T,)``, what the head is multiplied with; for training.
 
         ``positions (3, T)``; ``cu_seqlens (S + 1,)`` int32 on the host, bounds of the sequences, none empty;
         ``features`` from :meth:`encode_media`. Raises :class:`PromptError` when they and the placeholders disagree.
         """
+        places = placeholders(self.config, input_ids)
+        check_features(self.config, features, torch.stack([of_kind.sum() for of_kind in places]).tolist())
         counts = cu_seqlens.diff().tolist()
         pack = Pack(positions, self.model.inv_freq(self.device), counts, cu_seqlens)
         return self.model(self._embed(input_ids, features), pack)
@@ -271,104 +284,64 @@ class Qwen2VL(nn.Module):
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         return F.linear(hidden, self.head_weight)
 
-    def _embed(self, ids: torch.Tensor, features: tuple[torch.Tensor | None, torch.Tensor | None]) -> torch.Tensor:
-        hidden = self.model.embed_tokens(ids)  # (T, C)
-        tokens = (("image", self.config.image_token_id), ("video", self.config.video_token_id))
-        for (kind, token), rows in zip(tokens, features, strict=True):
-            places = ids == token
-            have = 0 if rows is None else rows.shape[0]
-            if (count := int(places.sum())) != have:
-                raise PromptError(f"input_ids has {count} {kind} placeholders, the {kind}s given make {have} tokens")
+    def _embed(self, ids: torch.Tensor, features: Features) -> torch.Tensor:
+        """``(T, C)`` embeddings of packed ids on the model's device, features in the places of placeholders."""
+        hidden = self.model.embed_tokens(ids)
+        for places, rows in zip(placeholders(self.config, ids), features, strict=True):
             if rows is not None:
                 hidden = hidden.masked_scatter(places.unsqueeze(1), rows.to(hidden.dtype))
         return hidden
 
-    def _positions(
+    def _decode(
         self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        kept: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        image_grid_thw: torch.Tensor | None,
-        video_grid_thw: torch.Tensor | None,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        following: torch.Tensor,
+        counts: list[int],
+        cu_seqlens: torch.Tensor,
         cache: KVCache | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Packed ``(3, T)`` positions, and the ``(B,)`` position that follows each sequence."""
-        given = (position_ids, attention_mask, image_grid_thw, video_grid_thw)
-        if cache is not None and any(cache.lengths) and all(x is None for x in given):
-            # Plain text after a prompt, the step that decoding repeats.
-            steps = torch.arange(input_ids.shape[1], device=self.device)
-            position_ids = (cache.next_position[:, None] + steps).expand(3, -1, -1)
-            return position_ids.flatten(1), cache.next_position + input_ids.shape[1]
-        smallest, largest = (int(x) for x in input_ids.aminmax())
-        if smallest < 0 or largest >= self.config.text.vocab_size:
-            wrong = smallest if smallest < 0 else largest
-            raise PromptError(f"input_ids must be in [0, {self.config.text.vocab_size}), got {wrong}")
+        slots: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """``(T, C)`` embeddings to normed hidden states; their keys and values go to ``slots`` of the cache."""
+        totals = None if cache is None else [have + new for have, new in zip(cache.lengths, counts, strict=True)]
+        pack = Pack(positions, self.model.inv_freq(self.device), counts, cu_seqlens, cache, slots, totals)
+        hidden = self.model(hidden, pack)
+        if cache is not None:
+            cache.commit(counts, following)
+        return hidden
+
+    def _positions(self, call: Call, cache: KVCache | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Packed ``(3, T)`` positions, and the ``(B,)`` position that follows each sequence, on the model's device."""
+        position_ids, mask, device = call.position_ids, call.mask, self.device
+        if position_ids is None and mask is None and not call.media and cache is not None and any(cache.lengths):
+            return self._next_positions(cache, call.ids.shape[1])
         if position_ids is None:
-            # On the host, where every placeholder is checked against its grid; a prompt's ids are a few kilobytes.
-            host = [x if x is None else x.cpu() for x in (input_ids, image_grid_thw, video_grid_thw, attention_mask)]
-            try:
-                position_ids, delta = mrope_positions(
-                    *host,  # type: ignore[arg-type]
-                    image_token_id=self.config.image_token_id,
-                    video_token_id=self.config.video_token_id,
-                    spatial_merge_size=self.config.vision.spatial_merge_size,
-                )
-            except (TypeError, ValueError) as error:
-                raise PromptError(str(error)) from None
-            position_ids, delta = position_ids.to(self.device), delta.to(self.device)
-            tokens = input_ids.shape[1] if attention_mask is None else attention_mask.bool().sum(1).to(self.device)
-            following = delta + tokens  # delta counts from the number of real tokens
+            position_ids, delta = mrope_positions(  # on the host
+                call.ids,
+                call.grid_thw("image"),
+                call.grid_thw("video"),
+                mask,
+                image_token_id=self.config.image_token_id,
+                video_token_id=self.config.video_token_id,
+                spatial_merge_size=self.config.vision.spatial_merge_size,
+            )
+            # delta counts from the number of real tokens.
+            position_ids, following = position_ids.to(device), (delta + torch.tensor(call.counts)).to(device)
             if cache is not None:
                 position_ids = position_ids + cache.next_position[None, :, None]
                 following = following + cache.next_position
         else:
-            if tuple(position_ids.shape) != (3, *input_ids.shape):
-                raise PromptError(
-                    f"position_ids must have shape {(3, *input_ids.shape)}, got {tuple(position_ids.shape)}"
-                )
-            position_ids = position_ids.to(self.device)
-            real = position_ids if attention_mask is None else position_ids * attention_mask.to(self.device)
+            position_ids = position_ids.to(device)
+            real = position_ids if mask is None else position_ids * mask.to(device)
             following = real.amax((0, 2)) + 1
         flat = position_ids.flatten(1)
-        return (flat if kept is None else flat[:, kept]), following
+        return (flat if call.kept is None else flat[:, call.kept.to(device)]), following
 
-
-def check_input_ids(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
-    """Raise :class:`PromptError` unless both are what the model's call takes."""
-    if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32) or not input_ids.numel():
-        raise PromptError(
-            f"input_ids must be integers of shape (B, L), not empty, got {input_ids.dtype} {tuple(input_ids.shape)}"
-        )
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise PromptError(
-            f"attention_mask must have input_ids' shape {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
-        )
-
-
-def _media(
-    pixel_values: torch.Tensor | None,
-    image_grid_thw: torch.Tensor | None,
-    pixel_values_videos: torch.Tensor | None,
-    video_grid_thw: torch.Tensor | None,
-) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
-    """The kinds of media that are there, as (name, rows, grids)."""
-    given = []
-    for name, rows, grid_name, grid in (
-        ("pixel_values", pixel_values, "image_grid_thw", image_grid_thw),
-        ("pixel_values_videos", pixel_values_videos, "video_grid_thw", video_grid_thw),
-    ):
-        if (rows is None) != (grid is None):
-            raise PromptError(f"{name} and {grid_name} must be given together")
-        if rows is None or grid is None:
-            continue
-        if grid.ndim != 2 or grid.shape[1] != 3 or grid.dtype not in (torch.int64, torch.int32):
-            raise PromptError(f"{grid_name} must be integers of shape (n, 3), got {grid.dtype} {tuple(grid.shape)}")
-        if rows.shape[0] and not grid.shape[0]:
-            raise PromptError(f"{name} has {rows.shape[0]} rows, but {grid_name} has no item")
-        if grid.shape[0]:
-            given.append((name, rows, grid))
-    return given
+    def _next_positions(self, cache: KVCache, new: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`_positions`, of ``new`` tokens of plain text behind each sequence in the cache."""
+        steps = torch.arange(new, device=self.device)
+        positions = (cache.next_position[:, None] + steps).expand(3, -1, -1)
+        return positions.flatten(1), cache.next_position + new
 
 
 def _device(device: torch.device | str | None) -> torch.device:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,18 +27,21 @@ from qwen2vl_kernels import (
     vision_rope_tables,
 )
 
-from .config import VisionConfig
+from .checks import Grid, Patches, check_patches
+from .config import IMAGE_MEAN, IMAGE_STD, VisionConfig
 from .errors import PromptError
 from .layers import LayerNorm, Linear, idle_rows, length_bound
-from .media.image import IMAGE_MEAN, IMAGE_STD
 
 
 @dataclass(frozen=True)
 class Pack:
     """What every block needs to know about the packed patches of one call.
 
-    ``rope``: cosines and sines ``(T, D/2)`` of the patches' positions; ``cu_seqlens (S + 1,)`` int32 bounds of what
-    attends to itself, ``max_seqlen`` rows at most, and ``tiles`` their plan for the attention's kernels.
+    Attributes:
+        rope: cosines and sines of the patches' positions, ``(T, D/2)`` float32 each.
+        cu_seqlens: ``(S + 1,)`` int32, the bounds of the segments inside which patches attend to one another.
+        max_seqlen: no segment has more patches.
+        tiles: the plan of the segments for the attention's kernels.
     """
 
     rope: tuple[torch.Tensor, torch.Tensor]
@@ -66,7 +69,7 @@ class PatchEmbed(nn.Module):
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """``(T, K)`` patches, uint8 pixels or normalised floats, to ``(T, C)``.
 
-        Bytes may be those of still images, ``(T, K / temporal_patch_size)``: one of their equal frames.
+        Pixels may be those of still images, ``(T, K / temporal_patch_size)``: one of their equal frames.
         """
         weight = self.proj.weight
         if patches.dtype != torch.uint8:
@@ -148,8 +151,8 @@ class VisionTower(nn.Module):
 
     def forward(
         self,
-        pixel_values: torch.Tensor | Sequence[torch.Tensor],
-        grid_thw: torch.Tensor | Sequence[torch.Tensor],
+        pixel_values: torch.Tensor | Sequence[torch.Tensor] | Sequence[Patches],
+        grid_thw: torch.Tensor | Sequence[torch.Tensor] | None = None,
         *,
         max_patches: int | None = None,
     ) -> torch.Tensor:
@@ -158,16 +161,22 @@ class VisionTower(nn.Module):
         Args:
             pixel_values: ``(T, K)`` rows in block order, uint8 pixels or floats already normalised (K 1176), or uint8
                 pixels of still images, one of two equal frames each (K 588). Several kinds come as a sequence, of
-                images and of videos for instance, and are encoded together.
+                images and of videos for instance, and are encoded together. Patches that were checked before know
+                their grids.
             grid_thw: ``(n, 3)`` integers, patches of each item in time, height and width; a sequence if pixel_values
                 is one.
             max_patches: encode at most this many patches at a time (at least one frame pair), to bound memory.
 
         Returns ``(T / merge_size^2, hidden_size)``. Raises :class:`PromptError` when the rows and grids disagree.
         """
-        kinds = [pixel_values] if isinstance(pixel_values, torch.Tensor) else list(pixel_values)
-        grids = [grid_thw] if isinstance(grid_thw, torch.Tensor) else list(grid_thw)
-        items = [item for rows, grid in zip(kinds, grids, strict=True) for item in self._check(rows, grid)]
+        given: Sequence[Any] = [pixel_values] if isinstance(pixel_values, torch.Tensor) else pixel_values
+        if not all(isinstance(one, Patches) for one in given):
+            if grid_thw is None:
+                raise PromptError("pixel_values and grid_thw must be given together")
+            grids = [grid_thw] if isinstance(grid_thw, torch.Tensor) else grid_thw
+            given = [check_patches(self.config, rows, grid) for rows, grid in zip(given, grids, strict=True)]
+        kinds = [one.rows for one in given]
+        items = [item for one in given for item in one.grids]
         limit = sum(rows.shape[0] for rows in kinds) if max_patches is None else max_patches
         parts, start = [], 0
         for group in _groups(items, limit):
@@ -176,7 +185,7 @@ class VisionTower(nn.Module):
             start = stop
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _encode(self, kinds: list[torch.Tensor], grids: list[tuple[int, int, int]]) -> torch.Tensor:
+    def _encode(self, kinds: list[torch.Tensor], grids: list[Grid]) -> torch.Tensor:
         device = self.patch_embed.proj.weight.device
         count = sum(rows.shape[0] for rows in kinds)
         # The grids are a few bytes to copy, the positions of a GPU's pack would be hundreds of kilobytes.
@@ -184,7 +193,7 @@ class VisionTower(nn.Module):
         positions = vision_positions(grid_thw, self.config.spatial_merge_size, num_patches=count)
         cos, sin = vision_rope_tables(positions, self._inv_freq(device))
         lengths = [h * w for t, h, w in grids for _ in range(t)]
-        # On the host: attention that splits there need not wait for the device in every block.
+        # The bounds stay on the host: attention that splits there need not wait for the device in every block.
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
         embedded = [self.patch_embed(rows.to(device)) for rows in kinds]
         x, residual = embedded[0] if len(embedded) == 1 else torch.cat(embedded), None
@@ -204,25 +213,6 @@ class VisionTower(nn.Module):
         exponent = torch.arange(0, half, 2, dtype=torch.float32, device=device) / half
         return 1.0 / self.config.rope_theta**exponent  # (D/4,)
 
-    def _check(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> list[tuple[int, int, int]]:
-        if grid_thw.ndim != 2 or grid_thw.shape[1] != 3 or grid_thw.shape[0] == 0:
-            raise PromptError(f"grid_thw must have shape (items, 3) with items >= 1, got {tuple(grid_thw.shape)}")
-        grids = [(t, h, w) for t, h, w in grid_thw.tolist()]
-        m = self.config.spatial_merge_size
-        if bad := [g for g in grids if min(g) < 1 or g[1] % m or g[2] % m]:
-            raise PromptError(f"grid_thw: {bad[0]} must be positive, height and width multiples of {m}")
-        patches, values = sum(t * h * w for t, h, w in grids), self.config.patch_values
-        still = values // self.config.temporal_patch_size
-        shape = tuple(pixel_values.shape)
-        if shape == (patches, still) and pixel_values.dtype == torch.uint8 and all(t == 1 for t, _, _ in grids):
-            return grids
-        if shape != (patches, values):
-            raise PromptError(
-                f"pixel_values must have shape {(patches, values)} for these grids, or {(patches, still)} as uint8 "
-                f"pixels of still images, got {shape} {pixel_values.dtype}"
-            )
-        return grids
-
 
 def _slice(kinds: list[torch.Tensor], start: int, stop: int) -> list[torch.Tensor]:
     """Rows ``start`` to ``stop`` of the kinds one after the other."""
@@ -234,9 +224,9 @@ def _slice(kinds: list[torch.Tensor], start: int, stop: int) -> list[torch.Tenso
     return found
 
 
-def _groups(grids: list[tuple[int, int, int]], limit: int) -> list[list[tuple[int, int, int]]]:
+def _groups(grids: list[Grid], limit: int) -> list[list[Grid]]:
     """Split items, and videos between frame pairs, into runs of at most ``limit`` patches where one pair allows it."""
-    groups: list[list[tuple[int, int, int]]] = [[]]
+    groups: list[list[Grid]] = [[]]
     free = limit
     for t, h, w in grids:
         while t:

@@ -178,6 +178,20 @@ def test_importing_the_packages_has_no_side_effects():
     assert result.stdout == ""
 
 
+def test_the_model_is_imported_without_what_reads_media():
+    """It has the constants of normalisation in its configuration, and neither decodes nor downloads anything."""
+    code = (
+        "import sys, torch\n"
+        "sys.modules['urllib.request'] = None\n"  # PyTorch imports it, the model must not
+        "import qwen2vl.model\n"
+        "rooms = ('PIL', 'qwen2vl.media', 'qwen2vl.prompt')\n"
+        "wrong = [m for m in sys.modules if m in rooms or m.startswith(tuple(f'{room}.' for room in rooms))]\n"
+        "assert not wrong, wrong\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("module", ["qwen2vl.training.trainer", "qwen2vl.evaluation.metrics", "qwen2vl.cli"])
 def test_generated_samples_load_only_when_they_are_asked_for(module):
     code = (

@@ -13,8 +13,7 @@ import torch
 
 from qwen2vl import Qwen2VL, Qwen2VLConfig
 from qwen2vl.cache import KVCache
-from qwen2vl.config import TextConfig, VisionConfig
-from qwen2vl.media.image import IMAGE_MEAN, IMAGE_STD
+from qwen2vl.config import IMAGE_MEAN, IMAGE_STD, TextConfig, VisionConfig
 
 from ..case import Context
 from ..random_checkpoint import small_config, write_random_checkpoint
@@ -122,8 +121,9 @@ class Ours:
 
     def decode(self, prompt: Prompt) -> torch.Tensor:
         """Feed ``next_ids`` one by one, choosing greedily each time; logits of the last, ``(1, vocab)``."""
+        assert self.cache is not None, "prefill comes first"
         for step in prompt.next_ids:
-            logits = self.model(step, cache=self.cache, last_only=True)[:, -1]
+            logits = self.model.step(step, self.cache)[:, -1]
             logits.argmax(-1)
         return logits
 

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from qwen2vl import Qwen2VL, Qwen2VLConfig
-from qwen2vl.config import TextConfig, VisionConfig
-from qwen2vl.media.image import IMAGE_MEAN, IMAGE_STD
+from qwen2vl.config import IMAGE_MEAN, IMAGE_STD, TextConfig, VisionConfig
 from qwen2vl.training.config import OptimizerConfig
 from qwen2vl.training.example import Example
 from qwen2vl.training.loss import linear_cross_entropy

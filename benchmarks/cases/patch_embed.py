@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from qwen2vl.media.image import IMAGE_MEAN, IMAGE_STD
+from qwen2vl.config import IMAGE_MEAN, IMAGE_STD
 from qwen2vl_kernels import fold_patch_embed, patch_embed
 
 from ..case import Case, Check, Context, Workload, two_times

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from qwen2vl.media.image import IMAGE_MEAN, IMAGE_STD
+from qwen2vl.config import IMAGE_MEAN, IMAGE_STD
 from qwen2vl_kernels import images_to_patches, smart_resize
 
 from ..case import Case, Check, Context, Provider, Workload, equal

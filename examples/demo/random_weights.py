@@ -197,7 +197,7 @@ def _for_transformers(model: Qwen2VL, inputs: Inputs, ids: torch.Tensor) -> dict
     """
     import torch
 
-    from qwen2vl.media.image import IMAGE_MEAN, IMAGE_STD
+    from qwen2vl.config import IMAGE_MEAN, IMAGE_STD
     from qwen2vl_kernels import mrope_positions
 
     config = model.config

@@ -21,8 +21,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..config import MAX_PIXELS, MIN_PIXELS
 from ..errors import GroundingError
-from ..media.image import MAX_PIXELS, MIN_PIXELS, smart_resize
+from ..media.image import smart_resize
 from ..prompt.tokenizer import GROUNDING_TOKENS
 
 SCALE = 1000  # coordinates are in [0, SCALE)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
+from ..media.options import MediaOptions
 from .common import (
     AllowRemoteOption,
     DeviceOption,
@@ -65,7 +66,7 @@ def chat(
     stop: StopOption = None,
     min_pixels: MinPixelsOption = None,
     max_pixels: MaxPixelsOption = None,
-    fps: FpsOption = 2.0,
+    fps: FpsOption = MediaOptions.fps,
     allow_remote: AllowRemoteOption = False,
     device: DeviceOption = None,
     dtype: DTypeOption = None,
@@ -152,7 +153,7 @@ class _Chat:
     def attach_image(self, path: str) -> None:
         from ..media.image import load_image
 
-        pixels = load_image(path, allow_remote=self.processor.allow_remote)
+        pixels = load_image(path, access=self.processor.access)
         self.attach(path, {"type": "image", "image": pixels})
 
     def attach_video(self, path: str) -> None:
@@ -164,8 +165,8 @@ class _Chat:
         frames = patches_to_frames(
             inputs["pixel_values_videos"].numpy(),
             inputs["video_grid_thw"][0].tolist(),
-            patch_size=processor.patch_size,
-            merge_size=processor.merge_size,
+            patch_size=processor.shape.patch_size,
+            merge_size=processor.shape.merge_size,
         )
         info = inputs.media[0]
         # Both limits at the frames' own size: every turn sees them as they are.

@@ -1,4 +1,4 @@
-"""What several commands share: options, loading, progress, and text that is safe to print."""
+"""The parts that several commands share: options, loading, progress, and text that is safe to print."""
 
 from __future__ import annotations
 
@@ -196,6 +196,12 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
             bar.stop()
 
 
+def check_pixels(min_pixels: int | None, max_pixels: int | None) -> None:
+    """A usage error where --min-pixels exceeds --max-pixels."""
+    if min_pixels is not None and max_pixels is not None and min_pixels > max_pixels:
+        raise typer.BadParameter(f"{min_pixels} is more than --max-pixels {max_pixels}", param_hint="--min-pixels")
+
+
 def load(
     model: str | None,
     *,
@@ -206,13 +212,12 @@ def load(
     allow_remote: bool,
     max_vision_patches: int | None,
 ) -> tuple[Qwen2VL, Processor]:
-    """Model and processor of --model; None: of the small model that comes with the package."""
-    if min_pixels is not None and max_pixels is not None and min_pixels > max_pixels:
-        raise typer.BadParameter(f"{min_pixels} is more than --max-pixels {max_pixels}", param_hint="--min-pixels")
+    """Model and processor of --model, or for None of the small model that comes with the package."""
+    check_pixels(min_pixels, max_pixels)
     import torch
 
     from .. import assets
-    from ..hub import resolve
+    from ..hub import Checkpoint
     from ..model import Qwen2VL
     from ..prompt.processor import Processor
 
@@ -221,13 +226,13 @@ def load(
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:  # torch's ways of saying that it has no such device
             raise Qwen2VLError(f"--device {device}: {str(error).splitlines()[0]}") from error
-    folder = assets.folder() if model is None else resolve(model)
+    checkpoint = Checkpoint.find(assets.folder() if model is None else model)
     processor = Processor.from_pretrained(
-        folder, min_pixels=min_pixels, max_pixels=max_pixels, allow_remote=allow_remote
+        checkpoint, min_pixels=min_pixels, max_pixels=max_pixels, allow_remote=allow_remote
     )
     with progress_bar("loading tensors") as report:
         loaded = Qwen2VL.from_pretrained(
-            folder, device=device, dtype=None if dtype is None else dtype.value, progress=report
+            checkpoint, device=device, dtype=None if dtype is None else dtype.value, progress=report
         )
     loaded.max_vision_patches = max_vision_patches
     return loaded, processor

@@ -64,7 +64,7 @@ def evaluate(
         raise typer.BadParameter(f"is {_QUICK} of each; give one of the two", param_hint="--quick, --count")
     if plot is not None and find_spec("matplotlib") is None:
         raise typer.BadParameter("needs matplotlib; pip install 'qwen2vl[inspect]'", param_hint="--plot")
-    # Before minutes of answering, not behind them.
+    # Wrong paths are refused before minutes of answering and not behind them.
     if plot is not None and plot.suffix not in _PLOTS:
         raise typer.BadParameter(f"wants {' or '.join(_PLOTS)}, got {plot.name!r}", param_hint="--plot")
     for name, path in (("--answers", answers), ("--plot", plot)):

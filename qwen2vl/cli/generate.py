@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..assets import FOLDER
+from ..media.options import MediaOptions
 from .common import (
     AllowRemoteOption,
     DeviceOption,
@@ -57,7 +58,7 @@ def generate(
     stop: StopOption = None,
     min_pixels: MinPixelsOption = None,
     max_pixels: MaxPixelsOption = None,
-    fps: FpsOption = 2.0,
+    fps: FpsOption = MediaOptions.fps,
     allow_remote: AllowRemoteOption = False,
     device: DeviceOption = None,
     dtype: DTypeOption = None,

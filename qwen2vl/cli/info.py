@@ -131,7 +131,7 @@ def _print(facts: dict[str, Any]) -> None:
 
 
 def _devices(facts: dict[str, Any]) -> list[str]:
-    """Of whose tensors this machine has something to say: its GPU's, if it has one, come first."""
+    """The kinds of devices that this machine has: a GPU, if there is one, before the CPU."""
     return ["cuda", "cpu"] if facts["gpus"] else ["cpu"]
 
 

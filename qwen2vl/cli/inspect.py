@@ -14,11 +14,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..media.options import DEFAULTS, Access, MediaOptions
 from .common import (
     AllowRemoteOption,
     FpsOption,
     MaxPixelsOption,
     MinPixelsOption,
+    check_pixels,
     printable,
     progress_bar,
 )
@@ -60,7 +62,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list, one object per file.")] = False,
     min_pixels: MinPixelsOption = None,
     max_pixels: MaxPixelsOption = None,
-    fps: FpsOption = 2.0,
+    fps: FpsOption = MediaOptions.fps,
     allow_remote: AllowRemoteOption = False,
 ) -> None:
     """Show what a media file becomes: sizes, grid of patches, tokens.
@@ -68,23 +70,21 @@ def inspect(
     With --out: for an image NAME-grid.png, its patches (thin lines) and tokens (thick lines); for a video
     NAME-frames.png, the frames kept; for both NAME-positions.png, the position ids of text, media, text.
     """
-    from ..media.image import MAX_PIXELS, MIN_PIXELS, preprocess_image
-    from ..media.video import MAX_FRAME_PIXELS, MIN_FRAME_PIXELS, preprocess_video
+    from ..media.image import preprocess_image
+    from ..media.video import preprocess_video
 
-    if min_pixels is not None and max_pixels is not None and min_pixels > max_pixels:
-        raise typer.BadParameter(f"{min_pixels} is more than --max-pixels {max_pixels}", param_hint="--min-pixels")
+    check_pixels(min_pixels, max_pixels)
+    limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    options = DEFAULTS.updated({"fps": fps, **limits, **{f"video_{name}": limit for name, limit in limits.items()}})
+    access = Access(remote=allow_remote)
     reports, names = [], _names(files)
     for file, name in zip(files, names, strict=True):
         what = kind or _kind(file)
-        defaults = (MIN_PIXELS, MAX_PIXELS) if what is Kind.image else (MIN_FRAME_PIXELS, MAX_FRAME_PIXELS)
-        low, high = _limits(defaults, min_pixels, max_pixels)
         if what is Kind.image:
-            media = preprocess_image(file, min_pixels=low, max_pixels=high, allow_remote=allow_remote)
+            media = preprocess_image(file, options, access=access)
         else:
             with progress_bar("reading video frames") as report:
-                media = preprocess_video(
-                    file, fps=fps, min_pixels=low, max_pixels=high, allow_remote=allow_remote, progress=report
-                )
+                media = preprocess_video(file, options, access=access, progress=report)
         facts = _describe(file, what, media)
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
@@ -148,12 +148,6 @@ def _kind(file: str) -> Kind:
     guess = mimetypes.guess_type(file)[0] or ""
     video = guess.startswith("video/") or file.lower().endswith(_VIDEO_SUFFIXES) or file.startswith("data:video/")
     return Kind.video if video else Kind.image
-
-
-def _limits(defaults: tuple[int, int], low: int | None, high: int | None) -> tuple[int, int]:
-    """A limit given alone moves the other one out of its way, as the processor does."""
-    first, last = defaults[0] if low is None else low, defaults[1] if high is None else high
-    return (first, max(first, last)) if high is None else (min(first, last), last)
 
 
 def _describe(file: str, kind: Kind, media: ImagePatches | VideoPatches) -> dict[str, Any]:

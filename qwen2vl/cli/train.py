@@ -58,7 +58,8 @@ def train(
     try:
         _train(TrainingConfig.from_toml(config), stage.value, resume)
     except (TrainingConfigError, NonFiniteLossError, CheckpointError) as error:
-        # Which every rank raises: one of them says it, of files one on each machine, which may have others.
+        # Every rank raises these, and one of them says so. Files may differ between machines, so that there one rank
+        # on each machine speaks.
         if int(os.environ.get("LOCAL_RANK", 0)) if isinstance(error, CheckpointError) else _rank():
             raise typer.Exit(1) from None
         raise

@@ -23,9 +23,8 @@ from tqdm import tqdm
 
 from ..errors import Qwen2VLError
 from ..generation import GenerationConfig, generate
-from ..hub import resolve
-from ..media.image import MAX_PIXELS, MIN_PIXELS
-from ..media.video import MAX_VIDEO_TOKENS
+from ..hub import Checkpoint
+from ..media.options import DEFAULTS, OPTION_NAMES
 from ..model import Qwen2VL
 from ..prompt.processor import Processor
 
@@ -54,12 +53,12 @@ class ChatModel:
         batch_size: conversations answered at once.
         device, dtype: where and as what; by default a GPU if there is one (of several processes, each takes that of
             its LOCAL_RANK), and the checkpoint's.
-        min_pixels, max_pixels: area of an image after resizing; by default those of the released checkpoints.
-        fps, max_frames, max_video_tokens: how videos are taken; by default as released.
         max_new_tokens: where a task does not say.
+        options: how images and videos are taken, under the names of ``qwen2vl.media.options.MediaOptions``
+            (``max_pixels``, ``fps``, ``max_frames``, ``max_video_tokens`` ...); by default as released.
 
     Raises:
-        CheckpointError: no such checkpoint. Qwen2VLError: an argument that is unknown or out of range.
+        CheckpointError: there is no such checkpoint. Qwen2VLError: an argument is unknown or out of range.
     """
 
     is_simple = False  # chat messages, not a text beside a list of pictures
@@ -73,26 +72,22 @@ class ChatModel:
         batch_size: int | str = 1,
         device: str | None = None,
         dtype: str | None = None,
-        min_pixels: int = MIN_PIXELS,
-        max_pixels: int = MAX_PIXELS,
-        fps: float = 2.0,
-        max_frames: int = 768,
-        max_video_tokens: int = MAX_VIDEO_TOKENS,
         max_new_tokens: int = 128,
-        **unknown: Any,
+        **options: Any,
     ) -> None:
         super().__init__()
-        if unknown := {key: value for key, value in unknown.items() if key != "max_batch_size"}:
+        options.pop("max_batch_size", None)
+        if unknown := [name for name in options if name not in OPTION_NAMES]:
             raise Qwen2VLError(f"model_args: unknown {', '.join(map(repr, unknown))}")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:  # lmms-eval's "auto" too: nothing is tried out
             raise Qwen2VLError(f"batch_size: wants at least 1, got {batch_size!r}")
         self.batch_size = int(batch_size)
         if device is None and torch.cuda.is_available():
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        folder = resolve(pretrained)
-        self.model = Qwen2VL.from_pretrained(folder, device=device, dtype=dtype)
-        self.processor = Processor.from_pretrained(folder, min_pixels=min_pixels, max_pixels=max_pixels)
-        self.options = {"fps": fps, "max_frames": max_frames, "max_video_tokens": max_video_tokens}
+        stated = DEFAULTS.updated(options)  # the defaults, too, win over the checkpoint's own limits
+        checkpoint = Checkpoint.find(pretrained)
+        self.model = Qwen2VL.from_pretrained(checkpoint, device=device, dtype=dtype)
+        self.processor = Processor.from_pretrained(checkpoint, **vars(stated))
         self.max_new_tokens = max_new_tokens
 
     @property
@@ -103,7 +98,7 @@ class ChatModel:
     def generate_until(self, requests: Sequence[Any]) -> list[Any]:
         """An answer for each request, in their order."""
         answers: list[Any] = [None] * len(requests)
-        # Requests that are answered alike, then long questions beside long ones.
+        # Requests with equal settings stand together, and among these long questions beside long ones.
         settings = [repr(sorted(request.args[2].items())) for request in requests]
         order = sorted(range(len(requests)), key=lambda n: (settings[n], len(requests[n].args[0]), n))
         with tqdm(total=len(requests), desc="qwen2vl", disable=self.rank != 0) as bar:
@@ -124,7 +119,7 @@ class ChatModel:
             _, doc_to_messages, _, doc_id, task, split = request.args
             chats.append(to_messages(doc_to_messages(self.task_dict[task][split][doc_id])))
         arguments = requests[0].args[2]
-        inputs = self.processor(chats, **self.options)
+        inputs = self.processor(chats)
         room = self.model.config.text.max_position_embeddings - inputs["input_ids"].shape[1]
         config = self._config(arguments, room)
         result = generate(self.model, inputs, tokenizer=self.processor.tokenizer, config=config)

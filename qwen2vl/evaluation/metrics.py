@@ -53,7 +53,7 @@ def character_edits(answer: str, reference: str) -> tuple[int, int]:
 
 
 def character_error_rate(answer: str, reference: str) -> float:
-    """Of one answer. Against an empty reference: 0 for an empty answer, else 1."""
+    """The character error rate of one answer; against an empty reference 0 for an empty answer, else 1."""
     edits, characters = character_edits(answer, reference)
     return edits / characters if characters else float(edits > 0)
 

@@ -236,7 +236,7 @@ def _pixels(frame: Any, label: str) -> np.ndarray:
 
 
 def _upright(pixels: np.ndarray, matrix: Any) -> np.ndarray:
-    """Turn or mirror a frame as the container asks, by the nearest multiple of a right angle.
+    """Rotate or mirror a frame as the container asks, by the nearest multiple of a right angle.
 
     ``matrix`` is 3 x 3 int32 in row-major order: (x, y) goes to (a x + c y, b x + d y) with its first rows
     (a, b, 0) and (c, d, 0). None leaves the frame as it is.

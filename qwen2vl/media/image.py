@@ -1,8 +1,8 @@
 """Images to patches: reading, orientation and colour, dynamic resolution, and the order of patch rows.
 
 The rules are those of the released processor: sizes are multiples of 28 within a range of pixels, resizing is
-Pillow's bicubic on 8-bit RGB, transparency is laid over white. Pixels stay uint8 and a still image's two equal frames
-stay one; normalisation with ``IMAGE_MEAN`` and ``IMAGE_STD`` is folded into the patch embedding.
+Pillow's bicubic on 8-bit RGB, transparency is composited over white. Pixels stay uint8, and one of a still image's two
+equal frames is kept; normalisation with ``IMAGE_MEAN`` and ``IMAGE_STD`` is folded into the patch embedding.
 """
 
 from __future__ import annotations
@@ -10,29 +10,34 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import operator
 import os
 import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image
 
 import qwen2vl_kernels
+from qwen2vl.config import MAX_PIXELS, MIN_PIXELS
 from qwen2vl.errors import MediaError
+from qwen2vl.media.options import (
+    ANYWHERE,
+    DEFAULTS,
+    RELEASED_SHAPE,
+    Access,
+    MediaOptions,
+    PatchShape,
+    check_positive_int,
+)
 from qwen2vl.media.sources import describe_source, open_source
 from qwen2vl_kernels import image_to_patches
 
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-MIN_PIXELS = 56 * 56  # 4 tokens
-MAX_PIXELS = 12_845_056  # 16,384 tokens
 MAX_SOURCE_PIXELS = 178_956_970  # where Pillow, too, calls an image a decompression bomb
-MAX_PATCH_BYTES = 4 << 30  # of one image or video; more is a slip or an attack, and would be asked of the system
+MAX_PATCH_BYTES = 4 << 30  # of one image or video; whoever asks for more made a slip or attacks
 MAX_IMAGE_BYTES = 1 << 30  # some decoders read the whole file before they look at it
 
 # Only formats that Pillow decodes by itself: EPS, for one, would run an interpreter on the file.
@@ -57,7 +62,7 @@ class ImagePatches:
     """What an image becomes.
 
     Attributes:
-        patches: (gh * gw, 3 * patch_size**2) uint8, rows in merge-block order: one of a still image's equal frames.
+        patches: (gh * gw, 3 * patch_size**2) uint8, rows in merge-block order; one of a still image's equal frames.
         grid_thw: (1, gh, gw), in patches.
         source_size: (height, width) in pixels, upright, before resizing.
         resized_size: (height, width) in pixels that the patches cover.
@@ -76,17 +81,6 @@ class ImagePatches:
         return math.prod(self.grid_thw) // self.merge_size**2
 
 
-def check_positive_int(name: str, value: object) -> int:
-    """``value`` as an int if it is a positive whole number, else MediaError naming ``name``."""
-    try:
-        number = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        number = -1
-    if number < 1:
-        raise MediaError(f"{name} must be a positive integer, got {value!r}")
-    return number
-
-
 def smart_resize(
     height: int, width: int, *, factor: int = 28, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS
 ) -> tuple[int, int]:
@@ -97,33 +91,24 @@ def smart_resize(
         raise MediaError(str(error)) from None
 
 
-def load_image(
-    source: object,
-    *,
-    allow_remote: bool = False,
-    max_source_pixels: int = MAX_SOURCE_PIXELS,
-    allow_local_files: bool = True,
-) -> np.ndarray:
+def load_image(source: object, *, access: Access = ANYWHERE, max_source_pixels: int = MAX_SOURCE_PIXELS) -> np.ndarray:
     """Read an image as upright 8-bit RGB.
 
     Args:
-        source: path, ``file://`` URL, base64 ``data:`` URI, bytes, binary file object, PIL image, or an array
-            of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) and dtype uint8 or uint16; http(s) URL when
-            ``allow_remote``. Files may be PNG, JPEG, WebP, GIF, BMP, TIFF, PPM or AVIF; of several frames or
-            pages the first is taken.
-        allow_remote: whether http(s) URLs may be fetched.
+        source: path, ``file://`` URL, http(s) URL, base64 ``data:`` URI, bytes, binary file object, PIL image, or an
+            array of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) and dtype uint8 or uint16. Files may be PNG,
+            JPEG, WebP, GIF, BMP, TIFF, PPM or AVIF; the first of several frames or pages is taken.
+        access: which files and URLs may be opened.
         max_source_pixels: larger images are refused from their header, before any pixel is decoded.
-        allow_local_files: whether paths and ``file://`` URLs may be read; see ``open_source``.
 
     Returns:
         (H, W, 3) uint8. EXIF orientation is applied, transparency composited over white, 16-bit values scaled
         so that 65535 becomes 255.
 
     Raises:
-        MediaError: the source cannot be read or decoded, is too large, or has an unsupported type, shape or
-            dtype.
+        MediaError: the source is forbidden, cannot be read or decoded, is too large, or has an unsupported type, shape
+            or dtype.
     """
-    max_source_pixels = check_positive_int("max_source_pixels", max_source_pixels)
     if isinstance(source, np.ndarray):
         return _array_to_rgb(source)
     label = describe_source(source)
@@ -131,9 +116,7 @@ def load_image(
         _check_source_size(source, label, max_source_pixels)
         return _decode(source, label)
     with (
-        open_source(
-            source, allow_remote=allow_remote, max_bytes=MAX_IMAGE_BYTES, allow_local_files=allow_local_files
-        ) as stream,
+        open_source(source, max_bytes=MAX_IMAGE_BYTES, access=access) as stream,
         _open_image(stream, label, max_source_pixels) as image,
     ):
         _check_source_size(image, label, max_source_pixels)
@@ -142,7 +125,10 @@ def load_image(
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    """For headers and metadata, which take no time: filters belong to the whole process, so one thread at a time."""
+    """Silence warnings while a header or metadata is read.
+
+    Filters of warnings belong to the whole process, so one thread at a time may change them; headers take no time.
+    """
     with _warnings_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -263,33 +249,21 @@ class PatchBuffer:
 
     Args:
         num_frames: frames that will be put.
-        height, width: what every frame is resized to, in pixels, multiples of patch_size * merge_size.
+        height, width: what every frame is resized to, in pixels, multiples of ``shape.factor``.
+        shape: of the patches.
     """
 
-    def __init__(
-        self,
-        num_frames: int,
-        height: int,
-        width: int,
-        *,
-        patch_size: int = 14,
-        temporal_patch_size: int = 2,
-        merge_size: int = 2,
-    ):
+    def __init__(self, num_frames: int, height: int, width: int, shape: PatchShape = RELEASED_SHAPE):
         self.num_frames = check_positive_int("num_frames", num_frames)
-        self.patch_size = check_positive_int("patch_size", patch_size)
-        self.merge_size = check_positive_int("merge_size", merge_size)
-        steps = -(-num_frames // check_positive_int("temporal_patch_size", temporal_patch_size))
-        factor = patch_size * merge_size
-        if height % factor or width % factor or height < 1 or width < 1:
-            raise MediaError(f"frames must have sides that are multiples of {factor}, got {height} x {width}")
-        self.height, self.width = height, width
-        self.grid_thw = (steps, height // patch_size, width // patch_size)
-        area = patch_size**2
-        _check_patch_bytes(num_frames, height, width, steps * height * width * 3 * temporal_patch_size)
+        if height % shape.factor or width % shape.factor or height < 1 or width < 1:
+            raise MediaError(f"frames must have sides that are multiples of {shape.factor}, got {height} x {width}")
+        self.height, self.width, self.shape = height, width, shape
+        steps, area = -(-num_frames // shape.temporal_patch_size), shape.patch_size**2
+        self.grid_thw = (steps, height // shape.patch_size, width // shape.patch_size)
+        _check_patch_bytes(num_frames, height, width, steps * height * width * 3 * shape.temporal_patch_size)
         # (time step, patch, channel, frame in step, pixel)
         self._rows = torch.empty(
-            (steps, height * width // area, 3, temporal_patch_size, area), dtype=torch.uint8, device="cpu"
+            (steps, height * width // area, 3, shape.temporal_patch_size, area), dtype=torch.uint8, device="cpu"
         )
 
     def put(self, index: int, frame: np.ndarray) -> None:
@@ -299,8 +273,8 @@ class PatchBuffer:
             _with_contiguous_pixels(frame),
             self.height,
             self.width,
-            patch_size=self.patch_size,
-            merge_size=self.merge_size,
+            patch_size=self.shape.patch_size,
+            merge_size=self.shape.merge_size,
             out=self._rows[step, :, :, slot],
         )
         if index == self.num_frames - 1:
@@ -313,46 +287,51 @@ class PatchBuffer:
 
 
 def _with_contiguous_pixels(array: np.ndarray) -> np.ndarray:
-    """Rows may lie anywhere, but a mirrored or turned picture is copied once."""
+    """The array, copied only where its pixels do not lie side by side, as in a mirrored or rotated picture.
+
+    Its rows may lie anywhere.
+    """
     return array if array.strides[1:] == (array.shape[2], 1) else np.ascontiguousarray(array)
 
 
 def preprocess_image(
     source: object,
+    options: MediaOptions = DEFAULTS,
     *,
-    min_pixels: int = MIN_PIXELS,
-    max_pixels: int = MAX_PIXELS,
     resized_height: int | None = None,
     resized_width: int | None = None,
-    patch_size: int = 14,
-    merge_size: int = 2,
+    access: Access = ANYWHERE,
+    shape: PatchShape = RELEASED_SHAPE,
     num_threads: int | None = None,
-    allow_remote: bool = False,
-    allow_local_files: bool = True,
+    **given: Any,
 ) -> ImagePatches:
     """Read an image, resize it by ``smart_resize`` and cut it into patches.
 
     Args:
         source: anything that ``load_image`` takes.
-        min_pixels, max_pixels: range of the resized image's pixels; one token stands for 28 x 28 of them.
-        resized_height, resized_width: ask for this size instead of the source's own (give both); it is
-            rounded and held to the range like any other.
-        num_threads: at most so many for the resize; see ``image_to_patches``.
-        allow_remote: whether http(s) URLs may be fetched.
-        allow_local_files: whether paths and ``file://`` URLs may be read; see ``open_source``.
+        options: ``min_pixels`` and ``max_pixels`` bound the resized image's area.
+        resized_height, resized_width: ask for this size instead of the source's own (give both); it is rounded and
+            held to the range like any other.
+        access: which files and URLs may be opened.
+        shape: of the patches.
+        num_threads: at most this many for the resize; see ``image_to_patches``.
+        given: options by name, over ``options``.
 
     Raises:
-        MediaError: what ``load_image`` and ``smart_resize`` refuse, or only one of the two resized sides
-            given.
+        MediaError: what ``load_image`` and ``smart_resize`` refuse, or only one of the two resized sides is given.
+        TypeError: ``given`` holds an unknown name.
     """
+    if given:
+        options = options.updated(given)
     if (resized_height is None) != (resized_width is None):
         raise MediaError(f"resized_height and resized_width go together, got {resized_height!r} and {resized_width!r}")
-    factor = check_positive_int("patch_size", patch_size) * check_positive_int("merge_size", merge_size)
-    pixels = load_image(source, allow_remote=allow_remote, allow_local_files=allow_local_files)
+    pixels = load_image(source, access=access)
     source_size = (pixels.shape[0], pixels.shape[1])
     wanted = source_size if resized_height is None or resized_width is None else (resized_height, resized_width)
+    patch = shape.patch_size
+    limits = {"min_pixels": options.min_pixels, "max_pixels": options.max_pixels}
     try:
-        height, width = smart_resize(*wanted, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
+        height, width = smart_resize(*wanted, factor=patch * shape.merge_size, **limits)
         _check_patch_bytes(1, height, width, 3 * height * width)
     except MediaError as error:
         label = "image array" if isinstance(source, np.ndarray) else describe_source(source)
@@ -361,9 +340,9 @@ def preprocess_image(
         _with_contiguous_pixels(pixels),
         height,
         width,
-        patch_size=patch_size,
-        merge_size=merge_size,
+        patch_size=patch,
+        merge_size=shape.merge_size,
         num_threads=num_threads,
     )
-    grid_thw = (1, height // patch_size, width // patch_size)
-    return ImagePatches(patches.numpy(), grid_thw, source_size, (height, width), merge_size)
+    grid_thw = (1, height // patch, width // patch)
+    return ImagePatches(patches.numpy(), grid_thw, source_size, (height, width), shape.merge_size)

@@ -1,9 +1,9 @@
-"""Decoding in a process of its own: a broken file may crash, hang or fill that one, never the caller's.
+"""Decoding in a process of its own, which a broken file may crash, hang or fill, but never the caller's.
 
-The child imports neither torch nor our kernels and is up in a third of a second. It inherits the open file, reads its
-timeline, is told which frames are wanted, and sends them through a pipe while the parent resizes the one before. What
-comes from it is data only, numbers that are checked and pixels: a decoder taken over by its input can send wrong
-pictures, and that is all.
+The child imports neither PyTorch nor our kernels and is up in a third of a second. It inherits the open file, reads its
+timeline, is told which frames are wanted, and sends them through a pipe while the parent resizes the one before. The
+child sends numbers, which are checked, and pixels: a decoder that its input has taken over can send wrong pictures and
+do nothing else.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Decoder:
         self._stop = threading.Event()
         self._messages: queue.Queue[tuple[dict[str, Any], np.ndarray | None] | None] = queue.Queue(_AHEAD)
         paths = json.dumps([os.path.abspath(path) for path in sys.path])
-        # One thread and one heap arena: both reserve address space by the core, which is limited.
+        # One thread and one heap arena: more of either would reserve address space for every core, which is limited.
         environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
         with _as_real_file(file, label) as real:
             self._process = subprocess.Popen(
@@ -111,7 +111,7 @@ class Decoder:
             return Timeline(ticks, int(origin), float(unit), float(rate), bool(numbered))
 
     def kept_frames(self, wanted: np.ndarray) -> Iterator[tuple[range, np.ndarray, float]]:
-        """``video_decode.kept_frames`` of the child."""
+        """What ``qwen2vl.media.decoding.kept_frames`` yields in the child."""
         self._tell({"wanted": wanted.tolist()})
         done = 0
         while done < len(wanted):
@@ -160,7 +160,7 @@ class Decoder:
             raise MediaError(f"{self._label}: {_NO_FRAME}") from None
 
     def _read(self) -> None:
-        """The reading thread: messages to the queue until the child is done or gone."""
+        """Run by the reading thread: put messages into the queue until the child is done or gone."""
         assert self._process.stdout is not None
         received: tuple[dict[str, Any], np.ndarray | None] | None = None
         try:
@@ -229,7 +229,7 @@ def _exactly(pipe: BinaryIO, size: int) -> memoryview:
 
 
 def serve(descriptor: int) -> None:
-    """The child: one video, requests on stdin, messages on what was stdout."""
+    """Run by the child: serve one video, with requests on stdin and messages on what was stdout."""
     pipe = os.fdopen(os.dup(1), "wb", buffering=0)
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)  # whatever a library prints must not mix with frames

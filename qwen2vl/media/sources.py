@@ -1,7 +1,7 @@
 """Where the bytes of an image or a video come from: paths, URLs, data URIs, bytes and file objects.
 
-Nothing is guessed: a string is a URL when it carries a scheme, and a path otherwise. Network access happens
-only when the caller allows it, and a caller can forbid files of this machine.
+Nothing is guessed: a string is a URL when it carries a scheme, and a path otherwise. Which files may be opened, and
+whether anything may be fetched, is said by :class:`qwen2vl.media.options.Access`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import IO, Any, BinaryIO, cast
 from PIL import Image
 
 from qwen2vl.errors import MediaError
+from qwen2vl.media.options import ANYWHERE, Access
 
 REMOTE_TIMEOUT = 30.0  # seconds, for one socket operation
 REMOTE_DEADLINE = 600.0  # seconds, for a whole download: connecting, redirects, headers and body
@@ -56,24 +57,19 @@ def describe_source(source: object) -> str:
 
 
 @contextlib.contextmanager
-def open_source(
-    source: object, *, allow_remote: bool, max_bytes: int, allow_local_files: bool = True
-) -> Iterator[BinaryIO]:
+def open_source(source: object, *, max_bytes: int, access: Access = ANYWHERE) -> Iterator[BinaryIO]:
     """Open ``source`` as a seekable binary stream that starts at position 0.
 
     Args:
-        source: path (``str`` or ``os.PathLike``), ``file://`` URL, base64 ``data:`` URI, ``bytes``,
-            ``bytearray``, ``memoryview`` or binary file object (read from where it stands, left open);
-            ``http://`` and ``https://`` URLs when ``allow_remote``.
-        allow_remote: whether http(s) URLs may be fetched. The host is not restricted: allow this for trusted
-            callers.
+        source: path (``str`` or ``os.PathLike``), ``file://`` URL, base64 ``data:`` URI, ``bytes``, ``bytearray``,
+            ``memoryview`` or binary file object (read from where it stands, left open), or an ``http://`` or
+            ``https://`` URL.
         max_bytes: the most bytes read from a network or from a stream that has to be copied.
-        allow_local_files: whether paths and ``file://`` URLs may be opened. Set False for sources named by people
-            who should not read this machine's files. File objects are taken all the same: the program opened them.
+        access: which of these may be opened. File objects are taken in any case: the program opened them.
 
     Raises:
-        MediaError: missing or unreadable file, malformed data URI, refused or failed URL, empty source, too
-            many bytes, or a type that is none of the above.
+        MediaError: the source is missing, unreadable, malformed, empty, too large, of a type that is none of the above,
+            or is one that ``access`` forbids.
     """
     label = describe_source(source)
     with contextlib.ExitStack() as stack:
@@ -86,17 +82,17 @@ def open_source(
         elif isinstance(source, str) and (scheme := _SCHEME.match(source)):
             name = scheme.group(1).lower()
             if name == "file":
-                _check_local(label, allow_local_files)
-                stream = stack.enter_context(_open_path(_file_url_path(source, label), label))
+                path = _local_path(_file_url_path(source, label), label, access)
+                stream = stack.enter_context(_open_path(path, label))
             elif name in _REMOTE_SCHEMES:
-                if not allow_remote:
+                if not access.remote:
                     raise MediaError(f"{label} is a remote address: pass allow_remote=True to fetch it")
                 stream = _download(source, label, max_bytes, stack)
             else:
                 raise MediaError(f"{label}: scheme {name!r} is not supported, want file, http or https")
         elif isinstance(source, (str, os.PathLike)):
-            _check_local(label, allow_local_files)
-            stream = stack.enter_context(_open_path(cast("str | os.PathLike[str]", source), label))
+            path = _local_path(cast("str | os.PathLike[str]", source), label, access)
+            stream = stack.enter_context(_open_path(path, label))
         else:
             raise MediaError(f"source must be a path, URL, data URI, bytes or a binary file object, got an {label}")
         if not stream.read(1):
@@ -105,9 +101,24 @@ def open_source(
         yield cast(BinaryIO, stream)
 
 
-def _check_local(label: str, allowed: bool) -> None:
-    if not allowed:  # said before the file system is asked, so that nobody learns what exists
+def _local_path(path: str | os.PathLike[str], label: str, access: Access) -> str | os.PathLike[str]:
+    """The path to open for a file of this machine, resolved where there are roots.
+
+    What is refused is refused before the file is looked for, so that nobody learns what exists. Where there are roots
+    the resolved path is opened, so that a link that changes afterwards leads nowhere else.
+    """
+    if not access.local_files:
         raise MediaError(f"{label} names a file of this machine, and allow_local_files is False")
+    if access.roots is None:
+        return path
+    try:
+        resolved = Path(path).resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # a null byte, or links that go in a circle
+        raise MediaError(f"{label} cannot be read: {error}") from error
+    if not any(resolved.is_relative_to(root) for root in access.roots):
+        roots = ", ".join(repr(str(root)) for root in access.roots) or "none"
+        raise MediaError(f"{label} lies outside of the roots that files of this machine are read from: {roots}")
+    return resolved
 
 
 def _open_path(path: str | os.PathLike[str], label: str) -> BinaryIO:
@@ -125,8 +136,7 @@ def _file_url_path(url: str, label: str) -> str:
     parts = urllib.parse.urlsplit(url)
     if parts.netloc not in ("", "localhost"):
         raise MediaError(f"{label}: a file URL must name this machine, got host {parts.netloc!r}")
-    # A "?" or "#" in a file's name has to be escaped in a URL, so what stands unescaped is not part of the
-    # path.
+    # A "?" or "#" in a file's name has to be escaped in a URL, so what follows one that is not belongs to no path.
     return urllib.request.url2pathname(parts.path)
 
 

@@ -18,13 +18,20 @@ from PIL import Image
 
 from qwen2vl.errors import MediaError
 from qwen2vl.media.decoding import kept_frames, read_timeline
-from qwen2vl.media.image import PatchBuffer, check_positive_int, load_image, smart_resize
+from qwen2vl.media.image import PatchBuffer, load_image, smart_resize
+from qwen2vl.media.options import (
+    ANYWHERE,
+    DEFAULTS,
+    RELEASED_SHAPE,
+    Access,
+    MediaOptions,
+    PatchShape,
+    check_number,
+    check_positive_int,
+)
 from qwen2vl.media.process import Decoder
 from qwen2vl.media.sources import describe_source, open_source
 
-MIN_FRAME_PIXELS = 128 * 784
-MAX_FRAME_PIXELS = 768 * 784
-MAX_VIDEO_TOKENS = 16384
 DECODE_TIMEOUT = 600.0  # seconds
 MAX_VIDEO_BYTES = 4 << 30  # for what has to be downloaded or copied; a file on disk may be larger
 Progress = Callable[[int, int], object]
@@ -60,25 +67,7 @@ class VideoPatches:
         return math.prod(self.grid_thw) // self.merge_size**2
 
 
-def _check_seconds(name: str, value: Any, *, zero: bool = False) -> float:
-    try:
-        number = math.nan if isinstance(value, (bool, str)) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
-        raise MediaError(f"{name} must be a finite number {'>= 0' if zero else '> 0'}, got {value!r}")
-    return number
-
-
-def frame_count(
-    total_frames: int,
-    native_fps: float,
-    *,
-    fps: float = 2.0,
-    num_frames: int | None = None,
-    min_frames: int = 4,
-    max_frames: int = 768,
-) -> int:
+def frame_count(total_frames: int, native_fps: float, options: MediaOptions = DEFAULTS) -> int:
     """How many frames of a video to keep; always even.
 
     With ``num_frames``: that number, rounded to even (ties as in ``round``). Otherwise ``fps`` frames for every
@@ -86,25 +75,27 @@ def frame_count(
     down to even). A video of one frame gives 2: the frame twice.
 
     Raises:
-        MediaError: an argument out of range, or ``num_frames`` outside [2, total_frames].
+        MediaError: an argument is out of range, or ``num_frames`` lies outside of [2, total_frames].
     """
     total_frames = check_positive_int("total_frames", total_frames)
-    if num_frames is not None:
-        count = round(check_positive_int("num_frames", num_frames) / 2) * 2
+    if options.num_frames is not None:
+        count = round(options.num_frames / 2) * 2
         if total_frames == 1:
             return 2
         if not 2 <= count <= total_frames:
-            raise MediaError(f"num_frames must round to an even number in [2, {total_frames}], got {num_frames}")
+            raise MediaError(
+                f"num_frames must round to an even number in [2, {total_frames}], got {options.num_frames}"
+            )
         return count
-    fps = _check_seconds("fps", fps)
-    fewest = -(-check_positive_int("min_frames", min_frames) // 2) * 2
-    most = check_positive_int("max_frames", max_frames) // 2 * 2
+    fewest, most = -(-options.min_frames // 2) * 2, options.max_frames // 2 * 2
     if fewest > most:
-        raise MediaError(f"min_frames {min_frames} and max_frames {max_frames} leave no even number of frames")
+        raise MediaError(
+            f"min_frames {options.min_frames} and max_frames {options.max_frames} leave no even number of frames"
+        )
     if total_frames == 1:
         return 2
     most = min(most, total_frames // 2 * 2)
-    wanted = total_frames / _check_seconds("native_fps", native_fps) * fps
+    wanted = total_frames / check_number("native_fps", native_fps) * options.fps
     return math.floor(min(max(wanted, fewest), most, total_frames) / 2) * 2
 
 
@@ -115,46 +106,33 @@ def frame_indices(total_frames: int, count: int) -> np.ndarray:
 
 
 def frame_size(
-    height: int,
-    width: int,
-    num_frames: int,
-    *,
-    min_pixels: int = MIN_FRAME_PIXELS,
-    max_pixels: int = MAX_FRAME_PIXELS,
-    max_tokens: int = MAX_VIDEO_TOKENS,
-    patch_size: int = 14,
-    merge_size: int = 2,
-    temporal_patch_size: int = 2,
+    height: int, width: int, num_frames: int, options: MediaOptions = DEFAULTS, shape: PatchShape = RELEASED_SHAPE
 ) -> tuple[int, int]:
     """The (height, width) in pixels at which the model sees every frame of a clip.
 
-    ``smart_resize`` within [min_pixels, max_pixels], where both shrink as far as needed for the whole clip to stay
-    within ``max_tokens``. That cap always holds; every side is at least patch_size * merge_size.
+    ``smart_resize`` within [video_min_pixels, video_max_pixels], where both shrink as far as needed for the whole clip
+    to stay within ``max_video_tokens``. That cap always holds; every side is at least ``shape.factor``.
 
     Raises:
-        MediaError: arguments that ``smart_resize`` refuses, or more time steps than ``max_tokens``.
+        MediaError: arguments that ``smart_resize`` refuses, or more time steps than ``max_video_tokens``.
     """
-    factor = check_positive_int("patch_size", patch_size) * check_positive_int("merge_size", merge_size)
-    steps = -(
-        -check_positive_int("num_frames", num_frames) // check_positive_int("temporal_patch_size", temporal_patch_size)
-    )
-    budget = check_positive_int("max_tokens", max_tokens) // steps  # tokens for one time step
+    low, high, factor = options.video_min_pixels, options.video_max_pixels, shape.factor
+    steps = -(-check_positive_int("num_frames", num_frames) // shape.temporal_patch_size)
+    budget = options.max_video_tokens // steps  # tokens for one time step
     if budget < 1:
         raise MediaError(
-            f"{num_frames} frames are {steps} time steps of at least one token each, more than max_tokens = "
-            f"{max_tokens}: keep fewer frames"
+            f"{num_frames} frames are {steps} time steps of at least one token each, more than max_video_tokens = "
+            f"{options.max_video_tokens}: keep fewer frames"
         )
-    smart_resize(height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)  # checks all arguments
-    cap = min(max_pixels, budget * factor**2)
-    size = smart_resize(height, width, factor=factor, min_pixels=min(min_pixels, cap), max_pixels=cap)
+    smart_resize(height, width, factor=factor, min_pixels=low, max_pixels=high)  # checks all arguments
+    cap = min(high, budget * factor**2)
+    size = smart_resize(height, width, factor=factor, min_pixels=min(low, cap), max_pixels=cap)
     rows, cols = size[0] // factor, size[1] // factor
-    if rows * cols > budget:  # rounding upwards to reach min_pixels went past the cap
+    if rows * cols > budget:  # rounding upwards to reach the lower limit went past the cap
         scale = math.sqrt(budget / (height * width))
         rows, cols = max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
-        rows, cols = (
-            min(rows, budget // cols or 1),
-            min(cols, budget // rows or 1),
-        )  # thin: one side held at 1
+        # A thin frame has one side held at 1, which leaves the other above the budget.
+        rows, cols = min(rows, budget // cols or 1), min(cols, budget // rows or 1)
     return rows * factor, cols * factor
 
 
@@ -165,17 +143,13 @@ class _ClipWriter:
         self,
         label: str,
         count: int,
-        sizes: dict[str, int],
+        options: MediaOptions,
+        shape: PatchShape,
         resized: tuple[int, int] | None,
         progress: Progress | None,
     ):
-        self.label, self.count, self.sizes, self.resized, self.progress = (
-            label,
-            count,
-            sizes,
-            resized,
-            progress,
-        )
+        self.label, self.count, self.options, self.shape = label, count, options, shape
+        self.resized, self.progress = resized, progress
         self.times: list[float] = []
         self.buffer: PatchBuffer | None = None
         self.source_size = (0, 0)
@@ -193,11 +167,10 @@ class _ClipWriter:
     def _allocate(self, frame: np.ndarray) -> PatchBuffer:
         self.source_size = (frame.shape[0], frame.shape[1])
         try:
-            height, width = frame_size(*(self.resized or self.source_size), self.count, **self.sizes)
+            height, width = frame_size(*(self.resized or self.source_size), self.count, self.options, self.shape)
         except MediaError as error:
             raise MediaError(f"{self.label}: {error}") from None
-        names = ("patch_size", "merge_size", "temporal_patch_size")
-        self.buffer = PatchBuffer(self.count, height, width, **{name: self.sizes[name] for name in names})
+        self.buffer = PatchBuffer(self.count, height, width, self.shape)
         return self.buffer
 
     def finish(self, duration: float, native_fps: float) -> VideoPatches:
@@ -210,100 +183,82 @@ class _ClipWriter:
             duration=duration,
             native_fps=native_fps,
             frame_times=tuple(self.times),
-            merge_size=self.sizes["merge_size"],
+            merge_size=self.shape.merge_size,
         )
 
 
 def preprocess_video(
     source: object,
+    options: MediaOptions = DEFAULTS,
     *,
-    fps: float = 2.0,
-    num_frames: int | None = None,
-    min_frames: int = 4,
-    max_frames: int = 768,
     start: float | None = None,
     end: float | None = None,
-    min_pixels: int = MIN_FRAME_PIXELS,
-    max_pixels: int = MAX_FRAME_PIXELS,
-    max_tokens: int = MAX_VIDEO_TOKENS,
     resized_height: int | None = None,
     resized_width: int | None = None,
-    patch_size: int = 14,
-    merge_size: int = 2,
-    temporal_patch_size: int = 2,
+    access: Access = ANYWHERE,
+    shape: PatchShape = RELEASED_SHAPE,
     progress: Progress | None = None,
     timeout: float | None = DECODE_TIMEOUT,
     isolate: bool = True,
-    allow_remote: bool = False,
-    allow_local_files: bool = True,
+    **given: Any,
 ) -> VideoPatches:
     """Sample a video, resize its frames and cut them into patches.
 
     Args:
-        source: path, ``file://`` URL, base64 ``data:`` URI, bytes or binary file object of a video (MP4, MOV,
-            Matroska, WebM, AVI, GIF, MPEG-TS and others that FFmpeg reads), http(s) URL when
-            ``allow_remote``; or the frames: a list or tuple of anything that ``load_image`` takes, or an
-            array (T, H, W, C). Given frames are all kept, unless ``num_frames`` asks for fewer, and are taken
-            to be ``fps`` a second.
-        fps, num_frames, min_frames, max_frames: see ``frame_count``; ``num_frames`` wins over ``fps``.
+        source: path, ``file://`` URL, http(s) URL, base64 ``data:`` URI, bytes or binary file object of a video (MP4,
+            MOV, Matroska, WebM, AVI, GIF, MPEG-TS and others that FFmpeg reads); or the frames: a list or tuple of
+            anything that ``load_image`` takes, or an array (T, H, W, C). Given frames are all kept, unless
+            ``num_frames`` asks for fewer, and are taken to be ``fps`` a second.
+        options: which frames are kept, see ``frame_count``, and at which size, see ``frame_size``.
         start, end: seconds from the first frame of a file; frames within, ends included, are sampled.
-        min_pixels, max_pixels, max_tokens: see ``frame_size``.
         resized_height, resized_width: ask for this frame size instead of the source's own (give both).
+        access: which files and URLs may be opened, those of frames included.
+        shape: of the patches.
         progress: called as ``progress(kept frames done, kept frames in all)``, first with 0.
         timeout: seconds that decoding a file may take, ``None`` for no limit. Without ``isolate`` it is not watched.
         isolate: decode files in a process of their own, which costs a third of a second to start and lets decoding
             and resizing overlap; a file that crashes or hangs the decoder is then refused like any damaged one.
-        allow_remote: whether http(s) URLs may be fetched.
-        allow_local_files: whether paths and ``file://`` URLs may be read, of frames too; see ``open_source``.
+        given: options by name, over ``options``.
 
     Frames of a file with even timestamps are chosen by number (``frame_indices``); where the rate varies, the
     frames on screen at evenly spaced times are. Should a file decode to fewer frames than it holds, its last
     frame stands for the missing ones, and ``frame_times`` says so.
 
     Raises:
-        MediaError: source unreadable, damaged, without video or too large; arguments out of range; PyAV
-            missing.
+        MediaError: the source is forbidden, unreadable, damaged, without video or too large; an argument is out of
+            range; PyAV is missing.
+        TypeError: ``given`` holds an unknown name.
     """
+    if given:
+        options = options.updated(given)
     if (resized_height is None) != (resized_width is None):
         raise MediaError(f"resized_height and resized_width go together, got {resized_height!r} and {resized_width!r}")
     resized = None if resized_height is None or resized_width is None else (resized_height, resized_width)
-    sizes = {
-        "min_pixels": min_pixels,
-        "max_pixels": max_pixels,
-        "max_tokens": max_tokens,
-        "patch_size": patch_size,
-    }
-    sizes |= {"merge_size": merge_size, "temporal_patch_size": temporal_patch_size}
-    counts: dict[str, Any] = {"num_frames": num_frames, "min_frames": min_frames, "max_frames": max_frames}
     # Wrong arguments are found before anything is opened or downloaded: the smallest clip has to pass.
-    fps = _check_seconds("fps", fps)
-    frame_count(1, 1.0, fps=fps, **counts)
-    frame_size(100, 100, 2, **sizes)
-    begin = 0.0 if start is None else _check_seconds("start", start, zero=True)
-    stop = math.inf if end is None else _check_seconds("end", end)
-    timeout = None if timeout is None else _check_seconds("timeout", timeout)
+    frame_count(1, 1.0, options)
+    frame_size(100, 100, 2, options, shape)
+    begin = 0.0 if start is None else check_number("start", start, zero=True)
+    stop = math.inf if end is None else check_number("end", end)
+    timeout = None if timeout is None else check_number("timeout", timeout)
     if stop <= begin:
         raise MediaError(f"end must be after start, got start {begin:g} s and end {stop:g} s")
 
     if isinstance(source, (list, tuple)) or (isinstance(source, np.ndarray) and source.ndim == 4):
         if start is not None or end is not None:
             raise MediaError("start and end apply to video files, not to a list of frames")
-        access = {"allow_remote": allow_remote, "allow_local_files": allow_local_files}
-        return _from_frames(source, fps, num_frames, sizes, resized, progress, access)
+        return _from_frames(source, options, shape, resized, progress, access)
     if isinstance(source, (np.ndarray, Image.Image)):
         raise MediaError(f"{describe_source(source)} is one image: give a video or a list of frames")
     label = describe_source(source)
     with (
-        open_source(
-            source, allow_remote=allow_remote, max_bytes=MAX_VIDEO_BYTES, allow_local_files=allow_local_files
-        ) as file,
+        open_source(source, max_bytes=MAX_VIDEO_BYTES, access=access) as file,
         Decoder(file, label, timeout) if isolate else nullcontext() as decoder,
     ):
         timeline = decoder.timeline() if decoder else read_timeline(file, label)
         timeline = timeline.between(begin, stop, label)
-        count = frame_count(len(timeline.ticks), timeline.rate or 1.0, fps=fps, **counts)
+        count = frame_count(len(timeline.ticks), timeline.rate or 1.0, options)
         wanted = timeline.choose(frame_indices(len(timeline.ticks), count))
-        writer = _ClipWriter(label, count, sizes, resized, progress)
+        writer = _ClipWriter(label, count, options, shape, resized, progress)
         frames = decoder.kept_frames(wanted) if decoder else kept_frames(file, label, timeline, wanted)
         for slots, frame, seconds in frames:
             writer.put(slots, frame, seconds)
@@ -312,23 +267,22 @@ def preprocess_video(
 
 def _from_frames(
     frames: Sequence[object] | np.ndarray,
-    fps: float,
-    num_frames: int | None,
-    sizes: dict[str, int],
+    options: MediaOptions,
+    shape: PatchShape,
     resized: tuple[int, int] | None,
     progress: Progress | None,
-    access: dict[str, bool],
+    access: Access,
 ) -> VideoPatches:
-    total = len(frames)
+    total, fps = len(frames), options.fps
     if total == 0:
         raise MediaError("a video given as a list of frames must not be empty")
     kept = range(total)
-    if num_frames is not None:
-        kept = frame_indices(total, frame_count(total, fps, num_frames=num_frames)).tolist()
-    writer = _ClipWriter("list of frames", len(kept), sizes, resized, progress)
+    if options.num_frames is not None:
+        kept = frame_indices(total, frame_count(total, fps, options)).tolist()
+    writer = _ClipWriter("list of frames", len(kept), options, shape, resized, progress)
     for slot, index in enumerate(kept):
         try:
-            frame = load_image(frames[index], **access)
+            frame = load_image(frames[index], access=access)
         except MediaError as error:
             raise MediaError(f"frame {index} of the list: {error}") from error
         writer.put([slot], frame, index / fps)

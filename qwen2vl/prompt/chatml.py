@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-import torch
-
 from ..errors import PromptError
 from .messages import LOW_DETAIL_PIXELS, Media, Part, Text, read_content, read_messages
 from .tokenizer import END_OF_TEXT, GROUNDING_TOKENS, IM_END, IM_START, VISION_END, VISION_START
@@ -28,7 +26,6 @@ __all__ = [
     "Segment",
     "Span",
     "Text",
-    "check_placeholders",
     "render",
     "render_document",
     "render_spans",
@@ -206,53 +203,6 @@ def _part_pieces(part: Part, written: bool, taught: bool) -> Iterator[_Piece]:
         taught = taught and part.loss
     for segment in segments:
         yield _Piece(segment, taught, inserted)
-
-
-def check_placeholders(
-    input_ids: torch.Tensor,
-    image_grid_thw: torch.Tensor | None = None,
-    video_grid_thw: torch.Tensor | None = None,
-    *,
-    image_token_id: int,
-    video_token_id: int,
-    merge_size: int = 2,
-) -> None:
-    """Check that every grid has its run of t * h * w / merge_size**2 placeholders, in order over the whole
-    batch.
-
-    Truncating ids inside an image or video, or dropping one of a batch, is what this finds.
-
-    Args:
-        input_ids: (B, L) int64.
-        image_grid_thw, video_grid_thw: (n, 3) int64 in patches, or None for none.
-
-    Raises:
-        PromptError: naming the first image or video that does not fit.
-    """
-    for kind, token_id, grids in (
-        ("image", image_token_id, image_grid_thw),
-        ("video", video_token_id, video_grid_thw),
-    ):
-        wanted = [] if grids is None else [tuple(grid) for grid in grids.tolist()]
-        found = _run_lengths(input_ids == token_id)
-        if len(found) != len(wanted):
-            raise PromptError(
-                f"{kind}_grid_thw: wants {len(found)}, one for each run of placeholders, got {len(wanted)}"
-            )
-        for n, ((t, h, w), length) in enumerate(zip(wanted, found, strict=True)):
-            if h % merge_size or w % merge_size or t * h * w // merge_size**2 != length:
-                raise PromptError(
-                    f"{kind}_grid_thw[{n}]: ({t}, {h}, {w}) merged {merge_size} x {merge_size} does not give "
-                    f"the {length} placeholders that input_ids has for it"
-                )
-
-
-def _run_lengths(mask: torch.Tensor) -> list[int]:
-    """Lengths of the runs of True in (B, L), row by row."""
-    edges = torch.nn.functional.pad(mask.to(torch.int8), (1, 1)).diff(dim=1)  # (B, L + 1)
-    starts = (edges == 1).nonzero()[:, 1]
-    ends = (edges == -1).nonzero()[:, 1]
-    return (ends - starts).tolist()
 
 
 def _join_text(segments: Sequence[Segment]) -> Iterator[Segment]:

@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import Qwen2VLConfig
+from ..config import IMAGE_MEAN, IMAGE_STD, Qwen2VLConfig
 from ..errors import CheckpointError
 from ..files import read_json, write_json, write_text
-from ..media.image import IMAGE_MEAN, IMAGE_STD
 from .chatml import CHAT_TEMPLATE
 from .tokenizer import END_OF_TEXT, IM_END, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, Tokenizer
 

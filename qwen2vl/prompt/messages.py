@@ -1,12 +1,12 @@
 """What a chat message may hold: roles, text, images and videos with their options, read and checked."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
+from functools import partial
 from typing import Any, Literal
 
 from ..errors import PromptError
+from ..media.options import finite_number, positive_int
 from .tokenizer import IMAGE_PAD, VIDEO_PAD
 
 ROLES = ("system", "user", "assistant")
@@ -27,7 +27,8 @@ class Media:
 
     Attributes:
         source: what the item holds, as given (path, bytes, image, list of frames, ...).
-        options: the item's own preprocessing options, under the names of `IMAGE_OPTIONS` or `VIDEO_OPTIONS`.
+        options: the item's own preprocessing options, under the names that `IMAGE_OPTIONS` or `VIDEO_OPTIONS` give
+            them: those of `MediaOptions`, and those that only an item has.
         where: the item's place in the messages, e.g. "messages[0].content[1]".
         detail: "low" holds the image, or each frame, to `LOW_DETAIL_PIXELS` after resizing; "auto" and "high" change
             nothing.
@@ -106,25 +107,6 @@ def _read_loss(given: Mapping[str, Any], where: str) -> bool:
     return loss is not False
 
 
-def _positive_int(value: object) -> int | None:
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        return None
-    number = int(value)
-    return number if number > 0 else None
-
-
-def _positive(value: object) -> float | None:
-    number = _not_negative(value)
-    return number if number else None
-
-
-def _not_negative(value: object) -> float | None:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        return None
-    number = float(value)
-    return number if math.isfinite(number) and number >= 0 else None
-
-
 @dataclass(frozen=True)
 class _Option:
     name: str  # what the preprocessing calls it
@@ -133,29 +115,29 @@ class _Option:
 
 
 def _int_option(name: str) -> _Option:
-    return _Option(name, _positive_int, "a positive int")
+    return _Option(name, positive_int, "a positive int")
 
 
-# Key of an item -> the option. The keys are those of qwen-vl-utils.
+# The key in an item and the option that it stands for. The keys are those of qwen-vl-utils.
 IMAGE_OPTIONS: dict[str, _Option] = {
     key: _int_option(key) for key in ("min_pixels", "max_pixels", "resized_height", "resized_width")
 }
 VIDEO_OPTIONS: dict[str, _Option] = {
-    "fps": _Option("fps", _positive, "a positive number"),
+    "fps": _Option("fps", finite_number, "a positive number"),
     "nframes": _int_option("num_frames"),
     "num_frames": _int_option("num_frames"),
     "min_frames": _int_option("min_frames"),
     "max_frames": _int_option("max_frames"),
-    "video_start": _Option("start", _not_negative, "seconds, a number not below 0"),
-    "video_end": _Option("end", _positive, "seconds, a positive number"),
-    "min_pixels": _int_option("min_pixels"),
-    "max_pixels": _int_option("max_pixels"),
+    "video_start": _Option("start", partial(finite_number, zero=True), "seconds, a number not below 0"),
+    "video_end": _Option("end", finite_number, "seconds, a positive number"),
+    "min_pixels": _int_option("video_min_pixels"),
+    "max_pixels": _int_option("video_max_pixels"),
     "total_pixels": _int_option("total_pixels"),
     "resized_height": _int_option("resized_height"),
     "resized_width": _int_option("resized_width"),
 }
 
-# Payload key (and "type") -> kind.
+# The key of an item's source, which is also its "type", and the kind of item that it makes.
 _KINDS: dict[str, Literal["text", "image", "video"]] = {
     "text": "text",
     "image": "image",
@@ -163,7 +145,7 @@ _KINDS: dict[str, Literal["text", "image", "video"]] = {
     "video": "video",
     "video_url": "video",
 }
-# "type" -> keys under which an item may hold its source; the later ones do not say by themselves what it is.
+# For each "type" the keys under which an item may hold its source; the later ones do not say by themselves what it is.
 _SOURCE_KEYS = {kind: (kind,) for kind in _KINDS} | {kind: (kind, "url", "path") for kind in ("image", "video")}
 
 
@@ -184,7 +166,7 @@ def _read_item(item: object, where: str) -> Part:
 
     kind = _KINDS[payload]
     options = IMAGE_OPTIONS if kind == "image" else VIDEO_OPTIONS if kind == "video" else {}
-    # Tables fill absent columns with None: harmless in any key that some kind of item has.
+    # Tables fill absent columns with None, which is harmless under any key that some kind of item has.
     others = {*_KINDS, "url", "path", "loss", *IMAGE_OPTIONS, *VIDEO_OPTIONS}
     checked = [key for key in item if key in given or key not in others]
     article = "an" if kind == "image" else "a"

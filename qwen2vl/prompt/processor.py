@@ -3,101 +3,137 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from ..config import Qwen2VLConfig
 from ..errors import CheckpointError, MediaError, PromptError
-from ..hub import resolve
-from ..media.image import MAX_PIXELS, MIN_PIXELS, ImagePatches, check_positive_int, preprocess_image
-from ..media.video import MAX_FRAME_PIXELS, MAX_VIDEO_TOKENS, MIN_FRAME_PIXELS, VideoPatches, preprocess_video
-from .chatml import (
-    LOW_DETAIL_PIXELS,
-    Control,
-    Media,
-    Span,
-    Text,
-    check_placeholders,
-    render,
-    render_document,
-    render_spans,
-)
+from ..hub import Checkpoint
+from ..media.image import ImagePatches, preprocess_image
+from ..media.options import DEFAULTS, OPTION_NAMES, Access, MediaOptions, PatchShape
+from ..media.video import Progress, VideoPatches, preprocess_video
+from .chatml import LOW_DETAIL_PIXELS, Control, Media, Span, Text, render, render_document, render_spans
 from .files import check_token_ids, pixel_limits_of, read_image_settings, write_image_settings, write_tokenizer_files
-from .inputs import IGNORED, Inputs, MediaInfo, describe_media, pad_rows
-from .tokenizer import IMAGE_PAD, VIDEO_PAD, Tokenizer
+from .tokenizer import Tokenizer
 
-__all__ = ["IGNORED", "Inputs", "MediaInfo", "Messages", "Processor"]
-
+IGNORED = -100  # the label of what is not taught, cross_entropy's default
 Messages = Sequence[Mapping[str, Any]]
+Roots = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | None
 
-# (min, max) pixels of one image and of one video frame where nobody says otherwise.
-_IMAGE_PIXELS = (MIN_PIXELS, MAX_PIXELS)
-_FRAME_PIXELS = (MIN_FRAME_PIXELS, MAX_FRAME_PIXELS)
+
+@dataclass(frozen=True)
+class MediaInfo:
+    """What became of one image or video; sizes are (height, width) in pixels, times in seconds."""
+
+    kind: Literal["image", "video"]
+    where: str
+    source_size: tuple[int, int]
+    resized_size: tuple[int, int]
+    grid_thw: tuple[int, int, int]
+    num_tokens: int
+    duration: float | None = None
+    native_fps: float | None = None
+    frame_times: tuple[float, ...] = ()
+
+
+class Inputs(dict[str, torch.Tensor]):
+    """The keyword arguments of one call of the model.
+
+    Keys: `input_ids` and `attention_mask` (B, L) int64; where there are images `pixel_values` (patches, 588) uint8, one
+    of their two equal frames, and `image_grid_thw` (images, 3) int64; where there are videos `pixel_values_videos`
+    (patches, 1176) uint8 and `video_grid_thw` likewise. Images are concatenated in order of appearance over the whole
+    batch; videos are too, apart from them. `Processor.supervised` adds `labels` (B, L) int64.
+
+    Attributes:
+        media: one `MediaInfo` per image or video, in order of appearance.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], media: Iterable[MediaInfo] = ()):
+        super().__init__(tensors)
+        self.media = list(media)
+
+    def to(self, device: torch.device | str) -> "Inputs":
+        """A copy whose tensors are on `device`."""
+        return Inputs({name: tensor.to(device) for name, tensor in self.items()}, self.media)
 
 
 class Processor:
     """Tokenizer and media preprocessing of one checkpoint.
 
     Args:
-        min_pixels, max_pixels: limits of an image's area after resizing; its sides become multiples of
-            patch_size x merge_size within them.
         patch_size, merge_size, temporal_patch_size: as the checkpoint's vision tower has them.
         allow_remote: fetch http and https URLs. Off by default: messages may come from people who should not
             make this machine send requests.
         allow_local_files: open paths and `file://` URLs. Set it False when messages come from people who should not
             read this machine's files; then only bytes, arrays, PIL images, file objects that the program opened
             itself, data URIs and, with `allow_remote`, http(s) URLs are taken.
+        roots: a folder or several, below which local files must lie after symbolic links are followed; None means
+            anywhere.
+        options: defaults of what `qwen2vl.media.options.MediaOptions` holds, by name, such as `max_pixels`.
+
+    Attributes:
+        options (MediaOptions), access (Access), shape (PatchShape): what the arguments say.
+
+    Raises:
+        MediaError: an option is out of range, or a root is no folder. TypeError: an option is unknown.
     """
 
     def __init__(
         self,
         tokenizer: Tokenizer,
         *,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-        patch_size: int = 14,
-        merge_size: int = 2,
-        temporal_patch_size: int = 2,
+        patch_size: int = PatchShape.patch_size,
+        merge_size: int = PatchShape.merge_size,
+        temporal_patch_size: int = PatchShape.temporal_patch_size,
         allow_remote: bool = False,
         allow_local_files: bool = True,
+        roots: Roots = None,
+        **options: Any,
     ):
         self.tokenizer = tokenizer
-        self.min_pixels, self.max_pixels = _pixel_limits(_IMAGE_PIXELS, (min_pixels, max_pixels))
-        self.patch_size = patch_size
-        self.merge_size = merge_size
-        self.temporal_patch_size = temporal_patch_size
-        self.allow_remote = allow_remote
-        self.allow_local_files = allow_local_files
+        self.options = DEFAULTS.updated(options)
+        self.shape = PatchShape(patch_size, merge_size, temporal_patch_size)
+        self.access = Access(allow_local_files, allow_remote, roots)  # type: ignore[arg-type]
+
+    @property
+    def min_pixels(self) -> int:
+        """Least area of an image after resizing, in pixels."""
+        return self.options.min_pixels
+
+    @property
+    def max_pixels(self) -> int:
+        """Largest area of an image after resizing, in pixels."""
+        return self.options.max_pixels
 
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str | os.PathLike[str],
+        name_or_path: str | os.PathLike[str] | Checkpoint,
         *,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
         allow_remote: bool = False,
         allow_local_files: bool = True,
+        roots: Roots = None,
+        **options: Any,
     ) -> "Processor":
         """Read tokenizer.json, config.json and, where present, preprocessor_config.json of a checkpoint.
 
         Args:
-            name_or_path: a folder, or a hub id such as "Qwen/Qwen2-VL-2B-Instruct".
-            min_pixels, max_pixels: override the checkpoint's limits for images.
-            allow_remote, allow_local_files: what media may be named by messages, see the class. The checkpoint itself
-                is read either way.
+            name_or_path: a folder, a hub id such as "Qwen/Qwen2-VL-2B-Instruct", or a checkpoint that was found before.
+            allow_remote, allow_local_files, roots: what media may be named by messages, see the class. The checkpoint
+                itself is read in any case.
+            options: over the checkpoint's limits for images and the defaults, see the class.
 
         Raises:
             CheckpointError: a file is missing or unreadable, or the files contradict one another.
+            MediaError, TypeError: see the class.
         """
-        folder = resolve(os.fspath(name_or_path), with_weights=False)
-        config = Qwen2VLConfig.from_pretrained(folder)
+        checkpoint = Checkpoint.find(name_or_path, with_weights=False)
+        folder, vision = checkpoint.folder, checkpoint.config.vision
         tokenizer = Tokenizer.from_pretrained(folder)
-        check_token_ids(config, tokenizer, folder)
+        check_token_ids(checkpoint.config, tokenizer, folder)
         settings = read_image_settings(folder)
-        vision = config.vision
         sizes = {
             "patch_size": vision.patch_size,
             "merge_size": vision.spatial_merge_size,
@@ -106,15 +142,10 @@ class Processor:
         for name, value in sizes.items():
             if settings.get(name, value) != value:
                 raise CheckpointError(f"{folder}: {name} is {settings[name]!r} for images, but {value} in config.json")
-        limits = _pixel_limits(_IMAGE_PIXELS, pixel_limits_of(settings, folder), (min_pixels, max_pixels))
-        return cls(
-            tokenizer,
-            min_pixels=limits[0],
-            max_pixels=limits[1],
-            allow_remote=allow_remote,
-            allow_local_files=allow_local_files,
-            **sizes,
-        )
+        low, high = pixel_limits_of(settings, folder)
+        stated = DEFAULTS.updated({"min_pixels": low, "max_pixels": high}).updated(options)
+        access = {"allow_remote": allow_remote, "allow_local_files": allow_local_files, "roots": roots}
+        return cls(tokenizer, **sizes, **access, **vars(stated))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write tokenizer.json, tokenizer_config.json, chat_template.json and preprocessor_config.json, with this
@@ -132,14 +163,7 @@ class Processor:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_tokenizer_files(folder, self.tokenizer)
-        write_image_settings(
-            folder,
-            min_pixels=self.min_pixels,
-            max_pixels=self.max_pixels,
-            patch_size=self.patch_size,
-            merge_size=self.merge_size,
-            temporal_patch_size=self.temporal_patch_size,
-        )
+        write_image_settings(folder, min_pixels=self.min_pixels, max_pixels=self.max_pixels, **vars(self.shape))
         return folder
 
     def __call__(
@@ -149,17 +173,9 @@ class Processor:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         add_vision_id: bool = False,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-        fps: float = 2.0,
-        num_frames: int | None = None,
-        min_frames: int = 4,
-        max_frames: int = 768,
-        video_min_pixels: int | None = None,
-        video_max_pixels: int | None = None,
-        max_video_tokens: int = MAX_VIDEO_TOKENS,
         padding_side: Literal["left", "right"] = "left",
         progress: Callable[[int, int], None] | None = None,
+        **options: Any,
     ) -> Inputs:
         """Inputs for one conversation, or for a list of conversations as one batch.
 
@@ -171,20 +187,19 @@ class Processor:
             add_generation_prompt: end with the opening of an assistant turn.
             continue_final_message: leave the last message, an assistant's, open for the model to go on with.
             add_vision_id: number pictures and videos in the text.
-            min_pixels, max_pixels: area of each image after resizing.
-            fps: video frames taken per second. Ignored where a number of frames is given.
-            num_frames: video frames taken.
-            min_frames, max_frames: limits of the number of frames that `fps` leads to.
-            video_min_pixels, video_max_pixels: area of each video frame after resizing.
-            max_video_tokens: cap on the tokens of one video; its frames shrink to fit.
             padding_side: where shorter rows are filled with <|endoftext|>, with attention_mask 0 there.
             progress: called with (frames done, frames in all) while a video is read.
+            options: how images and videos are preprocessed, under the names of `qwen2vl.media.options.MediaOptions`:
+                min_pixels and max_pixels of images, fps, num_frames, min_frames, max_frames, video_min_pixels,
+                video_max_pixels and max_video_tokens of videos.
 
         Raises:
             PromptError: messages are malformed.
             MediaError: an image or video cannot be used, and the message begins with its place; or an option
                 given here is out of range.
+            TypeError: an option is unknown; the message lists those that there are.
         """
+        chosen = self.options.updated(options) if options else self.options
         prompts = [
             render(
                 chat,
@@ -195,20 +210,8 @@ class Processor:
             )
             for chat, where in _conversations(messages)
         ]
-        return self._inputs(
-            [[Span(tuple(segments), False)] for segments in prompts],
-            min_pixels=min_pixels,
-            max_pixels=max_pixels,
-            fps=fps,
-            num_frames=num_frames,
-            min_frames=min_frames,
-            max_frames=max_frames,
-            video_min_pixels=video_min_pixels,
-            video_max_pixels=video_max_pixels,
-            max_video_tokens=max_video_tokens,
-            padding_side=padding_side,
-            progress=progress,
-        )
+        spans = [[Span(tuple(segments), False)] for segments in prompts]
+        return self._inputs(spans, chosen, padding_side, progress)
 
     def supervised(
         self,
@@ -216,6 +219,7 @@ class Processor:
         *,
         add_vision_id: bool = False,
         padding_side: Literal["left", "right"] = "right",
+        progress: Callable[[int, int], None] | None = None,
         **options: Any,
     ) -> Inputs:
         """Inputs to learn from: as calling the processor, without a generation prompt and with `labels` (B, L) int64.
@@ -223,63 +227,51 @@ class Processor:
         A label is the token's own id where it is taught, not shifted, and `IGNORED` elsewhere, placeholders and padding
         included. What is taught is said by `qwen2vl.prompt.chatml.render_spans`: an assistant's text and `<|im_end|>`.
 
-        Args:
-            messages, add_vision_id: see `__call__`.
-            options: the options of `__call__` for images and videos.
+        Args, raises: as `__call__`.
         """
+        chosen = self.options.updated(options) if options else self.options
         spans = [
             render_spans(chat, add_vision_id=add_vision_id, where=where) for chat, where in _conversations(messages)
         ]
-        return self._inputs(spans, padding_side=padding_side, labels=True, **options)
+        return self._inputs(spans, chosen, padding_side, progress, labels=True)
 
-    def supervised_document(self, content: str | Sequence[Mapping[str, Any]], **options: Any) -> Inputs:
+    def supervised_document(
+        self,
+        content: str | Sequence[Mapping[str, Any]],
+        *,
+        padding_side: Literal["left", "right"] = "right",
+        progress: Callable[[int, int], None] | None = None,
+        **options: Any,
+    ) -> Inputs:
         """Inputs to learn one document from, all of its text and the `<|endoftext|>` behind it, as `supervised`.
 
         Args:
             content: text, or a list of text, image and video items; see `qwen2vl.prompt.chatml.render_document`.
-            options: the options of `__call__` for images and videos.
+            padding_side, progress, options: as `__call__`.
         """
-        return self._inputs([render_document(content)], labels=True, **options)
+        chosen = self.options.updated(options) if options else self.options
+        return self._inputs([render_document(content)], chosen, padding_side, progress, labels=True)
 
     def _inputs(
         self,
         prompts: Sequence[Sequence[Span]],
-        *,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-        fps: float = 2.0,
-        num_frames: int | None = None,
-        min_frames: int = 4,
-        max_frames: int = 768,
-        video_min_pixels: int | None = None,
-        video_max_pixels: int | None = None,
-        max_video_tokens: int = MAX_VIDEO_TOKENS,
-        padding_side: str = "right",
-        progress: Callable[[int, int], None] | None = None,
+        options: MediaOptions,
+        padding_side: str,
+        progress: Progress | None,
         labels: bool = False,
     ) -> Inputs:
         if padding_side not in ("left", "right"):
             raise PromptError(f"padding_side: wants 'left' or 'right', got {padding_side!r}")
-        image_limits = _pixel_limits((self.min_pixels, self.max_pixels), (min_pixels, max_pixels))
-        frame_limits = _pixel_limits(_FRAME_PIXELS, (video_min_pixels, video_max_pixels), prefix="video_")
-        video_options = {
-            "fps": fps,
-            "num_frames": num_frames,
-            "min_frames": min_frames,
-            "max_frames": max_frames,
-            "max_tokens": max_video_tokens,
-            "progress": progress,
-        }
         media = [item for spans in prompts for span in spans for item in span.segments if isinstance(item, Media)]
-        loaded = list(zip(media, self._load(media, image_limits, frame_limits, video_options), strict=True))
+        loaded = list(zip(media, self._load(media, options, progress), strict=True))
         pads = iter([patches.num_tokens for _, patches in loaded])
         rows = [self._encode(spans, pads) for spans in prompts]
 
-        ids = pad_rows([row for row, _ in rows], self.tokenizer.pad_id, padding_side)
-        present = pad_rows([[1] * len(row) for row, _ in rows], 0, padding_side)
+        ids = _pad_rows([row for row, _ in rows], self.tokenizer.pad_id, padding_side)
+        present = _pad_rows([[1] * len(row) for row, _ in rows], 0, padding_side)
         tensors = {"input_ids": ids, "attention_mask": present}
         if labels:
-            tensors["labels"] = pad_rows([row for _, row in rows], IGNORED, padding_side)
+            tensors["labels"] = _pad_rows([row for _, row in rows], IGNORED, padding_side)
         for kind, pixels, grid in (
             ("image", "pixel_values", "image_grid_thw"),
             ("video", "pixel_values_videos", "video_grid_thw"),
@@ -289,15 +281,7 @@ class Processor:
                 packed = [torch.from_numpy(patches.patches) for patches in of_kind]
                 tensors[pixels] = torch.cat(packed) if len(packed) > 1 else packed[0]
                 tensors[grid] = torch.tensor([patches.grid_thw for patches in of_kind], dtype=torch.int64)
-        check_placeholders(
-            tensors["input_ids"],
-            tensors.get("image_grid_thw"),
-            tensors.get("video_grid_thw"),
-            image_token_id=self.tokenizer.id(IMAGE_PAD),
-            video_token_id=self.tokenizer.id(VIDEO_PAD),
-            merge_size=self.merge_size,
-        )
-        return Inputs(tensors, [describe_media(item, patches) for item, patches in loaded])
+        return Inputs(tensors, [_describe(item, patches) for item, patches in loaded])
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of one sequence; see `Tokenizer.decode`."""
@@ -308,11 +292,7 @@ class Processor:
         return self.tokenizer.batch_decode(sequences, skip_special_tokens=skip_special_tokens)
 
     def _load(
-        self,
-        media: Sequence[Media],
-        image_limits: tuple[int, int],
-        frame_limits: tuple[int, int],
-        video_options: Mapping[str, Any],
+        self, media: Sequence[Media], options: MediaOptions, progress: Progress | None
     ) -> list[ImagePatches | VideoPatches]:
         """All items in order. Several images are read side by side, the rest one after another.
 
@@ -321,12 +301,15 @@ class Processor:
         aside = [item.kind == "image" and isinstance(item.source, (str, bytes, os.PathLike)) for item in media]
         cores = torch.get_num_threads()
         workers = max(1, min(cores, sum(aside)))
+        threads = None if workers == 1 else cores // workers
 
         def load(item: Media) -> ImagePatches | VideoPatches:
             try:
+                own, others = self._item_options(item, options)
+                common = {"access": self.access, "shape": self.shape, **others}
                 if item.kind == "video":
-                    return self._load_video(item, frame_limits, video_options)
-                return self._load_image(item, image_limits, None if workers == 1 else cores // workers)
+                    return preprocess_video(item.source, own, progress=progress, **common)
+                return preprocess_image(item.source, own, num_threads=threads, **common)
             except MediaError as error:
                 raise MediaError(f"{item.where}: {error}") from error
 
@@ -341,49 +324,22 @@ class Processor:
             finally:
                 pool.shutdown(cancel_futures=True)  # after an error nobody waits for the rest
 
-    def _load_image(self, item: Media, limits: tuple[int, int], threads: int | None) -> ImagePatches:
-        options = dict(item.options)
-        low, high = _item_limits(item, limits, options)
-        return preprocess_image(
-            item.source,
-            min_pixels=low,
-            max_pixels=high,
-            num_threads=threads,
-            patch_size=self.patch_size,
-            merge_size=self.merge_size,
-            **options,
-            **self._access(),
-        )
-
-    def _load_video(self, item: Media, limits: tuple[int, int], call_options: Mapping[str, Any]) -> VideoPatches:
-        own = dict(item.options)
-        low, high = _item_limits(item, limits, own)
-        options = dict(call_options)
-        if "fps" in own:
-            options["num_frames"] = None  # the item's rate wins over the call's number of frames
-        if "total_pixels" in own:
-            # As in qwen-vl-utils: the pixels of one frame of every time step, so that this many make a token.
-            pixels, per_token = own.pop("total_pixels"), (self.patch_size * self.merge_size) ** 2
+    def _item_options(self, item: Media, options: MediaOptions) -> tuple[MediaOptions, dict[str, Any]]:
+        """The options of one item under those of its call, and what only an item can say."""
+        own = {name: value for name, value in item.options.items() if name in OPTION_NAMES}
+        others = {name: value for name, value in item.options.items() if name not in OPTION_NAMES}
+        if "total_pixels" in others:
+            # As in qwen-vl-utils, pixels are counted of one frame in every time step, so that this many make a token.
+            pixels, per_token = others.pop("total_pixels"), self.shape.factor**2
             if pixels < per_token:
                 raise PromptError(f"{item.where}.total_pixels: wants at least {per_token}, got {pixels}")
-            options["max_tokens"] = pixels // per_token
-        options.update(own)
-        return preprocess_video(
-            item.source,
-            min_pixels=low,
-            max_pixels=high,
-            patch_size=self.patch_size,
-            merge_size=self.merge_size,
-            temporal_patch_size=self.temporal_patch_size,
-            **options,
-            **self._access(),
-        )
-
-    def _access(self) -> dict[str, Any]:
-        return {"allow_remote": self.allow_remote, "allow_local_files": self.allow_local_files}
+            own["max_video_tokens"] = pixels // per_token
+        if own:
+            options = options.updated(own)
+        return options.capped(LOW_DETAIL_PIXELS) if item.detail == "low" else options, others
 
     def _encode(self, spans: Sequence[Span], pads: Iterator[int]) -> tuple[list[int], list[int]]:
-        """Ids and labels of one prompt."""
+        """Ids and labels of one prompt; each image or video takes the next number of ``pads`` as its placeholders."""
         ids: list[int] = []
         labels: list[int] = []
         for span in spans:
@@ -405,22 +361,20 @@ def _conversations(messages: Any) -> list[tuple[Any, str]]:
     return [(messages, "messages")]
 
 
-def _pixel_limits(limits: tuple[int, int], *scopes: tuple[int | None, int | None], prefix: str = "") -> tuple[int, int]:
-    """(min, max) pixels after each narrower scope; a limit given alone moves the inherited other one."""
-    low, high = limits
-    for given_low, given_high in scopes:
-        if given_low is not None:
-            low = check_positive_int(f"{prefix}min_pixels", given_low)
-            high = max(high, low)
-        if given_high is not None:
-            high = check_positive_int(f"{prefix}max_pixels", given_high)
-            low = low if given_low is not None else min(low, high)
-    return low, high
+def _pad_rows(rows: Sequence[Sequence[int]], value: int, side: str) -> torch.Tensor:
+    """(B, L) int64, shorter rows filled with `value` on that side."""
+    length = max(map(len, rows))
+    padded = torch.full((len(rows), length), value, dtype=torch.int64)
+    for n, row in enumerate(rows):
+        place = slice(length - len(row), length) if side == "left" else slice(0, len(row))
+        padded[n, place] = torch.tensor(row, dtype=torch.int64)
+    return padded
 
 
-def _item_limits(item: Media, limits: tuple[int, int], options: dict[str, Any]) -> tuple[int, int]:
-    """(min, max) pixels of one item, whose own limits are taken out of `options`."""
-    low, high = _pixel_limits(limits, (options.pop("min_pixels", None), options.pop("max_pixels", None)))
-    if item.detail == "low":
-        low, high = min(low, LOW_DETAIL_PIXELS), min(high, LOW_DETAIL_PIXELS)
-    return low, high
+def _describe(item: Media, patches: ImagePatches | VideoPatches) -> MediaInfo:
+    """What is told about an item that has been read."""
+    sizes = (patches.source_size, patches.resized_size, patches.grid_thw, patches.num_tokens)
+    if isinstance(patches, ImagePatches):
+        return MediaInfo(item.kind, item.where, *sizes)
+    times = tuple(float(time) for time in patches.frame_times)
+    return MediaInfo(item.kind, item.where, *sizes, patches.duration, patches.native_fps, times)

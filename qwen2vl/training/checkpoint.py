@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 
 from ..files import read_json, write_json
+from ..hub import Checkpoint
 from ..model import Qwen2VL
 from ..prompt.processor import Processor
 from .errors import TrainingConfigError
@@ -154,7 +155,7 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def export(model: Qwen2VL, folder: Path, parallel: Parallel, *, processor: Path | None = None) -> None:
+def export(model: Qwen2VL, folder: Path, parallel: Parallel, *, processor: Checkpoint | None = None) -> None:
     """Write ``model`` in the released layout, adapters merged, with the processor's files; all ranks call this.
 
     Rank 0 holds the whole model on the host meanwhile.
@@ -170,9 +171,9 @@ def export(model: Qwen2VL, folder: Path, parallel: Parallel, *, processor: Path 
         plain.load_state_dict(found, strict=True, assign=True)
         plain.generation_defaults = model.generation_defaults
         plain.save_pretrained(folder)
-        if processor is not None and (processor / "tokenizer.json").is_file():
+        if processor is not None and (processor.folder / "tokenizer.json").is_file():
             Processor.from_pretrained(processor).save_pretrained(folder)
             for name in _COPIED:
-                if (processor / name).is_file() and not (folder / name).exists():
-                    shutil.copyfile(processor / name, folder / name)
+                if (processor.folder / name).is_file() and not (folder / name).exists():
+                    shutil.copyfile(processor.folder / name, folder / name)
     parallel.barrier()

@@ -50,10 +50,13 @@ def freeze(model: Qwen2VL, stage: str) -> None:
 # ----------------------------------------------------------------------------------------------- what a run begins from
 
 
-def build_model(config: ModelConfig, *, seed: int = 0) -> Qwen2VL:
-    """The model on the CPU, its tensors maps of the files where the dtype allows; the same on every rank."""
+def build_model(config: ModelConfig, *, seed: int = 0, checkpoint: hub.Checkpoint | None = None) -> Qwen2VL:
+    """The model on the CPU, its tensors maps of the files where the dtype allows; the same on every rank.
+
+    ``checkpoint``: what ``config.checkpoint`` names, where it has been found.
+    """
     if config.checkpoint is not None:
-        return Qwen2VL.from_pretrained(config.checkpoint, device="cpu", dtype=config.dtype).train()
+        return Qwen2VL.from_pretrained(checkpoint or config.checkpoint, device="cpu", dtype=config.dtype).train()
     assert config.config is not None
     folder = Path(config.config)
     shape = Qwen2VLConfig.from_pretrained(folder) if folder.is_dir() else Qwen2VLConfig.preset(config.config)
@@ -115,8 +118,9 @@ _CLIP_BLOCK = (
     ("mlp.fc2", "mlp.fc2"),
 )
 _CLIP_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-#: Of CLIP's, what the tower has no place for: positions are rotary here, there is no class token, and its norms before
-#: and after the blocks, and its projection, have no counterpart before the merger, which is drawn at random.
+#: The tensors of CLIP that the tower has no place for: positions are rotary here, there is no class token, and its
+#: norms before and after the blocks, and its projection, have no counterpart before the merger, which is drawn at
+#: random.
 CLIP_DROPPED = (
     "embeddings.position_embedding.weight",
     "embeddings.position_ids",

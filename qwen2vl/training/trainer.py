@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .. import hub
 from ..errors import DataError
+from ..hub import Checkpoint
 from . import checkpoint
 from .config import TrainingConfig
 from .errors import NonFiniteLossError, TrainingConfigError
@@ -36,20 +36,23 @@ OnStep = Callable[[Record], None]
 MakeDataset = Callable[[int, int], Dataset]
 
 
-def read_dataset(config: TrainingConfig, rank: int, world: int) -> TrainingData:
-    """The dataset that ``config.data`` describes, read with the processor of ``config.model``."""
+def read_dataset(config: TrainingConfig, rank: int, world: int, source: Checkpoint | None = None) -> TrainingData:
+    """The dataset that ``config.data`` describes, read with the processor of ``config.model``.
+
+    ``source``: the checkpoint of that processor, where it has been found.
+    """
     from ..prompt.processor import Processor
     from .data import build_dataset
 
     if not config.data:
         raise TrainingConfigError("data: no entry; a run needs at least one [[data]] table")
-    folder = processor_folder(config)
-    if folder is None:
+    source = source or processor_checkpoint(config)
+    if source is None:
         raise TrainingConfigError("model.processor: is missing; with model.config a run needs a Qwen2-VL processor")
     run = config.run
     return build_dataset(
         config.data,
-        Processor.from_pretrained(folder, allow_remote=run.allow_remote),
+        Processor.from_pretrained(source, allow_remote=run.allow_remote),
         seed=run.seed,
         rank=rank,
         world=world,
@@ -60,9 +63,10 @@ def read_dataset(config: TrainingConfig, rank: int, world: int) -> TrainingData:
     )
 
 
-def processor_folder(config: TrainingConfig) -> Path | None:
-    name = config.model.processor or config.model.checkpoint
-    return None if name is None else hub.resolve(name, with_weights=False)
+def processor_checkpoint(config: TrainingConfig, model: Checkpoint | None = None) -> Checkpoint | None:
+    """The checkpoint whose processor is used: ``model``, which the weights come from, where none is named for it."""
+    name = config.model.processor or (None if model is not None else config.model.checkpoint)
+    return model if name is None else Checkpoint.find(name, with_weights=False)
 
 
 class Trainer:
@@ -99,7 +103,9 @@ class Trainer:
             )
 
         torch.manual_seed(run.seed)
-        model = build_model(config.model, seed=run.seed)
+        begin = None if config.model.checkpoint is None else Checkpoint.find(config.model.checkpoint)
+        model = build_model(config.model, seed=run.seed, checkpoint=begin)
+        self.source = processor_checkpoint(config, begin)
         freeze(model, stage)
         if config.lora is not None:
             add_lora(model, config.lora, stage)
@@ -112,7 +118,7 @@ class Trainer:
             model.named_parameters(), config.optimizer, master_weights=config.model.master_weights
         )
         self.trained = {part_of(e.name) for e in self.optimizer.entries}
-        make = make_dataset or (lambda rank, world: read_dataset(config, rank, world))
+        make = make_dataset or (lambda rank, world: read_dataset(config, rank, world, self.source))
         dataset = make(self.parallel.data_rank, self.parallel.data_size)
         self.packer = Packer(dataset, model.config, max_tokens=run.max_tokens, lookahead=run.lookahead)
         # Ranks that split a decoder layer must drop the same values; the others need not.
@@ -140,7 +146,7 @@ class Trainer:
         finally:
             if logs is not None:
                 logs.close()
-        checkpoint.export(self.model, self.output / "model", self.parallel, processor=processor_folder(self.config))
+        checkpoint.export(self.model, self.output / "model", self.parallel, processor=self.source)
 
     def train_step(self) -> Record:
         """One update from ``accumulation`` packs of every rank: the mean over all their supervised tokens."""

@@ -11,7 +11,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from qwen2vl.media.image import IMAGE_MEAN, IMAGE_STD
+from qwen2vl.config import IMAGE_MEAN, IMAGE_STD
 from qwen2vl.media.inspection import patches_to_frames
 from qwen2vl.media.video import VideoPatches
 

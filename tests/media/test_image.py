@@ -12,6 +12,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from qwen2vl.errors import MediaError
 from qwen2vl.media.image import PatchBuffer, load_image, preprocess_image, smart_resize
+from qwen2vl.media.options import PatchShape
 from tests.media.media_fixtures import (
     encode_image,
     noise,
@@ -133,7 +134,7 @@ def test_patches_equal_transformers(size, mode):
 
 
 def filled(frames, height, width, **sizes):
-    buffer = PatchBuffer(len(frames), height, width, **sizes)
+    buffer = PatchBuffer(len(frames), height, width, PatchShape(**sizes))
     for index, frame in enumerate(frames):
         buffer.put(index, frame)
     return buffer.patches, buffer.grid_thw

@@ -20,6 +20,7 @@ from PIL import Image
 
 from qwen2vl.errors import MediaError
 from qwen2vl.media.image import load_image, preprocess_image
+from qwen2vl.media.options import Access
 from qwen2vl.media.video import preprocess_video
 from tests.media.media_fixtures import (
     encode_image,
@@ -116,11 +117,59 @@ def test_local_files_can_be_forbidden(tmp_path):
     for source in named:
         for read in (load_image, preprocess_image, preprocess_video, lambda s, **k: preprocess_video([pixels, s], **k)):
             with pytest.raises(MediaError, match="names a file of this machine, and allow_local_files is False"):
-                read(source, allow_local_files=False)
+                read(source, access=Access(local_files=False))
     for source in (data, io.BytesIO(data), pixels, Image.open(io.BytesIO(data)), data_uri(data)):
-        np.testing.assert_array_equal(load_image(source, allow_local_files=False), pixels)
-    frames = preprocess_video([pixels, data, data_uri(data)], allow_local_files=False)
+        np.testing.assert_array_equal(load_image(source, access=Access(local_files=False)), pixels)
+    frames = preprocess_video([pixels, data, data_uri(data)], access=Access(local_files=False))
     assert frames.grid_thw[0] == 2
+
+
+def test_roots_hold_local_files(tmp_path):
+    """Resolved paths count, links of files, of folders and of the roots included; what is outside is not looked for."""
+    data = encode_image(noise(56, 56))
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    (tmp_path / "inside").mkdir()
+    for name in ("in/a.png", "in/deep/b.png", "outside.png", "inside/c.png"):
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "in" / "leads_out.png").symlink_to(tmp_path / "outside.png")
+    (tmp_path / "in" / "door").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "leads_in.png").symlink_to(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "circle").symlink_to(tmp_path / "in" / "circle")
+    (tmp_path / "alias").symlink_to(tmp_path / "in", target_is_directory=True)
+    wanted = load_image(data)
+    for roots in (tmp_path / "in", str(tmp_path / "alias"), [tmp_path / "in"], (tmp_path / "inside", tmp_path / "in")):
+        access = Access(roots=roots)
+        for name in ("in/a.png", "in/deep/b.png", "in/deep/../a.png", "leads_in.png", "alias/a.png"):
+            for source in (str(tmp_path / name), tmp_path / name, f"file://{tmp_path / name}"):
+                np.testing.assert_array_equal(load_image(source, access=access), wanted)
+    root = str(tmp_path / "in")
+    access = Access(roots=(tmp_path / "in",))
+    by_link = ("in/leads_out.png", "in/door/outside.png", "in/../outside.png")
+    for name in ("outside.png", *by_link, "inside/c.png", "none.png"):
+        for source in (str(tmp_path / name), tmp_path / name, f"file://{tmp_path / name}"):
+            for read in (load_image, preprocess_image, preprocess_video):
+                with pytest.raises(MediaError, match=r"lies outside of the roots that files .*: ") as caught:
+                    read(source, access=access)
+                assert name in str(caught.value) and root in str(caught.value)
+    with pytest.raises(MediaError, match=r"no such file: .*none\.png"):
+        load_image(tmp_path / "in" / "none.png", access=access)
+    with pytest.raises(MediaError, match=r"cannot be read|no such file"):
+        load_image(tmp_path / "in" / "circle", access=access)
+    with pytest.raises(MediaError, match=r"lies outside of the roots .*: none$"):
+        load_image(tmp_path / "in" / "a.png", access=Access(roots=()))
+    np.testing.assert_array_equal(load_image(data, access=access), wanted)  # the program's own
+    with pytest.raises(MediaError, match=r"frame 1 of the list: .* lies outside of the roots"):
+        preprocess_video([data, str(tmp_path / "outside.png")], access=access)
+    with pytest.raises(MediaError, match="allow_local_files is False"):
+        load_image(tmp_path / "in" / "a.png", access=Access(local_files=False, roots=root))
+
+
+@pytest.mark.parametrize("roots", [3, [3], "no/such/folder", ["a\0b"], [None]], ids=repr)
+def test_roots_are_folders(roots):
+    with pytest.raises(MediaError, match=r"^roots"):
+        Access(roots=roots)
+    with pytest.raises(MediaError, match=r"^roots: .* is no folder"):
+        Access(roots=__file__)
 
 
 def test_closed_file_object(tmp_path):
@@ -278,10 +327,10 @@ def test_remote_images(server):
     with pytest.raises(MediaError, match="allow_remote"):
         load_image(f"{address}/ok")
     assert not seen
-    fetched = load_image(f"{address}/ok", allow_remote=True, allow_local_files=False)
+    fetched = load_image(f"{address}/ok", access=Access(remote=True, local_files=False))
     np.testing.assert_array_equal(fetched, noise(30, 44))
     for path in ("/ok", "/redirect"):
-        np.testing.assert_array_equal(load_image(address + path, allow_remote=True), noise(30, 44))
+        np.testing.assert_array_equal(load_image(address + path, access=Access(remote=True)), noise(30, 44))
 
 
 @pytest.mark.parametrize(
@@ -298,7 +347,7 @@ def test_remote_images(server):
 )
 def test_remote_failures(server, path, match):
     with pytest.raises(MediaError, match=match):
-        load_image(server[0] + path, allow_remote=True)
+        load_image(server[0] + path, access=Access(remote=True))
 
 
 @pytest.mark.parametrize("path", ["/slow-headers", "/slow-body"])
@@ -306,7 +355,7 @@ def test_a_trickle_does_not_outlast_the_deadline(server, monkeypatch, path):
     monkeypatch.setattr("qwen2vl.media.sources.REMOTE_DEADLINE", 0.4)
     begin = time.monotonic()
     with pytest.raises(MediaError, match=r"took longer than 0\.4 s to arrive"):
-        load_image(server[0] + path, allow_remote=True)
+        load_image(server[0] + path, access=Access(remote=True))
     assert time.monotonic() - begin < 1.5
 
 
@@ -314,7 +363,7 @@ def test_a_silent_server_is_left_at_the_deadline(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr("qwen2vl.media.sources.REMOTE_DEADLINE", 0.4)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(MediaError, match="took longer than"):
-        load_image(f"http://127.0.0.1:{silent.getsockname()[1]}/", allow_remote=True)
+        load_image(f"http://127.0.0.1:{silent.getsockname()[1]}/", access=Access(remote=True))
 
 
 def test_file_size_limit(tmp_path):
@@ -328,16 +377,16 @@ def test_file_size_limit(tmp_path):
 def test_remote_size_limit_holds_without_a_declared_length(server, monkeypatch):
     monkeypatch.setattr("qwen2vl.media.image.MAX_IMAGE_BYTES", 100)
     with pytest.raises(MediaError, match="more than the limit of 100 bytes"):
-        load_image(server[0] + "/ok", allow_remote=True)
+        load_image(server[0] + "/ok", access=Access(remote=True))
 
 
 def test_unreachable_host():
     with pytest.raises(MediaError, match="could not be fetched"):
-        load_image("http://127.0.0.1:9/a.png", allow_remote=True)
+        load_image("http://127.0.0.1:9/a.png", access=Access(remote=True))
 
 
 def test_remote_video(server):
     with pytest.raises(MediaError, match="not a video in a supported container"):
-        preprocess_video(server[0] + "/ok", allow_remote=True)
-    video = preprocess_video(server[0] + "/video", allow_remote=True)
+        preprocess_video(server[0] + "/ok", access=Access(remote=True))
+    video = preprocess_video(server[0] + "/video", access=Access(remote=True))
     assert numbers(video) == [0, 3, 5, 8]

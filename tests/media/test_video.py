@@ -15,6 +15,7 @@ from PIL import Image
 import qwen2vl.media.decoding
 from qwen2vl.errors import MediaError
 from qwen2vl.media.inspection import patches_to_frames
+from qwen2vl.media.options import MediaOptions, PatchShape
 from qwen2vl.media.video import frame_count, frame_indices, frame_size, preprocess_video
 from tests.media.media_fixtures import (
     encode_image,
@@ -66,7 +67,7 @@ def clip():
     ],
 )
 def test_frame_count_by_hand(total, native, options, want):
-    assert frame_count(total, native, **options) == want
+    assert frame_count(total, native, MediaOptions(**options)) == want
 
 
 @settings(max_examples=300, deadline=None)
@@ -78,7 +79,7 @@ def test_frame_count_by_hand(total, native, options, want):
     most=st.integers(20, 800),
 )
 def test_frame_count_holds_its_bounds(total, native, fps, fewest, most):
-    count = frame_count(total, native, fps=fps, min_frames=fewest, max_frames=most)
+    count = frame_count(total, native, MediaOptions(fps=fps, min_frames=fewest, max_frames=most))
     indices = frame_indices(total, count)
     assert count % 2 == 0 and 2 <= count <= max(2, min(total, most))
     assert len(indices) == count and indices[0] == 0 and indices[-1] == total - 1
@@ -109,7 +110,9 @@ def test_frame_count_holds_its_bounds(total, native, fps, fewest, most):
 )
 def test_frame_count_names_the_wrong_argument(arguments, match):
     with pytest.raises(MediaError, match=match):
-        frame_count(**{"total_frames": 100, "native_fps": 30.0, **arguments})
+        numbers = {"total_frames": 100, "native_fps": 30.0}
+        options = MediaOptions(**{name: value for name, value in arguments.items() if name not in numbers})
+        frame_count(**{name: arguments.get(name, value) for name, value in numbers.items()}, options=options)
 
 
 def test_frame_indices_by_hand():
@@ -126,10 +129,12 @@ def test_frame_size_by_hand():
     assert frame_size(224, 224, 4) == (336, 336)  # up to 128 tokens a frame
     assert frame_size(1080, 1920, 4) == (560, 1008)  # down to 768 tokens a frame: 20.8 x 36.9
     assert frame_size(1080, 1920, 768) == (112, 224)  # 42 tokens for each of 384 steps: 4.9 x 8.6
-    assert frame_size(100, 100, 2, min_pixels=1, max_tokens=1) == (28, 28)
-    assert frame_size(28, 2800, 2, min_pixels=1, max_tokens=7) == (28, 196)
-    assert frame_size(57, 150, 2, min_pixels=318_281, max_pixels=318_281, max_tokens=406) == (336, 896)
-    assert frame_size(480, 640, 4, patch_size=16, merge_size=1, temporal_patch_size=1) == (480, 640)
+    assert frame_size(100, 100, 2, MediaOptions(video_min_pixels=1, max_video_tokens=1)) == (28, 28)
+    assert frame_size(28, 2800, 2, MediaOptions(video_min_pixels=1, max_video_tokens=7)) == (28, 196)
+    tight = MediaOptions(video_min_pixels=318_281, video_max_pixels=318_281, max_video_tokens=406)
+    assert frame_size(57, 150, 2, tight) == (336, 896)
+    shape = PatchShape(patch_size=16, merge_size=1, temporal_patch_size=1)
+    assert frame_size(480, 640, 4, shape=shape) == (480, 640)
 
 
 @settings(max_examples=300, deadline=None)
@@ -144,8 +149,8 @@ def test_frame_size_by_hand():
 def test_token_cap_always_holds(height, width, count, low, span, tokens):
     if max(height, width) / min(height, width) > 200:
         return
-    limits = {"min_pixels": low, "max_pixels": low + span, "max_tokens": tokens}
-    new_height, new_width = frame_size(height, width, count, **limits)
+    limits = MediaOptions(video_min_pixels=low, video_max_pixels=low + span, max_video_tokens=tokens)
+    new_height, new_width = frame_size(height, width, count, limits)
     assert new_height % 28 == new_width % 28 == 0 and new_height >= 28 and new_width >= 28
     steps = -(-count // 2)
     assert steps * new_height * new_width // 784 <= tokens
@@ -155,13 +160,16 @@ def test_token_cap_always_holds(height, width, count, low, span, tokens):
 
 
 def test_frame_size_errors():
-    with pytest.raises(MediaError, match=r"900 frames are 450 time steps .* max_tokens = 449"):
-        frame_size(100, 100, 900, max_tokens=449)
-    for name in ("min_pixels", "max_pixels", "max_tokens", "patch_size", "merge_size", "temporal_patch_size"):
-        with pytest.raises(MediaError, match=name):
-            frame_size(100, 100, 4, **{name: 0})
+    with pytest.raises(MediaError, match=r"900 frames are 450 time steps .* max_video_tokens = 449"):
+        frame_size(100, 100, 900, MediaOptions(max_video_tokens=449))
+    for name in ("video_min_pixels", "video_max_pixels", "max_video_tokens"):
+        with pytest.raises(MediaError, match=f"^{name} must be a positive integer, got 0"):
+            frame_size(100, 100, 4, MediaOptions(**{name: 0}))
+    for name in ("patch_size", "merge_size", "temporal_patch_size"):
+        with pytest.raises(MediaError, match=f"^{name} must be a positive integer, got 0"):
+            frame_size(100, 100, 4, shape=PatchShape(**{name: 0}))
     with pytest.raises(MediaError, match="min_pixels must not exceed max_pixels"):
-        frame_size(100, 100, 4, min_pixels=2000, max_pixels=1000)
+        frame_size(100, 100, 4, MediaOptions(video_min_pixels=2000, video_max_pixels=1000))
     with pytest.raises(MediaError, match="aspect ratio"):
         frame_size(10, 4000, 4)
 
@@ -281,7 +289,7 @@ def test_rotation_metadata(matrix, turn):
     stored = np.zeros((56, 112, 3), np.uint8)
     stored[:28, :56], stored[:28, 56:] = 255, 128
     data = with_display_matrix(video_bytes([stored] * 4), *matrix)
-    video = preprocess_video(data, min_pixels=784)
+    video = preprocess_video(data, video_min_pixels=784)
     want = turn(stored)
     assert video.source_size == want.shape[:2] == video.resized_size
     frame = patches_to_frames(video.patches, video.grid_thw)[0]
@@ -300,14 +308,14 @@ def test_pixels_are_the_decoded_frame_resized():
 
 
 def test_token_cap_on_a_file(clip):
-    video = preprocess_video(clip, num_frames=40, max_tokens=100)
+    video = preprocess_video(clip, num_frames=40, max_video_tokens=100)
     assert video.num_tokens <= 100 and video.grid_thw == (20, 2, 4)
-    assert preprocess_video(clip, resized_height=60, resized_width=84, min_pixels=784).resized_size == (
+    assert preprocess_video(clip, resized_height=60, resized_width=84, video_min_pixels=784).resized_size == (
         56,
         84,
     )
     with pytest.raises(MediaError, match="40 frames are 20 time steps"):
-        preprocess_video(clip, num_frames=40, max_tokens=19)
+        preprocess_video(clip, num_frames=40, max_video_tokens=19)
 
 
 def test_progress_and_its_exceptions(clip):
@@ -374,4 +382,4 @@ def test_list_errors():
     with pytest.raises(MediaError, match="list of frames: aspect ratio"):
         preprocess_video([np.zeros((1, 400, 3), np.uint8)])
     with pytest.raises(MediaError, match="list of frames: 10 frames are 5 time steps"):
-        preprocess_video(numbered(10), max_tokens=4)
+        preprocess_video(numbered(10), max_video_tokens=4)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import qwen2vl.media.decoding
 from qwen2vl.errors import MediaError
+from qwen2vl.media.options import PatchShape
 from qwen2vl.media.video import preprocess_video
 from tests.media.media_fixtures import (
     encode_image,
@@ -52,15 +53,19 @@ def clip():
         ({"fps": 0}, "fps"),
         ({"fps": 0, "num_frames": 4}, "fps"),
         ({"min_frames": 8, "max_frames": 4}, "min_frames"),
-        ({"min_pixels": 10, "max_pixels": 5}, "min_pixels"),
-        ({"max_tokens": 0}, "max_tokens"),
+        ({"video_min_pixels": 10, "video_max_pixels": 5}, "min_pixels"),
+        ({"max_video_tokens": 0}, "max_video_tokens"),
         ({"resized_width": 56}, "resized_height and resized_width"),
-        ({"patch_size": 0}, "patch_size"),
     ],
 )
 def test_wrong_arguments(clip, arguments, match):
     with pytest.raises(MediaError, match=match):
         preprocess_video(clip, **arguments)
+
+
+def test_a_wrong_shape_of_patches():
+    with pytest.raises(MediaError, match="patch_size must be a positive integer, got 0"):
+        PatchShape(patch_size=0)
 
 
 def test_wrong_arguments_are_found_before_the_source_is_opened():
@@ -204,7 +209,7 @@ from qwen2vl.media.video import preprocess_video
 def peak():  # not ru_maxrss, which survives exec and would begin with the peak of who started this process
     lines = open("/proc/self/status").read().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-preprocess_video(sys.argv[1], max_tokens=4)  # decoder, codecs and imports are in memory now
+preprocess_video(sys.argv[1], max_video_tokens=4)  # decoder, codecs and imports are in memory now
 before = peak()
 video = preprocess_video(sys.argv[2])
 print(peak() - before, video.patches.nbytes, len(video.frame_times))

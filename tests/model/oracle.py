@@ -6,7 +6,7 @@ import torch
 from transformers import Qwen2VLForConditionalGeneration
 from transformers.utils import logging
 
-from qwen2vl.media.image import IMAGE_MEAN, IMAGE_STD
+from qwen2vl.config import IMAGE_MEAN, IMAGE_STD
 
 
 def load(folder, dtype=torch.float32, attention="sdpa"):

@@ -254,8 +254,8 @@ def test_chat_is_a_conversation(run, monkeypatch):
     opened = []
     module = importlib.import_module("qwen2vl.prompt.processor")
     read_image, read_video = module.preprocess_image, module.preprocess_video
-    monkeypatch.setattr(module, "preprocess_image", lambda s, **k: opened.append(s) or read_image(s, **k))
-    monkeypatch.setattr(module, "preprocess_video", lambda s, **k: opened.append(s) or read_video(s, **k))
+    monkeypatch.setattr(module, "preprocess_image", lambda s, *a, **k: opened.append(s) or read_image(s, *a, **k))
+    monkeypatch.setattr(module, "preprocess_video", lambda s, *a, **k: opened.append(s) or read_video(s, *a, **k))
     lines = [
         "/image 'a night.jpg'",
         "/video balloon.mp4",

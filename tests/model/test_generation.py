@@ -211,7 +211,7 @@ def test_placeholders_are_never_generated(model, processor, inputs):
 
 
 def test_context_is_checked_before_anything_runs(model, inputs, monkeypatch):
-    monkeypatch.setattr(model, "encode_media", lambda *a: pytest.fail("the tower ran"))
+    monkeypatch.setattr(model.visual, "forward", lambda *a, **k: pytest.fail("the tower ran"))
     length = inputs["input_ids"].shape[1]
     with pytest.raises(ContextLengthError, match=f"the prompt has {length} tokens and max_new_tokens is 32768"):
         _run(model, inputs, max_new_tokens=32768)

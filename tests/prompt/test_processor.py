@@ -3,6 +3,10 @@
 import base64
 import io
 import json
+import math
+import os
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
+import qwen2vl
 import qwen2vl.prompt.processor
 from benchmarks.byte_tokenizer import write_byte_tokenizer
 from benchmarks.random_checkpoint import write_random_checkpoint
@@ -20,7 +25,7 @@ from qwen2vl.errors import CheckpointError, MediaError, PromptError
 from qwen2vl.media.image import preprocess_image
 from qwen2vl.media.video import preprocess_video
 from qwen2vl.model import Qwen2VL
-from qwen2vl.prompt.chatml import LOW_DETAIL_PIXELS, check_placeholders, render
+from qwen2vl.prompt.chatml import LOW_DETAIL_PIXELS, render
 from qwen2vl.prompt.processor import MediaInfo, Processor
 from tests.prompt.prompt_text import segments_to_text
 
@@ -89,6 +94,23 @@ def test_many_images_keep_their_order_and_the_first_wrong_one_is_named(processor
             processor(user(*[{"image": str(file)} for file in files]))
 
 
+def test_an_image_crosses_few_files(processor, tmp_path):
+    """From messages to patches every file of this package whose functions run has something to add."""
+    picture(56, 84).save(tmp_path / "a.png")
+    messages = user({"image": str(tmp_path / "a.png")}, {"text": "What is it?"})
+    processor(messages)
+    root, crossed = str(Path(qwen2vl.__file__).parent), set()
+    previous = sys.getprofile()
+    sys.setprofile(lambda frame, event, argument: crossed.add(frame.f_code.co_filename))
+    try:
+        processor(messages)
+    finally:
+        sys.setprofile(previous)
+    ours = {str(Path(name).relative_to(root)) for name in crossed if name.startswith(root + os.sep)}
+    prompt = {f"prompt/{name}.py" for name in ("processor", "messages", "chatml", "tokenizer")}
+    assert ours == prompt | {"media/image.py", "media/sources.py"}
+
+
 def test_text_only_has_no_pixels(processor, peer):
     messages = [{"role": "user", "content": "What is this?"}]
     inputs = processor(messages)
@@ -146,9 +168,9 @@ def test_batches_equal_single_runs_and_transformers_tokens(processor, peer, batc
 def test_media_keep_their_order_and_are_read_once(processor, monkeypatch):
     read = []
 
-    def counting(source, **options):
+    def counting(source, *args, **options):
         read.append(source)
-        return preprocess_image(source, **options)
+        return preprocess_image(source, *args, **options)
 
     monkeypatch.setattr(qwen2vl.prompt.processor, "preprocess_image", counting)
     pictures = [picture(56 + 28 * n, 84, n) for n in range(4)]
@@ -243,11 +265,65 @@ def test_local_files_can_be_forbidden(folder, tmp_path):
     assert tokens(Processor(tokenizer), {"type": "image", "path": path}) == 4
 
 
+def test_local_files_can_be_held_to_folders(folder, tmp_path):
+    for place in ("open", "closed"):
+        (tmp_path / place).mkdir()
+        picture(56, 56).save(tmp_path / place / "a.png")
+    (tmp_path / "open" / "link.png").symlink_to(tmp_path / "closed" / "a.png")
+    tokenizer = Processor.from_pretrained(folder).tokenizer
+    root = tmp_path / "open"
+    for held in (Processor.from_pretrained(folder, roots=root), Processor(tokenizer, roots=[str(root)])):
+        assert tokens(held, {"image": str(tmp_path / "open" / "a.png")}) == 4
+        for name in ("closed/a.png", "open/link.png", "open/../closed/a.png"):
+            with pytest.raises(MediaError, match=r"^messages\[0\].content\[0\]: .*lies outside of the roots.*/open'$"):
+                held(user({"image": str(tmp_path / name)}))
+    with pytest.raises(MediaError, match=r"^roots: .* is no folder"):
+        Processor.from_pretrained(folder, roots=tmp_path / "none")
+
+
+def test_unknown_options_are_listed(folder, processor):
+    """By everything that takes options as keywords: what is wrong, and what there is."""
+    calls = (
+        lambda **options: processor([{"role": "user", "content": "x"}], **options),
+        lambda **options: processor.supervised([{"role": "user", "content": "x"}], **options),
+        lambda **options: processor.supervised_document("x", **options),
+        lambda **options: Processor(processor.tokenizer, **options),
+        lambda **options: Processor.from_pretrained(folder, **options),
+        lambda **options: preprocess_image(picture(56, 56), **options),
+        lambda **options: preprocess_video([picture(56, 56)], **options),
+    )
+    for call in calls:
+        with pytest.raises(
+            TypeError, match=r"unexpected keyword argument 'max_pixel'; .* min_pixels, max_pixels, fps, "
+        ):
+            call(max_pixel=784)
+        call(max_pixels=7840)
+
+
+def test_options_of_a_processor_are_defaults_of_its_calls(folder):
+    frames = [picture(84, 56, n) for n in range(8)]
+    processor = Processor.from_pretrained(folder, num_frames=4, video_max_pixels=6 * 784, max_video_tokens=100)
+    assert tokens(processor, {"video": frames}) == 12
+    assert tokens(processor, {"video": frames}, num_frames=8) == 24
+    assert tokens(processor, {"video": frames}, fps=1.0) == 24  # a rate wins over an inherited number
+    assert tokens(processor, {"video": frames, "fps": 1.0}, num_frames=4) == 24
+    assert tokens(processor, {"video": frames}, fps=1.0, num_frames=4) == 12  # and loses against one beside it
+    assert tokens(processor, {"video": frames}, max_video_tokens=3) == 2  # one for each time step of two frames
+
+
 @pytest.mark.parametrize("value", [0, -5, 2.5, "784", True])
 @pytest.mark.parametrize("name", ["min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels"])
 def test_pixel_limits_of_a_call_are_checked(processor, name, value):
     with pytest.raises(MediaError, match=f"^{name} must be a positive integer, got"):
         processor([{"role": "user", "content": "x"}], **{name: value})
+
+
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, "2", True])
+def test_options_of_frames_are_checked_where_they_are_given(processor, value):
+    with pytest.raises(MediaError, match=r"^fps must be a finite number > 0, got"):
+        processor([{"role": "user", "content": "x"}], fps=value)
+    with pytest.raises(MediaError, match=r"^num_frames must be a positive integer, got"):
+        processor([{"role": "user", "content": "x"}], num_frames=value)
 
 
 def test_video_options_and_progress(processor):
@@ -256,7 +332,7 @@ def test_video_options_and_progress(processor):
     calls = []
     inputs = processor(user(item), video_max_pixels=6 * 784, progress=lambda *step: calls.append(step))
     assert inputs["video_grid_thw"].tolist() == [[4, 4, 6]]
-    expected = preprocess_video(frames, min_pixels=6 * 784, max_pixels=6 * 784)
+    expected = preprocess_video(frames, video_min_pixels=6 * 784, video_max_pixels=6 * 784)
     assert np.array_equal(inputs["pixel_values_videos"], expected.patches)
     assert (inputs["input_ids"] == VIDEO_PAD).sum() == 24
     assert calls[-1] == (8, 8)
@@ -334,57 +410,6 @@ def test_inputs_to_device(processor):
     assert {tensor.device.type for tensor in moved.values()} == {"meta"}
     assert moved.media == inputs.media
     assert inputs["input_ids"].device.type == "cpu"
-
-
-# ---- placeholders against grids ----
-
-
-def check(ids, image=None, video=None):
-    grids = [None if grid is None else torch.tensor(grid) for grid in (image, video)]
-    check_placeholders(torch.tensor(ids), *grids, image_token_id=1, video_token_id=2)
-
-
-def test_placeholders_that_fit():
-    check(
-        [[0, 1, 1, 0, 2, 2, 2, 2, 0, 1], [1, 0, 0, 0, 0, 0, 0, 0, 0, 0]],
-        [[1, 2, 4], [1, 2, 2], [1, 2, 2]],
-        [[2, 4, 2]],
-    )
-    check([[0, 3, 0]])
-
-
-@pytest.mark.parametrize(
-    ("ids", "image", "video", "match"),
-    [
-        ([[0, 1, 0]], None, None, r"^image_grid_thw: wants 1, .* got 0"),
-        ([[0, 0, 0]], [[1, 2, 2]], None, r"^image_grid_thw: wants 0, .* got 1"),
-        ([[0, 1, 1]], [[1, 2, 2], [1, 2, 2]], None, r"^image_grid_thw: wants 1, .* got 2"),
-        ([[0, 2, 0]], [[1, 2, 2]], None, r"^image_grid_thw: wants 0"),
-        (
-            [[1, 0, 1, 1]],
-            [[1, 2, 2], [1, 2, 6]],
-            None,
-            r"^image_grid_thw\[1\]: \(1, 2, 6\) .* the 2 placeholders",
-        ),
-        ([[0, 2, 2]], None, [[3, 2, 2]], r"^video_grid_thw\[0\]: \(3, 2, 2\)"),
-        ([[0, 2, 2]], None, [[2, 1, 4]], r"^video_grid_thw\[0\]"),
-        ([[0, 1], [1, 0]], [[1, 2, 4]], None, r"^image_grid_thw: wants 2"),  # rows are sequences of their own
-    ],
-)
-def test_placeholders_that_do_not_fit(ids, image, video, match):
-    with pytest.raises(PromptError, match=match):
-        check(ids, image, video)
-
-
-def test_truncated_inputs_are_found(processor):
-    inputs = processor(user({"image": picture(224, 224)}))
-    with pytest.raises(PromptError, match=r"^image_grid_thw\[0\]: "):
-        check_placeholders(
-            inputs["input_ids"][:, :40],
-            inputs["image_grid_thw"],
-            image_token_id=IMAGE_PAD,
-            video_token_id=VIDEO_PAD,
-        )
 
 
 # ---- checkpoint folders ----

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import plan
+from qwen2vl.media.options import OPTION_NAMES
 from qwen2vl.training import config as configs
 from qwen2vl.training.config import TrainingConfig
-from qwen2vl.training.data import DataEntry, entry, read_examples
+from qwen2vl.training.data import DataEntry, read_examples
 from qwen2vl.training.stages import STAGES
 from tests.training.data_files import make_processor, png
 
@@ -56,7 +57,7 @@ def test_every_key_and_default_is_documented(table):
 
 def test_every_key_of_data_is_documented():
     want = {f.name: written(f) for f in fields(DataEntry) if f.name != "options"}
-    assert documented("[[data]]") == want | dict.fromkeys(entry._OPTIONS, "–")
+    assert documented("[[data]]") == want | dict.fromkeys(OPTION_NAMES, "–")
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ...errors import DataError, MediaError, Qwen2VLError
+from ...media.options import Access
 from ...prompt.processor import IGNORED, Processor
 from ..example import Example
 from .entry import DataEntry, Format, check_count
@@ -140,7 +141,7 @@ class TrainingData(IterableDataset[Example]):
         self.ahead = 2 * threads if ahead is None else check_count(ahead, "ahead")
         self.report = DataReport()
         self._sources = [self._source(n, entry) for n, entry in enumerate(self.entries)]
-        # Of each entry: where its reader stands, and how often it was drawn.
+        # Where the reader of each entry stands, and how often the entry was drawn.
         self._states: list[State] = [{} for _ in self.entries]
         self._drawn = [0] * len(self.entries)
         self._consumers = (rank, world)  # whose states these are
@@ -158,7 +159,8 @@ class TrainingData(IterableDataset[Example]):
             )
         seed = [self.seed, n] if entry.shuffle else None
         if entry.format == "webdataset":
-            return Shards(entry.paths, seed=seed, allow_remote=self.processor.allow_remote)
+            # Where files may lie is said of what samples name, and the configuration names the shards.
+            return Shards(entry.paths, seed=seed, access=Access(remote=self.processor.access.remote))
         return JsonFiles(expand(entry.paths), media_root=entry.media_root, seed=seed)
 
     def __iter__(self) -> Generator[Example, None, None]:
@@ -200,7 +202,7 @@ class TrainingData(IterableDataset[Example]):
         drawn = list(self._drawn)
         live = set(range(len(readers)))
         while live:
-            # Of all shares the one that lags most (Webster's rule): each is within a sample or two of its weight.
+            # The share that lags most comes next (Webster's rule): each is within a sample or two of its weight.
             n = min(live, key=lambda i: ((drawn[i] + 0.5) / self.entries[i].weight, i))
             found = next(readers[n], None)
             if found is None:

@@ -1,8 +1,7 @@
-"""What to read, as a table of a configuration file says it, and the account of what could not be read."""
+"""A set of samples to read, as a table of a configuration file describes it."""
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -10,23 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ...agents.actions import STYLES, Style
 from ...errors import DataError
+from ...media.options import OPTION_NAMES, finite_number, read_option
 
 if TYPE_CHECKING:
     from ...samples.skills import Split
 
 Format = Literal["conversations", "sharegpt", "webdataset", "generated"]
 _GENERATED_KEYS = ("difficulty", "split", "samples")
-_OPTIONS = (
-    "min_pixels",
-    "max_pixels",
-    "fps",
-    "num_frames",
-    "min_frames",
-    "max_frames",
-    "video_min_pixels",
-    "video_max_pixels",
-    "max_video_tokens",
-)
 
 
 @dataclass(frozen=True)
@@ -35,8 +24,8 @@ class DataEntry:
 
     Attributes:
         path: file, glob pattern, range of shards ("shard-{0000..0099}.tar"), http(s) address of a shard where the
-            processor may fetch, or a list of these. Of generated samples a skill of `qwen2vl.samples.SKILLS`, or a
-            list of them.
+            processor may fetch, or a list of these. For generated samples it is a skill of `qwen2vl.samples.SKILLS`,
+            or a list of them.
         format: "conversations", Qwen's JSON or JSONL of `conversations` with `from` and `value`; "sharegpt", JSON or
             JSONL of `messages` with `role` and `content`; "webdataset", tar files; "generated", samples made on the
             spot.
@@ -47,12 +36,12 @@ class DataEntry:
         agent: "paper" or "qwen" where assistants' turns hold function calls in that form as text; "qwen" is the form
             that structured calls (`function_call`, `observation`, `tools`) are written in where this is not given.
         add_vision_id: number pictures and videos in the text.
-        difficulty: of generated samples: one or several of `qwen2vl.samples.LEVELS`, and every one of them equally
-            often, as every skill.
-        split: of generated samples: "train" or "held-out".
-        samples: of generated samples: how many make an epoch. Each epoch has others; without it there is no end.
-        options: how images and videos are preprocessed, under the names of `Processor.__call__`; in a table they stand
-            beside the other keys.
+        difficulty: for generated samples: one or several of `qwen2vl.samples.LEVELS`, drawn equally often, as the
+            skills are.
+        split: for generated samples: "train" or "held-out".
+        samples: for generated samples: how many make an epoch. Each epoch has others; without it there is no end.
+        options: how images and videos are preprocessed, under the names of `qwen2vl.media.options.MediaOptions`; in a
+            table they stand beside the other keys.
     """
 
     path: str | tuple[str, ...]
@@ -81,8 +70,8 @@ class DataEntry:
         if not isinstance(table, Mapping):
             raise DataError(f"{where}: wants a table, got {type(table).__name__}")
         names = [f.name for f in fields(cls) if f.name != "options"]
-        if unknown := [key for key in table if key not in (*names, *_OPTIONS)]:
-            raise DataError(f"{where}: unknown key {unknown[0]!r}; wants {', '.join((*names, *_OPTIONS))}")
+        if unknown := [key for key in table if key not in (*names, *OPTION_NAMES)]:
+            raise DataError(f"{where}: unknown key {unknown[0]!r}; wants {', '.join((*names, *OPTION_NAMES))}")
         for key in ("path", "format"):
             if key not in table:
                 raise DataError(f"{where}.{key}: is missing")
@@ -102,9 +91,7 @@ class DataEntry:
             add_vision_id=_flag(table.get("add_vision_id", False), f"{where}.add_vision_id"),
             **generated,
             options={
-                key: (_number if key == "fps" else check_count)(table[key], f"{where}.{key}")
-                for key in _OPTIONS
-                if table.get(key) is not None
+                key: _option(key, table[key], f"{where}.{key}") for key in OPTION_NAMES if table.get(key) is not None
             },
         )
 
@@ -117,10 +104,16 @@ def check_count(value: object, where: str, *, least: int = 1) -> int:
 
 
 def _number(value: object, where: str) -> float:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-    if not good:
+    if (number := finite_number(value)) is None:
         raise DataError(f"{where}: wants a positive number, got {value!r}")
-    return float(value)  # type: ignore[arg-type]
+    return number
+
+
+def _option(name: str, value: object, where: str) -> int | float:
+    if (number := read_option(name, value)) is None:
+        wanted = "a positive number" if name == "fps" else "an int of at least 1"
+        raise DataError(f"{where}: wants {wanted}, got {value!r}")
+    return number
 
 
 def _flag(value: object, where: str) -> bool:

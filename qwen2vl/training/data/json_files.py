@@ -54,7 +54,7 @@ class JsonFiles:
         self.names = list(paths)
         self.media_root = media_root
         self.seed = seed
-        # Of every record: its first byte and the one behind its last, and its line, counted from 1.
+        # For every record the place of its first byte, the place behind its last, and its line, counted from 1.
         self._spans: list[np.ndarray] = []
         for path, name in zip(self.paths, self.names, strict=True):
             try:

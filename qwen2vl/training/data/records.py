@@ -93,7 +93,7 @@ class _Media:
         self.queues: dict[str, Iterator[Any]] = {}
         self.counts: dict[str, int] = {}
         self.used: dict[str, int] = {"image": 0, "video": 0}
-        # A shard's sample that names no media has its members in their order.
+        # A sample of a shard that names no media uses its members in their order.
         self.named = any(record.get(key) is not None for key in ("image", "images", "video", "videos"))
         for kind, extensions in (("image", _IMAGES), ("video", _VIDEOS)):
             keys = [key for key in (kind, f"{kind}s") if record.get(key) is not None]
@@ -249,7 +249,7 @@ def _messages(record: Mapping[str, Any], key: str, media: _Media, entry: DataEnt
 
 
 def _turn(turn: Any, names: tuple[str, str], where: str, media: _Media) -> Item:
-    """With role and content under these names, the role ours and the content a list of items."""
+    """A turn, whose role and content stand under ``names``, with our name for the role and a list of items."""
     if not isinstance(turn, Mapping):
         raise DataError(f"{where}: wants an object, got {type(turn).__name__}")
     if unknown := [key for key, value in turn.items() if key not in (*names, "loss") and value is not None]:

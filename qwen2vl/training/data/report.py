@@ -60,7 +60,10 @@ class DataReport:
         return "\n".join([head, *(f"  {problem.message}" for problem in self.problems)])
 
     def state_dict(self) -> dict[str, Any]:
-        """What JSON can hold. Asked for after every sample, so what only a problem changes is made once for each."""
+        """The account as JSON can hold it.
+
+        It is asked for after every sample, so that what only a problem changes is made once for each problem.
+        """
         if self._state is None:
             self._state = {
                 "skipped": dict(self.skipped),

@@ -20,6 +20,7 @@ from typing import BinaryIO
 import numpy as np
 
 from ...errors import DataError, MediaError
+from ...media.options import ANYWHERE, Access
 from ...media.sources import open_source
 from .json_files import Raw, State
 
@@ -69,16 +70,16 @@ class Shards:
     Args:
         paths: see :func:`expand`.
         seed: of the order of shards, and of samples in each; any ints. None reads in the order given.
-        allow_remote: whether http(s) addresses may be fetched.
+        access: whether http(s) addresses may be fetched.
 
     Raises:
         DataError: no shard, or one that is not there.
     """
 
-    def __init__(self, paths: Sequence[str], *, seed: Sequence[int] | None = None, allow_remote: bool = False):
+    def __init__(self, paths: Sequence[str], *, seed: Sequence[int] | None = None, access: Access = ANYWHERE):
         self.shards = expand(paths)
         self.seed = seed
-        self.allow_remote = allow_remote
+        self.access = access
 
     def read(self, consumer: int, consumers: int, epochs: int | None, state: State) -> Iterator[tuple[Raw, State]]:
         """The samples of one of several consumers, each with the state that continues behind it.
@@ -121,7 +122,7 @@ class Shards:
     def _open(self, path: str, stack: ExitStack) -> tuple[BinaryIO | None, list[_Sample]]:
         """The shard's stream and samples; what cannot be read is a sample with an error."""
         try:
-            stream = stack.enter_context(open_source(path, allow_remote=self.allow_remote, max_bytes=MAX_SHARD_BYTES))
+            stream = stack.enter_context(open_source(path, max_bytes=MAX_SHARD_BYTES, access=self.access))
         except MediaError as error:
             return None, [_Sample("", error=str(error))]
         samples: list[_Sample] = []
@@ -130,7 +131,7 @@ class Shards:
                 for member in archive:
                     if member.isfile():
                         _add(samples, member)
-                    # Else every header would be kept, and shards have many.
+                    # The archive would keep every header, and shards have many.
                     archive.members = []  # type: ignore[attr-defined]
         except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
             samples.append(_Sample("", error=f"is a damaged tar file, or a compressed one: {error}"))
