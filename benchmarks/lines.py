@@ -92,7 +92,7 @@ def assemble(lines: Sequence[Line]) -> dict[str, Any]:
 
 
 def _best(several: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of each ceiling the highest: it is what can be reached."""
+    """The highest value of each ceiling, which is what can be reached."""
     given = [ceilings for ceilings in several if ceilings]
     if not given:
         return {}

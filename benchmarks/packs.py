@@ -31,7 +31,7 @@ class Pack:
 
     @property
     def pairs(self) -> int:
-        """Of a query and a key that it sees."""
+        """Pairs of a query and a key that it sees."""
         return sum(n * (n + 1) // 2 if self.causal else n * n for n in self.lengths)
 
 
@@ -121,8 +121,8 @@ def kernels(columns: int, longest: int, capability: int = 90) -> tuple[Kernel, .
     padded = 96 if columns <= 96 else 128
     three = (192, 144) if padded == 96 else (128, 128)
     return (
-        Kernel("ours", ours.rows, ours.step, sum(column_blocks(columns)), True),
-        Kernel("ours, padded to 128", wide.rows, wide.step, 128, True),
+        Kernel("ours", ours.block_m, ours.block_n, sum(column_blocks(columns)), True),
+        Kernel("ours, padded to 128", wide.block_m, wide.block_n, 128, True),
         Kernel("FlashAttention 2", 128, 64, padded, False),
         Kernel("FlashAttention 3", *three, padded, True),
         Kernel("vLLM's and SGLang's Triton", 128, 128, 128, False),

@@ -103,7 +103,7 @@ def kept_activations(config: Qwen2VLConfig, stage: str, tokens: int, patches: in
 
 
 def memory(config: Qwen2VLConfig, stage: str, gpus: int, recipe: Recipe) -> Memory:
-    """Of one of ``gpus`` that share everything."""
+    """The memory of one of ``gpus`` that share everything."""
     t, v, learns = config.text, config.vision, STAGES[stage]
     tokens = recipe.max_tokens
     patches = int(tokens * recipe.vision_share) * v.spatial_merge_size**2

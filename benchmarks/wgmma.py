@@ -123,7 +123,7 @@ def build(folder: Path, widths: Sequence[int] = WIDTHS, target: str = "shared") 
 
 
 def least_cycles(width: int, registers: bool) -> float:
-    """Of one product on one multiprocessor: of the tensor cores' and of the reads from shared memory, the more."""
+    """Cycles of one product on one multiprocessor: those of the tensor cores or of the reads from shared memory."""
     tensor = 64 * width * 16 / 2048
     read = 2 * 16 * (width + (0 if registers else 64)) / 128
     return max(tensor, read)

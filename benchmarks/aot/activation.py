@@ -6,7 +6,8 @@ from functools import partial
 
 import torch
 
-from qwen2vl_kernels.ops import quick_gelu, swiglu
+from qwen2vl_kernels.ops import quick_gelu
+from qwen2vl_kernels.triton import elementwise
 
 from .compiler import Specimen, label, meta
 
@@ -15,16 +16,17 @@ _TOKENS = 4100
 
 def _quick_gelu(dtype: torch.dtype, biased: bool) -> None:
     x, bias = meta(_TOKENS, 5120, dtype=dtype), meta(5120, dtype=dtype) if biased else None
-    quick_gelu.launch_forward(x, bias)
-    quick_gelu.launch_in_place(x, bias)
-    quick_gelu.launch_backward(x, x, bias)
+    elementwise.launch_forward(x, bias, None, torch.empty_like(x), quick_gelu.SCALE)
+    elementwise.launch_forward(x, bias, None, x, quick_gelu.SCALE)
+    elementwise.launch_backward(x, x, bias, None, torch.empty_like(x), None, quick_gelu.SCALE)
 
 
 def _swiglu(columns: int, dtype: torch.dtype, packed: bool) -> None:
     dy = meta(_TOKENS, columns, dtype=dtype)
-    gate, up = (meta(_TOKENS, 2 * columns, dtype=dtype), None) if packed else (dy, dy)
-    swiglu.launch_forward(gate, up)
-    swiglu.launch_backward(dy, gate, up)
+    gate, up = meta(_TOKENS, 2 * columns, dtype=dtype).chunk(2, -1) if packed else (dy, torch.empty_like(dy))
+    dgate, dup = meta(_TOKENS, 2 * columns, dtype=dtype).chunk(2, -1) if packed else (gate, up)
+    elementwise.launch_forward(gate, None, up, torch.empty_like(dy), 1.0)
+    elementwise.launch_backward(dy, gate, None, up, dgate, dup, 1.0)
 
 
 SPECIMENS = (

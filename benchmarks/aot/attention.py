@@ -17,13 +17,18 @@ _TOKENS = 4100
 
 
 def _attention(
-    heads: int, kv_heads: int, columns: int, dtype: torch.dtype, causal: bool, turned: bool = False, longest: int = 1024
+    heads: int,
+    kv_heads: int,
+    columns: int,
+    dtype: torch.dtype,
+    causal: bool,
+    rotated: bool = False,
+    longest: int = 1024,
 ) -> None:
     q = meta(_TOKENS, heads, columns, dtype=dtype)
     k = v = meta(_TOKENS, kv_heads, columns, dtype=dtype)
     cu_seqlens = torch.linspace(0, _TOKENS, 65).int()  # on the host, which knows that no row is behind the last
-    cos = sin = meta(_TOKENS, columns // 2, dtype=torch.float32) if turned else None
-    rope = (cos, sin) if cos is not None and sin is not None else None
+    cos = sin = meta(_TOKENS, columns // 2, dtype=torch.float32) if rotated else None
     fused = fuses_rope(longest, columns, target_of(q.device))
     out, lse = launch_forward(
         q,
@@ -33,10 +38,11 @@ def _attention(
         longest,
         causal,
         columns**-0.5,
-        rope=rope,
+        cos=cos,
+        sin=sin,
         fused=fused,
     )
-    launch_backward(q, q, k, v, out, lse, cu_seqlens, causal, columns**-0.5, cos=cos, sin=sin, fused=fused)
+    launch_backward(q, q, k, v, out, lse, cu_seqlens, cos, sin, causal, columns**-0.5, fused)
 
 
 def _name(kind: str, heads: int, kv_heads: int, columns: int, dtype: torch.dtype, causal: bool) -> str:
@@ -61,11 +67,11 @@ SPECIMENS = (
         for shape in _SHAPES
     ),
     *(
-        Specimen(_name("attention, rope", *shape), partial(_attention, *shape, turned=True), further=True)
+        Specimen(_name("attention, rope", *shape), partial(_attention, *shape, rotated=True), further=True)
         for shape in ((16, 16, 80, torch.bfloat16, False), (16, 16, 72, torch.bfloat16, False))
     ),
     Specimen(
         "attention, rope, windows 16/16x80 bfloat16",
-        partial(_attention, 16, 16, 80, torch.bfloat16, False, turned=True, longest=64),
+        partial(_attention, 16, 16, 80, torch.bfloat16, False, rotated=True, longest=64),
     ),
 )

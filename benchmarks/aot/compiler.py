@@ -142,10 +142,9 @@ def _source(launch: Launch) -> tuple[Any, object]:
     signature: dict[str, str] = {}
     constexprs: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list] = {}
-    values = iter(launch.args)
     for place, parameter in enumerate(launch.kernel.params):
         name = parameter.name
-        value = launch.constexprs[name] if name in launch.constexprs else next(values)
+        value = launch.arguments[name]
         kind = "constexpr" if parameter.is_constexpr or value is None else _kind(value)
         special = not parameter.do_not_specialize
         if isinstance(value, int) and not isinstance(value, bool) and special and value == 1:
@@ -155,8 +154,8 @@ def _source(launch: Launch) -> tuple[Any, object]:
             constexprs[(place,)] = value
         elif isinstance(value, torch.Tensor) or (isinstance(value, int) and special and value % 16 == 0):
             attributes[(place,)] = [["tt.divisibility", 16]]
-    if leftover := list(values):
-        raise ValueError(f"{launch.kernel.__name__}: {len(leftover)} arguments too many")
+    if leftover := launch.arguments.keys() - signature.keys():
+        raise ValueError(f"{launch.kernel.__name__} has no arguments {sorted(leftover)}")
     key = (launch.kernel.__name__, str(signature), str(constexprs), str(attributes), str(launch.options))
     return ASTSource(fn=launch.kernel, signature=signature, constexprs=constexprs, attrs=attributes), key
 

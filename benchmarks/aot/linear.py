@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from qwen2vl_kernels.triton import norm
-from qwen2vl_kernels.triton.gemm import launch_linear
+from qwen2vl_kernels.triton.gemm import launch_gemm
 
 from .compiler import Specimen, label, meta
 
@@ -17,8 +17,8 @@ _TOKENS = 4100
 def _linear(rows: int, depth: int, columns: int, dtype: torch.dtype, x_dtype: torch.dtype, gelu: bool) -> None:
     bias = meta(columns, dtype=dtype)
     x, weight = meta(rows, depth, dtype=x_dtype), meta(columns, depth, dtype=dtype)
-    launch_linear(x, weight, bias, gelu, keep=gelu)
-    launch_linear(x, weight, None if depth < 2000 else bias, gelu)
+    launch_gemm(x, weight, bias, gelu, keep=gelu)
+    launch_gemm(x, weight, None if depth < 2000 else bias, gelu)
 
 
 def _gathering_norm(dtype: torch.dtype) -> None:

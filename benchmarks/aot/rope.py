@@ -6,8 +6,9 @@ from functools import partial
 
 import torch
 
-from qwen2vl_kernels.ops.append_kv import launch_append
-from qwen2vl_kernels.triton.rotary import Angles, launch_rotation, launch_tables
+from qwen2vl_kernels.triton.cache import launch_append
+from qwen2vl_kernels.triton.rope_tables import launch_tables
+from qwen2vl_kernels.triton.rotary import halves_of, launch_rotation
 
 from .compiler import Specimen, label, meta
 
@@ -17,14 +18,11 @@ _CHUNKED, _INTERLEAVED = (16, 24, 24), (24, 20, 20)
 
 def _mrope(heads: int, kv_heads: int, dtype: torch.dtype, interleaved: bool, cached: bool, in_place: bool) -> None:
     q, k = meta(_TOKENS, heads, 128, dtype=dtype), meta(_TOKENS, kv_heads, 128, dtype=dtype)
-    angles = Angles.of_cache(
-        meta(3, _TOKENS, dtype=torch.int64),
-        meta(64, dtype=torch.float32),
-        meta(32768, 128, dtype=dtype) if cached else None,
-        _INTERLEAVED if interleaved else _CHUNKED,
-        interleaved,
-    )
-    launch_rotation(q, k, *((q, k) if in_place else (torch.empty_like(q), torch.empty_like(k))), angles)
+    positions, inv_freq = meta(3, _TOKENS, dtype=torch.int64), meta(64, dtype=torch.float32)
+    tables = halves_of(meta(32768, 128, dtype=dtype) if cached else None)
+    section = _INTERLEAVED if interleaved else _CHUNKED
+    outputs = (q, k) if in_place else (torch.empty_like(q), torch.empty_like(k))
+    launch_rotation(q, k, *outputs, positions, None if cached else inv_freq, *tables, section, interleaved)
 
 
 def _append(heads: int, kv_heads: int, dtype: torch.dtype, overwrite: bool) -> None:
@@ -42,8 +40,8 @@ def _vision(heads: int, columns: int, dtype: torch.dtype) -> None:
     tables = (meta(_TOKENS, columns // 2, dtype=torch.float32) for _ in range(2))
     cos, sin = tables
     q, k = qkv[:, 0], qkv[:, 1]
-    launch_rotation(q, k, q, k, Angles(cos=cos, sin=sin))
-    launch_rotation(q, k, torch.empty_like(q), torch.empty_like(k), Angles(cos=cos, sin=sin, inverse=True))
+    launch_rotation(q, k, q, k, cos=cos, sin=sin)
+    launch_rotation(q, k, torch.empty_like(q), torch.empty_like(k), cos=cos, sin=sin, inverse=True)
 
 
 def _tables() -> None:

@@ -6,13 +6,15 @@ from functools import partial
 
 import torch
 
-from qwen2vl_kernels.triton.tail import launch_zero_past
+from qwen2vl_kernels.core.tile_plan import TilePlan
+from qwen2vl_kernels.triton.tail import zero_behind
 
 from .compiler import Specimen, label, meta
 
 
 def _zero(heads: int, columns: int, dtype: torch.dtype) -> None:
-    launch_zero_past(meta(4100, heads, columns, dtype=dtype), meta(65, dtype=torch.int32))
+    x, cu_seqlens = meta(4100, heads, columns, dtype=dtype), meta(65, dtype=torch.int32)
+    zero_behind(x, TilePlan(cu_seqlens, 4100, x.device, padded=True))
 
 
 SPECIMENS = tuple(

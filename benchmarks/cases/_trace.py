@@ -31,7 +31,7 @@ PARTS = (*LAYER, *ONCE)
 
 _PREFIX = "part: "
 #: Modules of our Triton kernels whose part is always the same; the others' follows as an operation's does.
-_KERNELS = {"attention_forward": "attention", "rotary": "rotary", "norm": "norm", "quick_gelu": "activation"}
+_KERNELS = {"attention_forward": "attention", "rotary": "rotary", "norm": "norm", "elementwise": "activation"}
 _PRODUCTS = ("mm", "bmm", "matmul", "softmax", "attention")
 
 
@@ -122,11 +122,11 @@ class _Sorter(TorchDispatchMode):
     def kernels(self) -> Iterator[None]:
         """Inside, our Triton kernels are sorted as well, which the dispatcher does not see."""
 
-        def launch(kernel: Any, grid: Any, device: Any, *args: Any, **options: Any) -> None:
-            given = list(_tensors(args))
+        def launch(kernel: Any, grid: Any, device: Any, **named: Any) -> None:
+            given = list(_tensors(tuple(named.values())))
             part = _KERNELS.get(kernel.__module__.rpartition(".")[2]) or self.part(kernel.__name__, given)
             with record_function(_PREFIX + part):
-                launching.launch(kernel, grid, device, *args, **options)
+                launching.launch(kernel, grid, device, **named)
             self.bytes[part] += sum(map(_bytes, given))
             self.launches[part] += 1
 
@@ -184,5 +184,5 @@ def _moved(schema: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> int
 
 
 def _bytes(x: torch.Tensor) -> int:
-    """Of the distinct elements: a dimension that is only repeated costs nothing."""
+    """Bytes of the distinct elements: a dimension that is only repeated costs nothing."""
     return x.element_size() * math.prod(n for n, stride in zip(x.shape, x.stride(), strict=True) if stride)

@@ -29,7 +29,7 @@ BUDGET = 480.0
 #: A word of a command that stands for the whole seconds it has, but for those that it takes to end.
 SECONDS = "{seconds}"
 _TO_END = 4
-#: Of each log this much is packed, its end.
+#: Bytes of each log that are packed, its end.
 _LOG_BYTES = 2 << 20
 
 

@@ -60,7 +60,7 @@ def _compile(work: tuple[str, int]) -> tuple[int, str | None]:
         with launching.record(_target) as launches, torch.no_grad():
             specimen.run()
         for launch in launches:
-            launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constexprs, **launch.options)
+            launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
     except Exception as error:  # Triton has an exception of its own for every stage
         return 0, f"{specimen.name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     return len(launches), None

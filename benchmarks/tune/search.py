@@ -27,13 +27,13 @@ from .processes import Died, Worker
 from .subjects import DTYPES, REHEARSED, Subject, configured, subjects
 from .verdict import Trial, by_group, finalists, literal, ranking, whole
 
-#: Of the time that is left when a subject begins, what compiling may take: what is compiled by then is timed.
+#: Share of the time that is left when a subject begins that compiling may take: what is compiled by then is timed.
 _COMPILE_SHARE = 0.7
 #: What the first pass leaves of the limit to the comparison in the end: a share, and at most some seconds.
 _FINALS_SHARE, _FINALS_SECONDS = 0.15, 10.0
 #: Seconds that one candidate may take: a compilation; a run with its comparison, a subject's first one and later ones.
 _COMPILE_LIMIT, _START_LIMIT, _RUN_LIMIT = 120.0, 90.0, 20.0
-#: Of a candidate, and of those that are compared in the end.
+#: Samples of a candidate, and of those that are compared in the end.
 _SAMPLES, _FINAL_SAMPLES = 5, 15
 
 Fields = dict[str, int]
@@ -42,7 +42,8 @@ Fields = dict[str, int]
 def candidates(subject: Subject, target: launching.Target, dtype: torch.dtype) -> tuple[Any, list[Fields]]:
     """The configuration that ships, and the fields of all to try, its own first.
 
-    Left out are tiles of fewer than 16 rows a warp where there are matrix products, which warps would then share.
+    Left out are tiles of fewer than 16 rows a warp where there are matrix products, which warps would then share. The
+    first field of a grid is the height of the tile that a program owns.
     """
     with launching.record(target), torch.no_grad(), configured(subject, None) as seen:
         subject.make(torch.device("meta"), dtype).run()
@@ -50,7 +51,8 @@ def candidates(subject: Subject, target: launching.Target, dtype: torch.dtype) -
     own = {name: getattr(shipped, name) for name in subject.grid}
     tried = [dict(zip(subject.grid, values, strict=True)) for values in itertools.product(*subject.grid.values())]
     if hasattr(shipped, "num_stages"):
-        tried = [fields for fields in tried if fields["rows"] >= 16 * fields["num_warps"]]
+        height = next(iter(subject.grid))
+        tried = [fields for fields in tried if fields[height] >= 16 * fields["num_warps"]]
     return shipped, [own, *(fields for fields in tried if fields != own)]
 
 
@@ -127,7 +129,7 @@ class Search:
         return trials
 
     def trials(self, names: Sequence[str] = ()) -> list[Trial]:
-        """Of subjects whose name holds one of ``names``, with nothing measured. Raises ``ValueError`` where none is."""
+        """Trials of subjects whose name holds one of ``names``, none measured yet. Raises ``ValueError`` for none."""
         names, known = names or (REHEARSED if self.quick else ()), list(subjects(self.quick))
         chosen = [s for s in known if not names or any(name in s.name for name in names)]
         if not chosen:

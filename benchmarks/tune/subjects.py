@@ -13,19 +13,20 @@ from unittest import mock
 import torch
 
 from qwen2vl_kernels.core.tile_plan import plan_tiles
-from qwen2vl_kernels.ops import quick_gelu, swiglu
+from qwen2vl_kernels.ops import quick_gelu
 from qwen2vl_kernels.ops.layer_norm import layer_norm_ref
 from qwen2vl_kernels.ops.mrope import mrope_ref
 from qwen2vl_kernels.ops.patch_embed import patch_embed_ref
 from qwen2vl_kernels.ops.rms_norm import rms_norm_ref
+from qwen2vl_kernels.ops.swiglu import swiglu_ref
 from qwen2vl_kernels.ops.varlen_attention import varlen_attention, varlen_attention_ref
 from qwen2vl_kernels.ops.vision_rope import vision_rope_ref
-from qwen2vl_kernels.triton import attention_backward, attention_forward, gemm, norm, rotary
+from qwen2vl_kernels.triton import attention_backward, attention_forward, elementwise, gemm, norm, rotary
 
 from ..case import Check, relative_error, two_times
 
 Tensors = tuple[torch.Tensor, ...]
-#: Of the inputs, by device. The rehearsal's are float16, which Triton's interpreter knows by itself.
+#: The dtype of the inputs, by device. The rehearsal's are float16, which Triton's interpreter knows by itself.
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float16}
 #: What two kernels that round in other places may differ by, as a relative error: as in the case attention.
 _AGREEMENT = 1e-2
@@ -115,7 +116,7 @@ def _random(device: torch.device, dtype: torch.dtype) -> Callable[..., torch.Ten
 
 
 def _results(formula: Callable, inputs: Sequence[torch.Tensor], grads: Tensors | None, double: bool) -> Tensors:
-    """Of the formula, or with ``grads`` its gradients for the floating inputs; in float64 with ``double``."""
+    """Results of the formula, or with ``grads`` its gradients for the floating inputs; in float64 with ``double``."""
 
     def to(x: torch.Tensor) -> torch.Tensor:
         return x.double() if double and x.is_floating_point() else x
@@ -152,7 +153,10 @@ def _checked(
 
 # --------------------------------------------------------------------------------------------------------- attention
 
-_ATTENTION = {"rows": (64, 128), "step": (32, 64, 128), "num_warps": (4, 8)}
+#: The first field is the height of the tile that a program owns: queries in the forward and in their pass.
+_ATTENTION = {"block_m": (64, 128), "block_n": (32, 64, 128), "num_warps": (4, 8)}
+#: The pass over tiles of keys owns keys and takes queries.
+_KEY_PASS = {"block_n": (64, 128), "block_m": (32, 64, 128), "num_warps": (4, 8)}
 
 
 def _attentions(quick: bool) -> Iterator[Subject]:
@@ -171,12 +175,12 @@ def _attentions(quick: bool) -> Iterator[Subject]:
         common = {"shape": shape, "columns": columns}
         yield Subject(
             f"attention forward {head}", kernel="_forward_kernel", module=attention_forward, function="forward_config",
-            grid={**_ATTENTION, "num_stages": (2, 3, 4)}, make=partial(make, None), fixed=("step",), **common,
+            grid={**_ATTENTION, "num_stages": (2, 3, 4)}, make=partial(make, None), fixed=("block_n",), **common,
         )  # fmt: skip
-        for place, name in enumerate(("key", "query")):
+        for place, (name, grid) in enumerate((("key", _KEY_PASS), ("query", _ATTENTION))):
             yield Subject(
                 f"attention {name} pass {head}", kernel=f"_{name}_kernel", module=attention_backward,
-                function="backward_config", grid={**_ATTENTION, "num_stages": (1, 2, 3)}, make=partial(make, place),
+                function="backward_config", grid={**grid, "num_stages": (1, 2, 3)}, make=partial(make, place),
                 place=place, **common,
             )  # fmt: skip
 
@@ -208,7 +212,8 @@ def _attention_work(
             out, lse = torch.empty_like(grad), torch.empty(heads, total, device=device)
         else:
             out, lse = sdpa(q, k, v), _log_sums(q, k, lengths, causal, scale)
-        run = lambda: attention_backward.launch_backward(grad, q, k, v, out, lse, cu_seqlens, causal, scale)[which]  # noqa: E731
+        inputs = (grad, q, k, v, out, lse, cu_seqlens, None, None)
+        run = lambda: attention_backward.launch_backward(*inputs, causal, scale)[which]  # noqa: E731
     # The first key head and its queries against float64, which is slow; the whole against PyTorch's kernel.
     group = heads // kv_heads
     first = [q[:, :group], k[:, :1], v[:, :1]]
@@ -246,13 +251,13 @@ def _log_sums(q: torch.Tensor, k: torch.Tensor, lengths: Sequence[int], causal: 
 
 def _rotations(quick: bool) -> Iterator[Subject]:
     tokens = 24 if quick else 8192
-    grid = {"rows": (2, 4, 8, 16, 32), "heads": (2, 4, 8, 16, 32), "num_warps": (2, 4, 8)}
+    grid = {"block_m": (2, 4, 8, 16, 32), "heads": (2, 4, 8, 16, 32), "num_warps": (2, 4, 8)}
 
     def vision(device: torch.device, dtype: torch.dtype) -> Work:
         random = _random(device, dtype)
         qkv, angle = random(tokens, 3, 16, 80), random(tokens, 40).float()
         q, k, cos, sin = qkv[:, 0], qkv[:, 1], angle.cos(), angle.sin()
-        return _rotation(q, k, rotary.Angles(cos=cos, sin=sin), vision_rope_ref, (cos, sin))
+        return _rotation(q, k, {"cos": cos, "sin": sin}, vision_rope_ref, (cos, sin))
 
     def text(heads: int, kv_heads: int, device: torch.device, dtype: torch.dtype) -> Work:
         random, section = _random(device, dtype), (16, 24, 24)
@@ -260,7 +265,9 @@ def _rotations(quick: bool) -> Iterator[Subject]:
         positions = torch.arange(3 * tokens, device=device).view(3, tokens) % 4093
         inv_freq = 1e6 ** -(torch.arange(64, dtype=torch.float32, device=device) / 64)
         formula = lambda q, k, positions, inv_freq: mrope_ref(q, k, positions, inv_freq, section)  # noqa: E731
-        return _rotation(q, k, rotary.Angles(positions, inv_freq, section=section), formula, (positions, inv_freq))
+        return _rotation(
+            q, k, {"positions": positions, "inv_freq": inv_freq, "section": section}, formula, (positions, inv_freq)
+        )
 
     yield Subject("vision_rope", "16x80", "_rotate_kernel", rotary, "config", grid, vision)
     for heads, kv_heads in ((12, 2), (28, 4)):
@@ -268,12 +275,12 @@ def _rotations(quick: bool) -> Iterator[Subject]:
         yield Subject("mrope", f"{heads}+{kv_heads}x128", "_rotate_kernel", rotary, "config", grid, make)
 
 
-def _rotation(q: torch.Tensor, k: torch.Tensor, angles: Any, formula: Callable, tables: Tensors) -> Work:
-    """Into other tensors: in place the second call would turn what the first one left."""
+def _rotation(q: torch.Tensor, k: torch.Tensor, angles: dict[str, Any], formula: Callable, tables: Tensors) -> Work:
+    """Into other tensors: in place the second call would rotate what the first one left."""
 
     def run() -> Tensors:
         outputs = torch.empty_like(q), torch.empty_like(k)
-        rotary.launch_rotation(q, k, *outputs, angles)
+        rotary.launch_rotation(q, k, *outputs, **angles)
         return outputs
 
     return Work(run, _checked(formula, (q, k, *tables)))
@@ -310,7 +317,7 @@ def _norms(quick: bool) -> Iterator[Subject]:
     for columns, centred in ((1280, True), (1536, False), (3584, False), (8192, False)):
         name = "layer_norm" if centred else "rms_norm"
         for kind, make, rows in (("forward", forward, (1, 2, 4, 8)), ("backward", backward, (1, 2))):
-            grid = {"rows": rows, "num_warps": warps}
+            grid = {"block_m": rows, "num_warps": warps}
             make = partial(make, columns, centred)
             group, shape = f"{name} {kind} {columns}", f"{tokens} rows"
             yield Subject(group, shape, f"_{kind}_kernel", norm, f"{kind}_config", grid, make)
@@ -319,30 +326,48 @@ def _norms(quick: bool) -> Iterator[Subject]:
 def _activations(quick: bool) -> Iterator[Subject]:
     tokens, grid = (
         8 if quick else 8192,
-        {"rows": (1, 2, 4, 8, 16), "columns": (512, 1024, 2048), "num_warps": (2, 4, 8)},
+        {"block_m": (1, 2, 4, 8, 16), "block_n": (512, 1024, 2048), "num_warps": (2, 4, 8)},
     )
 
-    def work(op: Any, formula: Callable, columns: int, biased: bool, backward: bool, device: Any, dtype: Any) -> Work:
+    def work(
+        scale: float, formula: Callable, columns: int, biased: bool, backward: bool, device: Any, dtype: Any
+    ) -> Work:
         random = _random(device, dtype)
-        inputs = random(tokens, columns), random(columns) if biased else random(tokens, columns)
-        grad = random(tokens, columns)
+        x, other = random(tokens, columns), random(columns) if biased else random(tokens, columns)
+        bias, up = (other, None) if biased else (None, other)
         if not backward:
-            return Work(lambda: (op.launch_forward(*inputs),), _checked(formula, inputs))
-        return Work(lambda: op.launch_backward(grad, *inputs), _checked(formula, inputs, (grad,)))
 
-    for op, name, formula, columns, biased in (
-        (quick_gelu, "quick_gelu", quick_gelu.quick_gelu_ref, 5120, True),
-        (swiglu, "swiglu", swiglu.swiglu_ref, 8960, False),
+            def run() -> Tensors:
+                y = torch.empty_like(x)
+                elementwise.launch_forward(x, bias, up, y, scale)
+                return (y,)
+
+            return Work(run, _checked(formula, (x, other)))
+        grad = random(tokens, columns)
+
+        def run_backward() -> Tensors:
+            dx, dup = torch.empty_like(x), None if up is None else torch.empty_like(up)
+            second = elementwise.launch_backward(grad, x, bias, up, dx, dup, scale)
+            second = dup if second is None else second
+            assert second is not None
+            return dx, second
+
+        return Work(run_backward, _checked(formula, (x, other), (grad,)))
+
+    for name, scale, formula, columns, biased in (
+        ("quick_gelu", quick_gelu.SCALE, quick_gelu.quick_gelu_ref, 5120, True),
+        ("swiglu", 1.0, swiglu_ref, 8960, False),
     ):
         for kind in ("forward", "backward"):
-            make = partial(work, op, formula, columns, biased, kind == "backward")
-            yield Subject(f"{name} {kind} {columns}", f"{tokens} rows", f"_{kind}_kernel", op, "tile", grid, make)
+            make = partial(work, scale, formula, columns, biased, kind == "backward")
+            group = f"{name} {kind} {columns}"
+            yield Subject(group, f"{tokens} rows", f"_{kind}_kernel", elementwise, "tile", grid, make)
 
 
 def _products(quick: bool) -> Iterator[Subject]:
     tokens = 32 if quick else 8192
     grid = {
-        "rows": (64, 128, 256), "columns": (64, 128, 256), "depth": (32, 64), "num_warps": (4, 8),
+        "block_m": (64, 128, 256), "block_n": (64, 128, 256), "block_k": (32, 64), "num_warps": (4, 8),
         "num_stages": (2, 3, 4),
     }  # fmt: skip
 
@@ -356,11 +381,11 @@ def _products(quick: bool) -> Iterator[Subject]:
             y = patch_embed_ref(x, weight)
             return torch.nn.functional.gelu(y) if gelu else y
 
-        return Work(lambda: gemm.launch_linear(x, weight, None, gelu)[:1], _checked(formula, (x, weight)))
+        return Work(lambda: gemm.launch_gemm(x, weight, None, gelu)[:1], _checked(formula, (x, weight)))
 
     for name, rows, depth, columns, gelu in (
         ("patch_embed of bytes", tokens, 588, 128 if quick else 1280, False),
         ("patch_merge fc1 + GELU", tokens // 4, 5120 if not quick else 256, 5120 if not quick else 256, True),
     ):
         make = partial(work, rows, depth, columns, gelu)
-        yield Subject("product", name, "_linear_kernel", gemm, "config", grid, make)
+        yield Subject("product", name, "_gemm_kernel", gemm, "config", grid, make)

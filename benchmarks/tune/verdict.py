@@ -10,7 +10,7 @@ from typing import Any
 
 from .subjects import Subject
 
-#: Of a group's ranking, how many are compared with what ships in the end.
+#: How many of a group's ranking are compared with what ships in the end.
 FINALISTS = 3
 #: What ships is kept unless another one is faster by this factor, and by more than rounds differ from each other.
 LEAST_GAIN = 1.02
@@ -48,7 +48,7 @@ class Trial:
 
     @property
     def medians(self) -> dict[str, float]:
-        """Of the first pass, by candidate; with the samples of what ships from its end."""
+        """Medians of the first pass, by candidate, with the samples of what ships from its end."""
         timed = {row["literal"]: row["samples"] for row in self.rows if "samples" in row}
         return {text: statistics.median([*s, *(self.again if text == self.ships else ())]) for text, s in timed.items()}
 
@@ -152,7 +152,7 @@ def _decision(candidate: str, trials: Sequence[Trial]) -> dict[str, Any]:
     if failing:
         return {"best": candidate, "changes": True, "why": f"what ships fails at {' and '.join(failing)}"}
     pairs = [zip(trial.finals[trial.ships], trial.finals[candidate], strict=True) for trial in trials]
-    # Of every round, in which all had the same machine, over all shapes.
+    # The ratio of every round, in which all had the same machine, over all shapes.
     gains = [mean_ratio(*zip(*turn, strict=True)) for turn in zip(*pairs, strict=False)]
     gain, spread = statistics.median(gains), 0.0
     if len(gains) > 1:

@@ -62,7 +62,7 @@ class Compiler:
             with launching.record(self.target) as launches, torch.no_grad(), configured(subject, request["fields"]):
                 subject.make(torch.device("meta"), self.dtype).run()
             for launch in launches:
-                launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constexprs, **launch.options)
+                launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
         except Exception as error:  # every pass and ptxas have their own
             return {"failed": "does not compile", "why": words(error)}
         return {"seconds": time.perf_counter() - begin}
@@ -129,10 +129,10 @@ class Timer:
         seen: list[Callable[[], object]] = []
         launch = subject.module.launch
 
-        def watched(kernel: Any, grid: Any, device: Any, *arguments: Any, **named: Any) -> None:
-            launch(kernel, grid, device, *arguments, **named)
+        def watched(kernel: Any, grid: Any, device: Any, **named: Any) -> None:
+            launch(kernel, grid, device, **named)
             if kernel.fn.__name__ == subject.kernel:
-                seen.append(lambda: launch(kernel, grid, device, *arguments, **named))
+                seen.append(lambda: launch(kernel, grid, device, **named))
 
         with configured(subject, fields), mock.patch.object(subject.module, "launch", watched), unwritten_is_nan():
             results = work.run()

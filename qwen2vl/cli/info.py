@@ -64,8 +64,7 @@ def collect() -> dict[str, Any]:
     """What ``--json`` prints."""
     import torch
 
-    from qwen2vl_kernels.core import backends, native
-    from qwen2vl_kernels.ops import varlen_attention
+    from qwen2vl_kernels.core import attention_choice, backends, native
 
     tables = {device: backends.table(device) for device in ("cpu", "cuda")}
     names = sorted({b for row in backends.PREFERENCE.values() for choices in row.values() for b in choices})
@@ -83,7 +82,7 @@ def collect() -> dict[str, Any]:
         },
         "build": native.build_info(),
         "backends": {device: [dict(zip(_CHOSEN, row, strict=True)) for row in rows] for device, rows in tables.items()},
-        "attention": {device: varlen_attention.choices(device) for device in ("cpu", "cuda")},
+        "attention": {device: attention_choice.choices(device) for device in ("cpu", "cuda")},
         "unavailable": {name: reason for name in names if (reason := backends.unavailable(name, "cuda")) is not None},
         "gpus": [
             {"name": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "memory": gpu.total_memory} for gpu in gpus

@@ -7,13 +7,16 @@ that builds a plan for each new shape may be in the table only where that costs 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+from operator import index
 
 import torch
 
 from . import attention_peers
-from .attention_peers import HALVES, Call
-from .backends import unavailable
+from .attention_peers import HALVES, PEERS, Call
+from .backends import BackendError, forced, resolve, unavailable
+from .launching import target_of
 from .matmul import slow_on_cpu
 
 
@@ -150,3 +153,141 @@ def _choose_on_cpu(call: Call) -> Choice:
         why = "matrix products in blocks measured faster than PyTorch's attention"
         return Choice("blocked", None, measured, why if known else f"{why} on heads of 80 and of 128")
     return Choice("sdpa", None, measured, "PyTorch's fused attention, once for every run of equal segments")
+
+
+# ----------------------------------------------------------------------------------------------- of a call of the op
+
+
+def chosen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    max_seqlen: int,
+    *,
+    causal: bool = False,
+    invariant: bool = False,
+    segments: int = 1,
+    backend: str | None = None,
+) -> str:
+    """The backend, or the peer, that serves such a call. Raises :class:`BackendError` where the one named does not."""
+    tracked = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    repeatable, kind = torch.are_deterministic_algorithms_enabled(), q.device.type
+    (rows, heads, columns), (_, kv_heads, value_columns) = q.shape, v.shape
+    widths = index(columns), index(value_columns)
+    facts = (kind, q.device.index, q.dtype, *widths, _settled(heads != kv_heads), causal, tracked)
+    if kind == "cuda":
+        empty = _settled(segments < 1 or rows == 0 or heads == 0)
+        aligned, farthest = True, heads * columns
+        for x in (q, k, v):
+            of_rows, of_heads, _ = x.stride()
+            aligned = aligned and _settled(of_rows % 8 == 0 and of_heads % 8 == 0)
+            farthest = max(farthest, of_rows)
+        facts += (bucket(max_seqlen), aligned or empty, _settled(rows * farthest >= 2**31), empty)
+        facts += (_settled(segments > attention_peers.MOST_BLOCKS),)
+    else:
+        facts += (0, True, False, False, False)
+    requested = backend if backend is not None else forced("varlen_attention")
+    name = _answer(*facts, repeatable, invariant, requested)
+    if name.startswith(_REFUSED):
+        raise BackendError(name.removeprefix(_REFUSED))
+    return name
+
+
+def _settled(condition: bool) -> bool:
+    """A compiler that traces sizes makes code for this answer; as for ``index`` of a width above."""
+    if condition:  # noqa: SIM103
+        return True
+    return False
+
+
+_REFUSED = "refused: "
+
+
+def _answer(kind, *facts) -> str:
+    """A backend, or why there is none: what is raised here would be an error of the compiler's."""
+    try:
+        if kind == "cuda":
+            return _known(kind, *facts, replaced=attention_peers.replaced())
+        return _decide(kind, *facts)
+    except BackendError as error:
+        return f"{_REFUSED}{error}"
+
+
+# This is what torch.compiler.assume_constant_result sets, which imports all of Dynamo. What is asked here are modules,
+# a driver and a table, and the answer is the same for all calls that are alike.
+_answer._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _decide(
+    kind, ordinal, dtype, columns, value_columns, grouped, causal, tracked, rows, aligned, wide, empty, many,
+    repeatable, invariant, requested, replaced=None,
+) -> str:  # fmt: skip
+    device = torch.device(kind, ordinal) if kind == "cuda" else torch.device(kind)
+    target = target_of(device)
+    call = Call(
+        kind, target.capability if kind == "cuda" else 0, dtype, columns, value_columns, grouped, causal, tracked, rows,
+        aligned, wide, empty, many, repeatable, replaced,
+    )  # fmt: skip
+    if requested is None:
+        try:
+            choice = choose(call, invariant)
+        except LookupError as error:
+            raise BackendError(
+                f"varlen_attention: invariant=True has only Triton's kernels here, and {error}"
+            ) from None
+        return choice.peer or choice.backend
+    if invariant and kind == "cuda" and requested != "triton":
+        raise BackendError(
+            f"varlen_attention: invariant=True asks for the same bits twice and in every pack, which backend "
+            f"{requested!r} does not promise; 'triton' does"
+        )
+    name = resolve("varlen_attention", kind, requested)
+    if name == "blocked" and tracked:
+        raise BackendError("varlen_attention: backend 'blocked' has no backward; q, k and v must not require grad")
+    if name in ("torch", "flash", "cudnn"):
+        peer, reason = attention_peers.peer_of(name, call)
+        if peer is None:
+            raise BackendError(f"varlen_attention: backend {name!r} does not serve this call: {reason}")
+        return peer
+    return name
+
+
+_known = cache(_decide)  # modules and GPUs stay what they are
+
+
+def reads_host(backend: str) -> bool:
+    """Whether a backend reads ``cu_seqlens`` on the host, and waits for the device where it lies there."""
+    return backend in ("eager", "sdpa", "blocked")
+
+
+def by_max_seqlen(backend: str) -> bool:
+    """Whether a backend launches programs for ``max_seqlen`` rows in every segment."""
+    return backend in PEERS
+
+
+#: Calls that :func:`choices` tells of: ``max_seqlen``, and what of :class:`Call` is not as in a tower's inference.
+KINDS: dict[str, tuple[int, dict[str, bool]]] = {
+    "inference": (0, {}),
+    "long": (4096, {}),
+    "training": (4096, {"gradients": True}),
+    "prefill": (4096, {"causal": True, "grouped": True}),
+}
+
+
+def choices(device_type: str) -> list[dict[str, object]]:
+    """What serves each of :data:`KINDS` on such tensors, where it was measured and why, for ``qwen2vl info``."""
+    rows: list[dict[str, object]] = []
+    capability = 0
+    if device_type == "cuda" and torch.cuda.is_available():
+        capability = target_of(torch.device("cuda", torch.cuda.current_device())).capability
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for columns in (64, 72, 80, 128, 512):
+            row: dict[str, object] = {"dtype": str(dtype).removeprefix("torch."), "head_dim": columns}
+            for kind, (longest, facts) in KINDS.items():
+                rows_ = bucket(longest)
+                known = Call(device_type, capability, dtype, columns, columns, rows=rows_)
+                call = replace(known, replaced=attention_peers.replaced(), **facts)
+                choice = choose(call)
+                row[kind] = {"backend": choice.backend, "measured": choice.measured, "why": choice.why}
+            rows.append(row)
+    return rows

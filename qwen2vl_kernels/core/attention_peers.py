@@ -1,26 +1,20 @@
-"""varlen_attention by others' fused kernels: PyTorch's FlashAttention 2 and cuDNN, and flash-attn 4, 3 or 2.
+"""Others' fused kernels behind varlen_attention, and which calls each can serve: PyTorch's FlashAttention 2 and cuDNN,
+and flash-attn 4, 3 or 2.
 
-They know packs, take strides, keep softmax statistics in float32 and read no boundary on the host. They leave the rows
-behind the last segment as they were, in results and in gradients: ``ops.varlen_attention`` makes these zero. What each
-cannot serve is said from what the host knows of a call, before anything is launched. Their backward passes get the
-statistics that their forward passes kept, as the operators of ``ops.varlen_attention`` hand them on, in a compiled
-graph too. By its source FlashAttention 2 multiplies rows by strides in 64 bits, cuDNN's offsets have 32; nobody has run
-either past 2^31 here.
+What a kernel cannot serve is said from what the host knows of a call, before anything is launched. How the kernels are
+called is in ``attention_calls``.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 from typing import Any
 
 import torch
-
-from .tile_plan import TilePlan
 
 #: The dtypes that all of them take.
 HALVES = (torch.bfloat16, torch.float16)
@@ -54,7 +48,7 @@ class Call:
     replaced: str | None = None
 
 
-#: Of blocks in a grid's second and third dimension, by CUDA.
+#: The most blocks that CUDA allows in a grid's second and third dimension.
 MOST_BLOCKS = 65535
 
 
@@ -75,6 +69,9 @@ FLASH = (
     Flash(3, "fa3_fwd_interface", range(90, 100), None),
     Flash(2, "flash_attn", range(80, 200), ("flash_attn.flash_attn_interface", "_flash_attn_varlen_backward")),
 )
+
+#: Others' kernels by what the op is told: "torch", "cudnn" or a module; "flash" is the newest one that serves a call.
+PEERS = ("torch", "cudnn", *(flash.module for flash in FLASH))
 
 #: The first PyTorch whose cuDNN backward on ragged packs may be trusted: before pytorch#186142 it takes head_dim for
 #: the longest segment, and its kernel writes beyond the workspace. So does 2.10's binary, and no release up to 2.13 is
@@ -199,7 +196,7 @@ def _flash_shape(flash: Flash, call: Call) -> str | None:
         return f"this build is without {part}"
     if (reason := _generation_reason(flash.generation, call)) is not None or not call.gradients:
         return reason
-    found = _backward_of(flash.module)
+    found = backward_of(flash.module)
     return found if isinstance(found, str) else None
 
 
@@ -263,123 +260,8 @@ def _torch_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-# ------------------------------------------------------------------------------------------ what is called
-
-
-def forward(name, q, k, v, plan: TilePlan, max_seqlen: int, causal: bool, scale: float, keep: bool):
-    """``(out (T, Hq, D), lse (T * Hq,))`` by the peer ``name``; lse is its statistics, ``None`` unless ``keep``."""
-    bounds, longest = plan.bounds(), _longest(plan, max_seqlen)
-    q, k, v = _at_16_bytes(q, k, v)
-    if name == "torch":
-        out, lse = torch.ops.aten._flash_attention_forward(
-            query=q, key=k, value=v, cum_seq_q=bounds, cum_seq_k=bounds, max_q=longest, max_k=longest, dropout_p=0.0,
-            is_causal=causal, return_debug_mask=False, scale=scale,
-        )[:2]  # fmt: skip
-    elif name == "cudnn":
-        out, lse = torch.ops.aten._cudnn_attention_forward(
-            query=q, key=k, value=v, attn_bias=None, cum_seq_q=bounds, cum_seq_k=bounds, max_q=longest, max_k=longest,
-            compute_log_sumexp=keep, dropout_p=0.0, is_causal=causal, return_debug_mask=False, scale=scale,
-        )[:2]  # fmt: skip
-    else:
-        out, lse = _flash_forward(name, q, k, v, bounds, longest, causal, scale, keep)
-    out = out.contiguous()
-    if not keep:
-        return out, None
-    assert lse is not None, name
-    _dimensions[name] = lse.ndim
-    return out, lse.reshape(-1)
-
-
-#: Of the statistics that a peer's forward returned last: cuDNN's are (T, H, 1) in some versions, (H, T) in others.
-_dimensions: dict[str, int] = {}
-
-
-def backward(name, grad, q, k, v, out, lse, plan: TilePlan, max_seqlen: int, causal: bool, scale: float):
-    """``(dq, dk, dv)`` of :func:`forward` from what it returned."""
-    bounds, longest = plan.bounds(), _longest(plan, max_seqlen)
-    q, k, v, grad, out = _at_16_bytes(q, k, v, grad.contiguous(), out)
-    lse = lse.view(q.shape[0], q.shape[1], 1) if _dimensions.get(name) == 3 else lse.view(q.shape[1], q.shape[0])
-    if name == "torch":
-        state = torch.empty(2, dtype=torch.uint64, device=q.device)  # of the random numbers for dropout, not read
-        grads = torch.ops.aten._flash_attention_backward(
-            grad_out=grad, query=q, key=k, value=v, out=out, logsumexp=lse, cum_seq_q=bounds, cum_seq_k=bounds,
-            max_q=longest, max_k=longest, dropout_p=0.0, is_causal=causal, rng_state=state, unused=state, scale=scale,
-        )  # fmt: skip
-    elif name == "cudnn":
-        if torch.are_deterministic_algorithms_enabled():
-            _refuse_determinism(name)
-        state = torch.empty(1, dtype=torch.int64, device=q.device)
-        grads = torch.ops.aten._cudnn_attention_backward(
-            grad_out=grad, query=q, key=k, value=v, out=out, logsumexp=lse, philox_seed=state, philox_offset=state,
-            attn_bias=None, cum_seq_q=bounds, cum_seq_k=bounds, max_q=longest, max_k=longest, dropout_p=0.0,
-            is_causal=causal, scale=scale,
-        )  # fmt: skip
-    else:
-        grads = _flash_backward(name, grad, q, k, v, out, lse, bounds, longest, causal, scale)
-    return tuple(x.contiguous() for x in grads)
-
-
-def _longest(plan: TilePlan, max_seqlen: int) -> int:
-    """What a peer's grid is made of, which must reach every segment, now and when a captured graph is replayed.
-
-    No segment has more rows than there are. FlashAttention 2 takes 1 for decoding, with all segments full.
-    """
-    plan.hold_to(max_seqlen)
-    return max(2, min(max_seqlen, plan.total))
-
-
-def _at_16_bytes(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Those that begin elsewhere copied: these kernels load 16 bytes at a time, and fault. A view may begin anywhere,
-    which a compiler does not tell, so no choice depends on it."""
-    return [x if x.data_ptr() % 16 == 0 else x.clone() for x in tensors]
-
-
-def _device_of(q: torch.Tensor) -> AbstractContextManager:
-    """Makes q's GPU the current one, as PyTorch's dispatcher does for its own operators: kernels from Python run on
-    the current one's stream."""
-    elsewhere = q.is_cuda and q.device.index != torch.cuda.current_device()
-    return torch.cuda.device(q.device) if elsewhere else nullcontext()
-
-
-def _refuse_determinism(name: str) -> None:
-    """The forward was chosen when nobody asked for it; PyTorch's FlashAttention looks for itself."""
-    raise RuntimeError(
-        f"varlen_attention: the backward of {name} is not deterministic, and torch.use_deterministic_algorithms(True) "
-        f"was called after the forward, which chooses the kernel; call it before"
-    )
-
-
-def _flash_forward(name, q, k, v, bounds, longest, causal, scale, keep):
-    function = _module(name).flash_attn_varlen_func
-    wanted = {"return_attn_probs", "return_lse"} & inspect.signature(function).parameters.keys() if keep else ()
-    with _device_of(q):
-        result = function(
-        q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=longest, max_seqlen_k=longest,
-        softmax_scale=scale, causal=causal, **dict.fromkeys(wanted, True),
-    )  # fmt: skip
-    return result[:2] if isinstance(result, tuple) else (result, None)
-
-
-def _flash_backward(name, grad, q, k, v, out, lse, bounds, longest, causal, scale):
-    made = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    offered = {
-        "dout": grad, "q": q, "k": k, "v": v, "out": out, "softmax_lse": lse, "lse": lse, "cu_seqlens_q": bounds,
-        "cu_seqlens_k": bounds, "max_seqlen_q": longest, "max_seqlen_k": longest, "softmax_scale": scale,
-        "causal": causal, "is_causal": causal, "deterministic": torch.are_deterministic_algorithms_enabled(),
-        **dict(zip(("dq", "dk", "dv"), made, strict=True)),
-    } | _FLASH_CONSTANTS  # fmt: skip
-    found = _backward_of(name)
-    assert not isinstance(found, str), found
-    function, known = found
-    if offered["deterministic"] and "deterministic" not in known:
-        _refuse_determinism(name)
-    with _device_of(q):
-        function(**{key: offered[key] for key in known if key in offered})
-    return made
-
-
 #: What the backward passes of flash-attn ask for beside tensors: no dropout, windows, softcap or biases.
-_FLASH_CONSTANTS = {
+FLASH_CONSTANTS = {
     "dropout_p": 0.0, "window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "alibi_slopes": None,
     "rng_state": None,
 }  # fmt: skip
@@ -388,7 +270,7 @@ _FLASH_ALIASES = ({"softmax_lse", "lse"}, {"causal", "is_causal"})
 
 
 @cache
-def _backward_of(name: str) -> tuple[Any, set[str]] | str:
+def backward_of(name: str) -> tuple[Any, set[str]] | str:
     """The backward of a flash-attn and the arguments to give it; or why it cannot be used.
 
     It is not public, so its arguments are looked at before one is relied on.
@@ -403,7 +285,7 @@ def _backward_of(name: str) -> tuple[Any, set[str]] | str:
         return f"its backward is not where it was: {error}"
     parameters = inspect.signature(getattr(function, "_init_fn", function)).parameters  # of a custom operator
     missing = _FLASH_NAMES - set(parameters) | {min(names) for names in _FLASH_ALIASES if not names & set(parameters)}
-    offered = _FLASH_NAMES.union({"max_seqlen_k", "softmax_scale", "deterministic"}, _FLASH_CONSTANTS, *_FLASH_ALIASES)
+    offered = _FLASH_NAMES.union({"max_seqlen_k", "softmax_scale", "deterministic"}, FLASH_CONSTANTS, *_FLASH_ALIASES)
     unknown = {k for k, p in parameters.items() if p.default is p.empty and k not in offered}
     if missing or unknown:
         return f"its backward takes other arguments than those known: {', '.join(sorted(missing | unknown))}"
@@ -411,7 +293,7 @@ def _backward_of(name: str) -> tuple[Any, set[str]] | str:
     return function, {k for k, p in parameters.items() if not (k.startswith("window_size") and p.default is None)}
 
 
-def _module(name: str) -> Any:
+def module_of(name: str) -> Any:
     module = _loaded(name)
     assert not isinstance(module, str), module
     return module

@@ -81,12 +81,11 @@ def architecture(target: Target, known: Collection[int]) -> int:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch as it was asked for: the kernel's arguments in order, ``constexprs`` and options by name."""
+    """One launch as it was asked for: arguments of the kernel and options of the compiler, both by name."""
 
     kernel: Any
     grid: tuple[int, ...]
-    args: tuple[Any, ...]
-    constexprs: dict[str, Any]
+    arguments: dict[str, Any]
     options: dict[str, int | bool]
 
 
@@ -127,23 +126,38 @@ def launch(
     kernel: Any,
     grid: tuple[int, ...],
     device: torch.device,
-    *args: Any,
+    *,
     num_warps: int,
     num_stages: int = 1,
-    **constexprs: Any,
+    **arguments: Any,
 ) -> None:
-    """Run ``kernel`` on ``device``'s current stream; nothing happens when a dimension of ``grid`` is 0."""
+    """Run ``kernel`` with ``arguments`` on ``device``'s current stream; nothing runs when a dimension of ``grid`` is 0.
+
+    All arguments of the kernel go by name: its tensors, their strides (:func:`strides`), numbers and constexprs.
+    """
     if 0 in grid:
         return
     # Contraction to FMA is said, not left to the version's default, which changes in Triton 3.10.
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     if _recording is not None:
-        _recording[1].append(Launch(kernel, grid, args, constexprs, options))
+        _recording[1].append(Launch(kernel, grid, arguments, options))
     elif device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):  # Triton launches on the current device, wherever the pointers lie
-            kernel[grid](*args, **constexprs, **options)
+            kernel[grid](**arguments, **options)
     else:
-        kernel[grid](*args, **constexprs, **options)
+        kernel[grid](**arguments, **options)
+
+
+def strides(axes: tuple[str, ...], /, **tensors: torch.Tensor | None) -> dict[str, int]:
+    """The first strides of tensors by the names that kernels give them, zeros for a tensor that is not there.
+
+    ``strides(("row", "head"), q=q, k=None)`` is ``{"q_row": ..., "q_head": ..., "k_row": 0, "k_head": 0}``.
+    """
+    return {
+        f"{name}_{axis}": 0 if tensor is None else tensor.stride(place)
+        for name, tensor in tensors.items()
+        for place, axis in enumerate(axes)
+    }
 
 
 def accumulator(dtype: torch.dtype) -> Any:

@@ -8,7 +8,8 @@ An op with both kinds is a composite that asks which backend serves and then run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -19,10 +20,20 @@ from .namespace import NAMESPACE
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
-def register_composite(schema: str, eager: Callable) -> None:
-    """Register ``schema`` (``"name(Tensor x, ...) -> Tensor"``) with ``eager`` as its decomposition."""
+def register_composite(schema: str, function: Callable) -> None:
+    """Register ``schema`` (``"name(Tensor x, ...) -> Tensor"``) with the public ``function`` as its decomposition."""
     _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    _LIBRARY.impl(_name(schema), eager, "CompositeImplicitAutograd")
+    _LIBRARY.impl(_name(schema), function, "CompositeImplicitAutograd")
+
+
+def writes_only(function: Callable) -> Callable:
+    """``function`` without its result: an op that declares what it writes to returns nothing."""
+
+    @wraps(function)
+    def run(*arguments: Any, **named: Any) -> None:
+        function(*arguments, **named)
+
+    return run
 
 
 def register_opaque(
@@ -84,17 +95,13 @@ def direct(*tensors: torch.Tensor | None) -> bool:
     )
 
 
-def run_in_place(kernel: Callable, op: Callable, written: Sequence[torch.Tensor | None], *arguments: Any) -> None:
-    """Call the kernel itself where it is `direct` for all tensors among ``arguments``, else the op.
+def mark_written(*tensors: torch.Tensor | None) -> None:
+    """Tell autograd that a kernel which ran without the dispatcher has written to these tensors.
 
-    A kernel called by itself writes unseen: autograd is told, as the dispatcher would, or what was saved for a backward
-    would be taken for what it was.
+    The dispatcher does so for ops that declare what they mutate. Otherwise a backward would take what a tensor holds
+    now for what it held when it was saved, and give wrong gradients without a word.
     """
-    if direct(*(a for a in arguments if isinstance(a, torch.Tensor))):
-        kernel(*arguments)
-        torch.autograd.graph.increment_version([t for t in written if t is not None])
-    else:
-        op(*arguments)
+    torch.autograd.graph.increment_version([tensor for tensor in tensors if tensor is not None])
 
 
 def _name(schema: str) -> str:

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from ..core.attention_choice import by_max_seqlen, chosen, reads_host
 from ..core.backends import BackendError, forced
 from ..core.tile_plan import TilePlan, plan_tiles
-from ..ops.varlen_attention import by_max_seqlen, chosen, reads_host, varlen_attention
+from ..ops.varlen_attention import varlen_attention
 from ..ops.vision_rope import vision_rope, vision_rope_qkv_
 from ._modules import owned, parameters_after, project, with_idle_rows
 

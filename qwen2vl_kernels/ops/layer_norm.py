@@ -31,25 +31,6 @@ def add_layer_norm_ref(
     return layer_norm_ref(total, weight, bias, eps), total
 
 
-def _run(x, weight, bias, eps=1e-6, backend=None) -> torch.Tensor:
-    if resolve("layer_norm", x.device.type, backend) == "eager":
-        return layer_norm_ref(x, weight, bias, eps)
-    return norm(x, None, weight, bias, eps, centred=True)[0]
-
-
-def _run_add(x, residual, weight, bias, eps=1e-6, backend=None) -> tuple[torch.Tensor, torch.Tensor]:
-    if resolve("layer_norm", x.device.type, backend) == "eager":
-        return add_layer_norm_ref(x, residual, weight, bias, eps)
-    return norm(x, residual, weight, bias, eps, centred=True)
-
-
-register_composite("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps=1e-6) -> Tensor", _run)
-register_composite(
-    "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps=1e-6) -> (Tensor, Tensor)",
-    _run_add,
-)
-
-
 def layer_norm(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -72,7 +53,9 @@ def layer_norm(
     check.tensor("x", x, (..., "C"))
     check.tensor("weight", weight, ("C",), like=x)
     check.tensor("bias", bias, ("C",), like=x)
-    return _run(x, weight, bias, eps, backend)
+    if resolve("layer_norm", x.device.type, backend) == "eager":
+        return layer_norm_ref(x, weight, bias, eps)
+    return norm(x, None, weight, bias, eps, centred=True)[0]
 
 
 def add_layer_norm(
@@ -93,4 +76,13 @@ def add_layer_norm(
     check.tensor("residual", residual, tuple(x.shape), like=x)
     check.tensor("weight", weight, ("C",), like=x)
     check.tensor("bias", bias, ("C",), like=x)
-    return _run_add(x, residual, weight, bias, eps, backend)
+    if resolve("layer_norm", x.device.type, backend) == "eager":
+        return add_layer_norm_ref(x, residual, weight, bias, eps)
+    return norm(x, residual, weight, bias, eps, centred=True)
+
+
+register_composite("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps=1e-6) -> Tensor", layer_norm)
+register_composite(
+    "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps=1e-6) -> (Tensor, Tensor)",
+    add_layer_norm,
+)

@@ -1,6 +1,6 @@
 """Multimodal rotary embedding (M-RoPE) of the language model's queries and keys.
 
-Every token has three positions p = (temporal, height, width). Pair j of a head's columns (j, j + R/2) turns by
+Every token has three positions p = (temporal, height, width). Pair j of a head's columns (j, j + R/2) is rotated by
 
     angle_j = p[axis(j)] * inv_freq[j]
     (x_j, x_{j+R/2})  ->  (x_j cos - x_{j+R/2} sin,  x_{j+R/2} cos + x_j sin)
@@ -22,8 +22,9 @@ import torch
 
 from ..core.backends import resolve
 from ..core.checks import INTS, Checker, no_grad_through
-from ..core.library import register_composite
-from ..triton.rotary import Angles, check_angles, mrope_cos_sin, rotate, rotate_in_place, rotated
+from ..core.library import register_composite, writes_only
+from ..core.rotation import check_angles, mrope_cos_sin, rotate
+from ..triton.rotary import halves_of, rotate_in_place, rotated
 
 
 def mrope_ref(
@@ -38,28 +39,6 @@ def mrope_ref(
     """The formula: angles, cosines and the rotation in inv_freq's dtype, rounded once to q's and k's."""
     cos, sin = mrope_cos_sin(positions, inv_freq, section, interleaved, cos_sin_cache)
     return rotate(q, cos, sin), rotate(k, cos, sin)
-
-
-def _run(
-    q, k, positions, inv_freq, section, interleaved=False, cos_sin_cache=None, backend=None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if resolve("mrope", q.device.type, backend) == "eager":
-        return mrope_ref(q, k, positions, inv_freq, section, interleaved, cos_sin_cache)
-    return rotated(q, k, Angles.of_cache(positions, inv_freq, cos_sin_cache, section, interleaved))
-
-
-def _run_in_place(q, k, positions, inv_freq, section, interleaved=False, cos_sin_cache=None, backend=None) -> None:
-    if resolve("mrope", q.device.type, backend) == "eager":
-        q_out, k_out = mrope_ref(q, k, positions, inv_freq, section, interleaved, cos_sin_cache)
-        q.copy_(q_out)
-        k.copy_(k_out)
-    else:
-        rotate_in_place(q, k, Angles.of_cache(positions, inv_freq, cos_sin_cache, section, interleaved))
-
-
-_SETTINGS = "Tensor positions, Tensor? inv_freq, int[] section, bool interleaved=False, Tensor? cos_sin_cache=None"
-register_composite(f"mrope(Tensor q, Tensor k, {_SETTINGS}) -> (Tensor, Tensor)", _run)
-register_composite(f"mrope_(Tensor(a!) q, Tensor(b!) k, {_SETTINGS}) -> ()", _run_in_place)
 
 
 def mrope(
@@ -88,7 +67,9 @@ def mrope(
     Returns new ``(q, k)``. Raises ``TypeError``/``ValueError`` naming the argument that does not fit.
     """
     _check("mrope", q, k, positions, inv_freq, section, interleaved, cos_sin_cache)
-    return _run(q, k, positions, inv_freq, section, interleaved, cos_sin_cache, backend)
+    if resolve("mrope", q.device.type, backend) == "eager":
+        return mrope_ref(q, k, positions, inv_freq, section, interleaved, cos_sin_cache)
+    return rotated(q, k, positions, inv_freq, *halves_of(cos_sin_cache), section, interleaved)
 
 
 def mrope_(
@@ -105,7 +86,12 @@ def mrope_(
     """:func:`mrope` in place: ``q`` and ``k`` are overwritten and returned. Refused when either requires grad."""
     _check("mrope_", q, k, positions, inv_freq, section, interleaved, cos_sin_cache)
     no_grad_through("mrope_", "mrope", q=q, k=k)
-    _run_in_place(q, k, positions, inv_freq, section, interleaved, cos_sin_cache, backend)
+    if resolve("mrope", q.device.type, backend) == "eager":
+        q_out, k_out = mrope_ref(q, k, positions, inv_freq, section, interleaved, cos_sin_cache)
+        q.copy_(q_out)
+        k.copy_(k_out)
+    else:
+        rotate_in_place(q, k, positions, inv_freq, *halves_of(cos_sin_cache), section, interleaved)
     return q, k
 
 
@@ -115,3 +101,8 @@ def _check(op, q, k, positions, inv_freq, section, interleaved, cos_sin_cache) -
     check.tensor("k", k, ("T", "Hk", "D"), like=q, contiguous_last=True)
     check.tensor("positions", positions, (3, "T"), dtypes=INTS)
     check_angles(check, q, inv_freq, section, interleaved, cos_sin_cache)
+
+
+_SETTINGS = "Tensor positions, Tensor? inv_freq, int[] section, *, bool interleaved=False, Tensor? cos_sin_cache=None"
+register_composite(f"mrope(Tensor q, Tensor k, {_SETTINGS}) -> (Tensor, Tensor)", mrope)
+register_composite(f"mrope_(Tensor(a!) q, Tensor(b!) k, {_SETTINGS}) -> ()", writes_only(mrope_))

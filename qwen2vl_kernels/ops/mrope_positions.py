@@ -201,28 +201,21 @@ def _addresses(outputs: tuple[torch.Tensor, ...]) -> tuple[int, int, int]:
     return (positions, delta, state[0] if state else 0)
 
 
-def _run_native(
-    input_ids, image_grid_thw, video_grid_thw, attention_mask, cu_seqlens, state=None, *, image_token_id,
-    video_token_id, spatial_merge_size,
-):  # fmt: skip
+def _run_native(input_ids, image_grid_thw, video_grid_thw, attention_mask, cu_seqlens, state, *tokens):
+    """``tokens``: image_token_id, video_token_id and spatial_merge_size, here and below."""
     outputs = _outputs(input_ids, cu_seqlens, state)
-    tokens = (image_token_id, video_token_id, spatial_merge_size)
     error, video, item, token, found = native.cpu().mrope_positions(
         *_arguments(input_ids, image_grid_thw, video_grid_thw, attention_mask, cu_seqlens, state, tokens),
         *_addresses(outputs),
     )
     if error:
-        _refuse(error, video, item, token, found, input_ids, image_grid_thw, video_grid_thw, spatial_merge_size)
+        _refuse(error, video, item, token, found, input_ids, image_grid_thw, video_grid_thw, tokens[2])
     return outputs
 
 
-def _run_cuda(
-    input_ids, image_grid_thw, video_grid_thw, attention_mask, cu_seqlens, state=None, *, image_token_id,
-    video_token_id, spatial_merge_size,
-):  # fmt: skip
+def _run_cuda(input_ids, image_grid_thw, video_grid_thw, attention_mask, cu_seqlens, state, *tokens):
     extension, device = native.cuda(), input_ids.device
     outputs = _outputs(input_ids, cu_seqlens, state)
-    tokens = (image_token_id, video_token_id, spatial_merge_size)
     arguments = _arguments(input_ids, image_grid_thw, video_grid_thw, attention_mask, cu_seqlens, state, tokens)
     _, _, images, videos, sequences = arguments[-2]
     words = (extension.mrope_workspace_bytes(input_ids.numel(), images, videos, sequences) + 7) // 8
@@ -238,19 +231,21 @@ def _run_cuda(
     return outputs
 
 
-_BACKENDS = {"eager": mrope_positions_ref, "native": _run_native, "cuda": _run_cuda}
+def _run_eager(input_ids, image_grid_thw, video_grid_thw, attention_mask, cu_seqlens, state, *tokens):
+    named = dict(zip(("image_token_id", "video_token_id", "spatial_merge_size"), tokens, strict=True))
+    return mrope_positions_ref(input_ids, image_grid_thw, video_grid_thw, attention_mask, cu_seqlens, state, **named)
 
 
-def _run_chunk(
-    input_ids, image_grid_thw, video_grid_thw, attention_mask, cu_seqlens, state, image_token_id, video_token_id,
-    spatial_merge_size, backend,
-):  # fmt: skip
+_BACKENDS = {"eager": _run_eager, "native": _run_native, "cuda": _run_cuda}
+
+
+def _run_chunk(input_ids, image_grid_thw, video_grid_thw, attention_mask, cu_seqlens, state, *settings):
+    """``settings``: the tokens, then the backend."""
+    *tokens, backend = settings
     if backend != "cuda" and cu_seqlens is not None:
         _check_boundaries(cu_seqlens.tolist(), input_ids.shape[1])
-    return _BACKENDS[backend](
-        input_ids, image_grid_thw, video_grid_thw, attention_mask, cu_seqlens, state, image_token_id=image_token_id,
-        video_token_id=video_token_id, spatial_merge_size=spatial_merge_size,
-    )  # fmt: skip
+    inputs = (input_ids, image_grid_thw, video_grid_thw, attention_mask, cu_seqlens, state)
+    return _BACKENDS[backend](*inputs, *tokens)
 
 
 def _run(input_ids, image_grid_thw, video_grid_thw, attention_mask, cu_seqlens, *settings):
@@ -327,15 +322,11 @@ def mrope_positions(
     like text, a grid that holds no token is passed over, and boundaries are clamped to the row. No content
     leads outside of the tensors. Equal inputs give equal results bit for bit.
     """
-    chosen = _check(
-        input_ids, image_grid_thw, video_grid_thw, attention_mask, cu_seqlens, image_token_id, video_token_id,
-        spatial_merge_size, backend,
-    )  # fmt: skip
+    inputs = (input_ids, image_grid_thw, video_grid_thw, attention_mask, cu_seqlens)
+    tokens = (image_token_id, video_token_id, spatial_merge_size)
+    chosen = _check("mrope_positions", *inputs, None, *tokens, backend)
     run = torch_ops.mrope_positions if _traced(input_ids) else _run
-    return run(
-        input_ids, image_grid_thw, video_grid_thw, attention_mask, cu_seqlens, image_token_id, video_token_id,
-        spatial_merge_size, chosen,
-    )  # fmt: skip
+    return run(*inputs, *tokens, chosen)
 
 
 def mrope_positions_chunk(
@@ -374,23 +365,28 @@ def mrope_positions_chunk(
         TypeError, ValueError: as :func:`mrope_positions`, and for a ``state`` that no call returned or whose image is
             not gone on with. With ``"cuda"`` contents are not checked, and such a state counts as zeros.
     """
-    chosen = _check(
-        input_ids, image_grid_thw, video_grid_thw, attention_mask, cu_seqlens, image_token_id, video_token_id,
-        spatial_merge_size, backend, op="mrope_positions_chunk", state=state,
-    )  # fmt: skip
+    inputs = (input_ids, image_grid_thw, video_grid_thw, attention_mask, cu_seqlens)
+    tokens = (image_token_id, video_token_id, spatial_merge_size)
+    chosen = _check("mrope_positions_chunk", *inputs, state, *tokens, backend)
     if state is None:
         state = input_ids.new_zeros((_sequences(input_ids, cu_seqlens), _STATE_SIZE), dtype=torch.int64)
     run = torch_ops.mrope_positions_chunk if _traced(input_ids) else _run_chunk
-    return run(
-        input_ids, image_grid_thw, video_grid_thw, attention_mask, cu_seqlens, state, image_token_id, video_token_id,
-        spatial_merge_size, chosen,
-    )  # fmt: skip
+    return run(*inputs, state, *tokens, chosen)
 
 
 def _check(
-    input_ids, image_grid_thw, video_grid_thw, attention_mask, cu_seqlens, image_token_id, video_token_id,
-    spatial_merge_size, backend, *, op="mrope_positions", state=None,
-) -> str:  # fmt: skip
+    op: str,
+    input_ids: torch.Tensor,
+    image_grid_thw: torch.Tensor | None,
+    video_grid_thw: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    state: torch.Tensor | None,
+    image_token_id: int,
+    video_token_id: int,
+    spatial_merge_size: int,
+    backend: str | None,
+) -> str:
     """Refuse what either function refuses whatever the contents; returns the backend that serves."""
     check = Checker(op)
     check.tensor("input_ids", input_ids, ("B", "L"), dtypes=INTS)

@@ -25,25 +25,14 @@ import torch
 from ..core.backends import resolve
 from ..core.checks import EAGER_FLOATS, Checker
 from ..core.library import register_composite
-from ..core.matmul import linear as product
-from ..triton.gemm import MATRIX_DTYPES, linear
+from ..core.matmul import linear
+from ..triton.gemm import MATRIX_DTYPES, gemm
 
 
 def patch_embed_ref(patches: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """The product in the weight's dtype, bytes centred at 128."""
     x = patches.to(weight.dtype)
-    return product(x - 128 if patches.dtype == torch.uint8 else x, weight.flatten(1), bias)
-
-
-def _run(patches, weight, bias=None, backend=None) -> torch.Tensor:
-    # Without matrix units the library's product is the faster one.
-    prefer = None if weight.dtype in MATRIX_DTYPES else "eager"
-    if resolve("patch_embed", patches.device.type, backend, prefer) == "eager":
-        return patch_embed_ref(patches, weight, bias)
-    return linear(patches, weight.flatten(1), bias)
-
-
-register_composite("patch_embed(Tensor patches, Tensor weight, Tensor? bias=None) -> Tensor", _run)
+    return linear(x - 128 if patches.dtype == torch.uint8 else x, weight.flatten(1), bias)
 
 
 def patch_embed(
@@ -71,7 +60,14 @@ def patch_embed(
     check.require(width == patches.shape[1], f"patches has {patches.shape[1]} values a row, but weight takes {width}")
     if bias is not None:
         check.tensor("bias", bias, ("C",), like=weight)
-    return _run(patches, weight, bias, backend)
+    # The library's product is faster where the matrix units do not take the dtype.
+    prefer = None if weight.dtype in MATRIX_DTYPES else "eager"
+    if resolve("patch_embed", patches.device.type, backend, prefer) == "eager":
+        return patch_embed_ref(patches, weight, bias)
+    return gemm(patches, weight.flatten(1), bias)
+
+
+register_composite("patch_embed(Tensor patches, Tensor weight, Tensor? bias=None) -> Tensor", patch_embed)
 
 
 def fold_patch_embed(

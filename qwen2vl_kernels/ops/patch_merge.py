@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from ..core.backends import resolve
 from ..core.checks import INTS, Checker
 from ..core.library import register_composite
-from ..core.matmul import linear as product
-from ..triton.gemm import MATRIX_DTYPES, linear
+from ..core.matmul import linear
+from ..triton.gemm import MATRIX_DTYPES, gemm
 from ..triton.norm import norm
 
 
@@ -50,7 +50,7 @@ def patch_merge_ref(
         x = gather_blocks_ref(x, grid_thw, merge_size)
     h = F.layer_norm(x, (x.shape[-1],), norm_weight, norm_bias, eps)
     h = h.reshape(-1, merge_size * merge_size * x.shape[-1])
-    return product(F.gelu(product(h, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+    return linear(F.gelu(linear(h, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
 
 
 def block_order(grid_thw: torch.Tensor, rows: int, merge_size: int) -> torch.Tensor:
@@ -70,36 +70,6 @@ def block_order(grid_thw: torch.Tensor, rows: int, merge_size: int) -> torch.Ten
     row = block // (width // m) * m + place // m
     column = block % (width // m) * m + place % m
     return (frame + row * width + column).clamp_(0, max(rows - 1, 0))
-
-
-def _run_triton(
-    x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, grid_thw, merge_size, eps
-) -> torch.Tensor:
-    """A norm that gathers as it reads, and two products with their epilogues."""
-    order = None
-    if grid_thw is not None and x.shape[0]:
-        order = block_order(grid_thw.to(x.device, non_blocking=True), x.shape[0], merge_size)
-    h, _ = norm(x, None, norm_weight, norm_bias, eps, centred=True, order=order)
-    h = h.view(-1, merge_size * merge_size * x.shape[1])
-    return linear(linear(h, fc1_weight, fc1_bias, gelu=True), fc2_weight, fc2_bias)
-
-
-def _run(
-    x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, grid_thw=None, merge_size=2, eps=1e-6,
-    backend=None,
-) -> torch.Tensor:  # fmt: skip
-    # Without matrix units the library's product is the faster one.
-    prefer = None if x.dtype in MATRIX_DTYPES else "eager"
-    chosen = resolve("patch_merge", x.device.type, backend, prefer)
-    run = patch_merge_ref if chosen == "eager" else _run_triton
-    return run(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, grid_thw, merge_size, eps)
-
-
-register_composite(
-    "patch_merge(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bias,"
-    " Tensor fc2_weight, Tensor fc2_bias, Tensor? grid_thw=None, int merge_size=2, float eps=1e-6) -> Tensor",
-    _run,
-)
 
 
 def patch_merge(
@@ -145,7 +115,7 @@ def patch_merge(
     if order == "raster":
         check.tensor("grid_thw", grid_thw, ("n", 3), dtypes=INTS, any_device=True)
         assert grid_thw is not None
-        if grid_thw.device.type == "cpu":
+        if grid_thw.device.type == "cpu" and type(grid_thw) is torch.Tensor and not torch.compiler.is_compiling():
             rows = int(grid_thw.prod(1).sum())
             check.require(rows == x.shape[0], f"grid_thw describes {rows} patches, but x has {x.shape[0]} rows")
             ok = bool((grid_thw[:, 1:] % merge_size == 0).all())
@@ -153,7 +123,23 @@ def patch_merge(
                 ok,
                 f"grid_thw's heights and widths must be multiples of {merge_size}, got {grid_thw.tolist()}",
             )
-    return _run(
-        x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
-        grid_thw if order == "raster" else None, merge_size, eps, backend,
-    )  # fmt: skip
+    grid_thw = grid_thw if order == "raster" else None
+    # The library's product is faster where the matrix units do not take the dtype.
+    prefer = None if x.dtype in MATRIX_DTYPES else "eager"
+    if resolve("patch_merge", x.device.type, backend, prefer) == "eager":
+        weights = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+        return patch_merge_ref(x, *weights, grid_thw, merge_size, eps)
+    rows = None
+    if grid_thw is not None and x.shape[0]:
+        rows = block_order(grid_thw.to(x.device, non_blocking=True), x.shape[0], merge_size)
+    h, _ = norm(x, None, norm_weight, norm_bias, eps, centred=True, order=rows)  # which gathers as it reads
+    h = h.view(-1, block * x.shape[1])
+    return gemm(gemm(h, fc1_weight, fc1_bias, gelu=True), fc2_weight, fc2_bias)
+
+
+register_composite(
+    "patch_merge(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bias,"
+    ' Tensor fc2_weight, Tensor fc2_bias, *, str order="block", Tensor? grid_thw=None, int merge_size=2,'
+    " float eps=1e-6) -> Tensor",
+    patch_merge,
+)

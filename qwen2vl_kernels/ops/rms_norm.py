@@ -33,24 +33,6 @@ def add_rms_norm_ref(
     return rms_norm_ref(total, weight, eps), total
 
 
-def _run(x, weight, eps=1e-6, backend=None) -> torch.Tensor:
-    if resolve("rms_norm", x.device.type, backend) == "eager":
-        return rms_norm_ref(x, weight, eps)
-    return norm(x, None, weight, None, eps, centred=False)[0]
-
-
-def _run_add(x, residual, weight, eps=1e-6, backend=None) -> tuple[torch.Tensor, torch.Tensor]:
-    if resolve("rms_norm", x.device.type, backend) == "eager":
-        return add_rms_norm_ref(x, residual, weight, eps)
-    return norm(x, residual, weight, None, eps, centred=False)
-
-
-register_composite("rms_norm(Tensor x, Tensor weight, float eps=1e-6) -> Tensor", _run)
-register_composite(
-    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps=1e-6) -> (Tensor, Tensor)", _run_add
-)
-
-
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *, backend: str | None = None) -> torch.Tensor:
     """RMSNorm over the last dimension.
 
@@ -65,7 +47,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *, backen
     check = Checker("rms_norm")
     check.tensor("x", x, (..., "C"))
     check.tensor("weight", weight, ("C",), like=x)
-    return _run(x, weight, eps, backend)
+    if resolve("rms_norm", x.device.type, backend) == "eager":
+        return rms_norm_ref(x, weight, eps)
+    return norm(x, None, weight, None, eps, centred=False)[0]
 
 
 def add_rms_norm(
@@ -84,4 +68,12 @@ def add_rms_norm(
     check.tensor("x", x, (..., "C"))
     check.tensor("residual", residual, tuple(x.shape), like=x)
     check.tensor("weight", weight, ("C",), like=x)
-    return _run_add(x, residual, weight, eps, backend)
+    if resolve("rms_norm", x.device.type, backend) == "eager":
+        return add_rms_norm_ref(x, residual, weight, eps)
+    return norm(x, residual, weight, None, eps, centred=False)
+
+
+register_composite("rms_norm(Tensor x, Tensor weight, float eps=1e-6) -> Tensor", rms_norm)
+register_composite(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps=1e-6) -> (Tensor, Tensor)", add_rms_norm
+)

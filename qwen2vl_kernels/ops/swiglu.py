@@ -1,7 +1,7 @@
 """SwiGLU's elementwise half: ``silu(gate) * up`` with ``silu(x) = x * sigmoid(x)`` (Shazeer 2020, eq. 6).
 
 Shapes: gate, up ``(..., F)``, or one packed ``(..., 2F)`` tensor ``[gate | up]``. dtypes: float32, bfloat16, float16.
-Bytes a row of F values of b bytes: forward 3 F b, backward 5 F b (gate, up, dy, dgate, dup).
+The kernels are in ``triton.elementwise``, which quick_gelu shares.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import torch.nn.functional as F
 
 from ..core.backends import resolve
 from ..core.checks import Checker, no_grad_through
-from ..core.launching import accumulator, cdiv, jit, launch, target_of, tl
-from ..core.library import direct, first_order, register_composite, register_opaque, run_in_place
+from ..core.library import direct, first_order, mark_written, register_composite, register_opaque, writes_only
 from ..core.namespace import torch_ops
-from ..triton.elementwise import as_rows, rows_view, tile
+from ..triton.elementwise import as_rows, launch_backward, launch_forward
 
 
 def swiglu_ref(gate: torch.Tensor, up: torch.Tensor | None = None, *, upcast: bool = False) -> torch.Tensor:
@@ -29,39 +28,8 @@ def swiglu_ref(gate: torch.Tensor, up: torch.Tensor | None = None, *, upcast: bo
     return F.silu(gate).mul_(up)
 
 
-def _swiglu_inplace(gate: torch.Tensor, up: torch.Tensor) -> None:
+def _in_place_ref(gate: torch.Tensor, up: torch.Tensor) -> None:
     F.silu(gate, inplace=True).mul_(up)
-
-
-@jit(do_not_specialize=["rows"])
-def _forward_kernel(
-    gate, up, y, rows, gate_row, gate_column, up_row, up_column, y_row, y_column,
-    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    mask = (row < rows) & (column < COLUMNS)
-    g = tl.load(gate + row * gate_row + column.to(tl.int64) * gate_column, mask=mask, other=0.0).to(ACC)
-    u = tl.load(up + row * up_row + column.to(tl.int64) * up_column, mask=mask, other=0.0).to(ACC)
-    out = g / (1 + tl.exp(-g)) * u
-    tl.store(y + row * y_row + column.to(tl.int64) * y_column, out.to(y.dtype.element_ty), mask=mask)
-
-
-@jit(do_not_specialize=["rows"])
-def _backward_kernel(
-    dy, gate, up, dgate, dup, rows, dy_row, dy_column, gate_row, gate_column, up_row, up_column, out_row,
-    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    mask = (row < rows) & (column < COLUMNS)
-    d = tl.load(dy + row * dy_row + column.to(tl.int64) * dy_column, mask=mask, other=0.0).to(ACC)
-    g = tl.load(gate + row * gate_row + column.to(tl.int64) * gate_column, mask=mask, other=0.0).to(ACC)
-    u = tl.load(up + row * up_row + column.to(tl.int64) * up_column, mask=mask, other=0.0).to(ACC)
-    sigmoid = 1 / (1 + tl.exp(-g))
-    out = row * out_row + column
-    tl.store(dgate + out, (d * u * sigmoid * (1 + g * (1 - sigmoid))).to(dgate.dtype.element_ty), mask=mask)
-    tl.store(dup + out, (d * g * sigmoid).to(dup.dtype.element_ty), mask=mask)
 
 
 def _halves(gate: torch.Tensor, up: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,80 +40,31 @@ def _halves(gate: torch.Tensor, up: torch.Tensor | None) -> tuple[torch.Tensor, 
     return first, second
 
 
-def _launch(gate: torch.Tensor, up: torch.Tensor, y: torch.Tensor) -> None:
-    """Rows to rows; ``y`` may be ``gate``."""
-    rows, columns = gate.shape
-    cut = tile(columns, gate.dtype, target_of(gate.device))
-    launch(
-        _forward_kernel,
-        (cdiv(rows, cut.rows), cdiv(columns, cut.columns)),
-        gate.device,
-        gate,
-        up,
-        y,
-        rows,
-        *gate.stride(),
-        *up.stride(),
-        *y.stride(),
-        COLUMNS=columns,
-        BLOCK=cut.columns,
-        ROWS=cut.rows,
-        ACC=accumulator(gate.dtype),
-        num_warps=cut.num_warps,
-    )
-
-
 def _fake_forward(gate, up):
     columns = gate.shape[-1] if up is not None else gate.shape[-1] // 2
     return torch.empty((*gate.shape[:-1], columns), dtype=gate.dtype, device=gate.device)
 
 
-def launch_forward(gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
+def _forward(gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
     y = _fake_forward(gate, up)
-    if y.numel():
-        _launch(*_halves(gate, up), as_rows(y))
+    gate_rows, up_rows = _halves(gate, up)
+    launch_forward(gate_rows, None, up_rows, as_rows(y), 1.0)
     return y
 
 
-def launch_in_place(gate: torch.Tensor, up: torch.Tensor) -> None:
-    if gate.numel() == 0:
-        return
-    rows = rows_view(gate)
-    if rows is None:
-        gate.copy_(launch_forward(gate, up))
-    else:
-        _launch(rows, as_rows(up), rows)
+def _forward_in_place(gate: torch.Tensor, up: torch.Tensor) -> None:
+    rows = as_rows(gate)
+    launch_forward(rows, None, as_rows(up), rows, 1.0)
+    if rows.data_ptr() != gate.data_ptr():  # the leading dimensions have more than one stride: rows is a copy
+        gate.copy_(rows.view(gate.shape))
 
 
-def launch_backward(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _run_backward(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """``(dgate, dup)``, or the gradient of the packed tensor and nothing."""
     dgate, dup = _fake_backward(dy, gate, up)
-    if dy.numel() == 0:
-        return dgate, dup
-    (first, second), grad = _halves(gate, up), as_rows(dy)
-    out_first, out_second = _halves(dgate, None if up is None else dup)
-    rows, columns = grad.shape
-    cut = tile(columns, gate.dtype, target_of(gate.device))
-    launch(
-        _backward_kernel,
-        (cdiv(rows, cut.rows), cdiv(columns, cut.columns)),
-        gate.device,
-        grad,
-        first,
-        second,
-        out_first,
-        out_second,
-        rows,
-        *grad.stride(),
-        *first.stride(),
-        *second.stride(),
-        out_first.stride(0),
-        COLUMNS=columns,
-        BLOCK=cut.columns,
-        ROWS=cut.rows,
-        ACC=accumulator(gate.dtype),
-        num_warps=cut.num_warps,
-    )
+    gate_rows, up_rows = _halves(gate, up)
+    dgate_rows, dup_rows = _halves(dgate, None if up is None else dup)
+    launch_backward(as_rows(dy), gate_rows, None, up_rows, dgate_rows, dup_rows, 1.0)
     return dgate, dup
 
 
@@ -169,38 +88,21 @@ register_opaque(
     fake=_fake_forward,
     setup_context=_setup_context,
     backward=_backward,
-    CPU=launch_forward,
-    CUDA=launch_forward,
+    CPU=_forward,
+    CUDA=_forward,
 )
 register_opaque(
     "swiglu_forward_(Tensor(a!) gate, Tensor up) -> ()",
     fake=lambda gate, up: None,
-    CPU=launch_in_place,
-    CUDA=launch_in_place,
+    CPU=_forward_in_place,
+    CUDA=_forward_in_place,
 )
 register_opaque(
     "swiglu_backward(Tensor dy, Tensor gate, Tensor? up) -> (Tensor, Tensor)",
     fake=_fake_backward,
-    CPU=launch_backward,
-    CUDA=launch_backward,
+    CPU=_run_backward,
+    CUDA=_run_backward,
 )
-
-
-def _run(gate, up=None, backend=None) -> torch.Tensor:
-    if resolve("swiglu", gate.device.type, backend) == "eager":
-        return swiglu_ref(gate, up)
-    return (launch_forward if direct(gate, up) else torch_ops.swiglu_forward)(gate, up)
-
-
-def _run_in_place(gate, up, backend=None) -> None:
-    if resolve("swiglu", gate.device.type, backend) == "eager":
-        _swiglu_inplace(gate, up)
-    else:
-        run_in_place(launch_in_place, torch_ops.swiglu_forward_, (gate,), gate, up)
-
-
-register_composite("swiglu(Tensor gate, Tensor? up=None) -> Tensor", _run)
-register_composite("swiglu_(Tensor(a!) gate, Tensor up) -> ()", _run_in_place)
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor | None = None, *, backend: str | None = None) -> torch.Tensor:
@@ -219,7 +121,9 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor | None = None, *, backend: str |
         check.require(gate.shape[-1] % 2 == 0, f"packed gate must have an even last size, got {gate.shape[-1]}")
     else:
         check.tensor("up", up, tuple(gate.shape), like=gate)
-    return _run(gate, up, backend)
+    if resolve("swiglu", gate.device.type, backend) == "eager":
+        return swiglu_ref(gate, up)
+    return (_forward if direct(gate, up) else torch_ops.swiglu_forward)(gate, up)
 
 
 def swiglu_(gate: torch.Tensor, up: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
@@ -228,5 +132,15 @@ def swiglu_(gate: torch.Tensor, up: torch.Tensor, *, backend: str | None = None)
     check.tensor("gate", gate, (..., "F"))
     check.tensor("up", up, tuple(gate.shape), like=gate)
     no_grad_through("swiglu_", "swiglu", gate=gate, up=up)
-    _run_in_place(gate, up, backend)
+    if resolve("swiglu", gate.device.type, backend) == "eager":
+        _in_place_ref(gate, up)
+    elif direct(gate, up):
+        _forward_in_place(gate, up)
+        mark_written(gate)
+    else:
+        torch_ops.swiglu_forward_(gate, up)
     return gate
+
+
+register_composite("swiglu(Tensor gate, Tensor? up=None) -> Tensor", swiglu)
+register_composite("swiglu_(Tensor(a!) gate, Tensor up) -> ()", writes_only(swiglu_))

@@ -13,30 +13,30 @@ Segment s is rows ``cu_seqlens[s] .. cu_seqlens[s + 1]``: an image, a video fram
 
 Shapes: q ``(T, Hq, D)``, k ``(T, Hk, D)``, v ``(T, Hk, Dv)``, Hq a multiple of Hk (query head h reads key head
 ``h // (Hq / Hk)``), cu_seqlens ``(S + 1,)`` int32. dtypes: float32, bfloat16, float16. With ``rope`` q and k are first
-turned, pairs (j, j + D/2) by the angles of their row (RoFormer, arXiv 2104.09864, in transformers' order of columns).
+rotated, pairs (j, j + D/2) by the angles of their row (RoFormer, arXiv 2104.09864, in transformers' order of columns).
 Triton's kernels are in ``triton.attention_forward`` and ``triton.attention_backward``, others' in
 ``core.attention_peers``.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import cache
-from operator import index
-
 import torch
 
-from ..core import attention_choice, attention_peers
+from ..core import attention_calls
+from ..core.attention_choice import chosen
 from ..core.attention_cpu import blocked, keeps_statistics, per_segment, sdpa, sdpa_backward, sdpa_with_statistics
-from ..core.attention_peers import Call
-from ..core.backends import BackendError, forced, resolve
+from ..core.attention_peers import PEERS
+from ..core.backends import resolve
 from ..core.checks import Checker
 from ..core.launching import target_of
 from ..core.library import direct, first_order, register_opaque
 from ..core.namespace import torch_ops
+from ..core.rotation import rotate
 from ..core.tile_plan import TilePlan, check_bounds, plan_for
-from ..triton.attention_forward import attention
-from ..triton.rotary import Angles, rotate, rotated
+from ..triton.attention_backward import launch_backward
+from ..triton.attention_forward import fake_forward, fuses_rope, launch_forward
+from ..triton.attention_head import like
+from ..triton.rotary import rotated
 from ..triton.tail import zero_behind
 
 
@@ -74,73 +74,90 @@ def varlen_attention_ref(
     return per_segment(attend, q.shape[0], q.new_empty((0, q.shape[1], v.shape[2]), dtype=out_dtype), cu_seqlens)
 
 
-def _host(implementation):
-    """The form that all backends share: those that read ``cu_seqlens`` on the host need no ``max_seqlen``."""
-    return lambda q, k, v, cu_seqlens, max_seqlen, causal, scale: implementation(q, k, v, cu_seqlens, causal, scale)
-
-
-def peer_forward(name, q, k, v, plan: TilePlan, max_seqlen: int, causal: bool, scale: float, keep: bool):
-    """``(out, lse)`` of others' kernels (:func:`attention_peers.forward`), zero behind the last segment."""
-    out, lse = attention_peers.forward(name, q, k, v, plan, max_seqlen, causal, scale, keep)
+def _peer_forward(name, q, k, v, plan: TilePlan, max_seqlen: int, causal: bool, scale: float, keep: bool):
+    """``(out, lse)`` of others' kernels (:func:`attention_calls.forward`), zero behind the last segment."""
+    out, lse = attention_calls.forward(name, q, k, v, plan, max_seqlen, causal, scale, keep)
     return zero_behind(out, plan), lse
 
 
-def peer_backward(name, grad, q, k, v, out, lse, plan: TilePlan, max_seqlen: int, causal: bool, scale: float):
-    """``(dq, dk, dv)`` of others' kernels (:func:`attention_peers.backward`), zero behind the last segment."""
-    grads = attention_peers.backward(name, grad, q, k, v, out, lse, plan, max_seqlen, causal, scale)
+def _peer_backward(name, dout, q, k, v, out, lse, plan: TilePlan, max_seqlen: int, causal: bool, scale: float):
+    """``(dq, dk, dv)`` of others' kernels (:func:`attention_calls.backward`), zero behind the last segment."""
+    grads = attention_calls.backward(name, dout, q, k, v, out, lse, plan, max_seqlen, causal, scale)
     return tuple(zero_behind(x, plan) for x in grads)
 
 
-def _peer(name):
-    """Others' kernels, without what their backward needs."""
-
-    def attend(q, k, v, cu_seqlens, max_seqlen, causal, scale, tiles=None):
-        plan = plan_for(cu_seqlens, q.shape[0], q.device) if tiles is None else tiles
-        return peer_forward(name, q, k, v, plan, max_seqlen, causal, scale, keep=False)[0]
-
-    return attend
+# ------------------------------------------------------------------------------ the op on our kernels, and its backward
 
 
-#: Others' kernels by what an operator is told, "torch", "cudnn" or a module; "flash" is the newest one that serves.
-_PEERS = ("torch", "cudnn", *(flash.module for flash in attention_peers.FLASH))
-_BACKENDS = {
-    "eager": _host(varlen_attention_ref),
-    "sdpa": _host(sdpa),
-    "blocked": _host(blocked),
-    "triton": attention,
-    **{name: _peer(name) for name in _PEERS},
-}
+def _run_triton(q, k, v, cu_seqlens, cos, sin, max_seqlen, causal, softmax_scale, fused):
+    plan = plan_for(cu_seqlens, q.shape[0], q.device)
+    return launch_forward(q, k, v, plan, max_seqlen, causal, softmax_scale, cos=cos, sin=sin, fused=fused)
+
+
+def _setup_triton(ctx, inputs, output) -> None:
+    q, k, v, cu_seqlens, cos, sin, _, ctx.causal, ctx.scale, ctx.fused = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, cos, sin)
+
+
+def _backward_triton(ctx, dout, _):
+    arguments = (dout, *ctx.saved_tensors, ctx.causal, ctx.scale, ctx.fused)
+    return *first_order("varlen_attention", torch_ops.attention_backward, *arguments), *[None] * 7
+
+
+_PACK = "Tensor cu_seqlens, Tensor? cos, Tensor? sin"
+_OPTIONS = "bool causal, float softmax_scale, bool fused"
+register_opaque(
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {_PACK}, int max_seqlen, {_OPTIONS}) -> (Tensor, Tensor)",
+    fake=lambda q, k, v, *_: fake_forward(q, k, v),
+    setup_context=_setup_triton,
+    backward=_backward_triton,
+    CPU=_run_triton,
+    CUDA=_run_triton,
+)
+register_opaque(
+    f"attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_PACK}, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor)",
+    fake=lambda dout, q, k, v, *_: like(q, k, v),
+    CPU=launch_backward,
+    CUDA=launch_backward,
+)
+
+
+# -------------------------------------------------------------------- the op on everything else, by the backend's name
+
+
+#: Those that read ``cu_seqlens`` on the host, and need no ``max_seqlen``.
+_BACKENDS = {"eager": varlen_attention_ref, "sdpa": sdpa, "blocked": blocked}
 
 
 def _run(q, k, v, cu_seqlens, max_seqlen, causal, softmax_scale, backend):
     """``(out, lse)``, where lse is what the backend's backward takes, or empty."""
-    settings = (max_seqlen, causal, softmax_scale)
-    if backend in _PEERS:
+    if backend in PEERS:
         plan = plan_for(cu_seqlens, q.shape[0], q.device)
-        return peer_forward(backend, q, k, v, plan, *settings, keep=True)
+        return _peer_forward(backend, q, k, v, plan, max_seqlen, causal, softmax_scale, keep=True)
     if backend == "sdpa" and keeps_statistics(q, v):
         return sdpa_with_statistics(q, k, v, cu_seqlens, causal, softmax_scale)
-    return _BACKENDS[backend](q, k, v, cu_seqlens, *settings).contiguous(), q.new_empty(0)
+    return _BACKENDS[backend](q, k, v, cu_seqlens, causal, softmax_scale).contiguous(), q.new_empty(0)
 
 
-def _run_backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, causal, softmax_scale, backend):
-    settings = (max_seqlen, causal, softmax_scale)
-    if backend in _PEERS:
+def _run_backward(dout, q, k, v, out, lse, cu_seqlens, max_seqlen, causal, softmax_scale, backend):
+    if backend in PEERS:
         plan = plan_for(cu_seqlens, q.shape[0], q.device)
-        return peer_backward(backend, grad, q, k, v, out, lse, plan, *settings)
+        return _peer_backward(backend, dout, q, k, v, out, lse, plan, max_seqlen, causal, softmax_scale)
     if backend == "sdpa" and keeps_statistics(q, v):
-        return sdpa_backward(grad, q, k, v, out, lse, cu_seqlens, causal, softmax_scale)
+        return sdpa_backward(dout, q, k, v, out, lse, cu_seqlens, causal, softmax_scale)
     # The formula, and PyTorch's attention where it picks a kernel of its own by the shape, keep nothing between two
-    # operators: the forward once more.
+    # operators, so the forward is run once more.
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     with torch.enable_grad():
-        again = _BACKENDS[backend](*leaves, cu_seqlens, *settings)
-    return tuple(g.contiguous() for g in torch.autograd.grad(again, leaves, grad))
+        again = _BACKENDS[backend](*leaves, cu_seqlens, causal, softmax_scale)
+    return tuple(g.contiguous() for g in torch.autograd.grad(again, leaves, dout))
 
 
 def _fake_forward(q, k, v, cu_seqlens, max_seqlen, causal, softmax_scale, backend):
     wide = torch.promote_types(q.dtype, torch.float32)
-    if backend in _PEERS:  # of one shape for all: cuDNN's changed between versions
+    if backend in PEERS:  # of one shape for all: cuDNN's changed between versions
         lse = q.new_empty(q.shape[0] * q.shape[1], dtype=torch.float32)
     elif backend == "sdpa" and keeps_statistics(q, v):
         lse = q.new_empty(q.shape[:2], dtype=wide)
@@ -149,20 +166,16 @@ def _fake_forward(q, k, v, cu_seqlens, max_seqlen, causal, softmax_scale, backen
     return q.new_empty((q.shape[0], q.shape[1], v.shape[2])), lse
 
 
-def _fake_backward(grad, q, k, v, *_):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
-
-
 def _setup_context(ctx, inputs, output) -> None:
     q, k, v, cu_seqlens, *ctx.settings = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(q, k, v, *output, cu_seqlens)
 
 
-def _backward(ctx, grad, _):
+def _backward(ctx, dout, _):
     backward = torch_ops.varlen_attention_backward
-    grads = first_order("varlen_attention", backward, grad, *ctx.saved_tensors, *ctx.settings)
-    return (*grads, None, None, None, None, None)
+    grads = first_order("varlen_attention", backward, dout, *ctx.saved_tensors, *ctx.settings)
+    return *grads, *[None] * 5
 
 
 _SETTINGS = "Tensor cu_seqlens, int max_seqlen, bool causal, float softmax_scale, str backend"
@@ -175,147 +188,12 @@ register_opaque(
     CUDA=_run,
 )
 register_opaque(
-    f"varlen_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_SETTINGS})"
+    f"varlen_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_SETTINGS})"
     " -> (Tensor, Tensor, Tensor)",
-    fake=_fake_backward,
+    fake=lambda dout, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)),
     CPU=_run_backward,
     CUDA=_run_backward,
 )
-
-
-def chosen(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    max_seqlen: int,
-    *,
-    causal: bool = False,
-    invariant: bool = False,
-    segments: int = 1,
-    backend: str | None = None,
-) -> str:
-    """Which of :data:`_BACKENDS` serves such a call. Raises :class:`BackendError` where the one named does not."""
-    tracked = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    repeatable, kind = torch.are_deterministic_algorithms_enabled(), q.device.type
-    (rows, heads, columns), (_, kv_heads, value_columns) = q.shape, v.shape
-    widths = index(columns), index(value_columns)
-    facts = (kind, q.device.index, q.dtype, *widths, _settled(heads != kv_heads), causal, tracked)
-    if kind == "cuda":
-        empty = _settled(segments < 1 or rows == 0 or heads == 0)
-        aligned, farthest = True, heads * columns
-        for x in (q, k, v):
-            of_rows, of_heads, _ = x.stride()
-            aligned = aligned and _settled(of_rows % 8 == 0 and of_heads % 8 == 0)
-            farthest = max(farthest, of_rows)
-        facts += (attention_choice.bucket(max_seqlen), aligned or empty, _settled(rows * farthest >= 2**31), empty)
-        facts += (_settled(segments > attention_peers.MOST_BLOCKS),)
-    else:
-        facts += (0, True, False, False, False)
-    requested = backend if backend is not None else forced("varlen_attention")
-    name = _choose(*facts, repeatable, invariant, requested)
-    if name.startswith(_REFUSED):
-        raise BackendError(name.removeprefix(_REFUSED))
-    return name
-
-
-def _settled(condition: bool) -> bool:
-    """A compiler that traces sizes makes code for this answer; as for ``index`` of a width above."""
-    if condition:  # noqa: SIM103
-        return True
-    return False
-
-
-_REFUSED = "refused: "
-
-
-def _choose(kind, *facts) -> str:
-    """A backend, or why there is none: what is raised here would be an error of the compiler's."""
-    try:
-        if kind == "cuda":
-            return _known(kind, *facts, replaced=attention_peers.replaced())
-        return _decide(kind, *facts)
-    except BackendError as error:
-        return f"{_REFUSED}{error}"
-
-
-# As torch.compiler.assume_constant_result says it, which imports all of Dynamo: what is asked here are modules, a
-# driver and a table, and the answer is one for all calls alike.
-_choose._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
-
-
-def _decide(
-    kind, ordinal, dtype, columns, value_columns, grouped, causal, tracked, rows, aligned, wide, empty, many,
-    repeatable, invariant, requested, replaced=None,
-) -> str:  # fmt: skip
-    device = torch.device(kind, ordinal) if kind == "cuda" else torch.device(kind)
-    target = target_of(device)
-    call = Call(
-        kind, target.capability if kind == "cuda" else 0, dtype, columns, value_columns, grouped, causal, tracked, rows,
-        aligned, wide, empty, many, repeatable, replaced,
-    )  # fmt: skip
-    if requested is None:
-        try:
-            choice = attention_choice.choose(call, invariant)
-        except LookupError as error:
-            raise BackendError(
-                f"varlen_attention: invariant=True has only Triton's kernels here, and {error}"
-            ) from None
-        return choice.peer or choice.backend
-    if invariant and kind == "cuda" and requested != "triton":
-        raise BackendError(
-            f"varlen_attention: invariant=True asks for the same bits twice and in every pack, which backend "
-            f"{requested!r} does not promise; 'triton' does"
-        )
-    name = resolve("varlen_attention", kind, requested)
-    if name == "blocked" and tracked:
-        raise BackendError("varlen_attention: backend 'blocked' has no backward; q, k and v must not require grad")
-    if name in ("torch", "flash", "cudnn"):
-        peer, reason = attention_peers.peer_of(name, call)
-        if peer is None:
-            raise BackendError(f"varlen_attention: backend {name!r} does not serve this call: {reason}")
-        return peer
-    return name
-
-
-_known = cache(_decide)  # modules and GPUs stay what they are
-
-
-def reads_host(backend: str) -> bool:
-    """Whether a backend reads ``cu_seqlens`` on the host, and waits for the device where it lies there."""
-    return backend in ("eager", "sdpa", "blocked")
-
-
-def by_max_seqlen(backend: str) -> bool:
-    """Whether a backend launches programs for ``max_seqlen`` rows in every segment."""
-    return backend in _PEERS
-
-
-#: Calls that :func:`choices` tells of: ``max_seqlen``, and what of :class:`Call` is not as in a tower's inference.
-KINDS: dict[str, tuple[int, dict[str, bool]]] = {
-    "inference": (0, {}),
-    "long": (4096, {}),
-    "training": (4096, {"gradients": True}),
-    "prefill": (4096, {"causal": True, "grouped": True}),
-}
-
-
-def choices(device_type: str) -> list[dict[str, object]]:
-    """What serves each of :data:`KINDS` on such tensors, where it was measured and why, for ``qwen2vl info``."""
-    rows: list[dict[str, object]] = []
-    capability = 0
-    if device_type == "cuda" and torch.cuda.is_available():
-        capability = target_of(torch.device("cuda", torch.cuda.current_device())).capability
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for columns in (64, 72, 80, 128, 512):
-            row: dict[str, object] = {"dtype": str(dtype).removeprefix("torch."), "head_dim": columns}
-            for kind, (longest, facts) in KINDS.items():
-                rows_ = attention_choice.bucket(longest)
-                known = Call(device_type, capability, dtype, columns, columns, rows=rows_)
-                call = replace(known, replaced=attention_peers.replaced(), **facts)
-                choice = attention_choice.choose(call)
-                row[kind] = {"backend": choice.backend, "measured": choice.measured, "why": choice.why}
-            rows.append(row)
-    return rows
 
 
 def varlen_attention(
@@ -346,9 +224,9 @@ def varlen_attention(
         softmax_scale: default ``D ** -0.5``; positive.
         tiles: :func:`plan_tiles` of these ``cu_seqlens``, so that all layers share the list of tiles; without it the
             list is made at the first call with a ``cu_seqlens``, and again when that was written to.
-        rope: ``(cos, sin)``, ``(T, D/2)`` each, of any float dtype, without gradients: q and k are turned first, and
-            keep what they held. The Triton kernels turn them as they load them where segments are short and in a pass
-            of its own where they are long, with the same bits.
+        rope: ``(cos, sin)``, ``(T, D/2)`` each, of any float dtype, without gradients: q and k are rotated first, and
+            keep what they held. The Triton kernels rotate them as they load them where segments are short and in a
+            pass of its own where they are long, with the same bits.
         invariant: the same bits twice, forward and backward, and a segment's bits do not depend on what it is packed
             with. On a GPU only ``"triton"`` promises that, and runs, for float32 too; on a CPU every backend does.
             ``torch.use_deterministic_algorithms(True)`` chooses the same.
@@ -398,25 +276,31 @@ def varlen_attention(
 
     segments = cu_seqlens.shape[0] - 1
     name = chosen(q, k, v, max_seqlen, causal=causal, invariant=invariant, segments=segments, backend=backend)
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    settings = (max_seqlen, causal, q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
+    (cos, sin), fused = (None, None) if rope is None else rope, False
+    if name == "triton":
+        fused = rope is not None and fuses_rope(max_seqlen, q.shape[2], target_of(q.device))
+    elif rope is not None:
+        q, k = _rotated(q, k, rope, name)
+    if (name == "triton" or name in PEERS) and direct(q, k, v, cu_seqlens):
+        plan = plan_for(cu_seqlens, q.shape[0], q.device) if tiles is None else tiles
+        if name == "triton":
+            return launch_forward(q, k, v, plan, *settings, cos=cos, sin=sin, fused=fused, keep=False)[0]
+        return _peer_forward(name, q, k, v, plan, *settings, keep=False)[0]
     if name == "triton":  # an op of its own, which keeps what its backward needs
-        return _BACKENDS[name](q, k, v, cu_seqlens, max_seqlen, causal, scale, tiles=tiles, rope=rope)
-    if rope is not None:
-        q, k = _turn(q, k, rope, name)
-    if name in _PEERS and direct(q, k, v, cu_seqlens):
-        return _BACKENDS[name](q, k, v, cu_seqlens, max_seqlen, causal, scale, tiles)
-    if tiles is not None and name in _PEERS and not traced:
+        return torch_ops.attention_forward(q, k, v, cu_seqlens, cos, sin, *settings, fused)[0]
+    if tiles is not None and name in PEERS and not traced:
         tiles.hold_to(max_seqlen)  # the operator is not told of it
-    if traced or name in _PEERS:  # tracers need one opaque op, as the implementations read cu_seqlens
-        return torch_ops.varlen_attention(q, k, v, cu_seqlens, max_seqlen, causal, scale, name)[0]
-    return _BACKENDS[name](q, k, v, cu_seqlens, max_seqlen, causal, scale)
+    if traced or name in PEERS:  # tracers need one opaque op, as the implementations read cu_seqlens
+        return torch_ops.varlen_attention(q, k, v, cu_seqlens, *settings, name)[0]
+    return _BACKENDS[name](q, k, v, cu_seqlens, *settings[1:])
 
 
-def _turn(q, k, rope, name) -> tuple[torch.Tensor, torch.Tensor]:
+def _rotated(q, k, rope, name) -> tuple[torch.Tensor, torch.Tensor]:
     """New q and k, by the kernel that serves ``vision_rope`` there; the formula stays the formula."""
     cos, sin = rope
     if name != "eager" and resolve("vision_rope", q.device.type, None) == "triton":
-        return rotated(q, k, Angles(cos=cos, sin=sin))
+        return rotated(q, k, cos=cos, sin=sin)
     wide = torch.promote_types(q.dtype, torch.float32)
     cos, sin = cos.to(wide), sin.to(wide)
     return rotate(q, cos, sin), rotate(k, cos, sin)
@@ -426,7 +310,7 @@ def _check_rope(check: Checker, q: torch.Tensor, rope: object) -> None:
     ok = isinstance(rope, (tuple, list)) and len(rope) == 2
     check.require(ok, f"rope must be a pair of tensors (cos, sin), got {type(rope).__name__}")
     columns = q.shape[2]
-    check.require(columns % 2 == 0, f"rope turns pairs of columns, but q's head_dim is {columns}")
+    check.require(columns % 2 == 0, f"rope rotates pairs of columns, but q's head_dim is {columns}")
     for name, table in zip(("rope's cos", "rope's sin"), rope, strict=True):  # pyright: ignore[reportArgumentType]
         check.tensor(name, table, ("T", columns // 2))
         check.require(not table.requires_grad, f"{name} must not require grad: it is given none")

@@ -2,8 +2,8 @@
 
     (x_j, x_{j+R/2})  ->  (x_j cos_j - x_{j+R/2} sin_j,  x_{j+R/2} cos_j + x_j sin_j)
 
-The 2D form of Qwen2-VL (arXiv 2409.12191, section 2.1) lies in the tables: the first half of the pairs turns with a
-patch's row, the second half with its column (:func:`vision_rope_tables`). Shapes: q, k ``(T, H, D)`` or packed qkv
+The 2D form of Qwen2-VL (arXiv 2409.12191, section 2.1) lies in the tables: the first half of the pairs is rotated by a
+patch's row, the second half by its column (:func:`vision_rope_tables`). Shapes: q, k ``(T, H, D)`` or packed qkv
 ``(T, 3, H, D)``; cos, sin ``(T, R/2)``, R <= D. dtypes: float32, bfloat16, float16, tables of any float dtype; the
 rotation is float32. The kernels are in ``triton.rotary``, which mrope shares.
 """
@@ -14,8 +14,10 @@ import torch
 
 from ..core.backends import resolve
 from ..core.checks import INTS, Checker, no_grad_through
-from ..core.library import register_composite
-from ..triton.rotary import Angles, rotate, rotate_in_place, rotated, tables
+from ..core.library import register_composite, writes_only
+from ..core.rotation import rotate
+from ..triton.rope_tables import tables
+from ..triton.rotary import rotate_in_place, rotated
 
 
 def vision_rope_tables_ref(positions: torch.Tensor, inv_freq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,38 +48,6 @@ def _in_place_ref(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torc
 _PIECE_TOKENS = 256
 
 
-def _run_tables(positions, inv_freq, backend=None) -> tuple[torch.Tensor, torch.Tensor]:
-    if resolve("vision_rope", positions.device.type, backend) == "eager":
-        return vision_rope_tables_ref(positions, inv_freq)
-    return tables(positions, inv_freq)
-
-
-def _run(q, k, cos, sin, backend=None) -> tuple[torch.Tensor, torch.Tensor]:
-    tracked = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
-    if resolve("vision_rope", q.device.type, backend, prefer="eager" if tracked else None) == "eager":
-        return vision_rope_ref(q, k, cos, sin)
-    if tracked:
-        raise ValueError("vision_rope: cos and sin must not require grad with backend 'triton', which gives them none")
-    return rotated(q, k, Angles(cos=cos, sin=sin))
-
-
-def _run_in_place(q, k, cos, sin, backend=None) -> None:
-    if resolve("vision_rope", q.device.type, backend) == "eager":
-        _in_place_ref(q, k, cos, sin)
-    else:
-        rotate_in_place(q, k, Angles(cos=cos, sin=sin))
-
-
-def _run_qkv(qkv, cos, sin, backend=None) -> None:
-    _run_in_place(qkv[:, 0], qkv[:, 1], cos, sin, backend)
-
-
-register_composite("vision_rope(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)", _run)
-register_composite("vision_rope_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin) -> ()", _run_in_place)
-register_composite("vision_rope_qkv_(Tensor(a!) qkv, Tensor cos, Tensor sin) -> ()", _run_qkv)
-register_composite("vision_rope_tables(Tensor positions, Tensor inv_freq) -> (Tensor, Tensor)", _run_tables)
-
-
 def vision_rope_tables(
     positions: torch.Tensor, inv_freq: torch.Tensor, *, backend: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,7 +58,9 @@ def vision_rope_tables(
     check = Checker("vision_rope_tables")
     check.tensor("positions", positions, ("T", 2), dtypes=INTS)
     check.tensor("inv_freq", inv_freq, ("D/4",), dtypes=(torch.float32, torch.float64))
-    return _run_tables(positions, inv_freq, backend)
+    if resolve("vision_rope", positions.device.type, backend) == "eager":
+        return vision_rope_tables_ref(positions, inv_freq)
+    return tables(positions, inv_freq)
 
 
 def vision_rope(
@@ -104,7 +76,12 @@ def vision_rope(
     Returns new ``(q, k)``. Raises ``TypeError``/``ValueError`` naming the argument that does not fit.
     """
     _check("vision_rope", q, k, cos, sin)
-    return _run(q, k, cos, sin, backend)
+    tracked = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
+    if resolve("vision_rope", q.device.type, backend, prefer="eager" if tracked else None) == "eager":
+        return vision_rope_ref(q, k, cos, sin)
+    if tracked:
+        raise ValueError("vision_rope: cos and sin must not require grad with backend 'triton', which gives them none")
+    return rotated(q, k, cos=cos, sin=sin)
 
 
 def vision_rope_(
@@ -113,7 +90,10 @@ def vision_rope_(
     """:func:`vision_rope` in place: q and k are overwritten and returned. Refused when either requires grad."""
     _check("vision_rope_", q, k, cos, sin)
     no_grad_through("vision_rope_", "vision_rope", q=q, k=k)
-    _run_in_place(q, k, cos, sin, backend)
+    if resolve("vision_rope", q.device.type, backend) == "eager":
+        _in_place_ref(q, k, cos, sin)
+    else:
+        rotate_in_place(q, k, cos=cos, sin=sin)
     return q, k
 
 
@@ -126,9 +106,13 @@ def vision_rope_qkv_(
     """
     check = Checker("vision_rope_qkv_")
     check.tensor("qkv", qkv, ("T", 3, "H", "D"), contiguous_last=True)
-    _check("vision_rope_qkv_", qkv[:, 0], qkv[:, 1], cos, sin)
+    q, k = qkv[:, 0], qkv[:, 1]
+    _check("vision_rope_qkv_", q, k, cos, sin)
     no_grad_through("vision_rope_qkv_", "vision_rope on its q and k", qkv=qkv)
-    _run_qkv(qkv, cos, sin, backend)
+    if resolve("vision_rope", q.device.type, backend) == "eager":
+        _in_place_ref(q, k, cos, sin)
+    else:
+        rotate_in_place(q, k, cos=cos, sin=sin)
     return qkv
 
 
@@ -142,3 +126,9 @@ def _check(op: str, q, k, cos, sin) -> None:
         2 * cos.shape[-1] <= q.shape[-1],
         f"cos has {cos.shape[-1]} pairs, but q's head_dim {q.shape[-1]} holds {q.shape[-1] // 2}",
     )
+
+
+register_composite("vision_rope(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)", vision_rope)
+register_composite("vision_rope_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin) -> ()", writes_only(vision_rope_))
+register_composite("vision_rope_qkv_(Tensor(a!) qkv, Tensor cos, Tensor sin) -> ()", writes_only(vision_rope_qkv_))
+register_composite("vision_rope_tables(Tensor positions, Tensor inv_freq) -> (Tensor, Tensor)", vision_rope_tables)

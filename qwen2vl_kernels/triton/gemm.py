@@ -25,29 +25,44 @@ _GROUP = 8
 
 
 @dataclass(frozen=True)
-class LinearConfig:
-    rows: int
-    columns: int
-    depth: int
+class GemmConfig:
+    block_m: int
+    block_n: int
+    block_k: int
     num_warps: int
     num_stages: int
 
 
-def config(dtype: torch.dtype, target: Target) -> LinearConfig:
+def config(dtype: torch.dtype, target: Target) -> GemmConfig:
     """One tile for every shape, so that a row's result does not depend on how many there are. Not yet tuned."""
     if dtype not in MATRIX_DTYPES:
-        return LinearConfig(32, 32, 32, target.warps(128), 1)
+        return GemmConfig(32, 32, 32, target.warps(128), 1)
     stages = 3 if target.backend == "cuda" else 2  # AMD's shared memory holds two
-    return LinearConfig(128, 128, 64, target.warps(256), stages)
+    return GemmConfig(128, 128, 64, target.warps(256), stages)
 
 
 @jit(do_not_specialize=["rows"])
-def _linear_kernel(
-    x, weight, bias, y, kept, rows, x_row, weight_row,
-    X_UNIT: tl.constexpr, WEIGHT_UNIT: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, BYTES: tl.constexpr, GELU: tl.constexpr,
+def _gemm_kernel(
+    x,
+    weight,
+    bias,
+    y,
+    kept,
+    rows,
+    x_row,
+    weight_row,
+    X_UNIT: tl.constexpr,
+    WEIGHT_UNIT: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    BYTES: tl.constexpr,
+    GELU: tl.constexpr,
     ACC: tl.constexpr,
-):  # fmt: skip
+):
     across = tl.cdiv(N, BLOCK_N)
     down = tl.cdiv(rows, BLOCK_M)
     program = tl.program_id(0)
@@ -90,7 +105,7 @@ def _fake(x, weight, bias, gelu, keep):
     return y, torch.empty_like(y) if keep else weight.new_empty(0)
 
 
-def launch_linear(
+def launch_gemm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: bool, keep: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``(y, sum before GELU)`` in weight's dtype, the second one empty unless ``keep``."""
@@ -103,24 +118,24 @@ def launch_linear(
     (rows, depth), columns = x.shape, weight.shape[0]
     x_unit, weight_unit = (math.gcd(t.stride(0), 16) for t in (x, weight))
     launch(
-        _linear_kernel,
-        (cdiv(rows, chosen.rows) * cdiv(columns, chosen.columns),),
+        _gemm_kernel,
+        (cdiv(rows, chosen.block_m) * cdiv(columns, chosen.block_n),),
         x.device,
-        x,
-        weight,
-        None if bias is None else bias.contiguous(),
-        y,
-        kept if keep else None,
-        rows,
-        x.stride(0) // x_unit,
-        weight.stride(0) // weight_unit,
+        x=x,
+        weight=weight,
+        bias=None if bias is None else bias.contiguous(),
+        y=y,
+        kept=kept if keep else None,
+        rows=rows,
+        x_row=x.stride(0) // x_unit,
+        weight_row=weight.stride(0) // weight_unit,
         X_UNIT=x_unit,
         WEIGHT_UNIT=weight_unit,
         N=columns,
         K=depth,
-        BLOCK_M=chosen.rows,
-        BLOCK_N=chosen.columns,
-        BLOCK_K=chosen.depth,
+        BLOCK_M=chosen.block_m,
+        BLOCK_N=chosen.block_n,
+        BLOCK_K=chosen.block_k,
         GROUP=_GROUP,
         BYTES=x.dtype == torch.uint8,
         GELU=gelu,
@@ -155,20 +170,20 @@ def _backward(ctx, dy, _):
 
 
 register_opaque(
-    "linear_forward(Tensor x, Tensor weight, Tensor? bias, bool gelu, bool keep) -> (Tensor, Tensor)",
+    "gemm_forward(Tensor x, Tensor weight, Tensor? bias, bool gelu, bool keep) -> (Tensor, Tensor)",
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    CPU=launch_linear,
-    CUDA=launch_linear,
+    CPU=launch_gemm,
+    CUDA=launch_gemm,
 )
 
 
-def linear(
+def gemm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, gelu: bool = False
 ) -> torch.Tensor:
     """``x (M, K) @ weight (N, K)^T + bias`` and, where asked, the erf form of GELU; ``(M, N)`` in weight's dtype."""
     if direct(x, weight, bias):
-        return launch_linear(x, weight, bias, gelu)[0]
+        return launch_gemm(x, weight, bias, gelu)[0]
     tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    return torch_ops.linear_forward(x, weight, bias, gelu, gelu and tracked)[0]
+    return torch_ops.gemm_forward(x, weight, bias, gelu, gelu and tracked)[0]

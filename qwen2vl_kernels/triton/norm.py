@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.launching import Target, accumulator, cdiv, jit, launch, next_power_of_2, target_of, tl
+from ..core.launching import Target, accumulator, cdiv, jit, launch, next_power_of_2, strides, target_of, tl
 from ..core.library import direct, first_order, register_opaque
 from ..core.namespace import torch_ops
 from .elementwise import as_rows
@@ -26,7 +26,7 @@ from .elementwise import as_rows
 
 @dataclass(frozen=True)
 class NormConfig:
-    rows: int  # of a program's tile
+    block_m: int  # rows of a program's tile
     num_warps: int
 
 
@@ -34,13 +34,13 @@ def forward_config(columns: int, dtype: torch.dtype, target: Target) -> NormConf
     """Two vectors of 16 bytes a thread and row, then rows until a program has enough loads in flight. Not yet tuned."""
     block = next_power_of_2(columns)
     lanes = block * dtype.itemsize // 16  # threads that one row keeps busy with one vector each
-    return NormConfig(rows=max(1, min(8, 4096 // block)), num_warps=target.warps(min(256, lanes // 2)))
+    return NormConfig(block_m=max(1, min(8, 4096 // block)), num_warps=target.warps(min(256, lanes // 2)))
 
 
 def backward_config(columns: int, dtype: torch.dtype, target: Target) -> NormConfig:
     """One row at a time: the sums for the weight's gradient take the registers. Not yet tuned."""
     lanes = next_power_of_2(columns) * dtype.itemsize // 16
-    return NormConfig(rows=1, num_warps=target.warps(min(512, lanes)))
+    return NormConfig(block_m=1, num_warps=target.warps(min(512, lanes)))
 
 
 #: Programs of a backward, each with a run of rows and a row of partial sums of the weight's gradient.
@@ -49,12 +49,29 @@ _BACKWARD_PROGRAMS = 512
 
 @jit(do_not_specialize=["rows"])
 def _forward_kernel(
-    x, order, residual, weight, bias, y, total, mean, rstd,
-    rows, x_row, x_column, residual_row, residual_column, eps,
-    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CENTRED: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
-    column = tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
+    x,
+    order,
+    residual,
+    weight,
+    bias,
+    y,
+    total,
+    mean,
+    rstd,
+    rows,
+    x_row,
+    x_column,
+    residual_row,
+    residual_column,
+    eps,
+    COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    CENTRED: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # (BLOCK_M, 1)
+    column = tl.arange(0, BLOCK_N)[None, :]  # (1, BLOCK_N)
     valid = column < COLUMNS
     mask = (row < rows) & valid
     source = row if order is None else tl.load(order + row, mask=row < rows, other=0)
@@ -67,11 +84,11 @@ def _forward_kernel(
         tl.store(total + row * COLUMNS + column, s, mask=mask)
     s = s.to(ACC)  # of the rounded sum, as an addition followed by a norm has it
     if CENTRED:
-        m = tl.sum(s, 1, keep_dims=True) / COLUMNS  # (ROWS, 1)
+        m = tl.sum(s, 1, keep_dims=True) / COLUMNS  # (BLOCK_M, 1)
         s = tl.where(valid, s - m, 0.0)
         if mean is not None:
             tl.store(mean + row, m, mask=row < rows)
-    r = 1 / tl.sqrt(tl.sum(s * s, 1, keep_dims=True) / COLUMNS + eps)  # (ROWS, 1)
+    r = 1 / tl.sqrt(tl.sum(s * s, 1, keep_dims=True) / COLUMNS + eps)  # (BLOCK_M, 1)
     if rstd is not None:
         tl.store(rstd + row, r, mask=row < rows)
     out = s * r * tl.load(weight + column, mask=valid, other=0.0).to(ACC)
@@ -82,19 +99,39 @@ def _forward_kernel(
 
 @jit(do_not_specialize=["rows", "run"])
 def _backward_kernel(
-    dy, s, order, dtotal, weight, mean, rstd, ds, dweight, dbias,
-    rows, run, dy_row, dy_column, s_row, s_column, dtotal_row, dtotal_column,
-    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CENTRED: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    column = tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
+    dy,
+    s,
+    order,
+    dtotal,
+    weight,
+    mean,
+    rstd,
+    ds,
+    dweight,
+    dbias,
+    rows,
+    run,
+    dy_row,
+    dy_column,
+    s_row,
+    s_column,
+    dtotal_row,
+    dtotal_column,
+    COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    CENTRED: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    column = tl.arange(0, BLOCK_N)[None, :]  # (1, BLOCK_N)
     valid = column < COLUMNS
     w = tl.load(weight + column, mask=valid, other=0.0).to(ACC)
-    weight_sum = tl.zeros((ROWS, BLOCK), ACC)
-    bias_sum = tl.zeros((ROWS, BLOCK), ACC)
+    weight_sum = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    bias_sum = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     begin = tl.program_id(0).to(tl.int64) * run
     end = tl.minimum(begin + run, rows)
-    for first in range(begin, end, ROWS):
-        row = (first + tl.arange(0, ROWS)[:, None]).to(tl.int64)  # (ROWS, 1)
+    for first in range(begin, end, BLOCK_M):
+        row = (first + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)  # (BLOCK_M, 1)
         mask = (row < end) & valid
         r = tl.load(rstd + row, mask=row < end, other=0.0)
         source = row if order is None else tl.load(order + row, mask=row < end, other=0)
@@ -145,24 +182,23 @@ def launch_forward(
     other = None if residual is None else as_rows(residual)
     launch(
         _forward_kernel,
-        (cdiv(flat.shape[0], chosen.rows),),
+        (cdiv(flat.shape[0], chosen.block_m),),
         x.device,
-        flat,
-        order,
-        other,
-        weight.contiguous(),
-        None if bias is None else bias.contiguous(),
-        y,
-        None if residual is None else total,
-        mean if statistics and centred else None,
-        rstd if statistics else None,
-        flat.shape[0],
-        *flat.stride(),
-        *((0, 0) if other is None else other.stride()),
-        eps,
+        x=flat,
+        order=order,
+        residual=other,
+        weight=weight.contiguous(),
+        bias=None if bias is None else bias.contiguous(),
+        y=y,
+        total=None if residual is None else total,
+        mean=mean if statistics and centred else None,
+        rstd=rstd if statistics else None,
+        rows=flat.shape[0],
+        **strides(("row", "column"), x=flat, residual=other),
+        eps=eps,
         COLUMNS=columns,
-        BLOCK=next_power_of_2(columns),
-        ROWS=chosen.rows,
+        BLOCK_N=next_power_of_2(columns),
+        BLOCK_M=chosen.block_m,
         CENTRED=centred,
         ACC=acc,
         num_warps=chosen.num_warps,
@@ -191,31 +227,29 @@ def launch_backward(
     flat, grad = as_rows(s), as_rows(dy)
     other = None if dtotal is None else as_rows(dtotal)
     rows = flat.shape[0]
-    run = chosen.rows * cdiv(rows, chosen.rows * _BACKWARD_PROGRAMS)  # rows of a program
+    run = chosen.block_m * cdiv(rows, chosen.block_m * _BACKWARD_PROGRAMS)  # rows of a program
     programs = cdiv(rows, run)
     partial = torch.empty((1 + biased, programs, columns), dtype=rstd.dtype, device=s.device)
     launch(
         _backward_kernel,
         (programs,),
         s.device,
-        grad,
-        flat,
-        order,
-        other,
-        weight.contiguous(),
-        mean if centred else None,
-        rstd,
-        ds,
-        partial[0],
-        partial[1] if biased else None,
-        rows,
-        run,
-        *grad.stride(),
-        *flat.stride(),
-        *((0, 0) if other is None else other.stride()),
+        dy=grad,
+        s=flat,
+        order=order,
+        dtotal=other,
+        weight=weight.contiguous(),
+        mean=mean if centred else None,
+        rstd=rstd,
+        ds=ds,
+        dweight=partial[0],
+        dbias=partial[1] if biased else None,
+        rows=rows,
+        run=run,
+        **strides(("row", "column"), dy=grad, s=flat, dtotal=other),
         COLUMNS=columns,
-        BLOCK=next_power_of_2(columns),
-        ROWS=chosen.rows,
+        BLOCK_N=next_power_of_2(columns),
+        BLOCK_M=chosen.block_m,
         CENTRED=centred,
         ACC=acc,
         num_warps=chosen.num_warps,

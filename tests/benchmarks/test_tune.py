@@ -59,13 +59,14 @@ def test_every_candidate_reaches_its_kernel(quick):
             assert launch.options["num_warps"] == fields["num_warps"]
             if "num_stages" in fields:
                 assert launch.options["num_stages"] == fields["num_stages"]
-            if "step" in fields:
-                assert (launch.constexprs["ROWS"], launch.constexprs["STEP"]) == (fields["rows"], fields["step"])
+            if {"block_m", "block_n"} <= fields.keys():
+                blocks = {name: launch.arguments[name.upper()] for name in ("block_m", "block_n")}
+                assert blocks == {name: fields[name] for name in blocks}
 
 
 def test_passes_of_the_backward_are_tuned_apart():
     key, query = (next(s for s in tune.subjects() if f"{name} pass 16x80" in s.group) for name in ("key", "query"))
-    wanted = {"rows": 128, "step": 32, "num_warps": 4, "num_stages": 3}
+    wanted = {"block_m": 128, "block_n": 32, "num_warps": 4, "num_stages": 3}
     for tuned, other in ((key, query), (query, key)):
         with record(HOPPER) as launches, torch.no_grad(), configured(tuned, wanted):
             tuned.make(META, torch.bfloat16).run()
@@ -95,13 +96,15 @@ def test_what_is_compiled_once_is_the_same_for_every_length():
 
 def _identity(launch):
     """As the just-in-time compiler specialises: types, alignments, constants, options."""
+    constexprs = {name for name in launch.arguments if name.isupper() or name[:-1].isupper()}
     kinds = [
         (str(a.dtype), a.data_ptr() % 16) if isinstance(a, torch.Tensor) else (a == 1, a % 16 == 0, type(a))
         if isinstance(a, int) and a < 16000  # rows of the pack are not specialised
         else type(a)
-        for a in launch.args
+        for name, a in sorted(launch.arguments.items())
+        if name not in constexprs
     ]  # fmt: skip
-    return kinds, {k: str(v) for k, v in launch.constexprs.items()}, launch.options
+    return kinds, {name: str(launch.arguments[name]) for name in sorted(constexprs)}, launch.options
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -136,7 +139,7 @@ with launching.record(target) as launches, configured(subject, fields):
 compiled, found = [], []
 knobs.compilation.listener = lambda *, src, cache_hit, **_: (found if cache_hit else compiled).append(src.name)
 for launch in launches:
-    launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constexprs, **launch.options)
+    launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
 print(len(found), compiled)
 """
 
@@ -166,7 +169,7 @@ def test_a_launch_finds_what_was_compiled_ahead(tmp_path):
 def search_forward(tmp_path_factory):
     """A search of the quick forward kernels with processes that fail in every way: its trials, its rows, its result."""
     folder = tmp_path_factory.mktemp("search")
-    grid = {"rows": (64, 128), "step": (16, 32, 64, 128), "num_warps": (4,), "num_stages": (3, 4)}
+    grid = {"block_m": (64, 128), "block_n": (16, 32, 64, 128), "num_warps": (4,), "num_stages": (3, 4)}
     subjects = [dataclasses.replace(s, grid=grid) for s in tune.subjects(quick=True) if "forward 2x80" in s.group]
 
     def run(**settings):
@@ -233,15 +236,15 @@ def test_the_result_has_rows_as_every_case(searched):
     console = Console(width=250, record=True, file=io.StringIO())
     tune.show(found, console)
     shown = console.export_text()
-    assert "4.00x" in shown and "1 wrong result" in shown and "one step for all shapes: 16" in shown
+    assert "4.00x" in shown and "1 wrong result" in shown and "one block_n for all shapes: 16" in shown
     assert "90: ((80, ForwardConfig(128, 16, 4, 3)),)," in shown
 
 
 @pytest.fixture
 def forwards(monkeypatch):
     """A search by the process that stands in, of two groups: 4 candidates of each of two shapes, then 12 of one."""
-    own = {"rows": (128,), "step": (16, 32, 64), "num_warps": (4,), "num_stages": (3,)}
-    many = own | {"step": (16, 32, 64, 128), "num_stages": (1, 2, 3)}
+    own = {"block_m": (128,), "block_n": (16, 32, 64), "num_warps": (4,), "num_stages": (3,)}
+    many = own | {"block_n": (16, 32, 64, 128), "num_stages": (1, 2, 3)}
     one = next(s for s in tune.subjects(quick=True) if s.name == "attention forward 2x80, 96")
     first = dataclasses.replace(one, grid=own)
     last = dataclasses.replace(one, grid=many, group="attention forward 2x64", columns=64)
@@ -320,7 +323,7 @@ def test_a_wrong_candidate_is_never_timed(monkeypatch):
     timer = Timer(torch.device(DEVICE), quick=True)
     request = {
         "subject": subject.name,
-        "fields": {"rows": 4, "columns": 1024, "num_warps": 4},
+        "fields": {"block_m": 4, "block_n": 1024, "num_warps": 4},
         "beat": None,
         "samples": 2,
     }

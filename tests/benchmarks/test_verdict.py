@@ -25,7 +25,7 @@ def tried(subject, first, finals=None, left=0, again=()):
     trial = tune.Trial(subject, SHIPS, [{}] * (len(first) + left), shapes=4, again=list(again))
     trial.rows = [
         {"literal": verdict.literal(config[tile]), "fields": dataclasses.asdict(config[tile]),
-         "samples": [seconds], "median": seconds, "bits": str(config[tile].step),
+         "samples": [seconds], "median": seconds, "bits": str(config[tile].block_n),
          "check": {"name": "result 0", "error": 0.0, "allowed": 1.0}}
         for tile, seconds in first.items()
     ]  # fmt: skip
@@ -50,7 +50,7 @@ def test_one_step_serves_all_lengths():
         by_tile = by_tile | {"ships": 40.0}
         trials.append(tried(subject, by_tile, {tile: [s] * 5 for tile, s in by_tile.items()}))
     group, _ = verdict_of(*trials)
-    assert group["fixed"] == {"step": 64} and group["best"] == "ForwardConfig(128, 64, 4, 2)"
+    assert group["fixed"] == {"block_n": 64} and group["best"] == "ForwardConfig(128, 64, 4, 2)"
     first, second = (group["shapes"][subject.shape] for subject in FORWARDS[:2])
     assert first["fastest"] == "ForwardConfig(128, 128, 4, 2)" and first["same_bits"] == "ForwardConfig(64, 64, 4, 2)"
     assert second["fastest"] == second["same_bits"] == "ForwardConfig(128, 64, 4, 2)"
@@ -100,7 +100,7 @@ def test_the_group_names_who_is_compared():
     seconds = (dict(zip(tiles, times, strict=True)) for times in ([1.0, 3, 4, 5, 9], [30.0, 3, 4, 5, 9]))
     one, other = (tried(s, {"ships": 20.0, **times}) for s, times in zip(FORWARDS, seconds, strict=False))
     fixed, ranked = verdict.ranking([one, other])
-    assert fixed == {"step": 64} and ranked[:3] == [f"ForwardConfig({rows}, 64, 4, 2)" for rows in (32, 64, 128)]
+    assert fixed == {"block_n": 64} and ranked[:3] == [f"ForwardConfig({rows}, 64, 4, 2)" for rows in (32, 64, 128)]
     ships = verdict.literal(SHIPS)
     assert verdict.finalists(one, ranked) == [*ranked[:3], ships, "ForwardConfig(16, 64, 4, 2)"]
     assert verdict.finalists(other, ranked) == [*ranked[:3], ships]

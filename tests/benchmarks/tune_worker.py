@@ -17,22 +17,22 @@ for line in sys.stdin:
         if request["fields"].get("num_stages") == 4:
             reply = {"failed": "does not compile", "why": "no registers"}
     elif "finalists" in request:
-        reply = {"samples": [[1e-6 * f["step"]] * request["samples"] for f in request["finalists"]]}
+        reply = {"samples": [[1e-6 * f["block_n"]] * request["samples"] for f in request["finalists"]]}
     else:
         fields = request["fields"]
-        if fields["rows"] == 64 and fields["step"] == 32:
+        if fields["block_m"] == 64 and fields["block_n"] == 32:
             print("MLIR has had enough", file=sys.stderr, flush=True)
             os.abort()
-        if fields["rows"] == 64 and fields["step"] == 64:
+        if fields["block_m"] == 64 and fields["block_n"] == 64:
             time.sleep(600)
-        if fields["rows"] == 64 and fields["step"] == 128:
+        if fields["block_m"] == 64 and fields["block_n"] == 128:
             reply = {"failed": "wrong result", "why": "result 0: error 1, allowed 0.01"}
-        elif fields["rows"] == 64 and fields["step"] == 16:
+        elif fields["block_m"] == 64 and fields["block_n"] == 16:
             reply = {"failed": "CUDA error", "why": "an illegal memory access was encountered", "last": True}
         else:
-            samples = [1e-6 * fields["step"]] * request["samples"]
+            samples = [1e-6 * fields["block_n"]] * request["samples"]
             check = {"name": "result 0", "error": 0.0, "allowed": 1.0}
-            reply = {"samples": samples, "first_call_s": 0.5, "bits": str(fields["step"]), "check": check}
+            reply = {"samples": samples, "first_call_s": 0.5, "bits": str(fields["block_n"]), "check": check}
             reply["process"] = os.getpid()
     print(json.dumps(reply), flush=True)
     if reply.get("last"):

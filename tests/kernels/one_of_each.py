@@ -73,7 +73,8 @@ def main(device: str = "cuda") -> list[str]:
             angles = torch.rand(37, 40, device=device)
             for rope in (None, (angles.cos(), angles.sin())):
                 backward(K.varlen_attention(q, k, v, cu_seqlens, 20, causal=causal, rope=rope, backend=backend))
-        tail.zero_past(random(37, 2, 80).detach(), cu_seqlens.to(device))  # after others' attention
+        plan = K.plan_tiles(cu_seqlens, 37, device=device, padded=True)
+        tail.zero_behind(random(37, 2, 80).detach(), plan)  # after others' attention
 
     def positions_of(backend: str) -> None:
         K.mrope_positions(ids, grid[:1], grid[1:], **tokens, backend=backend)

@@ -122,8 +122,7 @@ import json, torch
 from benchmarks.aot import compiler
 from benchmarks.aot.compiler import meta
 from qwen2vl_kernels.core.launching import Target, record
-from qwen2vl_kernels.ops import append_kv, quick_gelu, swiglu
-from qwen2vl_kernels.triton import gemm, norm, rotary
+from qwen2vl_kernels.triton import cache, elementwise, gemm, norm, rope_tables, rotary
 
 bf16 = torch.bfloat16
 
@@ -132,18 +131,17 @@ def run(tokens):
     statistics = meta(tokens, dtype=torch.float32)
     norm.launch_forward(x, x, weight, weight, 1e-6, True)
     norm.launch_backward(x, x, x, weight, statistics, statistics, True, True)
-    quick_gelu.launch_forward(x, weight)
-    quick_gelu.launch_backward(x, x, weight)
-    swiglu.launch_forward(x, x)
-    swiglu.launch_backward(x, x, x)
-    gemm.launch_linear(meta(tokens, 588, dtype=torch.uint8), meta(1280, 588, dtype=bf16), weight, False)
+    elementwise.launch_forward(x, weight, None, x, 1.702)
+    elementwise.launch_backward(x, x, weight, None, x, None, 1.702)
+    elementwise.launch_forward(x, None, x, x, 1.0)
+    elementwise.launch_backward(x, x, None, x, x, x, 1.0)
+    gemm.launch_gemm(meta(tokens, 588, dtype=torch.uint8), meta(1280, 588, dtype=bf16), weight, False)
     q, k = meta(tokens, 12, 128, dtype=bf16), meta(tokens, 2, 128, dtype=bf16)
     positions, inv_freq = meta(3, tokens, dtype=torch.int64), meta(64, dtype=torch.float32)
-    angles = rotary.Angles(positions, inv_freq, section=(16, 24, 24))
-    rotary.launch_rotation(q, k, q, k, angles)
-    cache, slots = meta(3 + tokens % 5, 16 * (1 + tokens % 3), 2, 128, dtype=bf16), meta(tokens, dtype=torch.int64)
-    append_kv.launch_append(k, k, cache, cache, slots, q, positions, inv_freq, (16, 24, 24), False, None, True)
-    rotary.launch_tables(meta(tokens, 2, dtype=torch.int64), meta(20, dtype=torch.float32))
+    rotary.launch_rotation(q, k, q, k, positions, inv_freq, section=(16, 24, 24))
+    pages, slots = meta(3 + tokens % 5, 16 * (1 + tokens % 3), 2, 128, dtype=bf16), meta(tokens, dtype=torch.int64)
+    cache.launch_append(k, k, pages, pages, slots, q, positions, inv_freq, (16, 24, 24), False, None, True)
+    rope_tables.launch_tables(meta(tokens, 2, dtype=torch.int64), meta(20, dtype=torch.float32))
 
 kinds = []
 for tokens in (1, 2, 15, 16, 100, 4096, 100_000):
@@ -172,7 +170,7 @@ for target in ("sm_80", "sm_90", "sm_120"):
     for columns in (64, 80, 96, 128):
         specimen = Specimen("attention", partial(_attention, 16, 16, columns, torch.bfloat16, False))
         config = forward_config(torch.bfloat16, columns, 1024, TARGETS[target][0])
-        found.append((target, columns, config.rows * config.step, next(compile_for(specimen, target)).products))
+        found.append((target, columns, config.block_m * config.block_n, next(compile_for(specimen, target)).products))
 print(json.dumps(found))
 """
 

@@ -18,7 +18,7 @@ from qwen2vl_kernels.core import attention_choice, attention_peers, launching
 from qwen2vl_kernels.core.attention_choice import TABLE, UNMEASURED, bucket, choose, entry_of
 from qwen2vl_kernels.core.attention_peers import Call
 from qwen2vl_kernels.integrations import transformers_attention
-from qwen2vl_kernels.ops import varlen_attention as module
+from qwen2vl_kernels.ops import varlen_attention as op
 from qwen2vl_kernels.triton import tail
 from tests.conftest import DEVICE
 
@@ -97,10 +97,10 @@ def gpu(monkeypatch):
     if (reason := launching.reason("cuda")) is not None:
         pytest.skip(reason)
 
-    module._known.cache_clear()
+    attention_choice._known.cache_clear()
 
     def install(*names):
-        module._known.cache_clear()
+        attention_choice._known.cache_clear()
         monkeypatch.setattr(attention_peers, "_loaded", lambda name: RESULTS if name in names else "not installed")
         flags = {"build_flags": {"FLASHATTENTION_DISABLE_FP16": True}}
         modules = {"fa3_fwd_config": SimpleNamespace(CONFIG=flags)}
@@ -108,7 +108,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(attention_peers, "importlib", finds)
 
     yield install
-    module._known.cache_clear()
+    attention_choice._known.cache_clear()
 
 
 def test_what_was_measured_on_capability_9(gpu):
@@ -154,7 +154,7 @@ def test_what_pytorch_has_activated_is_asked_at_every_call(gpu, monkeypatch):
     with FakeTensorMode():
         inputs = _inputs(300, gradients=True)
         for active[0], want in ((None, "torch"), ("FA4", "triton"), ("FA3", "torch"), ("mine", "triton")):
-            assert module.chosen(*inputs, 256) == want
+            assert attention_choice.chosen(*inputs, 256) == want
     training = replace(CALL, gradients=True, replaced="FA3")
     assert choose(training).measured is None, "FlashAttention 2 was measured"
 
@@ -189,18 +189,18 @@ def test_nothing_is_read_from_a_device(gpu):
         cu_seqlens = torch.zeros(5, dtype=torch.int32, device="cuda")
         for gradients, longest, want in ((False, 256, "triton"), (False, 16384, "triton"), (True, 256, "torch")):
             inputs = _inputs(300, gradients=gradients)
-            assert module.chosen(*inputs, longest) == want
+            assert attention_choice.chosen(*inputs, longest) == want
             with torch.no_grad():  # autograd asks for a stream
                 out = attend(*inputs, cu_seqlens, longest)
             assert out.shape == (300, 16, 80) and out.device.type == "cuda"
         packed = torch.empty(300, 3, 16, 80, dtype=torch.bfloat16, device="cuda").unbind(1)
-        assert module.chosen(*(x.detach().requires_grad_() for x in packed), 256) == "torch", "it is aligned"
+        assert attention_choice.chosen(*(x.detach().requires_grad_() for x in packed), 256) == "torch", "it is aligned"
         strides = (16 * 84, 84, 1)
         off = torch.empty_strided((300, 16, 80), strides, dtype=torch.bfloat16, device="cuda", requires_grad=True)
-        assert module.chosen(off, off, off, 256) == "triton", "its heads are not"
-        assert module.chosen(*_inputs(0, gradients=True), 0) == "triton"
+        assert attention_choice.chosen(off, off, off, 256) == "triton", "its heads are not"
+        assert attention_choice.chosen(*_inputs(0, gradients=True), 0) == "triton"
         for segments, want in ((0, "triton"), (1, "torch"), (65535, "torch"), (65536, "triton")):
-            assert module.chosen(*_inputs(9, gradients=True), 9, segments=segments) == want
+            assert attention_choice.chosen(*_inputs(9, gradients=True), 9, segments=segments) == want
 
 
 @pytest.fixture
@@ -230,8 +230,8 @@ def test_peers_read_nothing_from_a_device(name, monkeypatch):
     q, k, v = (torch.empty(300, 16, 80, dtype=torch.bfloat16, device="meta") for _ in range(3))
     plan = plan_tiles(torch.empty(5, dtype=torch.int32, device="meta"), 300)
     assert plan.padded and plan.longest is None and plan.held() is None
-    out, lse = module.peer_forward(name, q, k, v, plan, 256, False, 0.3, keep=True)
-    grads = module.peer_backward(name, out, q, k, v, out, lse, plan, 256, False, 0.3)
+    out, lse = op._peer_forward(name, q, k, v, plan, 256, False, 0.3, keep=True)
+    grads = op._peer_backward(name, out, q, k, v, out, lse, plan, 256, False, 0.3)
     assert [x.shape for x in (out, *grads)] == [q.shape] * 4
     with pytest.raises(RuntimeError, match="meta tensors"):
         plan.cu_seqlens.max().item()  # as a read would
@@ -240,8 +240,8 @@ def test_peers_read_nothing_from_a_device(name, monkeypatch):
 def test_the_choice_is_the_same_in_capture(gpu, monkeypatch):
     """Nothing that a choice is made of may ask whether there is one."""
     with FakeTensorMode():
-        wants = [module.chosen(*_inputs(300, gradients=gradients), 256) for gradients in (False, True)]
-        module._known.cache_clear()
+        wants = [attention_choice.chosen(*_inputs(300, gradients=gradients), 256) for gradients in (False, True)]
+        attention_choice._known.cache_clear()
 
         def asked():
             raise AssertionError("the choice asks whether a graph is captured")
@@ -249,7 +249,11 @@ def test_the_choice_is_the_same_in_capture(gpu, monkeypatch):
         for owner in (torch.cuda, torch.cuda.graphs):
             monkeypatch.setattr(owner, "is_current_stream_capturing", asked)
         monkeypatch.setattr(torch.cuda, "synchronize", asked)
-        assert [module.chosen(*_inputs(300, gradients=g), 256) for g in (False, True)] == wants == ["triton", "torch"]
+        assert (
+            [attention_choice.chosen(*_inputs(300, gradients=g), 256) for g in (False, True)]
+            == wants
+            == ["triton", "torch"]
+        )
     assert bucket(0) == 0 == bucket(1023) and bucket(1024) == 1024 == bucket(10**6)
 
 
@@ -283,12 +287,12 @@ def test_the_choice_is_the_same_in_compiled_code(gpu, dynamic):
                 torch._dynamo.mark_dynamic(x, 0)
 
             def call(one, *inputs, invariant=invariant):
-                return one + names.index(module.chosen(*inputs, 256, invariant=invariant))
+                return one + names.index(attention_choice.chosen(*inputs, 256, invariant=invariant))
 
             torch._dynamo.reset()
             torch.use_deterministic_algorithms(deterministic)
             try:
-                assert module.chosen(*inputs, 256, invariant=invariant) == want
+                assert attention_choice.chosen(*inputs, 256, invariant=invariant) == want
                 graphs = []
                 one = torch.ones(())
                 torch.compile(call, fullgraph=True, backend=lambda graph, _, to=graphs: to.append(graph) or graph)(
@@ -300,7 +304,9 @@ def test_the_choice_is_the_same_in_compiled_code(gpu, dynamic):
                 torch.use_deterministic_algorithms(False)
     for dtype in (torch.bfloat16, torch.float32):
         inputs, cu_seqlens = _inputs(300, dtype=dtype, device="cpu"), torch.tensor([0, 300], dtype=torch.int32)
-        assert _in_graph(lambda *a, cu=cu_seqlens: attend(*a, cu, 300), *inputs) == [module.chosen(*inputs, 300)]
+        assert _in_graph(lambda *a, cu=cu_seqlens: attend(*a, cu, 300), *inputs) == [
+            attention_choice.chosen(*inputs, 300)
+        ]
 
 
 def test_transformers_adapter_chooses_in_compiled_code(gpu):
@@ -314,7 +320,9 @@ def test_transformers_adapter_chooses_in_compiled_code(gpu):
             (True, 64, None),
             (False, 264, None),
         ):
-            served = {None: module.chosen(*_inputs(300, gradients=gradients, columns=columns), 300)}.get(want, want)
+            served = {None: attention_choice.chosen(*_inputs(300, gradients=gradients, columns=columns), 300)}.get(
+                want, want
+            )
             assert served == {264: "sdpa"}.get(columns, "torch" if gradients else "triton")
 
             def call(one, cu_seqlens, *qkv):
@@ -354,23 +362,23 @@ def test_ours_runs_where_the_same_bits_are_demanded(gpu):
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for gradients in (False, True):
                 inputs = _inputs(9, dtype=dtype, gradients=gradients)
-                assert module.chosen(*inputs, 4096, invariant=True) == "triton"
+                assert attention_choice.chosen(*inputs, 4096, invariant=True) == "triton"
                 torch.use_deterministic_algorithms(True)
                 try:
-                    assert module.chosen(*inputs, 4096) == "triton"
+                    assert attention_choice.chosen(*inputs, 4096) == "triton"
                 finally:
                     torch.use_deterministic_algorithms(False)
         inputs = _inputs(9)
         for backend in ("torch", "flash", "sdpa", "eager"):
             for call in (
-                lambda b=backend: module.chosen(*inputs, 9, invariant=True, backend=b),
-                lambda b=backend: _under(b, lambda: module.chosen(*inputs, 9, invariant=True)),
+                lambda b=backend: attention_choice.chosen(*inputs, 9, invariant=True, backend=b),
+                lambda b=backend: _under(b, lambda: attention_choice.chosen(*inputs, 9, invariant=True)),
             ):
                 with pytest.raises(BackendError, match="invariant=True asks for the same bits twice and in every pack"):
                     call()
-        assert module.chosen(*inputs, 9, invariant=True, backend="triton") == "triton"
+        assert attention_choice.chosen(*inputs, 9, invariant=True, backend="triton") == "triton"
         with pytest.raises(BackendError, match="invariant=True has only Triton's kernels here, and a head of more t"):
-            module.chosen(*_inputs(9, columns=264), 9, invariant=True)
+            attention_choice.chosen(*_inputs(9, columns=264), 9, invariant=True)
 
 
 def _under(backend, call):
@@ -484,14 +492,14 @@ def test_pytorch_picks_the_kernel_whose_statistics_are_kept():
 def test_the_table_for_people(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    rows = {(row["dtype"], row["head_dim"]): row for row in module.choices("cuda")}
+    rows = {(row["dtype"], row["head_dim"]): row for row in attention_choice.choices("cuda")}
     assert rows["float32", 80]["training"]["backend"] == "sdpa"
-    assert all(row[kind]["why"] for row in rows.values() for kind in module.KINDS)
-    served = {kind: rows["bfloat16", 80][kind] for kind in module.KINDS}
+    assert all(row[kind]["why"] for row in rows.values() for kind in attention_choice.KINDS)
+    served = {kind: rows["bfloat16", 80][kind] for kind in attention_choice.KINDS}
     assert [of["backend"] for of in served.values()] == ["triton", "triton", "torch", "torch"]
     assert [bool(of["measured"]) for of in served.values()] == [True, True, True, False]
     assert "at commit 3dc270fec4c9; the Triton kernels have changed since" in served["training"]["why"]
-    assert set(UNMEASURED) <= set(module._BACKENDS)
+    assert set(UNMEASURED) <= set({*op._BACKENDS, *attention_peers.PEERS, "triton"})
     assert attention_choice.choose(replace(CALL, device_type="cpu")).backend in ("blocked", "sdpa")
 
 

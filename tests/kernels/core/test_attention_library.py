@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from qwen2vl_kernels import BackendError, plan_tiles, varlen_attention
-from qwen2vl_kernels.core import attention_peers, launching, tile_plan
+from qwen2vl_kernels.core import attention_calls, attention_peers, launching, tile_plan
 from qwen2vl_kernels.core.attention_peers import FLASH, Call, peer_of, why_not
 from qwen2vl_kernels.core.backends import unavailable
 from qwen2vl_kernels.core.tile_plan import TilePlan
@@ -168,7 +168,7 @@ def test_boundaries_that_may_change_and_a_longest_segment_of_one_row(stand_in, p
         if longest == 1:
             cu = torch.arange(4, dtype=torch.int32)
             plan.update_(cu)
-        out, lse = op.peer_forward(name, *inputs, plan, longest, False, SCALE, keep=False)
+        out, lse = op._peer_forward(name, *inputs, plan, longest, False, SCALE, keep=False)
         assert lse is None and torch.equal(out, varlen_attention_ref(*inputs, cu, False, SCALE))
     other = torch.tensor([0, 2, 3, 4], dtype=torch.int32)
     plan.update_(other)
@@ -223,7 +223,7 @@ def test_a_plan_takes_no_segment_longer_than_a_grid(stand_in, pack, monkeypatch,
     plan = plan_tiles(cu.clone(), 17, padded=True)
 
     def replay():
-        return op.peer_forward(name, *inputs, plan, 9, False, SCALE, keep=False)[0]
+        return op._peer_forward(name, *inputs, plan, 9, False, SCALE, keep=False)[0]
 
     assert plan.update_(torch.tensor([0, 0, 0, 17], dtype=torch.int32)).longest == 17, "nothing was captured"
     plan.update_(cu)
@@ -280,7 +280,8 @@ def test_zeros_past_what_a_device_knows(total, held, triton, monkeypatch):
     for shape, dtype in (((16, 80), torch.bfloat16), ((3, 5), torch.float32), ((28, 128), torch.float16)):
         x = torch.full((total, *shape), torch.nan, dtype=dtype, device=DEVICE)
         x[:held] = 1
-        tail.zero_past(x, torch.tensor([0, 0, held], dtype=torch.int32, device=DEVICE))
+        bounds = torch.tensor([0, 0, held], dtype=torch.int32, device=DEVICE)
+        tail.zero_behind(x, TilePlan(bounds, total, bounds.device, padded=True))
         assert (x[:held] == 1).all() and (x[held:] == 0).all()
 
 
@@ -376,13 +377,13 @@ def installed(monkeypatch):
                 raise ImportError(f"No module named {name!r}")
             return made["flash_attn 2.6" if older and name == "flash_attn.flash_attn_interface" else name]
 
-        for asked in (attention_peers._loaded, attention_peers._backward_of):
+        for asked in (attention_peers._loaded, attention_peers.backward_of):
             asked.cache_clear()
         monkeypatch.setattr(attention_peers, "importlib", types.SimpleNamespace(import_module=importing))
         return kernel
 
     yield install
-    for asked in (attention_peers._loaded, attention_peers._backward_of):
+    for asked in (attention_peers._loaded, attention_peers.backward_of):
         asked.cache_clear()
 
 
@@ -481,14 +482,14 @@ def test_they_run_on_the_gpu_of_their_tensors(monkeypatch):
         entered.append("backward")
 
     monkeypatch.setattr(attention_peers, "_loaded", lambda name: types.SimpleNamespace(flash_attn_varlen_func=attend))
-    monkeypatch.setattr(attention_peers, "_backward_of", lambda name: (gradients, {"dout", "q"}))
+    monkeypatch.setattr(attention_peers, "backward_of", lambda name: (gradients, {"dout", "q"}))
     monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
     for index, around in ((0, False), (1, True)):
         device = torch.device("cuda", index)
         q = types.SimpleNamespace(is_cuda=True, device=device, shape=(1,), dtype=torch.bfloat16)
         entered.clear()
-        attention_peers._flash_forward("flash_attn", q, q, q, None, 2, False, 1.0, False)
-        attention_peers._flash_backward("flash_attn", q, q, q, q, q, None, None, 2, False, 1.0)
+        attention_calls._flash_forward("flash_attn", q, q, q, None, 2, False, 1.0, False)
+        attention_calls._flash_backward("flash_attn", q, q, q, q, q, None, None, 2, False, 1.0)
         want = [device, "forward", None, device, "backward", None] if around else ["forward", "backward"]
         assert entered == want
 
@@ -502,7 +503,7 @@ def test_determinism_that_is_demanded_between_forward_and_backward(installed, pa
     torch.use_deterministic_algorithms(True)
     try:
         with pytest.raises(RuntimeError, match=r"the backward of cudnn is not deterministic, and .* call it before"):
-            attention_peers.backward("cudnn", *arguments)
+            attention_calls.backward("cudnn", *arguments)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -520,7 +521,7 @@ def test_installed_modules_have_the_arguments_that_are_relied_on(flash):
     if isinstance(module, str):
         pytest.skip(f"{flash.module}: {module}")
     if flash.backward is not None:
-        assert not isinstance(attention_peers._backward_of(flash.module), str)
+        assert not isinstance(attention_peers.backward_of(flash.module), str)
 
 
 # --------------------------------------------------------------------------------------------------- refusals

@@ -144,6 +144,6 @@ def test_opcheck(backend):
     q, k, v, angles = _inputs()
     caches = [torch.zeros(2, 8, 2, 16, device=DEVICE) for _ in range(2)]
     slots = torch.arange(11, device=DEVICE)
-    tensors = (q.clone(), k.clone(), v.clone(), *caches, slots, angles["positions"], angles["inv_freq"])
+    tensors = (k.clone(), v.clone(), *caches, slots, q.clone(), angles["positions"], angles["inv_freq"])
     arguments = (*tensors, list(SECTION), False, None, True, backend)
     torch.library.opcheck(torch.ops.qwen2vl.append_kv.default, arguments)

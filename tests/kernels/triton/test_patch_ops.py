@@ -9,7 +9,7 @@ from qwen2vl_kernels import fold_patch_embed, patch_embed, patch_merge
 from qwen2vl_kernels.core.backends import unavailable
 from qwen2vl_kernels.ops.patch_embed import patch_embed_ref
 from qwen2vl_kernels.ops.patch_merge import block_order, gather_blocks_ref, patch_merge_ref
-from qwen2vl_kernels.triton.gemm import launch_linear
+from qwen2vl_kernels.triton.gemm import launch_gemm
 from tests.conftest import DEVICE, assert_two_times
 from tests.kernels.poison import poisoned  # noqa: F401
 
@@ -132,9 +132,9 @@ def test_no_grid_leads_outside(grid):
 def test_deterministic_and_the_same_in_every_pack():
     x, weight = torch.randn(300, 72, device=DEVICE).bfloat16(), torch.randn(150, 72, device=DEVICE).bfloat16()
     bias = torch.randn(150, device=DEVICE).bfloat16()
-    first = launch_linear(x, weight, bias, True)[0]
-    assert torch.equal(first, launch_linear(x, weight, bias, True)[0])
-    assert torch.equal(first[131:140], launch_linear(x[131:140], weight, bias, True)[0])
+    first = launch_gemm(x, weight, bias, True)[0]
+    assert torch.equal(first, launch_gemm(x, weight, bias, True)[0])
+    assert torch.equal(first[131:140], launch_gemm(x[131:140], weight, bias, True)[0])
 
 
 def test_no_rows():
@@ -154,9 +154,9 @@ def test_gradcheck():
 
 def test_opcheck():
     x, weight, bias = (torch.randn(*s, device=DEVICE, requires_grad=True) for s in ((5, 12), (7, 12), (7,)))
-    torch.library.opcheck(torch.ops.qwen2vl.linear_forward.default, (x, weight, bias, True, True))
+    torch.library.opcheck(torch.ops.qwen2vl.gemm_forward.default, (x, weight, bias, True, True))
     pixels = torch.randint(0, 256, (5, 12), dtype=torch.uint8, device=DEVICE)
-    torch.library.opcheck(torch.ops.qwen2vl.linear_forward.default, (pixels, weight, None, False, False))
+    torch.library.opcheck(torch.ops.qwen2vl.gemm_forward.default, (pixels, weight, None, False, False))
     order = torch.randperm(5, device=DEVICE)
     arguments = (x, None, bias.new_ones(12), bias.new_ones(12), 1e-6, True, order)
     torch.library.opcheck(torch.ops.qwen2vl.norm_forward.default, arguments)

@@ -9,7 +9,7 @@ from qwen2vl_kernels import mrope, mrope_, vision_rope, vision_rope_, vision_rop
 from qwen2vl_kernels.core.backends import unavailable
 from qwen2vl_kernels.ops.mrope import mrope_ref
 from qwen2vl_kernels.ops.vision_rope import vision_rope_ref, vision_rope_tables_ref
-from qwen2vl_kernels.triton.rotary import Angles, launch_rotation
+from qwen2vl_kernels.triton.rotary import launch_rotation
 from tests.conftest import DEVICE, assert_two_times
 
 if (reason := unavailable("triton", DEVICE)) is not None:
@@ -192,8 +192,8 @@ def test_every_output_is_written_and_nothing_beside_it():
     q, k = _qk(13, 3, 2, 24, torch.float32)
     outputs = [torch.full((15, heads + 2, 40), torch.nan, device=DEVICE) for heads in (3, 2)]
     views = [outputs[n][1:14, 1 : 1 + heads, 8:32] for n, heads in enumerate((3, 2))]
-    angles = Angles(torch.randint(0, 99, (3, 13), device=DEVICE), _inv_freq(8), section=(2, 3, 3))
-    launch_rotation(q, k, views[0], views[1], angles)
+    positions = torch.randint(0, 99, (3, 13), device=DEVICE)
+    launch_rotation(q, k, views[0], views[1], positions, _inv_freq(8), section=(2, 3, 3))
     for view, whole, x in zip(views, outputs, (q, k), strict=True):
         assert view.isfinite().all() and whole.isfinite().sum() == x.numel()
 
@@ -209,7 +209,7 @@ def test_a_token_is_the_same_in_every_pack():
 def test_opcheck():
     q, k = (x.contiguous().requires_grad_() for x in _qk(5, 2, 1, 16, torch.float32))
     positions, inv_freq = torch.randint(0, 9, (3, 5), device=DEVICE), _inv_freq(8)
-    angles = Angles(positions, inv_freq, section=(2, 3, 3)).op_arguments()
+    angles = (positions, inv_freq, None, None, [2, 3, 3], False, False)
     torch.library.opcheck(torch.ops.qwen2vl.rotate.default, (q, k, *angles))
     torch.library.opcheck(torch.ops.qwen2vl.rotate_.default, (q.detach().clone(), k.detach().clone(), *angles))
     torch.library.opcheck(torch.ops.qwen2vl.rope_tables.default, (positions[:2].T, inv_freq))

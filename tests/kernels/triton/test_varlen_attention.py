@@ -199,8 +199,8 @@ def test_deterministic_and_the_same_in_every_pack(causal):
 
 def test_a_short_segment_is_the_same_among_long_ones():
     """Where no segment is longer than half a tile, the tile is halved: the bits stay."""
-    assert forward_config(torch.bfloat16, 80, 64, Target("cuda", 90)).rows == 64
-    assert forward_config(torch.bfloat16, 80, 65, Target("cuda", 90)).rows == 128
+    assert forward_config(torch.bfloat16, 80, 64, Target("cuda", 90)).block_m == 64
+    assert forward_config(torch.bfloat16, 80, 65, Target("cuda", 90)).block_m == 128
     q, k, v, cu, longest = _pack([64, 20, 90], dtype=torch.bfloat16)
     together = varlen_attention(q, k, v, cu, longest, backend="triton")
     short = varlen_attention(q[:84], k[:84], v[:84], cu[:3].clone(), 64, backend="triton")
@@ -220,8 +220,8 @@ def test_strided_gradients_of_the_output():
     out, lse = launch_forward(q, k, v, plan_tiles(cu, 39, device=DEVICE), 30, False, 0.25)
     grad = torch.randn(16, 2, 39, device=DEVICE).permute(2, 1, 0)
     for one, two in zip(
-        launch_backward(grad, q, k, v, out, lse, cu, False, 0.25),
-        launch_backward(grad.contiguous(), q, k, v, out, lse, cu, False, 0.25),
+        launch_backward(grad, q, k, v, out, lse, cu, None, None, False, 0.25),
+        launch_backward(grad.contiguous(), q, k, v, out, lse, cu, None, None, False, 0.25),
         strict=True,
     ):
         assert torch.equal(one, two)
