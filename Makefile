@@ -22,7 +22,7 @@ FORMATTED := $(CSRC) $(FUZZ) $(wildcard tests/kernels/host/* benchmarks/cuda/*)
 # The versions of Triton that PyTorch's builds for CUDA bring: 2.10 and 2.11, 2.12, 2.13, 2.14.
 TRITONS := 3.6.0 3.7.0 3.7.1 3.8.0
 
-.PHONY: help install demo check test test-long aot lint format fuzz gpu gpu-wheels hub test-stacks test-oldest resolve clean
+.PHONY: help install demo check test test-long aot lint format dist fuzz gpu gpu-wheels hub test-stacks test-oldest resolve clean
 .DEFAULT_GOAL := help
 
 help:
@@ -32,6 +32,7 @@ help:
 	@echo "make test-long    before a release: what is too slow for each commit, then fuzz, test-oldest and test-stacks"
 	@echo "make aot     every Triton kernel compiled for every GPU with every compiler that PyTorch brings, and its gates"
 	@echo "make lint    ruff, pyright, clang-format;  make format  rewrites what they can"
+	@echo "make dist    the sdist and the wheel in build/dist, checked, installed into an empty environment and asked there"
 	@echo "make fuzz    the C++ of the CPU on random input, under the address and undefined behaviour sanitizers"
 	@echo "make gpu     on a machine with a GPU: build, test, measure and tune within BUDGET=480 seconds, with its own"
 	@echo "             python3, no network;  make gpu DEVICE=cpu  rehearses it at small sizes;  QWEN2VL_COMMIT=...  is the"
@@ -96,6 +97,19 @@ format: .venv/install.stamp
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 	.venv/bin/clang-format -i $(FORMATTED)
+
+# The wheel is built from the sdist, so that the sdist has all it takes. It is for this machine alone, as its tag says:
+# what goes to PyPI is the sdist.
+build/twine/bin/twine: constraints.txt
+	$(PYTHON) -m venv --clear build/twine
+	build/twine/bin/python -m pip install --quiet "twine>=6.1"
+	@touch $@
+
+dist: .venv/install.stamp build/twine/bin/twine
+	@rm -rf build/dist
+	@$(RUN) -m build --outdir build/dist . > build/dist.log || { tail -30 build/dist.log; exit 1; }
+	build/twine/bin/twine check --strict build/dist/*
+	@$(RUN) -m tests.distribution build/dist
 
 # Without libFuzzer the targets have a main of their own, which knows nothing of coverage but needs no clang.
 FUZZ_SECONDS ?= 60

@@ -1,10 +1,8 @@
-"""``python -m benchmarks``: list, run, report, what training takes, and two ablations of the paper."""
+"""``python -m benchmarks``: list cases, run them, report results, and calculate what training takes."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +15,7 @@ from . import environment, isolate, lines, page, readme, report
 from .case import Context
 from .lines import write
 from .page import PAGE
-from .run import RESULTS, GateError, case_names, load_case, run_case
+from .run import RESULTS, case_names, load_case, run_case
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
@@ -229,50 +227,6 @@ def plan_(
     print(plan.report(recipe), end="")
 
 
-@app.command("ablation")
-def ablation_(
-    budget: Annotated[float, typer.Option(min=0.001, help="Times the steps of training.")] = 1.0,
-    processes: Annotated[int, typer.Option(min=1, help="Models trained at a time, each by one thread.")] = 2,
-    seeds: Annotated[int, typer.Option(min=1, help="Models of each kind; medians and spread are over them.")] = 1,
-    quick: Annotated[bool, typer.Option("--quick", help="A few steps, to see that it works.")] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the JSON and its figures; default those of this device's results.")
-    ] = None,
-) -> None:
-    """Train tiny models from nothing: M-RoPE against 1-D RoPE on longer clips, dynamic against fixed resolution.
-
-    At a budget of 1 on two cores it takes about 20 minutes. Figures want matplotlib.
-    """
-    from examples import ablation
-
-    from . import plot
-
-    if out is None and quick:
-        raise typer.BadParameter("--quick needs --out: its numbers do not belong among the results", param_hint="out")
-    torch.set_num_threads(processes)  # what results say: as many threads as there are at work
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    device = environment.folder_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    try:
-        result = ablation.measure(
-            budget=budget,
-            processes=processes,
-            seeds=seeds,
-            quick=quick,
-            command=_command(),
-            log=lambda line: console.print(line, style="dim", markup=False),
-        )
-    except GateError as error:
-        console.print(str(error), style="bold red", markup=False)
-        raise typer.Exit(1) from None
-    ablation.show(result, console)
-    console.print(f"written to {write(result, out or RESULTS / device)}", soft_wrap=True)
-    if importlib.util.find_spec("matplotlib") is None:
-        console.print("no figures: matplotlib is not installed", style="yellow")
-        return
-    for path in plot.draw(result, out or PAGE.parent / "plots" / device):
-        console.print(f"written to {path}", soft_wrap=True)
-
-
 @app.command("tune")
 def tune_(
     names: Annotated[
@@ -426,18 +380,8 @@ def wgmma_(
         raise typer.Exit(1)
 
 
-#: Options that name a folder of this machine and change no number: left out of the command that results quote.
-_PLACES = ("--checkpoint-dir", "--out")
-
-
 def _command() -> str:
-    words, given = [], iter(sys.argv[1:])
-    for word in given:
-        if word in _PLACES:
-            next(given, None)
-        elif not word.startswith(tuple(f"{option}=" for option in _PLACES)):
-            words.append(word)
-    return shlex.join(["python", "-m", "benchmarks", *words])
+    return environment.command("benchmarks")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -75,6 +77,21 @@ def describe(device: torch.device) -> dict[str, Any]:
         "versions": providers.versions(),
         "commit": commit(),
     }
+
+
+#: Options that name a folder of this machine and change no number: the command that results quote is without them.
+_PLACES = ("--checkpoint-dir", "--out")
+
+
+def command(module: str) -> str:
+    """The command line of this process, ``python -m <module> ...``, as results quote it."""
+    words, given = [], iter(sys.argv[1:])
+    for word in given:
+        if word in _PLACES:
+            next(given, None)
+        elif not word.startswith(tuple(f"{option}=" for option in _PLACES)):
+            words.append(word)
+    return shlex.join(["python", "-m", module, *words])
 
 
 def commit() -> str | None:

@@ -1,14 +1,16 @@
 """Qwen2-VL in PyTorch on its own kernels: load a checkpoint, ask about images and videos, generate.
 
-Names are imported when they are first used, so that ``qwen2vl --help`` does not wait for PyTorch.
+Names are imported when they are first used, so that ``qwen2vl --help`` does not wait for PyTorch. ``__version__`` is
+the version of the distribution, which holds ``qwen2vl_kernels`` too.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .agents.function_calls import Action, Call
+    from .agents.function_calls import Action, Call, Result
     from .agents.grounding import Box, Grounded, Quad, draw_grounding, parse_grounding, render_grounding
+    from .agents.loop import run_agent
     from .config import Qwen2VLConfig, TextConfig, VisionConfig
     from .errors import (
         CheckpointError,
@@ -44,12 +46,14 @@ __all__ = [
     "Qwen2VL",
     "Qwen2VLConfig",
     "Qwen2VLError",
+    "Result",
     "TextConfig",
     "VisionConfig",
     "draw_grounding",
     "generate",
     "parse_grounding",
     "render_grounding",
+    "run_agent",
     "stream",
 ]
 
@@ -65,9 +69,10 @@ _MODULES = {
         "PromptError",
         "Qwen2VLError",
     ),
-    "agents.function_calls": ("Action", "Call"),
+    "agents.function_calls": ("Action", "Call", "Result"),
     "generation": ("GenerationConfig", "GenerationResult", "generate", "stream"),
     "agents.grounding": ("Box", "Grounded", "Quad", "draw_grounding", "parse_grounding", "render_grounding"),
+    "agents.loop": ("run_agent",),
     "model": ("Qwen2VL",),
     "prompt.processor": ("Inputs", "Processor"),
 }
@@ -75,6 +80,12 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("qwen2vl_kernels").__version__
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

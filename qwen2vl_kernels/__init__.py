@@ -1,5 +1,7 @@
 """Kernels of Qwen2-VL as plain functions over packed tensors; see each function's docstring for shapes and dtypes."""
 
+from typing import Any
+
 from .core.backends import BackendError, use_backend
 from .core.tile_plan import TilePlan, plan_tiles
 from .ops.append_kv import append_kv
@@ -50,3 +52,31 @@ __all__ = [
     "vision_rope_qkv_",
     "vision_rope_tables",
 ]
+
+
+def _version() -> str:
+    """The version of the distribution ``qwen2vl``, which holds both packages.
+
+    Its one source is pyproject.toml. A checkout reads that file, since what is installed beside it may be older; an
+    installation has the metadata that were made from it.
+    """
+    import tomllib
+    from importlib.metadata import version
+    from pathlib import Path
+
+    file = Path(__file__).resolve().parents[1] / "pyproject.toml"
+    if file.is_file():
+        project = tomllib.loads(file.read_text(encoding="utf-8")).get("project", {})
+        if project.get("name") == "qwen2vl":
+            return project["version"]
+    return version("qwen2vl")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "__version__"})

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,12 @@ def test_kernels_never_import_the_model():
         assert not wrong, f"{_module(path)} imports {wrong}"
 
 
+def test_benchmarks_never_import_the_examples():
+    for path in _files(ROOT / "benchmarks"):
+        wrong = {name for name in _imports(path) if name.split(".")[0] in ("examples", "tests")}
+        assert not wrong, f"{_module(path)} imports {wrong}"
+
+
 def test_the_model_never_imports_what_is_not_installed():
     for path in _files(MODEL):
         wrong = {name for name in _imports(path) if name.split(".")[0] in ("examples", "benchmarks", "tests")}
@@ -118,6 +125,29 @@ def test_optional_packages_are_imported_inside_functions(folder):
         assert not wrong, f"{_module(path)} imports {wrong} at import time"
 
 
+def _cycle(graph: dict[str, set[str]]) -> tuple[str, ...]:
+    """Modules that import one another, the first one named again at the end; () where there are none."""
+    done: set[str] = set()
+
+    def walk(module: str, trail: tuple[str, ...]) -> tuple[str, ...]:
+        if module in trail:
+            return (*trail[trail.index(module) :], module)
+        if module in done or module not in graph:
+            return ()
+        for other in sorted(graph[module]):
+            if found := walk(other, (*trail, module)):
+                return found
+        done.add(module)
+        return ()
+
+    return next(filter(None, (walk(module, ()) for module in sorted(graph))), ())
+
+
+def test_cycles_are_found():
+    assert _cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ("b", "c", "b")
+    assert _cycle({"a": {"b", "c"}, "b": {"c"}, "c": {"torch"}}) == ()
+
+
 def test_no_import_cycles():
     graph = {
         _module(p): {n for n in _imports(p, top_level_only=True) if n.startswith(("qwen2vl", "qwen2vl_kernels"))}
@@ -125,18 +155,14 @@ def test_no_import_cycles():
         for p in _files(folder)
         if p.name != "__init__.py"
     }
-    done: set[str] = set()
+    assert len(graph) > 100 and not _cycle(graph)
 
-    def walk(module: str, trail: tuple[str, ...]) -> None:
-        assert module not in trail, f"cycle: {' -> '.join((*trail, module))}"
-        if module in done or module not in graph:
-            return
-        for other in graph[module]:
-            walk(other, (*trail, module))
-        done.add(module)
 
-    for module in graph:
-        walk(module, ())
+def test_no_import_cycles_in_benchmarks_and_examples():
+    """Here imports inside of functions count, too: nothing of these is loaded late for a reason."""
+    files = [p for folder in ("benchmarks", "examples") for p in _files(ROOT / folder) if p.name != "__init__.py"]
+    graph = {_module(p): {n for n in _imports(p) if n.startswith(("benchmarks", "examples"))} for p in files}
+    assert len(graph) > 60 and not _cycle(graph)
 
 
 def test_importing_the_packages_has_no_side_effects():
@@ -166,6 +192,24 @@ def test_the_model_is_imported_without_what_reads_media():
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.parametrize("module", ["qwen2vl.training.trainer", "qwen2vl.evaluation.metrics", "qwen2vl.cli"])
+def test_generated_samples_load_only_when_they_are_asked_for(module):
+    code = (
+        f"import sys, {module}\n"
+        "assert not (loaded := [name for name in sys.modules if name.startswith('qwen2vl.samples')]), loaded\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_only_functions_import_generated_samples():
+    """A file outside of their room that imported them at its top would load them for everybody who imports it."""
+    for path in _files(MODEL):
+        if (MODEL / "samples") not in path.parents:
+            wrong = {n for n in _imports(path, top_level_only=True) if n.startswith("qwen2vl.samples")}
+            assert not wrong, f"{_module(path)} imports {wrong} at import time"
+
+
 def test_packages_work_without_triton():
     """Every op imports, and a Triton backend says what is missing."""
     code = (
@@ -191,6 +235,51 @@ def test_exports_are_explicit_and_complete():
             assert getattr(package, name).__doc__, f"{package.__name__}.{name} has no docstring"
 
 
+def test_lazy_names_are_listed_alike_everywhere():
+    """For type checkers, for ``import *``, for the lookup, and for whoever asks ``dir``."""
+    import qwen2vl
+    import qwen2vl.errors
+    import qwen2vl_kernels
+
+    tree = ast.parse((MODEL / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    checked = {alias.name for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert checked == set(qwen2vl.__all__) == set(qwen2vl._MODULE_OF)
+    assert list(qwen2vl.__all__) == sorted(qwen2vl.__all__) and len(checked) == len(qwen2vl.__all__)
+    errors = {name for name, value in vars(qwen2vl.errors).items() if isinstance(value, type)}
+    assert errors <= checked
+    assert {*qwen2vl.__all__, "__version__"} <= set(dir(qwen2vl))
+    assert {*qwen2vl_kernels.__all__, "__version__"} <= set(dir(qwen2vl_kernels))
+    for package in (qwen2vl, qwen2vl_kernels):
+        with pytest.raises(AttributeError, match=f"module '{package.__name__}' has no attribute 'nothing'"):
+            _ = package.nothing
+
+
+def test_the_version_is_that_of_pyproject(monkeypatch):
+    """Also where a checkout lies beside an installation of another version."""
+    import importlib.metadata
+
+    import qwen2vl
+    import qwen2vl_kernels
+
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.9.9")
+    assert qwen2vl.__version__ == qwen2vl_kernels.__version__ == wanted
+
+
+def test_without_a_checkout_the_version_is_that_of_the_installation(monkeypatch, tmp_path):
+    import importlib.metadata
+
+    import qwen2vl
+    import qwen2vl_kernels
+
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: {"qwen2vl": "9.9.9"}[name])
+    monkeypatch.setattr(qwen2vl_kernels, "__file__", str(tmp_path / "qwen2vl_kernels" / "__init__.py"))
+    assert qwen2vl.__version__ == "9.9.9"
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "another"\nversion = "1.0"\n')
+    assert qwen2vl_kernels.__version__ == "9.9.9"
+
+
 def test_exports_are_no_modules_once_every_submodule_is_imported():
     """Importing a submodule sets its name on the package: one named like an export would take the export's place."""
     modules = [_module(path) for folder in (MODEL, KERNELS) for path in _files(folder) if path.stem != "__main__"]
@@ -209,7 +298,7 @@ def test_exports_are_no_modules_once_every_submodule_is_imported():
 
 
 def test_files_can_be_read_whole():
-    for folder in (KERNELS, MODEL, ROOT / "benchmarks", ROOT / "csrc"):
+    for folder in (KERNELS, MODEL, ROOT / "benchmarks", ROOT / "examples", ROOT / "csrc"):
         for path in folder.rglob("*"):
             if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"):
                 lines = len(path.read_text(encoding="utf-8").splitlines())

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from examples.demo.checkpoint import small_config, write_random_checkpoint
 from qwen2vl import Qwen2VL, Qwen2VLConfig
 from qwen2vl.cache import KVCache
 from qwen2vl.config import IMAGE_MEAN, IMAGE_STD, TextConfig, VisionConfig
 
 from ..case import Context
+from ..random_checkpoint import small_config, write_random_checkpoint
 
 
 def wide_config(layers: int) -> Qwen2VLConfig:

@@ -113,15 +113,15 @@ def loss(who: str, folder: Path, device: str, dtype: str, tokens: str, width: st
     """
     import torch
 
-    from . import train as case
+    from . import _training as shared
 
-    inputs = case.loss_inputs(int(tokens), int(width), int(vocabulary), torch.device(device), getattr(torch, dtype))
+    inputs = shared.loss_inputs(int(tokens), int(width), int(vocabulary), torch.device(device), getattr(torch, dtype))
     held = held_bytes(device)
     if device.startswith("cuda"):  # where a first call compiles kernels
-        case.loss_and_gradients(who, *inputs)
+        shared.loss_and_gradients(who, *inputs)
     _synchronize(device)
     begin = time.perf_counter()
-    case.loss_and_gradients(who, *inputs)
+    shared.loss_and_gradients(who, *inputs)
     _synchronize(device)
     seconds = time.perf_counter() - begin
     return {"seconds": seconds, "peak over the inputs": peak_bytes(device) - held}

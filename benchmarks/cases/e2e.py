@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from examples.demo.checkpoint import small_config
 from qwen2vl import GenerationConfig, Processor, Qwen2VLConfig, generate
 
 from .. import providers
 from ..case import Case, Check, Context, Provider, Workload
+from ..random_checkpoint import small_config
 from ._ops import MODELING
 from ._qwen2vl import Ours, Transformers, checkpoint, wide_config
 

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from examples.demo.checkpoint import small_config
 from qwen2vl import Qwen2VLConfig
 
 from .. import providers
 from ..case import Case, Check, Context, Provider, Workload
+from ..random_checkpoint import small_config
 from ._qwen2vl import checkpoint
 from ._worker import in_subprocess
 

@@ -14,11 +14,11 @@ from functools import cache, partial
 
 import torch
 
-from examples.demo.checkpoint import small_config
 from qwen2vl import Qwen2VLConfig
 
 from .. import providers
 from ..case import Case, Check, Context, Provider, Workload, relative_error, two_times
+from ..random_checkpoint import small_config
 from ._ops import MODELING
 from ._qwen2vl import (
     MODELS,

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from examples.demo.checkpoint import small_config
 from qwen2vl import Qwen2VLConfig
 from qwen2vl_kernels import use_backend
 from qwen2vl_kernels.core.matmul import slow_on_cpu
 
 from .. import providers
 from ..case import Case, Check, Context, Provider, Workload, relative_error, two_times
+from ..random_checkpoint import small_config
 from ._ops import MODELING
 from ._qwen2vl import Ours, Transformers, checkpoint, unallocated, vision_flops, weight_bytes, wide_config
 from ._trace import LAYER, PARTS, Trace, trace

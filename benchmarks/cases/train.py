@@ -17,17 +17,17 @@ from pathlib import Path
 
 import torch
 
-from examples.demo.checkpoint import small_config
 from qwen2vl import Qwen2VLConfig
 from qwen2vl.training.errors import TrainingConfigError
 from qwen2vl.training.example import Example
 from qwen2vl.training.flops import training_flops, work_of
-from qwen2vl.training.loss import check_kind, linear_cross_entropy
+from qwen2vl.training.loss import check_kind
 from qwen2vl.training.packing import collate
 from qwen2vl.training.stages import PARTS
 
 from .. import providers
 from ..case import Case, Check, Context, Provider, Workload, relative_error, two_times
+from ..random_checkpoint import small_config
 from ._ops import MODELING
 from ._qwen2vl import checkpoint
 from ._training import (
@@ -38,6 +38,8 @@ from ._training import (
     Transformers,
     gradients,
     grads_on,
+    loss_and_gradients,
+    loss_inputs,
     make_samples,
     padded_tokens,
     steps_of,
@@ -214,23 +216,6 @@ def _memory(context: Context) -> Iterator[Workload]:
 
 
 # ----------------------------------------------------------------------------------------------------------- the loss
-
-
-def loss_inputs(
-    tokens: int, width: int, vocabulary: int, device: torch.device, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """States ``(tokens, width)``, a head ``(vocabulary, width)`` and a target for every row."""
-    generator = torch.Generator(device).manual_seed(0)
-    hidden = torch.randn((tokens, width), generator=generator, device=device).to(dtype).requires_grad_()
-    weight = torch.randn((vocabulary, width), generator=generator, device=device).mul_(0.02).to(dtype).requires_grad_()
-    return hidden, weight, torch.randint(vocabulary, (tokens,), generator=generator, device=device)
-
-
-def loss_and_gradients(kind: str, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor):
-    """``(loss, gradient of hidden, gradient of weight)``."""
-    with grads_on(), torch.enable_grad():
-        loss = linear_cross_entropy(hidden, weight, targets, scale=1 / targets.shape[0], kind=kind)
-        return (loss.detach(), *torch.autograd.grad(loss, (hidden, weight)))
 
 
 def _why_no_liger(device: torch.device) -> str | None:

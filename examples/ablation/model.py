@@ -19,21 +19,21 @@ from qwen2vl.model import Qwen2VL
 from qwen2vl.prompt.processor import Processor
 from qwen2vl.samples import Sample
 from qwen2vl.samples import generate as make_sample
+from qwen2vl.samples.source import Generated, raw_sample, read_sample
 from qwen2vl.training.config import ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
-from qwen2vl.training.data.generated import Generated, raw_sample, read_sample
 from qwen2vl.training.example import Example
 from qwen2vl.training.packing import IGNORE, Batch, Packer, collate
 from qwen2vl.training.trainer import Trainer
 
 from .plan import ABLATIONS, Ablation, Arm, Part
 
-#: Samples of a step.
+#: How many samples a step has.
 BATCH = 32
-#: The seed of the samples of evaluation; those of training begin with the model's own seed, counted from 0.
+#: The seed of the samples of evaluation. The seeds of training are those of the models, which count from 1.
 EVALUATION_SEED = 1_000_000
 _TOKENS = 1 << 20  # more than BATCH samples ever have: a pack is BATCH samples
 _LR = 5e-4
-_POINTS = 20  # of a learning curve
+_POINTS = 20  # a learning curve has so many points
 
 
 def one_dimensional(batch: Batch) -> Batch:
@@ -44,9 +44,9 @@ def one_dimensional(batch: Batch) -> Batch:
 
 
 class Batches:
-    """A trainer's packer as an arm sees it, with a checksum of the samples of every step.
+    """A trainer's packer with the positions of an arm, and a checksum of the samples of every step.
 
-    Inside of a step, the order of samples depends on how many tokens each has in this arm.
+    The checksum leaves the order inside a step out: that depends on how many tokens each sample has in the arm.
     """
 
     def __init__(self, packer: Packer, arm: Arm) -> None:
@@ -60,12 +60,14 @@ class Batches:
 
 @dataclass(frozen=True)
 class Job:
-    """One model to train and to score; what a process of its own is given.
+    """One model to train and to score, in a process of its own.
 
     Attributes:
-        ablation, arm: their places in :data:`ABLATIONS` and its arms.
-        seed: of the weights that `beginning`, a checkpoint's folder, holds, and of the samples.
-        steps: of training. count: samples of each question.
+        ablation, arm: the index of the ablation in :data:`ABLATIONS`, and of the arm in its arms.
+        seed: the seed of the samples, and of the weights to begin from.
+        beginning: the folder of a checkpoint with these weights.
+        steps: how many steps it is trained.
+        count: how many samples each question is asked with.
     """
 
     ablation: int
@@ -78,7 +80,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Scores:
-    """One class of samples: how many, means of vision tokens, of answers right in full, and of tokens right."""
+    """The scores of one class of samples.
+
+    Attributes:
+        facts: what a row of the result says of the class beside its name.
+        samples: how many there are.
+        tokens: the mean number of vision tokens.
+        exact: the share of answers that are right in full.
+        right: the share of right tokens among all tokens of true answers.
+    """
 
     facts: dict[str, Any]
     samples: int
@@ -93,9 +103,11 @@ class Outcome:
 
     Attributes:
         scores: name of a class of samples -> its scores.
-        losses: means of training's equal parts.
-        seen: a checksum of the samples of every step. begun: one of the weights before the first.
-        seconds: of training.
+        losses: the mean loss of each of equal parts of the training, in order.
+        seen: a checksum of the samples of every step.
+        begun: a checksum of the weights before the first step.
+        parameters: how many parameters the model has.
+        seconds: how long the training took.
     """
 
     scores: dict[str, Scores]
@@ -107,10 +119,13 @@ class Outcome:
 
 
 class Examples:
-    """The samples of training as a packer draws them, `samples` in all, the last part without an end.
+    """The samples of training as a packer draws them.
 
     Args:
-        example: what the model is given of a sample.
+        course: the parts of the training, in order.
+        seed: the seed of the samples.
+        samples: how many samples the shares of the parts are of. The last part goes on without an end.
+        example: turns a sample into what the model is trained on.
     """
 
     def __init__(
@@ -138,7 +153,7 @@ class Examples:
 
 
 def prepare(sample: Sample, processor: Processor, size: tuple[int, int] | None = None) -> Example:
-    """A sample as training takes it, its pictures of `size` (height, width) in pixels where that is given."""
+    """A sample as training takes it, its pictures resized to `size`, (height, width) in pixels, unless that is None."""
     messages = read_sample(sample)
     if size is not None:
         for item in (item for message in messages for item in message["content"] if "image" in item):
@@ -150,11 +165,10 @@ def prepare(sample: Sample, processor: Processor, size: tuple[int, int] | None =
 
 @torch.inference_mode()
 def right_tokens(model: Qwen2VL, batch: Batch) -> list[tuple[int, int]]:
-    """For every sample, how many supervised tokens the model puts first, and how many there are.
+    """(right, supervised) tokens of every sample: the right ones are what the model ranks first behind true tokens.
 
-    Each is asked for behind the true ones before it.
-
-    Where all of them are, greedy decoding writes exactly the answer: its every step sees what is seen here.
+    Where all tokens are right, greedy decoding writes exactly the answer, because each of its steps sees what the model
+    sees here.
     """
     batch = batch.to(model.device)
     features = model.encode_media(
@@ -170,7 +184,7 @@ def right_tokens(model: Qwen2VL, batch: Batch) -> list[tuple[int, int]]:
 
 
 def train_and_score(job: Job) -> Outcome:
-    """Train the model of `job` on one thread and ask it everything; for a process of its own."""
+    """Train the model of `job` on one thread and ask it all questions, in a process that does nothing else."""
     torch.set_num_threads(1)
     ablation = ABLATIONS[job.ablation]
     arm = ablation.arms[job.arm]
@@ -220,7 +234,7 @@ def train_and_score(job: Job) -> Outcome:
 def score(
     model: Qwen2VL, ablation: Ablation, arm: Arm, example: Callable[[Sample], Example], count: int
 ) -> dict[str, Scores]:
-    """Every question of `ablation`, `count` samples each, by class of samples."""
+    """The scores of every class of samples, with `count` samples of every question of `ablation`."""
     found: dict[str, tuple[dict[str, Any], list[tuple[int, int, int]]]] = {}
     unit = model.config.vision.spatial_merge_size**2
     for question in ablation.questions:

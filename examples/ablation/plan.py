@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from qwen2vl.samples import Sample
-from qwen2vl.samples.sample import UNIT
+from qwen2vl.samples.draws import UNIT
 from qwen2vl.samples.skills import Split
 
 
@@ -18,8 +18,8 @@ class Arm:
 
     Attributes:
         one_dimensional: whether positions are 0, 1, 2, ... over all tokens instead of M-RoPE's.
-        size: (height, width) in pixels that every picture is resized to; None: pictures are taken as they are.
-        peer: whether it is what the paper's choice is held against.
+        size: (height, width) in pixels that every picture is resized to, or None for pictures in their own sizes.
+        peer: whether it is the alternative to the paper's choice.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of training: samples of one skill, of these levels equally often, for `share` of the steps."""
+    """A part of the training: samples of one skill, each of the levels equally often, for a share of the steps."""
 
     skill: str
     levels: tuple[int, ...]
@@ -39,11 +39,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Question:
-    """Samples of evaluation that are drawn alike.
+    """Samples of evaluation that are drawn in the same way.
 
     Attributes:
-        level, split, options: see :func:`qwen2vl.samples.generate`.
-        change: what is done to every sample.
+        level, split, options: arguments of :func:`qwen2vl.samples.generate`.
+        change: a function that changes every sample.
     """
 
     level: int
@@ -57,11 +57,11 @@ class Ablation:
     """What is trained and what is asked.
 
     Attributes:
-        course: the parts of training, in order.
-        steps: at a budget of 1.
-        questions: of evaluation, `count` samples each of the course's last skill.
-        group: (sample) -> the class of samples that it is scored in, as a row names it, and what the row says of it.
-        every: name of the class of all held-out samples; None: they are none together.
+        course: the parts of the training, in order.
+        steps: how many steps the training has at a budget of 1.
+        questions: what is asked in evaluation, `count` samples of each, all of the course's last skill.
+        group: gives the name of the class that a sample is scored in, and what a row of the result says of the class.
+        every: the name of the class of all held-out samples, or None where they are not scored together.
     """
 
     title: str
@@ -74,7 +74,7 @@ class Ablation:
     count: int = 400
 
 
-#: What every course begins with: else the tower collapses, see :mod:`examples.small.plan`.
+#: Every course begins with single letters, because the tower collapses otherwise; see :mod:`examples.small.plan`.
 _LETTERS = Part("read", (0,), 0.3)
 
 # ------------------------------------------------------------------------------------------------------- positions
@@ -85,7 +85,7 @@ _LONGER_FRAMES = (8, 12, 16, 24, 32)
 
 
 def repeated(sample: Sample, frames: int) -> Sample:
-    """The clip from the beginning again and again, up to so many frames."""
+    """The clip with `frames` frames: after its last frame it begins again."""
     shown = list(sample.members.values())
     return replace(
         sample,
@@ -106,14 +106,14 @@ def _frames(sample: Sample) -> tuple[str, dict[str, Any]]:
 
 
 POSITIONS = Ablation(
-    # Both at the small model's rope_theta, which was chosen for M-RoPE's width (examples/small/shape.py); 1-D RoPE
-    # turns by the same angles a token as M-RoPE does a time step.
+    # Both arms have the small model's rope_theta, which was chosen for the horizontal axis of M-RoPE
+    # (examples/small/shape.py). A token rotates 1-D RoPE by the angles by which a time step rotates M-RoPE.
     title="M-RoPE against 1-D RoPE",
     course=(_LETTERS, Part("video", (0, 1), 0.7)),
     arms=(Arm("M-RoPE"), Arm("1-D RoPE", one_dimensional=True, peer=True)),
     steps=850,
-    # Two kinds of longer clips. In the slower ones what moves goes as far as ever, by ever smaller steps, which is more
-    # than a longer clip; in the repeated ones every time step is one of a trained length, and only their number is new.
+    # There are two kinds of longer clips. In the slower ones a thing moves as far as before in smaller steps, so that
+    # the steps are new, too; in the repeated ones every time step is one of a trained clip, and only the number is new.
     questions=(
         *(Question(1, options={"frames": n}) for n in (*_TRAINED_FRAMES, *_LONGER_FRAMES)),
         *(Question(1, options={"frames": 4}, change=partial(repeated, frames=n)) for n in _LONGER_FRAMES),
@@ -132,18 +132,19 @@ def _pixels(sample: Sample) -> tuple[str, dict[str, Any]]:
 RESOLUTION = Ablation(
     title="dynamic against fixed resolution",
     course=(_LETTERS, Part("count", (0, 1, 2), 0.7)),
-    # Things have the same sizes in pictures of all sizes. Those of training have 6.3 tokens on average; 6 is the next
-    # number with nearly square pictures. min_pixels = max_pixels would not keep it: of pictures as small as these,
-    # rounding to units of 28 pixels makes 2 to 9 tokens for one and the same area. Held-out ones are larger (see
-    # below), so that the arm that takes them as they are pays more for them; tables and figures say how much.
+    # Things are equally large in pictures of all sizes. The pictures of training have 6.3 tokens on average, and 6 is
+    # the nearest number that a nearly square picture has. Setting min_pixels = max_pixels would not give every picture
+    # 6 tokens: rounding to units of 28 pixels makes 2 to 9 tokens of pictures that have one area and are so small. The
+    # held-out pictures are larger (see below), so that the dynamic arm pays more for them; tables and figures say how
+    # much.
     arms=(
         Arm("dynamic"),
         Arm("fixed, 4 tokens", size=(2 * UNIT, 2 * UNIT), peer=True),
         Arm("fixed, 6 tokens", size=(2 * UNIT, 3 * UNIT), peer=True),
     ),
     steps=1100,
-    # Held-out pictures of the upper level are 112 x 56 and 84 x 112, sizes that are never trained on; the others of it
-    # are fresh samples of the training's kind.
+    # The held-out pictures of level 2 are 112 x 56 and 84 x 112 pixels, sizes that are never trained on. The last
+    # question asks level 2 in sizes that are trained on, with samples that are not.
     questions=(*(Question(n) for n in (0, 1, 2)), Question(2, split="train")),
     group=_pixels,
     every="counting, all sizes",

@@ -1,4 +1,4 @@
-"""All models of all ablations, side by side in processes of their own, and the result as JSON and tables."""
+"""Train and score all models of all ablations, each in a process of its own; the result as JSON and tables."""
 
 from __future__ import annotations
 
@@ -37,14 +37,15 @@ def measure(
     command: str = "",
     log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Train and score every model; the result is what goes into the JSON.
+    """Train and score every model; returns what goes into the JSON.
 
     Args:
-        budget: times the steps of training.
-        processes: that train a model each, of one thread each, at a time.
-        seeds: models of each arm, which differ in the weights that they begin from and in their samples.
-        quick: a few steps and samples, to see that it works.
-        log: gets a line a model as it is done.
+        budget: a factor on the numbers of steps.
+        processes: how many processes train at a time, each one model on one thread.
+        seeds: how many models each arm has; they differ in the weights that they begin from and in their samples.
+        quick: take a few steps and samples, to see that it works.
+        command: the command line that the result quotes.
+        log: called with a line for every model that is done.
 
     Raises:
         GateError: models to be compared did not begin from equal weights or did not see equal samples.
@@ -86,7 +87,7 @@ def measure(
 
 
 def _equal(number: int, done: Mapping[Job, Outcome]) -> list[Check]:
-    """That all models of an ablation and seed had the same beginning and the same samples."""
+    """Checks that all models of an ablation and seed began from the same weights and saw the same samples."""
     ablation = ABLATIONS[number]
     checks = []
     for seed in sorted({job.seed for job in done}):
@@ -98,7 +99,7 @@ def _equal(number: int, done: Mapping[Job, Outcome]) -> list[Check]:
 
 
 def _rows(number: int, done: Mapping[Job, Outcome]) -> Iterator[dict[str, Any]]:
-    """One row a class of samples, measure and arm; `samples` has a value a seed."""
+    """A row for every class of samples, measure and arm, whose `samples` has a value for every seed."""
     ablation = ABLATIONS[number]
     arms = range(len(ablation.arms))
     by_arm = [[o for job, o in done.items() if (job.ablation, job.arm) == (number, n)] for n in arms]
@@ -123,7 +124,7 @@ def _rows(number: int, done: Mapping[Job, Outcome]) -> Iterator[dict[str, Any]]:
 
 
 def _place(scores: Scores) -> int:
-    """In the order of frames or of pixels, all together last."""
+    """The place of a class among the rows: by frames or by pixels, and the class of all samples last."""
     width, height = scores.facts.get("pixels", (1 << 20, 1))
     return scores.facts.get("frames", width * height)
 
@@ -143,7 +144,7 @@ def _model(job: Job, outcome: Outcome) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """Print the share of answers that are right in full, a table an ablation, with the mean number of vision tokens."""
+    """Print a table for each ablation: the share of answers right in full, and the mean number of vision tokens."""
     for ablation in ABLATIONS:
         names = [arm.name for arm in ablation.arms]
         rows = [r for r in result["rows"] if r["provider"] in names and r["metric"] == "accuracy"]

@@ -1,1 +1,1 @@
-"""What stands in for a download: a checkpoint with random weights, a small tokenizer, drawn media, and the demo."""
+"""The demo: what the embedded model answers beside the truth, and a random checkpoint's path from media to tokens."""

@@ -1,7 +1,7 @@
 """``python -m examples.demo``: the small trained model reads, compares, points, follows clips and plays.
 
-Each answer is printed beside the truth. ``--random`` shows the path from file to answer step by step instead, on a
-checkpoint with random weights, and ``--check`` compares such a one with transformers.
+Each answer is printed beside the truth. ``--random`` shows the path from media files to an answer step by step instead,
+with a checkpoint of random weights, and ``--check`` compares such a checkpoint's logits and tokens with transformers'.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def walk(folder: Path, out: Path, *, check: bool) -> None:
 def _write_checkpoint(folder: Path) -> None:
     import torch
 
-    from .checkpoint import small_config, write_random_checkpoint
+    from benchmarks.random_checkpoint import small_config, write_random_checkpoint
 
     # Untied and with large weights, so that the noise has some life.
     write_random_checkpoint(folder, small_config(tie_word_embeddings=False), std=0.1, dtype=torch.float32)

@@ -9,13 +9,13 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from qwen2vl.samples.lettering import faces_for, font, typefaces
+from qwen2vl.samples.fonts import faces_for, font, typefaces
 
 ANSWER, TRUTH = "#e6194b", "#3cb44b"  # the first two colours of draw_grounding
-_WIDE = 1080  # pixels of a sheet
-_LEAST = 240  # of a tile
-_GAP = 16
-_POINTS = 15  # size of the letters
+_WIDE = 1080  # pixels: the width of a sheet
+_LEAST = 240  # pixels: the least width of a tile
+_GAP = 16  # pixels between tiles
+_POINTS = 15  # pixels: the size of the letters
 _GREY, _RIGHT, _WRONG = "#777777", "#11772d", "#b3261e"
 
 

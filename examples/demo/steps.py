@@ -1,4 +1,4 @@
-"""What the demo's parts share: headings with times, and loading."""
+"""What both kinds of demo use: headings with times, and loading a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The small trained model on held-out generated samples: reading, comparing, pointing, following clips, playing.
 
-Nothing is chosen by what comes out: of every skill the first samples of each difficulty in the language asked for. They
-go through the path of a user's own media, from PNG and MP4 files to text.
+Nothing is chosen by what comes out: every skill shows the first samples of each difficulty in the language asked for.
+They take the path of a user's own media, from PNG and MP4 files to text.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from qwen2vl.agents.grounding import Grounded, draw_grounding, parse_grounding, 
 from qwen2vl.agents.loop import model_writer, run_agent
 from qwen2vl.cli.common import printable
 from qwen2vl.errors import MediaError
-from qwen2vl.evaluation.held_out import prompt_of, score
 from qwen2vl.generation import GenerationConfig, generate
 from qwen2vl.samples import LEVELS, Sample, play
 from qwen2vl.samples import generate as make_sample
+from qwen2vl.samples.held_out import prompt_of, score
 from qwen2vl.samples.sample import from_ppm
-from qwen2vl.samples.screen import TAP, ScreenGame
+from qwen2vl.samples.screen_game import TAP, ScreenGame
 from qwen2vl.samples.skills import check_choice
 from qwen2vl.samples.words import LANGUAGES
 
@@ -47,20 +47,20 @@ _PARTS = {
     "video": ("Following a video", 1),
     "screen": ("Playing the screen game, by function calls", 1),
 }
-_SCALE, _GAME_SCALE = 3, 2  # of what is saved to look at: a person makes out little at 56 x 56
+_SCALE, _GAME_SCALE = 3, 2  # saved pictures are enlarged, because a person makes out little at 56 x 56 pixels
 _NEW_TOKENS = 96
 _MAX_ACTIONS = 8
-_LONGEST = 120  # characters of an answer that are shown
-_FPS = 2  # of the videos written: as many frames a second as the processor takes
+_LONGEST = 120  # characters of an answer are shown
+_FPS = 2  # frames a second of the videos that are written: as many as the processor takes
 
 
 def show(out: Path, *, language: str, seed: int) -> None:
-    """Ask the small model all of it, print answers beside truths, and save pictures of both.
+    """Ask the small model samples of every skill, print answers beside truths, and save pictures of both.
 
     Args:
-        out: an existing folder. It gets a PNG for each skill, and the media that the model was shown, in media/.
-        language: of questions and answers.
-        seed: of the samples.
+        out: an existing folder. A PNG for each skill is written to it, and the media that the model is shown to media/.
+        language: the language of questions and answers, see `LANGUAGES`.
+        seed: the seed of the samples.
 
     Raises:
         CheckpointError: the small model is not there.
@@ -190,11 +190,11 @@ class _Player:
 
 
 class _Watched:
-    """A game that is looked on at: an environment that passes everything on.
+    """A game with a spectator: an environment that passes every call on to the game and notes it.
 
     Attributes:
-        screens: as every action found them, enlarged, with the tap marked.
-        said: what the actions were, and what they hit.
+        screens: the screen before every action, enlarged, with the tap marked.
+        said: every action in words, with what it hit.
     """
 
     def __init__(self, game: ScreenGame):
@@ -232,14 +232,14 @@ def _mark_tap(screen: Image.Image, at: tuple[float, float]) -> None:
 
 
 def _short(text: str) -> str:
-    """On one line, and cut where a model went astray and never stopped."""
+    """The text on one line, cut to `_LONGEST` characters: a model that goes astray may never stop."""
     line = text.replace("\n", " / ")
     return line if len(line) <= _LONGEST else line[:_LONGEST] + " ..."
 
 
 def _draw_places(picture: Image.Image, found: Sequence[Grounded], truth: Sequence[Grounded]) -> Image.Image:
-    """Answer and truth in the colours of the sheet's legend, which are draw_grounding's first two."""
-    # Without their phrases, which would cover small pictures.
+    """The picture with answer and truth drawn in, in the two colours of the sheet's legend."""
+    # Without phrases, which would cover a small picture. draw_grounding's first two colours are those of the legend.
     both = [Grounded(None, tuple(place for item in items for place in item.places)) for items in (found, truth)]
     return draw_grounding(picture, both, width=3)
 
@@ -249,7 +249,7 @@ def _size(picture: Image.Image, scale: int = 1) -> str:
 
 
 def _places(items: Sequence[Grounded]) -> str:
-    """Phrases and points, without the markup."""
+    """Phrases and points in words, without the markup."""
     said = []
     for item in items:
         boxes = " and ".join(",".join(f"({x},{y})" for x, y in place.points) for place in item.places)

@@ -1,1 +1,1 @@
-"""The run that makes the model of ``qwen2vl.assets``: its shape, its plan, and what it reached."""
+"""The run that makes the embedded model of ``qwen2vl.assets``: its shape, the plan of its training, its results."""

@@ -17,7 +17,8 @@ from qwen2vl.errors import Qwen2VLError
 
 from .plan import PHASES, SEED, configuration
 
-_COUNT, _SEED = 200, 2026  # of the samples that the model is measured by: a thousand of each skill
+#: How many held-out samples of each skill and difficulty measure the model, a thousand of a skill, and their seed.
+_COUNT, _SEED = 200, 2026
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -37,13 +38,13 @@ def small(
         int, typer.Option("--count", min=1, help="Held-out samples of each skill and difficulty it is measured by.")
     ] = _COUNT,
 ) -> None:
-    """Train the small model, phase by phase, measure it and write it as it is shipped, into DIR/model.
+    """Train the small model phase by phase, measure it, and write it into DIR/model in the form that is shipped.
 
-    Stopped at any time, the same command goes on where it was. At a budget of 1 it takes about two and a half hours on
+    After an interruption the same command continues the run. At a budget of 1 it takes about two and a half hours on
     two cores.
     """
     from qwen2vl.files import write_json
-    from qwen2vl.samples.lettering import typefaces
+    from qwen2vl.samples.fonts import typefaces
 
     from .results import facts, measure, ship, table
     from .shape import write_beginning
@@ -74,7 +75,7 @@ def small(
 
 
 def _plan(folder: Path, text: str) -> None:
-    """Write the configuration of a phase. What was begun, or is done, must be of the same one."""
+    """Write the configuration of a phase; raise a Qwen2VLError where the phase was begun with another one."""
     config = folder / "run.toml"
     if config.is_file() and config.read_text() != text:
         raise Qwen2VLError(f"{config}: is of another plan, budget or number of processes; give another --output")

@@ -1,11 +1,12 @@
-"""The phases that train the small model, in order: the three stages of the paper behind a beginning.
+"""The phases that train the small model, in order: a beginning, and then the three stages of the paper.
 
-What the paper begins with, and no small model has, is a language model that can already write and a tower that can
-already see. While both learn what answers look like, the gradient that reaches the tower says nothing of the picture
-and moves the features of all pictures alike: with several skills at once, and that for longer, every picture ends up
-the same and nothing is learned from any. One skill whose answers are one letter is over that within 50 steps. So
-everything learns to name single letters first ("letters"); then come the tower alone ("vision"), everything, on more
-and more ("multimodal", three times), and the language model alone, on all that is asked of it ("instruct").
+The paper begins with a language model that can already write and a vision tower that can already see; a model that is
+trained from nothing has neither. While both learn what answers look like at all, the gradient that reaches the tower
+says nothing about the picture and moves the features of all pictures alike. With several skills at once this lasts so
+long that the features of all pictures end up equal, and nothing can be learned from any of them. With one skill, whose
+answers are single letters, it is over within 50 steps. So the whole model first learns to name single letters
+("letters"). Then the tower is trained alone ("vision"), the whole model on more and more skills ("multimodal", three
+times), and the language model alone on all skills ("instruct").
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-#: The seed of everything that is drawn: weights and samples.
+#: The seed of the weights and the samples.
 SEED = 1
 
 
@@ -23,11 +24,11 @@ class Phase:
     """One run of ``qwen2vl train``.
 
     Attributes:
-        stage: see `qwen2vl.training.stages.STAGES`.
-        steps: at a budget of 1.
-        tokens: of a step, on all processes together.
-        lr: the peak, which a cosine takes down to `end` of it.
-        mix: skill -> (difficulties, share of the samples).
+        stage: one of `qwen2vl.training.stages.STAGES`.
+        steps: how many steps it has at a budget of 1.
+        tokens: how many tokens a step has on all processes together.
+        lr, end: the highest learning rate, and the share of it that a cosine ends at.
+        mix: skill -> (difficulties, each as often as it is named, and the weight of the skill).
     """
 
     name: str
@@ -59,7 +60,7 @@ _ALL = {
     "screen": ("01234", 0.7),
 }
 
-#: More of what was right least often after that.
+#: More samples of what the model still got wrong most often after `_ALL`.
 _MOST = {
     **_ALL,
     "read": ("01223334", 4),
@@ -82,9 +83,10 @@ def configuration(phase: Phase, *, number: int, checkpoint: str, budget: float, 
     """The file that ``qwen2vl train`` reads, to lie in the folder that the phase's output goes to.
 
     Args:
-        number: of the phase; no two draw the same samples.
-        checkpoint: folder that the phase begins from.
-        budget: times the steps; the same number of processes share the tokens of each.
+        number: the number of the phase; no two phases draw the same samples.
+        checkpoint: the folder of the checkpoint that the phase begins from.
+        budget: a factor on the number of steps.
+        processes: how many processes share the tokens of a step.
     """
     steps = max(1, round(budget * phase.steps))
     tables: list[tuple[str, dict[str, Any]]] = [

@@ -1,4 +1,4 @@
-"""How well the small model does what it was trained for, and the file that is shipped, which says so in its header."""
+"""How well the small model does what it was trained for, and the shipped file, whose header says so."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from qwen2vl.evaluation.held_out import Scored, evaluate, report
 from qwen2vl.model import Qwen2VL
 from qwen2vl.prompt.processor import Processor
 from qwen2vl.samples import LEVELS, SKILLS
-from qwen2vl.samples.lettering import typefaces
+from qwen2vl.samples.fonts import typefaces
+from qwen2vl.samples.held_out import Scored, evaluate, report
 from qwen2vl.samples.skills import DATA_VERSION
 from qwen2vl.weights import SINGLE_NAME
 
 from .plan import SEED, Phase
 
 Results = dict[str, Any]
-#: Key of the header under which the file says how it was made.
+#: The key of the file's header under which it says how it was made. It is older than the names of the folders here, and
+#: stays, so that the embedded file need not be written again.
 KEY = "qwen2vl.small"
 
 
@@ -35,8 +36,9 @@ class Goal:
     """A figure that the training aims at.
 
     Attributes:
-        value: calculates it from what :func:`qwen2vl.evaluation.held_out.report` gives.
-        least: whether `wanted` is the least that is good; else it is the most.
+        value: calculates the figure from a report of :func:`qwen2vl.samples.held_out.report`.
+        wanted: the figure that is good enough.
+        least: whether higher figures are better; with False lower ones are.
     """
 
     name: str
@@ -50,24 +52,24 @@ class Goal:
 
 
 def mean(skill: str, difficulties: Sequence[int], score: str = "accuracy") -> Callable[[Results], float]:
-    """The mean of a score over some difficulties of a skill."""
+    """The mean of a score over some difficulties of a skill, as the `value` of a :class:`Goal`."""
     return lambda results: _total(results, skill, difficulties, score) / _total(results, skill, difficulties, None)
 
 
 def error_rate(skill: str, difficulties: Sequence[int]) -> Callable[[Results], float]:
-    """All edits by all characters of some difficulties of a skill."""
+    """The character error rate of some difficulties of a skill: all edits divided by all characters."""
     return lambda results: (
         _total(results, skill, difficulties, "edits") / _total(results, skill, difficulties, "characters")
     )
 
 
 def behind(language: str, other: str) -> Callable[[Results], float]:
-    """By how much less is right with prompts of a language than with those of another."""
+    """How far the accuracy with prompts of one language lies below that with prompts of the other."""
     return lambda results: results["by_language"][other]["accuracy"] - results["by_language"][language]["accuracy"]
 
 
 def _total(results: Results, skill: str, difficulties: Sequence[int], score: str | None) -> float:
-    """The sum of a score over samples; None: their number."""
+    """The sum of a score over all samples of some difficulties; with None the number of the samples."""
     rows = [results["by_difficulty"][f"{skill} {level}"] for level in difficulties]
     return sum((1 if score is None else row[score]) * row["samples"] for row in rows)
 
@@ -85,7 +87,7 @@ GOALS = (
 
 
 def measure(folder: Path, *, count: int, seed: int, processes: int) -> dict[str, Any]:
-    """The report of `count` held-out samples of every skill and difficulty, weights and arithmetic in bfloat16."""
+    """The report on `count` held-out samples of every skill and difficulty, with weights and arithmetic in bfloat16."""
     jobs = [(str(folder), skill, level, count, seed) for level in reversed(LEVELS) for skill in reversed(list(SKILLS))]
     with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_one_thread) as pool:
         scored = [one for found in pool.map(_measure, jobs) for one in found]
@@ -104,14 +106,14 @@ def _measure(job: tuple[str, str, int, int, int]) -> Sequence[Scored]:
 
 
 def ship(source: Path, folder: Path, facts: dict[str, Any]) -> None:
-    """Write the model as bfloat16, with tokenizer and image settings, into `folder`; `facts` go into the header."""
+    """Write the model of `source` in bfloat16, with tokenizer and image settings, and `facts` in the file's header."""
     model = Qwen2VL.from_pretrained(source, device="cpu", dtype="bfloat16")
     model.save_pretrained(folder, metadata={KEY: json.dumps(facts, ensure_ascii=False)})
     Processor.from_pretrained(source).save_pretrained(folder)
 
 
 def facts_of(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What :func:`ship` wrote about a model: the plan, its seed, budget and processes, the data's version, results."""
+    """What :func:`ship` wrote into the header of a model in `folder`; :func:`facts` says what it holds."""
     with safe_open(Path(folder) / SINGLE_NAME, "pt") as file:
         return json.loads(file.metadata()[KEY])
 
@@ -119,7 +121,12 @@ def facts_of(folder: str | os.PathLike[str]) -> dict[str, Any]:
 def facts(
     phases: Sequence[Phase], results: Results, *, budget: float, processes: int, count: int, measured_seed: int
 ) -> dict[str, Any]:
-    """What makes the file again, and what it is worth, for :func:`ship`. Steps of phases are those at a budget of 1."""
+    """What is needed to make the file again, and how good the model is, for :func:`ship`.
+
+    Args:
+        phases: the plan, with the numbers of steps at a budget of 1.
+        results: the report of :func:`measure` with `count` and `measured_seed`.
+    """
     return {
         "command": f"python -m examples.small --output DIR --budget {budget:g} --processes {processes} --count {count}",
         "budget": budget,
@@ -140,7 +147,7 @@ def facts(
 
 
 def table(told: dict[str, Any]) -> str:
-    """The goals of such facts beside what was reached, and every skill by difficulty, as tables in Markdown."""
+    """Tables in Markdown: the goals beside what was reached, and the accuracy of every skill by difficulty."""
     lines = ["| held-out samples | reached | goal |", "|---|---|---|"]
     for goal in GOALS:
         found = told["goals"][goal.name]

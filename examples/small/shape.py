@@ -1,13 +1,13 @@
 """What the small model is, and what its training begins from.
 
-Everything that makes Qwen2-VL itself is there: a tower of heads of 80 with 2D-RoPE over packed patches, the 2x2 merger,
-M-RoPE, grouped queries, and all special tokens under their names. Three things are of its own size:
+All parts of Qwen2-VL are there: a tower with heads 80 wide and 2D-RoPE over packed patches, the 2 x 2 merger, M-RoPE,
+grouped queries, and all special tokens under their names. Three settings differ from those of the released models:
 
-- rope_theta 100, not a million. M-RoPE gives the width the slowest third of the frequencies: at a million, a step of
-  one token turns these by less than a thousandth of a radian, which small weights never learn to see; at 100 by 0.01
-  to 0.06.
-- A vocabulary of 2048, see `examples.small.tokenizer`.
-- Images of 56 x 56 and more are taken as they are: 4 tokens instead of the usual least of 4 x 28 x 28 pixels and up.
+- rope_theta is 100 and not a million. M-RoPE gives the horizontal axis the slowest third of the frequencies. At a
+  million, one step rotates these by less than a thousandth of a radian, which small weights do not learn to tell
+  apart; at 100 by 0.01 to 0.06 radians.
+- The vocabulary has 2048 tokens, see `examples.small.tokenizer`.
+- Images keep their size from 56 x 56 pixels on, which are 4 tokens.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.random_checkpoint import SPECIAL_TOKENS, write_checkpoint
 from qwen2vl.config import Qwen2VLConfig, TextConfig, VisionConfig
 from qwen2vl.model import Qwen2VL
 
-from ..demo.checkpoint import SPECIAL_TOKENS, write_checkpoint
 from .tokenizer import write_tokenizer
 
 MIN_PIXELS = 56 * 56
 MAX_PIXELS = 1280 * 28 * 28
-DEPTH, LAYERS = 5, 4  # blocks of the tower, layers of the language model
+DEPTH, LAYERS = 5, 4  # blocks of the vision tower, layers of the language model
 _EMBEDDING_STD = 0.1
-#: What writes into the residual stream, whose variance grows with every block.
+#: The matrices that write into the residual stream, whose variance grows with every block.
 _OUTPUTS = ("o_proj.weight", "down_proj.weight", "attn.proj.weight", "fc2.weight")
 
 
@@ -36,7 +36,7 @@ def shape(ids: dict[str, int], *, depth: int = DEPTH, layers: int = LAYERS) -> Q
     """The configuration.
 
     Args:
-        ids: name -> id of the special tokens, the last of the vocabulary.
+        ids: name -> id of the special tokens, which are the last ids of the vocabulary.
         depth, layers: blocks of the tower and layers of the language model.
     """
     text = TextConfig(
@@ -57,12 +57,13 @@ def shape(ids: dict[str, int], *, depth: int = DEPTH, layers: int = LAYERS) -> Q
 
 
 def write_beginning(folder: Path, *, seed: int, depth: int = DEPTH, layers: int = LAYERS) -> None:
-    """A checkpoint with random weights in float32, tokenizer and image settings; equal calls write equal bytes.
+    """Write a checkpoint of random weights in float32, tokenizer and image settings; equal calls write equal bytes.
 
-    Matrices are normal with a variance of one over their inputs, those in front of the residual stream divided by the
-    number of them, so that sizes of activations neither grow nor fade: at the usual 0.02 the first characters are read
-    after three times as many samples. Embeddings are normal with 0.1, so that a token's own does not vanish among what
-    attention brings from its picture.
+    The entries of a matrix are normal with a variance of one over its number of inputs. The variance of the matrices
+    that write into the residual stream is also divided by their number, so that activations neither grow nor fade. With
+    the usual standard deviation of 0.02 the model needs three times as many samples until it reads its first
+    characters. The embeddings have a standard deviation of 0.1, so that a token's own embedding does not vanish beside
+    what attention adds from its picture.
     """
     config = shape(write_tokenizer(folder), depth=depth, layers=layers)
     generator = torch.Generator().manual_seed(seed)

@@ -1,7 +1,7 @@
 """A small byte-level BPE tokenizer, trained on what generated samples say, with Qwen2-VL's special tokens.
 
-Small because the embedding of a small model must be. What is read from pictures is left out of the training text: its
-characters stay near to a token each, so that reading is no naming of whole words.
+It is small because a small model needs a small embedding. Texts that are to be read from pictures are left out of its
+training text: most of their characters stay single tokens, so that a model that reads cannot guess whole words.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from collections.abc import Iterable, Iterator
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
+from benchmarks.byte_tokenizer import PRE_TOKENIZATION_PATTERN, write_bpe_tokenizer
 from qwen2vl.prompt.tokenizer import BYTE_OF_CHAR, CONTROL_TOKENS, GROUNDING_TOKENS
+from qwen2vl.samples.questions import QUESTIONS, SCREEN
 from qwen2vl.samples.sample import Sample
 from qwen2vl.samples.skills import LEVELS, SKILLS, generate
 from qwen2vl.samples.words import (
@@ -22,8 +24,6 @@ from qwen2vl.samples.words import (
     DIRECTION_NAMES,
     EVENTS,
     LANGUAGES,
-    QUESTIONS,
-    SCREEN,
     SHAPES,
     WHICH_PICTURE,
     YES_NO,
@@ -33,17 +33,15 @@ from qwen2vl.samples.words import (
     shape_name,
 )
 
-from ..demo.tokenizer import PRE_TOKENIZATION_PATTERN, write_bpe_tokenizer
-
-#: Tokens in all: 256 bytes, merges, special tokens. With these, what is said often is about a token a word.
+#: How many tokens there are: 256 bytes, merges and special tokens. At this size most frequent words are one token.
 VOCABULARY = 2048
 
 
 def write_tokenizer(folder: str | os.PathLike[str], *, size: int = VOCABULARY) -> dict[str, int]:
-    """Train it and write tokenizer.json, tokenizer_config.json and chat_template.json; equal calls write equal bytes.
+    """Train the tokenizer and write its three files into `folder`; equal calls write equal bytes.
 
     Args:
-        size: tokens in all, special ones included; fewer where the text gives no more merges.
+        size: the number of tokens, special ones included. There are fewer where the text has too few merges.
 
     Returns:
         Name -> id of the special tokens.
@@ -52,23 +50,24 @@ def write_tokenizer(folder: str | os.PathLike[str], *, size: int = VOCABULARY) -
 
 
 def texts() -> Iterator[str]:
-    """All questions and answers that have a limited number of forms, and some samples of each skill."""
-    yield from ["system", "user", "assistant"] * 500  # a token each, as in the released vocabulary: all turns have them
+    """The training text: all questions and answers with few forms, and some samples of every skill but reading."""
+    # So frequent that each becomes one token, as in the released vocabulary: every turn begins with one of them.
+    yield from ["system", "user", "assistant"] * 500
     for wordings in QUESTIONS.values():
         for language, forms in wordings.items():
             for form in forms:
-                # As often as samples ask it, roughly: the proportions of languages decide what is merged first.
+                # Roughly as often as samples ask it, because the shares of the languages decide what is merged first.
                 yield from [form.replace("{}", " ")] * LANGUAGES[language]
     for language, share in LANGUAGES.items():
         names = [colour_name(colour, language) for colour in COLOURS] + [shape_name(s, language) for s in SHAPES]
-        spaced = [f" {name}" for name in names]  # as inside of a sentence
+        spaced = [f" {name}" for name in names]  # as they stand inside a sentence
         answers = (*YES_NO[language], *DIFFERENCES[language], *WHICH_PICTURE[language])
         moves = (*DIRECTION_NAMES[language].values(), *SCREEN[language].values())
         yield from [text.replace("{}", " ") for text in (*names * 2, *spaced * 2, *answers, *moves)] * share
         for n, shape in enumerate(SHAPES):
             for colour in COLOURS:
                 yield from [kind_name(colour, shape, language), kind_name(colour, None, language)]
-            # Not of every colour: else what joins colours and shapes would be merged before their names are.
+            # Not every colour with every shape: whole phrases would be merged before the names in them.
             yield from [event_sentence(e, list(COLOURS)[n + i], shape, language) for i, e in enumerate(EVENTS[:4])]
             yield from [event_sentence(e, list(COLOURS)[n], shape, language) for e in EVENTS[4:]]
             yield kind_name(None, shape, language)
@@ -96,7 +95,7 @@ def _tasks(sample: Sample) -> list[list[str]]:
 
 
 def train_merges(lines: Iterable[str], count: int) -> list[str]:
-    """The merges of a byte-level BPE of this text, at most so many, as `"a b"`; pairs that come once are not merged."""
+    """At most `count` merges of a byte-level BPE of the text, each as `"a b"`; pairs that occur once are not merged."""
     backend = tokenizers.Tokenizer(models.BPE())
     pieces = [
         pre_tokenizers.Split(tokenizers.Regex(PRE_TOKENIZATION_PATTERN), "isolated"),
@@ -112,4 +111,5 @@ def train_merges(lines: Iterable[str], count: int) -> list[str]:
     )
     backend.train_from_iterator(lines, trainer)
     merges = json.loads(backend.to_str())["model"]["merges"]
-    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]  # by version of tokenizers
+    # Each merge is a string or a pair of strings, by the version of tokenizers.
+    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]

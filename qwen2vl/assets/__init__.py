@@ -1,4 +1,10 @@
-"""The small model that comes with the package: its shape, how it is trained, and where it lies."""
+"""The embedded model, a toy: what ``qwen2vl generate`` and ``qwen2vl chat`` load where no ``--model`` is named.
+
+It comes with the package so that the commands answer at once, without a download and without a GPU. It knows the
+generated pictures of `qwen2vl.samples`, on which it was trained, and nothing else: single letters and short words,
+coloured shapes, and small screens. For photos, documents and videos name a released checkpoint. `python -m
+examples.small` in a checkout of the repository is the run that made it.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +12,17 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 
-#: Folder of its checkpoint, in the released layout; `Qwen2VL.from_pretrained` and `Processor.from_pretrained` take it.
+#: Folder of its checkpoint in the released layout; `Qwen2VL.from_pretrained` and `Processor.from_pretrained` take it.
 FOLDER = Path(__file__).resolve().parent / "small"
-#: Least area of a video frame that it was trained on, a token; the usual least is 128.
+#: The least area of a video frame in its training, in pixels: that of a token. Released checkpoints have 128 times it.
 MIN_FRAME_PIXELS = 28 * 28
 
 
 def folder() -> Path:
-    """`FOLDER`, where the checkpoint is there.
+    """`FOLDER`, if the checkpoint is there.
 
     Raises:
-        CheckpointError: it is not, as in a source tree that was copied without it.
+        CheckpointError: the checkpoint is missing, as in a copy of the source tree without its data files.
     """
     if not (FOLDER / "config.json").is_file():
         raise CheckpointError(

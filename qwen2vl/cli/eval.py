@@ -55,8 +55,7 @@ def evaluate(
     They are simple pictures, made on the spot, for small models trained on their like; for public benchmarks of
     released checkpoints see qwen2vl.evaluation.lmms_eval.
     """
-    from ..evaluation import held_out
-    from ..samples import LEVELS, SKILLS
+    from ..samples import LEVELS, SKILLS, held_out
 
     for name, given, known in (("--skill", skill, tuple(SKILLS)), ("--difficulty", difficulty, LEVELS)):
         if wrong := [one for one in given or () if one not in known]:

@@ -1,4 +1,4 @@
-"""``python -m qwen2vl.samples``: sheets of samples to look at, and how fast they are made."""
+"""``python -m qwen2vl.samples``: sheets of samples to look at, and how many one process makes a second."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .sample import Sample
 from .skills import LEVELS, SKILLS, generate
 
 console = Console(highlight=False, soft_wrap=True)
-_SCALE = 2
-_LINE = 14  # pixels, of a caption
+_SCALE = 2  # pictures are shown this many times as large
+_LINE = 14  # pixels: the height of a line of text below a picture
 
 
 def sheets(
@@ -30,7 +30,7 @@ def sheets(
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     split: Annotated[str, typer.Option("--split", help="train or held-out")] = "train",
 ) -> None:
-    """Write a PNG of samples and a text file of what they say for every skill; print samples a second of one core."""
+    """Write a PNG of samples and a text file of questions and answers for every skill; print the speed of one core."""
     columns = (Column(name, no_wrap=True) for name in ("difficulty", *map(str, LEVELS)))
     table = Table(*columns, title="samples/s, one process", box=None)
     try:
@@ -49,11 +49,13 @@ def sheets(
 
 
 def _said(sample: Sample) -> str:
+    """A line with the sample's difficulty and index, its question and its answer."""
     asked = sample.record["messages"][0]["content"].replace("<image>", "").replace("<video>", "")
     return f"{sample.difficulty}.{sample.index}\t{asked}\t{sample.answer!r}"
 
 
 def _speed(skill: str, level: int, count: int) -> float:
+    """Samples a second of this process."""
     begin = time.process_time()
     for index in range(count):
         generate(skill, level, seed=1, index=index)
@@ -61,7 +63,7 @@ def _speed(skill: str, level: int, count: int) -> float:
 
 
 def _sheet(rows: list[list[Sample]]) -> Image.Image:
-    """A row for each difficulty, or more where it is long."""
+    """All samples in one picture, each difficulty in rows of its own."""
     tiles = [[_tile(sample) for sample in row] for row in rows]
     wide = max(1400, *(tile.width for row in tiles for tile in row))
     placed, x, y, high = [], 0, 0, 0
@@ -79,7 +81,7 @@ def _sheet(rows: list[list[Sample]]) -> Image.Image:
 
 
 def _tile(sample: Sample) -> Image.Image:
-    """The pictures side by side, true places drawn in, with question and answer where they are in Latin letters."""
+    """A sample's pictures side by side with the true places drawn in, above question and answer if they are ASCII."""
     pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in sample.members.values()]
     pictures = [picture.resize((_SCALE * picture.width, _SCALE * picture.height), 0) for picture in pictures]
     if sample.places:

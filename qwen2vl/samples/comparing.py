@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from PIL import Image
 
-from .lettering import ALPHABET, is_held_out, random_text
+from .draws import Draws
 from .reading import draw_text
-from .sample import Draws, Sample, question
+from .sample import Sample, question
 from .shapes import Colour, Thing, draw_things, fitting_colours, pick_ground, random_thing, scatter
+from .texts import random_text
+from .vocabulary import ALPHABET, is_held_out
 from .words import COLOURS, DIFFERENCES, SHAPES, WHICH_PICTURE, YES_NO
 
 _ALL = tuple(COLOURS)
 
 
 def compare(draws: Draws, level: int) -> Sample:
-    """Two pictures, of which each is drawn for itself: equal things lie elsewhere and are larger or smaller.
+    """Asks how two pictures differ. Each is drawn for itself: equal things differ in place and size. The levels:
 
-    0 whether the colour is the same, 56 x 56; 1 whether the colour or the shape is; 2 what of these differs; 3 which
-    picture has more shapes, none to four each; 4 any of these in pictures of many sizes, or whether the text is the
-    same, which else differs in one character.
+    0   whether the colour is the same, in pictures of 56 x 56 pixels
+    1   whether the colour, or whether the shape, is the same
+    2   whether the colour, the shape, both or nothing differs
+    3   which picture has more shapes, with none to four in each
+    4   any of these in pictures of many sizes, or whether two texts are the same, which may differ in one character
     """
     if level == 3 or (level == 4 and draws.chance(0.3)):
         return _which_has_more(draws, level)
@@ -28,7 +32,7 @@ def compare(draws: Draws, level: int) -> Sample:
     sizes = [(56, 56)] * 2
     if level == 4:
         sizes = [draws.size((2, 4), (2, 5), loose=True) for _ in range(2)]
-    # Half of the answers are yes where the answer is yes or no; the four differences come equally often.
+    # Half of the answers to a yes-or-no question are yes, and each of the four differences is as frequent.
     other_colour, other_shape = draws.chance(0.5), draws.chance(0.5)
     colours, shapes = draws.some(_ALL, 2), draws.some(SHAPES, 2)
     if not other_colour:
@@ -82,7 +86,7 @@ def _same_text(draws: Draws) -> Sample:
 
 
 def _one_otherwise(draws: Draws, text: str) -> str:
-    """The text with one character of another shape in place of its own, of the same side."""
+    """The text with one character replaced by another, in the same split as the draws."""
     while True:
         at = draws.between(0, len(text) - 1)
         letter = draws.pick([c for c in ALPHABET if c not in "01" and c.lower() != text[at].lower()])

@@ -7,19 +7,23 @@ import math
 from PIL import Image
 
 from ..agents.grounding import Grounded, Quad, render_grounding
-from .lettering import faces_for, ink_and_ground, random_text, text_mask
-from .look import another_kind
-from .sample import Draws, Sample, question
+from .counting import another_kind
+from .draws import Draws
+from .fonts import faces_for, text_mask
+from .sample import Sample, question
 from .shapes import GROUNDS, Thing, add_noise, draw_things, fitting_colours, random_thing, scatter
+from .texts import ink_and_ground, random_text
 from .words import SHAPES, kind_name, thing_name
 
 
 def point(draws: Draws, level: int) -> Sample:
-    """Boxes, and quadrilaterals of slanted text.
+    """Asks for the boxes of things, or for the corners of a slanted text. The levels:
 
-    0 one thing, 56 x 56; 1 one thing in pictures of several sizes; 2 one of two or three; 3 all of a colour or of a
-    shape, one to three of up to five, from top to bottom; 4 the same, or a slanted text's corners, in noisy pictures of
-    many sizes.
+    0   one thing, in a picture of 56 x 56 pixels
+    1   one thing, in pictures of several sizes
+    2   one of two or three things
+    3   every thing of a colour or of a shape from top to bottom, one to three of up to five
+    4   the same, or a slanted text, in noisy pictures of many sizes
     """
     if level == 4 and draws.chance(0.4):
         return _point_at_text(draws)
@@ -60,7 +64,7 @@ def point(draws: Draws, level: int) -> Sample:
 
 
 def _point_at_text(draws: Draws) -> Sample:
-    """The corners of a text's ink, from its upper left one clockwise, as the text stands."""
+    """Asks for the corners of a slanted text's ink, clockwise from the one that is its upper left as one reads it."""
     language = draws.language()
     size = draws.size((4, 7), (4, 8), loose=True)
     text = random_text(draws, 5)
@@ -68,19 +72,19 @@ def _point_at_text(draws: Draws) -> Sample:
     if mask.width > size[0] - 16:
         mask = mask.crop((0, 0, size[0] - 16, mask.height))
     degrees = draws.between(-25, 25)
-    turned = mask.rotate(degrees, Image.Resampling.BICUBIC, expand=True)
-    x, y = draws.between(1, size[0] - turned.width - 1), draws.between(1, size[1] - turned.height - 1)
+    rotated = mask.rotate(degrees, Image.Resampling.BICUBIC, expand=True)
+    x, y = draws.between(1, size[0] - rotated.width - 1), draws.between(1, size[1] - rotated.height - 1)
     ink, ground = ink_and_ground(draws)
     image = Image.new("RGB", size, ground)
-    image.paste(ink, (x, y), turned)
+    image.paste(ink, (x, y), rotated)
     angle = math.radians(degrees)
     corners = []
     for across, down in ((-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)):
         dx, dy = across * mask.width, down * mask.height
         corners.append(
             (
-                x + turned.width / 2 + dx * math.cos(angle) + dy * math.sin(angle),
-                y + turned.height / 2 - dx * math.sin(angle) + dy * math.cos(angle),
+                x + rotated.width / 2 + dx * math.cos(angle) + dy * math.sin(angle),
+                y + rotated.height / 2 - dx * math.sin(angle) + dy * math.cos(angle),
             )
         )
     place = Grounded(text, (Quad.from_pixels(corners, width=size[0], height=size[1]),))

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 from PIL import Image
 
-from .lettering import (
-    ALPHABET,
-    CLEAR,
-    faces_for,
-    fitting_size,
-    ink_and_ground,
-    random_characters,
-    random_text,
-    random_word,
-    text_mask,
-)
-from .sample import Draws, Sample, question
+from .draws import Draws
+from .fonts import faces_for, fitting_size, text_mask
+from .sample import Sample, question
 from .shapes import add_noise
+from .texts import ink_and_ground, random_characters, random_text, random_word
+from .vocabulary import ALPHABET, CLEAR
 
-_LEAST = 11  # size of a font, in pixels: smaller ones are hard for people, too
+#: The smallest size of a font in pixels; people find smaller ones hard to read, too.
+_LEAST = 11
 
 
 def read(draws: Draws, level: int) -> Sample:
-    """Text in many fonts, sizes and colours.
+    """Asks for a text in one of many fonts, sizes and colours. The levels:
 
-    0 one digit or capital letter that fills 56 x 56, dark on light; 1 one character of any kind, size and colour; 2 two
-    or three in 56 x 84 or so; 3 up to four, or a short word, English or Vietnamese; 4 up to eight, words or two
-    lines, slightly slanted, noisy, in pictures of many sizes and aspect ratios.
+    0   one digit or capital letter that fills 56 x 56 pixels, dark on light
+    1   one character of any kind, size and colour
+    2   two or three characters, in pictures of 84 x 56 or 112 x 56 pixels
+    3   up to four characters, or a short English or Vietnamese word
+    4   up to eight characters, a word, or two lines, some slightly slanted, in noisy pictures of many sizes
     """
     language = draws.language()
     if level == 0:
@@ -50,7 +46,7 @@ def read(draws: Draws, level: int) -> Sample:
 
 
 def draw_text(draws: Draws, text: str, size: tuple[int, int], level: int) -> tuple[Image.Image, list[int], str]:
-    """The picture of a text, the box of its ink in pixels, and the font's name."""
+    """(picture, [left, top, right, bottom] of its ink in pixels, name of the font), as a level of `read` draws it."""
     lines = text.split("\n")
     face = draws.pick(faces_for(text.replace("\n", "")))
     wide, high = size[0] - 6, int((size[1] - 6) / (1 if len(lines) == 1 else 2.4))

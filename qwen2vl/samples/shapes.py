@@ -12,14 +12,16 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..agents.grounding import Box
-from .sample import Draws
+from .draws import Draws
 from .words import COLOURS, SHAPES
 
 Colour = tuple[int, int, int]
 
-#: Grounds, from light to dark. None has the colour of a thing.
+#: Background colours from light to dark; no thing has one of them.
 GROUNDS: tuple[Colour, ...] = ((236, 236, 232), (214, 222, 232), (190, 196, 190), (128, 132, 138), (58, 62, 74))
-_APART = 90  # least distance of a thing's colour from its ground
+#: The least distance in RGB of a thing's colour from its ground.
+_APART = 90
+#: Shapes are drawn this many times as large and then reduced, which smooths their edges.
 _OVERSAMPLED = 4
 
 
@@ -28,7 +30,8 @@ class Thing:
     """A shape that is drawn.
 
     Attributes:
-        x, y, diameter: the square that it is drawn into, in pixels, from the upper left corner.
+        colour, shape: names among `COLOURS` and `SHAPES`.
+        x, y, diameter: the upper left corner and the side of the square that it is drawn into, in pixels.
     """
 
     colour: str
@@ -39,20 +42,22 @@ class Thing:
 
     @property
     def box(self) -> tuple[int, int, int, int]:
-        """The pixels that have more of its colour than of the ground: left, top, and behind the right and last."""
+        """(left, top, right, bottom) around the pixels that it covers by half; right and bottom lie behind the last."""
         left, top, right, bottom = _mask(self.shape, self.diameter)[1]
         return self.x + left, self.y + top, self.x + right, self.y + bottom
 
     def grounding_box(self, size: tuple[int, int]) -> Box:
+        """The box in thousandths of a picture of `size`, its (width, height) in pixels."""
         return Box.from_pixels(*self.box, width=size[0], height=size[1])
 
     def to_dict(self) -> dict[str, Any]:
+        """The attributes and the box, for a sample's `scene`."""
         return {**asdict(self), "box": list(self.box)}
 
 
 @lru_cache(maxsize=4096)
 def _mask(shape: str, diameter: int) -> tuple[Image.Image, tuple[int, int, int, int]]:
-    """The share of every pixel that the shape covers, and the box of those that it covers by half."""
+    """The share of every pixel that the shape covers (mode L), and the box around those that it covers by half."""
     side = _OVERSAMPLED * diameter
     image = Image.new("L", (side, side))
     draw = ImageDraw.Draw(image)
@@ -101,13 +106,13 @@ _OUTLINES = {
 
 
 def pick_ground(draws: Draws, colours: Sequence[str]) -> Colour:
-    """One that all of these colours stand out from."""
+    """A background that all of these colours stand out from."""
     good = [ground for ground in GROUNDS if all(_distance(ground, COLOURS[c]) >= _APART for c in colours)]
     return draws.pick(good)
 
 
 def fitting_colours(ground: Colour) -> list[str]:
-    """Those that stand out from it."""
+    """The names of the colours that stand out from a background."""
     return [name for name, colour in COLOURS.items() if _distance(ground, colour) >= _APART]
 
 
@@ -116,7 +121,7 @@ def _distance(a: Colour, b: Colour) -> float:
 
 
 def draw_things(size: tuple[int, int], ground: Colour, things: Sequence[Thing]) -> Image.Image:
-    """The picture, RGB."""
+    """An RGB picture of `size`, (width, height) in pixels, with the things in it."""
     image = Image.new("RGB", size, ground)
     for thing in things:
         mask, _ = _mask(thing.shape, thing.diameter)
@@ -125,7 +130,7 @@ def draw_things(size: tuple[int, int], ground: Colour, things: Sequence[Thing]) 
 
 
 def add_noise(draws: Draws, image: Image.Image, most: int = 10) -> Image.Image:
-    """Every value moved by at most so much."""
+    """The picture with every value of every channel changed by at most `most`."""
     pixels = np.asarray(image).astype(np.int16)
     noise = draws.rng.integers(-most, most + 1, pixels.shape, dtype=np.int16)
     return Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8))
@@ -134,7 +139,7 @@ def add_noise(draws: Draws, image: Image.Image, most: int = 10) -> Image.Image:
 def scatter(
     draws: Draws, size: tuple[int, int], diameters: Sequence[int], *, gap: int = 2
 ) -> list[tuple[int, int, int]]:
-    """(x, y, diameter) of squares that lie inside of the picture, so far apart; smaller where they would not fit."""
+    """(x, y, diameter) of squares inside the picture, at least `gap` pixels apart, made smaller until all fit."""
     wanted = [min(diameter, *(side - 2 for side in size)) for diameter in diameters]
     while True:
         placed: list[tuple[int, int, int]] = []
@@ -155,6 +160,6 @@ def scatter(
 
 
 def random_thing(draws: Draws, size: tuple[int, int], colours: Sequence[str], diameters: tuple[int, int]) -> Thing:
-    """A thing anywhere in the picture, its diameter between the two."""
+    """A thing of one of the colours anywhere in the picture, its diameter between the two."""
     ((x, y, diameter),) = scatter(draws, size, [draws.between(*diameters)])
     return Thing(draws.pick(colours), draws.pick(SHAPES), x, y, diameter)

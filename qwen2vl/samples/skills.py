@@ -1,9 +1,9 @@
-"""The skills, and the one function that makes a sample of any.
+"""The skills by name, and the functions that make a sample, or a game, of any of them.
 
-A sample depends on its skill, difficulty, seed, index and split alone, and on which fonts are there (see
-`qwen2vl.samples.lettering`). Training and held-out samples are drawn from random streams that begin with another
-number each, whatever seed and index; what a held-out sample shows as text training never does, and of the picture sizes
-some are for evaluation alone (`is_held_out`, `is_held_out_size`).
+A sample depends on its skill, difficulty, seed, index and split alone, and on which fonts are installed (see
+`qwen2vl.samples.fonts`). The random streams of the two splits never meet, whatever the seeds and indices: the split is
+the first number that a stream begins with. Some strings and some picture sizes are for evaluation alone
+(`vocabulary.is_held_out`, `draws.is_held_out_size`), so that training never shows them.
 """
 
 from __future__ import annotations
@@ -17,21 +17,25 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import DataError
+from .clips import video
 from .comparing import compare
-from .look import colour_shape, count
-from .moving import video
+from .counting import count
+from .draws import Draws
+from .naming import colour_shape
+from .playing import screen
 from .pointing import point
 from .reading import read
-from .sample import Draws, Sample
-from .screen import ScreenGame, make_game, screen
+from .sample import Sample
+from .screen_game import ScreenGame, make_game
 
 Split = Literal["train", "held-out"]
 SPLITS: tuple[Split, ...] = ("train", "held-out")
-#: Difficulties of every skill, the easiest first; the skills' docstrings say what each holds.
+#: The difficulties of every skill, the easiest first; the skills' docstrings say what each of them asks for.
 LEVELS = (0, 1, 2, 3, 4)
-#: Version of what the numbers lead to: it changes whenever equal numbers no longer give equal samples.
+#: The version of the data: it changes whenever equal arguments no longer give equal samples.
 DATA_VERSION = 1
 
+#: Name -> the function that makes a sample of it from draws and a difficulty.
 SKILLS: dict[str, Callable[..., Sample]] = {
     "read": read,
     "colour_shape": colour_shape,
@@ -52,13 +56,15 @@ def generate(
     split: Split = "train",
     **options: Any,
 ) -> Sample:
-    """Sample number `index`.
+    """Sample number `index` of a skill and difficulty.
 
     Args:
-        skill: a key of `SKILLS`. difficulty: one of `LEVELS`.
-        seed: any whole number not below 0, or several in a list or tuple.
+        skill: a key of `SKILLS`.
+        difficulty: one of `LEVELS`.
+        seed: a whole number not below 0, or several in a list or tuple.
+        index: a whole number not below 0.
         split: "train" or "held-out".
-        options: of the skill alone: `frames` of "video".
+        options: further arguments of one skill: `frames` of "video".
 
     Raises:
         DataError: naming the argument that is none of these.
@@ -69,7 +75,7 @@ def generate(
 
 
 def play(difficulty: int, *, seed: int | Sequence[int] = 0, index: int = 0, split: Split = "held-out") -> ScreenGame:
-    """The game that sample `index` of the skill "screen" plays, to be played by someone else."""
+    """The game of sample `index` of the skill "screen", at its beginning, for another player; see :func:`generate`."""
     draws = _draws("screen", difficulty, seed, index, split)
     return make_game(draws, difficulty, draws.language())
 
@@ -81,7 +87,7 @@ def _draws(skill: str, difficulty: int, seed: int | Sequence[int], index: int, s
     try:
         several: Sequence[Any] = seed if isinstance(seed, (list, tuple)) else [seed]
         seeds = [operator.index(one) for one in several]
-        # zlib's sum rather than hash(), which differs from process to process.
+        # A CRC-32 and not hash(), which differs from process to process.
         entropy = [SPLITS.index(split), zlib.crc32(skill.encode()), difficulty, operator.index(index), *seeds]
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
     except (TypeError, ValueError) as error:
@@ -90,6 +96,6 @@ def _draws(skill: str, difficulty: int, seed: int | Sequence[int], index: int, s
 
 
 def check_choice(value: object, allowed: Sequence[object], where: str) -> None:
-    """Raise DataError for what is none of them, or only equal to one."""
+    """Raise a DataError that names `where` unless the value is one of the allowed ones; True is not 1 here."""
     if isinstance(value, (bool, float)) or value not in allowed:
         raise DataError(f"{where}: wants one of {', '.join(map(repr, allowed))}, got {value!r}")

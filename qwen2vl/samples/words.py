@@ -1,17 +1,15 @@
-"""What generated samples say, in five languages: names of things, questions and answers.
+"""Names of things, and the words of answers, in the five languages of generated samples.
 
-Pictures never hold Chinese, Korean or Arabic text, since no font for these ships with Python packages; prompts and
-answers do.
+Chinese, Korean and Arabic appear in prompts and answers alone, never in a picture: no Python package that samples need
+brings a font for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-#: Language -> per cent of the samples.
+#: Language -> its share of the samples in per cent.
 LANGUAGES = {"en": 40, "zh": 30, "ko": 10, "ar": 10, "vi": 10}
 
-#: Name -> red, green, blue; far enough apart for a person to name each without the others beside it.
+#: Name -> (red, green, blue), far enough apart that a person names each without seeing the others.
 COLOURS = {
     "red": (214, 32, 38),
     "green": (32, 150, 62),
@@ -27,7 +25,7 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross", "heart")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
-# In the order of COLOURS and of SHAPES. Arabic adjectives: masculine, feminine.
+# In the order of COLOURS and of SHAPES. Arabic adjectives agree with the noun: these are masculine.
 _COLOUR_NAMES = {
     "zh": ("红色", "绿色", "蓝色", "黄色", "橙色", "紫色", "粉色", "棕色", "黑色", "白色"),
     "ko": ("빨간색", "초록색", "파란색", "노란색", "주황색", "보라색", "분홍색", "갈색", "검은색", "흰색"),
@@ -44,19 +42,22 @@ _SHAPE_NAMES = {
     "ar": ("دائرة", "مربع", "مثلث", "نجمة", "معين", "صليب", "قلب"),
     "vi": ("hình tròn", "hình vuông", "hình tam giác", "hình ngôi sao", "hình thoi", "hình chữ thập", "hình trái tim"),
 }
-_FEMININE = ("circle", "star")  # in Arabic
+#: The shapes whose Arabic nouns are feminine.
+_FEMININE = ("circle", "star")
 
 
 def colour_name(colour: str, language: str) -> str:
+    """The colour's name; in Arabic the masculine adjective."""
     return colour if language == "en" else _COLOUR_NAMES[language][list(COLOURS).index(colour)]
 
 
 def shape_name(shape: str, language: str) -> str:
+    """The shape's name, without an article."""
     return shape if language == "en" else _SHAPE_NAMES[language][SHAPES.index(shape)]
 
 
 def thing_name(colour: str, shape: str, language: str) -> str:
-    """Colour and shape together, "red circle"."""
+    """Colour and shape in one name, such as "red circle"."""
     what = shape_name(shape, language)
     which = colour_name(colour, language)
     if language == "ar":
@@ -70,7 +71,7 @@ _ANY_SHAPE = {"zh": "图形", "ko": "도형", "ar": "شكل", "vi": "hình"}
 
 
 def kind_name(colour: str | None, shape: str | None, language: str) -> str:
-    """What several things have in common, a colour, a shape or both; in English a plural, "red shapes"."""
+    """The name of several things that share a colour, a shape or both; in English a plural such as "red shapes"."""
     if language == "en":
         noun = shape or "shape"
         words = [*([colour] if colour else []), noun + ("es" if noun.endswith("s") else "s")]
@@ -131,7 +132,7 @@ _EVENT_PHRASES: dict[str, dict[str, str]] = {
     "vi": {"still": "đứng yên", "appear": "xuất hiện", "disappear": "biến mất", "grow": "to ra", "shrink": "nhỏ lại",
            **{name: f"di chuyển {words}" for name, words in DIRECTION_NAMES["vi"].items()}},
 }  # fmt: skip
-# Arabic puts the verb first, in the gender of the thing: (masculine, feminine, what follows the thing).
+# Arabic puts the verb first, in the thing's gender: (masculine verb, feminine verb, what follows the thing).
 _ARABIC_EVENTS = {
     "still": ("لا يتحرك", "لا تتحرك", ""),
     "appear": ("يظهر", "تظهر", ""),
@@ -143,7 +144,7 @@ _ARABIC_EVENTS = {
 
 
 def event_sentence(event: str, colour: str, shape: str, language: str) -> str:
-    """What the thing does, as a sentence."""
+    """A sentence that says what the thing does, one of `EVENTS`."""
     thing = thing_name(colour, shape, language)
     if language == "ar":
         masculine, feminine, rest = _ARABIC_EVENTS[event]
@@ -152,166 +153,8 @@ def event_sentence(event: str, colour: str, shape: str, language: str) -> str:
     if language == "zh":
         return f"{thing}{phrase}。"
     if language == "ko":
-        closed = (ord(thing[-1]) - 0xAC00) % 28 != 0  # the subject's particle depends on the last syllable's end
+        closed = (ord(thing[-1]) - 0xAC00) % 28 != 0  # a syllable with a final consonant takes another subject particle
         return f"{thing}{'이' if closed else '가'} {phrase}."
     if language == "vi":
         return f"Một {thing} {phrase}."
     return f"{'An' if thing[0] in 'aeiou' else 'A'} {thing} {phrase}."
-
-
-# ---- questions ----
-
-#: Question -> language -> wordings, with {} for what is asked about.
-QUESTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "read": {
-        "en": ("Read the text.", "What does it say?", "What is written in the picture?"),
-        "zh": ("读出文字。", "图中写着什么？", "图片里的文字是什么？"),
-        "ko": ("글자를 읽어 주세요.", "무엇이라고 쓰여 있나요?"),
-        "ar": ("اقرأ النص.", "ما المكتوب في الصورة؟"),
-        "vi": ("Đọc chữ trong ảnh.", "Trong ảnh viết gì?"),
-    },
-    "colour": {
-        "en": ("What colour is it?", "Which colour is the shape?"),
-        "zh": ("它是什么颜色？", "图形是什么颜色？"),
-        "ko": ("무슨 색인가요?",),
-        "ar": ("ما لون الشكل؟",),
-        "vi": ("Hình này màu gì?",),
-    },
-    "shape": {
-        "en": ("What shape is it?", "Which shape is this?"),
-        "zh": ("它是什么形状？", "这是什么图形？"),
-        "ko": ("무슨 모양인가요?",),
-        "ar": ("ما هذا الشكل؟",),
-        "vi": ("Đây là hình gì?",),
-    },
-    "describe": {
-        "en": ("Describe the picture.", "What is in the picture?"),
-        "zh": ("描述图片。", "图中有什么？"),
-        "ko": ("그림을 설명해 주세요.",),
-        "ar": ("صف الصورة.",),
-        "vi": ("Mô tả bức ảnh.",),
-    },
-    "describe in order": {
-        "en": ("Describe the picture from left to right.", "What is in the picture, from left to right?"),
-        "zh": ("从左到右描述图片。", "从左到右，图中有什么？"),
-        "ko": ("왼쪽부터 오른쪽으로 그림을 설명해 주세요.",),
-        "ar": ("صف الصورة من اليسار إلى اليمين.",),
-        "vi": ("Mô tả bức ảnh từ trái sang phải.",),
-    },
-    "colour of": {
-        "en": ("What colour is the {}?", "Which colour does the {} have?"),
-        "zh": ("{}是什么颜色？", "图中的{}是什么颜色？"),
-        "ko": ("{}: 무슨 색인가요?",),
-        "ar": ("ما لون ال{}؟",),
-        "vi": ("{} có màu gì?",),
-    },
-    "shape of": {
-        "en": ("What shape is {}?", "Which shape is {}?"),
-        "zh": ("{}的是什么形状？", "哪个形状是{}的？"),
-        "ko": ("{}: 무슨 모양인가요?",),
-        "ar": ("أي شكل لونه {}؟",),
-        "vi": ("Hình nào {}?",),
-    },
-    "count all": {
-        "en": ("How many shapes are there?", "Count the shapes."),
-        "zh": ("有多少个图形？", "数一数图形的个数。"),
-        "ko": ("도형이 몇 개 있나요?",),
-        "ar": ("كم عدد الأشكال؟",),
-        "vi": ("Có bao nhiêu hình?",),
-    },
-    "count": {
-        "en": ("How many {} are there?", "Count the {}."),
-        "zh": ("{}有多少个？", "数一数{}的个数。"),
-        "ko": ("{}: 몇 개 있나요?",),
-        "ar": ("كم عدد: {}؟",),
-        "vi": ("Có bao nhiêu: {}?",),
-    },
-    "same colour": {
-        "en": ("Do both shapes have the same colour?", "Are both shapes of one colour?"),
-        "zh": ("两个图形的颜色相同吗？", "两个图形颜色一样吗？"),
-        "ko": ("두 도형의 색이 같나요?",),
-        "ar": ("هل للشكلين اللون نفسه؟",),
-        "vi": ("Hai hình có cùng màu không?",),
-    },
-    "same shape": {
-        "en": ("Do both pictures show the same shape?", "Is the shape the same?"),
-        "zh": ("两张图的形状相同吗？", "形状一样吗？"),
-        "ko": ("두 그림의 모양이 같나요?",),
-        "ar": ("هل الشكل نفسه في الصورتين؟",),
-        "vi": ("Hai ảnh có cùng hình dạng không?",),
-    },
-    "difference": {
-        "en": ("What differs, the colour or the shape?", "Which is different, the colour or the shape?"),
-        "zh": ("颜色和形状，哪个不同？", "不同的是颜色还是形状？"),
-        "ko": ("색과 모양 중 무엇이 다른가요?",),
-        "ar": ("ما الذي يختلف، اللون أم الشكل؟",),
-        "vi": ("Màu sắc hay hình dạng khác nhau?",),
-    },
-    "which has more": {
-        "en": ("Which picture has more shapes?", "Where are more shapes?"),
-        "zh": ("哪张图的图形更多？", "哪张图片里图形多？"),
-        "ko": ("어느 그림에 도형이 더 많나요?",),
-        "ar": ("أي صورة فيها أشكال أكثر؟",),
-        "vi": ("Ảnh nào có nhiều hình hơn?",),
-    },
-    "same text": {
-        "en": ("Do both pictures show the same text?", "Is the text the same?"),
-        "zh": ("两张图的文字相同吗？", "文字一样吗？"),
-        "ko": ("두 그림의 글자가 같나요?",),
-        "ar": ("هل النص نفسه في الصورتين؟",),
-        "vi": ("Hai ảnh có cùng chữ không?",),
-    },
-    "find": {
-        "en": ("Find the {}.", "Where is the {}?"),
-        "zh": ("找出{}。", "{}在哪里？"),
-        "ko": ("찾아 주세요: {}.",),
-        "ar": ("أين: {}؟",),
-        "vi": ("Tìm: {}.",),
-    },
-    "find text": {
-        "en": ('Find the text "{}".', 'Where is "{}" written?'),
-        "zh": ("找出文字“{}”。", "“{}”写在哪里？"),
-        "ko": ('글자 찾기: "{}".',),
-        "ar": ('أين النص "{}"؟',),
-        "vi": ('Tìm chữ "{}".',),
-    },
-    "find all": {
-        "en": ("Find all {}.", "Where are the {}?"),
-        "zh": ("找出所有{}。", "所有{}在哪里？"),
-        "ko": ("모두 찾아 주세요: {}.",),
-        "ar": ("أين كل: {}؟",),
-        "vi": ("Tìm tất cả: {}.",),
-    },
-    "direction": {
-        "en": ("Which way does it move?", "Where does it go?"),
-        "zh": ("它往哪个方向移动？", "它向哪里移动？"),
-        "ko": ("어느 쪽으로 움직이나요?",),
-        "ar": ("إلى أين يتحرك؟",),
-        "vi": ("Nó di chuyển hướng nào?",),
-    },
-    "what happens": {
-        "en": ("What happens in the video?", "Describe the video."),
-        "zh": ("视频里发生了什么？", "描述视频。"),
-        "ko": ("영상에서 무슨 일이 일어나나요?",),
-        "ar": ("ماذا يحدث في الفيديو؟",),
-        "vi": ("Điều gì xảy ra trong video?",),
-    },
-    "what moves": {
-        "en": ("What moves, and where?", "What moves in the video, and which way?"),
-        "zh": ("什么在移动，往哪里？", "视频里什么在移动？往哪个方向？"),
-        "ko": ("무엇이 어느 쪽으로 움직이나요?",),
-        "ar": ("ما الذي يتحرك وإلى أين؟",),
-        "vi": ("Cái gì di chuyển và hướng nào?",),
-    },
-}
-
-# ---- the screen game ----
-
-#: An instruction is the sentences of its steps; each is said again, as the thought before the call that takes it.
-SCREEN = {
-    "en": {"tap": 'Tap "{}".', "type": 'Type "{}".', "field": "Tap the field.", "done": "Done."},
-    "zh": {"tap": "点击“{}”。", "type": "输入“{}”。", "field": "点击输入框。", "done": "完成。"},
-    "ko": {"tap": '"{}" 누르기.', "type": '"{}" 입력하기.', "field": "입력란 누르기.", "done": "완료."},
-    "ar": {"tap": 'اضغط على "{}".', "type": 'اكتب "{}".', "field": "اضغط على الحقل.", "done": "تم."},
-    "vi": {"tap": 'Nhấn "{}".', "type": 'Nhập "{}".', "field": "Nhấn vào ô nhập.", "done": "Xong."},
-}

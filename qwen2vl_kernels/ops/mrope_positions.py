@@ -326,7 +326,8 @@ def mrope_positions(
     tokens = (image_token_id, video_token_id, spatial_merge_size)
     chosen = _check("mrope_positions", *inputs, None, *tokens, backend)
     run = torch_ops.mrope_positions if _traced(input_ids) else _run
-    return run(*inputs, *tokens, chosen)
+    positions, delta = run(*inputs, *tokens, chosen)
+    return positions, delta
 
 
 def mrope_positions_chunk(
@@ -371,7 +372,8 @@ def mrope_positions_chunk(
     if state is None:
         state = input_ids.new_zeros((_sequences(input_ids, cu_seqlens), _STATE_SIZE), dtype=torch.int64)
     run = torch_ops.mrope_positions_chunk if _traced(input_ids) else _run_chunk
-    return run(*inputs, state, *tokens, chosen)
+    positions, delta, following = run(*inputs, state, *tokens, chosen)
+    return positions, delta, following
 
 
 def _check(

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from examples.demo.checkpoint import write_random_checkpoint
+from benchmarks.random_checkpoint import write_random_checkpoint
 from qwen2vl import GenerationConfig, Processor, Qwen2VL
 from qwen2vl.agents.actions import STYLES
 from qwen2vl.agents.function_calls import Action, Call, Result, declare_actions, render_call, render_turn

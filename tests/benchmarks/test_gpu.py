@@ -23,8 +23,8 @@ from benchmarks.case import Context
 from benchmarks.cases._qwen2vl import checkpoint
 from benchmarks.gpu import session as session_module
 from benchmarks.gpu.session import SECONDS, Part, Phase, Session
+from benchmarks.random_checkpoint import small_config, write_random_checkpoint
 from benchmarks.run import case_names
-from examples.demo.checkpoint import small_config, write_random_checkpoint
 from qwen2vl import Qwen2VL
 from qwen2vl_kernels.core import launching
 from tests.conftest import DEVICE

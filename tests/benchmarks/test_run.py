@@ -21,9 +21,9 @@ from benchmarks.__main__ import _command, app
 from benchmarks.case import Case, Check, Context, Provider, Skip, Workload, equal, relative_error, two_times
 from benchmarks.cases._worker import in_subprocess
 from benchmarks.lines import write
+from benchmarks.random_checkpoint import write_random_checkpoint
 from benchmarks.run import GateError, case_names, load_case, run_case
 from benchmarks.timing import Ceilings, Clock, floor_s, measure, ratio, spread
-from examples.demo.checkpoint import write_random_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,8 +10,8 @@ from benchmarks.case import Context
 from benchmarks.cases import e2e, model, tower
 from benchmarks.cases._qwen2vl import checkpoint
 from benchmarks.cases._trace import LAYER, PARTS, trace
+from benchmarks.random_checkpoint import small_config
 from benchmarks.run import run_case
-from examples.demo.checkpoint import small_config
 from qwen2vl_kernels import rms_norm, use_backend
 from qwen2vl_kernels.core import matmul
 from tests.conftest import triton_where_it_serves

@@ -12,8 +12,8 @@ import torch
 from benchmarks import report
 from benchmarks.case import Context, Provider, Workload
 from benchmarks.cases import _training, train
+from benchmarks.random_checkpoint import small_config, write_random_checkpoint
 from benchmarks.run import run_case
-from examples.demo.checkpoint import small_config, write_random_checkpoint
 from qwen2vl.training.flops import layer_matrices
 from qwen2vl.training.packing import collate
 

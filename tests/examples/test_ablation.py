@@ -15,9 +15,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks.__main__ import app
 from benchmarks.plot import wilson
 from examples.ablation import ABLATIONS
+from examples.ablation.__main__ import app
 from examples.ablation.model import Batches, Examples, Job, Outcome, Scores, one_dimensional, prepare, right_tokens
 from examples.ablation.plan import POSITIONS, RESOLUTION, Arm, Part, repeated
 from examples.ablation.run import _equal
@@ -28,7 +28,7 @@ from qwen2vl.model import Qwen2VL
 from qwen2vl.prompt.processor import Processor
 from qwen2vl.samples import generate as make_sample
 from qwen2vl.samples.sample import from_ppm
-from qwen2vl.training.data.generated import read_sample
+from qwen2vl.samples.source import read_sample
 from qwen2vl.training.example import Example
 from qwen2vl.training.packing import IGNORE, Packer, collate
 
@@ -205,7 +205,7 @@ def test_interval_of_a_share():
 
 def test_the_command_writes_json_and_figures(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "ablation", "--quick", "--out", str(tmp_path)],
+        [sys.executable, "-m", "examples.ablation", "--quick", "--out", str(tmp_path)],
         cwd=ROOT,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
@@ -213,7 +213,7 @@ def test_the_command_writes_json_and_figures(tmp_path):
     )
     assert done.returncode == 0, done.stderr + done.stdout
     result = json.loads((tmp_path / "ablation.json").read_text())
-    assert result["quick"] is True and result["command"] == "python -m benchmarks ablation --quick"
+    assert result["quick"] is True and result["command"] == "python -m examples.ablation --quick"
     assert {(m["ablation"], m["provider"]) for m in result["models"]} == {
         (ablation.title, arm.name) for ablation in ABLATIONS for arm in ablation.arms
     }
@@ -236,7 +236,7 @@ def test_the_command_writes_json_and_figures(tmp_path):
 
 
 def test_quick_numbers_do_not_go_among_the_results():
-    quick = CliRunner().invoke(app, ["ablation", "--quick"])
+    quick = CliRunner().invoke(app, ["--quick"])
     assert quick.exit_code == 2 and "--out" in quick.output
 
 

@@ -10,7 +10,7 @@ import pytest
 from examples.small.tokenizer import VOCABULARY, train_merges, write_tokenizer
 from qwen2vl.prompt.tokenizer import CONTROL_TOKENS, Tokenizer
 from qwen2vl.samples import SKILLS, generate
-from qwen2vl.samples.words import QUESTIONS
+from qwen2vl.samples.questions import QUESTIONS
 
 ROOT = Path(__file__).parents[2]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from examples.demo.checkpoint import small_config, write_random_checkpoint
+from benchmarks.random_checkpoint import small_config, write_random_checkpoint
 from qwen2vl import Processor, Qwen2VL
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from examples.demo.checkpoint import small_config
+from benchmarks.random_checkpoint import small_config
 from qwen2vl import GenerationConfig, Qwen2VL, generate
 from qwen2vl_kernels import use_backend
 from qwen2vl_kernels.core.attention_peers import FLASH, PEERS

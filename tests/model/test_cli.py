@@ -19,7 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import qwen2vl_kernels
-from examples.demo.checkpoint import small_config, write_random_checkpoint
+from benchmarks.random_checkpoint import small_config, write_random_checkpoint
 from examples.demo.media import draw_scene, write_video
 from qwen2vl import GenerationConfig, Processor, Qwen2VL, generate
 from qwen2vl.cli import app

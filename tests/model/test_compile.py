@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from examples.demo.checkpoint import small_config
+from benchmarks.random_checkpoint import small_config
 from qwen2vl import Qwen2VL
 from qwen2vl.cache import KVCache
 from qwen2vl.text import Pack

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from examples.demo.checkpoint import small_config, write_random_checkpoint
+from benchmarks.random_checkpoint import small_config, write_random_checkpoint
 from qwen2vl import Processor, Qwen2VL
 from qwen2vl.cache import KVCache
 from qwen2vl.layers import idle_rows

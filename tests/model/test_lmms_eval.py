@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from examples.demo.checkpoint import write_random_checkpoint
+from benchmarks.random_checkpoint import write_random_checkpoint
 from examples.demo.media import write_video
 from qwen2vl import GenerationConfig, Processor, Qwen2VL, generate
 from qwen2vl.errors import Qwen2VLError

@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 import qwen2vl.hub
-from examples.demo.checkpoint import write_random_checkpoint
+from benchmarks.random_checkpoint import write_random_checkpoint
 from qwen2vl import CheckpointError, Processor, Qwen2VL, Qwen2VLConfig
 from qwen2vl.cli import app
 from qwen2vl.hub import Checkpoint

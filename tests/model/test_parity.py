@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from examples.demo.checkpoint import small_config, write_random_checkpoint
+from benchmarks.random_checkpoint import small_config, write_random_checkpoint
 from qwen2vl import GenerationConfig, Processor, Qwen2VL, Qwen2VLConfig, generate
 from qwen2vl.cache import KVCache
 from qwen2vl_kernels import use_backend

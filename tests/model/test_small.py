@@ -12,9 +12,9 @@ from examples.demo.media import write_frames
 from qwen2vl import Processor, Qwen2VL, assets
 from qwen2vl.cli import app
 from qwen2vl.cli.common import video_options
-from qwen2vl.evaluation.held_out import prompt_of
 from qwen2vl.samples import SKILLS
 from qwen2vl.samples import generate as make_sample
+from qwen2vl.samples.held_out import prompt_of
 from qwen2vl.samples.sample import from_ppm
 
 #: Of the easiest reading and naming; a model that learned nothing has about 0.

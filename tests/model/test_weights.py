@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from examples.demo.checkpoint import small_config, write_random_checkpoint
+from benchmarks.random_checkpoint import small_config, write_random_checkpoint
 from qwen2vl import CheckpointError, Qwen2VL, Qwen2VLConfig
 from qwen2vl.weights import load_weights
 

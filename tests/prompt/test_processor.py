@@ -18,8 +18,8 @@ from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
 import qwen2vl
 import qwen2vl.prompt.processor
-from examples.demo.checkpoint import write_random_checkpoint
-from examples.demo.tokenizer import write_byte_tokenizer
+from benchmarks.byte_tokenizer import write_byte_tokenizer
+from benchmarks.random_checkpoint import write_random_checkpoint
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import CheckpointError, MediaError, PromptError
 from qwen2vl.media.image import preprocess_image

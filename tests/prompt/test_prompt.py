@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from examples.demo.tokenizer import write_byte_tokenizer
+from benchmarks.byte_tokenizer import write_byte_tokenizer
 from qwen2vl.errors import CheckpointError, PromptError
 from qwen2vl.prompt.chatml import Control, Media, Text, render
 from qwen2vl.prompt.tokenizer import CONTROL_TOKENS, GROUNDING_TOKENS, Tokenizer

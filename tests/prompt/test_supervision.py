@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from examples.demo.tokenizer import write_byte_tokenizer
+from benchmarks.byte_tokenizer import write_byte_tokenizer
 from qwen2vl.agents.function_calls import Call, Result, render_turn
 from qwen2vl.errors import PromptError
 from qwen2vl.prompt.processor import IGNORED, Processor

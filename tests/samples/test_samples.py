@@ -17,11 +17,13 @@ from PIL import Image
 from qwen2vl.agents.grounding import Box, Quad, parse_grounding
 from qwen2vl.errors import DataError
 from qwen2vl.samples import LEVELS, SKILLS, generate
-from qwen2vl.samples.lettering import ENGLISH, VIETNAMESE, faces_for, is_held_out, typefaces
-from qwen2vl.samples.sample import LANGUAGES, is_held_out_size
+from qwen2vl.samples.draws import is_held_out_size
+from qwen2vl.samples.fonts import faces_for, typefaces
+from qwen2vl.samples.questions import QUESTIONS
 from qwen2vl.samples.skills import DATA_VERSION
-from qwen2vl.samples.words import COLOURS, DIRECTIONS, EVENTS, QUESTIONS, SHAPES, event_sentence, thing_name
-from qwen2vl.training.data.generated import read_sample
+from qwen2vl.samples.source import read_sample
+from qwen2vl.samples.vocabulary import ENGLISH, VIETNAMESE, is_held_out
+from qwen2vl.samples.words import COLOURS, DIRECTIONS, EVENTS, LANGUAGES, SHAPES, event_sentence, thing_name
 
 ROOT = Path(__file__).parents[2]
 EVERY = [(skill, level) for skill in SKILLS for level in LEVELS]

@@ -10,8 +10,8 @@ from qwen2vl.agents.function_calls import Call, Result, parse_turn, render_turn
 from qwen2vl.agents.grounding import to_thousandths
 from qwen2vl.errors import DataError, FunctionCallError
 from qwen2vl.samples import LEVELS, generate, play
-from qwen2vl.samples.screen import ACTIONS, LABELS, MENUS
-from qwen2vl.training.data.generated import read_sample
+from qwen2vl.samples.screen_game import ACTIONS, LABELS, MENUS
+from qwen2vl.samples.source import read_sample
 
 
 def tap(game, label):

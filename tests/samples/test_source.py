@@ -14,15 +14,15 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
-from examples.demo.checkpoint import small_config, write_random_checkpoint
+from benchmarks.random_checkpoint import small_config, write_random_checkpoint
 from examples.small.tokenizer import write_tokenizer
 from qwen2vl.cli import app
 from qwen2vl.errors import DataError
 from qwen2vl.prompt.tokenizer import Tokenizer
 from qwen2vl.samples import LEVELS, SKILLS
+from qwen2vl.samples.source import Generated, raw_sample
 from qwen2vl.training.config import TrainingConfig
 from qwen2vl.training.data import build_dataset
-from qwen2vl.training.data.generated import Generated, raw_sample
 from tests.training.data_files import chat, make_processor, taught, write_jsonl
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ import tarfile
 import numpy as np
 from PIL import Image
 
-from examples.demo.tokenizer import write_byte_tokenizer
+from benchmarks.byte_tokenizer import write_byte_tokenizer
 from qwen2vl.prompt.processor import Processor
 from qwen2vl.prompt.tokenizer import Tokenizer
 

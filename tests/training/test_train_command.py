@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
-from examples.demo.checkpoint import write_random_checkpoint
+from benchmarks.random_checkpoint import write_random_checkpoint
 from examples.demo.media import write_video
 from qwen2vl import Processor, Qwen2VL
 from qwen2vl.cli import app

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -16,11 +16,13 @@ from ...media.options import Access
 from ...prompt.processor import IGNORED, Processor
 from ..example import Example
 from .entry import DataEntry, Format, check_count
-from .generated import Generated
 from .json_files import JsonFiles, Raw, State
 from .records import read_record
 from .report import DataReport, Problem
 from .shards import Shards, expand
+
+if TYPE_CHECKING:
+    from ...samples.source import Generated
 
 logger = logging.getLogger("qwen2vl.training.data")
 MAX_BAD_IN_A_ROW = 1000
@@ -146,6 +148,8 @@ class TrainingData(IterableDataset[Example]):
 
     def _source(self, n: int, entry: DataEntry) -> JsonFiles | Shards | Generated:
         if entry.format == "generated":
+            from ...samples.source import Generated  # only who asks for generated samples loads them
+
             if self.epochs is not None and entry.samples is None:
                 raise DataError(
                     f"data[{n}].samples: is missing: with epochs an entry of generated samples needs an end"

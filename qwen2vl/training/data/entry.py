@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ...agents.actions import STYLES, Style
 from ...errors import DataError
 from ...media.options import OPTION_NAMES, finite_number, read_option
-from ...samples.skills import LEVELS, SKILLS, SPLITS, Split
+
+if TYPE_CHECKING:
+    from ...samples.skills import Split
 
 Format = Literal["conversations", "sharegpt", "webdataset", "generated"]
 _GENERATED_KEYS = ("difficulty", "split", "samples")
@@ -78,9 +80,7 @@ class DataEntry:
             if table.get(key) is not None:
                 raise DataError(f"{where}.{key}: is not taken with format {format!r}")
         path = _read_paths(table["path"], f"{where}.path")
-        if format == "generated":
-            for name in (path,) if isinstance(path, str) else path:
-                _one_of(name, tuple(SKILLS), f"{where}.path")
+        generated = _generated_options(table, path, where) if format == "generated" else {}
         return cls(
             path=path,
             format=format,
@@ -89,9 +89,7 @@ class DataEntry:
             shuffle=_flag(table.get("shuffle", True), f"{where}.shuffle"),
             agent=None if table.get("agent") is None else _one_of(table["agent"], STYLES, f"{where}.agent"),
             add_vision_id=_flag(table.get("add_vision_id", False), f"{where}.add_vision_id"),
-            difficulty=_levels(table.get("difficulty", 0), f"{where}.difficulty"),
-            split=_one_of(table.get("split", "train"), SPLITS, f"{where}.split"),
-            samples=None if table.get("samples") is None else check_count(table["samples"], f"{where}.samples"),
+            **generated,
             options={
                 key: _option(key, table[key], f"{where}.{key}") for key in OPTION_NAMES if table.get(key) is not None
             },
@@ -130,10 +128,23 @@ def _one_of(value: object, allowed: tuple[str, ...], where: str) -> Any:
     return value
 
 
-def _levels(value: object, where: str) -> tuple[int, ...]:
+def _generated_options(table: Mapping[str, Any], path: str | tuple[str, ...], where: str) -> dict[str, Any]:
+    """The values of the keys that only generated samples have. Their `path` must name skills."""
+    from ...samples.skills import LEVELS, SKILLS, SPLITS  # only who asks for generated samples loads them
+
+    for name in (path,) if isinstance(path, str) else path:
+        _one_of(name, tuple(SKILLS), f"{where}.path")
+    return {
+        "difficulty": _levels(table.get("difficulty", 0), LEVELS, f"{where}.difficulty"),
+        "split": _one_of(table.get("split", "train"), SPLITS, f"{where}.split"),
+        "samples": None if table.get("samples") is None else check_count(table["samples"], f"{where}.samples"),
+    }
+
+
+def _levels(value: object, allowed: tuple[int, ...], where: str) -> tuple[int, ...]:
     levels = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    if not levels or not all(isinstance(n, int) and not isinstance(n, bool) and n in LEVELS for n in levels):
-        raise DataError(f"{where}: wants one or several of {', '.join(map(str, LEVELS))}, got {value!r}")
+    if not levels or not all(isinstance(n, int) and not isinstance(n, bool) and n in allowed for n in levels):
+        raise DataError(f"{where}: wants one or several of {', '.join(map(str, allowed))}, got {value!r}")
     return levels  # type: ignore[return-value]
 
 

@@ -1,8 +1,9 @@
-"""A small byte-level tokenizer with Qwen2-VL's special tokens, for demos, tests and benchmarks without a
-released checkpoint.
+"""A small byte-level tokenizer with Qwen2-VL's special tokens, for benchmarks, tests and examples.
 
-It reads and writes the released file layout, so the real loading path serves it; only its merges are few.
+Its files have the released layout, so that the path of a released checkpoint loads them; only its merges are few.
 """
+
+from __future__ import annotations
 
 import json
 import os
@@ -14,9 +15,11 @@ import tokenizers
 from qwen2vl.prompt.files import write_tokenizer_files
 from qwen2vl.prompt.tokenizer import BYTE_OF_CHAR, CONTROL_TOKENS, Tokenizer
 
+#: The first id of a special token in the released checkpoints.
 RELEASED_FIRST_ID = 151643
 
-# Contractions, letters with one leading sign, single digits, signs with their line ends, line ends, spaces.
+#: How Qwen2 splits text before it merges bytes: contractions, letters with one leading sign, single digits, signs with
+#: the line ends behind them, line ends, spaces.
 PRE_TOKENIZATION_PATTERN = "|".join(
     (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
@@ -28,7 +31,8 @@ PRE_TOKENIZATION_PATTERN = "|".join(
     )
 )
 
-# Each merge is a pair of symbols that exist by then; "Ġ" stands for the space, "Ċ" for the newline.
+# Each merge joins two symbols that are bytes or came out of a merge before it. "Ġ" stands for the space, "Ċ" for the
+# line end.
 _MERGES = """
 Ġ t|h e|i m|a g|i s|i n|e r|u s|us er|o n|r e|a t|o r|e n|a n|im ag|imag e|Ġ image|t u|tu re|i c|p ic
 pic ture|Ġ picture|v i|vi d|vid e|vide o|Ġ video|Ġt he|an d|Ġ and|Ġ in|Ġ is|in g|o u|y ou|Ġ you|o f
@@ -38,16 +42,14 @@ syst e|syste m|e s|i t|e d|a l|Ċ Ċ|Ġ Ġ|Ã ©|Ð ¾
 
 
 def write_byte_tokenizer(folder: str | os.PathLike[str], *, released_ids: bool = False) -> dict[str, int]:
-    """Write tokenizer.json, tokenizer_config.json and chat_template.json into `folder`, which is made where
-    missing.
+    """Write tokenizer.json, tokenizer_config.json and chat_template.json into `folder`, which is made if missing.
 
-    The vocabulary is the 256 bytes, a few dozen merges and `CONTROL_TOKENS`, all flagged special. Text is
-    normalised to NFC and split as Qwen2 splits it, digits one by one. Equal calls write equal bytes.
+    The vocabulary is the 256 bytes, a few dozen merges and `CONTROL_TOKENS`, all flagged special. Text is normalised to
+    NFC and split as Qwen2 splits it, digits one by one. Equal calls write equal bytes.
 
     Args:
-        released_ids: give the special tokens the ids 151643 to 151656 of the released checkpoints and leave
-            the ids between them and the merges without a token; otherwise they follow the merges directly,
-            for a small embedding.
+        released_ids: give the special tokens the ids 151643 to 151656 of the released checkpoints, and leave the ids
+            between them and the merges without a token. Otherwise they follow the merges, for a small embedding.
 
     Returns:
         Name -> id of the special tokens.
@@ -59,15 +61,16 @@ def write_byte_tokenizer(folder: str | os.PathLike[str], *, released_ids: bool =
 def write_bpe_tokenizer(
     folder: str | os.PathLike[str], merges: Sequence[str], first_special_id: int | None = None
 ) -> dict[str, int]:
-    """The same with other merges, `"a b"` each, of symbols that are bytes or were merged before.
+    """Write the same files with other merges.
 
     Args:
-        first_special_id: of the first of `CONTROL_TOKENS`; by default the one behind the merges.
+        merges: `"a b"` each, of symbols that are bytes or came out of a merge before.
+        first_special_id: the id of the first of `CONTROL_TOKENS`; by default the one behind the merges.
 
     Returns:
         Name -> id of the special tokens.
     """
-    # Two merges may make one symbol.
+    # Two merges may result in the same symbol, which then has one id.
     symbols = list(dict.fromkeys([*BYTE_OF_CHAR, *(merge.replace(" ", "") for merge in merges)]))
     vocabulary = {symbol: n for n, symbol in enumerate(symbols)}
     first = len(symbols) if first_special_id is None else first_special_id
@@ -104,8 +107,7 @@ def write_bpe_tokenizer(
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,
-            # An added token takes the next free id unless the vocabulary already places it: this keeps the
-            # released ids.
+            # A special token takes the next free id unless the vocabulary says its id, as it does here.
             "vocab": vocabulary | special_ids,
             "merges": list(merges),
         },

@@ -1,13 +1,14 @@
-"""How well a model does what generated samples ask, on those that training never shows: by skill, difficulty and size.
+"""What a model makes of held-out samples, by skill, difficulty, size and language: the measure of ``qwen2vl eval``.
 
-Skills and splits are those of :mod:`qwen2vl.samples`. Every skill has one score that counts as its accuracy:
+Every skill has one score that counts as its accuracy:
 
-    read, compare, colour_shape, count, video    exact match, which takes upper and lower case for the same
-    point        recall at an IoU of 0.5, of the boxes that are wanted, by no more boxes than these
-    screen       games won by the model's own play
+    read, compare, colour_shape, count, video    exact match, in which upper and lower case are the same
+    point        recall at an IoU of 0.5; no more of the model's boxes count than there are boxes to find
+    screen       games that the model wins by its own play
 
-and some have others: "read" edits, characters, the character error rate that they make and ANLS, "count" relaxed
-accuracy, "point" the mean IoU (a quadrilateral counts by its bounding box), "screen" the actions of an episode.
+Some skills have further scores: "read" the edits, the characters, the character error rate that these make, and ANLS;
+"count" the relaxed accuracy; "point" the mean IoU, in which a quadrilateral counts by its bounding box; "screen" the
+number of actions of an episode.
 """
 
 from __future__ import annotations
@@ -22,17 +23,18 @@ from typing import TYPE_CHECKING, Any
 from ..agents.grounding import Box, Grounded, parse_grounding
 from ..agents.loop import model_writer, run_agent
 from ..errors import Qwen2VLError
+from ..evaluation.metrics import anls, character_edits, exact_match, match_boxes, recall, relaxed_accuracy
 from ..generation import GenerationConfig, generate
-from ..samples import LEVELS, SKILLS, Sample, play
-from ..samples import generate as make_sample
-from ..training.data.generated import read_sample
-from .metrics import anls, character_edits, exact_match, match_boxes, recall, relaxed_accuracy
+from .sample import Sample
+from .skills import LEVELS, SKILLS, play
+from .skills import generate as make_sample
+from .source import read_sample
 
 if TYPE_CHECKING:
     from ..model import Qwen2VL
     from ..prompt.processor import Processor
 
-#: Bounds of the classes of picture size, in tokens of one picture.
+#: The upper bounds of the classes of picture size, in tokens of one picture.
 SIZES = (4, 8, 16)
 _MAX_NEW_TOKENS = 96
 _MAX_ACTIONS = 8
@@ -53,7 +55,7 @@ class Scored:
 
     @property
     def tokens(self) -> int:
-        """Tokens of one picture of the sample."""
+        """How many tokens one of the pictures is, at least 1."""
         return max(1, round(self.size[0] / 28) * round(self.size[1] / 28))
 
 
@@ -68,10 +70,12 @@ def evaluate(
     batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Scored]:
-    """Ask a model ``count`` held-out samples of every skill and difficulty, answered greedily.
+    """Ask a model ``count`` held-out samples of every skill and difficulty, and decode its answers greedily.
 
     Args:
-        progress: called with (samples done, samples in all).
+        skills, difficulties, seed: which samples, see `qwen2vl.samples.generate`.
+        batch_size: how many samples are answered at once.
+        progress: called after every sample with (samples done, samples in all).
 
     Raises:
         Qwen2VLError: an unknown skill or difficulty, or a count that is not positive.
@@ -108,16 +112,17 @@ def _ask(
 
 
 def prompt_of(sample: Sample) -> list[dict[str, Any]]:
-    """The messages of a sample up to the answer."""
+    """The messages of a sample that come before the answer."""
     return read_sample(sample)[:-1]
 
 
 def score(sample: Sample, answer: str) -> Scored:
-    """An answer, decoded with its special tokens, held against what was drawn."""
+    """Score an answer, decoded with its special tokens, by what was drawn."""
     text = answer.strip()
     if sample.skill == "point":
         wanted = [box for item in sample.places for box in _boxes(item)]
-        found = [box for item in parse_grounding(text) for box in _boxes(item)][: len(wanted)]  # no reward for guessing
+        found = [box for item in parse_grounding(text) for box in _boxes(item)]
+        found = found[: len(wanted)]  # so that guessing more boxes gains nothing
         scores = {"accuracy": recall(found, wanted), "IoU": sum(match_boxes(found, wanted)) / len(wanted)}
     else:
         scores = {"accuracy": exact_match(text, [sample.answer])}
@@ -127,23 +132,22 @@ def score(sample: Sample, answer: str) -> Scored:
     if sample.skill == "count":
         scores["relaxed accuracy"] = relaxed_accuracy(text, [sample.answer])
     prompt = sample.record["messages"][0]["content"]
-    return Scored(
-        sample.skill, sample.difficulty, sample.language, sample.size, prompt, sample.answer, text, scores
-    )  # fmt: skip
+    asked = (sample.skill, sample.difficulty, sample.language, sample.size, prompt)
+    return Scored(*asked, sample.answer, text, scores)
 
 
 def _played(write: Callable[..., str], difficulty: int, seed: int, index: int) -> Scored:
+    """Let the model play one game to its end, or to the limit of actions."""
     game = play(difficulty, seed=seed, index=index)
     episode = run_agent(write, game, style="paper", max_steps=_MAX_ACTIONS, max_errors=1)
     wanted = "; ".join(f"{task.kind} {task.text}".strip() for task in game.tasks)
     scores = {"accuracy": float(game.success), "actions": float(sum(len(step.calls) for step in episode.steps))}
     written = "\n".join(step.text for step in episode.steps)
-    return Scored(
-        "screen", difficulty, game.language, game.size, game.instruction, wanted, written, scores
-    )  # fmt: skip
+    return Scored("screen", difficulty, game.language, game.size, game.instruction, wanted, written, scores)
 
 
 def _boxes(item: Grounded) -> Iterator[Box]:
+    """The bounding boxes of an item's places."""
     for place in item.places:
         xs, ys = zip(*place.points, strict=True)
         yield Box(min(xs), min(ys), max(xs), max(ys))
@@ -153,9 +157,9 @@ def _boxes(item: Grounded) -> Iterator[Box]:
 
 
 def averages(scored: Iterable[Scored], by: Callable[[Scored], Any]) -> dict[Any, dict[str, float]]:
-    """Class -> the mean of every score in it, and "samples", how many there are; classes as they come.
+    """Class of samples -> the mean of every score, and "samples", their number; in the order in which classes appear.
 
-    "CER" is all edits of a class by all its characters.
+    "CER", the character error rate, is all edits of a class divided by all its characters.
     """
     sums: dict[Any, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for one in scored:
@@ -170,7 +174,7 @@ def averages(scored: Iterable[Scored], by: Callable[[Scored], Any]) -> dict[Any,
 
 
 def size_class(one: Scored) -> str:
-    """Words for the size of a sample's pictures, among those of `SIZES`."""
+    """The name of the size class of a sample's pictures, such as "5 to 8 tokens"."""
     low = 0
     for high in SIZES:
         if one.tokens <= high:
@@ -180,7 +184,7 @@ def size_class(one: Scored) -> str:
 
 
 def report(scored: Sequence[Scored]) -> dict[str, Any]:
-    """Averages by skill, by skill and difficulty, by skill and size, and by language, for JSON."""
+    """Averages by skill, by skill and difficulty, by skill and size, and by language, as JSON can hold them."""
     order = list(SKILLS)
     scored = sorted(scored, key=lambda one: (order.index(one.skill), one.difficulty))
     by_size = sorted(scored, key=lambda one: (order.index(one.skill), one.tokens))
@@ -193,7 +197,7 @@ def report(scored: Sequence[Scored]) -> dict[str, Any]:
 
 
 def draw(scored: Sequence[Scored], path: Path) -> None:
-    """Two maps of the accuracy as a picture: skills by difficulty, and skills by size. Needs matplotlib."""
+    """Draw the accuracy of each skill by difficulty and by picture size into a file. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     skills = [skill for skill in SKILLS if any(one.skill == skill for one in scored)]

@@ -1,4 +1,7 @@
-"""Samples of `qwen2vl.samples` as a source beside files: split over ranks and workers, resumed by a number."""
+"""Generated samples as training data: what `format = "generated"` reads in the place of files.
+
+`qwen2vl.training.data` imports this module when an entry names the format.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +11,23 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import DataError
-from ...samples.sample import Sample, from_ppm
-from ...samples.skills import Split, generate
-from .entry import DataEntry
-from .json_files import Raw, State
-from .records import read_record
+from ..errors import DataError
+from ..training.data.entry import DataEntry
+from ..training.data.json_files import Raw, State
+from ..training.data.records import read_record
+from .sample import Sample, from_ppm
+from .skills import Split, generate
 
 
 class Generated:
-    """Samples of some skills and difficulties, each drawn equally often.
+    """An endless row of samples of some skills and difficulties, each equally likely.
 
-    Sample n is the same whoever reads it: its skill and difficulty are drawn by n, and n is its index.
+    Sample n is the same for every consumer: n decides its skill and difficulty, and is its index.
 
     Args:
-        skills, difficulties: see `qwen2vl.samples.skills.generate`.
-        seed: any ints.
-        samples: how many make an epoch; None: it never ends.
+        skills, difficulties, split: see `qwen2vl.samples.skills.generate`.
+        seed: whole numbers not below 0.
+        samples: how many make an epoch; with None there are no epochs.
     """
 
     def __init__(
@@ -42,11 +45,14 @@ class Generated:
         self.samples = samples
 
     def read(self, consumer: int, consumers: int, epochs: int | None, state: State) -> Iterator[tuple[Raw, State]]:
-        """The samples of one of several consumers, every `consumers`-th, each with the state that continues behind it.
+        """The share of one of several consumers: every `consumers`-th sample, with the state to continue behind it.
 
         Args:
-            epochs: times `samples` of them, None for no end.
-            state: {} to begin, or one of those given.
+            epochs: end after so many times `samples`; with None there is no end.
+            state: {} to begin, or a state that came with a sample.
+
+        Raises:
+            DataError: epochs without `samples` would never end.
         """
         if epochs is not None and self.samples is None:
             raise DataError("samples: wants a number, or epochs never end")
@@ -64,14 +70,16 @@ class Generated:
 
 
 def raw_sample(sample: Sample) -> Raw:
-    """The sample as a shard would give it, except that its pictures are pixels: decoding costs more than drawing."""
+    """The sample as a shard would give it, with pixels in place of image files: decoding costs more than drawing."""
     source = f"generated:{sample.skill}-{sample.difficulty}:{sample.split}:{sample.index}"
     record = json.dumps(sample.record, ensure_ascii=False).encode("utf-8")
     return Raw(source, record, None, {name: from_ppm(data) for name, data in sample.members.items()})
 
 
 def read_sample(sample: Sample) -> list[dict[str, Any]]:
-    """Its messages, the assistant's included, as training reads them: `Processor.supervised` takes them, and without
-    the last one, `Processor` itself, for a model to answer."""
+    """The sample's messages, the assistant's included, as training reads them.
+
+    `Processor.supervised` takes them; `Processor` itself takes those before the last one, for a model to answer.
+    """
     _, messages = read_record(raw_sample(sample), DataEntry(sample.skill, "generated"))
     return messages

@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from examples.demo.checkpoint import write_random_checkpoint
+from benchmarks.random_checkpoint import write_random_checkpoint
 from qwen2vl import GenerationConfig, Processor, Qwen2VL, generate
 from qwen2vl.cli import app
 from qwen2vl.errors import Qwen2VLError
-from qwen2vl.evaluation.held_out import _played, averages, evaluate, prompt_of, report, score, size_class
 from qwen2vl.samples import LEVELS, SKILLS
 from qwen2vl.samples import generate as make_sample
+from qwen2vl.samples.held_out import _played, averages, evaluate, prompt_of, report, score, size_class
 
 ASKED = [skill for skill in SKILLS if skill != "screen"]
 

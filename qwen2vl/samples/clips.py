@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from ..errors import DataError
-from .sample import Draws, Sample, question
+from .draws import Draws
+from .sample import Sample, question
 from .shapes import GROUNDS, Thing, add_noise, draw_things, fitting_colours, scatter
 from .words import DIRECTION_NAMES, DIRECTIONS, EVENTS, SHAPES, event_sentence
 
 
 def video(draws: Draws, level: int, *, frames: int | None = None) -> Sample:
-    """Clips of an even number of frames.
+    """Asks what happens in a clip of an even number of frames. The levels:
 
-    0 left or right, 4 frames of 56 x 56; 1 all four directions, 4 to 6 frames; 2 what moves and which way; 3 what
-    happens: a direction, or it stands still, appears, disappears, grows or shrinks; 4 the same in 6 to 12 frames of
-    many sizes, with noise and, unless nothing moves, up to two things that stand still.
+    0   whether a thing moves left or right, in 4 frames of 56 x 56 pixels
+    1   in which of four directions it moves, in 4 to 6 frames
+    2   what moves, and in which direction
+    3   what happens: a thing moves, stands still, appears, disappears, grows or shrinks
+    4   the same in 6 to 12 noisy frames of many sizes; unless the thing stands still, up to two others do
 
     Args:
-        frames: so many instead, even and at least 4. What moves goes the same way in them, by smaller steps if they are
-            more, of less than a pixel in the end.
+        frames: how many frames to make instead, even and at least 4. A thing that moves covers the same distance in
+            them, so that with many frames a step is less than a pixel.
 
     Raises:
-        DataError: frames is no such number.
+        DataError: `frames` is odd, less than 4, or no int.
     """
     if frames is not None and (not isinstance(frames, int) or frames < 4 or frames % 2):
         raise DataError(f"frames: wants an even number of at least 4, got {frames!r}")
@@ -53,11 +56,11 @@ def video(draws: Draws, level: int, *, frames: int | None = None) -> Sample:
 
 
 def _path(draws: Draws, event: str, size: tuple[int, int], diameter: int, frames: int) -> list[tuple[int, int, int]]:
-    """(x, y, diameter) in every frame; a diameter of 0 where the thing is not there."""
+    """(x, y, diameter) in every frame, in pixels; a diameter of 0 means that the thing is not there."""
     room = (size[0] - diameter - 2, size[1] - diameter - 2)
     x, y = draws.between(1, room[0]), draws.between(1, room[1])
     if event in DIRECTIONS:
-        # Over at least half of the room: two pixels a frame or more in as many frames as any level draws.
+        # Over at least half of the free space, which is two pixels a frame or more at every level.
         dx, dy = DIRECTIONS[event]
         axis = 0 if dx else 1
         way = draws.between(room[axis] // 2, room[axis] - 1)
@@ -67,7 +70,8 @@ def _path(draws: Draws, event: str, size: tuple[int, int], diameter: int, frames
             along.reverse()
         return [(place, y, diameter) if axis == 0 else (x, place, diameter) for place in along]
     if event in ("appear", "disappear"):
-        change = draws.between(1, frames // 2 - 1) * 2  # between two time steps, each of which is two frames
+        # A time step of the model is two frames, and the change falls between two time steps.
+        change = draws.between(1, frames // 2 - 1) * 2
         there = [(n >= change) == (event == "appear") for n in range(frames)]
         return [(x, y, diameter if present else 0) for present in there]
     if event in ("grow", "shrink"):
@@ -87,7 +91,7 @@ def _path(draws: Draws, event: str, size: tuple[int, int], diameter: int, frames
 def _others(
     draws: Draws, size: tuple[int, int], path: list[tuple[int, int, int]], colours: list[str], colour: str
 ) -> list[Thing]:
-    """One or two things of other colours that stand still, out of the moving one's way."""
+    """At most two things of other colours that stand still, where the moving one does not pass."""
     left, top = min(x for x, _, _ in path) - 3, min(y for _, y, _ in path) - 3
     right, bottom = max(x + d for x, _, d in path) + 3, max(y + d for _, y, d in path) + 3
     found: list[Thing] = []

@@ -1,14 +1,14 @@
-"""A game of small screens with buttons and fields: an environment for agents, and samples of it played well.
+"""A game of small screens with buttons and fields: an environment for agents.
 
 The model sees a screenshot and an instruction, taps and types by function calls in the paper's form, and gets a
-screenshot back for each. The environment is a state and drawing alone: no window, no time, nothing random after it is
-made.
+screenshot back for each call. The environment is a state and a way to draw it: it opens no window, knows no time, and
+draws nothing at random once it is made.
 """
 
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -16,13 +16,15 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from ..agents.actions import Action, declare_actions
-from ..agents.function_calls import Call, Result, Step, check_call, render_turn
+from ..agents.function_calls import Call, Result, check_call
 from ..agents.grounding import parse_point, to_pixels, to_thousandths
 from ..errors import FunctionCallError, GroundingError
-from .lettering import is_held_out, random_characters, random_word, text_mask, typefaces
-from .sample import Draws, Sample, to_ppm
+from .draws import Draws
+from .fonts import text_mask, typefaces
+from .questions import SCREEN
 from .shapes import Colour
-from .words import SCREEN
+from .texts import random_characters, random_word
+from .vocabulary import is_held_out
 
 TAP = Action(
     "Tap",
@@ -38,7 +40,8 @@ ACTIONS: tuple[Action, ...] = (TAP, TYPE)
 #: The system prompt of an episode.
 SYSTEM = declare_actions(ACTIONS, "paper")
 
-#: None of them is held out, so that training and evaluation differ in layout, order and what is typed.
+# Labels that are held out are left out, so that training and evaluation have the same buttons, and differ in layout,
+# order and what is typed.
 _LABELS = """
     OK Yes No Save Open Close Send Edit Back Next Help Play Stop Print Copy Paste Undo Redo Find New Add Start Home
     Share Mail Call Sign Exit Zoom Mute More Less Sort Cut
@@ -55,9 +58,10 @@ class Control:
     """What can be tapped: a button, or a field to type into.
 
     Attributes:
-        label: on the button; a field has none.
-        box: left, top, and behind the right and last pixel.
-        opens: the screen that a tap leads to, or None.
+        kind: "button" or "field".
+        label: what is written on the button; "" for a field.
+        box: (left, top, right, bottom) in pixels; right and bottom lie behind the last pixel.
+        opens: the number of the screen that a tap leads to, or None.
     """
 
     kind: str
@@ -73,28 +77,35 @@ class Control:
 
 @dataclass(frozen=True)
 class Task:
-    """One thing to do: tap the control of that label ("" is the field), or type that text."""
+    """One thing to do: `kind` "tap" on the control whose label is `text` ("" is the field), or `kind` "type"."""
 
     kind: str
     text: str
 
     def words(self, language: str) -> str:
+        """The sentence that asks for it."""
         name = "field" if self.kind == "tap" and not self.text else self.kind
         return SCREEN[language][name].replace("{}", self.text)
 
 
 @dataclass
 class ScreenGame:
-    """One episode, an environment for :func:`~qwen2vl.agents.loop.run_agent`, made by :func:`make_game`; equal games go
-    alike.
+    """One episode, an environment for :func:`~qwen2vl.agents.loop.run_agent`, made by :func:`make_game`.
 
-    `done` when everything was done in its order, or a control was tapped, or a text typed, that was not the next one:
-    then `success` is False. A tap beside all controls changes nothing, as does typing where no field was tapped.
+    The game is `done` with `success` when all tasks were done in their order, and `done` without it as soon as a
+    control is tapped, or a text is typed, that is not the next one. A tap beside all controls changes nothing, nor does
+    typing while no field is focused. Equal games go alike.
 
     Attributes:
-        screens: the controls of every screen; the first one is shown first.
+        screens: the controls of every screen; the first screen is shown first.
         tasks: what the instruction asks for, in order.
+        size: (width, height) of a screenshot in pixels.
+        ground, paint: the colours of the background and of the controls.
+        letters: which of the typefaces labels are written in, and its size in pixels.
         actions: what `execute` takes.
+        shown, step: the number of the screen that is shown, and of the next task.
+        focused, typed: whether the field was tapped, and what was typed into it so far.
+        pressed: (screen, label) of every control that was tapped.
     """
 
     screens: tuple[tuple[Control, ...], ...]
@@ -103,7 +114,7 @@ class ScreenGame:
     language: str
     ground: Colour
     paint: Colour
-    letters: tuple[int, int]  # which of the typefaces, and its size
+    letters: tuple[int, int]
     actions: tuple[Action, ...] = ACTIONS
     shown: int = 0
     step: int = 0
@@ -115,21 +126,21 @@ class ScreenGame:
 
     @property
     def instruction(self) -> str:
-        """All sentences; the tap into a field goes without saying."""
+        """The sentences of all tasks, but for the tap into a field, which typing a text implies."""
         said = [task.words(self.language) for task in self.tasks if task.kind == "type" or task.text]
         return ("" if self.language == "zh" else " ").join(said)
 
     def reset(self) -> list[dict[str, Any]]:
-        """Begin, or begin again. Returns the user's turn: the screenshot, and the instruction."""
+        """Begin, or begin again. Returns the content of the user's turn: the screenshot and the instruction."""
         self.shown, self.step, self.done, self.success = 0, 0, False, False
         self.focused, self.typed, self.pressed = False, "", []
         return [{"type": "image", "image": self.draw()}, {"type": "text", "text": self.instruction}]
 
     def execute(self, call: Call) -> Result:
-        """What the call leads to: the next screenshot.
+        """Carry out a call. Returns the next screenshot.
 
         Raises:
-            FunctionCallError: an action that is not declared, arguments that it does not take, or the game is over.
+            FunctionCallError: the action is not declared, does not take these arguments, or the game is over.
         """
         if self.done:
             raise FunctionCallError(f"{call.name}: the task is over, no more actions are taken")
@@ -166,7 +177,7 @@ class ScreenGame:
             self.done = True
 
     def next_call(self) -> Call:
-        """What a player who does everything right does next."""
+        """The call that a player without mistakes makes next."""
         task = self.tasks[self.step]
         if task.kind == "type":
             return Call(TYPE.name, {"text": task.text})
@@ -174,7 +185,7 @@ class ScreenGame:
         return Call(TAP.name, {"point": to_thousandths(*control.centre, *self.size)})
 
     def draw(self) -> Image.Image:
-        """The screen as it is now, RGB."""
+        """The screen as it is now, an RGB image of `size`."""
         image = Image.new("RGB", self.size, self.ground)
         draw = ImageDraw.Draw(image)
         for control in self.screens[self.shown]:
@@ -187,7 +198,7 @@ class ScreenGame:
                     mask = _letters(*self.letters, self.typed[:40])
                     image.paste((10, 10, 10), (left + 5, (top + bottom - mask.height) // 2), mask)
                 continue
-            # What was tapped stays light, with dark letters.
+            # A button that was tapped stays light, with dark letters.
             tapped = (self.shown, control.label) in self.pressed
             fill, ink = ((255, 255, 255), self.paint) if tapped else (self.paint, (255, 255, 255))
             draw.rounded_rectangle(inside, radius=4, fill=fill, outline=self.paint)
@@ -202,7 +213,7 @@ def _letters(face: int, size: int, text: str) -> Image.Image:
 
 
 def make_game(draws: Draws, level: int, language: str) -> ScreenGame:
-    """A game of a difficulty, see :func:`screen`."""
+    """A game of a difficulty; :func:`qwen2vl.samples.playing.screen` says what each level holds."""
     count, columns, tasks = ((2, 1, 1), (draws.between(3, 4), 2, 1), (draws.between(3, 5), 2, 2))[min(level, 2)]
     if level <= 1:
         size = (84, 84) if level == 0 else (112, draws.pick((84, 112)))
@@ -244,7 +255,7 @@ def _layout(
     opens: str | None = None,
     with_field: bool = False,
 ) -> tuple[Control, ...]:
-    """Controls in cells of equal size, in a random order, each anywhere inside of its own."""
+    """The controls of a screen, each at a random place in a cell of its own; the cells are of equal size."""
     top = size[1] // 4 + 4 if with_field else 0
     rows = -(-len(labels) // columns)
     wide, high = size[0] // columns, (size[1] - top) // rows
@@ -258,47 +269,3 @@ def _layout(
         y = top + high * (cell // columns) + draws.between(2, high - h - 2)
         controls.append(Control("button", label, (x, y, x + w, y + h), 1 if label == opens else None))
     return tuple(controls)
-
-
-def screen(draws: Draws, level: int) -> Sample:
-    """Games of buttons, played to their end without a mistake, with a screenshot after every action.
-
-    0 two buttons, one to tap, 84 x 84; 1 three or four; 2 two of three to five, in the order of the instruction; 3 a
-    menu and then a button of the screen that it opens; 4 a text to type into a field, and a button.
-
-    The assistant's one turn holds thoughts, calls and results in the paper's form; `answer` is all of it, with
-    `<image>` for the screenshots. For an episode of a model's own play, `make_game` with the same draws.
-    """
-    language = draws.language()
-    game = make_game(draws, level, language)
-    start, _ = game.reset()
-    pictures = [start["image"]]
-    steps: list[Step] = []
-    while not game.done:
-        call = game.next_call()
-        steps += [game.tasks[game.step].words(language), call]
-        steps.append(result := game.execute(call))
-        pictures += _images(result)
-    steps.append(SCREEN[language]["done"])
-    names = [f"{n}.ppm" for n in range(len(pictures))]
-    turn = "".join(item.get("text", "<image>") for item in render_turn(steps, "paper"))
-    record = {
-        "messages": [
-            {"role": "user", "content": f"<image>{game.instruction}"},
-            {"role": "assistant", "content": turn},
-        ],
-        "system": SYSTEM,
-        "agent": "paper",
-        "images": names,
-    }
-    scene = {
-        "controls": [[{"label": c.label, "kind": c.kind, "box": list(c.box)} for c in one] for one in game.screens],
-        "tasks": [[task.kind, task.text] for task in game.tasks],
-    }
-    members = dict(zip(names, map(to_ppm, pictures), strict=True))
-    return Sample(record, members, turn, language, game.size, scene=scene)
-
-
-def _images(result: Result) -> list[Image.Image]:
-    items: Sequence[Mapping[str, Any]] = () if isinstance(result.content, str) else result.content
-    return [item["image"] for item in items if "image" in item]

@@ -1,4 +1,7 @@
-"""A checkpoint with random weights in the released layout, for trying the real loading path without a download."""
+"""Checkpoints with random weights in the released layout.
+
+Benchmarks, tests and the demo load them through the path of a released checkpoint, without a download.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ from qwen2vl.config import MAX_PIXELS, MIN_PIXELS, Qwen2VLConfig, TextConfig, Vi
 from qwen2vl.model import Qwen2VL
 from qwen2vl.prompt.files import write_image_settings
 
-from .tokenizer import write_byte_tokenizer
+from .byte_tokenizer import write_byte_tokenizer
 
-#: config field -> special token's name
+#: Field of the configuration -> the name of its special token.
 SPECIAL_TOKENS = {
     "image_token_id": "<|image_pad|>",
     "video_token_id": "<|video_pad|>",
@@ -27,10 +30,11 @@ SPECIAL_TOKENS = {
 
 
 def small_config(tie_word_embeddings: bool = True) -> Qwen2VLConfig:
-    """A model of about 2M parameters with the real proportions: vision head_dim 80, 2x2 merge, M-RoPE, grouped heads.
+    """The configuration of a model of about 2M parameters with the structure of the released ones.
 
-    Its special tokens hold the last ids of a vocabulary of 512, until :func:`write_random_checkpoint` puts a
-    tokenizer's own.
+    Vision heads are 80 wide, 2 x 2 patches are merged, positions are M-RoPE's, and query heads share keys and values.
+    The special tokens have the last ids of a vocabulary of 512; :func:`write_random_checkpoint` replaces them by those
+    of the tokenizer that it writes.
     """
     text = TextConfig(
         hidden_size=256,
@@ -59,15 +63,17 @@ def write_random_checkpoint(
     max_shard_bytes: int = 5 * 10**9,
     device: torch.device | str = "cpu",
 ) -> Path:
-    """Write config, weights, a byte-level tokenizer and the processor's files; returns the folder.
+    """Write configuration, weights, a byte-level tokenizer and the processor's files; returns the folder.
 
     Args:
-        config: default :func:`small_config` with the small tokenizer's own ids. A config given keeps its ids if they
-            are the released ones, which the tokenizer then uses too.
-        seed: of the weights; torch's global generator is left as it was.
-        std: of the weights. At 0.02 a small model mostly repeats its last token; at 0.1 it babbles.
+        config: by default :func:`small_config`. Its special tokens get the ids of the tokenizer that is written, which
+            are the released ones where `config` has these.
+        seed: of the weights; torch's global generator stays as it is.
+        std: the standard deviation of the weights. At 0.02 a small model mostly repeats its last token; at 0.1 it
+            writes varied noise.
         dtype: of the stored weights.
-        device: makes the weights, other ones for each kind of device: a GPU takes moments where a CPU takes minutes.
+        max_shard_bytes: the size at which weights go into several files.
+        device: where the weights are drawn. A GPU takes moments where a CPU takes minutes, but draws other weights.
     """
     device = torch.device(device)
     folder = Path(folder)
@@ -85,7 +91,13 @@ def write_random_checkpoint(
 def write_checkpoint(
     model: Qwen2VL, folder: Path, *, min_pixels: int, max_pixels: int, max_shard_bytes: int = 5 * 10**9
 ) -> None:
-    """Write weights, configs and image settings of a new model beside its tokenizer's files; it decodes greedily."""
+    """Write a new model's weights, configurations and image settings, beside its tokenizer's files.
+
+    The model decodes greedily by default.
+
+    Args:
+        min_pixels, max_pixels: the area of an image that the processor resizes to, in pixels.
+    """
     config, vision = model.config, model.config.vision
     model.generation_defaults = {
         "bos_token_id": config.bos_token_id,

@@ -1,0 +1,75 @@
+"""The random decisions that one generated sample is made from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from .questions import QUESTIONS
+from .words import LANGUAGES
+
+T = TypeVar("T")
+#: Pixels: the side of the square that becomes one token.
+UNIT = 28
+_NAMES = tuple(LANGUAGES)
+_BOUNDS = np.cumsum(list(LANGUAGES.values()))
+
+
+class Draws:
+    """Everything that chance decides about one sample.
+
+    Args:
+        rng: the only source of randomness.
+        held_out: whether the sample is for evaluation, so that its strings and picture sizes are those that training
+            never shows.
+    """
+
+    def __init__(self, rng: np.random.Generator, *, held_out: bool = False):
+        self.rng = rng
+        self.held_out = held_out
+
+    def between(self, low: int, high: int) -> int:
+        """A whole number from low to high, both included."""
+        return int(self.rng.integers(low, high + 1))
+
+    def pick(self, options: Sequence[T]) -> T:
+        """One of the options, each equally likely."""
+        return options[int(self.rng.integers(len(options)))]
+
+    def some(self, options: Sequence[T], count: int) -> list[T]:
+        """`count` different options in a random order."""
+        return [options[i] for i in self.rng.permutation(len(options))[:count].tolist()]
+
+    def chance(self, probability: float) -> bool:
+        """True with this probability."""
+        return bool(self.rng.random() < probability)
+
+    def language(self) -> str:
+        """A language, in the proportions of `LANGUAGES`."""
+        return _NAMES[int(np.searchsorted(_BOUNDS, self.rng.integers(100), side="right"))]
+
+    def question(self, name: str, language: str, about: str = "") -> str:
+        """One of the wordings of a question of `QUESTIONS`, with `about` in the place of its braces."""
+        return self.pick(QUESTIONS[name][language]).replace("{}", about)
+
+    def size(self, rows: tuple[int, int], columns: tuple[int, int], *, loose: bool = False) -> tuple[int, int]:
+        """(width, height) in pixels of a picture that has between so many rows and columns of units.
+
+        Sizes that :func:`is_held_out_size` names are for evaluation alone. Where the ranges allow only such sizes, or
+        none, training and evaluation draw from the same sizes.
+
+        Args:
+            loose: add up to 13 pixels to each side, which the processor removes again when it resizes.
+        """
+        every = [(r, c) for r in range(rows[0], rows[1] + 1) for c in range(columns[0], columns[1] + 1)]
+        own = [pair for pair in every if is_held_out_size(*pair) == self.held_out]
+        high, wide = self.pick(own or every)
+        extra = (self.between(0, 13), self.between(0, 13)) if loose else (0, 0)
+        return UNIT * wide + extra[0], UNIT * high + extra[1]
+
+
+def is_held_out_size(rows: int, columns: int) -> bool:
+    """Whether training never shows pictures of so many units: a fifth of all sizes, some of every aspect ratio."""
+    return (rows + 2 * columns) % 5 == 0
