@@ -182,7 +182,9 @@ def store_head(
 @jit
 def zeros_head(rows: tl.constexpr, HEAD: tl.constexpr, ACC: tl.constexpr):
     """Accumulators for both blocks; the second one is not used where the head has one block."""
-    return tl.zeros((rows, HEAD[1]), ACC), tl.zeros((rows, HEAD[2] if HEAD[2] > 0 else 16), ACC)
+    FIRST: tl.constexpr = HEAD[1]  # named, as Triton 3.6 takes no plain number for a size
+    SECOND: tl.constexpr = HEAD[2] if HEAD[2] > 0 else 16  # pyright: ignore[reportAssignmentType]
+    return tl.zeros((rows, FIRST), ACC), tl.zeros((rows, SECOND), ACC)
 
 
 @jit

@@ -60,7 +60,7 @@ def two_loops_kernel(q, k, v, out, end, row_stride, ROWS: tl.constexpr, STEP: tl
 def _run() -> None:
     x = meta(4100, 80, dtype=torch.bfloat16)
     sizes = {"ROWS": 128, "STEP": 64, "num_warps": 8, "num_stages": 2}
-    launch(two_loops_kernel, (33,), x.device, x, x, x, x, 4100, 80, **sizes)
+    launch(two_loops_kernel, (33,), x.device, q=x, k=x, v=x, out=x, end=4100, row_stride=80, **sizes)
 
 
 if __name__ == "__main__":

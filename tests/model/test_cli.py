@@ -24,9 +24,8 @@ from examples.demo.media import draw_scene, write_video
 from qwen2vl import GenerationConfig, Processor, Qwen2VL, generate
 from qwen2vl.cli import app
 from qwen2vl.cli.common import printable
-from qwen2vl_kernels.core import backends
+from qwen2vl_kernels.core import attention_choice, backends
 from qwen2vl_kernels.core.matmul import slow_on_cpu
-from qwen2vl_kernels.ops import varlen_attention
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -363,7 +362,7 @@ def test_info(run):
     for device in ("cpu", "cuda"):
         rows = facts["backends"][device]
         assert [tuple(r.values()) for r in rows] == backends.table(device) and all(r["why"] for r in rows)
-        served = [row[kind] for row in facts["attention"][device] for kind in varlen_attention.KINDS]
+        served = [row[kind] for row in facts["attention"][device] for kind in attention_choice.KINDS]
         assert all(of["why"] for of in served)
         for measured in [of["measured"] for of in rows + served if of["measured"]]:
             assert (ROOT / "benchmarks" / "results" / measured).is_file()

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from qwen2vl_kernels import plan_tiles, varlen_attention
 from qwen2vl_kernels.core.backends import unavailable
 from qwen2vl_kernels.core.launching import Target
+from qwen2vl_kernels.core.rotation import rotate
 from qwen2vl_kernels.core.tile_plan import make_tiles, plan_for
 from qwen2vl_kernels.ops.varlen_attention import varlen_attention_ref
 from qwen2vl_kernels.triton import attention_forward
 from qwen2vl_kernels.triton.attention_backward import launch_backward
 from qwen2vl_kernels.triton.attention_forward import forward_config, launch_forward
 from qwen2vl_kernels.triton.attention_head import column_blocks
-from qwen2vl_kernels.triton.rotary import rotate
 from tests.conftest import DEVICE, assert_two_times
 from tests.kernels.poison import poisoned  # noqa: F401
 
