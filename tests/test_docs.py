@@ -32,8 +32,6 @@ from tests.integrations.fakes.vllm import install_vllm
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-#: Named here and made on another branch.
-COMING: set[str] = set()
 CHECKPOINT = "Qwen/Qwen2-VL-2B-Instruct"
 _FENCE = re.compile(r"(?:^<!-- ([^\n]*) -->\n)?^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
@@ -143,7 +141,7 @@ def test_links_lead_somewhere(page):
         assert "://" not in target, "pages stand by themselves"
         name, _, anchor = target.partition("#")
         path = (page.parent / name) if name else page
-        assert path.is_file() or name in COMING, f"{target} is not there"
+        assert path.is_file(), f"{target} is not there"
         assert not anchor or anchor in anchors(path), f"{target} has no such heading"
 
 
@@ -168,7 +166,7 @@ def test_make_targets_that_are_named_exist():
     made = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
         named = set(re.findall(r"(?:`|^)make ([a-z-]+)", page.read_text(encoding="utf-8"), re.MULTILINE))
-        assert named <= made | COMING, f"{page.name}: {named - made}"
+        assert named <= made, f"{page.name}: {named - made}"
 
 
 def test_the_page_on_serving_has_every_feature_and_no_wrong_value():

@@ -61,9 +61,7 @@ _SHAPES = (
 
 SPECIMENS = (
     *(
-        Specimen(
-            _name("attention", *shape), partial(_attention, *shape), further=shape not in (_SHAPES[0], _SHAPES[-1])
-        )
+        Specimen(_name("attention", *shape), partial(_attention, *shape), further=shape != _SHAPES[0])
         for shape in _SHAPES
     ),
     *(

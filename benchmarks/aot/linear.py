@@ -38,10 +38,10 @@ def _specimen(
 SPECIMENS = (
     _specimen("patch_embed still, bytes", 588, 1280, torch.bfloat16, torch.uint8, False),
     _specimen("patch_embed video, bytes", 1176, 1280, torch.bfloat16, torch.uint8, False, further=True),
-    _specimen("patch_embed", 1176, 1280, torch.bfloat16, torch.bfloat16, False),
+    _specimen("patch_embed", 1176, 1280, torch.bfloat16, torch.bfloat16, False, further=True),
     _specimen("patch_embed from float32", 1176, 1280, torch.float16, torch.float32, False, further=True),
     _specimen("patch_merge fc1 + GELU", 5120, 5120, torch.bfloat16, torch.bfloat16, True),
-    _specimen("patch_merge fc2", 5120, 1536, torch.bfloat16, torch.bfloat16, False),
+    _specimen("patch_merge fc2", 5120, 1536, torch.bfloat16, torch.bfloat16, False, further=True),
     _specimen("patch_merge fc2", 5120, 3584, torch.float16, torch.float16, False, further=True),
     Specimen("patch_merge norm, raster order", partial(_gathering_norm, torch.bfloat16), wide=0.85),
 )

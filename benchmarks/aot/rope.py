@@ -57,14 +57,18 @@ SPECIMENS = (
     _specimen(12, 2, torch.bfloat16, "in place"),
     _specimen(12, 2, torch.bfloat16, "new", further=True),
     _specimen(12, 2, torch.float32, "in place", further=True),
-    _specimen(28, 4, torch.bfloat16, "in place, interleaved"),
+    _specimen(28, 4, torch.bfloat16, "in place, interleaved", further=True),
     _specimen(64, 8, torch.bfloat16, "in place, cache"),
     Specimen("append_kv 12+2 bfloat16 paged", partial(_append, 12, 2, torch.bfloat16, False), wide=0.8),
-    Specimen("append_kv 28+4 bfloat16 contiguous", partial(_append, 28, 4, torch.bfloat16, True), wide=0.8),
+    Specimen(
+        "append_kv 28+4 bfloat16 contiguous", partial(_append, 28, 4, torch.bfloat16, True), wide=0.8, further=True
+    ),
     Specimen("vision_rope 16x80 bfloat16", partial(_vision, 16, 80, torch.bfloat16), wide=0.8),
     Specimen("vision_rope 16x80 float32", partial(_vision, 16, 80, torch.float32), wide=0.8, further=True),
     Specimen("vision_rope 16x64 bfloat16", partial(_vision, 16, 64, torch.bfloat16), wide=0.8, further=True),
     Specimen("vision_rope 16x128 float16", partial(_vision, 16, 128, torch.float16), wide=0.8, further=True),
-    Specimen("vision_rope 16x72 bfloat16", partial(_vision, 16, 72, torch.bfloat16)),  # halves of 72 bytes
+    Specimen(
+        "vision_rope 16x72 bfloat16", partial(_vision, 16, 72, torch.bfloat16), further=True
+    ),  # halves of 72 bytes
     Specimen("vision_rope_tables 80", _tables),
 )
