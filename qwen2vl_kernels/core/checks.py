@@ -5,9 +5,13 @@ A check costs about a microsecond and never touches tensor data, so it neither s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import TypeGuard
 
 import torch
+from torch._C._functorch import peek_interpreter_stack
 
 #: float64 is accepted by eager formulas so that gradients can be checked against finite differences.
 EAGER_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -91,3 +95,72 @@ def no_grad_through(op: str, alternative: str, **tensors: torch.Tensor) -> None:
         for name, tensor in tensors.items():
             if tensor.requires_grad:
                 raise ValueError(f"{op}: {name} requires grad and is overwritten in place; call {alternative} instead")
+
+
+def no_overlap(op: str, written: dict[str, torch.Tensor | None], read: dict[str, torch.Tensor | None]) -> None:
+    """Refuse an in-place op whose writes meet other elements that it reads or writes.
+
+    ``written``: tensors that the op overwrites, none of whose elements may lie in one place, as those of an expanded
+    tensor do. ``read``: tensors that it reads beside these. What cannot be shown to lie apart is refused. Nothing is
+    checked while a compiler or a transform traces, as no tensor has a place then.
+    """
+    if torch.compiler.is_compiling() or peek_interpreter_stack() is not None:
+        return
+    ours = [(name, x) for name, x in written.items() if _has_place(x)]
+    others = [(name, x) for name, x in read.items() if _has_place(x)]
+    for name, x in ours:
+        if not _apart_in_itself(x.shape, x.stride()):
+            raise ValueError(
+                f"{op}: {name} is overwritten, and several of its elements share one place in memory, got shape "
+                f"{tuple(x.shape)} with strides {x.stride()}; give it memory of its own, as .contiguous() does"
+            )
+    for place, (name, x) in enumerate(ours):
+        for other, y in (*ours[place + 1 :], *others):
+            if x.device != y.device or x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr():
+                continue
+            distance = y.data_ptr() - x.data_ptr()
+            if not _apart(x.shape, x.stride(), x.element_size(), y.shape, y.stride(), y.element_size(), distance):
+                words = f"{name} is overwritten, and {other} lies in the same memory"
+                raise ValueError(f"{op}: {words}; give one of them memory of its own, as .clone() does")
+
+
+def _has_place(x: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
+    """Whether elements lie in memory: tensors of other classes may have none."""
+    return type(x) in (torch.Tensor, torch.nn.Parameter) and x is not None and not x.is_meta and x.numel() > 0
+
+
+def _by_stride(shape: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
+    """``(stride, size)`` of the dimensions with more than one element, the widest stride first."""
+    return sorted(((st, n) for st, n in zip(strides, shape, strict=True) if n > 1), reverse=True)
+
+
+@lru_cache(maxsize=4096)
+def _apart_in_itself(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether every dimension steps over all that the narrower ones hold, so that no two elements share a place."""
+    reach = 0
+    for stride, size in reversed(_by_stride(shape, strides)):
+        if stride <= reach:
+            return False
+        reach += stride * (size - 1)
+    return True
+
+
+@lru_cache(maxsize=4096)
+def _apart(shape, strides, itemsize, other_shape, other_strides, other_itemsize, distance: int) -> bool:
+    """Whether two strided tensors, the second one ``distance`` bytes behind the first, share no byte.
+
+    They do not where their ranges are apart, or where both repeat with one period and lie apart within it: the q and
+    the k of a packed projection, which repeat with every token.
+    """
+    first, second = _by_stride(shape, strides), _by_stride(other_shape, other_strides)
+    for outer in range(max(len(first), len(second)) + 1):
+        one, two = first[:outer], second[:outer]
+        period = math.gcd(*(s * itemsize for s, _ in one), *(s * other_itemsize for s, _ in two))
+        span = sum(s * (n - 1) for s, n in first[outer:]) * itemsize + itemsize
+        other_span = sum(s * (n - 1) for s, n in second[outer:]) * other_itemsize + other_itemsize
+        if period == 0:
+            if distance >= span or -distance >= other_span:
+                return True
+        elif distance % period >= span and distance % period + other_span <= period:
+            return True
+    return False

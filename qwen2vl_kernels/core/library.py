@@ -13,6 +13,8 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .namespace import NAMESPACE
@@ -85,14 +87,28 @@ def direct(*tensors: torch.Tensor | None) -> bool:
     """Whether an opaque op's kernel may be called without PyTorch's dispatcher, which costs some 10 us a call.
 
     It may unless a compiler traces, autograd follows one of ``tensors``, or one is of a class with its own dispatch.
+
+    Raises ``NotImplementedError`` inside a transform of ``torch.func``, and where one of ``tensors`` has a tangent: the
+    kernels have neither forward-mode derivatives nor rules for batches, and would drop both without a word.
     """
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return False
+    if peek_interpreter_stack() is not None:
+        raise NotImplementedError(f"these kernels know no transform of torch.func (vmap, grad, jvp); {_INSTEAD}")
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
+        raise NotImplementedError(f"these kernels have no forward-mode derivatives; {_INSTEAD}")
     tracked = torch.is_grad_enabled()
     return all(
         t is None or (type(t) in (torch.Tensor, torch.nn.Parameter) and not (tracked and t.requires_grad))
         for t in tensors
     )
+
+
+_INSTEAD = "backend='eager', the formula in PyTorch's operations, has them"
+
+
+def _has_tangent(tensor: torch.Tensor | None) -> bool:
+    return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def mark_written(*tensors: torch.Tensor | None) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from ..core.backends import resolve
-from ..core.checks import INTS, Checker, no_grad_through
+from ..core.checks import INTS, Checker, no_grad_through, no_overlap
 from ..core.library import direct, mark_written, register_opaque
 from ..core.namespace import torch_ops
 from ..core.rotation import check_angles, mrope_cos_sin, rotate
@@ -109,7 +109,7 @@ def append_kv(
         backend: ``None`` (choose), ``"triton"``, ``"eager"``.
 
     Raises ``TypeError``/``ValueError`` naming the argument that does not fit; ``ValueError`` when q, k or v requires
-    grad, and on the CPU for slots beyond the cache.
+    grad, when what is written shares memory with another argument, and on the CPU for slots beyond the cache.
     """
     check = Checker("append_kv")
     check.tensor("k", k, ("T", "Hk", "D"), contiguous_last=True)
@@ -127,6 +127,9 @@ def append_kv(
             check.require(value is None, f"positions must be given with {name}")
         check.require(not overwrite_k, "positions must be given with overwrite_k")
     no_grad_through("append_kv", "mrope and append_kv on detached tensors", k=k, v=v, **({} if q is None else {"q": q}))
+    written = {"k_cache": k_cache, "v_cache": v_cache, "q": q, **({"k": k} if overwrite_k else {})}
+    read = {"v": v, "slots": slots, "positions": positions, "inv_freq": inv_freq, "cos_sin_cache": cos_sin_cache}
+    no_overlap("append_kv", written, read if overwrite_k else {"k": k, **read})
     if k.device.type == "cpu" and slots.numel() and not torch.compiler.is_compiling():
         most, places = int(slots.max()), k_cache.shape[0] * k_cache.shape[1]
         check.require(most < places, f"slots must be below {places}, the cache's number of slots, got {most}")

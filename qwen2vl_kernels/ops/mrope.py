@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 
 from ..core.backends import resolve
-from ..core.checks import INTS, Checker, no_grad_through
+from ..core.checks import INTS, Checker, no_grad_through, no_overlap
 from ..core.library import register_composite, writes_only
 from ..core.rotation import check_angles, mrope_cos_sin, rotate
 from ..triton.rotary import halves_of, rotate_in_place, rotated
@@ -83,9 +83,12 @@ def mrope_(
     cos_sin_cache: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`mrope` in place: ``q`` and ``k`` are overwritten and returned. Refused when either requires grad."""
+    """:func:`mrope` in place: ``q`` and ``k`` are overwritten and returned. Refused when either requires grad, and
+    when what is overwritten shares memory with another argument or, like an expanded tensor, with itself."""
     _check("mrope_", q, k, positions, inv_freq, section, interleaved, cos_sin_cache)
     no_grad_through("mrope_", "mrope", q=q, k=k)
+    read = {"positions": positions, "inv_freq": inv_freq, "cos_sin_cache": cos_sin_cache}
+    no_overlap("mrope_", {"q": q, "k": k}, read)
     if resolve("mrope", q.device.type, backend) == "eager":
         q_out, k_out = mrope_ref(q, k, positions, inv_freq, section, interleaved, cos_sin_cache)
         q.copy_(q_out)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from ..core.backends import resolve
-from ..core.checks import Checker, no_grad_through
+from ..core.checks import Checker, no_grad_through, no_overlap
 from ..core.library import direct, first_order, mark_written, register_composite, register_opaque, writes_only
 from ..core.namespace import torch_ops
 from ..triton.elementwise import as_rows, launch_backward, launch_forward
@@ -117,9 +117,11 @@ def quick_gelu(x: torch.Tensor, bias: torch.Tensor | None = None, *, backend: st
 
 
 def quick_gelu_(x: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str | None = None) -> torch.Tensor:
-    """:func:`quick_gelu` in place: x is overwritten and returned. Refused when it requires grad."""
+    """:func:`quick_gelu` in place: x is overwritten and returned. Refused when it requires grad, or shares memory
+    with bias or, like an expanded tensor, with itself."""
     _check("quick_gelu_", x, bias)
     no_grad_through("quick_gelu_", "quick_gelu", x=x, **({} if bias is None else {"bias": bias}))
+    no_overlap("quick_gelu_", {"x": x}, {"bias": bias})
     if resolve("quick_gelu", x.device.type, backend) == "eager":
         _in_place_ref(x, bias)
     elif direct(x, bias):

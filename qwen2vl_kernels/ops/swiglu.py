@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core.backends import resolve
-from ..core.checks import Checker, no_grad_through
+from ..core.checks import Checker, no_grad_through, no_overlap
 from ..core.library import direct, first_order, mark_written, register_composite, register_opaque, writes_only
 from ..core.namespace import torch_ops
 from ..triton.elementwise import as_rows, launch_backward, launch_forward
@@ -127,11 +127,13 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor | None = None, *, backend: str |
 
 
 def swiglu_(gate: torch.Tensor, up: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
-    """:func:`swiglu` of split tensors in place: ``gate`` is overwritten and returned. Refused when it requires grad."""
+    """:func:`swiglu` of split tensors in place: ``gate`` is overwritten and returned. Refused when it requires grad,
+    or shares memory with ``up`` or, like an expanded tensor, with itself."""
     check = Checker("swiglu_")
     check.tensor("gate", gate, (..., "F"))
     check.tensor("up", up, tuple(gate.shape), like=gate)
     no_grad_through("swiglu_", "swiglu", gate=gate, up=up)
+    no_overlap("swiglu_", {"gate": gate}, {"up": up})
     if resolve("swiglu", gate.device.type, backend) == "eager":
         _in_place_ref(gate, up)
     elif direct(gate, up):

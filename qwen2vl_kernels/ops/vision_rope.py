@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from ..core.backends import resolve
-from ..core.checks import INTS, Checker, no_grad_through
+from ..core.checks import INTS, Checker, no_grad_through, no_overlap
 from ..core.library import register_composite, writes_only
 from ..core.rotation import rotate
 from ..triton.rope_tables import tables
@@ -87,9 +87,11 @@ def vision_rope(
 def vision_rope_(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, backend: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`vision_rope` in place: q and k are overwritten and returned. Refused when either requires grad."""
+    """:func:`vision_rope` in place: q and k are overwritten and returned. Refused when either requires grad, and
+    when what is overwritten shares memory with another argument or, like an expanded tensor, with itself."""
     _check("vision_rope_", q, k, cos, sin)
     no_grad_through("vision_rope_", "vision_rope", q=q, k=k)
+    no_overlap("vision_rope_", {"q": q, "k": k}, {"cos": cos, "sin": sin})
     if resolve("vision_rope", q.device.type, backend) == "eager":
         _in_place_ref(q, k, cos, sin)
     else:
@@ -109,6 +111,7 @@ def vision_rope_qkv_(
     q, k = qkv[:, 0], qkv[:, 1]
     _check("vision_rope_qkv_", q, k, cos, sin)
     no_grad_through("vision_rope_qkv_", "vision_rope on its q and k", qkv=qkv)
+    no_overlap("vision_rope_qkv_", {"qkv": qkv}, {"cos": cos, "sin": sin})
     if resolve("vision_rope", q.device.type, backend) == "eager":
         _in_place_ref(q, k, cos, sin)
     else:
