@@ -182,10 +182,15 @@ def _capturing(device: torch.device) -> bool:
 
 
 def _plans_of(cu_seqlens: torch.Tensor) -> dict[tuple[int, torch.device], TilePlan]:
-    """Those made since the boundaries were last written to, by rows and device; they live as long as the tensor."""
+    """Those made since the boundaries were last written to, by rows and device; they live as long as the tensor.
+
+    On the host the values are compared, as what is written through numpy or ``.data`` is not counted. On a device only
+    PyTorch's count of writes is, since the host would wait for the values.
+    """
+    state = (cu_seqlens._version, cu_seqlens.tolist() if cu_seqlens.device.type == "cpu" else None)
     known = _plans.get(cu_seqlens)
-    if known is None or known[0] != cu_seqlens._version:
-        known = _plans[cu_seqlens] = (cu_seqlens._version, {})
+    if known is None or known[0] != state:
+        known = _plans[cu_seqlens] = (state, {})
     return known[1]
 
 

@@ -223,7 +223,9 @@ def varlen_attention(
         causal: a row sees only rows of its segment up to itself.
         softmax_scale: default ``D ** -0.5``; positive.
         tiles: :func:`plan_tiles` of these ``cu_seqlens``, so that all layers share the list of tiles; without it the
-            list is made at the first call with a ``cu_seqlens``, and again when that was written to.
+            list is made at the first call with a ``cu_seqlens``, and again when that was written to: on the host by
+            any way, on a GPU by PyTorch's operations. What writes to it there in another way, as a kernel of yours may,
+            goes with ``tiles``.
         rope: ``(cos, sin)``, ``(T, D/2)`` each, of any float dtype, without gradients: q and k are rotated first, and
             keep what they held. The Triton kernels rotate them as they load them where segments are short and in a
             pass of its own where they are long, with the same bits.

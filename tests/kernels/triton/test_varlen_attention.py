@@ -335,3 +335,19 @@ def test_random_packs(seed):
         lengths, heads, kv_heads, pick(64, 72, 80, 96, 128), dtype=pick(torch.bfloat16, torch.float16), tail=pick(0, 5)
     )
     _check(*pack, causal=pick(False, True))
+
+
+@pytest.mark.parametrize("write", ["numpy", "data", "in place"])
+def test_boundaries_that_were_rewritten_are_planned_again(write):
+    q, k, v, cu, _ = _pack([9, 4, 3], columns=16)
+    cu = cu.cpu().clone()
+    run = lambda bounds: varlen_attention(q, k, v, bounds, 16, backend="triton")  # noqa: E731
+    before, other = run(cu), torch.tensor([0, 2, 11, 16], dtype=torch.int32)
+    if write == "numpy":
+        cu.numpy()[:] = other.numpy()
+    elif write == "data":
+        cu.data[:] = other
+    else:
+        cu.copy_(other)
+    after = run(cu)
+    assert torch.equal(after, run(other)) and not torch.equal(after, before)
