@@ -131,6 +131,15 @@ register_opaque(
 _BACKENDS = {"eager": varlen_attention_ref, "sdpa": sdpa, "blocked": blocked}
 
 
+def _attend(backend, q, k, v, cu_seqlens, causal, softmax_scale) -> torch.Tensor:
+    out = _BACKENDS[backend](q, k, v, cu_seqlens, causal, softmax_scale)
+    tracked = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if tracked and not out.requires_grad:
+        # No segment has rows: these zeros came from nothing, and what asks for gradients gets zeros, too.
+        out = out + (q[:0].sum() + k[:0].sum() + v[:0].sum())
+    return out
+
+
 def _run(q, k, v, cu_seqlens, max_seqlen, causal, softmax_scale, backend):
     """``(out, lse)``, where lse is what the backend's backward takes, or empty."""
     if backend in PEERS:
@@ -138,7 +147,7 @@ def _run(q, k, v, cu_seqlens, max_seqlen, causal, softmax_scale, backend):
         return _peer_forward(backend, q, k, v, plan, max_seqlen, causal, softmax_scale, keep=True)
     if backend == "sdpa" and keeps_statistics(q, v):
         return sdpa_with_statistics(q, k, v, cu_seqlens, causal, softmax_scale)
-    return _BACKENDS[backend](q, k, v, cu_seqlens, causal, softmax_scale).contiguous(), q.new_empty(0)
+    return _attend(backend, q, k, v, cu_seqlens, causal, softmax_scale).contiguous(), q.new_empty(0)
 
 
 def _run_backward(dout, q, k, v, out, lse, cu_seqlens, max_seqlen, causal, softmax_scale, backend):
@@ -151,7 +160,7 @@ def _run_backward(dout, q, k, v, out, lse, cu_seqlens, max_seqlen, causal, softm
     # operators, so the forward is run once more.
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     with torch.enable_grad():
-        again = _BACKENDS[backend](*leaves, cu_seqlens, causal, softmax_scale)
+        again = _attend(backend, *leaves, cu_seqlens, causal, softmax_scale)
     return tuple(g.contiguous() for g in torch.autograd.grad(again, leaves, dout))
 
 
@@ -295,7 +304,7 @@ def varlen_attention(
         tiles.hold_to(max_seqlen)  # the operator is not told of it
     if traced or name in PEERS:  # tracers need one opaque op, as the implementations read cu_seqlens
         return torch_ops.varlen_attention(q, k, v, cu_seqlens, *settings, name)[0]
-    return _BACKENDS[name](q, k, v, cu_seqlens, *settings[1:])
+    return _attend(name, q, k, v, cu_seqlens, *settings[1:])
 
 
 def _rotated(q, k, rope, name) -> tuple[torch.Tensor, torch.Tensor]:

@@ -169,3 +169,13 @@ def test_bounds_are_checked():
         varlen_attention(q, k, v, torch.tensor([0, 8]), 8)
     with pytest.raises(ValueError, match="q's 4 heads must be a multiple of k's 3"):
         varlen_attention(q, torch.randn(8, 3, 80), torch.randn(8, 3, 80), torch.tensor([0, 8]).int(), 8)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", None])
+@pytest.mark.parametrize("rows", [0, 3])
+def test_no_segment_with_rows_still_has_gradients(rows, backend):
+    q, k, v = (torch.rand(rows, heads, 8, requires_grad=True) for heads in (2, 1, 1))
+    out = varlen_attention(q, k, v, torch.tensor([0, 0], dtype=torch.int32), 0, backend=backend)
+    assert out.shape == (rows, 2, 8) and out.grad_fn is not None and not out.any()
+    out.sum().backward()
+    assert all(x.grad is not None and x.grad.shape == x.shape and not x.grad.any() for x in (q, k, v))
