@@ -66,7 +66,7 @@ class Specimen:
             forbids them.
         matrix: whether every kernel of it must use the matrix units.
         further: whether it is a further form of kernels that other specimens of its group show. The test suite compiles
-            these for sm_90 only.
+            these for sm_90 only, with the compiler that most people have.
     """
 
     name: str

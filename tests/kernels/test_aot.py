@@ -58,7 +58,9 @@ def _compiled(commands: Commands, triton: str, place: Path, group: str, *options
 
 @pytest.mark.parametrize("group", aot.groups())
 def test_every_kernel_passes_the_gates(pinned, tmp_path, group):
-    assert _compiled(pinned, TRITON, tmp_path, group, "--target", "sm_90") >= len(aot.groups()[group])
+    """Each in its first forms; the compiler that most have takes all forms below, and ``make aot`` has all of both."""
+    first = sum(not specimen.further for specimen in aot.groups()[group])
+    assert _compiled(pinned, TRITON, tmp_path, group, "--no-further", "--target", "sm_90") >= first > 0
 
 
 @pytest.mark.skipif(not TRITON.startswith(NEWEST), reason=f"only sm_90 is gated with Triton {TRITON}")
