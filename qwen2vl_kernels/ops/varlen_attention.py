@@ -160,7 +160,7 @@ def _run_backward(dout, q, k, v, out, lse, cu_seqlens, max_seqlen, causal, softm
     # operators, so the forward is run once more.
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     with torch.enable_grad():
-        again = _attend(backend, *leaves, cu_seqlens, causal, softmax_scale)
+        again = _attend(backend, leaves[0], leaves[1], leaves[2], cu_seqlens, causal, softmax_scale)
     return tuple(g.contiguous() for g in torch.autograd.grad(again, leaves, dout))
 
 
