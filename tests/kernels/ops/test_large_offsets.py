@@ -97,14 +97,17 @@ def test_in_place(memory):
 def test_slots(memory):
     """Blocks of a cache that far apart, and a contiguous one whose last slots are."""
     k = torch.randn(2, 1, 16, device=DEVICE).bfloat16()
-    blocks = memory.as_strided((4, 2, 1, 16), (FAR, 16, 16, 1))
+    v = torch.randn(2, 1, 16, device=DEVICE).bfloat16()
+    keys, values = memory.as_strided((4, 2, 2, 16), (FAR, 32, 16, 1)).split(1, 2)
     slots = torch.tensor([7, 1], device=DEVICE)
-    append_kv(k, k, blocks, blocks, slots, backend="triton")
-    assert torch.equal(blocks[3, 1], k[0]) and torch.equal(blocks[0, 1], k[1])
-    capacity = 3 * FAR // 16
-    flat = memory[: capacity * 16].view(1, capacity, 1, 16)
-    append_kv(k, k, flat, flat, torch.tensor([capacity - 1, 5], device=DEVICE), backend="triton")
-    assert torch.equal(flat[0, -1], k[0]) and torch.equal(flat[0, 5], k[1])
+    append_kv(k, v, keys, values, slots, backend="triton")
+    assert torch.equal(keys[3, 1], k[0]) and torch.equal(keys[0, 1], k[1])
+    assert torch.equal(values[3, 1], v[0]) and torch.equal(values[0, 1], v[1])
+    capacity = 3 * FAR // 32
+    keys, values = memory[: capacity * 32].view(1, capacity, 2, 16).split(1, 2)
+    append_kv(k, v, keys, values, torch.tensor([capacity - 1, 5], device=DEVICE), backend="triton")
+    assert torch.equal(keys[0, -1], k[0]) and torch.equal(keys[0, 5], k[1])
+    assert torch.equal(values[0, -1], v[0]) and torch.equal(values[0, 5], v[1])
 
 
 @pytest.mark.parametrize("far", [0, 1], ids=["tokens", "heads"])
