@@ -7,6 +7,7 @@ filled, peers' hollow; our lines are solid, peers' dashed.
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -252,6 +253,12 @@ def save(path: Path, make: Callable[[], Any], description: str | None = None) ->
 
     with matplotlib.rc_context({"svg.hashsalt": "qwen2vl", "font.family": "DejaVu Sans", "axes.spines.top": False}):
         make().savefig(path, metadata={"Date": None, "Description": description})
+    if path.suffix == ".svg":  # clips are named by a hash of numbers whose last bits differ between CPUs: by order here
+        drawn = path.read_text(encoding="utf-8")
+        names = dict.fromkeys(re.findall(r'<clipPath id="(\w+)"', drawn))
+        for n, name in enumerate(names):
+            drawn = drawn.replace(name, f"clip{n}")
+        path.write_text(drawn, encoding="utf-8")
 
 
 def _accuracies(panel: Any, rows: Rows, key: str) -> None:

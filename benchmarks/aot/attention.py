@@ -24,25 +24,20 @@ def _attention(
     causal: bool,
     rotated: bool = False,
     longest: int = 1024,
+    split: bool = False,
 ) -> None:
-    q = meta(_TOKENS, heads, columns, dtype=dtype)
+    rows = _TOKENS // 2 if split else _TOKENS
+    q = meta(rows, heads, columns, dtype=dtype)
     k = v = meta(_TOKENS, kv_heads, columns, dtype=dtype)
-    cu_seqlens = torch.linspace(0, _TOKENS, 65).int()  # on the host, which knows that no row is behind the last
+    # On the host, which knows that no row is behind the last.
+    cu_seqlens = torch.linspace(0, rows, 65).int()
+    keys = {"cu_seqlens_k": torch.linspace(0, _TOKENS, 65).int(), "total_k": _TOKENS} if split else {}
     cos = sin = meta(_TOKENS, columns // 2, dtype=torch.float32) if rotated else None
     fused = fuses_rope(longest, columns, target_of(q.device))
-    out, lse = launch_forward(
-        q,
-        k,
-        v,
-        plan_tiles(cu_seqlens, _TOKENS, device=q.device),
-        longest,
-        causal,
-        columns**-0.5,
-        cos=cos,
-        sin=sin,
-        fused=fused,
-    )
-    launch_backward(q, q, k, v, out, lse, cu_seqlens, cos, sin, causal, columns**-0.5, fused)
+    plan, scale = plan_tiles(cu_seqlens, rows, **keys, device=q.device), columns**-0.5
+    rope = {"cos": cos, "sin": sin, "fused": fused}
+    out, lse = launch_forward(q, k, v, plan, longest, causal, scale, **rope)
+    launch_backward(q, q, k, v, out, lse, plan, causal, scale, **rope)
 
 
 def _name(kind: str, heads: int, kv_heads: int, columns: int, dtype: torch.dtype, causal: bool) -> str:
@@ -67,6 +62,14 @@ SPECIMENS = (
     *(
         Specimen(_name("attention, rope", *shape), partial(_attention, *shape, rotated=True), further=True)
         for shape in ((16, 16, 80, torch.bfloat16, False), (16, 16, 72, torch.bfloat16, False))
+    ),
+    *(
+        Specimen(_name("attention over keys of their own", *shape), partial(_attention, *shape, split=True), further=more)
+        for shape, more in (
+            ((28, 4, 128, torch.bfloat16, True), False),
+            ((16, 16, 80, torch.bfloat16, True), True),
+            ((16, 16, 80, torch.bfloat16, False), True),
+        )
     ),
     Specimen(
         "attention, rope, windows 16/16x80 bfloat16",

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from qwen2vl_kernels.core.tile_plan import TilePlan
+from qwen2vl_kernels.core.tile_plan import Side
 from qwen2vl_kernels.triton.tail import zero_behind
 
 from .compiler import Specimen, label, meta
@@ -14,7 +14,7 @@ from .compiler import Specimen, label, meta
 
 def _zero(heads: int, columns: int, dtype: torch.dtype) -> None:
     x, cu_seqlens = meta(4100, heads, columns, dtype=dtype), meta(65, dtype=torch.int32)
-    zero_behind(x, TilePlan(cu_seqlens, 4100, x.device, padded=True))
+    zero_behind(x, Side(cu_seqlens, 4100, x.device, padded=True))
 
 
 SPECIMENS = tuple(

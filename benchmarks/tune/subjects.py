@@ -212,7 +212,7 @@ def _attention_work(
             out, lse = torch.empty_like(grad), torch.empty(heads, total, device=device)
         else:
             out, lse = sdpa(q, k, v), _log_sums(q, k, lengths, causal, scale)
-        inputs = (grad, q, k, v, out, lse, cu_seqlens, None, None)
+        inputs = (grad, q, k, v, out, lse, plan)
         run = lambda: attention_backward.launch_backward(*inputs, causal, scale)[which]  # noqa: E731
     # The first key head and its queries against float64, which is slow; the whole against PyTorch's kernel.
     group = heads // kv_heads

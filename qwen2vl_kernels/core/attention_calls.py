@@ -1,6 +1,7 @@
 """How varlen_attention calls others' fused kernels, which ``attention_peers`` chooses among.
 
-They know packs, take strides, keep softmax statistics in float32 and read no boundary on the host. They leave the rows
+They know packs, take strides, keep softmax statistics in float32 and read no boundary on the host. Causal masks end
+where queries and keys both end. They leave the rows
 behind the last segment as they were, in results and in gradients; ``ops.varlen_attention`` makes these zero. Their
 backward passes get the statistics that their forward passes kept, in a compiled graph too. By its source FlashAttention
 2 multiplies rows by strides in 64 bits, while cuDNN's offsets have 32; nobody has run either past 2^31 here.
@@ -9,19 +10,24 @@ backward passes get the statistics that their forward passes kept, in a compiled
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
 from . import attention_peers
-from .tile_plan import TilePlan
+from .tile_plan import Side, TilePlan
 
 
-def forward(name, q, k, v, plan: TilePlan, max_seqlen: int, causal: bool, scale: float, keep: bool):
-    """``(out (T, Hq, D), lse (T * Hq,))`` by the peer ``name``; lse is its statistics, ``None`` unless ``keep``."""
-    bounds, longest = plan.bounds(), _longest(plan, max_seqlen)
+def forward(name, q, k, v, plan: TilePlan, longest: Sequence[int], causal: bool, scale: float, keep: bool):
+    """``(out (T, Hq, D), lse (T * Hq,))`` by the peer ``name``; lse is its statistics, ``None`` unless ``keep``.
+
+    longest: bounds of the segments' lengths, those of the queries' and those of the keys'.
+    """
+    packs = _packs(plan, longest)
     q, k, v = _at_16_bytes(q, k, v)
-    shared = _shared_options(bounds, longest, causal, scale)
+    shared = _shared_options(packs, causal, scale)
     if name == "torch":
         options = {"return_debug_mask": False, **shared}
         out, lse = torch.ops.aten._flash_attention_forward(query=q, key=k, value=v, **options)[:2]
@@ -29,7 +35,7 @@ def forward(name, q, k, v, plan: TilePlan, max_seqlen: int, causal: bool, scale:
         options = {"attn_bias": None, "compute_log_sumexp": keep, "return_debug_mask": False, **shared}
         out, lse = torch.ops.aten._cudnn_attention_forward(query=q, key=k, value=v, **options)[:2]
     else:
-        out, lse = _flash_forward(name, q, k, v, bounds, longest, causal, scale, keep)
+        out, lse = _flash_forward(name, q, k, v, packs, causal, scale, keep)
     out = out.contiguous()
     if not keep:
         return out, None
@@ -43,13 +49,21 @@ def forward(name, q, k, v, plan: TilePlan, max_seqlen: int, causal: bool, scale:
 _dimensions: dict[str, int] = {}
 
 
-def backward(name, grad, q, k, v, out, lse, plan: TilePlan, max_seqlen: int, causal: bool, scale: float):
+def statistics(name: str, lse: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """:func:`forward`'s as ``(Hq, T)``, where a row that sees no key has the log of nothing: FlashAttention 2 says
+    plus infinity for it."""
+    rows, heads, _ = q.shape
+    lse = lse.view(rows, heads).t() if _dimensions.get(name) == 3 else lse.view(heads, rows)
+    return lse.masked_fill(lse == float("inf"), float("-inf"))
+
+
+def backward(name, grad, q, k, v, out, lse, plan: TilePlan, longest: Sequence[int], causal: bool, scale: float):
     """``(dq, dk, dv)`` of :func:`forward` from what it returned."""
-    bounds, longest = plan.bounds(), _longest(plan, max_seqlen)
+    packs = _packs(plan, longest)
     q, k, v, grad, out = _at_16_bytes(q, k, v, grad.contiguous(), out)
     lse = lse.view(q.shape[0], q.shape[1], 1) if _dimensions.get(name) == 3 else lse.view(q.shape[1], q.shape[0])
     tensors = {"grad_out": grad, "query": q, "key": k, "value": v, "out": out, "logsumexp": lse}
-    shared = _shared_options(bounds, longest, causal, scale)
+    shared = _shared_options(packs, causal, scale)
     if name == "torch":
         state = torch.empty(2, dtype=torch.uint64, device=q.device)  # of the random numbers for dropout, not read
         grads = torch.ops.aten._flash_attention_backward(**tensors, rng_state=state, unused=state, **shared)
@@ -60,23 +74,31 @@ def backward(name, grad, q, k, v, out, lse, plan: TilePlan, max_seqlen: int, cau
         options = {"philox_seed": state, "philox_offset": state, "attn_bias": None, **shared}
         grads = torch.ops.aten._cudnn_attention_backward(**tensors, **options)
     else:
-        grads = _flash_backward(name, grad, q, k, v, out, lse, bounds, longest, causal, scale)
+        grads = _flash_backward(name, grad, q, k, v, out, lse, packs, causal, scale)
     return tuple(x.contiguous() for x in grads)
 
 
-def _shared_options(bounds: torch.Tensor, longest: int, causal: bool, scale: float) -> dict[str, object]:
-    """What PyTorch's two operators and their backward passes are all told, by the names of their schemas."""
-    packs = {"cum_seq_q": bounds, "cum_seq_k": bounds, "max_q": longest, "max_k": longest}
-    return {**packs, "dropout_p": 0.0, "is_causal": causal, "scale": scale}
+def _packs(plan: TilePlan, longest: Sequence[int]) -> dict[str, Any]:
+    """Boundaries of queries and keys and bounds of their lengths, by the names that flash-attn gives them."""
+    (most_q, most_k), sides = longest, (plan.queries, plan.keys)
+    bounds_q, bounds_k = (side.bounds() for side in sides)
+    most_q, most_k = (_longest(side, most) for side, most in zip(sides, (most_q, most_k), strict=True))
+    return {"cu_seqlens_q": bounds_q, "cu_seqlens_k": bounds_k, "max_seqlen_q": most_q, "max_seqlen_k": most_k}
 
 
-def _longest(plan: TilePlan, max_seqlen: int) -> int:
+def _longest(side: Side, max_seqlen: int) -> int:
     """What a peer's grid is made of, which must reach every segment, now and when a captured graph is replayed.
 
     No segment has more rows than there are. FlashAttention 2 takes 1 for decoding, with all segments full.
     """
-    plan.hold_to(max_seqlen)
-    return max(2, min(max_seqlen, plan.total))
+    side.hold_to(max_seqlen)
+    return max(2, min(max_seqlen, side.total))
+
+
+def _shared_options(packs: dict[str, Any], causal: bool, scale: float) -> dict[str, object]:
+    """What PyTorch's two operators and their backward passes are all told, by the names of their schemas."""
+    named = {"cu_seqlens_q": "cum_seq_q", "cu_seqlens_k": "cum_seq_k", "max_seqlen_q": "max_q", "max_seqlen_k": "max_k"}
+    return {**{named[key]: x for key, x in packs.items()}, "dropout_p": 0.0, "is_causal": causal, "scale": scale}
 
 
 def _at_16_bytes(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -100,20 +122,19 @@ def _refuse_determinism(name: str) -> None:
     )
 
 
-def _flash_forward(name, q, k, v, bounds, longest, causal, scale, keep):
+def _flash_forward(name, q, k, v, packs, causal, scale, keep):
     function = attention_peers.module_of(name).flash_attn_varlen_func
     wanted = {"return_attn_probs", "return_lse"} & inspect.signature(function).parameters.keys() if keep else ()
-    packs = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": longest, "max_seqlen_k": longest}
     with _device_of(q):
         result = function(q, k, v, **packs, softmax_scale=scale, causal=causal, **dict.fromkeys(wanted, True))
     return result[:2] if isinstance(result, tuple) else (result, None)
 
 
-def _flash_backward(name, grad, q, k, v, out, lse, bounds, longest, causal, scale):
+def _flash_backward(name, grad, q, k, v, out, lse, packs, causal, scale):
     made = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     offered = {
         **{"dout": grad, "q": q, "k": k, "v": v, "out": out, "softmax_lse": lse, "lse": lse},
-        **{"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": longest, "max_seqlen_k": longest},
+        **packs,
         **{"softmax_scale": scale, "causal": causal, "is_causal": causal},
         **{"deterministic": torch.are_deterministic_algorithms_enabled()},
         **dict(zip(("dq", "dk", "dv"), made, strict=True)),

@@ -96,7 +96,8 @@ def entry_of(call: Call) -> Entry | None:
     for entry in TABLE:
         known = (entry.capability, entry.causal, entry.gradients) == (call.capability, call.causal, call.gradients)
         fits = call.dtype in entry.dtypes and entry.columns[0] <= call.columns <= entry.columns[1]
-        if known and fits and call.columns == call.value_columns and call.rows >= entry.rows and not call.grouped:
+        packed = call.columns == call.value_columns and not (call.grouped or call.split)
+        if known and fits and packed and call.rows >= entry.rows:
             return entry
     return None
 
@@ -138,12 +139,25 @@ def serves(name: str, call: Call) -> tuple[str | None, str | None]:
         wide = max(call.columns, call.value_columns) > 256
         reason = "a head of more than 256 columns fits no program's registers" if wide else None
         return None, unavailable(name, call.device_type) or reason
+    if call.statistics and name != "eager":
+        return None, _no_statistics(name, call)
     return None, None
+
+
+def _no_statistics(name: str, call: Call) -> str | None:
+    """Why a backend made of PyTorch's operations does not give the logs of the sums, or ``None``."""
+    if name != "sdpa" or call.device_type != "cpu" or call.columns != call.value_columns:
+        return "return_lse: it keeps no logs of the sums for such a call"
+    return "return_lse: its backward takes no gradient of them" if call.gradients else None
 
 
 def _choose_on_cpu(call: Call) -> Choice:
     if call.device_type != "cpu":
         return Choice("eager", None, None, f"nothing else serves {call.device_type} tensors")
+    if call.statistics:
+        if serves("sdpa", call)[1] is None:
+            return Choice("sdpa", None, None, "PyTorch's fused attention keeps the logs of its sums")
+        return Choice("eager", None, None, "nothing else gives the logs of the sums for such heads, or takes gradients")
     known = (call.columns, call.causal, call.grouped) in CPU_MEASURED and call.columns == call.value_columns
     measured = _CPU if known and call.dtype == torch.bfloat16 else None
     if call.dtype == torch.bfloat16 and not call.gradients:
@@ -167,6 +181,8 @@ def chosen(
     causal: bool = False,
     invariant: bool = False,
     segments: int = 1,
+    split: bool = False,
+    statistics: bool = False,
     backend: str | None = None,
 ) -> str:
     """The backend, or the peer, that serves such a call. Raises :class:`BackendError` where the one named does not."""
@@ -187,7 +203,7 @@ def chosen(
     else:
         facts += (0, True, False, False, False)
     requested = backend if backend is not None else forced("varlen_attention")
-    name = _answer(*facts, repeatable, invariant, requested)
+    name = _answer(*facts, split, statistics, repeatable, invariant, requested)
     if name.startswith(_REFUSED):
         raise BackendError(name.removeprefix(_REFUSED))
     return name
@@ -220,13 +236,13 @@ _answer._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAc
 
 def _decide(
     kind, ordinal, dtype, columns, value_columns, grouped, causal, tracked, rows, aligned, wide, empty, many,
-    repeatable, invariant, requested, replaced=None,
+    split, statistics, repeatable, invariant, requested, replaced=None,
 ) -> str:  # fmt: skip
     device = torch.device(kind, ordinal) if kind == "cuda" else torch.device(kind)
     target = target_of(device)
     call = Call(
         kind, target.capability if kind == "cuda" else 0, dtype, columns, value_columns, grouped, causal, tracked, rows,
-        aligned, wide, empty, many, repeatable, replaced,
+        aligned, wide, empty, many, split, statistics, repeatable, replaced,
     )  # fmt: skip
     if requested is None:
         try:
@@ -244,6 +260,8 @@ def _decide(
     name = resolve("varlen_attention", kind, requested)
     if name == "blocked" and tracked:
         raise BackendError("varlen_attention: backend 'blocked' has no backward; q, k and v must not require grad")
+    if statistics and name in ("sdpa", "blocked") and (reason := _no_statistics(name, call)) is not None:
+        raise BackendError(f"varlen_attention: backend {name!r} does not serve this call: {reason}")
     if name in ("torch", "flash", "cudnn"):
         peer, reason = attention_peers.peer_of(name, call)
         if peer is None:

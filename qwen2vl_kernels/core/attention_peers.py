@@ -27,7 +27,8 @@ class Call:
     ``capability`` is 90 for 9.0, 0 for what is no NVIDIA GPU; ``rows`` the bucket of ``max_seqlen``. ``aligned``: the
     strides of rows and heads of q, k and v are multiples of 16 bytes; ``wide``: offsets of one of them pass 2^31
     elements; ``empty``: no rows, or no segments; ``many``: more segments than a grid's second and third dimension
-    count; ``repeatable``: deterministic algorithms are demanded; ``replaced``: what ``torch.nn.attention`` has
+    count; ``split``: keys have boundaries of their own; ``statistics``: the logs of the sums are asked for;
+    ``repeatable``: deterministic algorithms are demanded; ``replaced``: what ``torch.nn.attention`` has
     activated in the place of PyTorch's FlashAttention 2.
     """
 
@@ -44,6 +45,8 @@ class Call:
     wide: bool = False
     empty: bool = False
     many: bool = False
+    split: bool = False
+    statistics: bool = False
     repeatable: bool = False
     replaced: str | None = None
 
@@ -130,6 +133,8 @@ def why_not(name: str, call: Call) -> str | None:
             f"FlashAttention 2 has the segments in a grid's second or third dimension, which ends at {MOST_BLOCKS}, "
             f"and nobody has tried more with the others"
         )
+    if call.statistics and call.gradients:
+        return "its backward takes no gradient of the logs of the sums (return_lse)"
     if name == "torch":
         return _too_old(call, 80) or torch_reason() or (_replaced(call) if call.replaced else _untrainable(call))
     if name == "cudnn":
@@ -176,6 +181,8 @@ def _cudnn_shape(call: Call) -> str | None:
         return f"it takes heads of up to 128 columns on packs, got {call.columns}"
     if call.grouped:
         return "PyTorch's own caller refuses grouped heads there"
+    if call.split:
+        return "nobody has tried it where keys have boundaries of their own"
     if call.wide:
         return "its offsets into a pack have 32 bits"
     if call.gradients and _torch_version() < _CUDNN_BACKWARD:

@@ -23,7 +23,7 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
         "cpu": ("sdpa", "blocked", "eager", "triton"),
         "cuda": ("torch", "triton", "sdpa", "flash", "cudnn", "eager"),
     },
-    "kvcache_attention": {"cpu": ("sdpa", "eager"), "cuda": ("sdpa", "eager")},
+    "kvcache_attention": {"cpu": ("varlen", "sdpa", "eager"), "cuda": ("varlen", "sdpa", "eager")},
     "patch_embed": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
     "patch_merge": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
     "rms_norm": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
@@ -55,6 +55,7 @@ _WHY = {
     "cuda": "one launch and nothing read by the host, where PyTorch's operations take many",
     "triton": "one pass over the memory, where PyTorch's operations take several",
     "sdpa": "PyTorch's fused attention",
+    "varlen": "single tokens by PyTorch's fused attention, prompts by what serves varlen_attention",
     "torch": "PyTorch's own FlashAttention",
     "eager": "the formula in PyTorch's operations",
 }

@@ -104,6 +104,11 @@ def direct(*tensors: torch.Tensor | None) -> bool:
     )
 
 
+def watched() -> bool:
+    """Whether a dispatch mode wants to see the ops of a call: a tracer's, or a selective checkpoint's."""
+    return is_in_torch_dispatch_mode()
+
+
 _INSTEAD = "backend='eager', the formula in PyTorch's operations, has them"
 
 

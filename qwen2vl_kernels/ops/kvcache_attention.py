@@ -20,13 +20,13 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from ..core.attention_choice import chosen
+from ..core.attention_cpu import sdpa
 from ..core.backends import resolve
 from ..core.checks import Checker
 from ..core.library import register_opaque
+from ..core.matmul import in_autocast_dtype
 from ..core.namespace import torch_ops
-
-#: Query rows that share one mask, so that a long chunk on a long cache needs 256 x length and not length x length.
-_MASK_ROWS = 256
 
 
 def kvcache_attention_ref(
@@ -52,36 +52,40 @@ def kvcache_attention_ref(
     return torch.cat(parts)
 
 
-def _sdpa(q, k_cache, v_cache, new_tokens, cache_seqlens, softmax_scale) -> torch.Tensor:
-    """PyTorch's fused attention, row by row: a row's result does not depend on how long the others are."""
-    kv_heads, gqa = k_cache.shape[2], q.shape[1] != k_cache.shape[2]
+def _by_rows(q, k_cache, v_cache, new_tokens, cache_seqlens, softmax_scale, backend) -> torch.Tensor:
+    """Row by row: a row's result does not depend on how long the others are."""
+    kv_heads = k_cache.shape[2]
     out = q.new_empty((q.shape[0], q.shape[1], v_cache.shape[3]))
     start = 0
-    for row, (new, total) in enumerate(zip(new_tokens, cache_seqlens, strict=True)):
-        for first in range(0, new, _MASK_ROWS):
-            last = min(first + _MASK_ROWS, new)
-            seen, rows = total - new + last, slice(start + first, start + last)
-            ks, vs = (x[row, :seen].transpose(0, 1).unsqueeze(0) for x in (k_cache, v_cache))  # (1, Hk, seen, D)
-            if last - first == 1:
-                # The heads that share keys become rows of one query: every key is read once, not once a head. 8x
-                # faster than a grouped call at 1333 tokens, 12/2 heads, bf16 (2 Zen 5 cores).
-                queries = q[rows].unflatten(1, (kv_heads, -1))  # (1, Hk, Hq / Hk, D)
-                part = F.scaled_dot_product_attention(queries, ks, vs, scale=softmax_scale)
-                out[rows] = part.flatten(1, 2)
-            else:
-                mask = torch.ones((last - first, seen), dtype=torch.bool, device=q.device).tril(seen - (last - first))
-                queries = q[rows].transpose(0, 1).unsqueeze(0)
-                part = F.scaled_dot_product_attention(queries, ks, vs, mask, scale=softmax_scale, enable_gqa=gqa)
-                out[rows] = part[0].transpose(0, 1)
+    for row, (new, seen) in enumerate(zip(new_tokens, cache_seqlens, strict=True)):
+        rows, keys, values = slice(start, start + new), k_cache[row, :seen], v_cache[row, :seen]
+        if new == 1:
+            # The heads that share keys become rows of one query: every key is read once, not once a head. 8x
+            # faster than a grouped call at 1333 tokens, 12/2 heads, bf16 (2 Zen 5 cores).
+            queries = q[rows].unflatten(1, (kv_heads, -1))  # (1, Hk, Hq / Hk, D)
+            ks, vs = (x.transpose(0, 1).unsqueeze(0) for x in (keys, values))  # (1, Hk, seen, D)
+            out[rows] = F.scaled_dot_product_attention(queries, ks, vs, scale=softmax_scale).flatten(1, 2)
+        elif new:
+            out[rows] = _prompt(q[rows], keys, values, softmax_scale, backend)
         start += new
     return out
 
 
-_BACKENDS = {"eager": kvcache_attention_ref, "sdpa": _sdpa}
+def _prompt(q, k, v, softmax_scale, backend) -> torch.Tensor:
+    """Several new tokens of one row: attention of queries over keys of their own number, ends aligned."""
+    bounds = [torch.tensor([0, x.shape[0]], dtype=torch.int32) for x in (q, k)]
+    if backend == "sdpa":
+        return sdpa(q, k, v, bounds[0], True, softmax_scale, bounds[1])
+    longest = q.shape[0], k.shape[0]
+    name = chosen(q, k, v, max(longest), causal=True, split=True)
+    options = *longest, True, softmax_scale, False, False, name
+    return torch_ops.varlen_attention(q, k, v, *bounds, None, None, *options)[0]
 
 
 def _run(q, k_cache, v_cache, new_tokens, cache_seqlens, softmax_scale, backend) -> torch.Tensor:
-    return _BACKENDS[backend](q, k_cache, v_cache, new_tokens, cache_seqlens, softmax_scale)
+    if backend == "eager":
+        return kvcache_attention_ref(q, k_cache, v_cache, new_tokens, cache_seqlens, softmax_scale)
+    return _by_rows(q, k_cache, v_cache, new_tokens, cache_seqlens, softmax_scale, backend)
 
 
 register_opaque(
@@ -111,11 +115,15 @@ def kvcache_attention(
         new_tokens: B integers on the host, the new tokens of each row, summing to T.
         cache_seqlens: B integers on the host, the tokens in each row with the new ones; at most capacity.
         softmax_scale: default ``D ** -0.5``.
-        backend: ``None`` (choose), ``"eager"``, ``"sdpa"`` (PyTorch's fused attention, row by row).
+        backend: ``None`` (choose), ``"varlen"`` (row by row, single tokens by PyTorch's fused attention and several by
+            what ``varlen_attention`` chooses), ``"sdpa"`` (PyTorch's fused attention for both), ``"eager"``.
+
+    Under autocast the tensors are taken in its dtype, as PyTorch does for matrix products.
 
     Returns ``(T, Hq, Dv)``. Raises ``TypeError``/``ValueError`` naming the argument that does not fit, also when an
     input requires grad.
     """
+    q, k_cache, v_cache = in_autocast_dtype(q, k_cache, v_cache)
     check = Checker("kvcache_attention")
     check.tensor("q", q, ("T", "Hq", "D"), contiguous_last=True)
     check.tensor("k_cache", k_cache, ("B", "capacity", "Hk", "D"), like=q, contiguous_last=True)

@@ -25,7 +25,7 @@ import torch
 from ..core.backends import resolve
 from ..core.checks import EAGER_FLOATS, Checker
 from ..core.library import register_composite
-from ..core.matmul import linear
+from ..core.matmul import in_autocast_dtype, linear
 from ..triton.gemm import MATRIX_DTYPES, gemm
 
 
@@ -51,8 +51,11 @@ def patch_embed(
         bias: ``(C,)`` in weight's dtype, or ``None``.
         backend: ``None`` (choose), ``"triton"``, ``"eager"``.
 
+    Under autocast floats are taken in its dtype, as PyTorch does for matrix products.
+
     Returns ``(T, C)`` in weight's dtype. Raises ``TypeError``/``ValueError`` naming the argument that does not fit.
     """
+    patches, weight, bias = in_autocast_dtype(patches, weight, bias)
     check = Checker("patch_embed")
     check.tensor("patches", patches, ("T", "K"), dtypes=(*EAGER_FLOATS, torch.uint8))
     check.tensor("weight", weight, ("C", "in", "t", "p", "q") if getattr(weight, "ndim", 0) == 5 else ("C", "K'"))

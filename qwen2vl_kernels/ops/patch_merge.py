@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from ..core.backends import resolve
 from ..core.checks import INTS, Checker
 from ..core.library import register_composite
-from ..core.matmul import linear
+from ..core.matmul import in_autocast_dtype, linear
 from ..triton.gemm import MATRIX_DTYPES, gemm
 from ..triton.norm import norm
 
@@ -99,8 +99,13 @@ def patch_merge(
         eps: of the LayerNorm.
         backend: ``None`` (choose), ``"triton"``, ``"eager"`` (reads ``grid_thw`` on the host in raster order).
 
+    Under autocast all are taken in its dtype, as PyTorch does for matrix products; sums of the norm stay float32.
+
     Returns ``(T / merge_size^2, H)``. Raises ``TypeError``/``ValueError`` naming the argument that does not fit.
     """
+    weights = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    x, *weights = in_autocast_dtype(x, *weights)
+    norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
     check = Checker("patch_merge")
     check.tensor("x", x, ("T", "C"))
     check.tensor("norm_weight", norm_weight, ("C",), like=x)
@@ -127,7 +132,6 @@ def patch_merge(
     # The library's product is faster where the matrix units do not take the dtype.
     prefer = None if x.dtype in MATRIX_DTYPES else "eager"
     if resolve("patch_merge", x.device.type, backend, prefer) == "eager":
-        weights = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
         return patch_merge_ref(x, *weights, grid_thw, merge_size, eps)
     rows = None
     if grid_thw is not None and x.shape[0]:

@@ -11,6 +11,16 @@ Segment s is rows ``cu_seqlens[s] .. cu_seqlens[s + 1]``: an image, a video fram
     . . o o o                   . . o o .
     . . o o o                   . . o o o
 
+Queries and keys may have boundaries of their own, as where a chat's new turn meets what it has in a cache. A causal
+mask is then aligned at the bottom right, where both end. For 2 queries over 4 keys, and for 3 over 2:
+
+    o o o .            . .
+    o o o o            o .
+                       o o
+
+A query that sees no key has zeros for a result, and minus infinity for the log of its sum, lse_i = log sum_j
+exp(softmax_scale * q_i . k_j).
+
 Shapes: q ``(T, Hq, D)``, k ``(T, Hk, D)``, v ``(T, Hk, Dv)``, Hq a multiple of Hk (query head h reads key head
 ``h // (Hq / Hk)``), cu_seqlens ``(S + 1,)`` int32. dtypes: float32, bfloat16, float16. With ``rope`` q and k are first
 rotated, pairs (j, j + D/2) by the angles of their row (RoFormer, arXiv 2104.09864, in transformers' order of columns).
@@ -20,22 +30,27 @@ Triton's kernels are in ``triton.attention_forward`` and ``triton.attention_back
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 
 from ..core import attention_calls
 from ..core.attention_choice import chosen
-from ..core.attention_cpu import blocked, keeps_statistics, per_segment, sdpa, sdpa_backward, sdpa_with_statistics
+from ..core.attention_cpu import blocked, joined, keeps_statistics, sdpa, sdpa_backward, segments_of
+from ..core.attention_cpu import sdpa_with_statistics as sdpa_and_lse
 from ..core.attention_peers import PEERS
 from ..core.backends import resolve
 from ..core.checks import Checker
 from ..core.launching import target_of
-from ..core.library import direct, first_order, register_opaque
+from ..core.library import direct, first_order, register_opaque, watched
+from ..core.matmul import in_autocast_dtype
 from ..core.namespace import torch_ops
 from ..core.rotation import rotate
 from ..core.tile_plan import TilePlan, check_bounds, plan_for
 from ..triton.attention_backward import launch_backward
 from ..triton.attention_forward import fake_forward, fuses_rope, launch_forward
-from ..triton.attention_head import like
 from ..triton.rotary import rotated
 from ..triton.tail import zero_behind
 
@@ -47,92 +62,100 @@ def varlen_attention_ref(
     cu_seqlens: torch.Tensor,
     causal: bool = False,
     softmax_scale: float | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
     *,
     upcast: bool = False,
-) -> torch.Tensor:
+    return_lse: bool = False,
+) -> Any:
     """The formula, segment by segment, the softmax in (at least) float32; everything in it with ``upcast``.
 
-    Rows past ``cu_seqlens[-1]`` are zero. Reads ``cu_seqlens`` on the host.
+    Rows past ``cu_seqlens[-1]`` are zero, and minus infinity in lse ``(Hq, T)``. Reads boundaries on the host.
     """
     out_dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
     if upcast:
         q, k, v = q.to(wide), k.to(wide), v.to(wide)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     group = q.shape[1] // k.shape[1]
-
-    def attend(rows: slice) -> torch.Tensor:
-        qs = q[rows].transpose(0, 1)  # (Hq, L, D)
-        ks = k[rows].transpose(0, 1).repeat_interleave(group, 0)
-        vs = v[rows].transpose(0, 1).repeat_interleave(group, 0)
+    parts, logs = [], []
+    for rows, keys in segments_of(cu_seqlens, cu_seqlens_k):
+        past = keys.stop - keys.start - (rows.stop - rows.start)
+        blind = max(0, -past) if causal else 0  # queries that see no key
+        qs = q[rows][blind:].transpose(0, 1)  # (Hq, L, D)
+        ks = k[keys].transpose(0, 1).repeat_interleave(group, 0)
+        vs = v[keys].transpose(0, 1).repeat_interleave(group, 0)
         # Scaling q first keeps float16 scores finite: Qwen2's key biases push q.k past 65504.
-        scores = ((qs * scale) @ ks.transpose(1, 2)).to(wide)  # (Hq, L, L)
+        scores = ((qs * scale) @ ks.transpose(1, 2)).to(wide)  # (Hq, L, keys)
         if causal:
-            future = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
+            future = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(max(past, 0) + 1)
             scores = scores.masked_fill(future, float("-inf"))
-        return (scores.softmax(-1).to(v.dtype) @ vs).transpose(0, 1).to(out_dtype)
-
-    return per_segment(attend, q.shape[0], q.new_empty((0, q.shape[1], v.shape[2]), dtype=out_dtype), cu_seqlens)
-
-
-def _peer_forward(name, q, k, v, plan: TilePlan, max_seqlen: int, causal: bool, scale: float, keep: bool):
-    """``(out, lse)`` of others' kernels (:func:`attention_calls.forward`), zero behind the last segment."""
-    out, lse = attention_calls.forward(name, q, k, v, plan, max_seqlen, causal, scale, keep)
-    return zero_behind(out, plan), lse
+        attended = (scores.softmax(-1).to(v.dtype) @ vs).transpose(0, 1).to(out_dtype)
+        parts.append(F.pad(attended, (0, 0, 0, 0, blind, 0)))
+        logs.append(F.pad(scores.logsumexp(-1).t(), (0, 0, blind, 0), value=float("-inf")))
+    out = joined(parts, q.shape[0], q.new_empty((0, q.shape[1], v.shape[2]), dtype=out_dtype))
+    if not return_lse:
+        return out
+    return out, joined(logs, q.shape[0], q.new_empty((0, q.shape[1]), dtype=wide), float("-inf")).t()
 
 
-def _peer_backward(name, dout, q, k, v, out, lse, plan: TilePlan, max_seqlen: int, causal: bool, scale: float):
-    """``(dq, dk, dv)`` of others' kernels (:func:`attention_calls.backward`), zero behind the last segment."""
-    grads = attention_calls.backward(name, dout, q, k, v, out, lse, plan, max_seqlen, causal, scale)
-    return tuple(zero_behind(x, plan) for x in grads)
+# ------------------------------------------------------------- our kernels and others', which work by a plan of tiles
 
 
-# ------------------------------------------------------------------------------ the op on our kernels, and its backward
+def _forward(q, k, v, plan: TilePlan, cos, sin, longest, causal, scale, fused, backend, keep=True):
+    """``(out, lse)``, where lse is what the backend's backward takes; zero behind the last segment."""
+    if backend == "triton":
+        options = {"cos": cos, "sin": sin, "fused": fused, "keep": keep}
+        return launch_forward(q, k, v, plan, longest[0], causal, scale, **options)
+    out, lse = attention_calls.forward(backend, q, k, v, plan, longest, causal, scale, keep)
+    return zero_behind(out, plan.queries), lse
 
 
-def _run_triton(q, k, v, cu_seqlens, cos, sin, max_seqlen, causal, softmax_scale, fused):
-    plan = plan_for(cu_seqlens, q.shape[0], q.device)
-    return launch_forward(q, k, v, plan, max_seqlen, causal, softmax_scale, cos=cos, sin=sin, fused=fused)
+def _backward(dout, dlse, q, k, v, out, lse, plan: TilePlan, cos, sin, longest, causal, scale, fused, backend):
+    """``(dq, dk, dv)``, zero behind the last segment."""
+    if backend == "triton":
+        options = {"dlse": dlse, "cos": cos, "sin": sin, "fused": fused}
+        return launch_backward(dout, q, k, v, out, lse, plan, causal, scale, **options)
+    grads = attention_calls.backward(backend, dout, q, k, v, out, lse, plan, longest, causal, scale)
+    sides = plan.queries, plan.keys, plan.keys
+    return tuple(zero_behind(x, side) for x, side in zip(grads, sides, strict=True))
 
 
-def _setup_triton(ctx, inputs, output) -> None:
-    q, k, v, cu_seqlens, cos, sin, _, ctx.causal, ctx.scale, ctx.fused = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens, cos, sin)
+class _Planned(torch.autograd.Function):
+    """These with gradients, where nothing but autograd watches: the plan that was given serves both passes."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, cos, sin, plan, settings, with_lse):
+        out, lse = _forward(q, k, v, plan, cos, sin, *settings)
+        ctx.plan, ctx.settings, ctx.with_lse = plan, settings, with_lse
+        ctx.set_materialize_grads(False)
+        _keep(ctx, out, lse, q, k, v, cos, sin)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        q, k, v, out, lse, cos, sin = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout
+
+        def run(*tensors):
+            return _backward(*tensors, ctx.plan, cos, sin, *ctx.settings)
+
+        return *first_order("varlen_attention", run, dout, dlse, q, k, v, out, lse), *[None] * 5
 
 
-def _backward_triton(ctx, dout, _):
-    arguments = (dout, *ctx.saved_tensors, ctx.causal, ctx.scale, ctx.fused)
-    return *first_order("varlen_attention", torch_ops.attention_backward, *arguments), *[None] * 7
+def _keep(ctx, out, lse, q, k, v, cos, sin, *boundaries) -> None:
+    if not ctx.with_lse:
+        ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, cos, sin, *boundaries)
 
 
-_PACK = "Tensor cu_seqlens, Tensor? cos, Tensor? sin"
-_OPTIONS = "bool causal, float softmax_scale, bool fused"
-register_opaque(
-    f"attention_forward(Tensor q, Tensor k, Tensor v, {_PACK}, int max_seqlen, {_OPTIONS}) -> (Tensor, Tensor)",
-    fake=lambda q, k, v, *_: fake_forward(q, k, v),
-    setup_context=_setup_triton,
-    backward=_backward_triton,
-    CPU=_run_triton,
-    CUDA=_run_triton,
-)
-register_opaque(
-    f"attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_PACK}, {_OPTIONS})"
-    " -> (Tensor, Tensor, Tensor)",
-    fake=lambda dout, q, k, v, *_: like(q, k, v),
-    CPU=launch_backward,
-    CUDA=launch_backward,
-)
+# --------------------------------------------------------------------- all backends as one op, for compilers and hooks
 
 
-# -------------------------------------------------------------------- the op on everything else, by the backend's name
+#: Those that read boundaries on the host, and need no bound of the lengths.
+_OF_TORCH = {"eager": varlen_attention_ref, "sdpa": sdpa, "blocked": blocked}
 
 
-#: Those that read ``cu_seqlens`` on the host, and need no ``max_seqlen``.
-_BACKENDS = {"eager": varlen_attention_ref, "sdpa": sdpa, "blocked": blocked}
-
-
-def _attend(backend, q, k, v, cu_seqlens, causal, softmax_scale) -> torch.Tensor:
-    out = _BACKENDS[backend](q, k, v, cu_seqlens, causal, softmax_scale)
+def _attend(backend, q, k, v, cu_seqlens, cu_seqlens_k, causal, scale) -> torch.Tensor:
+    out = _OF_TORCH[backend](q, k, v, cu_seqlens, causal, scale, cu_seqlens_k)
     tracked = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if tracked and not out.requires_grad:
         # No segment has rows: these zeros came from nothing, and what asks for gradients gets zeros, too.
@@ -140,66 +163,85 @@ def _attend(backend, q, k, v, cu_seqlens, causal, softmax_scale) -> torch.Tensor
     return out
 
 
-def _run(q, k, v, cu_seqlens, max_seqlen, causal, softmax_scale, backend):
+def _run(q, k, v, cu_seqlens, cu_seqlens_k, cos, sin, most_q, most_k, causal, scale, fused, with_lse, backend):
     """``(out, lse)``, where lse is what the backend's backward takes, or empty."""
-    if backend in PEERS:
-        plan = plan_for(cu_seqlens, q.shape[0], q.device)
-        return _peer_forward(backend, q, k, v, plan, max_seqlen, causal, softmax_scale, keep=True)
-    if backend == "sdpa" and keeps_statistics(q, v):
-        return sdpa_with_statistics(q, k, v, cu_seqlens, causal, softmax_scale)
-    return _attend(backend, q, k, v, cu_seqlens, causal, softmax_scale).contiguous(), q.new_empty(0)
+    if backend == "triton" or backend in PEERS:
+        plan = plan_for(cu_seqlens, q.shape[0], q.device, cu_seqlens_k, k.shape[0])
+        return _forward(q, k, v, plan, cos, sin, (most_q, most_k), causal, scale, fused, backend)
+    if backend == "sdpa" and (with_lse or _keeps(q, v, cu_seqlens_k)):
+        return sdpa_and_lse(q, k, v, cu_seqlens, causal, scale, cu_seqlens_k)
+    if with_lse:
+        out, lse = varlen_attention_ref(q, k, v, cu_seqlens, causal, scale, cu_seqlens_k, return_lse=True)
+        return out.contiguous(), lse.contiguous()
+    return _attend(backend, q, k, v, cu_seqlens, cu_seqlens_k, causal, scale).contiguous(), q.new_empty(0)
 
 
-def _run_backward(dout, q, k, v, out, lse, cu_seqlens, max_seqlen, causal, softmax_scale, backend):
-    if backend in PEERS:
-        plan = plan_for(cu_seqlens, q.shape[0], q.device)
-        return _peer_backward(backend, dout, q, k, v, out, lse, plan, max_seqlen, causal, softmax_scale)
-    if backend == "sdpa" and keeps_statistics(q, v):
-        return sdpa_backward(dout, q, k, v, out, lse, cu_seqlens, causal, softmax_scale)
+def _run_backward(
+    dout, dlse, q, k, v, out, lse, cos, sin, cu_seqlens, cu_seqlens_k, most_q, most_k, causal, scale, fused, backend
+):
+    if backend == "triton" or backend in PEERS:
+        plan = plan_for(cu_seqlens, q.shape[0], q.device, cu_seqlens_k, k.shape[0])
+        settings = (most_q, most_k), causal, scale, fused, backend
+        return _backward(dout, dlse, q, k, v, out, lse, plan, cos, sin, *settings)
+    if backend == "sdpa" and _keeps(q, v, cu_seqlens_k):
+        return sdpa_backward(dout, q, k, v, out, lse, cu_seqlens, causal, scale)
     # The formula, and PyTorch's attention where it picks a kernel of its own by the shape, keep nothing between two
     # operators, so the forward is run once more.
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     with torch.enable_grad():
-        again = _attend(backend, leaves[0], leaves[1], leaves[2], cu_seqlens, causal, softmax_scale)
-    return tuple(g.contiguous() for g in torch.autograd.grad(again, leaves, dout))
+        if dlse is None:
+            again, given = [_attend(backend, *leaves, cu_seqlens, cu_seqlens_k, causal, scale)], [dout]
+        else:
+            settings = cu_seqlens, causal, scale, cu_seqlens_k
+            again, given = varlen_attention_ref(*leaves, *settings, return_lse=True), [dout, dlse]
+    return tuple(g.contiguous() for g in torch.autograd.grad(again, leaves, given))
 
 
-def _fake_forward(q, k, v, cu_seqlens, max_seqlen, causal, softmax_scale, backend):
+def _keeps(q, v, cu_seqlens_k) -> bool:
+    """Whether PyTorch's attention keeps what its backward takes: that one knows no past."""
+    return cu_seqlens_k is None and keeps_statistics(q, v)
+
+
+def _fake(q, k, v, cu_seqlens, cu_seqlens_k, cos, sin, most_q, most_k, causal, scale, fused, with_lse, backend):
     wide = torch.promote_types(q.dtype, torch.float32)
+    if backend == "triton":
+        return fake_forward(q, k, v)
     if backend in PEERS:  # of one shape for all: cuDNN's changed between versions
         lse = q.new_empty(q.shape[0] * q.shape[1], dtype=torch.float32)
-    elif backend == "sdpa" and keeps_statistics(q, v):
+    elif backend == "sdpa" and (with_lse or _keeps(q, v, cu_seqlens_k)):
         lse = q.new_empty(q.shape[:2], dtype=wide)
     else:
-        lse = q.new_empty(0)
+        lse = q.new_empty((q.shape[1], q.shape[0]) if with_lse else 0, dtype=wide if with_lse else q.dtype)
     return q.new_empty((q.shape[0], q.shape[1], v.shape[2])), lse
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, cu_seqlens, *ctx.settings = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+    q, k, v, cu_seqlens, cu_seqlens_k, cos, sin, *ctx.settings, ctx.with_lse, backend = inputs
+    ctx.settings.append(backend)
+    _keep(ctx, *output, q, k, v, cos, sin, cu_seqlens, cu_seqlens_k)
 
 
-def _backward(ctx, dout, _):
-    backward = torch_ops.varlen_attention_backward
-    grads = first_order("varlen_attention", backward, dout, *ctx.saved_tensors, *ctx.settings)
-    return *grads, *[None] * 5
+def _backward_of_op(ctx, dout, dlse):
+    arguments = dout, dlse if ctx.with_lse else None, *ctx.saved_tensors, *ctx.settings
+    grads = first_order("varlen_attention", torch_ops.varlen_attention_backward, *arguments)
+    return *grads, *[None] * 11
 
 
-_SETTINGS = "Tensor cu_seqlens, int max_seqlen, bool causal, float softmax_scale, str backend"
+_PACK = "Tensor cu_seqlens, Tensor? cu_seqlens_k"
+_OPTIONS = "int max_seqlen_q, int max_seqlen_k, bool causal, float softmax_scale, bool fused"
 register_opaque(
-    f"varlen_attention(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor)",
-    fake=_fake_forward,
+    f"varlen_attention(Tensor q, Tensor k, Tensor v, {_PACK}, Tensor? cos, Tensor? sin, {_OPTIONS}, bool with_lse,"
+    " str backend) -> (Tensor, Tensor)",
+    fake=_fake,
     setup_context=_setup_context,
-    backward=_backward,
+    backward=_backward_of_op,
     CPU=_run,
     CUDA=_run,
 )
 register_opaque(
-    f"varlen_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_SETTINGS})"
-    " -> (Tensor, Tensor, Tensor)",
-    fake=lambda dout, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)),
+    "varlen_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    f" Tensor? cos, Tensor? sin, {_PACK}, {_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor)",
+    fake=lambda dout, dlse, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)),
     CPU=_run_backward,
     CUDA=_run_backward,
 )
@@ -209,16 +251,21 @@ def varlen_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int,
+    cu_seqlens: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
     *,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     causal: bool = False,
     softmax_scale: float | None = None,
+    return_lse: bool = False,
     tiles: TilePlan | None = None,
     rope: tuple[torch.Tensor, torch.Tensor] | None = None,
     invariant: bool = False,
     backend: str | None = None,
-) -> torch.Tensor:
+) -> Any:
     """Attention over packed variable-length segments.
 
     Args:
@@ -229,15 +276,20 @@ def varlen_attention(
         max_seqlen: an upper bound of the segments' lengths. A tight one counts where others' kernels are chosen: they
             launch programs for as many rows in every segment, and a captured graph replays these: longer segments are
             refused then, by :meth:`TilePlan.update_` or by an assertion on the device.
-        causal: a row sees only rows of its segment up to itself.
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: these four in the place of those two where queries and
+            keys have boundaries of their own, as in flash-attention; k and v then have rows of their own number. Segment
+            s of the queries attends to segment s of the keys.
+        causal: a row sees only rows of its segment up to itself; with boundaries of their own, both ends meet.
         softmax_scale: default ``D ** -0.5``; positive.
-        tiles: :func:`plan_tiles` of these ``cu_seqlens``, so that all layers share the list of tiles; without it the
-            list is made at the first call with a ``cu_seqlens``, and again when that was written to: on the host by
-            any way, on a GPU by PyTorch's operations. What writes to it there in another way, as a kernel of yours may,
-            goes with ``tiles``.
+        return_lse: also return the logs of the sums, with which results over parts of the keys can be added up. They
+            have gradients, for which ``"triton"`` and ``"eager"`` serve.
+        tiles: :func:`plan_tiles` of these boundaries, so that all layers share the list of tiles. It is the plan that is
+            worked by, forward and backward, whatever the boundaries hold by then. Without it the list is made at the
+            first call with a ``cu_seqlens``, and again when that was written to: on the host by any way, on a GPU by
+            PyTorch's operations. What writes to it there in another way, as a kernel of yours may, goes with ``tiles``.
         rope: ``(cos, sin)``, ``(T, D/2)`` each, of any float dtype, without gradients: q and k are rotated first, and
             keep what they held. The Triton kernels rotate them as they load them where segments are short and in a
-            pass of its own where they are long, with the same bits.
+            pass of its own where they are long, with the same bits. For packed sequences only.
         invariant: the same bits twice, forward and backward, and a segment's bits do not depend on what it is packed
             with. On a GPU only ``"triton"`` promises that, and runs, for float32 too; on a CPU every backend does.
             ``torch.use_deterministic_algorithms(True)`` chooses the same.
@@ -258,53 +310,80 @@ def varlen_attention(
 
             The last three read ``cu_seqlens`` on the host, which waits for the device if it lies there.
 
-    Returns ``(T, Hq, Dv)``; rows past ``cu_seqlens[-1]`` are zero. Raises ``TypeError``/``ValueError`` naming the
-    argument that does not fit; a backend that cannot serve the call is a :class:`BackendError` with the reason.
+    Under autocast q, k and v are taken in its dtype, as PyTorch does for matrix products.
+
+    Returns ``(T, Hq, Dv)``; rows past the last segment of the queries are zero. With ``return_lse`` also lse ``(Hq, T)``
+    float32 (float64 for float64), a natural logarithm; minus infinity where a row sees no key. Raises
+    ``TypeError``/``ValueError`` naming the argument that does not fit; a backend that cannot serve the call is a
+    :class:`BackendError` with the reason.
     """
+    q, k, v = in_autocast_dtype(q, k, v)
     check = Checker("varlen_attention")
+    packed = _packed(cu_seqlens, max_seqlen, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    rows_of_keys = "T" if packed else "Tk"
     check.tensor("q", q, ("T", "Hq", "D"), contiguous_last=True)
-    check.tensor("k", k, ("T", "Hk", "D"), like=q, contiguous_last=True)
-    check.tensor("v", v, ("T", "Hk", "Dv"), like=q, contiguous_last=True)
-    check.tensor("cu_seqlens", cu_seqlens, ("S+1",), dtypes=(torch.int32,), any_device=True)
+    check.tensor("k", k, (rows_of_keys, "Hk", "D"), like=q, contiguous_last=True)
+    check.tensor("v", v, (rows_of_keys, "Hk", "Dv"), like=q, contiguous_last=True)
     heads, kv_heads = q.shape[1], k.shape[1]
     check.require(kv_heads > 0 and heads % kv_heads == 0, f"q's {heads} heads must be a multiple of k's {kv_heads}")
-    check.require(cu_seqlens.shape[0] >= 1, "cu_seqlens must have at least one entry, got shape (0,)")
-    ok = cu_seqlens.device.type == "cpu" or cu_seqlens.device == q.device
-    check.require(ok, f"cu_seqlens must be on {q.device} or cpu, got {cu_seqlens.device}")
-    if not (isinstance(max_seqlen, int) and max_seqlen >= 0):  # words only then: a compiler has no number to put in
-        check.require(False, f"max_seqlen must be a non-negative int, got {max_seqlen!r}")
+    bounds = cu_seqlens if packed else cu_seqlens_q
+    longest = max_seqlen if packed else max_seqlen_q, max_seqlen if packed else max_seqlen_k
+    _check_boundaries(check, q, bounds, longest[0], "" if packed else "_q")
+    if not packed:
+        _check_boundaries(check, q, cu_seqlens_k, longest[1], "_k")
     ok = softmax_scale is None or softmax_scale > 0
     check.require(ok, f"softmax_scale must be positive, got {softmax_scale!r}")
     if rope is not None:
+        check.require(packed, "rope is for packed sequences, where queries and keys share their rows' angles")
         _check_rope(check, q, rope)
     traced = torch.compiler.is_compiling() or type(q) is not torch.Tensor or q.is_meta
-    if traced:  # neither is to be compiled in: code for one number of rows would serve no other
-        pass
-    elif tiles is not None:
-        _check_tiles(check, tiles, cu_seqlens, q, max_seqlen)
-    elif cu_seqlens.device.type == "cpu":
-        check_bounds(check, cu_seqlens.tolist(), q.shape[0], max_seqlen)
+    if tiles is not None:
+        _check_tiles(check, tiles, q, k, bounds, longest, packed, traced)
+        bounds, cu_seqlens_k = tiles.queries.cu_seqlens, None if packed else tiles.keys.cu_seqlens
+    elif not traced and bounds.device.type == "cpu":  # nor is it to be compiled in: it would serve one number of rows
+        check_bounds(check, bounds.tolist(), q.shape[0], longest[0], "" if packed else "_q")
+        if cu_seqlens_k is not None:
+            check_bounds(check, cu_seqlens_k.tolist(), k.shape[0], longest[1], "_k")
 
-    segments = cu_seqlens.shape[0] - 1
-    name = chosen(q, k, v, max_seqlen, causal=causal, invariant=invariant, segments=segments, backend=backend)
-    settings = (max_seqlen, causal, q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
+    facts = {"causal": causal, "invariant": invariant, "segments": bounds.shape[0] - 1, "split": not packed}
+    name = chosen(q, k, v, max(longest), **facts, statistics=return_lse, backend=backend)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     (cos, sin), fused = (None, None) if rope is None else rope, False
     if name == "triton":
-        fused = rope is not None and fuses_rope(max_seqlen, q.shape[2], target_of(q.device))
+        fused = rope is not None and fuses_rope(longest[0], q.shape[2], target_of(q.device))
     elif rope is not None:
         q, k = _rotated(q, k, rope, name)
-    if (name == "triton" or name in PEERS) and direct(q, k, v, cu_seqlens):
-        plan = plan_for(cu_seqlens, q.shape[0], q.device) if tiles is None else tiles
-        if name == "triton":
-            return launch_forward(q, k, v, plan, *settings, cos=cos, sin=sin, fused=fused, keep=False)[0]
-        return _peer_forward(name, q, k, v, plan, *settings, keep=False)[0]
-    if name == "triton":  # an op of its own, which keeps what its backward needs
-        return torch_ops.attention_forward(q, k, v, cu_seqlens, cos, sin, *settings, fused)[0]
-    if tiles is not None and name in PEERS and not traced:
-        tiles.hold_to(max_seqlen)  # the operator is not told of it
-    if traced or name in PEERS:  # tracers need one opaque op, as the implementations read cu_seqlens
-        return torch_ops.varlen_attention(q, k, v, cu_seqlens, *settings, name)[0]
-    return _attend(name, q, k, v, cu_seqlens, *settings[1:])
+        cos = sin = None
+    if name == "triton" or name in PEERS:
+        settings = longest, causal, scale, fused, name
+        alone = direct(q, k, v, bounds, cu_seqlens_k)
+        if alone or not (traced or watched()):
+            plan = tiles or plan_for(bounds, q.shape[0], q.device, cu_seqlens_k, k.shape[0])
+            if alone:
+                out, lse = _forward(q, k, v, plan, cos, sin, *settings, keep=return_lse)
+            else:
+                out, lse = _Planned.apply(q, k, v, cos, sin, plan, settings, return_lse)  # type: ignore[misc]
+            return (out, _natural(name, lse, q, plan.queries.bounds())) if return_lse else out
+    elif not traced and not return_lse:
+        return _attend(name, q, k, v, bounds, cu_seqlens_k, causal, scale)
+    elif not traced and name == "eager":
+        return varlen_attention_ref(q, k, v, bounds, causal, scale, cu_seqlens_k, return_lse=True)
+    # Tracers need one opaque op, as the implementations read boundaries.
+    options = *longest, causal, scale, fused, return_lse, name
+    out, lse = torch_ops.varlen_attention(q, k, v, bounds, cu_seqlens_k, cos, sin, *options)
+    return (out, _natural(name, lse, q, bounds)) if return_lse else out
+
+
+def _natural(name: str, lse: torch.Tensor, q: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+    """The logs of the sums ``(Hq, T)`` from what a backend keeps: rows behind the last segment hold nothing there."""
+    if name == "triton":
+        lse = lse * math.log(2)
+    elif name in PEERS:
+        lse = attention_calls.statistics(name, lse, q)
+    elif name == "sdpa":
+        return lse.t()
+    behind = torch.arange(q.shape[0], device=q.device) >= bounds[-1].to(q.device, non_blocking=True)
+    return lse.masked_fill(behind, float("-inf"))
 
 
 def _rotated(q, k, rope, name) -> tuple[torch.Tensor, torch.Tensor]:
@@ -327,13 +406,46 @@ def _check_rope(check: Checker, q: torch.Tensor, rope: object) -> None:
         check.require(not table.requires_grad, f"{name} must not require grad: it is given none")
 
 
-def _check_tiles(check: Checker, tiles: object, cu_seqlens: torch.Tensor, q: torch.Tensor, max_seqlen: int) -> None:
+def _packed(cu_seqlens, max_seqlen, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> bool:
+    """Whether queries and keys share their boundaries; ``TypeError`` unless one of both forms is given whole."""
+    pack = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+    own = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    own |= {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+    given = [name for name, value in (*pack.items(), *own.items()) if value is not None]
+    if given != list(pack) and given != list(own):
+        raise TypeError(
+            f"varlen_attention: takes either cu_seqlens and max_seqlen, or cu_seqlens_q, cu_seqlens_k, max_seqlen_q and "
+            f"max_seqlen_k, got {', '.join(given) or 'none of them'}"
+        )
+    return given == list(pack)
+
+
+def _check_boundaries(check: Checker, q: torch.Tensor, cu_seqlens: Any, max_seqlen: Any, suffix: str) -> None:
+    name = f"cu_seqlens{suffix}"
+    check.tensor(name, cu_seqlens, ("S+1",), dtypes=(torch.int32,), any_device=True)
+    check.require(cu_seqlens.shape[0] >= 1, f"{name} must have at least one entry, got shape (0,)")
+    ok = cu_seqlens.device.type == "cpu" or cu_seqlens.device == q.device
+    check.require(ok, f"{name} must be on {q.device} or cpu, got {cu_seqlens.device}")
+    if not (isinstance(max_seqlen, int) and max_seqlen >= 0):  # words only then: a compiler has no number to put in
+        check.require(False, f"max_seqlen{suffix} must be a non-negative int, got {max_seqlen!r}")
+
+
+def _check_tiles(check: Checker, tiles: object, q, k, bounds, longest, packed: bool, traced: bool) -> None:
     if not isinstance(tiles, TilePlan):
         raise TypeError(f"varlen_attention: tiles must be a TilePlan, got {type(tiles).__name__}")
-    check.require(tiles.total == q.shape[0], f"tiles are planned for {tiles.total} rows, but q has {q.shape[0]}")
-    check.require(tiles.device == q.device, f"tiles must be on {q.device} like q, got {tiles.device}")
-    have, want = tiles.cu_seqlens.shape[0], cu_seqlens.shape[0]
+    check.require(
+        tiles.split != packed,
+        f"tiles are planned for {'' if tiles.split else 'no '}keys with boundaries of their own, and the call gives "
+        f"{'none' if packed else 'some'}",
+    )
+    have, want = tiles.cu_seqlens.shape[0], bounds.shape[0]
     check.require(have == want, f"tiles are planned for {have - 1} segments, but cu_seqlens has {want - 1}")
-    longest = tiles.longest
-    ok = longest is None or max_seqlen >= longest
-    check.require(ok, f"max_seqlen is {max_seqlen}, but tiles are planned for a segment of {longest} rows")
+    if traced:  # not to be compiled in: code for one number of rows would serve no other
+        return
+    check.require(tiles.device == q.device, f"tiles must be on {q.device} like q, got {tiles.device}")
+    for name, side, x, most in zip("qk", (tiles.queries, tiles.keys), (q, k), longest, strict=True):
+        ok = side.total == x.shape[0]
+        check.require(ok, f"tiles are planned for {side.total} rows, but {name} has {x.shape[0]}")
+        known, suffix = side.longest, "" if packed else f"_{name}"
+        words = f"max_seqlen{suffix} is {most}, but tiles are planned for a segment of {known} rows"
+        check.require(known is None or most >= known, words)

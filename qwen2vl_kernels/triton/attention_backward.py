@@ -27,7 +27,7 @@ from ..core.launching import (
     target_of,
     tl,
 )
-from ..core.tile_plan import plan_for
+from ..core.tile_plan import TilePlan
 from .attention_head import dot_heads, head_of, head_strides, like, load_head, store_head, tile_bounds, zeros_head
 from .rotary import as_kernels_read, launch_rotation
 from .tail import zero_behind
@@ -124,6 +124,7 @@ def _key_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
+    SPLIT: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """dk and dv of one tile of keys: over the query heads that read it, and their rows from the segment."""
@@ -131,17 +132,24 @@ def _key_kernel(
     k_head *= UNIT
     v_head *= UNIT
     dout_head *= UNIT
-    first, begin, end = tile_bounds(tiles)
+    first, begin, end, own_end = tile_bounds(tiles, SPLIT)
     kv_head = tl.program_id(1).to(tl.int64)
     key = first + tl.arange(0, BLOCK_N)
-    there = key < end
+    there = key < own_end
+    seer = key  # the first row that sees a key
+    if CAUSAL:
+        if SPLIT:
+            begin = tl.maximum(begin, first - (own_end - end))
+            seer = key - (own_end - end)
+        else:
+            begin = first
     k0, k1 = load_head(k + kv_head * k_head, cos, sin, key, there, k_row, cos_row, QK_HEAD, ACC)
     v0, v1 = load_head(v + kv_head * v_head, None, None, key, there, v_row, 0, V_HEAD, ACC)
     dk0, dk1 = zeros_head(BLOCK_N, QK_HEAD, ACC)
     dv0, dv1 = zeros_head(BLOCK_N, V_HEAD, ACC)
     for member in range(GROUP):
         head = kv_head * GROUP + member
-        for start in range(first if CAUSAL else begin, end, BLOCK_M):
+        for start in range(begin, end, BLOCK_M):
             row = start + tl.arange(0, BLOCK_M)
             live = row < end
             q0, q1 = load_head(q + head * q_head, cos, sin, row, live, q_row, cos_row, QK_HEAD, ACC)
@@ -150,7 +158,7 @@ def _key_kernel(
             qk = dot_heads(k0, k1, q0, q1, QK_HEAD, ACC) * scale - tl.load(lse + at, mask=live, other=0.0)[None, :]
             seen = live[None, :] & there[:, None]
             if CAUSAL:
-                seen = seen & (key[:, None] <= row[None, :])
+                seen = seen & (seer[:, None] <= row[None, :])
             p = tl.exp2(tl.where(seen, qk, float("-inf")))  # (BLOCK_N keys, BLOCK_M queries)
             low = p.to(dout.dtype.element_ty)
             dv0 = tl.dot(low, do0, dv0, input_precision="ieee", out_dtype=ACC)
@@ -201,6 +209,7 @@ def _query_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
+    SPLIT: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """dq of one tile of queries, over the keys of its segment."""
@@ -208,18 +217,24 @@ def _query_kernel(
     k_head *= UNIT
     v_head *= UNIT
     dout_head *= UNIT
-    first, begin, end = tile_bounds(tiles)
+    first, begin, end, own_end = tile_bounds(tiles, SPLIT)
     head = tl.program_id(1).to(tl.int64)
     kv_head = head // GROUP
     row = first + tl.arange(0, BLOCK_M)
-    live = row < end
+    live = row < own_end
+    last, stop = row, end  # the last key that a row sees, and the end of those that any sees
+    if CAUSAL:
+        stop = first + BLOCK_M
+        if SPLIT:
+            stop += end - own_end
+            last = row + (end - own_end)
+        stop = tl.minimum(end, stop)
     q0, q1 = load_head(q + head * q_head, cos, sin, row, live, q_row, cos_row, QK_HEAD, ACC)
     do0, do1 = load_head(dout + head * dout_head, None, None, row, live, dout_row, 0, V_HEAD, ACC)
     at = head * total + row
     lse_i = tl.load(lse + at, mask=live, other=0.0)[:, None]
     delta_i = tl.load(delta + at, mask=live, other=0.0)[:, None]
     dq0, dq1 = zeros_head(BLOCK_M, QK_HEAD, ACC)
-    stop = tl.minimum(end, first + BLOCK_M) if CAUSAL else end
     for start in range(begin, stop, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         there = key < end
@@ -228,7 +243,7 @@ def _query_kernel(
         qk = dot_heads(q0, q1, k0, k1, QK_HEAD, ACC) * scale - lse_i
         seen = there[None, :] & live[:, None]
         if CAUSAL:
-            seen = seen & (key[None, :] <= row[:, None])
+            seen = seen & (key[None, :] <= last[:, None])
         p = tl.exp2(tl.where(seen, qk, float("-inf")))
         ds = (p * (dot_heads(do0, do1, v0, v1, V_HEAD, ACC) - delta_i)).to(k.dtype.element_ty)
         dq0 = tl.dot(ds, k0, dq0, input_precision="ieee", out_dtype=ACC)
@@ -246,37 +261,42 @@ def launch_backward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
+    plan: TilePlan,
     causal: bool,
     softmax_scale: float,
+    *,
+    dlse: torch.Tensor | None = None,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
     fused: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``(dq, dk, dv)``, contiguous; zero outside of the segments. ``cos``, ``sin`` and ``fused`` as the forward had."""
+    """``(dq, dk, dv)``, contiguous; zero outside of the segments.
+
+    ``plan``, ``cos``, ``sin`` and ``fused`` as the forward had; ``dlse``: the gradient of its lse, if it has one.
+    """
     if out.numel() == 0:
         return tuple(x.zero_() for x in like(q, k, v))  # type: ignore[return-value]
     _, cos, sin = as_kernels_read(None, cos, sin)
     if cos is None or fused:
         dq, dk, dv = like(q, k, v)
-        _launch_passes(dout, q, k, v, out, lse, cu_seqlens, causal, softmax_scale, cos, sin, dq, dk, dv)
+        _launch_passes(dout, dlse, q, k, v, out, lse, plan, causal, softmax_scale, cos, sin, dq, dk, dv)
         return dq, dk, dv
     q_rotated, k_rotated = like(q, k)
     launch_rotation(q, k, q_rotated, k_rotated, cos=cos, sin=sin, pairs_adjacent_out=True)
     # Not rounded before they are rotated back: the bits must not depend on which way was taken.
     dq_wide, dk_wide = like(q, k, dtype=lse.dtype)
     dq, dk, dv = like(q, k, v)
-    inputs = (dout, q_rotated, k_rotated, v, out, lse, cu_seqlens, causal, softmax_scale, None, None)
+    inputs = (dout, dlse, q_rotated, k_rotated, v, out, lse, plan, causal, softmax_scale, None, None)
     _launch_passes(*inputs, dq_wide, dk_wide, dv)
     launch_rotation(dq_wide, dk_wide, dq, dk, cos=cos, sin=sin, inverse=True, pairs_adjacent_in=True)
     return dq, dk, dv
 
 
-def _launch_passes(dout, q, k, v, out, lse, cu_seqlens, causal, softmax_scale, cos, sin, dq, dk, dv) -> None:
+def _launch_passes(dout, dlse, q, k, v, out, lse, plan, causal, softmax_scale, cos, sin, dq, dk, dv) -> None:
     """The sums delta, then dk and dv by tiles of keys, then dq by tiles of queries."""
-    plan = plan_for(cu_seqlens, q.shape[0], q.device)
-    for gradient in (dq, dk, dv):
-        zero_behind(gradient, plan)
+    zero_behind(dq, plan.queries)
+    zero_behind(dk, plan.keys)
+    zero_behind(dv, plan.keys)
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     (total, heads, columns), kv_heads, acc = q.shape, k.shape[1], accumulator(q.dtype)
     target = target_of(q.device)
@@ -298,14 +318,18 @@ def _launch_passes(dout, q, k, v, out, lse, cu_seqlens, causal, softmax_scale, c
         ACC=acc,
         num_warps=target.warps(128),
     )
+    if dlse is not None:
+        # lse counts in powers of two; every score adds its share p of it to a gradient, as it takes that of delta.
+        delta.sub_(dlse, alpha=math.log2(math.e))
     shared = {
         **{"q": q, "k": k, "v": v, "dout": dout, "lse": lse, "delta": delta, "cos": cos, "sin": sin, "total": total},
         **{"scale": softmax_scale * math.log2(math.e), "softmax_scale": softmax_scale},
         **head_strides(q=q, k=k, v=v, dout=dout),
         **strides(("row",), cos=cos),
-        **{"GROUP": heads // kv_heads, "QK_HEAD": head_of(q), "V_HEAD": head_of(v), "CAUSAL": causal, "ACC": acc},
+        **{"GROUP": heads // kv_heads, "QK_HEAD": head_of(q), "V_HEAD": head_of(v), "CAUSAL": causal},
+        **{"SPLIT": plan.split, "ACC": acc},
     }
-    tiles = plan.tiles(of_keys.block_n)
+    tiles = plan.tiles(of_keys.block_n, of_keys=True)
     grid = (tiles.shape[0], kv_heads)
     launch(_key_kernel, grid, q.device, **shared, **_blocks(of_keys), tiles=tiles, dk=dk, dv=dv, KV_HEADS=kv_heads)
     tiles = plan.tiles(of_queries.block_m)

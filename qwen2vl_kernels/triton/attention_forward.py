@@ -8,6 +8,9 @@ Programs are handed out by a flat list of tiles, (first row, begin and end of it
 is dead, however the lengths differ. A tile takes the keys of its segment BLOCK_N at a time: first those that all of
 its rows see, without a mask, then the rest. Every sum has one order, so results do not depend on the run or on what
 else is in the pack. How a head's columns are held, and rotated on the way in, is in ``triton.attention_head``.
+
+Where keys have boundaries of their own (SPLIT), a tile names their segment, and a causal mask ends where both end: row
+i of n sees the keys up to i + (keys - n).
 """
 
 from __future__ import annotations
@@ -82,7 +85,7 @@ def _attend(
     v,
     cos,
     sin,
-    row,
+    last,
     start,
     whole,
     end,
@@ -100,7 +103,7 @@ def _attend(
     CAUSAL: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The queries' sums with BLOCK_N more keys, of which all rows see those before ``whole``."""
+    """The queries' sums with BLOCK_N more keys: all rows see those before ``whole``, each row those up to ``last``."""
     key = start + tl.arange(0, BLOCK_N)
     there = key < end
     k0, k1 = load_head(k, cos, sin, key, there, k_row, cos_row, QK_HEAD, ACC)
@@ -108,7 +111,7 @@ def _attend(
     if start >= whole:
         seen = end - start
         if CAUSAL:
-            seen = tl.minimum(seen, row - start + 1)[:, None]
+            seen = tl.minimum(seen, last - start + 1)[:, None]
         # Not arange < seen: the compiler would keep every column's number in a register through the loop.
         qk = tl.where(seen - tl.arange(0, BLOCK_N)[None, :] > 0, qk, float("-inf"))
     p, alpha, m_i, l_i = _softmax_step(qk, m_i, l_i, scale)
@@ -149,23 +152,30 @@ def _forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
+    SPLIT: tl.constexpr,
     ACC: tl.constexpr,
 ):
     q_head *= UNIT
     k_head *= UNIT
     v_head *= UNIT
-    first, begin, end = tile_bounds(tiles)
+    first, begin, end, own_end = tile_bounds(tiles, SPLIT)
     head = tl.program_id(1).to(tl.int64)
     k += head // GROUP * k_head
     v += head // GROUP * v_head
     row = first + tl.arange(0, BLOCK_M)
-    live = row < end
+    live = row < own_end
     q0, q1 = load_head(q + head * q_head, cos, sin, row, live, q_row, cos_row, QK_HEAD, ACC)
     acc0, acc1 = zeros_head(BLOCK_M, V_HEAD, ACC)
     m_i = tl.full((BLOCK_M,), float("-inf"), ACC)
     l_i = tl.zeros((BLOCK_M,), ACC)
-    stop = tl.minimum(end, first + BLOCK_M) if CAUSAL else end
-    whole = begin + ((first if CAUSAL else end) - begin) // BLOCK_N * BLOCK_N
+    seen, last = end, row  # by all rows, and the last key that a row sees
+    if CAUSAL:
+        seen = first
+        if SPLIT:
+            seen += end - own_end
+            last = row + (end - own_end)
+    stop = tl.minimum(end, seen + BLOCK_M) if CAUSAL else end
+    whole = begin + (seen - begin) // BLOCK_N * BLOCK_N
     for start in range(begin, stop, BLOCK_N):
         acc0, acc1, m_i, l_i = _attend(
             q0,
@@ -174,7 +184,7 @@ def _forward_kernel(
             v,
             cos,
             sin,
-            row,
+            last,
             start,
             whole,
             end,
@@ -193,6 +203,13 @@ def _forward_kernel(
             ACC,
         )
     l_i = tl.where(live, l_i, 1.0)
+    if SPLIT and CAUSAL:
+        # The largest score of a row that sees no key is minus infinity, and its sums are no numbers.
+        blind = last < begin
+        acc0, acc1 = tl.where(blind[:, None], 0.0, acc0), tl.where(blind[:, None], 0.0, acc1)
+        m_i, l_i = tl.where(blind, float("-inf"), m_i), tl.where(blind, 1.0, l_i)
+    elif SPLIT:
+        l_i = tl.where(begin < end, l_i, 1.0)
     sums = l_i[:, None]
     V: tl.constexpr = V_HEAD[0]
     store_head(out + head * V, acc0 / sums, acc1 / sums, None, None, row, live, HEADS * V, 0, V_HEAD, ACC)
@@ -270,11 +287,12 @@ def launch_forward(
         BLOCK_M=chosen.block_m,
         BLOCK_N=chosen.block_n,
         CAUSAL=causal,
+        SPLIT=plan.split,
         ACC=accumulator(q.dtype),
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
     )
-    return zero_behind(out, plan), lse
+    return zero_behind(out, plan.queries), lse
 
 
 def fake_forward(q, k, v, keep=True):

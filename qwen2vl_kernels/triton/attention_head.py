@@ -48,10 +48,15 @@ def like(*tensors: torch.Tensor, dtype: torch.dtype | None = None) -> tuple[torc
 
 
 @jit
-def tile_bounds(tiles):
-    """The program's own tile: its first row, and the first row and the end of the segment that it lies in."""
-    tile = tiles + 3 * tl.program_id(0)
-    return tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+def tile_bounds(tiles, SPLIT: tl.constexpr):
+    """The program's own tile: its first row, begin and end of the segment that it is multiplied with, and the end of
+    its own. Where the tile's rows and the others have one set of boundaries, both segments are the same."""
+    tile = tiles + (4 if SPLIT else 3) * tl.program_id(0)
+    first, begin, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    own_end = end
+    if SPLIT:
+        own_end = tl.load(tile + 3)
+    return first, begin, end, own_end
 
 
 @jit

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ..core.launching import cdiv, jit, launch, reason, target_of, tl
-from ..core.tile_plan import TilePlan
+from ..core.tile_plan import Side
 
 #: Rows that a program looks after, and values that it writes at a time.
 _BLOCK_M, _BLOCK_N = 64, 1024
@@ -26,20 +26,20 @@ def _zero_past_kernel(x, cu_seqlens, last, total, ROW: tl.constexpr, BLOCK_M: tl
         tl.store(x + at, tl.zeros((BLOCK_N,), x.dtype.element_ty), mask=at < end)
 
 
-def zero_behind(x: torch.Tensor, plan: TilePlan) -> torch.Tensor:
-    """A contiguous ``x (T, ...)`` with zeros in the rows behind the plan's last segment, which nobody wrote.
+def zero_behind(x: torch.Tensor, side: Side) -> torch.Tensor:
+    """A contiguous ``x (T, ...)`` with zeros in the rows behind the last segment of its side, which nobody wrote.
 
     Nothing runs where the host knows that there are none, and PyTorch's operations run where Triton cannot.
     """
-    held = plan.held()
+    held = side.held()
     if held is not None:
         if held < x.shape[0]:
             x[held:].zero_()
     elif reason(x.device.type) is not None:
-        past = torch.arange(x.shape[0], device=x.device) >= plan.bounds()[-1]
+        past = torch.arange(x.shape[0], device=x.device) >= side.bounds()[-1]
         x.masked_fill_(past.view(-1, *[1] * (x.ndim - 1)), 0)
     elif x.numel():
-        bounds = plan.bounds()
+        bounds = side.bounds()
         launch(
             _zero_past_kernel,
             (cdiv(x.shape[0], _BLOCK_M),),

@@ -73,8 +73,11 @@ def main(device: str = "cuda") -> list[str]:
             angles = torch.rand(37, 40, device=device)
             for rope in (None, (angles.cos(), angles.sin())):
                 backward(K.varlen_attention(q, k, v, cu_seqlens, 20, causal=causal, rope=rope, backend=backend))
+            of_keys = torch.tensor([0, 9, 12, 37], dtype=torch.int32)
+            own = {"cu_seqlens_q": cu_seqlens, "max_seqlen_q": 20, "cu_seqlens_k": of_keys, "max_seqlen_k": 25}
+            backward(K.varlen_attention(q, k, v, **own, causal=causal, backend=backend))
         plan = K.plan_tiles(cu_seqlens, 37, device=device, padded=True)
-        tail.zero_behind(random(37, 2, 80).detach(), plan)  # after others' attention
+        tail.zero_behind(random(37, 2, 80).detach(), plan.queries)  # after others' attention
 
     def positions_of(backend: str) -> None:
         K.mrope_positions(ids, grid[:1], grid[1:], **tokens, backend=backend)

@@ -229,9 +229,10 @@ def test_peers_read_nothing_from_a_device(name, monkeypatch):
     monkeypatch.setattr(tail, "reason", lambda kind: "the kernel is left out")
     q, k, v = (torch.empty(300, 16, 80, dtype=torch.bfloat16, device="meta") for _ in range(3))
     plan = plan_tiles(torch.empty(5, dtype=torch.int32, device="meta"), 300)
-    assert plan.padded and plan.longest is None and plan.held() is None
-    out, lse = op._peer_forward(name, q, k, v, plan, 256, False, 0.3, keep=True)
-    grads = op._peer_backward(name, out, q, k, v, out, lse, plan, 256, False, 0.3)
+    assert plan.padded and plan.queries.longest is None and plan.queries.held() is None
+    settings = (256, 256), False, 0.3, False, name
+    out, lse = op._forward(q, k, v, plan, None, None, *settings)
+    grads = op._backward(out, None, q, k, v, out, lse, plan, None, None, *settings)
     assert [x.shape for x in (out, *grads)] == [q.shape] * 4
     with pytest.raises(RuntimeError, match="meta tensors"):
         plan.cu_seqlens.max().item()  # as a read would
@@ -456,7 +457,7 @@ def test_derivatives_of_second_order_are_refused(backend):
             pytest.skip(reason)
         out = attend(q, q, q, cu_seqlens, 6, backend=backend)
     else:
-        out = torch.ops.qwen2vl.varlen_attention(q, q, q, cu_seqlens, 6, False, 0.3, backend)[0]
+        out = torch.ops.qwen2vl.varlen_attention(q, q, q, cu_seqlens, *(None,) * 3, 6, 6, False, 0.3, False, False, backend)[0]
     (first,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="varlen_attention: its gradients have no derivatives of their own"):
         torch.autograd.grad(first.sum(), q)
@@ -499,7 +500,7 @@ def test_the_table_for_people(gpu, monkeypatch):
     assert [of["backend"] for of in served.values()] == ["triton", "triton", "torch", "torch"]
     assert [bool(of["measured"]) for of in served.values()] == [True, True, True, False]
     assert "at commit 3dc270fec4c9; the Triton kernels have changed since" in served["training"]["why"]
-    assert set(UNMEASURED) <= set({*op._BACKENDS, *attention_peers.PEERS, "triton"})
+    assert set(UNMEASURED) <= set({*op._OF_TORCH, *attention_peers.PEERS, "triton"})
     assert attention_choice.choose(replace(CALL, device_type="cpu")).backend in ("blocked", "sdpa")
 
 
@@ -522,5 +523,6 @@ def test_on_a_cpu_nothing_is_called_measured_that_was_not(monkeypatch):
 def test_boundaries_are_copied_to_the_device_once():
     cu = torch.tensor([0, 3, 9], dtype=torch.int32)
     plan = plan_tiles(cu, 9, device="meta")
-    assert plan.bounds() is plan.bounds() and plan.bounds().device.type == "meta" and plan.held() == 9
-    assert plan_tiles(cu, 10).held() == 9 and plan_tiles(cu, 9, padded=True).held() is None
+    side = plan.queries
+    assert side.bounds() is side.bounds() and side.bounds().device.type == "meta" and side.held() == 9
+    assert plan_tiles(cu, 10).queries.held() == 9 and plan_tiles(cu, 9, padded=True).queries.held() is None

@@ -17,7 +17,7 @@ from qwen2vl_kernels import BackendError, plan_tiles, varlen_attention
 from qwen2vl_kernels.core import attention_calls, attention_peers, launching, tile_plan
 from qwen2vl_kernels.core.attention_peers import FLASH, Call, peer_of, why_not
 from qwen2vl_kernels.core.backends import unavailable
-from qwen2vl_kernels.core.tile_plan import TilePlan
+from qwen2vl_kernels.core.tile_plan import Side
 from qwen2vl_kernels.ops import varlen_attention as op
 from qwen2vl_kernels.ops.varlen_attention import varlen_attention_ref
 from qwen2vl_kernels.triton import tail
@@ -122,7 +122,16 @@ def stand_in(request):
 
 
 def _attend(name, q, k, v, cu, causal):
-    return torch.ops.qwen2vl.varlen_attention(q, k, v, cu, 9, causal, SCALE, name)[0]
+    return torch.ops.qwen2vl.varlen_attention(q, k, v, *_settings(name, cu, causal))[0]
+
+
+def _settings(name, cu, causal=False, most=9):
+    """What the operator is told besides the tensors."""
+    return cu, None, None, None, most, most, causal, SCALE, False, False, name
+
+
+def _planned(name, inputs, plan, longest):
+    return op._forward(*inputs, plan, None, None, (longest, longest), False, SCALE, False, name, keep=False)
 
 
 def _check_gradients(name, kernel, pack, causal, attend=_attend):
@@ -154,7 +163,7 @@ def test_registered_peers_pass_opcheck(stand_in, pack):
     name, kernel = stand_in
     kernel.stride = None  # opcheck clones what it is given
     leaves = [x.detach().requires_grad_() for x in inputs]
-    torch.library.opcheck(torch.ops.qwen2vl.varlen_attention.default, (*leaves, cu, 9, False, SCALE, name))
+    torch.library.opcheck(torch.ops.qwen2vl.varlen_attention.default, (*leaves, *_settings(name, cu)))
 
 
 def test_boundaries_that_may_change_and_a_longest_segment_of_one_row(stand_in, pack):
@@ -162,17 +171,17 @@ def test_boundaries_that_may_change_and_a_longest_segment_of_one_row(stand_in, p
     name, kernel = stand_in
     *inputs, cu = pack
     plan = plan_tiles(cu.clone(), 17, padded=True)
-    assert plan.held() is None and plan_tiles(cu, 17).held() == 14
+    assert plan.queries.held() is None and plan_tiles(cu, 17).queries.held() == 14
     for longest in (9, 1):  # FlashAttention 2 takes a longest segment of 1 for decoding, where all have one row
         kernel.longest = max(2, longest)
         if longest == 1:
             cu = torch.arange(4, dtype=torch.int32)
             plan.update_(cu)
-        out, lse = op._peer_forward(name, *inputs, plan, longest, False, SCALE, keep=False)
+        out, lse = _planned(name, inputs, plan, longest)
         assert lse is None and torch.equal(out, varlen_attention_ref(*inputs, cu, False, SCALE))
     other = torch.tensor([0, 2, 3, 4], dtype=torch.int32)
     plan.update_(other)
-    assert torch.equal(plan.bounds(), other)
+    assert torch.equal(plan.queries.bounds(), other)
 
 
 def test_a_view_that_begins_off_16_bytes_is_copied(stand_in, pack):
@@ -189,13 +198,13 @@ def test_a_view_that_begins_off_16_bytes_is_copied(stand_in, pack):
     assert seen == [0] * 6
     backward = kernel.backward
     kernel.backward = lambda *a: seen.extend(x.data_ptr() % 16 for x in a[:5]) or backward(*a)
-    out, lse = torch.ops.qwen2vl.varlen_attention(*inputs, cu, 9, False, SCALE, name)
+    out, lse = torch.ops.qwen2vl.varlen_attention(*inputs, *_settings(name, cu))
     grad = torch.randn(17 * 4 * 80 + 1).double()[1:].view(17, 4, 80)  # whole, as the backward of a concatenation gives
     shifted = torch.empty(17 * 4 * 80 + 1).double()[1:].view(17, 4, 80).copy_(out)
     assert grad.is_contiguous() and grad.data_ptr() % 16 and shifted.data_ptr() % 16
-    rest = (lse, cu, 9, False, SCALE, name)
-    got = torch.ops.qwen2vl.varlen_attention_backward(grad, *off, shifted, *rest)
-    want = torch.ops.qwen2vl.varlen_attention_backward(grad.clone(), *inputs, out, *rest)
+    rest = (lse, None, None, cu, None, 9, 9, False, SCALE, False, name)
+    got = torch.ops.qwen2vl.varlen_attention_backward(grad, None, *off, shifted, *rest)
+    want = torch.ops.qwen2vl.varlen_attention_backward(grad.clone(), None, *inputs, out, *rest)
     assert all(torch.equal(one, two) for one, two in zip(got, want, strict=True))
     assert seen[6 + 3 :] == [0] * 10
 
@@ -223,25 +232,25 @@ def test_a_plan_takes_no_segment_longer_than_a_grid(stand_in, pack, monkeypatch,
     plan = plan_tiles(cu.clone(), 17, padded=True)
 
     def replay():
-        return op._peer_forward(name, *inputs, plan, 9, False, SCALE, keep=False)[0]
+        return _planned(name, inputs, plan, 9)[0]
 
-    assert plan.update_(torch.tensor([0, 0, 0, 17], dtype=torch.int32)).longest == 17, "nothing was captured"
+    assert plan.update_(torch.tensor([0, 0, 0, 17], dtype=torch.int32)).queries.longest == 17, "nothing was captured"
     plan.update_(cu)
     with monkeypatch.context() as patch:
         patch.setattr(tile_plan, "_capturing", lambda device: True)
         assert torch.equal(replay(), varlen_attention_ref(*inputs, cu, False, SCALE))
     fits, longer = (torch.tensor(b, dtype=torch.int32) for b in ([0, 2, 11, 17], [0, 1, 1, 11]))
-    assert torch.equal(plan.update_(fits).bounds(), fits) and plan.longest == 9
+    assert torch.equal(plan.update_(fits).queries.bounds(), fits) and plan.queries.longest == 9
     assert torch.equal(replay(), varlen_attention_ref(*inputs, fits, False, SCALE))
     if on_device:  # boundaries that the host may not read: the assertion is one of the device's
-        check = TilePlan._check_longest
+        check = Side._check_longest
         with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a segment is longer than max_seqlen"):
-            patch.setattr(TilePlan, "_check_longest", lambda self, name, cu, most: check(self, name, _Far(cu), most))
+            patch.setattr(Side, "_check_longest", lambda self, name, cu, most: check(self, name, _Far(cu), most))
             plan.update_(longer)
     else:
         with pytest.raises(ValueError, match=r"a segment of 10 rows, but another's kernel was .* max_seqlen=9; give"):
             plan.update_(longer)
-    assert torch.equal(plan.bounds(), fits), "what is refused is not written"
+    assert torch.equal(plan.queries.bounds(), fits), "what is refused is not written"
     plan = plan_tiles(longer.clone(), 17, padded=True)
     with pytest.raises(ValueError, match="max_seqlen is 9, but cu_seqlens has a segment of 10 rows"):
         replay()
@@ -263,12 +272,12 @@ def test_a_max_seqlen_that_is_too_small_reaches_no_kernel(stand_in, pack):
     name, kernel = stand_in
     *inputs, cu = pack
     with pytest.raises(ValueError, match="max_seqlen is 8, but cu_seqlens has a segment of 9 rows"):
-        torch.ops.qwen2vl.varlen_attention(*inputs, cu, 8, False, SCALE, name)
+        torch.ops.qwen2vl.varlen_attention(*inputs, *_settings(name, cu, most=8))
     assert not kernel.forwards
     with pytest.raises(ValueError, match="max_seqlen is 8, but tiles are planned for a segment of 9 rows"):
         varlen_attention(*(x.float() for x in inputs), cu, 8, tiles=plan_tiles(cu, 17))
     kernel.longest = 17  # not more than there are rows
-    torch.ops.qwen2vl.varlen_attention(*inputs, cu, 10**6, False, SCALE, name)
+    torch.ops.qwen2vl.varlen_attention(*inputs, *_settings(name, cu, most=10**6))
 
 
 @pytest.mark.parametrize("triton", [True, False], ids=["kernel", "masked_fill_"])
@@ -281,7 +290,7 @@ def test_zeros_past_what_a_device_knows(total, held, triton, monkeypatch):
         x = torch.full((total, *shape), torch.nan, dtype=dtype, device=DEVICE)
         x[:held] = 1
         bounds = torch.tensor([0, 0, held], dtype=torch.int32, device=DEVICE)
-        tail.zero_behind(x, TilePlan(bounds, total, bounds.device, padded=True))
+        tail.zero_behind(x, Side(bounds, total, bounds.device, padded=True))
         assert (x[:held] == 1).all() and (x[held:] == 0).all()
 
 
@@ -488,8 +497,8 @@ def test_they_run_on_the_gpu_of_their_tensors(monkeypatch):
         device = torch.device("cuda", index)
         q = types.SimpleNamespace(is_cuda=True, device=device, shape=(1,), dtype=torch.bfloat16)
         entered.clear()
-        attention_calls._flash_forward("flash_attn", q, q, q, None, 2, False, 1.0, False)
-        attention_calls._flash_backward("flash_attn", q, q, q, q, q, None, None, 2, False, 1.0)
+        attention_calls._flash_forward("flash_attn", q, q, q, {}, False, 1.0, False)
+        attention_calls._flash_backward("flash_attn", q, q, q, q, q, None, {}, False, 1.0)
         want = [device, "forward", None, device, "backward", None] if around else ["forward", "backward"]
         assert entered == want
 
@@ -499,7 +508,7 @@ def test_determinism_that_is_demanded_between_forward_and_backward(installed, pa
     installed(*ALL)
     *inputs, cu = pack
     out = torch.zeros(17, 4, 80)
-    arguments = (out, *inputs, out, torch.zeros(68), plan_tiles(cu, 17), 9, False, SCALE)
+    arguments = (out, *inputs, out, torch.zeros(68), plan_tiles(cu, 17), (9, 9), False, SCALE)
     torch.use_deterministic_algorithms(True)
     try:
         with pytest.raises(RuntimeError, match=r"the backward of cudnn is not deterministic, and .* call it before"):

@@ -7,7 +7,7 @@ from qwen2vl_kernels import kvcache_attention
 from qwen2vl_kernels.ops.kvcache_attention import kvcache_attention_ref
 from tests.conftest import assert_two_times
 
-BACKENDS = ["eager", "sdpa"]
+BACKENDS = ["eager", "sdpa", "varlen"]
 
 
 def _exact(q, k_cache, v_cache, new, total):
