@@ -64,7 +64,9 @@ SPECIMENS = (
         for shape in ((16, 16, 80, torch.bfloat16, False), (16, 16, 72, torch.bfloat16, False))
     ),
     *(
-        Specimen(_name("attention over keys of their own", *shape), partial(_attention, *shape, split=True), further=more)
+        Specimen(
+            _name("attention over keys of their own", *shape), partial(_attention, *shape, split=True), further=more
+        )
         for shape, more in (
             ((28, 4, 128, torch.bfloat16, True), False),
             ((16, 16, 80, torch.bfloat16, True), True),

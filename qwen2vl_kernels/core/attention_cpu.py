@@ -178,7 +178,8 @@ def sdpa_with_statistics(q, k, v, cu_seqlens, causal, scale, cu_seqlens_k=None) 
     out = q.new_zeros((q.shape[0], q.shape[1], v.shape[2]))
     lse = q.new_full(q.shape[:2], float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32))
     for rows, keys, count in _runs(cu_seqlens, cu_seqlens_k):
-        made = _with_statistics(*(_batched(x, count) for x in (q[rows], k[keys], v[keys])), causal, scale)
+        qb, kb, vb = (_batched(x, count) for x in (q[rows], k[keys], v[keys]))
+        made = _with_statistics(qb, kb, vb, causal, scale)
         for whole, part in zip((out, lse), made, strict=True):
             _batched(whole[rows], count).copy_(part)
     return out, lse

@@ -210,8 +210,9 @@ def plan_tiles(
         padded: lists as long as any S segments in T rows may need, for CUDA graphs whose segments change; by default
             they are exact where ``cu_seqlens`` is on the CPU, and padded where they must be, on a GPU.
 
-    The plan keeps a copy of the boundaries, and what is written to ``cu_seqlens`` later does not change it. Inside a CUDA graph's capture, make the plan there too: each replay then plans by what ``cu_seqlens``
-    holds. Or make it before, padded, and call :meth:`TilePlan.update_` before a replay.
+    The plan keeps a copy of the boundaries, and what is written to ``cu_seqlens`` later does not change it. Inside a
+    CUDA graph's capture, make the plan there too: each replay then plans by what ``cu_seqlens`` holds. Or make it
+    before, padded, and call :meth:`TilePlan.update_` before a replay.
 
     Raises ``TypeError``/``ValueError`` naming the argument that does not fit.
     """

@@ -103,9 +103,9 @@ def patch_merge(
 
     Returns ``(T / merge_size^2, H)``. Raises ``TypeError``/``ValueError`` naming the argument that does not fit.
     """
-    weights = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    x, *weights = in_autocast_dtype(x, *weights)
-    norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
+    x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = in_autocast_dtype(
+        x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias
+    )
     check = Checker("patch_merge")
     check.tensor("x", x, ("T", "C"))
     check.tensor("norm_weight", norm_weight, ("C",), like=x)
@@ -132,6 +132,7 @@ def patch_merge(
     # The library's product is faster where the matrix units do not take the dtype.
     prefer = None if x.dtype in MATRIX_DTYPES else "eager"
     if resolve("patch_merge", x.device.type, backend, prefer) == "eager":
+        weights = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
         return patch_merge_ref(x, *weights, grid_thw, merge_size, eps)
     rows = None
     if grid_thw is not None and x.shape[0]:

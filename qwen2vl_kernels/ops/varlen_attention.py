@@ -92,9 +92,8 @@ def varlen_attention_ref(
         parts.append(F.pad(attended, (0, 0, 0, 0, blind, 0)))
         logs.append(F.pad(scores.logsumexp(-1).t(), (0, 0, blind, 0), value=float("-inf")))
     out = joined(parts, q.shape[0], q.new_empty((0, q.shape[1], v.shape[2]), dtype=out_dtype))
-    if not return_lse:
-        return out
-    return out, joined(logs, q.shape[0], q.new_empty((0, q.shape[1]), dtype=wide), float("-inf")).t()
+    lse = joined(logs, q.shape[0], q.new_empty((0, q.shape[1]), dtype=wide), float("-inf")).t()
+    return (out, lse) if return_lse else out
 
 
 # ------------------------------------------------------------- our kernels and others', which work by a plan of tiles
@@ -103,8 +102,8 @@ def varlen_attention_ref(
 def _forward(q, k, v, plan: TilePlan, cos, sin, longest, causal, scale, fused, backend, keep=True):
     """``(out, lse)``, where lse is what the backend's backward takes; zero behind the last segment."""
     if backend == "triton":
-        options = {"cos": cos, "sin": sin, "fused": fused, "keep": keep}
-        return launch_forward(q, k, v, plan, longest[0], causal, scale, **options)
+        rope = {"cos": cos, "sin": sin, "fused": fused}
+        return launch_forward(q, k, v, plan, longest[0], causal, scale, **rope, keep=keep)
     out, lse = attention_calls.forward(backend, q, k, v, plan, longest, causal, scale, keep)
     return zero_behind(out, plan.queries), lse
 
@@ -134,11 +133,8 @@ class _Planned(torch.autograd.Function):
     def backward(ctx, dout, dlse):
         q, k, v, out, lse, cos, sin = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
-
-        def run(*tensors):
-            return _backward(*tensors, ctx.plan, cos, sin, *ctx.settings)
-
-        return *first_order("varlen_attention", run, dout, dlse, q, k, v, out, lse), *[None] * 5
+        arguments = dout, dlse, q, k, v, out, lse, ctx.plan, cos, sin, *ctx.settings
+        return *first_order("varlen_attention", _backward, *arguments), *[None] * 5
 
 
 def _keep(ctx, out, lse, q, k, v, cos, sin, *boundaries) -> None:
@@ -148,6 +144,10 @@ def _keep(ctx, out, lse, q, k, v, cos, sin, *boundaries) -> None:
 
 
 # --------------------------------------------------------------------- all backends as one op, for compilers and hooks
+
+
+def _keeps(q, v, cu_seqlens_k) -> bool:  # what its backward takes, which knows no past
+    return cu_seqlens_k is None and keeps_statistics(q, v)
 
 
 #: Those that read boundaries on the host, and need no bound of the lengths.
@@ -187,19 +187,14 @@ def _run_backward(
         return sdpa_backward(dout, q, k, v, out, lse, cu_seqlens, causal, scale)
     # The formula, and PyTorch's attention where it picks a kernel of its own by the shape, keep nothing between two
     # operators, so the forward is run once more.
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     with torch.enable_grad():
         if dlse is None:
-            again, given = [_attend(backend, *leaves, cu_seqlens, cu_seqlens_k, causal, scale)], [dout]
+            again, given = _attend(backend, q, k, v, cu_seqlens, cu_seqlens_k, causal, scale), dout
         else:
-            settings = cu_seqlens, causal, scale, cu_seqlens_k
-            again, given = varlen_attention_ref(*leaves, *settings, return_lse=True), [dout, dlse]
-    return tuple(g.contiguous() for g in torch.autograd.grad(again, leaves, given))
-
-
-def _keeps(q, v, cu_seqlens_k) -> bool:
-    """Whether PyTorch's attention keeps what its backward takes: that one knows no past."""
-    return cu_seqlens_k is None and keeps_statistics(q, v)
+            again = varlen_attention_ref(q, k, v, cu_seqlens, causal, scale, cu_seqlens_k, return_lse=True)
+            given = dout, dlse
+    return tuple(g.contiguous() for g in torch.autograd.grad(again, (q, k, v), given))
 
 
 def _fake(q, k, v, cu_seqlens, cu_seqlens_k, cos, sin, most_q, most_k, causal, scale, fused, with_lse, backend):
@@ -276,17 +271,16 @@ def varlen_attention(
         max_seqlen: an upper bound of the segments' lengths. A tight one counts where others' kernels are chosen: they
             launch programs for as many rows in every segment, and a captured graph replays these: longer segments are
             refused then, by :meth:`TilePlan.update_` or by an assertion on the device.
-        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: these four in the place of those two where queries and
-            keys have boundaries of their own, as in flash-attention; k and v then have rows of their own number. Segment
-            s of the queries attends to segment s of the keys.
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: in the place of those two, as in flash-attention, where
+            keys have boundaries (and a number of rows) of their own: segment s of q attends to segment s of k.
         causal: a row sees only rows of its segment up to itself; with boundaries of their own, both ends meet.
         softmax_scale: default ``D ** -0.5``; positive.
-        return_lse: also return the logs of the sums, with which results over parts of the keys can be added up. They
-            have gradients, for which ``"triton"`` and ``"eager"`` serve.
-        tiles: :func:`plan_tiles` of these boundaries, so that all layers share the list of tiles. It is the plan that is
-            worked by, forward and backward, whatever the boundaries hold by then. Without it the list is made at the
-            first call with a ``cu_seqlens``, and again when that was written to: on the host by any way, on a GPU by
-            PyTorch's operations. What writes to it there in another way, as a kernel of yours may, goes with ``tiles``.
+        return_lse: also return lse, by which results over parts of the keys can be added up. Its gradients are served
+            by ``"triton"`` and ``"eager"``.
+        tiles: :func:`plan_tiles` of these boundaries, which all layers share: what is worked by, forward and backward,
+            whatever the boundaries hold by then. Without it a plan is made at the first call with a ``cu_seqlens``, and
+            again when that was written to: on the host by any way, on a GPU by PyTorch's operations. What writes to it
+            there in another way, as a kernel of yours may, goes with ``tiles``.
         rope: ``(cos, sin)``, ``(T, D/2)`` each, of any float dtype, without gradients: q and k are rotated first, and
             keep what they held. The Triton kernels rotate them as they load them where segments are short and in a
             pass of its own where they are long, with the same bits. For packed sequences only.
@@ -312,25 +306,25 @@ def varlen_attention(
 
     Under autocast q, k and v are taken in its dtype, as PyTorch does for matrix products.
 
-    Returns ``(T, Hq, Dv)``; rows past the last segment of the queries are zero. With ``return_lse`` also lse ``(Hq, T)``
-    float32 (float64 for float64), a natural logarithm; minus infinity where a row sees no key. Raises
+    Returns ``(T, Hq, Dv)``; rows past q's last segment are zero. With ``return_lse`` also lse ``(Hq, T)`` in float32
+    (float64 for float64), a natural logarithm; minus infinity where a row sees no key. Raises
     ``TypeError``/``ValueError`` naming the argument that does not fit; a backend that cannot serve the call is a
     :class:`BackendError` with the reason.
     """
     q, k, v = in_autocast_dtype(q, k, v)
     check = Checker("varlen_attention")
-    packed = _packed(cu_seqlens, max_seqlen, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    lengths = cu_seqlens, max_seqlen, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    bounds, of_keys, longest = _boundaries(*lengths)
+    packed = of_keys is None
     rows_of_keys = "T" if packed else "Tk"
     check.tensor("q", q, ("T", "Hq", "D"), contiguous_last=True)
     check.tensor("k", k, (rows_of_keys, "Hk", "D"), like=q, contiguous_last=True)
     check.tensor("v", v, (rows_of_keys, "Hk", "Dv"), like=q, contiguous_last=True)
     heads, kv_heads = q.shape[1], k.shape[1]
     check.require(kv_heads > 0 and heads % kv_heads == 0, f"q's {heads} heads must be a multiple of k's {kv_heads}")
-    bounds = cu_seqlens if packed else cu_seqlens_q
-    longest = max_seqlen if packed else max_seqlen_q, max_seqlen if packed else max_seqlen_k
     _check_boundaries(check, q, bounds, longest[0], "" if packed else "_q")
     if not packed:
-        _check_boundaries(check, q, cu_seqlens_k, longest[1], "_k")
+        _check_boundaries(check, q, of_keys, longest[1], "_k")
     ok = softmax_scale is None or softmax_scale > 0
     check.require(ok, f"softmax_scale must be positive, got {softmax_scale!r}")
     if rope is not None:
@@ -339,11 +333,11 @@ def varlen_attention(
     traced = torch.compiler.is_compiling() or type(q) is not torch.Tensor or q.is_meta
     if tiles is not None:
         _check_tiles(check, tiles, q, k, bounds, longest, packed, traced)
-        bounds, cu_seqlens_k = tiles.queries.cu_seqlens, None if packed else tiles.keys.cu_seqlens
+        bounds, of_keys = tiles.queries.cu_seqlens, None if packed else tiles.keys.cu_seqlens
     elif not traced and bounds.device.type == "cpu":  # nor is it to be compiled in: it would serve one number of rows
         check_bounds(check, bounds.tolist(), q.shape[0], longest[0], "" if packed else "_q")
-        if cu_seqlens_k is not None:
-            check_bounds(check, cu_seqlens_k.tolist(), k.shape[0], longest[1], "_k")
+        if of_keys is not None and of_keys.device.type == "cpu":
+            check_bounds(check, of_keys.tolist(), k.shape[0], longest[1], "_k")
 
     facts = {"causal": causal, "invariant": invariant, "segments": bounds.shape[0] - 1, "split": not packed}
     name = chosen(q, k, v, max(longest), **facts, statistics=return_lse, backend=backend)
@@ -356,25 +350,28 @@ def varlen_attention(
         cos = sin = None
     if name == "triton" or name in PEERS:
         settings = longest, causal, scale, fused, name
-        alone = direct(q, k, v, bounds, cu_seqlens_k)
+        alone = direct(q, k, v, bounds, of_keys)
         if alone or not (traced or watched()):
-            plan = tiles or plan_for(bounds, q.shape[0], q.device, cu_seqlens_k, k.shape[0])
-            if alone:
-                out, lse = _forward(q, k, v, plan, cos, sin, *settings, keep=return_lse)
-            else:
+            plan = tiles or plan_for(bounds, q.shape[0], q.device, of_keys, k.shape[0])
+            if not alone:
                 out, lse = _Planned.apply(q, k, v, cos, sin, plan, settings, return_lse)  # type: ignore[misc]
+            elif name == "triton":
+                options = {"cos": cos, "sin": sin, "fused": fused, "keep": return_lse}
+                out, lse = launch_forward(q, k, v, plan, longest[0], causal, scale, **options)
+            else:
+                out, lse = _forward(q, k, v, plan, cos, sin, *settings, keep=return_lse)
             return (out, _natural(name, lse, q, plan.queries.bounds())) if return_lse else out
     elif not traced and not return_lse:
-        return _attend(name, q, k, v, bounds, cu_seqlens_k, causal, scale)
+        return _attend(name, q, k, v, bounds, of_keys, causal, scale)
     elif not traced and name == "eager":
-        return varlen_attention_ref(q, k, v, bounds, causal, scale, cu_seqlens_k, return_lse=True)
+        return varlen_attention_ref(q, k, v, bounds, causal, scale, of_keys, return_lse=True)
     # Tracers need one opaque op, as the implementations read boundaries.
     options = *longest, causal, scale, fused, return_lse, name
-    out, lse = torch_ops.varlen_attention(q, k, v, bounds, cu_seqlens_k, cos, sin, *options)
+    out, lse = torch_ops.varlen_attention(q, k, v, bounds, of_keys, cos, sin, *options)
     return (out, _natural(name, lse, q, bounds)) if return_lse else out
 
 
-def _natural(name: str, lse: torch.Tensor, q: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+def _natural(name: str, lse: Any, q: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
     """The logs of the sums ``(Hq, T)`` from what a backend keeps: rows behind the last segment hold nothing there."""
     if name == "triton":
         lse = lse * math.log(2)
@@ -406,18 +403,20 @@ def _check_rope(check: Checker, q: torch.Tensor, rope: object) -> None:
         check.require(not table.requires_grad, f"{name} must not require grad: it is given none")
 
 
-def _packed(cu_seqlens, max_seqlen, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> bool:
-    """Whether queries and keys share their boundaries; ``TypeError`` unless one of both forms is given whole."""
-    pack = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
-    own = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-    own |= {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
-    given = [name for name, value in (*pack.items(), *own.items()) if value is not None]
-    if given != list(pack) and given != list(own):
+def _boundaries(*values: Any) -> tuple[Any, Any, tuple[Any, Any]]:
+    """Boundaries of queries and of keys (``None`` where these share them) and the bounds of both lengths;
+    ``TypeError`` unless one of both forms is given whole."""
+    pack, own = ("cu_seqlens", "max_seqlen"), ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    given = tuple(name for name, value in zip((*pack, *own), values, strict=True) if value is not None)
+    if given not in (pack, own):
         raise TypeError(
-            f"varlen_attention: takes either cu_seqlens and max_seqlen, or cu_seqlens_q, cu_seqlens_k, max_seqlen_q and "
+            "varlen_attention: takes either cu_seqlens and max_seqlen, or cu_seqlens_q, cu_seqlens_k, max_seqlen_q and "
             f"max_seqlen_k, got {', '.join(given) or 'none of them'}"
         )
-    return given == list(pack)
+    cu_seqlens, max_seqlen, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = values
+    if given == pack:
+        return cu_seqlens, None, (max_seqlen, max_seqlen)
+    return cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k)
 
 
 def _check_boundaries(check: Checker, q: torch.Tensor, cu_seqlens: Any, max_seqlen: Any, suffix: str) -> None:

@@ -457,7 +457,9 @@ def test_derivatives_of_second_order_are_refused(backend):
             pytest.skip(reason)
         out = attend(q, q, q, cu_seqlens, 6, backend=backend)
     else:
-        out = torch.ops.qwen2vl.varlen_attention(q, q, q, cu_seqlens, *(None,) * 3, 6, 6, False, 0.3, False, False, backend)[0]
+        out = torch.ops.qwen2vl.varlen_attention(
+            q, q, q, cu_seqlens, *(None,) * 3, 6, 6, False, 0.3, False, False, backend
+        )[0]
     (first,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="varlen_attention: its gradients have no derivatives of their own"):
         torch.autograd.grad(first.sum(), q)

@@ -90,7 +90,7 @@ def test_forward_and_logs(backend, causal, dtype):
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients(backend, causal, dtype):
-    q, k, v, bounds = _pack(SEGMENTS[:-1] + [(33, 70)], dtype=dtype, columns=24, device=_served(backend), tail=2)
+    q, k, v, bounds = _pack([*SEGMENTS[:-1], (33, 70)], dtype=dtype, columns=24, device=_served(backend), tail=2)
     grad = torch.randn(q.shape[0], 4, 24, device=q.device).to(dtype)
     settings = bounds["cu_seqlens_q"], causal, None, bounds["cu_seqlens_k"]
 
@@ -246,13 +246,25 @@ def test_what_does_not_fit_is_refused():
         ({}, TypeError, "takes either cu_seqlens and max_seqlen, or cu_seqlens_q, .* got none of them"),
         ({"cu_seqlens_q": cu, "max_seqlen_q": 5}, TypeError, "got cu_seqlens_q, max_seqlen_q"),
         ({**bounds, "max_seqlen": 9}, TypeError, "got max_seqlen, cu_seqlens_q, cu_seqlens_k"),
-        ({**bounds, "cu_seqlens_k": cu[:2]}, ValueError, r"cu_seqlens_k must have shape \(S\+1\) with S\+1=3, got \(2,\)"),
+        (
+            {**bounds, "cu_seqlens_k": cu[:2]},
+            ValueError,
+            r"cu_seqlens_k must have shape \(S\+1\) with S\+1=3, got \(2,\)",
+        ),
         ({**bounds, "cu_seqlens_k": cu + 6}, ValueError, "cu_seqlens_k must rise from 0 to at most k's 13 rows"),
         ({**bounds, "max_seqlen_k": 8}, ValueError, "max_seqlen_k is 8, but cu_seqlens_k has a segment of 9 rows"),
         ({**bounds, "max_seqlen_q": -1}, ValueError, "max_seqlen_q must be a non-negative int, got -1"),
         ({**bounds, "rope": (q[:, 0, :8], q[:, 0, :8])}, ValueError, "rope is for packed sequences"),
-        ({"cu_seqlens": cu, "max_seqlen": 5}, ValueError, r"k must have shape \(T, Hk, D\) with T=8, D=16, got \(13, 2"),
-        ({**bounds, "tiles": plan_tiles(cu, 8)}, ValueError, "tiles are planned for no keys with boundaries of their own"),
+        (
+            {"cu_seqlens": cu, "max_seqlen": 5},
+            ValueError,
+            r"k must have shape \(T, Hk, D\) with T=8, D=16, got \(13, 2",
+        ),
+        (
+            {**bounds, "tiles": plan_tiles(cu, 8)},
+            ValueError,
+            "tiles are planned for no keys with boundaries of their own",
+        ),
     ):
         with pytest.raises(error, match=message):
             varlen_attention(q, k, v, **given)
