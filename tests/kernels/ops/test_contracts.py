@@ -35,7 +35,7 @@ CALLS = {
     "vision_rope_qkv_": lambda: (torch.randn(4, 3, 2, 8), torch.rand(4, 4), torch.rand(4, 4)),
     "patch_embed": lambda: (torch.randn(4, 8), _x(6, 8), _x(6)),
     "patch_merge": lambda: (_x(8, 4), _x(4), _x(4), _x(16, 16), _x(16), _x(6, 16), _x(6)),
-    "varlen_attention": lambda: (_x(4, 2, 8), _x(4, 1, 8), _x(4, 1, 8), CU, 2, True, 0.35, "sdpa"),
+    "varlen_attention": lambda: (_x(4, 2, 8), _x(4, 1, 8), _x(4, 1, 8), CU, *(None,) * 3, 2, 2, True, 0.35, False, False, "sdpa"),
     "image_to_patches": lambda: (torch.randint(0, 256, (30, 40, 3)).byte(), 28, 56, 14, 2, None, None, None, "native"),
     "kvcache_attention": lambda: (torch.randn(3, 2, 8), *torch.randn(2, 2, 5, 1, 8), [1, 2], [3, 5], 0.35, "sdpa"),
 }
@@ -49,8 +49,8 @@ def test_registered_op_passes_opcheck(name):
 def _public(name):
     def call(*arguments):
         if name == "varlen_attention":
-            *arguments, causal, scale, backend = arguments
-            return K.varlen_attention(*arguments, causal=causal, softmax_scale=scale, backend=backend)
+            *tensors, _, _, _, longest, _, causal, scale, _, _, backend = arguments
+            return K.varlen_attention(*tensors, longest, causal=causal, softmax_scale=scale, backend=backend)
         if name == "kvcache_attention":
             *arguments, scale, backend = arguments
             return K.kvcache_attention(*arguments, softmax_scale=scale, backend=backend)
