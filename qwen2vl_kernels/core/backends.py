@@ -37,7 +37,7 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
 
 #: What an op takes for some shapes before the table's first choice, in words for :func:`table`.
 SHAPE_CHOICES = {
-    ("varlen_attention", "cpu"): "bf16 inference: blocked",
+    ("varlen_attention", "cpu"): "bf16 inference on AMD's CPUs: blocked",
     ("varlen_attention", "cuda"): "by the table below",
 }
 

@@ -7,6 +7,7 @@ AVX2 EPYC, 256 x 1280 times 1280 x 5120 took 580 ms in bf16, and 108 ms in float
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +40,16 @@ def slow_on_cpu(dtype: torch.dtype) -> bool:
     """Whether matrix products of ``dtype`` are better done in float32 on this machine's CPU."""
     name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
     return name is not None and torch.backends.mkldnn.is_available() and not getattr(torch.ops.mkldnn, name)()
+
+
+@cache
+def cpu_vendor() -> str:
+    """What this machine's CPU calls its maker, "AuthenticAMD" say; empty where Linux does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -299,7 +299,7 @@ def varlen_attention(
               shape, PyTorch 2.10 at every call. Gradients from PyTorch 2.14 on.
             - ``"sdpa"``: PyTorch's fused attention, once a segment, or once for all when they are equally long.
             - ``"blocked"``: CPU, no backward: blocked matrix products for segments of 256 rows or more, ``"sdpa"`` for
-              shorter ones; chosen for bf16 where the CPU has matrix products of it.
+              shorter ones; chosen for bf16 on AMD's CPUs that have matrix products of it.
             - ``"eager"``: the formula.
 
             The last three read ``cu_seqlens`` on the host, which waits for the device if it lies there.

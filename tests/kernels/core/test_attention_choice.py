@@ -508,6 +508,7 @@ def test_the_table_for_people(gpu, monkeypatch):
 
 def test_on_a_cpu_nothing_is_called_measured_that_was_not(monkeypatch):
     monkeypatch.setattr(attention_choice, "slow_on_cpu", lambda dtype: False)
+    monkeypatch.setattr(attention_choice, "cpu_vendor", lambda: attention_choice.CPU_VENDOR)
     result = json.loads((RESULTS / attention_choice._CPU).read_text(encoding="utf-8"))
     heads = {row["workload"].split(", ")[1] for row in result["rows"] if not row["workload"].startswith("causal")}
     causal = {row["workload"].split(", ")[1] for row in result["rows"] if row["workload"].startswith("causal")}

@@ -138,9 +138,18 @@ def test_gradients():
         assert torch.autograd.gradcheck(call, (q, k, v))
 
 
-@pytest.mark.parametrize(("slow", "name", "other"), [(False, "blocked", "sdpa"), (True, "sdpa", "blocked")])
-def test_bf16_inference_is_blocked_where_the_cpu_has_products_of_it(monkeypatch, slow, name, other):
+@pytest.mark.parametrize(
+    ("vendor", "slow", "name", "other"),
+    [
+        ("AuthenticAMD", False, "blocked", "sdpa"),
+        ("AuthenticAMD", True, "sdpa", "blocked"),
+        ("GenuineIntel", False, "sdpa", "blocked"),
+        ("", False, "sdpa", "blocked"),
+    ],
+)
+def test_bf16_inference_is_blocked_where_that_measured_faster(monkeypatch, vendor, slow, name, other):
     monkeypatch.setattr(attention_choice, "slow_on_cpu", lambda dtype: slow)
+    monkeypatch.setattr(attention_choice, "cpu_vendor", lambda: vendor)
     q, k, v, cu, longest = _pack([300], dtype=torch.bfloat16)
     got, want, not_it = (varlen_attention(q, k, v, cu, longest, backend=b) for b in (None, name, other))
     assert torch.equal(got, want) and not torch.equal(got, not_it)
