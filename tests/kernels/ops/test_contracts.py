@@ -18,6 +18,8 @@ def _x(*shape):
 CU = torch.tensor([0, 2, 4], dtype=torch.int32)
 POSITIONS = torch.arange(12).view(3, 4)
 INV_FREQ = torch.tensor([1.0, 0.1, 0.01, 0.001])
+#: Of attention: neither keys' boundaries nor angles; lengths, causal, scale, neither fused nor with lse, backend.
+SETTINGS = (None, None, None, 2, 2, True, 0.35, False, False, "sdpa")
 #: op under torch.ops -> arguments
 CALLS = {
     "rms_norm": lambda: (_x(4, 8), _x(8)),
