@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from qwen2vl_kernels import (
     TilePlan,
@@ -74,8 +75,33 @@ class PatchEmbed(nn.Module):
         weight = self.proj.weight
         if patches.dtype != torch.uint8:
             return patch_embed(patches, weight)
-        still = patches.shape[1] != weight[0].numel()
-        return patch_embed(patches, *fold_patch_embed(weight, IMAGE_MEAN, IMAGE_STD, still))
+        return patch_embed(patches, *_folded(weight, still=patches.shape[1] != weight[0].numel()))
+
+
+#: Folded weights by the weight that they were made from, and what it was then.
+_FOLDED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _folded(weight: torch.Tensor, still: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """``fold_patch_embed`` for the model's pixels, once for a weight, until it changes.
+
+    On a CPU its values are compared. On a GPU the host would wait for these, so PyTorch's count of writes is looked at,
+    which does not see what goes through ``weight.data``: some optimizers and averages of weights do, so a weight that
+    requires grad is folded there every time. One that does not is to be written by ``copy_`` or ``load_state_dict``.
+    """
+    watched = weight.requires_grad and (torch.is_grad_enabled() or weight.is_cuda)
+    plain = type(weight) in (torch.Tensor, nn.Parameter) and not (weight.is_inference() or weight.is_meta)
+    capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()  # the result lies in the graph's memory
+    if watched or capturing or not plain or torch.compiler.is_compiling():
+        return fold_patch_embed(weight, IMAGE_MEAN, IMAGE_STD, still)
+    state = (weight._version, weight.data_ptr(), weight.dtype, weight.device)
+    known = _FOLDED.get(weight)
+    if known is None or known[0] != state or not (weight.is_cuda or torch.equal(known[1], weight)):
+        known = _FOLDED[weight] = (state, None if weight.is_cuda else weight.detach().clone(), {})
+    if still not in known[2]:
+        with torch.inference_mode(False), torch.no_grad():
+            known[2][still] = fold_patch_embed(weight, IMAGE_MEAN, IMAGE_STD, still)
+    return known[2][still]
 
 
 class Attention(nn.Module):

@@ -95,13 +95,11 @@ def fold_patch_embed(
         check.require(len(values) == channels, f"{name} must have {channels} values, got {len(values)}")
     check.require(all(s > 0 for s in std), f"std must be positive, got {tuple(std)}")
     wide = torch.promote_types(weight.dtype, torch.float32)
-    w = weight.to(wide)
-    per_channel = {"dtype": wide, "device": weight.device}
-    std_t = torch.tensor(std, **per_channel).view(-1, 1, 1, 1)
-    mean_t = torch.tensor(mean, **per_channel).view(-1, 1, 1, 1)
-    w = w / std_t
-    bias = (w * (128 / 255 - mean_t)).flatten(1).sum(1)
-    w = w / 255
+    # A few numbers of the host's go into the kernels as they are: tensors of them would be copied to the device.
+    of_channels = [part / s for part, s in zip(weight.to(wide).unbind(1), std, strict=True)]
+    shifted = [part * (128 / 255 - m) for part, m in zip(of_channels, mean, strict=True)]
+    bias = torch.stack(shifted, 1).flatten(1).sum(1)
+    w = torch.stack(of_channels, 1) / 255
     if still:
         w = w.sum(2)
     return w.flatten(1).to(weight.dtype), bias.to(weight.dtype)
