@@ -15,7 +15,8 @@ multiple of Hk. dtypes: float32, bfloat16, float16. Inference only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -52,8 +53,8 @@ def kvcache_attention_ref(
     return torch.cat(parts)
 
 
-def _by_rows(q, k_cache, v_cache, new_tokens, cache_seqlens, softmax_scale, backend) -> torch.Tensor:
-    """Row by row: a row's result does not depend on how long the others are."""
+def _by_rows(prompt: Callable, q, k_cache, v_cache, new_tokens, cache_seqlens, softmax_scale) -> torch.Tensor:
+    """Row by row, several new tokens by ``prompt``: no row's result depends on how long the others are."""
     kv_heads = k_cache.shape[2]
     out = q.new_empty((q.shape[0], q.shape[1], v_cache.shape[3]))
     start = 0
@@ -66,26 +67,37 @@ def _by_rows(q, k_cache, v_cache, new_tokens, cache_seqlens, softmax_scale, back
             ks, vs = (x.transpose(0, 1).unsqueeze(0) for x in (keys, values))  # (1, Hk, seen, D)
             out[rows] = F.scaled_dot_product_attention(queries, ks, vs, scale=softmax_scale).flatten(1, 2)
         elif new:
-            out[rows] = _prompt(q[rows], keys, values, softmax_scale, backend)
+            out[rows] = prompt(q[rows], keys, values, softmax_scale)
         start += new
     return out
 
 
-def _prompt(q, k, v, softmax_scale, backend) -> torch.Tensor:
-    """Several new tokens of one row: attention of queries over keys of their own number, ends aligned."""
-    bounds = [torch.tensor([0, x.shape[0]], dtype=torch.int32) for x in (q, k)]
-    if backend == "sdpa":
-        return sdpa(q, k, v, bounds[0], True, softmax_scale, bounds[1])
+def _boundaries(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [torch.tensor([0, x.shape[0]], dtype=torch.int32) for x in tensors]
+
+
+def _by_sdpa(q, k, v, softmax_scale) -> torch.Tensor:
+    of_queries, of_keys = _boundaries(q, k)
+    return sdpa(q, k, v, of_queries, True, softmax_scale, of_keys)
+
+
+def _by_varlen(q, k, v, softmax_scale) -> torch.Tensor:
+    """varlen_attention over keys of their own number, by what it would choose."""
     longest = q.shape[0], k.shape[0]
     name = chosen(q, k, v, max(longest), causal=True, split=True)
     options = *longest, True, softmax_scale, False, False, name
-    return torch_ops.varlen_attention(q, k, v, *bounds, None, None, *options)[0]
+    return torch_ops.varlen_attention(q, k, v, *_boundaries(q, k), None, None, *options)[0]
+
+
+_BACKENDS = {
+    "eager": kvcache_attention_ref,
+    "sdpa": partial(_by_rows, _by_sdpa),
+    "varlen": partial(_by_rows, _by_varlen),
+}
 
 
 def _run(q, k_cache, v_cache, new_tokens, cache_seqlens, softmax_scale, backend) -> torch.Tensor:
-    if backend == "eager":
-        return kvcache_attention_ref(q, k_cache, v_cache, new_tokens, cache_seqlens, softmax_scale)
-    return _by_rows(q, k_cache, v_cache, new_tokens, cache_seqlens, softmax_scale, backend)
+    return _BACKENDS[backend](q, k_cache, v_cache, new_tokens, cache_seqlens, softmax_scale)
 
 
 register_opaque(

@@ -151,11 +151,11 @@ def _keeps(q, v, cu_seqlens_k) -> bool:  # what its backward takes, which knows 
 
 
 #: Those that read boundaries on the host, and need no bound of the lengths.
-_OF_TORCH = {"eager": varlen_attention_ref, "sdpa": sdpa, "blocked": blocked}
+_BACKENDS = {"eager": varlen_attention_ref, "sdpa": sdpa, "blocked": blocked}
 
 
 def _attend(backend, q, k, v, cu_seqlens, cu_seqlens_k, causal, scale) -> torch.Tensor:
-    out = _OF_TORCH[backend](q, k, v, cu_seqlens, causal, scale, cu_seqlens_k)
+    out = _BACKENDS[backend](q, k, v, cu_seqlens, causal, scale, cu_seqlens_k)
     tracked = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if tracked and not out.requires_grad:
         # No segment has rows: these zeros came from nothing, and what asks for gradients gets zeros, too.

@@ -502,7 +502,7 @@ def test_the_table_for_people(gpu, monkeypatch):
     assert [of["backend"] for of in served.values()] == ["triton", "triton", "torch", "torch"]
     assert [bool(of["measured"]) for of in served.values()] == [True, True, True, False]
     assert "at commit 3dc270fec4c9; the Triton kernels have changed since" in served["training"]["why"]
-    assert set(UNMEASURED) <= set({*op._OF_TORCH, *attention_peers.PEERS, "triton"})
+    assert set(UNMEASURED) <= set({*op._BACKENDS, *attention_peers.PEERS, "triton"})
     assert attention_choice.choose(replace(CALL, device_type="cpu")).backend in ("blocked", "sdpa")
 
 
