@@ -97,3 +97,19 @@ def test_refusals():
         fold_patch_embed(torch.zeros(8, 3, 2, 2, 2), MEAN, (1.0, 0.0, 1.0))
     with pytest.raises(ValueError, match="mean must have 3 values, got 1"):
         fold_patch_embed(torch.zeros(8, 3, 2, 2, 2), (0.5,), STD)
+
+
+def test_autocast_is_pytorchs_for_matrix_products():
+    """The dtype of ``F.linear`` there, in compiled code as well; float64 is left as it is, as by PyTorch."""
+    x, weight, bias = torch.randn(8, 24), torch.randn(6, 24), torch.randn(6)
+    norm, fc1, fc2 = torch.randn(2, 24), torch.randn(16, 96), torch.randn(6, 16)
+    merger = (*norm, fc1, torch.randn(16), fc2, bias)
+    for run, inputs in ((patch_embed, (x, weight, bias)), (patch_merge, (x, *merger))):
+        with torch.autocast("cpu", torch.bfloat16):
+            plain, want = run(*inputs), torch.nn.functional.linear(x, weight, bias)
+            torch._dynamo.reset()
+            compiled = torch.compile(run, fullgraph=True, backend="eager")(*inputs)
+            assert run(*(t.double() for t in inputs)).dtype == torch.float64
+        assert plain.dtype == compiled.dtype == want.dtype == torch.bfloat16
+        assert torch.equal(plain, run(*(t.bfloat16() for t in inputs))) and torch.equal(plain, compiled)
+        assert run(*inputs).dtype == torch.float32

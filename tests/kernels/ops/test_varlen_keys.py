@@ -13,6 +13,7 @@ from qwen2vl_kernels import BackendError, plan_tiles, varlen_attention
 from qwen2vl_kernels.core.attention_choice import Call, choose, entry_of
 from qwen2vl_kernels.core.attention_peers import _cudnn_shape, why_not
 from qwen2vl_kernels.core.backends import unavailable
+from qwen2vl_kernels.ops import varlen_attention as op
 from qwen2vl_kernels.ops.varlen_attention import varlen_attention_ref
 from tests.conftest import DEVICE, assert_two_times
 from tests.kernels.poison import poisoned  # noqa: F401
@@ -299,3 +300,41 @@ def test_autocast_is_pytorchs_for_matrix_products():
                 assert run(*(x.double() for x in given)).dtype == torch.float64
             assert plain.dtype == compiled.dtype == want.dtype == torch.bfloat16
             assert torch.equal(plain, run(*(x.bfloat16() for x in given))) and torch.equal(plain, compiled)
+
+
+def test_others_kernels_are_given_both_boundaries_and_their_logs_are_read():
+    """PyTorch's operators by stand-ins: FlashAttention 2 says plus infinity for the log of a row that sees no key."""
+    q, k, v, bounds = _pack([(5, 9), (3, 1), (2, 6)], dtype=torch.float64, tail=2)
+    of_queries, of_keys, most_q, most_k = bounds.values()
+    seen = []
+
+    def forward(q, k, v, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, **named):
+        seen.append((cum_seq_q.tolist(), cum_seq_k.tolist(), max_q, max_k))
+        out, lse = varlen_attention_ref(q, k, v, cum_seq_q, is_causal, named["scale"], cum_seq_k, return_lse=True)
+        out[10:] = torch.nan
+        lse = lse.masked_fill(lse == -math.inf, math.inf).float().contiguous()
+        lse[:, 10:] = torch.nan
+        empty = torch.empty(0)
+        return out, lse, empty, empty, empty
+
+    def backward(grad, q, k, v, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, *_, **__):
+        seen.append((cum_seq_q.tolist(), cum_seq_k.tolist(), max_q, max_k))
+        return tuple(torch.full_like(x, torch.nan) for x in (q, k, v))
+
+    library = torch.library.Library("aten", "IMPL")
+    try:
+        library.impl("_flash_attention_forward", forward, "CPU")
+        library.impl("_flash_attention_backward", backward, "CPU")
+        settings = of_queries, of_keys, None, None, most_q, most_k, True, 0.25, False
+        out, lse = torch.ops.qwen2vl.varlen_attention(q, k, v, *settings, True, "torch")
+        logs = op._natural("torch", lse, q, of_queries)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        again, _ = torch.ops.qwen2vl.varlen_attention(*leaves, *settings, False, "torch")
+        dq, dk, _ = torch.autograd.grad(again.sum(), leaves)
+    finally:
+        library._destroy()
+    want, exact = varlen_attention_ref(q, k, v, of_queries, True, 0.25, of_keys, return_lse=True)
+    torch.testing.assert_close(out, want.detach(), rtol=0, atol=0)
+    torch.testing.assert_close(logs, exact.float().detach(), rtol=1e-6, atol=1e-6)
+    assert seen == [([0, 5, 8, 10], [0, 9, 10, 16], 5, 9)] * 3
+    assert not dq[10:].any() and dq[:10].isnan().all() and not dk[16:].any() and dk[:16].isnan().all()
