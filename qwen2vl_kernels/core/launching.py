@@ -160,6 +160,11 @@ def strides(axes: tuple[str, ...], /, **tensors: torch.Tensor | None) -> dict[st
     }
 
 
+def like(*tensors: torch.Tensor, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, ...]:
+    """Contiguous tensors of these shapes without values, for results that a kernel writes whole."""
+    return tuple(torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device) for x in tensors)
+
+
 def accumulator(dtype: torch.dtype) -> Any:
     """The type that kernels compute in: float32; float64 for float64 inputs, which gradient checks use."""
     return tl.float64 if dtype == torch.float64 else tl.float32

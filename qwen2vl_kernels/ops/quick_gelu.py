@@ -11,6 +11,7 @@ import torch
 
 from ..core.backends import resolve
 from ..core.checks import Checker, no_grad_through, no_overlap
+from ..core.launching import like
 from ..core.library import direct, first_order, mark_written, register_composite, register_opaque, writes_only
 from ..core.namespace import torch_ops
 from ..triton.elementwise import as_rows, launch_backward, launch_forward
@@ -45,7 +46,7 @@ SCALE = 1.702
 
 
 def _forward(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    (y,) = like(x)
     launch_forward(as_rows(x), bias, None, as_rows(y), SCALE)
     return y
 
@@ -59,13 +60,13 @@ def _forward_in_place(x: torch.Tensor, bias: torch.Tensor | None) -> None:
 
 def _run_backward(dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """``(dx, dbias)``, dbias empty without a bias."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    (dx,) = like(x)
     dbias = launch_backward(as_rows(dy), as_rows(x), bias, None, as_rows(dx), None, SCALE)
     return dx, x.new_empty(0) if dbias is None else dbias
 
 
 def _fake_backward(dy, x, bias):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), x.new_empty(0 if bias is None else bias.shape[0])
+    return *like(x), x.new_empty(0 if bias is None else bias.shape[0])
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -80,7 +81,7 @@ def _backward(ctx, dy):
 
 register_opaque(
     "quick_gelu_forward(Tensor x, Tensor? bias) -> Tensor",
-    fake=lambda x, bias: torch.empty(x.shape, dtype=x.dtype, device=x.device),
+    fake=lambda x, bias: like(x)[0],
     setup_context=_setup_context,
     backward=_backward,
     CPU=_forward,

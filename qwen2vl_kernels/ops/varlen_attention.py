@@ -43,7 +43,7 @@ from ..core.attention_cpu import sdpa_with_statistics as sdpa_and_lse
 from ..core.attention_peers import PEERS
 from ..core.backends import resolve
 from ..core.checks import Checker
-from ..core.launching import target_of
+from ..core.launching import like, target_of
 from ..core.library import direct, first_order, register_opaque, watched
 from ..core.matmul import in_autocast_dtype
 from ..core.namespace import torch_ops
@@ -236,7 +236,7 @@ register_opaque(
 register_opaque(
     "varlen_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
     f" Tensor? cos, Tensor? sin, {_PACK}, {_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor)",
-    fake=lambda dout, dlse, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)),
+    fake=lambda dout, dlse, q, k, v, *_: like(q, k, v),
     CPU=_run_backward,
     CUDA=_run_backward,
 )

@@ -22,13 +22,14 @@ from ..core.launching import (
     cdiv,
     jit,
     launch,
+    like,
     next_power_of_2,
     strides,
     target_of,
     tl,
 )
 from ..core.tile_plan import TilePlan
-from .attention_head import dot_heads, head_of, head_strides, like, load_head, store_head, tile_bounds, zeros_head
+from .attention_head import dot_heads, head_of, head_strides, load_head, store_head, tile_bounds, zeros_head
 from .rotary import as_kernels_read, launch_rotation
 from .tail import zero_behind
 

@@ -20,13 +20,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..core.launching import Target, accumulator, architecture, jit, launch, strides, target_of, tl
+from ..core.launching import Target, accumulator, architecture, jit, launch, like, strides, target_of, tl
 from ..core.tile_plan import TilePlan
 from .attention_head import (
     dot_heads,
     head_of,
     head_strides,
-    like,
     load_block,
     load_head,
     store_head,

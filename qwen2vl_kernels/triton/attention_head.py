@@ -42,11 +42,6 @@ def head_strides(**tensors: torch.Tensor) -> dict[str, int]:
     return named | {f"{name}_head": x.stride(1) // unit for name, x in tensors.items()} | {"UNIT": unit}
 
 
-def like(*tensors: torch.Tensor, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, ...]:
-    """Contiguous tensors of these shapes, for results that every program writes whole."""
-    return tuple(torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device) for x in tensors)
-
-
 @jit
 def tile_bounds(tiles, SPLIT: tl.constexpr):
     """The program's own tile: its first row, begin and end of the segment that it is multiplied with, and the end of

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.launching import Target, accumulator, cdiv, jit, launch, next_power_of_2, strides, target_of, tl
+from ..core.launching import Target, accumulator, cdiv, jit, launch, like, next_power_of_2, strides, target_of, tl
 from ..core.library import direct, mark_written, register_opaque
 from ..core.namespace import torch_ops
 
@@ -365,17 +365,13 @@ def _last_contiguous(x: torch.Tensor) -> torch.Tensor:
 
 
 def _rotate(q, k, *angles):
-    outputs = _fake_rotate(q, k)
+    outputs = like(q, k)
     launch_rotation(_last_contiguous(q), _last_contiguous(k), *outputs, *angles)
     return outputs
 
 
 def _rotate_in_place(q, k, *angles) -> None:
     launch_rotation(q, k, q, k, *angles)
-
-
-def _fake_rotate(q, k, *_angles):
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(k.shape, dtype=k.dtype, device=k.device)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -393,7 +389,7 @@ def _backward(ctx, dq, dk):
 _ANGLES = "Tensor? positions, Tensor? inv_freq, Tensor? cos, Tensor? sin, int[] section, bool interleaved, bool inverse"
 register_opaque(
     f"rotate(Tensor q, Tensor k, {_ANGLES}) -> (Tensor, Tensor)",
-    fake=_fake_rotate,
+    fake=lambda q, k, *_: like(q, k),
     setup_context=_setup_context,
     backward=_backward,
     CPU=_rotate,
@@ -421,7 +417,7 @@ def rotated(
     if not direct(q, k):
         section = list(section)
         return torch_ops.rotate(q, k, positions, inv_freq, cos, sin, section, interleaved, False)
-    outputs = _fake_rotate(q, k)
+    outputs = like(q, k)
     launch_rotation(q, k, *outputs, positions, inv_freq, cos, sin, section, interleaved)
     return outputs
 
