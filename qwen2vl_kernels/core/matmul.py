@@ -24,7 +24,8 @@ def in_autocast_dtype(*tensors: Any) -> tuple[Any, ...]:
     dtype. What is no such tensor (``None``, bytes, what will be refused) is returned as it is.
     """
     first = next((x for x in tensors if isinstance(x, torch.Tensor)), None)
-    if first is None or not torch.is_autocast_enabled(first.device.type):
+    # PyTorch knows no autocast of meta tensors, and raises when it is asked.
+    if first is None or first.is_meta or not torch.is_autocast_enabled(first.device.type):
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
 

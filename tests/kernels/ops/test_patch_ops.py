@@ -113,3 +113,4 @@ def test_autocast_is_pytorchs_for_matrix_products():
         assert plain.dtype == compiled.dtype == want.dtype == torch.bfloat16
         assert torch.equal(plain, run(*(t.bfloat16() for t in inputs))) and torch.equal(plain, compiled)
         assert run(*inputs).dtype == torch.float32
+        assert run(*(t.to("meta") for t in inputs)).is_meta  # which PyTorch has no autocast for
