@@ -67,9 +67,9 @@ def _batched(x: torch.Tensor, count: int) -> torch.Tensor:
 def _sdpa_equal(q, k, v, count: int, causal, scale) -> torch.Tensor:
     """``count`` equal segments in one fused call, or in a few where queries have a past."""
     qb, kb, vb = (_batched(x, count) for x in (q, k, v))
-    length, past = qb.shape[2], kb.shape[2] - qb.shape[2]
+    length = qb.shape[2]
     tracked = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if not causal or past <= 0 or tracked or not keeps_statistics(q, v):
+    if not causal or kb.shape[2] <= length or tracked or not keeps_statistics(q, v):
         return _called(qb, kb, vb, causal, scale).transpose(1, 2).flatten(0, 1)
     out = q.new_empty((count, length, q.shape[1], v.shape[2]))
     out.transpose(1, 2).copy_(_with_statistics(qb, kb, vb, causal, scale)[0])
@@ -79,12 +79,12 @@ def _sdpa_equal(q, k, v, count: int, causal, scale) -> torch.Tensor:
 def _called(qb, kb, vb, causal, scale) -> torch.Tensor:
     """PyTorch's fused attention on ``(S, H, L, D)``, which any device and autograd know. Its own causal mask begins
     where queries and keys both begin, so it serves equal lengths only."""
-    gqa, (length, keys) = qb.shape[1] != kb.shape[1], (qb.shape[2], kb.shape[2])
+    gqa, length, keys = qb.shape[1] != kb.shape[1], qb.shape[2], kb.shape[2]
     past = keys - length if causal or not keys else 0
-    if past <= 0:
-        seeing = qb[:, :, -past:] if past else qb
-        out = F.scaled_dot_product_attention(seeing, kb, vb, is_causal=causal, scale=scale, enable_gqa=gqa)
-        return F.pad(out, (0, 0, -past, 0)) if past else out
+    if past == 0:
+        return F.scaled_dot_product_attention(qb, kb, vb, is_causal=causal, scale=scale, enable_gqa=gqa)
+    if past < 0:
+        return F.pad(_called(qb[:, :, -past:], kb, vb, causal, scale), (0, 0, -past, 0))
     parts = []
     for first in range(0, length, _MASK_ROWS):
         last = min(first + _MASK_ROWS, length)

@@ -23,9 +23,9 @@ def in_autocast_dtype(*tensors: Any) -> tuple[Any, ...]:
     PyTorch's rule: tensors of floating point on a device for which autocast is on, float64 ones excepted, become of its
     dtype. What is no such tensor (``None``, bytes, what will be refused) is returned as it is.
     """
-    first = next((x for x in tensors if isinstance(x, torch.Tensor)), None)
+    first = tensors[0]
     # PyTorch knows no autocast of meta tensors, and raises when it is asked.
-    if first is None or first.is_meta or not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, torch.Tensor) or first.is_meta or not torch.is_autocast_enabled(first.device.type):
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
 
