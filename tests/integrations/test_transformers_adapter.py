@@ -374,7 +374,7 @@ def test_hooks_run_and_see_what_they_would(family):
     _close(_logits(net, inputs), logits)
     assert seen.keys() == want.keys() == set(watched)
     for name, output in seen.items():
-        _close(output.reshape(want[name].shape), want[name])
+        _close(output, want[name])
 
 
 class _Adapter(nn.Module):
