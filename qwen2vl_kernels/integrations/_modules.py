@@ -11,11 +11,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules import module as every_module
+from torch.nn.modules.module import _global_backward_hooks as _BACKWARD_HOOKS
+from torch.nn.modules.module import _global_backward_pre_hooks as _BACKWARD_PRE_HOOKS
+from torch.nn.modules.module import _global_forward_hooks as _FORWARD_HOOKS
+from torch.nn.modules.module import _global_forward_pre_hooks as _FORWARD_PRE_HOOKS
 
 from ..core.matmul import linear
 from ._subclass import stock_class
 
+_ORDINARY = (nn.Parameter, torch.Tensor)
 #: A module of a patched one that its code bypasses: name, module, and the classes whose parameters may be read instead.
 Part = tuple[str, Any, tuple[type, ...]]
 
@@ -67,28 +71,29 @@ def of_transformers(stock: Callable, *names: str) -> tuple[type, ...]:
 def plain(module: Any, *kinds: type) -> bool:
     """Whether nothing is lost by reading the parameters of ``module`` instead of calling it: it is of one of these
     classes itself, no subclass or wrapper (LoRA, quantised weights), and nothing but its class's code would run."""
-    return stock_class(type(module)) in kinds and unhooked(module)
+    cls = type(module)
+    return (cls in kinds or stock_class(cls) in kinds) and unhooked(module)
 
 
 def unhooked(module: nn.Module) -> bool:
     """Whether calling ``module`` runs its class's ``forward`` and nothing else: no hook, its own or one of all modules',
     and no ``forward`` of its own (accelerate's offloading)."""
-    own = module.__dict__.get("forward")
-    if own is not None and getattr(own, "__func__", None) is not type(module).forward:
+    own = module.__dict__
+    if "forward" in own and getattr(own["forward"], "__func__", None) is not type(module).forward:
         return False
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not (
-        hooks
-        or every_module._global_forward_hooks
-        or every_module._global_forward_pre_hooks
-        or every_module._global_backward_hooks
-        or every_module._global_backward_pre_hooks
-    )
+    # A call asks for each of these, and a step of decoding asks here a few hundred times.
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return False
+    return not (_FORWARD_HOOKS or _FORWARD_PRE_HOOKS or _BACKWARD_HOOKS or _BACKWARD_PRE_HOOKS)
 
 
 def same_dtype(x: torch.Tensor, *weights: torch.Tensor | None) -> bool:
     """Whether ordinary tensors of x's dtype are all there is; sharded or mixed ones are left to stock's code."""
-    return all(w is not None and w.dtype == x.dtype and type(w) in (nn.Parameter, torch.Tensor) for w in weights)
+    dtype = x.dtype
+    for weight in weights:
+        if weight is None or type(weight) not in _ORDINARY or weight.dtype != dtype:
+            return False
+    return True
 
 
 def takes(x: torch.Tensor, *weights: torch.Tensor | None) -> bool:
@@ -101,8 +106,9 @@ def owned(x: torch.Tensor, maker: nn.Module, *kinds: type) -> bool:
 
     Modules of ``kinds`` and linear layers, quantised ones too, return new memory; of others nobody knows.
     """
-    known = isinstance(maker, nn.Linear) or stock_class(type(maker)) in kinds
-    return not x.requires_grad and known and unhooked(maker) and not maker._modules
+    if x.requires_grad or maker._modules or not unhooked(maker):
+        return False
+    return isinstance(maker, nn.Linear) or stock_class(type(maker)) in kinds
 
 
 def project(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
