@@ -17,6 +17,8 @@ class _Angles:
         self._tables, self._arguments, self._made = tables, arguments, None
 
     def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # what a tracer makes is its own
+            return self._tables(*self._arguments)
         if self._made is None:
             self._made = self._tables(*self._arguments)
         return self._made

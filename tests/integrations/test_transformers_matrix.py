@@ -295,6 +295,8 @@ def test_as_stock(name, family, patched, first, tmp_path, request):
     way = WAYS[name]
     if name == "fsdp":
         request.getfixturevalue("process_group")
+    if name == "cpu_offload" and family == "Qwen3VL" and not VERSION_5:
+        pytest.skip("stock cannot: 4.57 indexes the offloaded weight of pos_embed")
     exact = _exact(family)
     if (name, family) not in _stock:
         _stock[name, family] = _results(way, family, "stock", True, tmp_path / "stock")
