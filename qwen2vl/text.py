@@ -48,7 +48,7 @@ class Pack:
     ) -> None:
         self.positions, self.inv_freq, self.counts, self.cu_seqlens = positions, inv_freq, counts, cu_seqlens
         self.cache, self.slots, self.totals, self.tiles = cache, slots, totals, tiles
-        # One number for the layers to read: compiled for the list of counts, they would be compiled again for each pack.
+        # One number for the layers to read: compiled for the list of counts, they would be compiled for each pack.
         self.max_seqlen = length_bound(counts)
 
     def padded(self, idle: int) -> Pack:

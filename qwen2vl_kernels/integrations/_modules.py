@@ -34,7 +34,7 @@ def in_place_of(stock: Callable, parts: Callable[[Any], list[Part]] | None = Non
     def decorate(function: Callable) -> Callable:
         @wraps(stock)
         def standing_in(*args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            if torch.compiler.is_exporting() or tracing():
                 return stock(*args, **kwargs)
             if parts is not None and not all(plain(part, *kinds) for _, part, kinds in parts(args[0])):
                 return stock(*args, **kwargs)
@@ -44,6 +44,11 @@ def in_place_of(stock: Callable, parts: Callable[[Any], list[Part]] | None = Non
         return standing_in
 
     return decorate
+
+
+def tracing() -> bool:
+    """Whether TorchScript's tracer is at work, by which ONNX's older exporter goes."""
+    return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def in_the_way(module: nn.Module) -> list[str]:
@@ -76,8 +81,8 @@ def plain(module: Any, *kinds: type) -> bool:
 
 
 def unhooked(module: nn.Module) -> bool:
-    """Whether calling ``module`` runs its class's ``forward`` and nothing else: no hook, its own or one of all modules',
-    and no ``forward`` of its own (accelerate's offloading)."""
+    """Whether calling ``module`` runs its class's ``forward`` and nothing else: no hook, of it or of all modules, no
+    ``forward`` of its own (accelerate's offloading)."""
     own = module.__dict__
     if "forward" in own and getattr(own["forward"], "__func__", None) is not type(module).forward:
         return False
@@ -89,11 +94,7 @@ def unhooked(module: nn.Module) -> bool:
 
 def same_dtype(x: torch.Tensor, *weights: torch.Tensor | None) -> bool:
     """Whether ordinary tensors of x's dtype are all there is; sharded or mixed ones are left to stock's code."""
-    dtype = x.dtype
-    for weight in weights:
-        if weight is None or type(weight) not in _ORDINARY or weight.dtype != dtype:
-            return False
-    return True
+    return all(w is not None and w.dtype == x.dtype and type(w) in _ORDINARY for w in weights)
 
 
 def takes(x: torch.Tensor, *weights: torch.Tensor | None) -> bool:
@@ -111,7 +112,7 @@ def owned(x: torch.Tensor, maker: nn.Module, *kinds: type) -> bool:
     return isinstance(maker, nn.Linear) or stock_class(type(maker)) in kinds
 
 
-def project(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def project(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """``layer(x)``; an ordinary linear layer's product as this CPU does it best."""
     if x.device.type == "cpu" and plain(layer, nn.Linear) and takes(x, layer.weight):
         return linear(x, layer.weight, layer.bias)

@@ -110,7 +110,7 @@ class PatchSet:
         return self._classes[key]
 
     def _copied(self, target: Target, copy: Any) -> None:
-        """A copy of a patched object, or of another that shares its class: patched too, so it is listed and restored."""
+        """A copy of a patched object, or of another that shares its class: it is patched too, and to be restored."""
         held = weakref.ref(copy)
         key = (target.feature, held, target.name)
         self._targets.append(replace(target, key=key, held=held, state="applied", reason=""))

@@ -21,15 +21,15 @@ def stock_class(cls: type) -> type:
     return vars(cls).get(_STOCK, cls)
 
 
-def subclass(base: type, name: str, function: Any, copied: Callable[[Any], None]) -> type:
+def subclass(base: Any, name: str, function: Any, copied: Callable[[Any], None]) -> type:
     """``base`` with ``function`` as its attribute ``name``; ``copied`` is told every copy of an object of it.
 
     A pickle names ``base``: it is loaded where this package is not, as what it was before it was patched.
     """
 
     def __reduce_ex__(self: Any, protocol: int) -> Any:
-        reduced = base.__reduce_ex__(self, max(protocol, 2))  # pyright: ignore[reportArgumentType]
-        if not isinstance(reduced, tuple) or reduced[:2] != (copyreg.__newobj__, (made,)):  # pyright: ignore
+        reduced: Any = base.__reduce_ex__(self, max(protocol, 2))
+        if reduced[:2] != (copyreg.__newobj__, (made,)):  # type: ignore[attr-defined]
             return reduced
         return _Copy(made, copied), (), *reduced[2:]
 
@@ -41,14 +41,14 @@ def subclass(base: type, name: str, function: Any, copied: Callable[[Any], None]
         "__reduce_ex__": __reduce_ex__,
         _STOCK: stock_class(base),
     }
-    made = types.new_class(base.__name__, (base,), exec_body=lambda namespace: namespace.update(body))
+    made: Any = types.new_class(base.__name__, (base,), exec_body=lambda namespace: namespace.update(body))
     return made
 
 
 class _Copy:
     """Makes an object for ``copy`` and ``deepcopy`` to fill; in a pickle one of the stock class."""
 
-    def __init__(self, made: type, copied: Callable[[Any], None]) -> None:
+    def __init__(self, made: Any, copied: Callable[[Any], None]) -> None:
         self.made, self.copied = made, copied
 
     def __call__(self) -> Any:

@@ -22,10 +22,9 @@ positions          ``get_rope_index`` of Qwen2-VL and Qwen3-VL, without loops ov
                    text after a long video to the paper's position (transformers 5.3 to 5.23 start it too early)
 image_processor    preprocessing of the image processor over PIL, same bytes; a class, so never of one model
 
-Results are stock's up to rounding: in 16-bit dtypes the kernels round less often. Hooks on submodules, offloading,
-adapters (LoRA) and autocast are respected: where one is in the way, stock's code runs for that module, and
-``status(model)`` names it. So it does while a model is exported. Only transformers' own code is replaced: classes that
-another package has put in its place, and modules with a ``forward`` of their own, are left alone and reported.
+Results are stock's up to rounding: in 16-bit dtypes the kernels round less often. Where hooks, offloading, adapters
+(LoRA), autocast or an export are in the way, stock's code runs for that module. Only transformers' own code is
+replaced: another package's in its place, and modules with a ``forward`` of their own, are left and reported.
 """
 
 from __future__ import annotations
@@ -49,10 +48,8 @@ __all__ = ["FEATURES", "PatchWarning", "Row", "apply", "get_rope_index", "restor
 
 @dataclass(frozen=True)
 class Row:
-    """One replaced function: "applied", "skipped" for ``reason``, or "off"; ``label`` says on how many objects.
-
-    Of :func:`status` with a model also "stock": a patched module, by its name, for which stock's code runs.
-    """
+    """One replaced function: "applied", "skipped" for ``reason``, or "off"; ``label`` says on how many objects. Or a
+    patched module, by its name: "stock", whose code runs for the ``reason``."""
 
     feature: str
     label: str
@@ -92,28 +89,21 @@ def apply(model: nn.Module | None = None, features: Iterable[str] | None = None)
 
 
 def restore() -> None:
-    """Undo every :func:`apply`, on copies too: each attribute is again what it was, and absent where it was.
-
-    What has wrapped a patched module since (FSDP, a hook of accelerate) keeps it so; for single models a
-    ``PatchWarning`` says where.
-    """
+    """Undo every :func:`apply`, on copies too: each attribute is again what it was, and absent where it was. What has
+    wrapped a patched module since (FSDP, accelerate) keeps it; for single models a ``PatchWarning`` says where."""
     _patches().restore()
 
 
 def status(model: nn.Module | None = None) -> list[Row]:
-    """What was ever asked for, in order; the modules of one kind are one row.
-
-    With a model also its patched modules for which stock's code runs, as something is in the way at present.
-    """
-    count = Counter(Row(t.feature, t.label, t.state, t.reason) for t in _patches().status())
-    rows = [
-        row if n == 1 else Row(row.feature, f"{row.label} ({n})", row.state, row.reason) for row, n in count.items()
-    ]
+    """What was ever asked for, in order; the modules of one kind are one row. With a model also its patched modules for
+    which stock's code runs, as something is in the way at present."""
+    count = Counter((t.feature, t.label, t.state, t.reason) for t in _patches().status())
+    rows = [Row(feature, label if n == 1 else f"{label} ({n})", *rest) for (feature, label, *rest), n in count.items()]
+    names = {} if model is None else {module: name for name, module in model.named_modules()}
     for feature, family, module, *_ in [] if model is None else _on_objects(model):
-        if names := in_the_way(module):
-            name = next(name for name, one in model.named_modules() if one is module)  # type: ignore[union-attr]
-            reason = f"{', '.join(names)}: hooked, or not transformers' own"
-            rows.append(Row(f"{family}: {feature}", name, "stock", reason))
+        if parts := in_the_way(module):
+            reason = f"{', '.join(parts)}: hooked, or not transformers' own"
+            rows.append(Row(f"{family}: {feature}", names[module], "stock", reason))
     return rows
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ._modules import tracing
+
 
 class _Angles:
     """What is kept from casts: FSDP casts tensors in containers and dataclasses, and looks into no other object."""
@@ -17,7 +19,7 @@ class _Angles:
         self._tables, self._arguments, self._made = tables, arguments, None
 
     def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # what a tracer makes is its own
+        if torch.compiler.is_compiling() or tracing():  # what a tracer makes is its own
             return self._tables(*self._arguments)
         if self._made is None:
             self._made = self._tables(*self._arguments)
@@ -55,7 +57,7 @@ class Rotation:
         return cls(like, positions, _Angles(tables, frequencies, section, like, position_ids))
 
     def section(self, interleaved: bool) -> list[int] | None:
-        """Pairs an axis, as they come out: stock cuts interleaved sections at the last pair. None if they do not fit."""
+        """Pairs an axis as they come out: stock cuts interleaved sections at the last pair. None if they do not fit."""
         pairs, named = self.angles.inv_freq.shape[0], self.angles.section
         if named is None or (not interleaved and (len(named) != 3 or sum(named) != pairs)):
             return None

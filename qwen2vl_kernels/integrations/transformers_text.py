@@ -21,7 +21,15 @@ from ..ops.mrope import mrope, mrope_
 from ..ops.rms_norm import rms_norm
 from ..ops.swiglu import swiglu, swiglu_
 from ._modules import (
-    Part, in_place_of, of_transformers, owned, parameters_after, project, same_dtype, unhooked, with_idle_rows,
+    Part,
+    in_place_of,
+    of_transformers,
+    owned,
+    parameters_after,
+    project,
+    same_dtype,
+    unhooked,
+    with_idle_rows,
     without_idle_rows,
 )  # fmt: skip
 from .transformers_rotation import Rotation
@@ -31,7 +39,7 @@ RMS_NORMS = ("Qwen2RMSNorm", "Qwen2VLRMSNorm", "Qwen2_5_VLRMSNorm", "Qwen3VLText
 
 
 def angles(stock: Callable) -> Callable:
-    """``forward`` of the rotary embedding, unless it is scaled (YaRN and its kind), or hooks look at what it returns."""
+    """``forward`` of the rotary embedding, unless it is scaled (YaRN and its kind) or hooked."""
 
     @in_place_of(stock)
     def forward(self: Any, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
@@ -77,8 +85,8 @@ def attention(stock: Callable, *, interleaved: bool) -> Callable:
             q, k = self.q_norm(q), self.k_norm(k)
             mine = owned(q, self.q_norm, *norms) and owned(k, self.k_norm, *norms)
         rotate = mrope_ if mine else mrope
-        leading, by = hidden_states.shape[:-1], rotation.on(q.device)
-        q, k = rotate(q.flatten(0, 1), k.flatten(0, 1), *by, section, interleaved=interleaved)
+        leading, (positions, inv_freq) = hidden_states.shape[:-1], rotation.on(q.device)
+        q, k = rotate(q.flatten(0, 1), k.flatten(0, 1), positions, inv_freq, section, interleaved=interleaved)
         q, k, v = q.unflatten(0, leading).transpose(1, 2), k.unflatten(0, leading).transpose(1, 2), v.transpose(1, 2)
 
         cache = given.get("past_key_values")

@@ -18,8 +18,16 @@ from ..ops.patch_merge import patch_merge
 from ..ops.quick_gelu import quick_gelu, quick_gelu_
 from ..ops.rms_norm import add_rms_norm, rms_norm
 from ._modules import (
-    Part, checkpointed, in_place_of, of_transformers, owned, parameters_after, project, same_dtype, takes,
-    with_idle_rows, without_idle_rows,
+    Part,
+    checkpointed,
+    in_place_of,
+    of_transformers,
+    owned,
+    parameters_after,
+    project,
+    takes,
+    with_idle_rows,
+    without_idle_rows,
 )  # fmt: skip
 from .transformers_text import RMS_NORMS
 
