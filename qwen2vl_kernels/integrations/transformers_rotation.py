@@ -33,7 +33,7 @@ class Rotation:
     Attributes:
         like: an empty tensor of the dtype and on the device that tables are wanted in. Where a framework casts or moves
             what a layer is called with, it casts or moves this.
-        positions: ``(3, T)`` integers.
+        positions: ``(3, B, L)`` integers, B 1 where all sequences have the same.
         angles: frequencies, sections and stock's function.
     """
 
@@ -52,7 +52,7 @@ class Rotation:
     ) -> Rotation:
         """``tables``: stock's function of ``x``, of which it reads device and dtype, and ``position_ids (3, B, L)``."""
         like = x.new_empty(0)
-        positions = position_ids.expand(3, -1, -1).to(x.device).flatten(1)
+        positions = position_ids.expand(3, -1, -1).to(x.device).contiguous()
         frequencies = inv_freq.to(x.device, torch.float32)
         return cls(like, positions, _Angles(tables, frequencies, section, like, position_ids))
 
@@ -66,9 +66,10 @@ class Rotation:
         h, w = (len(range(axis, min(3 * named[axis], pairs), 3)) for axis in (1, 2))
         return [pairs - h - w, h, w]
 
-    def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """``positions (3, T)`` and ``inv_freq (D/2,)`` float32 on a device."""
-        return self.positions.to(device), self.angles.inv_freq.to(device)
+    def of_rows(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``positions (3, B * L)`` and ``inv_freq (D/2,)`` float32 for ``x (B, L, ...)``, on its device."""
+        positions = self.positions if self.positions.shape[1] == x.shape[0] else self.positions.expand(3, *x.shape[:2])
+        return positions.to(x.device).flatten(1), self.angles.inv_freq.to(x.device)
 
     def to(self, *args: Any, **kwargs: Any) -> Rotation:
         """Tables as :meth:`torch.Tensor.to` would make them."""

@@ -70,7 +70,7 @@ def attention(stock: Callable, *, interleaved: bool) -> Callable:
     @in_place_of(stock)
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         given = dict(zip(names, args, strict=False)) | kwargs
-        rotation = given["position_embeddings"]
+        rotation = given.get("position_embeddings")
         section = rotation.section(interleaved) if isinstance(rotation, Rotation) else None
         if section is None:
             return stock(self, hidden_states, **given)
@@ -85,7 +85,7 @@ def attention(stock: Callable, *, interleaved: bool) -> Callable:
             q, k = self.q_norm(q), self.k_norm(k)
             mine = owned(q, self.q_norm, *norms) and owned(k, self.k_norm, *norms)
         rotate = mrope_ if mine else mrope
-        leading, (positions, inv_freq) = hidden_states.shape[:-1], rotation.on(q.device)
+        leading, (positions, inv_freq) = hidden_states.shape[:-1], rotation.of_rows(q)
         q, k = rotate(q.flatten(0, 1), k.flatten(0, 1), positions, inv_freq, section, interleaved=interleaved)
         q, k, v = q.unflatten(0, leading).transpose(1, 2), k.unflatten(0, leading).transpose(1, 2), v.transpose(1, 2)
 

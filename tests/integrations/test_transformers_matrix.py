@@ -39,6 +39,7 @@ class Way:
 
     prepare: Callable[[Any, Any], Any]
     low: bool = False  # computes in bf16
+    exact: str = "plain"  # and this way the same in float32
     training: bool = False
     memory: bool = True  # whether all that autograd saves is seen by its hooks
     gradients: bool = True  # of all parameters; offloaded ones are on the meta device, and get none
@@ -74,12 +75,13 @@ def offloaded(net: Any, folder: Any) -> Any:
 
 def sharded(net: Any, folder: Any) -> Any:
     """FSDP2 as Accelerate and most scripts call it: blocks, then the rest, inputs cast. ``generate`` calls the tower
-    by itself, so it is a part too."""
+    by itself, and PEFT's the model below the wrapper, so that they are parts too."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-    tower = net.model.visual
-    for part in (*tower.blocks, tower, *net.model.language_model.layers, net):
+    whole = net.get_base_model() if hasattr(net, "peft_config") else net
+    tower, layers = whole.model.visual, whole.model.language_model.layers
+    for part in (*tower.blocks, tower, *layers, whole.model, whole.lm_head, net):
         fully_shard(part, mp_policy=policy)
     return net
 
@@ -97,6 +99,12 @@ def adapted(**settings: Any) -> Callable:
         return net.eval()
 
     return prepare
+
+
+def tuned_norms(net: Any, folder: Any) -> Any:
+    """PEFT's wrappers around norms."""
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(net, peft.LNTuningConfig(target_modules=["norm1", "norm2", "input_layernorm"])).eval()
 
 
 def whole_parts(net: Any, folder: Any) -> Any:
@@ -158,11 +166,15 @@ WAYS = {
     "device_map": Way(on_disk, left="a hook that offloads", gradients=False),
     "cpu_offload": Way(offloaded, left="a hook that offloads", memory=False, gradients=False),
     "fsdp": Way(sharded, low=True, memory=False),
+    "fsdp_lora": Way(
+        lambda *given: sharded(adapted(target_modules=LANGUAGE)(*given), None), low=True, exact="lora", memory=False
+    ),
     "lora": Way(adapted(target_modules=LANGUAGE), training=True),
     "lora_in_both": Way(adapted(target_modules="all-linear"), training=True),
     "alora": Way(adapted(target_modules=LANGUAGE, alora_invocation_tokens=[13])),
     "by_row": Way(adapted(target_modules=LANGUAGE), arguments={"adapter_names": ["one", "two"]}),
     "modules_to_save": Way(whole_parts),
+    "ln_tuning": Way(tuned_norms),
     "hooks": Way(hooked),
     "one_hook": Way(one_hook),
     "deepcopy": Way(copied),
@@ -269,8 +281,8 @@ _stock: dict[tuple[str, str], dict] = {}
 
 
 @cache
-def _exact(family: str) -> dict[str, dict[str, Any]]:
-    return _results(WAYS["plain"], family, "stock", True, None)
+def _exact(name: str, family: str) -> dict[str, dict[str, Any]]:
+    return _results(WAYS[name], family, "stock", True, None)
 
 
 CELLS = [
@@ -293,11 +305,11 @@ CELLS = [
 @pytest.mark.parametrize(("name", "family", "patched", "first"), CELLS)
 def test_as_stock(name, family, patched, first, tmp_path, request):
     way = WAYS[name]
-    if name == "fsdp":
+    if "fsdp" in name:
         request.getfixturevalue("process_group")
     if name == "cpu_offload" and family == "Qwen3VL" and not VERSION_5:
         pytest.skip("stock cannot: 4.57 indexes the offloaded weight of pos_embed")
-    exact = _exact(family)
+    exact = _exact(way.exact, family)
     if (name, family) not in _stock:
         _stock[name, family] = _results(way, family, "stock", True, tmp_path / "stock")
     want = _stock[name, family]
