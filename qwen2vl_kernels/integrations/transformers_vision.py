@@ -85,16 +85,18 @@ def embed(stock: Callable) -> Callable:
 def merger(stock: Callable) -> Callable:
     """``forward`` of a merger with LayerNorm: Qwen2-VL's, and both of Qwen3-VL's (norm before or after gathering)."""
 
+    kinds = ((nn.Linear,), (nn.GELU,), (nn.Linear,))
+
     def parts(self: Any) -> list[Part]:
-        if hasattr(self, "ln_q"):
-            norm, layers = "ln_q", {f"mlp.{name}": layer for name, layer in self.mlp.named_children()}
-            around = [("mlp", self.mlp, (nn.Sequential,))]
-        else:
-            norm, layers = "norm", {name: getattr(self, name) for name in ("linear_fc1", "act_fn", "linear_fc2")}
-            around = []
-        kinds = ((nn.Linear,), (nn.GELU,), (nn.Linear,))
+        if not hasattr(self, "ln_q"):
+            layers = {name: getattr(self, name) for name in ("linear_fc1", "act_fn", "linear_fc2")}
+            inner = [(*layer, kind) for layer, kind in zip(layers.items(), kinds, strict=True)]
+            return [("norm", self.norm, (nn.LayerNorm,)), *inner]
+        layers = {f"mlp.{name}": layer for name, layer in self.mlp.named_children()}
+        if len(layers) != len(kinds):  # wrapped, or with layers of the user's
+            return [("mlp", self.mlp, ())]
         inner = [(*layer, kind) for layer, kind in zip(layers.items(), kinds, strict=True)]
-        return [(norm, getattr(self, norm), (nn.LayerNorm,)), *around, *inner]
+        return [("ln_q", self.ln_q, (nn.LayerNorm,)), ("mlp", self.mlp, (nn.Sequential,)), *inner]
 
     @in_place_of(stock, parts)
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:

@@ -189,6 +189,23 @@ def test_a_norm_of_another_kind_keeps_its_formula(family):
         adapter.restore()
 
 
+@pytest.mark.parametrize("change", ["longer", "other activation", "tanh", "wrapped"])
+def test_a_merger_of_other_layers_keeps_its_formula(change):
+    net, inputs = model("Qwen2VL"), prompt("Qwen2VL")
+    merger = net.model.visual.merger
+    if change == "longer":
+        merger.mlp.append(nn.Linear(64, 64))
+    elif change == "wrapped":
+        merger.mlp = nn.Sequential(merger.mlp, nn.LayerNorm(64))
+    else:
+        merger.mlp[1] = nn.GELU(approximate="tanh") if change == "tanh" else nn.SiLU()
+    want = _logits(net, inputs)
+    for which in (None, net):
+        adapter.apply(which)
+        _close(_logits(net, inputs), want)
+        adapter.restore()
+
+
 # --------------------------------------------------------------------------------------------- hooks
 
 
