@@ -11,10 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.module import _global_backward_hooks as _BACKWARD_HOOKS
-from torch.nn.modules.module import _global_backward_pre_hooks as _BACKWARD_PRE_HOOKS
-from torch.nn.modules.module import _global_forward_hooks as _FORWARD_HOOKS
-from torch.nn.modules.module import _global_forward_pre_hooks as _FORWARD_PRE_HOOKS
+from torch.nn.modules import module as of_all
 
 from ..core.matmul import linear
 from ._subclass import stock_class
@@ -79,15 +76,20 @@ def plain(module: Any, *kinds: type) -> bool:
 
 
 def unhooked(module: nn.Module) -> bool:
-    """Whether calling ``module`` runs its class's ``forward`` and nothing else: no hook, of it or of all modules, no
-    ``forward`` of its own (accelerate's offloading)."""
+    """Whether nothing but its class's ``forward`` runs: no hook, its or all modules', no own one (accelerate's)."""
     own = module.__dict__
     if "forward" in own and getattr(own["forward"], "__func__", None) is not type(module).forward:
         return False
     # A call asks for each of these, and a step of decoding asks here a few hundred times.
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return False
-    return not (_FORWARD_HOOKS or _FORWARD_PRE_HOOKS or _BACKWARD_HOOKS or _BACKWARD_PRE_HOOKS)
+    backward = of_all._global_backward_hooks or of_all._global_backward_pre_hooks
+    return not (backward or of_all._global_forward_hooks or of_all._global_forward_pre_hooks)
+
+
+def step_on_cpu(x: torch.Tensor) -> bool:
+    """Whether ``x (B, 1, ...)`` is a step of decoding on a CPU, where the checks of ops cost more than they save."""
+    return x.ndim > 2 and x.shape[1] == 1 and x.device.type == "cpu"
 
 
 def same_dtype(x: torch.Tensor, *weights: torch.Tensor | None) -> bool:

@@ -4,7 +4,8 @@ As in :mod:`.transformers_vision`, each ``make`` takes stock's function and retu
 
 M-RoPE has two targets. The rotary embedding answers with a :class:`~.transformers_rotation.Rotation`, which is stock's
 ``(cos, sin)`` to whoever reads them; the attention takes positions and frequencies out of it and rotates by them in
-place, so that no tables are built or read. An attention that is given tables runs as stock's does.
+place, so that no tables are built or read. An attention that is given tables runs as stock's does. So does a step of
+decoding on a CPU, by tables that all layers share.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from ._modules import (
     parameters_after,
     project,
     same_dtype,
+    step_on_cpu,
     unhooked,
     with_idle_rows,
     without_idle_rows,
@@ -69,6 +71,8 @@ def attention(stock: Callable, *, interleaved: bool) -> Callable:
 
     @in_place_of(stock)
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+        if step_on_cpu(hidden_states):
+            return stock(self, hidden_states, *args, **kwargs)
         given = dict(zip(names, args, strict=False)) | kwargs
         rotation: Any = given.get("position_embeddings")
         section = rotation.section(interleaved) if isinstance(rotation, Rotation) else None
@@ -115,7 +119,7 @@ def norm(stock: Callable) -> Callable:
 
     @in_place_of(stock)
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not same_dtype(hidden_states, self.weight):
+        if step_on_cpu(hidden_states) or not same_dtype(hidden_states, self.weight):
             return stock(self, hidden_states)
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
@@ -133,6 +137,8 @@ def mlp(stock: Callable) -> Callable:
 
     @in_place_of(stock, parts)
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        if step_on_cpu(x):
+            return stock(self, x)
         rows = with_idle_rows(x, self.gate_proj, self.up_proj, self.down_proj)
         gate, up = project(self.gate_proj, rows), project(self.up_proj, rows)
         mine = owned(gate, self.gate_proj) and owned(up, self.up_proj)
