@@ -19,7 +19,7 @@ from qwen2vl import Qwen2VL, Qwen2VLConfig
 from qwen2vl.config import IMAGE_MEAN, IMAGE_STD, TextConfig, VisionConfig
 from qwen2vl.training.config import OptimizerConfig
 from qwen2vl.training.example import Example
-from qwen2vl.training.loss import linear_cross_entropy
+from qwen2vl.training.loss import summed_loss
 from qwen2vl.training.optim import Optimizer
 from qwen2vl.training.packing import IGNORE, collate
 from qwen2vl.training.parallel import wrap_blocks
@@ -259,5 +259,5 @@ def loss_inputs(
 def loss_and_gradients(kind: str, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor):
     """``(loss, gradient of hidden, gradient of weight)``."""
     with grads_on(), torch.enable_grad():
-        loss = linear_cross_entropy(hidden, weight, targets, scale=1 / targets.shape[0], kind=kind)
+        loss = summed_loss(hidden, weight, targets, scale=1 / targets.shape[0], kind=kind)
         return (loss.detach(), *torch.autograd.grad(loss, (hidden, weight)))

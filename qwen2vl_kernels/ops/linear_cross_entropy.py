@@ -262,7 +262,7 @@ def _backward(ctx, grad, *_):
 
 def _scaled(grad, hidden, weight, bias, dhidden, dweight, dbias, count, mean):
     """The gradients of the sum times ``grad``, or for the mean times ``grad / count``: zeros where nothing counts."""
-    factor = (grad / count.clamp(min=1) if mean else grad).reshape(1)
+    factor = grad / count.clamp(min=1) if mean else grad
     made = zip((dhidden, dweight, dbias), (hidden, weight, bias), strict=True)
     return [g if x is None or not g.numel() else _times(g, factor, x.dtype) for g, x in made]
 
@@ -270,16 +270,14 @@ def _scaled(grad, hidden, weight, bias, dhidden, dweight, dbias, count, mean):
 def _times(x: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``x * factor`` in factor's precision, rounded once to ``dtype``; in x's memory unless a later backward needs it.
 
-    A factor of one dimension keeps its precision, where a scalar would be rounded to x's first.
+    A GPU would round a scalar on it to x's dtype first, so that there the factor has a dimension.
     """
+    if x.device.type != "cpu":
+        factor = factor.reshape(1)
     if not direct(x):
         return (x * factor).to(dtype)
     keep = torch._C._autograd._get_current_graph_task_keep_graph()
-    out = torch.empty_like(x, dtype=dtype) if keep or x.dtype != dtype else x
-    rows = max(1, _PIECE // max(1, x.shape[-1]))
-    for into, part in zip(out.split(rows), x.split(rows), strict=True):
-        torch.mul(part, factor, out=into)
-    return out
+    return torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype) if keep or x.dtype != dtype else x)
 
 
 _OPTIONS = "int ignore_index, str reduction, float smoothing, int? chunk_rows, bool triton, bool[] wants"
@@ -342,7 +340,9 @@ def linear_cross_entropy(
             )
     check.tensor("hidden", hidden, (..., "C"))
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-        hidden, weight, bias = (_lowered(x, torch.get_autocast_dtype(hidden.device.type)) for x in (hidden, weight, bias))
+        hidden, weight, bias = (
+            _lowered(x, torch.get_autocast_dtype(hidden.device.type)) for x in (hidden, weight, bias)
+        )
     check.tensor("weight", weight, ("V", "C"), like=hidden)
     check.tensor("target", target, tuple(hidden.shape[:-1]), dtypes=(torch.int64,))
     if bias is not None:
