@@ -4,9 +4,10 @@ Stock's own forward runs, for a stand-in of the model whose head hands the hidde
 So what goes to the language model, to the loss and into the output is what that version of transformers says. ``logits``
 of the output is ``None`` then, as with Liger's kernel of this kind.
 
-Stock's forward runs untouched in evaluation, without labels, with ``logits_to_keep`` or ``return_dict=False``, with a
-loss function of the user's, and where the head is not a plain linear layer with its whole weight: adapted (LoRA,
-``modules_to_save``), quantised, offloaded, sharded by itself, hooked.
+Stock's forward runs untouched in evaluation, without labels, where more of the output is asked for (``logits_to_keep``,
+``output_hidden_states``, ``output_attentions``, ``return_dict=False``), with a loss function of the user's, and where the
+head is not a plain linear layer with its whole weight: adapted (LoRA, ``modules_to_save``), quantised, offloaded, sharded
+by itself, hooked.
 """
 
 from __future__ import annotations
@@ -81,6 +82,10 @@ def causal_lm(stock: Callable) -> Callable:
         labels, kept = given.get("labels"), given.get("logits_to_keep", 0)
         if not model.training or labels is None or labels.dtype != torch.int64 or torch.is_tensor(kept) or kept:
             return False
+        for name in ("output_hidden_states", "output_attentions"):  # which 4.57 collects by the class of what runs
+            asked = given.get(name)
+            if getattr(model.config, name, False) if asked is None else asked:
+                return False
         if given.get("return_dict") is False or not model.config.return_dict:
             return False
         return model.loss_function is ForCausalLMLoss and _plain_head(
