@@ -24,7 +24,7 @@ def _rows(columns: int, dtype: torch.dtype, smoothing: float, gradient: bool) ->
 def _specimens(
     columns: int, dtype: torch.dtype, smoothing: float = 0.0, further: bool = False
 ) -> tuple[Specimen, Specimen]:
-    """The loss alone, whose one loop over wide vectors stands beside three single numbers of a row, and the gradient."""
+    """The loss alone, where three single numbers of a row stand beside its one loop of vectors, and the gradient."""
     name = f"cross_entropy {columns} {label(dtype)}{' smoothed' * (smoothing > 0)}"
     run, vectors = partial(_rows, columns, dtype, smoothing), columns % 16 == 0
     return (

@@ -21,7 +21,7 @@ FEATURES = (
     "image_processor", "loss",
 )  # fmt: skip
 #: Those that are applied unless others are named. ``loss`` returns no logits, which trainers may read: TRL's SFTTrainer
-#: takes accuracy and entropy from them in training, and would fail where it worked before.
+#: takes accuracy and entropy from them in training (up to 1.8 at least), and would fail where it worked before.
 DEFAULT = tuple(feature for feature in FEATURES if feature != "loss")
 
 
