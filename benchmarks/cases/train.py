@@ -223,8 +223,8 @@ def _loss_rows(context: Context) -> Iterator[Workload]:
     providers = []
     for kind, title in _loss.KINDS.items():
         reason = _loss.why_not(kind, device)
-        made = {"call": partial(alone, kind)} if reason is None else {"skipped": reason}
-        providers.append(Provider(title, peer=kind not in _loss.OURS, **made))
+        call = partial(alone, kind) if reason is None else None
+        providers.append(Provider(title, call, skipped=reason, peer=kind not in _loss.OURS))
     yield Workload(
         name=name,
         providers=providers,

@@ -1,13 +1,13 @@
 """Training losses of transformers' Qwen2-VL, Qwen2.5-VL and Qwen3-VL without the logits.
 
-Stock's own forward runs, for a stand-in of the model whose head hands the hidden states on and whose loss computes both.
-So what goes to the language model, to the loss and into the output is what that version of transformers says. ``logits``
-of the output is ``None`` then, as with Liger's kernel of this kind.
+Stock's own forward runs, for a stand-in of the model whose head hands the hidden states on and whose loss computes
+both. So what goes to the language model, to the loss and into the output is what that version of transformers says.
+``logits`` of the output is ``None`` then, as with Liger's kernel of this kind.
 
 Stock's forward runs untouched in evaluation, without labels, where more of the output is asked for (``logits_to_keep``,
-``output_hidden_states``, ``output_attentions``, ``return_dict=False``), with a loss function of the user's, and where the
-head is not a plain linear layer with its whole weight: adapted (LoRA, ``modules_to_save``), quantised, offloaded, sharded
-by itself, hooked.
+``output_hidden_states``, ``output_attentions``, ``return_dict=False``), with a loss function of the user's, and where
+the head is not a plain linear layer with its whole weight: adapted (LoRA, ``modules_to_save``), quantised, offloaded,
+sharded by itself, hooked.
 """
 
 from __future__ import annotations
@@ -106,5 +106,5 @@ def _plain_head(head: nn.Module, vocabulary: int) -> bool:
     """Whether nothing is lost by reading the head's parameters instead of calling it."""
     if not plain(head, nn.Linear) or head._backward_hooks or head._backward_pre_hooks:
         return False
-    weight = head.weight
+    weight: Any = head.weight
     return type(weight) in (nn.Parameter, torch.Tensor) and weight.ndim == 2 and weight.shape[0] == vocabulary

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch._C._autograd import _get_current_graph_task_keep_graph as keeps_graph
 
 from ..core.backends import resolve
 from ..core.checks import Checker
@@ -255,7 +256,8 @@ def _backward(ctx, grad, *_):
         run, arguments = _scaled, (grad, hidden, weight, bias, *saved, reduction == "mean")
     found = first_order("linear_cross_entropy", run, *arguments)
     grads = [
-        g.to(x.dtype) if want else None for g, x, want in zip(found, (hidden, weight, bias), ctx.wants, strict=True)
+        g.to(x.dtype) if want and g is not None else None
+        for g, x, want in zip(found, (hidden, weight, bias), ctx.wants, strict=True)
     ]
     return grads[0], grads[1], None, grads[2], *(None,) * 6
 
@@ -276,8 +278,8 @@ def _times(x: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.T
         factor = factor.reshape(1)
     if not direct(x):
         return (x * factor).to(dtype)
-    keep = torch._C._autograd._get_current_graph_task_keep_graph()
-    return torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype) if keep or x.dtype != dtype else x)
+    in_place = x.dtype == dtype and not keeps_graph()
+    return torch.mul(x, factor, out=x if in_place else torch.empty_like(x, dtype=dtype))
 
 
 _OPTIONS = "int ignore_index, str reduction, float smoothing, int? chunk_rows, bool triton, bool[] wants"
@@ -319,11 +321,11 @@ def linear_cross_entropy(
         target: ``(...)`` int64, hidden's shape without C: a column, or ``ignore_index``. Nothing is shifted.
         bias: ``(V,)`` or ``None``.
         ignore_index: rows with this target have no loss, no gradient and no weight in the mean.
-        reduction: ``"mean"`` over the rows that are not ignored (NaN, with gradients of zero, where all are), ``"sum"``,
-            or ``"none"``, which computes the logits twice where a gradient is wanted.
+        reduction: ``"mean"`` over the rows that are not ignored (NaN, with gradients of zero, where all are),
+            ``"sum"``, or ``"none"``, which computes the logits twice where a gradient is wanted.
         label_smoothing: in [0, 1], what the target shares with all columns alike.
         chunk_rows: rows whose logits exist at once; ``None`` chooses (:func:`chunk_size`).
-        backend: ``None`` (choose), ``"chunked"`` (PyTorch's operations), ``"triton"``, ``"eager"`` (all logits at once).
+        backend: ``None`` (choose), ``"chunked"`` (PyTorch's operations), ``"triton"``, ``"eager"`` (all at once).
 
     Returns a scalar, with ``"none"`` target's shape, in float32 (float64 for float64 inputs). Under autocast the inputs
     are taken in its dtype, as a linear layer's are. Same bits every time, given PyTorch's products.
@@ -339,19 +341,21 @@ def linear_cross_entropy(
                 "forward gathers it, or give its full_tensor()"
             )
     check.tensor("hidden", hidden, (..., "C"))
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-        hidden, weight, bias = (
-            _lowered(x, torch.get_autocast_dtype(hidden.device.type)) for x in (hidden, weight, bias)
-        )
-    check.tensor("weight", weight, ("V", "C"), like=hidden)
+    device, lowered = hidden.device.type, None
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        lowered = torch.get_autocast_dtype(device)
+    like = hidden if lowered is None else None
+    check.tensor("weight", weight, ("V", "C"), like=like)
     check.tensor("target", target, tuple(hidden.shape[:-1]), dtypes=(torch.int64,))
     if bias is not None:
-        check.tensor("bias", bias, ("V",), like=hidden)
+        check.tensor("bias", bias, ("V",), like=like)
     check.require(weight.shape[0] > 0, "weight must have a row at least, got none")
     check.require(reduction in REDUCTIONS, f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     check.require(0 <= label_smoothing <= 1, f"label_smoothing must be in [0, 1], got {label_smoothing}")
     check.require(chunk_rows is None or chunk_rows > 0, f"chunk_rows must be positive, got {chunk_rows}")
-    chosen = resolve("linear_cross_entropy", hidden.device.type, backend)
+    if lowered is not None:
+        hidden, weight, bias = hidden.to(lowered), weight.to(lowered), None if bias is None else bias.to(lowered)
+    chosen = resolve("linear_cross_entropy", device, backend)
     if chosen == "eager":
         return linear_cross_entropy_ref(hidden, weight, target, bias, ignore_index, reduction, label_smoothing)
     options = (ignore_index, reduction, label_smoothing, chunk_rows, chosen == "triton")
@@ -360,10 +364,6 @@ def linear_cross_entropy(
     tracked = torch.is_grad_enabled()
     wants = [tracked and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     return torch_ops.linear_cross_entropy_forward(hidden, weight, target, bias, *options, wants)[0]
-
-
-def _lowered(x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
 register_composite(

@@ -38,7 +38,7 @@ def _run(rows_of, logits, target, scale=None, smoothing=0.0, gradient=True):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_loss_and_gradient_of_rows(shape, dtype, smoothing):
-    logits, target = _rows(*shape, dtype)
+    logits, target = _rows(shape[0], shape[1], dtype)
     scale = torch.rand(shape[0], device=DEVICE) + 0.5
     exact = _run(_rows_in_torch, logits.double(), target, scale.double(), smoothing)
     eager = _run(_rows_in_torch, logits, target, scale, smoothing)
@@ -53,7 +53,7 @@ def test_loss_and_gradient_of_rows(shape, dtype, smoothing):
 
 
 def test_logits_that_nothing_but_the_largest_keeps_from_overflowing():
-    """The largest comes last, first, or is minus infinity for as long as whole blocks; one row knows one column only."""
+    """The largest comes last, first, after whole blocks of minus infinity; one row knows one column only."""
     logits, _ = _rows(5, 20_000, scale=1.0)
     logits[0, -1], logits[1, 0] = 500.0, 500.0
     logits[2, :17_000] = -torch.inf
