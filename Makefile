@@ -180,7 +180,8 @@ build/stacks/transformers4/install.stamp: build/stacks/transformers4/torch.stamp
 test-stacks: $(foreach stack,vllm sglang transformers4,build/stacks/$(stack)/install.stamp)
 	PYTHONPATH=. build/stacks/vllm/bin/python -m tests.stacks.vllm_tower
 	PYTHONPATH=. build/stacks/sglang/bin/python -m tests.stacks.sglang_tower
-	PYTHONPATH=. build/stacks/transformers4/bin/python -m pytest -q -p no:cacheprovider tests/integrations/test_transformers.py
+	PYTHONPATH=. build/stacks/transformers4/bin/python -m pytest -q -p no:cacheprovider tests/integrations/test_transformers.py \
+		tests/integrations/test_transformers_loss.py
 
 # uv alone can take the lowest versions. It knows neither pip's configuration nor its cache.
 UV := build/uv/bin/uv

@@ -45,7 +45,8 @@ def summed_loss(
         chunk_rows, backend = None, "eager"
     else:
         backend = None
-        if hidden.device.type != "cpu":  # where the op may not wait for how many there are
+        # Elsewhere than on a CPU the op may not wait for how many there are; shapes that do not fit it refuses.
+        if hidden.device.type != "cpu" and targets.shape == hidden.shape[:1]:
             kept = (targets != IGNORE).nonzero().squeeze(1)
             hidden, targets = hidden.index_select(0, kept), targets.index_select(0, kept)
     loss = linear_cross_entropy(

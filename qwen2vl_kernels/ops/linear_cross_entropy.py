@@ -342,7 +342,8 @@ def linear_cross_entropy(
             )
     check.tensor("hidden", hidden, (..., "C"))
     device, lowered = hidden.device.type, None
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+    # PyTorch knows no autocast of meta tensors, and raises when it is asked.
+    if device != "meta" and torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         lowered = torch.get_autocast_dtype(device)
     like = hidden if lowered is None else None
     check.tensor("weight", weight, ("V", "C"), like=like)

@@ -139,6 +139,21 @@ def test_a_frozen_head_and_a_tied_one():
     assert _both(net, _text())[1].logits is None
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_all_other_features(family):
+    net, batch = model(family).train(), _batch(family)
+    want, gradients = _step(net, batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", adapter.PatchWarning)  # of a version that takes some of them only
+        adapter.apply(features=adapter.FEATURES)
+    got, ours = _step(net, batch)
+    torch.testing.assert_close(got.loss, want.loss, rtol=ROUNDING, atol=0)
+    largest = max(float(g.norm()) for g in gradients)
+    for one, two in zip(ours, gradients, strict=True):
+        assert (one - two).norm() <= ROUNDING * max(float(two.norm()), 1e-3 * largest)
+    assert got.logits is None
+
+
 def test_on_one_model():
     one, other = model("Qwen2VL").train(), model("Qwen2VL").train()
     adapter.apply(one, features=["loss"])
@@ -188,7 +203,9 @@ def test_evaluation_and_no_labels():
 
 
 def test_by_name_only():
-    adapter.apply()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", adapter.PatchWarning)
+        adapter.apply()
     assert not [row for row in adapter.status() if row.feature.endswith(" loss") and row.state == "applied"]
     assert _step(model("Qwen2VL").train(), _text())[0].logits is not None
     assert set(adapter.FEATURES) - set(adapter.DEFAULT) == {"loss"}

@@ -144,6 +144,17 @@ def test_what_requires_no_grad_gets_none():
         assert not linear_cross_entropy(inputs[0], inputs[1], target).requires_grad
 
 
+def test_shapes_on_the_meta_device():
+    """Also inside of an autocast for the device that the weights will lie on."""
+    hidden, weight = torch.empty(2, 3, 4, device="meta", requires_grad=True), torch.empty(9, 4, device="meta")
+    target = torch.empty(2, 3, dtype=torch.int64, device="meta")
+    with torch.autocast("cpu", torch.bfloat16):
+        for reduction in REDUCTIONS:
+            loss = linear_cross_entropy(hidden, weight, target, reduction=reduction)
+            assert loss.shape == (target.shape if reduction == "none" else ()) and loss.dtype == torch.float32
+            assert torch.autograd.grad(loss.sum(), hidden)[0].shape == hidden.shape
+
+
 def test_strided_inputs():
     """Rows of a wider buffer, columns two apart, a batch that was turned, a weight that is a transpose."""
     wide, target = torch.randn(7, 3, 12, dtype=torch.float64), torch.randint(0, 9, (3, 7))
