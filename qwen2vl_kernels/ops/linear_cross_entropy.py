@@ -37,7 +37,7 @@ REDUCTIONS = ("mean", "sum", "none")
 #: Rows of a chunk. The product for W's gradient is bound by arithmetic once 2 n FLOPs an element outweigh its 8 bytes:
 #: from n = 4 FLOP/B on, 700 on a Hopper card (700 TFLOP/s, 4 TB/s). On a CPU, where n = 20 would do for that, each
 #: product also packs the head anew: of 1024 rows of 1536 over 50,000 words, chunks of 256 took 3 to 6 % longer than of
-#: 512 (Zen 5, one core), and these 3 % longer than all at once.
+#: 512 (one core of a Xeon), and these 3 % longer than all at once.
 _ROWS, _ROWS_ON_CPU = 1024, 512
 #: Most logits of a chunk of that many rows, for vocabularies far larger than language models have.
 _LOGITS = 1 << 28

@@ -117,20 +117,36 @@ def _results(inputs, target, **given):
     return [loss.detach(), *torch.autograd.grad(loss, inputs, above)]
 
 
+@pytest.mark.parametrize("backend", ["triton", "chunked"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_forward_and_backward(dtype, reduction):
+def test_forward_and_backward(dtype, reduction, backend):
+    """Of PyTorch's operations too, whose products on a GPU are others than on a CPU."""
     inputs, target = _inputs(dtype)
     given = {"reduction": reduction, "label_smoothing": 0.1, "chunk_rows": 4}
     exact = _results([x.detach().double().requires_grad_() for x in inputs], target, **given, backend="eager")
     eager = _results(inputs, target, **given, backend="eager")
-    got = _results(inputs, target, **given, backend="triton")
+    got = _results(inputs, target, **given, backend=backend)
     for one, theirs, right in zip(got, eager, exact, strict=True):
         assert one.dtype == theirs.dtype
         assert_two_times(one, theirs, right, 1e-6)
     with torch.no_grad():
         hidden, weight, bias = inputs
-        assert torch.equal(linear_cross_entropy(hidden, weight, target, bias, **given, backend="triton"), got[0])
+        assert torch.equal(linear_cross_entropy(hidden, weight, target, bias, **given, backend=backend), got[0])
+
+
+@pytest.mark.parametrize("backend", ["triton", "chunked"])
+def test_a_target_that_names_no_column(backend):
+    """Refused where the host may read it, NaN in all that it touches elsewhere."""
+    (hidden, weight, bias), target = _inputs()
+    target[4] = 90
+    if DEVICE == "cpu":
+        with pytest.raises(ValueError, match=r"target must be in \[0, 90\) or ignore_index = -100, got 90"):
+            linear_cross_entropy(hidden, weight, target, bias, backend=backend)
+        return
+    loss, dhidden, dweight, _ = _results((hidden, weight, bias), target, backend=backend)
+    assert loss.isnan() and dweight.isnan().all()
+    assert dhidden.isnan().all(1).tolist() == [n == 4 for n in range(13)]
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
