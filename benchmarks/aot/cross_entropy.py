@@ -24,12 +24,13 @@ def _rows(columns: int, dtype: torch.dtype, smoothing: float, gradient: bool) ->
 def _specimens(
     columns: int, dtype: torch.dtype, smoothing: float = 0.0, further: bool = False
 ) -> tuple[Specimen, Specimen]:
-    """The loss alone, where three single numbers of a row stand beside its one loop of vectors, and the gradient."""
+    """The loss alone and the gradient. Shares are of the program's text, in which the single numbers of a row (target,
+    its logit, loss, scale) stand beside two vectors a loop."""
     name = f"cross_entropy {columns} {label(dtype)}{' smoothed' * (smoothing > 0)}"
     run, vectors = partial(_rows, columns, dtype, smoothing), columns % 16 == 0
     return (
-        Specimen(name, partial(run, False), wide=0.75 * vectors, further=further),
-        Specimen(f"{name} gradient", partial(run, True), wide=0.9 * vectors, further=further),
+        Specimen(name, partial(run, False), wide=0.6 * vectors, further=further),
+        Specimen(f"{name} gradient", partial(run, True), wide=0.8 * vectors, further=further),
     )
 
 

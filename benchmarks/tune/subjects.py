@@ -415,5 +415,5 @@ def _losses(quick: bool) -> Iterator[Subject]:
 
         return Work(run, _checked(formula, (logits,)))
 
-    grid = {"block_n": (2048, 4096, 8192, 16384), "num_warps": (4, 8, 16)}
+    grid = {"block_n": (2048, 4096, 8192, 16384), "num_warps": (8, 16, 32)}
     yield Subject(f"cross_entropy {columns}", f"{rows} rows", "_row_kernel", cross_entropy, "config", grid, work)

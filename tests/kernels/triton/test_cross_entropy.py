@@ -175,4 +175,4 @@ def test_a_block_is_a_power_of_two_that_covers_small_vocabularies():
 
     for columns, dtype, want in ((1, torch.float32, 1), (37, torch.bfloat16, 64), (151_936, torch.bfloat16, 8192)):
         assert cross_entropy.config(columns, dtype, Target("cuda", 90)).block_n == want
-    assert cross_entropy.config(151_936, torch.float32, Target("hip", 0)) == cross_entropy.RowTile(4096, 4)
+    assert cross_entropy.config(151_936, torch.float32, Target("hip", 0)) == cross_entropy.RowTile(4096, 8)
