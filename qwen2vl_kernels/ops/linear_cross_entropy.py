@@ -114,7 +114,8 @@ def _add_product(total: torch.Tensor, d: torch.Tensor, h: torch.Tensor) -> None:
         total.addmm_(d.T, h)
         return
     on_cuda = d.device.type == "cuda" and torch.version.hip is None
-    if not on_cuda and d.dtype == torch.bfloat16 and not slow_on_cpu(d.dtype):
+    slow = d.device.type == "cpu" and slow_on_cpu(d.dtype)
+    if d.dtype == torch.bfloat16 and not on_cuda and not slow:
         total.add_(d.T @ h)  # rounded once a chunk; such a product is several times faster than one of float32
         return
     wide = h if on_cuda else h.to(total.dtype)
