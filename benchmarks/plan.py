@@ -27,8 +27,8 @@ from qwen2vl.training.flops import (
     parameters,
     training_flops,
 )
-from qwen2vl.training.loss import CHUNK_ROWS
 from qwen2vl.training.stages import STAGES
+from qwen2vl_kernels.ops.linear_cross_entropy import chunk_size
 
 MODELS = ("2b", "7b", "72b")
 GPUS = (8, 64, 512)
@@ -133,7 +133,7 @@ def memory(config: Qwen2VLConfig, stage: str, gpus: int, recipe: Recipe) -> Memo
 
     blocks = max(of_block(layer, "llm"), of_block(block, "tower") if learns != ("llm",) else 0)
     head = t.vocab_size * t.hidden_size if "llm" in learns else 0
-    loss = CHUNK_ROWS * t.vocab_size * (2 * _LOW + _FULL) + head * (_FULL + _LOW)
+    loss = chunk_size(tokens, t.vocab_size, "cuda") * t.vocab_size * (2 * _LOW + _FULL) + head * (_FULL + _LOW)
     moments = (kept + loss, kept + recomputed + blocks + _LOW * head, reduced)
     return Memory(
         weights=weights,

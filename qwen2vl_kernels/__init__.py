@@ -8,6 +8,7 @@ from .ops.append_kv import append_kv
 from .ops.image_to_patches import image_to_patches, images_to_patches
 from .ops.kvcache_attention import kvcache_attention
 from .ops.layer_norm import add_layer_norm, layer_norm
+from .ops.linear_cross_entropy import linear_cross_entropy
 from .ops.mrope import mrope, mrope_
 from .ops.mrope_positions import mrope_positions, mrope_positions_chunk
 from .ops.patch_embed import fold_patch_embed, patch_embed
@@ -31,6 +32,7 @@ __all__ = [
     "images_to_patches",
     "kvcache_attention",
     "layer_norm",
+    "linear_cross_entropy",
     "mrope",
     "mrope_",
     "mrope_positions",

@@ -19,7 +19,6 @@ from qwen2vl import Qwen2VL, Qwen2VLConfig
 from qwen2vl.config import IMAGE_MEAN, IMAGE_STD, TextConfig, VisionConfig
 from qwen2vl.training.config import OptimizerConfig
 from qwen2vl.training.example import Example
-from qwen2vl.training.loss import linear_cross_entropy
 from qwen2vl.training.optim import Optimizer
 from qwen2vl.training.packing import IGNORE, collate
 from qwen2vl.training.parallel import wrap_blocks
@@ -244,20 +243,3 @@ def gradients(side: Side, samples: Sequence[Example]) -> tuple[torch.Tensor, dic
                  for name, p in side.model.named_parameters()}  # fmt: skip
         side.model.zero_grad()
     return loss.detach(), {name: grad for name, grad in found.items() if grad is not None}
-
-
-def loss_inputs(
-    tokens: int, width: int, vocabulary: int, device: torch.device, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """States ``(tokens, width)``, a head ``(vocabulary, width)`` and a target for every row."""
-    generator = torch.Generator(device).manual_seed(0)
-    hidden = torch.randn((tokens, width), generator=generator, device=device).to(dtype).requires_grad_()
-    weight = torch.randn((vocabulary, width), generator=generator, device=device).mul_(0.02).to(dtype).requires_grad_()
-    return hidden, weight, torch.randint(vocabulary, (tokens,), generator=generator, device=device)
-
-
-def loss_and_gradients(kind: str, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor):
-    """``(loss, gradient of hidden, gradient of weight)``."""
-    with grads_on(), torch.enable_grad():
-        loss = linear_cross_entropy(hidden, weight, targets, scale=1 / targets.shape[0], kind=kind)
-        return (loss.detach(), *torch.autograd.grad(loss, (hidden, weight)))

@@ -113,9 +113,9 @@ def loss(who: str, folder: Path, device: str, dtype: str, tokens: str, width: st
     """
     import torch
 
-    from . import _training as shared
+    from . import _loss as shared
 
-    inputs = shared.loss_inputs(int(tokens), int(width), int(vocabulary), torch.device(device), getattr(torch, dtype))
+    inputs = shared.inputs(int(tokens), int(width), int(vocabulary), torch.device(device), getattr(torch, dtype))
     held = held_bytes(device)
     if device.startswith("cuda"):  # where a first call compiles kernels
         shared.loss_and_gradients(who, *inputs)

@@ -18,16 +18,15 @@ from pathlib import Path
 import torch
 
 from qwen2vl import Qwen2VLConfig
-from qwen2vl.training.errors import TrainingConfigError
 from qwen2vl.training.example import Example
 from qwen2vl.training.flops import training_flops, work_of
-from qwen2vl.training.loss import check_kind
 from qwen2vl.training.packing import collate
 from qwen2vl.training.stages import PARTS
 
 from .. import providers
 from ..case import Case, Check, Context, Provider, Workload, relative_error, two_times
 from ..random_checkpoint import small_config
+from . import _loss
 from ._ops import MODELING
 from ._qwen2vl import checkpoint
 from ._training import (
@@ -38,8 +37,6 @@ from ._training import (
     Transformers,
     gradients,
     grads_on,
-    loss_and_gradients,
-    loss_inputs,
     make_samples,
     padded_tokens,
     steps_of,
@@ -143,7 +140,7 @@ def _folder(context: Context) -> Path:
 def workloads(context: Context) -> Iterator[Workload]:
     yield from _loops(context)
     yield from _memory(context)
-    yield from _loss(context)
+    yield from _loss_rows(context)
 
 
 def _loops(context: Context) -> Iterator[Workload]:
@@ -218,32 +215,35 @@ def _memory(context: Context) -> Iterator[Workload]:
 # ----------------------------------------------------------------------------------------------------------- the loss
 
 
-def _why_no_liger(device: torch.device) -> str | None:
-    try:
-        check_kind("liger", device)
-    except TrainingConfigError as error:
-        return str(error)
-    return None
-
-
-def _loss(context: Context) -> Iterator[Workload]:
-    sizes, device, no_liger = _sizes(context), context.device, _why_no_liger(context.device)
+def _loss_rows(context: Context) -> Iterator[Workload]:
+    sizes, device, dtype = _sizes(context), context.device, _dtype(context)
     shape = {"tokens": sizes.tokens, "width": sizes.width, "vocabulary": sizes.vocabulary}
-    precision = str(_dtype(context)).removeprefix("torch.")
-    alone = partial(in_subprocess, "loss", folder="", device=device, dtype=precision, **shape)
+    alone = partial(in_subprocess, "loss", folder="", device=device, dtype=str(dtype).removeprefix("torch."), **shape)
+    name = f"loss, {sizes.tokens} rows of {sizes.width}, vocabulary {sizes.vocabulary}"
+    providers = []
+    for kind, title in _loss.KINDS.items():
+        reason = _loss.why_not(kind, device)
+        call = partial(alone, kind) if reason is None else None
+        providers.append(Provider(title, call, skipped=reason, peer=kind not in _loss.OURS))
     yield Workload(
-        name=f"loss, {sizes.tokens} rows of {sizes.width}, vocabulary {sizes.vocabulary}",
-        providers=[
-            Provider("chunked", partial(alone, "chunked")),
-            Provider("full logits", partial(alone, "full"), peer=True),
-            Provider("Liger", partial(alone, "liger"), peer=True)
-            if no_liger is None
-            else Provider("Liger", skipped=no_liger, peer=True),
-        ],
+        name=name,
+        providers=providers,
         units={"seconds": "s", "peak over the inputs": "B"},
         min_rounds=2,
         max_rounds=2,
     )
+    for itemsize, place in ((4, "cpu"), (2, "cuda")):
+        count = partial(_loss.counted_bytes, **shape, itemsize=itemsize, device=place)
+        yield Workload(
+            name=f"{name}, {'float32 on a CPU' if place == 'cpu' else 'bf16 on a GPU'}, counted",
+            providers=[
+                Provider(_loss.KINDS[kind], lambda kind=kind, count=count: {"moved": count(kind)}, peer=kind == "full")
+                for kind in ("chunked", "triton", "full")
+            ],
+            units={"moved": "B"},
+            min_rounds=1,
+            max_rounds=1,
+        )
 
 
 def _loss_gate(context: Context) -> list[Check]:
@@ -252,16 +252,16 @@ def _loss_gate(context: Context) -> list[Check]:
     In float32 beside the full logits; in bf16 by the two-times rule, the full logits of float32 being exact.
     """
     dtype = _dtype(context)
-    hidden, weight, targets = inputs = loss_inputs(300, 64, _sizes(context).vocabulary, context.device, dtype)
-    kinds = ["chunked", *(["liger"] if _why_no_liger(context.device) is None else [])]
+    hidden, weight, targets = inputs = _loss.inputs(300, 64, _sizes(context).vocabulary, context.device, dtype)
+    kinds = [kind for kind in _loss.KINDS if kind != "full" and _loss.why_not(kind, context.device) is None]
     parts = ("loss", "gradient of the states", "gradient of the head")
-    low = loss_and_gradients("full", *inputs)
+    low = _loss.loss_and_gradients("full", *inputs)
     wide = [x.detach().float().requires_grad_() for x in (hidden, weight)]
-    exact = loss_and_gradients("full", wide[0], wide[1], targets)
+    exact = _loss.loss_and_gradients("full", wide[0], wide[1], targets)
     checks = []
     for kind in kinds:
-        for part, got, rounded, true in zip(parts, loss_and_gradients(kind, *inputs), low, exact, strict=True):
-            name = f"{kind} loss: {part}"
+        for part, got, rounded, true in zip(parts, _loss.loss_and_gradients(kind, *inputs), low, exact, strict=True):
+            name = f"{_loss.KINDS[kind]} loss: {part}"
             if dtype == torch.float32:
                 checks.append(Check(name, relative_error(got, true), _FLOAT32))
             else:

@@ -21,7 +21,7 @@ from qwen2vl_kernels.ops.rms_norm import rms_norm_ref
 from qwen2vl_kernels.ops.swiglu import swiglu_ref
 from qwen2vl_kernels.ops.varlen_attention import varlen_attention, varlen_attention_ref
 from qwen2vl_kernels.ops.vision_rope import vision_rope_ref
-from qwen2vl_kernels.triton import attention_backward, attention_forward, elementwise, gemm, norm, rotary
+from qwen2vl_kernels.triton import attention_backward, attention_forward, cross_entropy, elementwise, gemm, norm, rotary
 
 from ..case import Check, relative_error, two_times
 
@@ -99,7 +99,14 @@ REHEARSED = ("forward 2x80", "pass 2/1x64", "rms_norm forward 1536", "swiglu for
 
 def subjects(quick: bool = False) -> list[Subject]:
     """All of them; with ``quick`` at tiny shapes, with two values to try of two fields and one of the others."""
-    found = [*_attentions(quick), *_rotations(quick), *_norms(quick), *_activations(quick), *_products(quick)]
+    found = [
+        *_attentions(quick),
+        *_rotations(quick),
+        *_norms(quick),
+        *_activations(quick),
+        *_products(quick),
+        *_losses(quick),
+    ]
     return [replace(subject, grid=_ends(subject.grid)) for subject in found] if quick else found
 
 
@@ -389,3 +396,24 @@ def _products(quick: bool) -> Iterator[Subject]:
     ):
         make = partial(work, rows, depth, columns, gelu)
         yield Subject("product", name, "_gemm_kernel", gemm, "config", grid, make)
+
+
+def _losses(quick: bool) -> Iterator[Subject]:
+    rows, columns = (4, 5000) if quick else (1024, 151_936)
+
+    def work(device: torch.device, dtype: torch.dtype) -> Work:
+        logits, target = _random(device, dtype)(rows, columns), torch.arange(rows, device=device) * 97 % columns
+
+        def run() -> Tensors:
+            loss = torch.empty(rows, device=device)
+            return loss, cross_entropy.launch_rows(logits.clone(), target, None, loss, -100, 0.0, True)
+
+        def formula(logits: torch.Tensor) -> Tensors:
+            logs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
+            chosen = torch.nn.functional.one_hot(target, columns)
+            return -(logs * chosen).sum(1), (logs.exp() - chosen).to(logits.dtype)
+
+        return Work(run, _checked(formula, (logits,)))
+
+    grid = {"block_n": (2048, 4096, 8192, 16384), "num_warps": (8, 16, 32)}
+    yield Subject(f"cross_entropy {columns}", f"{rows} rows", "_row_kernel", cross_entropy, "config", grid, work)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..model import Qwen2VL
-from .loss import CHUNK_ROWS, linear_cross_entropy, sample_losses
+from .loss import sample_losses, summed_loss
 from .packing import Batch
 
 
@@ -17,7 +17,7 @@ class TrainingStep(nn.Module):
     is whole for the loss, which does not go through the head's own forward.
     """
 
-    def __init__(self, model: Qwen2VL, *, loss: str = "chunked", chunk_rows: int = CHUNK_ROWS) -> None:
+    def __init__(self, model: Qwen2VL, *, loss: str = "chunked", chunk_rows: int | None = None) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
@@ -30,9 +30,7 @@ class TrainingStep(nn.Module):
         weight = self.model.head_weight
         if by_sample:
             return sample_losses(hidden, weight, batch.targets, batch.cu_seqlens, chunk_rows=self.chunk_rows)
-        return linear_cross_entropy(
-            hidden, weight, batch.targets, scale=scale, kind=self.loss, chunk_rows=self.chunk_rows
-        )
+        return summed_loss(hidden, weight, batch.targets, scale=scale, kind=self.loss, chunk_rows=self.chunk_rows)
 
     def _features(self, batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """All images and videos in one call of the tower; a frozen tower keeps nothing for a backward."""

@@ -21,6 +21,8 @@ merger             the 2x2 mergers that have a LayerNorm (Qwen2-VL, Qwen3-VL and
 positions          ``get_rope_index`` of Qwen2-VL and Qwen3-VL, without loops over tokens; in Qwen2-VL it also moves the
                    text after a long video to the paper's position (transformers 5.3 to 5.23 start it too early)
 image_processor    preprocessing of the image processor over PIL, same bytes; a class, so never of one model
+loss               the training loss from hidden states, a chunk of rows at a time; the output has no logits then, so it
+                   is applied by name only: ``apply(features=(*DEFAULT, "loss"))``
 
 Results are stock's up to rounding: in 16-bit dtypes the kernels round less often. Where hooks, offloading, adapters
 (LoRA), autocast or an export are in the way, stock's code runs for that module. Only transformers' own code is
@@ -41,9 +43,9 @@ from torch import nn
 from ._modules import in_the_way
 from ._patches import PatchSet, PatchWarning
 from .transformers_positions import get_rope_index
-from .transformers_targets import FEATURES, TESTED, places
+from .transformers_targets import DEFAULT, FEATURES, TESTED, places
 
-__all__ = ["FEATURES", "PatchWarning", "Row", "apply", "get_rope_index", "restore", "status"]
+__all__ = ["DEFAULT", "FEATURES", "PatchWarning", "Row", "apply", "get_rope_index", "restore", "status"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def apply(model: nn.Module | None = None, features: Iterable[str] | None = None)
             patched, and those of its copies that are made from then on. ``None``: the classes, so every model there is
             and will be. Modules that accelerate has hooked (``device_map`` over several devices, offloading) keep what
             they had then: apply to the classes before such a model is loaded.
-        features: of :data:`FEATURES`; ``None`` for all (with ``model``, all that can be had for one).
+        features: of :data:`FEATURES`; ``None`` for :data:`DEFAULT` (with ``model``, what can be had for one).
 
     Returns :func:`status`. A feature of a model family whose functions do not have the parameters that this adapter
     knows is left as it is and reported, with a ``PatchWarning``; so is a version of transformers that was never tested.
@@ -75,7 +77,7 @@ def apply(model: nn.Module | None = None, features: Iterable[str] | None = None)
         TypeError: ``model`` is no module.
         ValueError: no such feature, or one that cannot be had for a single model; nothing to patch in ``model``.
     """
-    wanted = FEATURES if features is None else tuple(features)
+    wanted = DEFAULT if features is None else tuple(features)
     if unknown := [f for f in wanted if f not in FEATURES]:
         raise ValueError(f"apply: there is no feature {unknown[0]!r}; the features are {', '.join(FEATURES)}")
     found = _on_classes() if model is None else _on_objects(model)

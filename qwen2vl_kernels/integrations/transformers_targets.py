@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from . import transformers_attention as tower_attention
+from . import transformers_loss as loss
 from . import transformers_positions as positions
 from . import transformers_text as text
 from . import transformers_vision as vision
@@ -17,18 +18,24 @@ TESTED = ("4.57.6", "5.23")
 #: Features in the order in which they are applied.
 FEATURES = (
     "mrope", "vision_rope", "vision_attention", "patch_embed", "norm", "activation", "merger", "positions",
-    "image_processor",
+    "image_processor", "loss",
 )  # fmt: skip
+#: Those that are applied unless others are named. ``loss`` returns no logits, which trainers may read: TRL's SFTTrainer
+#: takes accuracy and entropy from them in training (up to 1.8 at least), and would fail where it worked before.
+DEFAULT = tuple(feature for feature in FEATURES if feature != "loss")
 
 
 class Place(NamedTuple):
-    """``module`` below ``transformers.models``, class in it (or ``""``), attribute, parameters, and what makes it."""
+    """``module`` below ``transformers.models``, class in it (or ``""``), attribute, parameters, and what makes it.
+
+    Parameters are ``None`` where whatever stock's function takes is given to stock's function.
+    """
 
     feature: str
     module: str
     cls: str
     name: str
-    parameters: tuple[str, ...]
+    parameters: tuple[str, ...] | None
     make: Callable[[Callable], Callable]
 
 
@@ -76,6 +83,11 @@ def places(version: str) -> list[Place]:
         Place("merger", three, "Qwen3VLVisionPatchMerger", "forward", _X, vision.merger),
         Place("positions", two, "Qwen2VLModel", "get_rope_index", index, positions.of_qwen2),
         Place("positions", three, "Qwen3VLModel", "get_rope_index", index, positions.of_qwen3),
+    ]
+    heads = ((two, "Qwen2VL"), (two_5, "Qwen2_5_VL"), (three, "Qwen3VL"))
+    table += [
+        Place("loss", module, f"{family}ForConditionalGeneration", "forward", None, loss.causal_lm)
+        for module, family in heads
     ]
     table += [
         Place("vision_rope", module, "", "apply_rotary_pos_emb_vision", ("q", "k", "cos", "sin"), tower_attention.rope)

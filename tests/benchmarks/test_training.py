@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.case import Context, Provider, Workload
-from benchmarks.cases import _training, train
+from benchmarks.cases import _loss, _training, train
 from benchmarks.random_checkpoint import small_config, write_random_checkpoint
 from benchmarks.run import run_case
 from qwen2vl.training.flops import layer_matrices
@@ -106,4 +106,14 @@ def test_train_by_command(tmp_path):
     assert {("chunked", "seconds"), ("full logits", "peak over the inputs")} <= rows
     assert all(row["median"] > 0 for row in written["rows"])
     assert any("gradients of step" in check["name"] for check in written["gate"])
-    assert {skip["provider"] for skip in written["skipped"]} <= {"Liger"}
+    assert {skip["provider"] for skip in written["skipped"]} <= {"Liger", "triton", "torch.linear_cross_entropy"}
+    moved = {row["provider"]: row["median"] for row in written["rows"] if "bf16 on a GPU, counted" in row["workload"]}
+    assert moved["triton"] < moved["chunked"] and moved["triton"] < moved["full logits"]
+
+
+def test_bytes_that_the_loss_moves():
+    """The kernel's logits are written once, read twice, overwritten and read by two products: six times two bytes."""
+    wide = _loss.counted_bytes("triton", 8192, 1536, 151_936, 2, "cuda") - 151_936 * 1536 * (8 * 12 + 6 + 4)
+    assert wide == 6 * 2 * 8192 * 151_936
+    float32 = _loss.counted_bytes("full", 100, 8, 50, 4, "cpu")
+    assert float32 == 100 * 50 * (4 + 8 + 4 + 12 + 8) + 50 * 8 * 12

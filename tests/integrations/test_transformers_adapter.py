@@ -71,7 +71,7 @@ def _close(got: torch.Tensor, want: torch.Tensor) -> None:
 
 def _without_positions() -> list[str]:
     """Where there is a video, stock's positions stand, so that the rest can be compared."""
-    return [feature for feature in adapter.FEATURES if feature != "positions"]
+    return [feature for feature in adapter.DEFAULT if feature != "positions"]
 
 
 # ------------------------------------------------------------------------------------------ equal to stock
@@ -97,7 +97,7 @@ def test_video_and_image(family):
     _close(_logits(net, inputs), want)
 
 
-@pytest.mark.parametrize("feature", [f for f in adapter.FEATURES if f != "image_processor"])
+@pytest.mark.parametrize("feature", [f for f in adapter.DEFAULT if f != "image_processor"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_feature_alone(family, feature):
     """Alone, a feature works between stock's functions, and changes what it is about and no other."""
@@ -253,7 +253,7 @@ def test_on_one_model(family, monkeypatch):
     assert {row.state for row in mine} == {"applied"} and {row.state for row in rows if row not in mine} <= {"off"}
     had = {row.feature.split()[-1] for row in mine}
     lacking = {"vision_rope", "image_processor"} | ({"merger", "positions"} if family == "Qwen2_5_VL" else set())
-    assert had == set(adapter.FEATURES) - lacking
+    assert had == set(adapter.DEFAULT) - lacking
     assert adapter.apply(one) == rows, "twice is once"
     _close(_logits(one, inputs), want)
     _same(attributes, _attributes(family))
@@ -290,7 +290,7 @@ def _same(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_restore_leaves_every_attribute_as_it_was(family):
     before = _attributes(family)
-    rows = adapter.apply()
+    rows = [row for row in adapter.apply() if row.feature.split()[-1] in adapter.DEFAULT]
     assert {row.state for row in rows} == {"applied"}, [row for row in rows if row.state != "applied"]
     with pytest.raises(AssertionError):
         _same(before, _attributes(family))

@@ -79,6 +79,13 @@ def main(device: str = "cuda") -> list[str]:
         plan = K.plan_tiles(cu_seqlens, 37, device=device, padded=True)
         tail.zero_behind(random(37, 2, 80).detach(), plan.queries)  # after others' attention
 
+    def linear_cross_entropy(backend: str) -> None:
+        target = torch.arange(37, device=device) - 5
+        target[target < 0] = -100
+        for reduction, smoothing in (("mean", 0.0), ("none", 0.1)):
+            given = {"reduction": reduction, "label_smoothing": smoothing, "chunk_rows": 16, "backend": backend}
+            backward(K.linear_cross_entropy(x, random(9001, 1280), target, random(9001), **given))
+
     def positions_of(backend: str) -> None:
         K.mrope_positions(ids, grid[:1], grid[1:], **tokens, backend=backend)
         K.mrope_positions_chunk(ids[:, :4], grid[:1], None, **tokens, backend=backend)
@@ -94,6 +101,7 @@ def main(device: str = "cuda") -> list[str]:
         "swiglu": swiglu,
         "patch_embed": patch_embed,
         "patch_merge": patch_merge,
+        "linear_cross_entropy": linear_cross_entropy,
         "mrope_positions": positions_of,
         "vision_positions": lambda backend: K.vision_positions(grid, num_patches=36, backend=backend),
         "image_to_patches": lambda backend: K.image_to_patches(photo, 56, 84, backend=backend),

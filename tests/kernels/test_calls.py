@@ -28,6 +28,10 @@ def _append(**settings):
     return K.append_kv(k, k, *caches, torch.arange(37), backend="triton", **settings)
 
 
+def _linear_cross_entropy():
+    return K.linear_cross_entropy(_x(5, 64), _x(9, 64), torch.arange(5), backend="triton")
+
+
 MERGER = [_x(*s) for s in ((1280,), (1280,), (128, 5120), (128,), (72, 128), (72,))]
 #: (name of the public function, a call of it, the calls to its launches that were counted when this was written)
 CALLS = [
@@ -49,6 +53,7 @@ CALLS = [
     ("append_kv", lambda: _append(q=_x(37, 3, 128), positions=POSITIONS, inv_freq=INV_FREQ, section=SECTION), {2}),
     ("patch_embed", lambda: K.patch_embed(_x(37, 588), _x(72, 588), _x(72), backend="triton"), {3}),
     ("patch_merge", lambda: K.patch_merge(_x(36, 1280), *MERGER, order="raster", grid_thw=GRID, backend="triton"), {3}),
+    ("linear_cross_entropy", _linear_cross_entropy, {3}),
     ("varlen_attention", _attention, {2}),
     ("varlen_attention", lambda: _attention(rope=(TABLE, TABLE)), {2}),  # rotated on the way in
     ("varlen_attention", lambda: _attention(rope=(TABLE, TABLE), tiles=K.plan_tiles(CU, 37, padded=True)), {2, 3}),

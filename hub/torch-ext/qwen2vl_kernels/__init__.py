@@ -2,6 +2,7 @@
 
 from . import layers
 from .ops.layer_norm import add_layer_norm, layer_norm
+from .ops.linear_cross_entropy import linear_cross_entropy
 from .ops.mrope import mrope
 from .ops.quick_gelu import quick_gelu
 from .ops.rms_norm import add_rms_norm, rms_norm
@@ -14,6 +15,7 @@ __all__ = [
     "add_rms_norm",
     "layer_norm",
     "layers",
+    "linear_cross_entropy",
     "mrope",
     "quick_gelu",
     "rms_norm",

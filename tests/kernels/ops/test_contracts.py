@@ -17,6 +17,7 @@ def _x(*shape):
 
 CU = torch.tensor([0, 2, 4], dtype=torch.int32)
 POSITIONS = torch.arange(12).view(3, 4)
+TARGET = torch.arange(4)
 INV_FREQ = torch.tensor([1.0, 0.1, 0.01, 0.001])
 #: Of attention: neither keys' boundaries nor angles; lengths, causal, scale, neither fused nor with lse, backend.
 SETTINGS = (None, None, None, 2, 2, True, 0.35, False, False, "sdpa")
@@ -37,20 +38,8 @@ CALLS = {
     "vision_rope_qkv_": lambda: (torch.randn(4, 3, 2, 8), torch.rand(4, 4), torch.rand(4, 4)),
     "patch_embed": lambda: (torch.randn(4, 8), _x(6, 8), _x(6)),
     "patch_merge": lambda: (_x(8, 4), _x(4), _x(4), _x(16, 16), _x(16), _x(6, 16), _x(6)),
-    "varlen_attention": lambda: (
-        _x(4, 2, 8),
-        _x(4, 1, 8),
-        _x(4, 1, 8),
-        CU,
-        *(None,) * 3,
-        2,
-        2,
-        True,
-        0.35,
-        False,
-        False,
-        "sdpa",
-    ),
+    "linear_cross_entropy": lambda: (_x(4, 8), _x(6, 8), torch.tensor([5, -100, 0, 3]), _x(6)),
+    "varlen_attention": lambda: (_x(4, 2, 8), _x(4, 1, 8), _x(4, 1, 8), CU, *SETTINGS),
     "image_to_patches": lambda: (torch.randint(0, 256, (30, 40, 3)).byte(), 28, 56, 14, 2, None, None, None, "native"),
     "kvcache_attention": lambda: (torch.randn(3, 2, 8), *torch.randn(2, 2, 5, 1, 8), [1, 2], [3, 5], 0.35, "sdpa"),
 }
@@ -207,6 +196,37 @@ REFUSALS = [
         lambda: K.patch_merge(_x(8, 4), _x(4), _x(4), _x(16, 15), _x(16), _x(6, 16), _x(6)),
         ValueError,
         "fc1_weight",
+    ),
+    (
+        lambda: K.linear_cross_entropy(_x(4, 8), _x(6, 7), TARGET),
+        ValueError,
+        r"linear_cross_entropy: weight must have shape \(V, C\) with V=6, C=8, got \(6, 7\)",
+    ),
+    (lambda: K.linear_cross_entropy(_x(4, 8), _x(6, 8).half(), TARGET), TypeError, "weight must have dtype torch.flo"),
+    (lambda: K.linear_cross_entropy(_x(4, 8), _x(6, 8), TARGET[:3]), ValueError, r"target must have shape \(4\), got"),
+    (lambda: K.linear_cross_entropy(_x(4, 8), _x(6, 8), TARGET.int()), TypeError, "one of the dtypes int64, got"),
+    (lambda: K.linear_cross_entropy(_x(4, 8), _x(6, 8), TARGET, _x(5)), ValueError, r"bias must have shape \(V\) with"),
+    (lambda: K.linear_cross_entropy(_x(4, 8), _x(0, 8), TARGET), ValueError, "weight must have a row at least"),
+    (
+        lambda: K.linear_cross_entropy(_x(4, 8), _x(6, 8), TARGET, reduction="avg"),
+        ValueError,
+        "reduction must be one of mean, sum, none, got 'avg'",
+    ),
+    (
+        lambda: K.linear_cross_entropy(_x(4, 8), _x(6, 8), TARGET, label_smoothing=1.5),
+        ValueError,
+        r"label_smoothing must be in \[0, 1\], got 1.5",
+    ),
+    (lambda: K.linear_cross_entropy(_x(4, 8), _x(6, 8), TARGET, chunk_rows=0), ValueError, "chunk_rows must be posi"),
+    (
+        lambda: K.linear_cross_entropy(_x(4, 8), _x(6, 8), TARGET + 3),
+        ValueError,
+        r"target must be in \[0, 6\) or ignore_index = -100, got 6",
+    ),
+    (
+        lambda: K.linear_cross_entropy(_x(4, 8), _x(6, 8), TARGET - 1),
+        ValueError,
+        r"target must be in \[0, 6\) or ignore_index = -100, got -1",
     ),
     (
         lambda: K.varlen_attention(_x(4, 2, 8), _x(4, 1, 7), _x(4, 1, 7), CU, 2),

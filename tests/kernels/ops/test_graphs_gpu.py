@@ -62,6 +62,34 @@ def test_a_decoder_layer():
             assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("backend", ["triton", "chunked"])
+def test_the_loss_and_its_gradients(backend, reduction):
+    """Nothing waits for how many rows count, which changes from replay to replay."""
+    hidden = torch.randn(300, 64, device="cuda").bfloat16().requires_grad_()
+    weight = torch.randn(1000, 64, device="cuda").bfloat16().requires_grad_()
+    target = torch.randint(1000, (300,), device="cuda")
+
+    def run():
+        loss = K.linear_cross_entropy(hidden, weight, target, reduction=reduction, chunk_rows=128, backend=backend)
+        return loss, *torch.autograd.grad(loss.sum() / 3, (hidden, weight))
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for ignored in (0, 40, 300):
+        target.copy_(torch.randint(1000, (300,)))
+        target[:ignored] = -100
+        graph.replay()
+        got = [x.clone() for x in captured]
+        for one, two in zip(got, run(), strict=True):
+            assert torch.equal(one.nan_to_num(7), two.nan_to_num(7))
+
+
 def test_a_merger_from_raster_order():
     x = torch.randn(40, 64, device="cuda").bfloat16()
     shapes = ((64,), (64,), (96, 256), (96,), (72, 96), (72,))

@@ -23,6 +23,7 @@ from qwen2vl_kernels import (
     varlen_attention,
 )
 from qwen2vl_kernels.core.backends import unavailable
+from qwen2vl_kernels.triton.cross_entropy import launch_rows
 from tests.conftest import DEVICE
 
 if (reason := unavailable("triton", DEVICE)) is not None:
@@ -92,6 +93,13 @@ def test_in_place(memory):
     x = _spread(memory, 4, 16, far=0)
     want = quick_gelu(x.clone().contiguous(), backend="triton")
     assert torch.equal(quick_gelu_(x, backend="triton"), want)
+
+
+def test_rows_of_logits(memory):
+    logits, loss = _spread(memory, 4, 50, far=0), torch.empty(2, 4, device=DEVICE)
+    dense, target = logits.clone().contiguous(), torch.tensor([3, 49, -100, 0], device=DEVICE)
+    want, got = (launch_rows(x, target, None, loss[n], -100, 0.0, True) for n, x in enumerate((dense, logits)))
+    assert torch.equal(got, want) and torch.equal(loss[0], loss[1]) and loss.all(1).tolist() == [False, False]
 
 
 def test_slots(memory):
