@@ -50,8 +50,7 @@ __all__ = ["DEFAULT", "FEATURES", "PatchWarning", "Row", "apply", "get_rope_inde
 
 @dataclass(frozen=True)
 class Row:
-    """One replaced function: "applied", "skipped" for ``reason``, or "off"; ``label`` says on how many objects. Or a
-    patched module, by its name: "stock", whose code runs for the ``reason``."""
+    """A function: "applied", "skipped" for ``reason``, or "off"; or a patched module that runs "stock"'s code."""
 
     feature: str
     label: str

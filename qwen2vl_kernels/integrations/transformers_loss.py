@@ -12,7 +12,6 @@ sharded by itself, hooked.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -75,8 +74,6 @@ def causal_lm(stock: Callable) -> Callable:
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     names = parameters_after(stock, 1)
-    # A forward of the user's, or another package's, may read the logits.
-    of_transformers = inspect.unwrap(stock).__module__.startswith("transformers.models.")
 
     def fits(model: Any, given: dict[str, Any]) -> bool:
         labels, kept = given.get("labels"), given.get("logits_to_keep", 0)
@@ -94,7 +91,7 @@ def causal_lm(stock: Callable) -> Callable:
 
     @wraps(stock)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not of_transformers or not fits(self, dict(zip(names, args, strict=False)) | kwargs):
+        if not fits(self, dict(zip(names, args, strict=False)) | kwargs):
             return stock(self, *args, **kwargs)
         output = stock(_Headless(self), *args, **kwargs)
         return type(output)(**{name: value for name, value in output.items() if name != "logits"})
