@@ -83,6 +83,13 @@ class PatchSet:
             if not target.unset():
                 self._warn(f"{target.label} was replaced by somebody else after apply() and stays as it is")
 
+    def forget(self, module: str) -> None:
+        """A module of this name was executed again. Its old classes can be restored; its new ones are new targets."""
+        again = [t for t in self._targets if f"{t.key[1]}:".startswith(f"{module}:")]
+        self._targets = [t for t in self._targets if t not in again or isinstance(t.held, type)]
+        for target in again:
+            target.key = (target.feature, target.held, target.name)
+
     def status(self) -> list[Target]:
         """All targets whose owners are alive, in the order of :meth:`add`."""
         self._targets = [t for t in self._targets if t.owner is not None]

@@ -31,17 +31,19 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 from torch import nn
 
 from ._patches import PatchSet, PatchWarning
 from .transformers_positions import get_rope_index
-from .transformers_targets import FEATURES, TESTED, places
+from .transformers_targets import DEFAULT, FEATURES, TESTED, places
 
-__all__ = ["FEATURES", "PatchWarning", "Row", "apply", "get_rope_index", "restore", "status"]
+__all__ = ["DEFAULT", "FEATURES", "PatchWarning", "Row", "apply", "get_rope_index", "restore", "status"]
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,17 @@ def apply(model: nn.Module | None = None, features: Iterable[str] | None = None)
     had = {feature for feature, *_ in found}
     if model is not None and features is not None and (lacking := [f for f in wanted if f not in had]):
         raise ValueError(f"apply: {type(model).__name__} has nothing for {lacking[0]!r}; it has {', '.join(had)}")
-    patches = _patches()
-    found.sort(key=lambda place: FEATURES.index(place[0]))
-    patches.apply(targets=[patches.add(f"{family}: {f}", *rest) for f, family, *rest in found if f in wanted])
+    _set(found, wanted)
     return status()
+
+
+def _set(found: list[tuple], features: Iterable[str]) -> None:
+    patches = _patches()
+    for module in {owner.partition(":")[0] for f, _, owner, *_ in found if f in features and isinstance(owner, str)}:
+        with suppress(ImportError):  # which the target will report; first, as a switched-on import applies features
+            import_module(module)
+    found.sort(key=lambda place: FEATURES.index(place[0]))
+    patches.apply(targets=[patches.add(f"{family}: {f}", *rest) for f, family, *rest in found if f in features])
 
 
 def restore() -> None:

@@ -9,16 +9,13 @@ from . import transformers_attention as tower_attention
 from . import transformers_positions as positions
 from . import transformers_text as text
 from . import transformers_vision as vision
+from ._switch import STACKS
 from .image_processor import patched_preprocess
 
 #: Versions whose whole models were compared, patched with stock.
 TESTED = ("4.57.6", "5.23")
 
-#: Features in the order in which they are applied.
-FEATURES = (
-    "mrope", "vision_rope", "vision_attention", "patch_embed", "norm", "activation", "merger", "positions",
-    "image_processor",
-)  # fmt: skip
+DEFAULT, FEATURES = STACKS["transformers"].default, STACKS["transformers"].features
 
 
 class Place(NamedTuple):

@@ -1,0 +1,16 @@
+"""What ``QWEN2VL_KERNELS`` asks for, module by module, as transformers is imported.
+
+``_qwen2vl_kernels_switch.py`` beside the packages watches imports where the variable is set, and calls this.
+"""
+
+from __future__ import annotations
+
+from . import transformers as adapter
+from ._switch import requested
+
+
+def imported(module: str) -> None:
+    """Apply the features that are asked for to a module of transformers that was executed just now, maybe again."""
+    if features := requested("transformers"):
+        adapter._patches().forget(module)
+        adapter._set([place for place in adapter._on_classes() if place[2].partition(":")[0] == module], features)
