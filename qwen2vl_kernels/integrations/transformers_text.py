@@ -36,6 +36,10 @@ def angles(stock: Callable) -> Callable:
     return forward
 
 
+#: What the cache is called: from 5.24 on, until then, and until 4.57. The old names stay keywords for a while.
+_CACHES = ("cache", "past_key_values", "past_key_value")
+
+
 def attention(stock: Callable, *, interleaved: bool) -> Callable:
     """``forward`` of the attention. Masks, cache and the attention itself are transformers'."""
     names, own_globals = parameters_after(stock, 2), inspect.unwrap(stock).__globals__
@@ -65,11 +69,11 @@ def attention(stock: Callable, *, interleaved: bool) -> Callable:
         q, k = rotate(q, k, positions.flatten(1), inv_freq, _section(self.config), interleaved=interleaved)
         q, k, v = (x.unflatten(0, (batch, length)).transpose(1, 2) for x in (q, k, v))  # (B, H, L, D)
 
-        cache = given.get("past_key_values")
+        extra = {name: value for name, value in given.items() if name not in names}
+        cache = next((found for name in _CACHES if (found := extra.pop(name, given.get(name))) is not None), None)
         if cache is not None:
             where = ({"cache_position": given.get("cache_position")},) if "cache_position" in names else ()
-            k, v = cache.update(k, v, self.layer_idx, *where)
-        extra = {name: value for name, value in given.items() if name not in names}
+            k, v = cache.update(k, v, self.layer_idx, *where, **({"kwargs": extra} if "cache" in names else {}))
         if hasattr(self, "sliding_window"):
             extra |= {"sliding_window": self.sliding_window, "position_ids": given.get("position_ids")}
         out, weights = interface(self.config._attn_implementation)(
