@@ -22,7 +22,8 @@ FORMATTED := $(CSRC) $(FUZZ) $(wildcard tests/kernels/host/* benchmarks/cuda/*)
 # The versions of Triton that PyTorch's builds for CUDA bring: 2.10 and 2.11, 2.12, 2.13, 2.14.
 TRITONS := 3.6.0 3.7.0 3.7.1 3.8.0
 
-.PHONY: help install demo check test test-long aot lint format dist fuzz gpu gpu-wheels hub test-stacks test-oldest resolve clean
+.PHONY: help install demo check test test-long aot lint format dist fuzz gpu gpu-wheels hub test-stacks test-transformers \
+	signatures test-oldest resolve clean
 .DEFAULT_GOAL := help
 
 help:
@@ -173,14 +174,39 @@ build/stacks/vllm/install.stamp build/stacks/sglang/install.stamp: build/stacks/
 	build/stacks/$*/bin/python -m pip install --quiet --no-deps -r tests/stacks/$*-no-deps.txt
 	@touch $@
 
-build/stacks/transformers4/install.stamp: build/stacks/transformers4/torch.stamp
-	build/stacks/transformers4/bin/python -m pip install --quiet $(STACK_TORCH) transformers==4.57.6 pytest hypothesis pillow
+# Environments that borrow all of .venv but what a stack wants in another version, PyTorch in particular. pip finds what
+# is borrowed there, and installs the rest.
+BORROW = $(RUN) -m venv --without-pip --clear $(1) && \
+	$(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth
+
+# The versions of transformers whose parameters a committed file has: the last of each minor, and the one that
+# LLaMA-Factory holds. make signatures TRANSFORMERS="..." writes that file for other versions.
+SIGNATURES := tests/integrations/transformers_signatures.json
+TRANSFORMERS ?= $(shell $(PYTHON) -c 'import json; print(*json.load(open("$(SIGNATURES)"))["versions"])')
+
+build/stacks/transformers-%/install.stamp: .venv/install.stamp
+	$(call BORROW,build/stacks/transformers-$*)
+	build/stacks/transformers-$*/bin/python -m pip install --quiet transformers==$*
 	@touch $@
 
-test-stacks: $(foreach stack,vllm sglang transformers4,build/stacks/$(stack)/install.stamp)
+build/transformers/%: | .venv/torch.stamp
+	@rm -rf $@.part && $(PIP) install --quiet --no-deps --target $@.part transformers==$* && mv $@.part $@
+
+signatures: .venv/install.stamp $(addprefix build/transformers/,$(TRANSFORMERS))
+	$(RUN) -m tests.stacks.transformers_signatures $(addprefix build/transformers/,$(TRANSFORMERS))
+
+test-stacks: $(foreach stack,vllm sglang,build/stacks/$(stack)/install.stamp) test-transformers
 	PYTHONPATH=. build/stacks/vllm/bin/python -m tests.stacks.vllm_tower
 	PYTHONPATH=. build/stacks/sglang/bin/python -m tests.stacks.sglang_tower
-	PYTHONPATH=. build/stacks/transformers4/bin/python -m pytest -q -p no:cacheprovider tests/integrations/test_transformers.py
+
+# Whole models of every version, patched and stock; a version that fails does not hide the next.
+test-transformers: $(foreach version,$(TRANSFORMERS),build/stacks/transformers-$(version)/install.stamp)
+	@failed=; for version in $(TRANSFORMERS); do \
+		echo "transformers $$version"; \
+		OMP_NUM_THREADS=1 build/stacks/transformers-$$version/bin/python -m pytest -q -n auto -p no:cacheprovider $(PYTEST_ARGS) \
+			tests/integrations/test_transformers.py tests/integrations/test_transformers_adapter.py || failed="$$failed $$version"; \
+	done; [ -z "$$failed" ] || { echo "failed with transformers$$failed" >&2; exit 1; }
 
 # uv alone can take the lowest versions. It knows neither pip's configuration nor its cache.
 UV := build/uv/bin/uv

@@ -63,7 +63,9 @@ def test_a_module_is_handed_over_once_it_was_executed_and_keeps_its_loader(watch
 
 def test_to_look_for_a_module_executes_nothing(watched):
     spec = importlib.util.find_spec("made_up.module")
-    assert spec is not None and spec.origin.endswith("module.py") and "count" in spec.loader.get_source("made_up.module")
+    assert (
+        spec is not None and spec.origin.endswith("module.py") and "count" in spec.loader.get_source("made_up.module")
+    )
     assert importlib.util.find_spec("made_up.nothing") is None
     assert watched == [] and "made_up.module" not in sys.modules
 

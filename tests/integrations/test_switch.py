@@ -41,10 +41,18 @@ def test_values_and_what_they_ask_for(value, asked):
 @pytest.mark.parametrize(
     ("value", "asked", "faults"),
     [
-        ("vlm", {}, ["there is no stack 'vlm'; the stacks are vllm, sglang, transformers, and features follow a colon, as in "]),
+        (
+            "vlm",
+            {},
+            ["there is no stack 'vlm'; the stacks are vllm, sglang, transformers, and features follow a colon, as in "],
+        ),
         ("1", {}, ["there is no stack '1'; the stacks are vllm, sglang"]),
         ("vllm,mrope", {"vllm": DEFAULT}, ["there is no stack 'mrope'; .*as in vllm:default,mrope"]),
-        ("vlm:vision_rope,mrope,sglang", {"sglang": SGLANG}, ["there is no stack 'vlm'; the stacks are vllm, sglang, transformers$"]),
+        (
+            "vlm:vision_rope,mrope,sglang",
+            {"sglang": SGLANG},
+            ["there is no stack 'vlm'; the stacks are vllm, sglang, transformers$"],
+        ),
         (
             "vllm:rope,mrope",
             {"vllm": ("mrope",)},

@@ -166,7 +166,11 @@ def model():
     text |= {"num_key_value_heads": 2, "vocab_size": 100, "max_position_embeddings": 512}
     text |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": PAD}
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3]}
-    text |= {"rope_parameters": rope | {"rope_theta": 1e4}} if VERSION >= (5, 0) else {"rope_scaling": rope, "rope_theta": 1e4}
+    text |= (
+        {"rope_parameters": rope | {"rope_theta": 1e4}}
+        if VERSION >= (5, 0)
+        else {"rope_scaling": rope, "rope_theta": 1e4}
+    )
     config = Qwen2VLConfig(
         text_config=text,
         vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2},

@@ -368,6 +368,8 @@ def test_image_processor_gives_the_same_bytes(monkeypatch):
         from transformers import Qwen2VLImageProcessor as Processor
     from qwen2vl_kernels.integrations import image_preprocess
 
+    if VERSION == (5, 4):
+        pytest.importorskip("torchvision", reason="transformers 5.4 has no image processor without torchvision")
     processor, calls = Processor(), []
     images = [np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8), Image.new("L", (70, 40), 99)]
     want = processor(images, return_tensors="pt")

@@ -1,7 +1,7 @@
-"""``python -m tests.stacks.transformers_signatures FOLDER``: the parameters of what is replaced, by version of transformers.
+"""``python -m tests.stacks.transformers_signatures FOLDER...``: the parameters of what is replaced, by version.
 
-FOLDER has a folder for each version, made by ``pip install --no-deps --target FOLDER/VERSION transformers==VERSION``.
-Nothing is imported of it. Writes ``tests/integrations/transformers_signatures.json``, which a test compares to the table
+Each FOLDER is called like a version of transformers and holds it (``pip install --target``); ``make signatures`` makes
+them. Nothing is imported of them. Writes ``tests/integrations/transformers_signatures.json``, which a test compares to the table
 of places: each list of parameters that a place of it ever had, and the versions that have it.
 """
 
@@ -45,24 +45,22 @@ def numbers(version: str) -> list[int]:
     return [int(part) for part in version.split(".")]
 
 
-def main(folder: Path) -> None:
-    versions = sorted((path.name for path in folder.iterdir() if (path / "transformers").is_dir()), key=numbers)
+def main(folders: list[Path]) -> None:
+    of = {folder.name: folder / "transformers" for folder in sorted(folders, key=lambda folder: numbers(folder.name))}
     found: dict[str, dict[str, list[str]]] = {}
-    for version in versions:
+    for version, package in of.items():
         for place in places(version):
-            have = parameters(folder / version / "transformers", place)
+            have = parameters(package, place)
             found.setdefault(key(place), {}).setdefault("absent" if have is None else " ".join(have), []).append(
                 version
             )
-    result = {
-        "versions": versions,
-        "places": {place: {names: " ".join(have) for names, have in lists.items()} for place, lists in found.items()},
-    }
+    lists = {place: {names: " ".join(where) for names, where in found[place].items()} for place in found}
+    result = {"versions": list(of), "places": lists}
     RESULT.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    print(f"{len(versions)} versions, {len(found)} places, {sum(map(len, found.values()))} lists of parameters")
+    print(f"{len(of)} versions, {len(found)} places, {sum(map(len, found.values()))} lists of parameters")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) < 2:
         sys.exit(__doc__)
-    main(Path(sys.argv[1]))
+    main([Path(argument) for argument in sys.argv[1:]])
