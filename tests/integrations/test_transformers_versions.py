@@ -19,9 +19,7 @@ from qwen2vl_kernels.integrations.transformers_targets import TESTED, places
 FOUND = json.loads((Path(__file__).parent / "transformers_signatures.json").read_text(encoding="utf-8"))
 #: What is not replaced, and why.
 LEFT_OFF = {
-    "5.2.0": {
-        "positions": "its deltas count padding as 4.x does and are cut off at zero: no rule, and no release after"
-    },
+    "5.2.0": {"positions": "its deltas count padding as 4.x does and are cut off at zero, as no other version's"},
 }
 
 

@@ -1,8 +1,8 @@
 """``python -m tests.stacks.transformers_signatures FOLDER...``: the parameters of what is replaced, by version.
 
 Each FOLDER is called like a version of transformers and holds it (``pip install --target``); ``make signatures`` makes
-them. Nothing is imported of them. Writes ``tests/integrations/transformers_signatures.json``, which a test compares to the table
-of places: each list of parameters that a place of it ever had, and the versions that have it.
+them. Nothing is imported of them. Writes ``tests/integrations/transformers_signatures.json``, which a test compares to
+the table of places: each list of parameters that a place of it ever had, and the versions that have it.
 """
 
 from __future__ import annotations
@@ -51,9 +51,8 @@ def main(folders: list[Path]) -> None:
     for version, package in of.items():
         for place in places(version):
             have = parameters(package, place)
-            found.setdefault(key(place), {}).setdefault("absent" if have is None else " ".join(have), []).append(
-                version
-            )
+            names = "absent" if have is None else " ".join(have)
+            found.setdefault(key(place), {}).setdefault(names, []).append(version)
     lists = {place: {names: " ".join(where) for names, where in found[place].items()} for place in found}
     result = {"versions": list(of), "places": lists}
     RESULT.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
