@@ -2,15 +2,14 @@
 
 A program whose code nobody edits imports transformers some time after its start, and then these kernels are to be
 applied. So the imports of the modules that they change are watched, and each is handed over once it was executed. The
-file stands beside the packages: to import one of them takes PyTorch with it, which most programs never need.
+file stands beside the packages: to import one of them takes PyTorch with it, which most programs never need. Neither
+does it import what Python has not loaded by then, such as ``typing``.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-import warnings
-from typing import Any
 
 #: Of transformers, the modules with something that can be replaced.
 WATCHED = frozenset(
@@ -32,7 +31,7 @@ class _Watcher:
     def __init__(self) -> None:
         self._finding: set[str] = set()  # a finder that asks all others, as this one does, comes back here
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+    def find_spec(self, name: str, path=None, target=None):
         if name not in WATCHED or name in self._finding:
             return None
         self._finding.add(name)
@@ -49,15 +48,15 @@ class _Watcher:
 class _Loader:
     """A module's own loader until the module is executed, when that one takes its place again."""
 
-    def __init__(self, loader: Any) -> None:
+    def __init__(self, loader) -> None:
         self._loader = loader
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str):
         if name == "_loader":  # of a copy that is not filled yet
             raise AttributeError(name)
         return getattr(self._loader, name)
 
-    def exec_module(self, module: Any) -> None:
+    def exec_module(self, module) -> None:
         module.__loader__ = module.__spec__.loader = self._loader
         self._loader.exec_module(module)
         executed(module.__name__)
@@ -74,6 +73,8 @@ def executed(name: str) -> None:
 
 
 def _warn(message: str) -> None:
+    import warnings
+
     try:
         from qwen2vl_kernels.integrations._patches import PatchWarning as category
     except Exception:

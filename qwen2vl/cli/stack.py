@@ -128,7 +128,7 @@ def _switch(stack: Stack, loaded: bool) -> dict[str, Any]:
 def show(report: dict[str, Any]) -> None:
     """The report as a table."""
     console, kill = Console(highlight=False), report["kill_switch"]
-    console.print(f"{report['stack']} {report['version']} (tested: {', '.join(report['tested'])})")
+    console.print(f"{report['stack']} {report['version']} (tested: {', '.join(report['tested'])})", soft_wrap=True)
     plugins, switch = report["plugins"], report["switch"]
     said = [f"{p['name']}{'' if p['loaded'] else ' (not loaded)'}" for p in plugins]
     console.print(f"plugin: {', '.join(said) or f'[yellow]none found: {_lacking(report)}[/]'}", soft_wrap=True)

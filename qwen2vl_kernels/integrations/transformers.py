@@ -85,10 +85,11 @@ def apply(model: nn.Module | None = None, features: Iterable[str] | None = None)
 
 def _set(found: list[tuple], features: Iterable[str]) -> None:
     patches = _patches()
-    for module in {owner.partition(":")[0] for f, _, owner, *_ in found if f in features and isinstance(owner, str)}:
+    found.sort(key=lambda place: FEATURES.index(place[0]))
+    owners = [owner for f, _, owner, *_ in found if f in features and isinstance(owner, str)]
+    for module in dict.fromkeys(owner.partition(":")[0] for owner in owners):
         with suppress(ImportError):  # which the target will report; first, as a switched-on import applies features
             import_module(module)
-    found.sort(key=lambda place: FEATURES.index(place[0]))
     patches.apply(targets=[patches.add(f"{family}: {f}", *rest) for f, family, *rest in found if f in features])
 
 
