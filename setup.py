@@ -252,14 +252,14 @@ class BuildPth(Command):
     """
 
     description = "write the line that Python runs as it starts"
-    user_options = []  # noqa: RUF012  (as distutils has it)
+    user_options = [("build-lib=", "b", "folder to write it into")]  # noqa: RUF012  (as distutils has it)
     editable_mode = False
 
     def initialize_options(self) -> None:
         self.build_lib = ""
 
     def finalize_options(self) -> None:
-        self.build_lib = self.get_finalized_command("build").build_lib
+        self.build_lib = self.build_lib or self.get_finalized_command("build").build_lib
 
     def run(self) -> None:
         folder = self.get_finalized_command("install").install_lib if self.editable_mode else self.build_lib

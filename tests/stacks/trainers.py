@@ -12,6 +12,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +104,13 @@ def llamafactory(folder: Path) -> list[float]:
 
 def swift(folder: Path) -> list[float]:
     from swift import sft_main
+    from swift.template.templates.qwen import Qwen2VLTemplate
+    from transformers import AutoConfig
 
-    arguments = settings(folder) | {"model": folder / "model", "model_type": "qwen2_vl", "dataset": folder / "data.jsonl"}
+    config = AutoConfig.from_pretrained(folder / "model")  # its constants are the ids of the released tokenizer
+    Qwen2VLTemplate.image_token_id, Qwen2VLTemplate.video_token_id = config.image_token_id, config.video_token_id
+    arguments = settings(folder) | {"model": folder / "model", "dataset": folder / "data.jsonl"}
+    arguments |= {"model_type": "qwen2_vl", "template": "qwen2_vl"}
     arguments |= {"torch_dtype": "float32", "tuner_type": "full", "freeze_vit": False, "freeze_aligner": False}
     arguments |= {"attn_impl": "sdpa", "add_version": False, "split_dataset_ratio": 0, "dataset_num_proc": 1}
     words = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
@@ -120,8 +127,11 @@ TOOLS = {
 }
 
 
-def declare_operators() -> None:
-    """Those of torchvision that its modules ask for: its wheel for CUDA cannot load them beside PyTorch for the CPU."""
+def stand_in_for_cuda() -> None:
+    """Their wheels for CUDA cannot load their libraries beside PyTorch for the CPU, and nothing here calls them.
+
+    torchvision's operators are declared, as its modules ask for them; torchaudio is an empty module.
+    """
     import torch
 
     try:
@@ -132,12 +142,18 @@ def declare_operators() -> None:
         library = torch.library.Library("torchvision", "FRAGMENT")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        declare_operators.library = library  # as long as it lives, so do they
+        stand_in_for_cuda.library = library  # as long as it lives, so do they
+    try:
+        import torchaudio  # noqa: F401
+    except OSError:
+        sys.modules["torchaudio"] = module_from_spec(ModuleSpec("torchaudio", None))
+    except ImportError:
+        pass
 
 
 def child(tool: str, folder: Path) -> None:
     """One run: its losses, and how many functions were replaced, into ``result.json``."""
-    declare_operators()
+    stand_in_for_cuda()
     found = TOOLS[tool](folder)
     adapter = sys.modules.get("qwen2vl_kernels.integrations.transformers")
     applied = 0 if adapter is None else sum(row.state == "applied" for row in adapter.status())
