@@ -9,6 +9,8 @@
 #   WHEELS=build/wheels         folder of the wheels that make gpu-wheels fetches and make gpu installs for itself
 #   PYTHON_VERSION=3.12         the Python that make gpu-wheels fetches wheels for
 #   FUZZ_SECONDS=60, FUZZER=libfuzzer, FUZZ_CXX=..., FUZZ_DIR=...    make fuzz: time a target, engine, compiler, folder
+#   TRANSFORMERS="5.6.0 5.24.0", TRANSFORMERS_SRC=...    make test-stacks: versions of transformers; a checkout of the one
+#                               that .venv has, whose own tests run stock and switched on
 #   QWEN2VL_BUILD_CUDA=0|1|auto, MAX_JOBS, TORCH_CUDA_ARCH_LIST    the build of the extensions, see setup.py
 
 PYTHON ?= python3
@@ -200,6 +202,7 @@ signatures: .venv/install.stamp $(addprefix build/transformers/,$(TRANSFORMERS))
 test-stacks: $(foreach stack,vllm sglang,build/stacks/$(stack)/install.stamp) test-transformers test-trainers
 	PYTHONPATH=. build/stacks/vllm/bin/python -m tests.stacks.vllm_tower
 	PYTHONPATH=. build/stacks/sglang/bin/python -m tests.stacks.sglang_tower
+	$(RUN) -m tests.stacks.transformers_own
 
 # Trainers that people use, each with the versions that it wants, and the line that Python runs as it starts.
 TRAINERS = trl swift llamafactory

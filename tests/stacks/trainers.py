@@ -171,7 +171,9 @@ def main(tool: str) -> None:
             command = [sys.executable, "-m", "tests.stacks.trainers", tool, str(folder)]
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
             if done.returncode != 0:
-                raise SystemExit(f"{tool} with QWEN2VL_KERNELS={value!r}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+                raise SystemExit(
+                    f"{tool} with QWEN2VL_KERNELS={value!r}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+                )
             results.append(json.loads((folder / "result.json").read_text(encoding="utf-8")))
     stock, switched = results
     for name, result in (("stock", stock), ("switched", switched)):
