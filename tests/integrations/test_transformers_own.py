@@ -29,7 +29,7 @@ def test_failures_are_compared_by_name(tmp_path, monkeypatch, capsys):
     package.mkdir(parents=True), tests.mkdir(parents=True)
     (tests / "test_modeling.py").write_text(TESTS)
     monkeypatch.setattr(transformers_own, "RESULT", tmp_path / "result.json")
-    with pytest.raises(SystemExit, match="holds no src/transformers/__init__.py"):
+    with pytest.raises(SystemExit, match=r"holds no src/transformers/__init__\.py"):
         transformers_own.main(tmp_path)
     (package / "__init__.py").write_text('__version__ = "4.0.0"\n')
     with pytest.raises(SystemExit, match=f"must be a checkout of {version('transformers')}, .* has 4.0.0"):

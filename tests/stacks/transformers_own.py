@@ -1,4 +1,4 @@
-"""``python -m tests.stacks.transformers_own``: transformers' own tests of the three families, as they are and switched on.
+"""``python -m tests.stacks.transformers_own``: transformers' own tests of the three families, stock and switched on.
 
 They are in its repository and in no distribution of it, so ``TRANSFORMERS_SRC`` names a checkout of the version that is
 installed; without it nothing is run. What fails is compared by name, as some fail without a network or a GPU: whatever
