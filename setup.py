@@ -256,18 +256,19 @@ class BuildPth(Command):
     editable_mode = False
 
     def initialize_options(self) -> None:
-        self.build_lib = ""
+        self.build_lib: str | None = None
 
     def finalize_options(self) -> None:
         self.build_lib = self.build_lib or self.get_finalized_command("build").build_lib
 
     def run(self) -> None:
         folder = self.get_finalized_command("install").install_lib if self.editable_mode else self.build_lib
-        os.makedirs(folder, exist_ok=True)
-        Path(folder, PTH).write_text(PTH_LINE, encoding="utf-8")
+        file = Path(str(folder), PTH)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(PTH_LINE, encoding="utf-8")
 
     def get_outputs(self) -> list[str]:
-        return [] if self.editable_mode else [os.path.join(self.build_lib, PTH)]
+        return [] if self.editable_mode else [str(Path(str(self.build_lib), PTH))]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}

@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-from . import transformers as adapter
 from ._switch import requested
 
 
 def imported(module: str) -> None:
     """Apply the features that are asked for to a module of transformers that was executed just now, maybe again."""
     if features := requested("transformers"):
+        from . import transformers as adapter
+
         adapter._patches().forget(module)
         adapter._set([place for place in adapter._on_classes() if place[2].partition(":")[0] == module], features)
