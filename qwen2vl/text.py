@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -25,28 +23,39 @@ from .config import TextConfig
 from .layers import Embedding, Linear, RMSNorm, idle_rows, length_bound
 
 
-@dataclass(frozen=True)
 class Pack:
     """What every layer needs to know about the packed tokens of one call.
 
-    ``positions (3, T)``; ``counts``: tokens of each sequence; ``cu_seqlens (B + 1,)`` int32, their bounds. With a
-    cache, ``slots (T,)`` says where the tokens' keys go (nowhere, where negative), and ``totals`` how many tokens each
-    sequence then has. ``tiles``: the bounds' plan for the attention's kernels, made by the decoder.
+    ``positions (3, T)``; ``inv_freq (D/2,)`` float32; ``counts``: tokens of each sequence; ``cu_seqlens (B + 1,)``
+    int32, their bounds. With a cache, ``slots (T,)`` says where the tokens' keys go (nowhere, where negative), and
+    ``totals`` how many tokens each sequence then has. ``tiles``: the bounds' plan for the attention's kernels, made by
+    the decoder.
+
+    It is no dataclass on purpose: FSDP casts the tensors of those that a layer is called with to the dtype of its
+    parameters, and frequencies in 16 bits turn far tokens by wrong angles.
     """
 
-    positions: torch.Tensor
-    inv_freq: torch.Tensor
-    counts: list[int]
-    cu_seqlens: torch.Tensor
-    cache: KVCache | None = None
-    slots: torch.Tensor | None = None
-    totals: list[int] | None = None
-    tiles: TilePlan | None = None
-    #: One number for the layers to read: compiled for the list of counts, they would be compiled again for each pack.
-    max_seqlen: int = field(init=False)
+    def __init__(
+        self,
+        positions: torch.Tensor,
+        inv_freq: torch.Tensor,
+        counts: list[int],
+        cu_seqlens: torch.Tensor,
+        cache: KVCache | None = None,
+        slots: torch.Tensor | None = None,
+        totals: list[int] | None = None,
+        tiles: TilePlan | None = None,
+    ) -> None:
+        self.positions, self.inv_freq, self.counts, self.cu_seqlens = positions, inv_freq, counts, cu_seqlens
+        self.cache, self.slots, self.totals, self.tiles = cache, slots, totals, tiles
+        # One number for the layers to read: compiled for the list of counts, they would be compiled for each pack.
+        self.max_seqlen = length_bound(counts)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "max_seqlen", length_bound(self.counts))
+    def padded(self, idle: int) -> Pack:
+        """The same with rows appended that nothing attends to and no cache keeps."""
+        slots = None if self.slots is None else F.pad(self.slots, (0, idle), value=-1)
+        given = (self.counts, self.cu_seqlens, self.cache, slots, self.totals)
+        return Pack(F.pad(self.positions, (0, idle)), self.inv_freq, *given)
 
     @property
     def resumed(self) -> bool:
@@ -139,11 +148,9 @@ class Decoder(nn.Module):
         """``(T, C)`` packed embeddings to ``(T, C)`` normed hidden states."""
         x, residual, tokens = embeddings, None, embeddings.shape[0]
         if not pack.resumed and (idle := idle_rows(x)):
-            x = F.pad(x, (0, 0, 0, idle))
-            slots = None if pack.slots is None else F.pad(pack.slots, (0, idle), value=-1)
-            pack = replace(pack, positions=F.pad(pack.positions, (0, idle)), slots=slots)
+            x, pack = F.pad(x, (0, 0, 0, idle)), pack.padded(idle)
         if not pack.resumed:
-            pack = replace(pack, tiles=plan_tiles(pack.cu_seqlens, x.shape[0], device=x.device))
+            pack.tiles = plan_tiles(pack.cu_seqlens, x.shape[0], device=x.device)
         for layer in self.layers:
             x, residual = layer(x, residual, pack)
         return self.norm(x, residual)[0][:tokens]

@@ -7,7 +7,6 @@ one frame pair, 2D rotary embedding, and the 2x2 merger (Qwen2-VL, arXiv 2409.12
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -33,9 +32,8 @@ from .errors import PromptError
 from .layers import LayerNorm, Linear, idle_rows, length_bound
 
 
-@dataclass(frozen=True)
 class Pack:
-    """What every block needs to know about the packed patches of one call.
+    """What every block needs to know about the packed patches of one call; no dataclass, as that of the text.
 
     Attributes:
         rope: cosines and sines of the patches' positions, ``(T, D/2)`` float32 each.
@@ -44,10 +42,10 @@ class Pack:
         tiles: the plan of the segments for the attention's kernels.
     """
 
-    rope: tuple[torch.Tensor, torch.Tensor]
-    cu_seqlens: torch.Tensor
-    max_seqlen: int
-    tiles: TilePlan
+    def __init__(
+        self, rope: tuple[torch.Tensor, torch.Tensor], cu_seqlens: torch.Tensor, max_seqlen: int, tiles: TilePlan
+    ) -> None:
+        self.rope, self.cu_seqlens, self.max_seqlen, self.tiles = rope, cu_seqlens, max_seqlen, tiles
 
 
 class ConvWeight(nn.Module):

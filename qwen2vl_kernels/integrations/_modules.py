@@ -3,60 +3,140 @@
 from __future__ import annotations
 
 import inspect
+import types
 from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import _global_backward_hooks as _BACKWARD_HOOKS
+from torch.nn.modules.module import _global_backward_pre_hooks as _BACKWARD_PRE_HOOKS
+from torch.nn.modules.module import _global_forward_hooks as _FORWARD_HOOKS
+from torch.nn.modules.module import _global_forward_pre_hooks as _FORWARD_PRE_HOOKS
 
 from ..core.matmul import linear
-from ._target import MARK
+from ._subclass import stock_class
+
+_ORDINARY = (nn.Parameter, torch.Tensor)
+#: A module of a patched one that its code bypasses: name, module, and the classes whose parameters may be read instead.
+Part = tuple[str, Any, tuple[type, ...]]
 
 
-def plain(module: nn.Module, *kinds: type) -> bool:
-    """Whether nothing is lost by reading the parameters instead of calling the module.
+def in_place_of(stock: Callable, parts: Callable[[Any], list[Part]] | None = None) -> Callable[[Callable], Callable]:
+    """A decorator: the function with stock's name and signature, and stock itself where the function does not serve.
 
-    Hooks, an own ``forward`` (accelerate's offloading) or a class in its place (LoRA, quantised weights) would be.
+    That is where a part is not what it is taken for (it is hooked, offloaded, wrapped by an adapter), and while a model
+    is exported, as it must then run where this package is not.
     """
-    own = module.__dict__.get("forward")
-    ours = own is None or getattr(own, MARK, False)
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    return ours and not hooked and (not kinds or type(module) in kinds)
+
+    def decorate(function: Callable) -> Callable:
+        @wraps(stock)
+        def standing_in(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_exporting() or tracing():
+                return stock(*args, **kwargs)
+            if parts is not None and not all(plain(part, *kinds) for _, part, kinds in parts(args[0])):
+                return stock(*args, **kwargs)
+            return function(*args, **kwargs)
+
+        standing_in.parts = parts  # type: ignore[attr-defined]
+        return standing_in
+
+    return decorate
+
+
+def tracing() -> bool:
+    """Whether TorchScript's tracer is at work, by which ONNX's older exporter goes."""
+    return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+
+
+def in_the_way(module: nn.Module) -> list[str]:
+    """Names of the parts of a patched module for which stock's code runs."""
+    parts = getattr(type(module).forward, "parts", None)
+    return [name for name, part, kinds in parts(module) if not plain(part, *kinds)] if parts else []
+
+
+def checkpointed(function: Callable) -> Callable:
+    """``function`` as a class has it whose base is transformers' layer with checkpointing, which from 5.x on wraps it
+    when the class is made."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    body = {"forward": function}
+    made: Any = types.new_class("Layer", (GradientCheckpointingLayer,), exec_body=lambda space: space.update(body))
+    return made.forward
+
+
+def of_transformers(stock: Callable, *names: str) -> tuple[type, ...]:
+    """The classes of these names where ``stock`` was written, but for those that somebody has put there."""
+    found = (inspect.unwrap(stock).__globals__.get(name) for name in names)
+    return tuple(cls for cls in found if isinstance(cls, type) and cls.__module__.startswith("transformers."))
+
+
+def plain(module: Any, *kinds: type) -> bool:
+    """Whether nothing is lost by reading the parameters of ``module`` instead of calling it: it is of one of these
+    classes itself, no subclass or wrapper (LoRA, quantised weights), and nothing but its class's code would run."""
+    cls = type(module)
+    return (cls in kinds or stock_class(cls) in kinds) and unhooked(module)
+
+
+def unhooked(module: nn.Module) -> bool:
+    """Whether calling ``module`` runs its class's ``forward`` and nothing else: no hook, of it or of all modules, no
+    ``forward`` of its own (accelerate's offloading)."""
+    own = module.__dict__
+    if "forward" in own and getattr(own["forward"], "__func__", None) is not type(module).forward:
+        return False
+    # A call asks for each of these, and a step of decoding asks here a few hundred times.
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return False
+    return not (_FORWARD_HOOKS or _FORWARD_PRE_HOOKS or _BACKWARD_HOOKS or _BACKWARD_PRE_HOOKS)
 
 
 def same_dtype(x: torch.Tensor, *weights: torch.Tensor | None) -> bool:
     """Whether ordinary tensors of x's dtype are all there is; sharded or mixed ones are left to stock's code."""
-    return all(w is not None and w.dtype == x.dtype and type(w) in (nn.Parameter, torch.Tensor) for w in weights)
+    return all(w is not None and w.dtype == x.dtype and type(w) in _ORDINARY for w in weights)
 
 
 def takes(x: torch.Tensor, *weights: torch.Tensor | None) -> bool:
-    """:func:`same_dtype`, and no autocast, which would choose dtypes inside of an op."""
-    return same_dtype(x, *weights) and not torch.is_autocast_enabled(x.device.type)
+    """:func:`same_dtype`, and no autocast, which would choose dtypes inside of an op (and knows no meta device)."""
+    return same_dtype(x, *weights) and not x.is_meta and not torch.is_autocast_enabled(x.device.type)
 
 
-def owned(x: torch.Tensor, *makers: nn.Module) -> bool:
-    """Whether ``x``, what ``makers`` returned, may be overwritten: no gradient needs it, and no hook has seen it."""
-    return not x.requires_grad and not any(maker._forward_hooks for maker in makers)
+def owned(x: torch.Tensor, maker: nn.Module, *kinds: type) -> bool:
+    """Whether ``x``, what ``maker`` returned, may be overwritten: no gradient needs it, and nobody else has seen it.
+
+    Modules of ``kinds`` and linear layers, quantised ones too, return new memory; of others nobody knows.
+    """
+    if x.requires_grad or maker._modules or not unhooked(maker):
+        return False
+    return isinstance(maker, nn.Linear) or stock_class(type(maker)) in kinds
 
 
-def project(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def project(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """``layer(x)``; an ordinary linear layer's product as this CPU does it best."""
-    if x.device.type == "cpu" and type(layer) is nn.Linear and plain(layer) and takes(x, layer.weight):
+    if x.device.type == "cpu" and plain(layer, nn.Linear) and takes(x, layer.weight):
         return linear(x, layer.weight, layer.bias)
     return layer(x)
 
 
-def with_idle_rows(x: torch.Tensor) -> torch.Tensor:
-    """``(..., C)`` as rows ``(T, C)``, on a CPU with zeros appended up to a multiple of 8 for 16-bit inference.
+def with_idle_rows(x: torch.Tensor, *layers: nn.Module) -> torch.Tensor:
+    """``x (..., C)`` as it is, or for 16-bit inference on a CPU as rows ``(T, C)`` with zeros appended up to a multiple
+    of 8, where all ``layers`` that it goes through are ordinary ones: others see stock's shapes.
 
     oneDNN's products run at two thirds of their rate otherwise (2 Zen 5 cores); float32 and small T gain nothing.
     """
-    rows = x.flatten(0, -2)
-    if x.device.type != "cpu" or x.dtype.itemsize != 2 or rows.shape[0] < 256:
-        return rows
-    if rows.shape[0] % 8 == 0 or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return rows
-    return F.pad(rows, (0, 0, 0, -rows.shape[0] % 8))
+    tokens = x.shape[:-1].numel()
+    if x.device.type != "cpu" or x.dtype.itemsize != 2 or tokens < 256 or tokens % 8 == 0:
+        return x
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not all(plain(one, nn.Linear) for one in layers):
+        return x
+    return F.pad(x.flatten(0, -2), (0, 0, 0, -tokens % 8))
+
+
+def without_idle_rows(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """What became of :func:`with_idle_rows`'s result, ``(..., C')`` in the leading shape of ``x``."""
+    shape = x.shape[:-1]
+    return rows if rows.shape[:-1] == shape else rows[: shape.numel()].unflatten(0, shape)
 
 
 def parameters_after(function: Callable, count: int) -> tuple[str, ...]:

@@ -22,8 +22,9 @@ positions          ``get_rope_index`` of Qwen2-VL and Qwen3-VL, without loops ov
                    text after a long video to the paper's position (transformers 5.3 to 5.23 start it too early)
 image_processor    preprocessing of the image processor over PIL, same bytes; a class, so never of one model
 
-Results are stock's up to rounding: in 16-bit dtypes the kernels round less often. Hooks on submodules, offloading,
-adapters (LoRA) and autocast are respected: where one is in the way, stock's code runs for that module.
+Results are stock's up to rounding: in 16-bit dtypes the kernels round less often. Where hooks, offloading, adapters
+(LoRA), autocast or an export are in the way, stock's code runs for that module. Only transformers' own code is
+replaced: another package's in its place, and modules with a ``forward`` of their own, are left and reported.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from typing import Any
 
 from torch import nn
 
+from ._modules import in_the_way
 from ._patches import PatchSet, PatchWarning
 from .transformers_positions import get_rope_index
 from .transformers_targets import DEFAULT, FEATURES, TESTED, places
@@ -48,7 +50,8 @@ __all__ = ["DEFAULT", "FEATURES", "PatchWarning", "Row", "apply", "get_rope_inde
 
 @dataclass(frozen=True)
 class Row:
-    """One replaced function: "applied", "skipped" for ``reason``, or "off"; ``label`` says on how many objects."""
+    """One replaced function: "applied", "skipped" for ``reason``, or "off"; ``label`` says on how many objects. Or a
+    patched module, by its name: "stock", whose code runs for the ``reason``."""
 
     feature: str
     label: str
@@ -61,7 +64,9 @@ def apply(model: nn.Module | None = None, features: Iterable[str] | None = None)
 
     Args:
         model: any module that contains a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, whole or in part; only its own modules are
-            patched. ``None``: the classes, so every model there is and will be.
+            patched, and those of its copies that are made from then on. ``None``: the classes, so every model there is
+            and will be. Modules that accelerate has hooked (``device_map`` over several devices, offloading) keep what
+            they had then: apply to the classes before such a model is loaded.
         features: of :data:`FEATURES`; ``None`` for all (with ``model``, all that can be had for one).
 
     Returns :func:`status`. A feature of a model family whose functions do not have the parameters that this adapter
@@ -94,16 +99,22 @@ def _set(found: list[tuple], features: Iterable[str]) -> None:
 
 
 def restore() -> None:
-    """Undo every :func:`apply`: each attribute is again what it was, and absent where it was."""
+    """Undo every :func:`apply`, on copies too: each attribute is again what it was, and absent where it was. What has
+    wrapped a patched module since (FSDP, accelerate) keeps it; for single models a ``PatchWarning`` says where."""
     _patches().restore()
 
 
-def status() -> list[Row]:
-    """What was ever asked for, in order; the modules of one kind are one row."""
-    count = Counter(Row(t.feature, t.label, t.state, t.reason) for t in _patches().status())
-    return [
-        row if n == 1 else Row(row.feature, f"{row.label} ({n})", row.state, row.reason) for row, n in count.items()
-    ]
+def status(model: nn.Module | None = None) -> list[Row]:
+    """What was ever asked for, in order; the modules of one kind are one row. With a model also its patched modules for
+    which stock's code runs, as something is in the way at present."""
+    count = Counter((t.feature, t.label, t.state, t.reason) for t in _patches().status())
+    rows = [Row(feature, label if n == 1 else f"{label} ({n})", *rest) for (feature, label, *rest), n in count.items()]
+    names = {} if model is None else {module: name for name, module in model.named_modules()}
+    for feature, family, module, *_ in [] if model is None else _on_objects(model):
+        if parts := in_the_way(module):
+            reason = f"{', '.join(parts)}: hooked, or not transformers' own"
+            rows.append(Row(f"{family}: {feature}", names[module], "stock", reason))
+    return rows
 
 
 def _patches() -> PatchSet:
@@ -114,7 +125,7 @@ def _patches() -> PatchSet:
 
 @cache
 def _patches_of(version: str) -> PatchSet:
-    return PatchSet("transformers", version, TESTED)
+    return PatchSet("transformers", version, TESTED, package="transformers")
 
 
 def _on_classes() -> list[tuple]:
@@ -132,8 +143,9 @@ def _on_objects(model: Any) -> list[tuple]:
         raise TypeError(f"apply: model must be a torch.nn.Module, got {type(model).__name__}")
     by_class = {}
     for place in places(_patches().version):
-        cls = getattr(sys.modules.get(f"transformers.models.{place.module}"), place.cls, None) if place.cls else None
-        if cls is not None and issubclass(cls, nn.Module):
+        module = f"transformers.models.{place.module}"
+        cls = getattr(sys.modules.get(module), place.cls, None) if place.cls else None
+        if cls is not None and cls.__module__ == module and issubclass(cls, nn.Module):
             by_class[cls] = place
     found = []
     for module in model.modules():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import torch
@@ -13,13 +12,13 @@ from ..core.backends import BackendError, forced
 from ..core.tile_plan import TilePlan, plan_tiles
 from ..ops.varlen_attention import varlen_attention
 from ..ops.vision_rope import vision_rope, vision_rope_qkv_
-from ._modules import owned, parameters_after, project, with_idle_rows
+from ._modules import in_place_of, owned, parameters_after, project, with_idle_rows, without_idle_rows
 
 
 def rope(stock: Callable) -> Callable:
     """``apply_rotary_pos_emb_vision`` on ``q, k (T, H, D)`` and tables ``(T, D)`` whose halves are equal."""
 
-    @wraps(stock)
+    @in_place_of(stock)
     def apply_rotary_pos_emb_vision(q, k, cos, sin):
         if q.ndim != 3 or cos.ndim != 2:
             return stock(q, k, cos, sin)
@@ -32,10 +31,10 @@ def attention(stock: Callable) -> Callable:
     """``forward`` of the attention: one call over all segments, and 2D rotary embedding of the packed projection."""
     names = parameters_after(stock, 2)
 
-    @wraps(stock)
+    @in_place_of(stock)
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         given = dict(zip(names, args, strict=False)) | kwargs
-        tokens, rows = hidden_states.shape[0], with_idle_rows(hidden_states)
+        tokens, rows = hidden_states.shape[0], with_idle_rows(hidden_states, self.qkv, self.proj)
         qkv = project(self.qkv, rows).unflatten(-1, (3, self.num_heads, -1))  # (T, 3, H, D)
         tables = _halves(*given["position_embeddings"])
         if owned(qkv, self.qkv):
@@ -49,7 +48,7 @@ def attention(stock: Callable) -> Callable:
         tiles = _tiles(shared, cu_seqlens, longest, backend, q, k, v)
         settings = {"softmax_scale": self.scaling, "tiles": tiles, "backend": backend}
         out = varlen_attention(q, k, v, cu_seqlens, longest, **settings)
-        return project(self.proj, out.flatten(1))[:tokens]
+        return without_idle_rows(project(self.proj, out.flatten(1)), hidden_states)
 
     return forward
 

@@ -30,11 +30,13 @@ def get_rope_index(self: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, 
 
     Args:
         self: anything with a Qwen2-VL ``config``: ``image_token_id``, ``video_token_id`` and
-            ``vision_config.spatial_merge_size``. Placeholders are found in ``input_ids`` by these ids;
-            ``mm_token_type_ids`` is accepted and not read.
+            ``vision_config.spatial_merge_size``.
         input_ids: ``(B, L)`` int64 or int32. In 4.x it may be None beside a mask: text alone.
+        mm_token_type_ids: ``(B, L)`` integers: 0 text, also where the token is a placeholder's (a sampled answer may
+            hold one), 1 image, 2 video. None: placeholders are found in ``input_ids`` by the ids of ``config``.
         image_grid_thw, video_grid_thw: ``(n, 3)`` or None, of the whole batch in order of appearance.
-        attention_mask: ``(B, L)``, zeros for padding on either side, or None.
+        attention_mask: ``(B, L)``, zeros for padding on either side, or None. Where it hides images or videos, those
+            that it leaves take the grids in order, from the first on, as in transformers.
 
     Returns:
         position_ids: ``(3, B, L)`` in the dtype of ``input_ids``. Masked slots hold 0, in 4.x 1.
@@ -59,20 +61,39 @@ def get_rope_index(self: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, 
         input_ids = torch.full(mask.shape, -1, dtype=torch.int64, device=mask.device)  # no placeholder has this id
     device = input_ids.device
     mask = None if mask is None else mask.to(device).bool()
-    image, video = (given.get(name) for name in ("image_grid_thw", "video_grid_thw"))
+    images, videos = (None if (grid := given.get(f"{name}_grid_thw")) is None else grid.to(device)
+                      for name in ("image", "video"))  # fmt: skip
+    tokens, image, video = input_ids, self.config.image_token_id, self.config.video_token_id
+    if (types := given.get("mm_token_type_ids")) is not None:
+        tokens, image, video = types.to(device, input_ids.dtype), 1, 2
+    size = self.config.vision_config.spatial_merge_size
     positions, delta = mrope_positions(
-        input_ids,
-        None if image is None else image.to(device),
-        None if video is None else video.to(device),
+        tokens,
+        _seen(images, tokens, image, mask, size),
+        _seen(videos, tokens, video, mask, size),
         mask,
-        image_token_id=self.config.image_token_id,
-        video_token_id=self.config.video_token_id,
-        spatial_merge_size=self.config.vision_config.spatial_merge_size,
+        image_token_id=image,
+        video_token_id=video,
+        spatial_merge_size=size,
     )
     if counts_padding and mask is not None:
         positions = positions.masked_fill(~mask, 1)
         delta = delta - (~mask).sum(1)
     return positions.to(input_ids.dtype), delta.unsqueeze(1)
+
+
+def _seen(
+    grids: torch.Tensor | None, tokens: torch.Tensor, placeholder: int, mask: torch.Tensor | None, size: int
+) -> torch.Tensor | None:
+    """The grids that begin among the placeholders which the mask leaves, if it hides some. On the CPU: a device's
+    kernel takes grids too many, without anybody waiting for it."""
+    if grids is None or mask is None or grids.device.type != "cpu":
+        return grids
+    found = tokens == placeholder
+    if not bool((found & ~mask).any()):
+        return grids
+    length = grids.prod(-1) // size**2
+    return grids[length.cumsum(0) - length < (found & mask).sum()]
 
 
 def get_rope_index_qwen3(self: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,38 +2,58 @@
 
 As in :mod:`.transformers_vision`, each ``make`` takes stock's function and returns one with its parameters.
 
-M-RoPE has two targets. The rotary embedding hands the layers ``(positions (3, B, L), inv_freq)`` instead of cosines and
-sines, and the attention rotates by them in place: no tables are built or read. An attention that is given tables, by
-code that makes its own, runs as stock's does.
+M-RoPE has two targets. The rotary embedding answers with a :class:`~.transformers_rotation.Rotation`, which is stock's
+``(cos, sin)`` to whoever reads them; the attention takes positions and frequencies out of it and rotates by them in
+place, so that no tables are built or read. An attention that is given tables runs as stock's does.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..ops.mrope import mrope, mrope_
 from ..ops.rms_norm import rms_norm
 from ..ops.swiglu import swiglu, swiglu_
-from ._modules import owned, parameters_after, plain, project, same_dtype, with_idle_rows
+from ._modules import (
+    Part,
+    in_place_of,
+    of_transformers,
+    owned,
+    parameters_after,
+    project,
+    same_dtype,
+    unhooked,
+    with_idle_rows,
+    without_idle_rows,
+)  # fmt: skip
+from .transformers_rotation import Rotation
+
+#: Names of the norms of language models, which 4.57's towers share.
+RMS_NORMS = ("Qwen2RMSNorm", "Qwen2VLRMSNorm", "Qwen2_5_VLRMSNorm", "Qwen3VLTextRMSNorm")
 
 
 def angles(stock: Callable) -> Callable:
-    """``forward`` of the rotary embedding: ``(positions, inv_freq)``, unless it is scaled (YaRN and its kind)."""
+    """``forward`` of the rotary embedding, unless it is scaled (YaRN and its kind) or hooked."""
 
-    @wraps(stock)
-    def forward(self: Any, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.rope_type != "default" or self.attention_scaling != 1:
+    @in_place_of(stock)
+    def forward(self: Any, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        if self.rope_type != "default" or self.attention_scaling != 1 or not unhooked(self):
             return stock(self, x, position_ids)
-        if position_ids.ndim == 2:
-            position_ids = position_ids[None]
-        return position_ids.expand(3, -1, -1).to(x.device), self.inv_freq.to(x.device, torch.float32)
+        return Rotation.of(partial(stock, self), self.inv_freq, _section(self), x, position_ids)
 
     return forward
+
+
+def _section(rotary: Any) -> list[int] | None:
+    """Pairs an axis; of 4.57 from the settings."""
+    found = getattr(rotary, "mrope_section", None) or (rotary.config.rope_scaling or {}).get("mrope_section")
+    return None if found is None else list(found)
 
 
 #: What the cache is called: from 5.24 on, until then, and until 4.57. The old names stay keywords for a while.
@@ -43,6 +63,7 @@ _CACHES = ("cache", "past_key_values", "past_key_value")
 def attention(stock: Callable, *, interleaved: bool) -> Callable:
     """``forward`` of the attention. Masks, cache and the attention itself are transformers'."""
     names, own_globals = parameters_after(stock, 2), inspect.unwrap(stock).__globals__
+    norms = of_transformers(stock, *RMS_NORMS)
     functions, eager = own_globals["ALL_ATTENTION_FUNCTIONS"], own_globals["eager_attention_forward"]
 
     def interface(name: str) -> Callable:
@@ -50,24 +71,27 @@ def attention(stock: Callable, *, interleaved: bool) -> Callable:
             return functions.get_interface(name, eager)
         return eager if name == "eager" else functions[name]  # 4.57
 
-    @wraps(stock)
+    @in_place_of(stock)
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         given = dict(zip(names, args, strict=False)) | kwargs
-        positions, inv_freq = given["position_embeddings"]
-        if positions.is_floating_point():
+        rotation = given.get("position_embeddings")
+        section = rotation.section(interleaved) if isinstance(rotation, Rotation) else None
+        if section is None:
             return stock(self, hidden_states, **given)
-        batch, length = hidden_states.shape[:2]
-        tokens, rows = batch * length, with_idle_rows(hidden_states)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        rows = with_idle_rows(hidden_states, *projections)
         q, k, v = (
-            project(proj, rows).unflatten(-1, (-1, self.head_dim))[:tokens]  # (T, H, D)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        makers = (self.q_proj, self.k_proj)
+            without_idle_rows(project(proj, rows), hidden_states).unflatten(-1, (-1, self.head_dim))
+            for proj in projections
+        )  # (B, L, H, D)
+        mine = owned(q, self.q_proj) and owned(k, self.k_proj)
         if hasattr(self, "q_norm"):
-            q, k, makers = self.q_norm(q), self.k_norm(k), (self.q_norm, self.k_norm)
-        rotate = mrope_ if owned(q, makers[0]) and owned(k, makers[1]) else mrope
-        q, k = rotate(q, k, positions.flatten(1), inv_freq, _section(self.config), interleaved=interleaved)
-        q, k, v = (x.unflatten(0, (batch, length)).transpose(1, 2) for x in (q, k, v))  # (B, H, L, D)
+            q, k = self.q_norm(q), self.k_norm(k)
+            mine = owned(q, self.q_norm, *norms) and owned(k, self.k_norm, *norms)
+        rotate = mrope_ if mine else mrope
+        leading, (positions, inv_freq) = hidden_states.shape[:-1], rotation.of_rows(q)
+        q, k = rotate(q.flatten(0, 1), k.flatten(0, 1), positions, inv_freq, section, interleaved=interleaved)
+        q, k, v = q.unflatten(0, leading).transpose(1, 2), k.unflatten(0, leading).transpose(1, 2), v.transpose(1, 2)
 
         extra = {name: value for name, value in given.items() if name not in names}
         cache = next((found for name in _CACHES if (found := extra.pop(name, given.get(name))) is not None), None)
@@ -80,8 +104,8 @@ def attention(stock: Callable, *, interleaved: bool) -> Callable:
             self, q, k, v, given.get("attention_mask"),
             dropout=self.attention_dropout if self.training else 0.0, scaling=self.scaling, **extra,
         )  # fmt: skip
-        out = project(self.o_proj, with_idle_rows(out.reshape(batch, length, -1)))
-        return out[:tokens].unflatten(0, (batch, length)), weights
+        out = out.reshape(*leading, -1)
+        return without_idle_rows(project(self.o_proj, with_idle_rows(out, self.o_proj)), out), weights
 
     return forward
 
@@ -90,16 +114,10 @@ attention_in_order = partial(attention, interleaved=False)
 attention_interleaved = partial(attention, interleaved=True)
 
 
-def _section(config: Any) -> list[int]:
-    """Pairs an axis; both names of the settings, 5.x's first."""
-    rope = getattr(config, "rope_parameters", None) or config.rope_scaling
-    return list(rope["mrope_section"])
-
-
 def norm(stock: Callable) -> Callable:
     """``forward`` of an RMSNorm, of either tower."""
 
-    @wraps(stock)
+    @in_place_of(stock)
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         if not same_dtype(hidden_states, self.weight):
             return stock(self, hidden_states)
@@ -110,15 +128,19 @@ def norm(stock: Callable) -> Callable:
 
 def mlp(stock: Callable) -> Callable:
     """``forward`` of a gated MLP, of either tower, where its activation is SiLU."""
+    from transformers import activations
 
-    @wraps(stock)
+    silu = (nn.SiLU, getattr(activations, "SiLUActivation", nn.SiLU))
+
+    def parts(self: Any) -> list[Part]:
+        return [("act_fn", self.act_fn, silu)]
+
+    @in_place_of(stock, parts)
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        if type(self.act_fn).__name__ not in ("SiLU", "SiLUActivation") or not plain(self.act_fn):
-            return stock(self, x)
-        rows, tokens = with_idle_rows(x), x.shape[:-1].numel()
+        rows = with_idle_rows(x, self.gate_proj, self.up_proj, self.down_proj)
         gate, up = project(self.gate_proj, rows), project(self.up_proj, rows)
         mine = owned(gate, self.gate_proj) and owned(up, self.up_proj)
         h = swiglu_(gate, up) if mine else swiglu(gate, up)
-        return project(self.down_proj, h)[:tokens].unflatten(0, x.shape[:-1])
+        return without_idle_rows(project(self.down_proj, h), x)
 
     return forward

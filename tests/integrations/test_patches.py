@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import sys
 import warnings
 from types import ModuleType
@@ -74,17 +76,104 @@ def test_apply_and_restore_of_every_kind_of_owner(stack):
     assert {row.state for row in patches.status()} == {"off"}
 
 
-def test_an_object_gets_a_method_of_its_own(stack):
+def test_an_object_gets_a_class_of_its_own(stack):
     one, other = stack.Layer(), stack.Layer()
     patches = _set()
     patches.add("a", one, "forward", ("self", "x"), _plus(1))
     patches.apply()
-    assert (one.forward(1), other.forward(1)) == (2, 1) and one.forward.__self__ is one
+    assert (one.forward(1), other.forward(1)) == (2, 1) and vars(one) == {} and isinstance(one, stack.Layer)
+    assert str(type(one)) == str(stack.Layer)
     patches.restore()
-    assert vars(one) == {} and one.forward(1) == 1
+    assert type(one) is stack.Layer and one.forward(1) == 1
     del one
     gc.collect()
     assert patches.status() == [], "a dead object is no longer listed, nor kept alive"
+
+
+def test_copies_of_an_object_are_patched_and_restored_with_it(stack):
+    """And run with what they hold themselves."""
+    one = stack.Layer()
+    one.held = [1]
+    patches = _set()
+    patches.add("a", one, "forward", ("self", "x"), lambda stock: lambda self, x: self.held[0] + x)
+    patches.apply()
+    copies = [copy.copy(one), copy.deepcopy(one), copy.deepcopy(copy.deepcopy(one))]
+    copies[1].held[0], copies[2].held[0] = 10, 20
+    one.held[0] = 5
+    assert [c.forward(1) for c in (one, *copies)] == [6, 6, 11, 21]
+    assert [row.state for row in patches.status()] == ["applied"] * 4, "the copy that was copied is dead"
+    patches.restore()
+    assert {type(c) for c in (one, *copies)} == {stack.Layer} and [c.forward(1) for c in copies] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_pickle_is_of_what_was_there_before(stack, protocol):
+    one = stack.Layer()
+    one.held = 1
+    patches = _set()
+    patches.add("a", one, "forward", ("self", "x"), _plus(1))
+    patches.apply()
+    pickled = pickle.dumps(one, protocol)
+    assert b"qwen2vl_kernels" not in pickled
+    loaded = pickle.loads(pickled)
+    assert type(loaded) is stack.Layer and loaded.held == 1
+
+
+def test_an_object_with_code_of_its_own_is_left_alone_and_no_other(stack):
+    layers = [stack.Layer() for _ in range(3)]
+    theirs = layers[1].forward = lambda x: 7
+    patches = _set()
+    for layer in layers:
+        patches.add("a", layer, "forward", ("self", "x"), _plus(1))
+    with pytest.warns(PatchWarning, match=r"a leaves alone what runs other code: Layer.forward of one object has a fo"):
+        patches.apply()
+    assert [layer.forward(1) for layer in layers] == [2, 7, 2] and layers[1].forward is theirs
+    assert [row.state for row in patches.status()] == ["applied", "skipped", "applied"]
+    patches.restore()
+    assert [layer.forward(1) for layer in layers] == [1, 7, 1]
+
+
+def test_an_object_that_was_wrapped_since_is_told(stack):
+    hooked, wrapped = stack.Layer(), stack.Layer()
+    patches = _set()
+    for layer in (hooked, wrapped):
+        patches.add("a", layer, "forward", ("self", "x"), _plus(1))
+    patches.apply()
+    kept = hooked.forward
+    hooked.forward = lambda x: kept(x)
+    wrapped.__class__ = type("FSDP", (type(wrapped),), {})
+    with pytest.warns(PatchWarning, match="was replaced by somebody else after apply") as told:
+        patches.restore()
+    assert len(told) == 2 and type(hooked) is stack.Layer
+
+
+def test_only_code_of_the_package_is_replaced(stack):
+    """A class or function that somebody has put under the stack's name, and a subclass with code of its own."""
+
+    class Faster(stack.Layer):
+        def forward(self, x):
+            return 10 * x
+
+    class Renamed(stack.Layer):
+        pass
+
+    stack.rotate = rotate = lambda q, k: (k, q)
+    patches = PatchSet("made up", "1.2.3", ("1.2",), package="made_up_stack")
+    patches.add("class", "made_up_stack:Layer", "forward", ("self", "x"), _plus(1))
+    patches.add("function", "made_up_stack", "rotate", ("q", "k"), lambda stock: stock)
+    objects = [Faster(), Renamed(), stack.Layer()]
+    for one in objects:
+        patches.add("object", one, "forward", ("self", "x"), _plus(1))
+    layer, stack.Layer = stack.Layer, Faster
+    with pytest.warns(PatchWarning) as told:
+        patches.apply()
+    stack.Layer = layer
+    reasons = [row.reason for row in patches.status()]
+    assert reasons[0] == f"is {__name__}.{Faster.__qualname__}, which somebody put there"
+    assert reasons[1] == reasons[2] == f"runs code of {__name__}, which is left alone"
+    assert len(told) == 3 and reasons[3:] == ["", ""]
+    assert stack.rotate is rotate and [one.forward(1) for one in objects] == [10, 2, 2]
+    assert layer().forward(1) == 1
 
 
 def test_double_apply_changes_nothing(stack):
