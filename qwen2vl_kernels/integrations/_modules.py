@@ -19,6 +19,9 @@ from torch.nn.modules.module import _global_forward_pre_hooks as _FORWARD_PRE_HO
 from ..core.matmul import linear
 from ._subclass import stock_class
 
+#: Whether TorchScript's tracer is at work, by which ONNX's older exporter goes.
+tracing: Callable[[], bool] = torch.jit.is_tracing  # pyright: ignore[reportPrivateImportUsage]
+
 _ORDINARY = (nn.Parameter, torch.Tensor)
 #: A module of a patched one that its code bypasses: name, module, and the classes whose parameters may be read instead.
 Part = tuple[str, Any, tuple[type, ...]]
@@ -44,11 +47,6 @@ def in_place_of(stock: Callable, parts: Callable[[Any], list[Part]] | None = Non
         return standing_in
 
     return decorate
-
-
-def tracing() -> bool:
-    """Whether TorchScript's tracer is at work, by which ONNX's older exporter goes."""
-    return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def in_the_way(module: nn.Module) -> list[str]:
@@ -94,7 +92,11 @@ def unhooked(module: nn.Module) -> bool:
 
 def same_dtype(x: torch.Tensor, *weights: torch.Tensor | None) -> bool:
     """Whether ordinary tensors of x's dtype are all there is; sharded or mixed ones are left to stock's code."""
-    return all(w is not None and w.dtype == x.dtype and type(w) in _ORDINARY for w in weights)
+    dtype = x.dtype
+    for weight in weights:  # noqa: SIM110, a generator costs more than it asks
+        if weight is None or weight.dtype != dtype or type(weight) not in _ORDINARY:
+            return False
+    return True
 
 
 def takes(x: torch.Tensor, *weights: torch.Tensor | None) -> bool:
