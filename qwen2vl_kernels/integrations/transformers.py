@@ -32,16 +32,15 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 from typing import Any
 
 from torch import nn
 
 from ._modules import in_the_way
 from ._patches import PatchSet, PatchWarning
+from .transformers_import import import_owners
 from .transformers_positions import get_rope_index
 from .transformers_targets import DEFAULT, FEATURES, TESTED, places
 
@@ -91,10 +90,7 @@ def apply(model: nn.Module | None = None, features: Iterable[str] | None = None)
 def _set(found: list[tuple], features: Iterable[str]) -> None:
     patches = _patches()
     found.sort(key=lambda place: FEATURES.index(place[0]))
-    owners = [owner for f, _, owner, *_ in found if f in features and isinstance(owner, str)]
-    for module in dict.fromkeys(owner.partition(":")[0] for owner in owners):
-        with suppress(ImportError):  # which the target will report; first, as a switched-on import applies features
-            import_module(module)
+    import_owners(owner for f, _, owner, *_ in found if f in features)
     patches.apply(targets=[patches.add(f"{family}: {f}", *rest) for f, family, *rest in found if f in features])
 
 

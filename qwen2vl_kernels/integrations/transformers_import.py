@@ -5,6 +5,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import suppress
+from importlib import import_module
+
 from ._switch import requested
 
 
@@ -15,3 +19,13 @@ def imported(module: str) -> None:
 
         adapter._patches().forget(module)
         adapter._set([place for place in adapter._on_classes() if place[2].partition(":")[0] == module], features)
+
+
+def import_owners(owners: Iterable[object]) -> None:
+    """Import the modules of those that are given by name ("module", "module:Class"), before anything is replaced there.
+
+    An import that is switched on applies its features, and must not do so among the targets of another ``apply``.
+    """
+    for module in dict.fromkeys(owner.partition(":")[0] for owner in owners if isinstance(owner, str)):
+        with suppress(ImportError):  # the target will report it
+            import_module(module)
