@@ -40,7 +40,7 @@ from torch import nn
 
 from ._modules import in_the_way
 from ._patches import PatchSet, PatchWarning
-from .transformers_import import import_owners
+from .transformers_import import targets_of
 from .transformers_positions import get_rope_index
 from .transformers_targets import DEFAULT, FEATURES, TESTED, places
 
@@ -83,15 +83,9 @@ def apply(model: nn.Module | None = None, features: Iterable[str] | None = None)
     had = {feature for feature, *_ in found}
     if model is not None and features is not None and (lacking := [f for f in wanted if f not in had]):
         raise ValueError(f"apply: {type(model).__name__} has nothing for {lacking[0]!r}; it has {', '.join(had)}")
-    _set(found, wanted)
-    return status()
-
-
-def _set(found: list[tuple], features: Iterable[str]) -> None:
     patches = _patches()
-    found.sort(key=lambda place: FEATURES.index(place[0]))
-    import_owners(owner for f, _, owner, *_ in found if f in features)
-    patches.apply(targets=[patches.add(f"{family}: {f}", *rest) for f, family, *rest in found if f in features])
+    patches.apply(targets=targets_of(patches, found, wanted))
+    return status()
 
 
 def restore() -> None:
