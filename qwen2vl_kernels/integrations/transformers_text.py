@@ -74,7 +74,7 @@ def attention(stock: Callable, *, interleaved: bool) -> Callable:
     @in_place_of(stock)
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         given = dict(zip(names, args, strict=False)) | kwargs
-        rotation = given.get("position_embeddings")
+        rotation: Any = given.get("position_embeddings")
         section = rotation.section(interleaved) if isinstance(rotation, Rotation) else None
         if section is None:
             return stock(self, hidden_states, **given)
