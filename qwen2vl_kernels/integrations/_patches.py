@@ -47,8 +47,8 @@ class PatchSet:
 
         owner: a class, module, dict (``name`` is the key) or object, or ``"package.module"`` or ``"...:Class"``, looked
         up in :meth:`apply`; an object gets a class of its own kind, and so do its copies. parameters: the names that
-        the present function must have, or may ("name?"); ``None`` takes anything, also nothing. make: from the present function
-        (unbound, or ``None``) to the new one.
+        the present function must have, or may ("name?"); ``None`` takes anything, also nothing. make: from the present
+        function (unbound, or ``None``) to the new one.
         """
         weak = not isinstance(owner, (str, type, ModuleType, dict))
         held = weakref.ref(owner) if weak else owner
