@@ -9,6 +9,8 @@
 #   WHEELS=build/wheels         folder of the wheels that make gpu-wheels fetches and make gpu installs for itself
 #   PYTHON_VERSION=3.12         the Python that make gpu-wheels fetches wheels for
 #   FUZZ_SECONDS=60, FUZZER=libfuzzer, FUZZ_CXX=..., FUZZ_DIR=...    make fuzz: time a target, engine, compiler, folder
+#   TRANSFORMERS="5.6.0 5.24.0", TRANSFORMERS_SRC=...    make test-stacks: versions of transformers; a checkout of the one
+#                               that .venv has, whose own tests run stock and switched on
 #   QWEN2VL_BUILD_CUDA=0|1|auto, MAX_JOBS, TORCH_CUDA_ARCH_LIST    the build of the extensions, see setup.py
 
 PYTHON ?= python3
@@ -22,7 +24,8 @@ FORMATTED := $(CSRC) $(FUZZ) $(wildcard tests/kernels/host/* benchmarks/cuda/*)
 # The versions of Triton that PyTorch's builds for CUDA bring: 2.10 and 2.11, 2.12, 2.13, 2.14.
 TRITONS := 3.6.0 3.7.0 3.7.1 3.8.0
 
-.PHONY: help install demo check test test-long aot lint format dist fuzz gpu gpu-wheels hub test-stacks test-oldest resolve clean
+.PHONY: help install demo check test test-long aot lint format dist fuzz gpu gpu-wheels hub test-stacks test-transformers test-trainers \
+	signatures test-oldest resolve clean
 .DEFAULT_GOAL := help
 
 help:
@@ -38,7 +41,8 @@ help:
 	@echo "             python3, no network;  make gpu DEVICE=cpu  rehearses it at small sizes;  QWEN2VL_COMMIT=...  is the"
 	@echo "             commit that results name where there is no .git"
 	@echo "make gpu-wheels    wheels of what benchmarks compare with, for a machine without a network, in build/wheels"
-	@echo "make test-stacks    vLLM's and SGLang's own towers and transformers 4.57, patched and stock, each in an environment"
+	@echo "make test-stacks    vLLM's and SGLang's own towers, every version of transformers (test-transformers), TRL, ms-swift"
+	@echo "             and LLaMA-Factory (test-trainers), patched and stock, each in an environment"
 	@echo "make test-oldest    the test suite with the lowest versions that pyproject.toml names, in an environment of their own"
 	@echo "make resolve    shows that every Python of README finds all versions: the newest, the lowest and the pinned"
 	@echo "make hub     the ops and layers as a project of the kernels hub, in build/hub"
@@ -173,14 +177,63 @@ build/stacks/vllm/install.stamp build/stacks/sglang/install.stamp: build/stacks/
 	build/stacks/$*/bin/python -m pip install --quiet --no-deps -r tests/stacks/$*-no-deps.txt
 	@touch $@
 
-build/stacks/transformers4/install.stamp: build/stacks/transformers4/torch.stamp
-	build/stacks/transformers4/bin/python -m pip install --quiet $(STACK_TORCH) transformers==4.57.6 pytest hypothesis pillow
+# Environments that borrow all of .venv but what a stack wants in another version, PyTorch in particular. pip finds what
+# is borrowed there, and installs the rest.
+PURELIB = $$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+BORROW = $(RUN) -m venv --without-pip --clear $(1) && \
+	echo $(call PURELIB,.venv) > $(call PURELIB,$(1))/borrowed.pth
+
+# The versions of transformers whose parameters a committed file has: the last of each minor, and the one that
+# LLaMA-Factory holds. make signatures TRANSFORMERS="..." writes that file for other versions.
+SIGNATURES := tests/integrations/transformers_signatures.json
+TRANSFORMERS ?= $(shell $(PYTHON) -c 'import json; print(*json.load(open("$(SIGNATURES)"))["versions"])')
+
+build/stacks/transformers-%/install.stamp: .venv/install.stamp
+	$(call BORROW,build/stacks/transformers-$*)
+	build/stacks/transformers-$*/bin/python -m pip install --quiet transformers==$*
 	@touch $@
 
-test-stacks: $(foreach stack,vllm sglang transformers4,build/stacks/$(stack)/install.stamp)
+build/transformers/%: | .venv/torch.stamp
+	@rm -rf $@.part && $(PIP) install --quiet --no-deps --target $@.part transformers==$* && mv $@.part $@
+
+signatures: .venv/install.stamp $(addprefix build/transformers/,$(TRANSFORMERS))
+	$(RUN) -m tests.stacks.transformers_signatures $(addprefix build/transformers/,$(TRANSFORMERS))
+
+test-stacks: $(foreach stack,vllm sglang,build/stacks/$(stack)/install.stamp) test-transformers test-trainers
 	PYTHONPATH=. build/stacks/vllm/bin/python -m tests.stacks.vllm_tower
 	PYTHONPATH=. build/stacks/sglang/bin/python -m tests.stacks.sglang_tower
-	PYTHONPATH=. build/stacks/transformers4/bin/python -m pytest -q -p no:cacheprovider -m "not long" tests/integrations/test_transformers*.py
+	$(RUN) -m tests.stacks.transformers_own
+
+# Trainers that people use, each with the versions that it wants, and the line that Python runs as it starts.
+TRAINERS = trl swift llamafactory
+
+$(foreach name,$(TRAINERS),build/stacks/$(name)/install.stamp): build/stacks/%/install.stamp: .venv/install.stamp \
+		tests/stacks/%.txt
+	$(call BORROW,build/stacks/$*)
+	build/stacks/$*/bin/python -m pip install --quiet -r tests/stacks/$*.txt \
+		$$($(RUN) -c 'import torch; print(f"torch=={torch.__version__}")')
+	$(RUN) setup.py --quiet build_pth --build-lib $(call PURELIB,build/stacks/$*)
+	@touch $@
+
+test-trainers: $(foreach name,$(TRAINERS),build/stacks/$(name)/install.stamp)
+	PYTHONPATH=. build/stacks/trl/bin/python -m tests.stacks.trainers trl-sft
+	PYTHONPATH=. build/stacks/trl/bin/python -m tests.stacks.trainers trl-grpo
+	PYTHONPATH=. build/stacks/swift/bin/python -m tests.stacks.trainers swift
+	PYTHONPATH=. build/stacks/llamafactory/bin/python -m tests.stacks.trainers llamafactory
+
+# Whole models of every version, patched and stock, and what people do to them with the first; a version that fails does
+# not hide the next.
+ADAPTER_TESTS = $(filter-out %_matrix.py %_own.py,$(wildcard tests/integrations/test_transformers*.py))
+test-transformers: $(foreach version,$(TRANSFORMERS),build/stacks/transformers-$(version)/install.stamp)
+	@failed=; for version in $(TRANSFORMERS); do \
+		echo "transformers $$version"; \
+		OMP_NUM_THREADS=1 build/stacks/transformers-$$version/bin/python -m pytest -q -n auto -p no:cacheprovider \
+			-m "not long" $(PYTEST_ARGS) $(ADAPTER_TESTS) || failed="$$failed $$version"; \
+	done; \
+	version=$(firstword $(TRANSFORMERS)); \
+	OMP_NUM_THREADS=1 build/stacks/transformers-$$version/bin/python -m pytest -q -n auto -p no:cacheprovider \
+		-m "not long" $(PYTEST_ARGS) tests/integrations/test_transformers_matrix.py || failed="$$failed $$version"; \
+	[ -z "$$failed" ] || { echo "failed with transformers$$failed" >&2; exit 1; }
 
 # uv alone can take the lowest versions. It knows neither pip's configuration nor its cache.
 UV := build/uv/bin/uv

@@ -1,4 +1,4 @@
-"""Build of the two compiled extensions; everything else about the package is in pyproject.toml.
+"""Build of the two compiled extensions, and the line that Python runs as it starts; the rest is in pyproject.toml.
 
 ``qwen2vl_kernels._cpu`` is always built, ``qwen2vl_kernels._cuda`` where nvcc is found; neither needs
 PyTorch.
@@ -22,10 +22,14 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+# Beside the packages in site-packages; Python runs its one line at every start, so it does next to nothing.
+PTH = "qwen2vl_kernels.pth"
+PTH_LINE = 'import os; os.environ.get("QWEN2VL_KERNELS") and __import__("_qwen2vl_kernels_switch")\n'
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0")
 CPU = Extension(
     "qwen2vl_kernels._cpu",
@@ -241,6 +245,38 @@ class Build(build_ext):
             raise BuildError(f"compiling {extension.name} failed: {first_error(result.stdout)}")
 
 
+class BuildPth(Command):
+    """Writes ``PTH`` where wheels are made from, so that their RECORD has it, and an uninstall removes it.
+
+    An editable wheel takes no modules from there, so it goes into the wheel's own folder.
+    """
+
+    description = "write the line that Python runs as it starts"
+    user_options = [("build-lib=", "b", "folder to write it into")]  # noqa: RUF012  (as distutils has it)
+    editable_mode = False
+
+    def initialize_options(self) -> None:
+        self.build_lib: str | None = None
+
+    def finalize_options(self) -> None:
+        self.build_lib = self.build_lib or self.get_finalized_command("build").build_lib
+
+    def run(self) -> None:
+        folder = self.get_finalized_command("install").install_lib if self.editable_mode else self.build_lib
+        file = Path(str(folder), PTH)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(PTH_LINE, encoding="utf-8")
+
+    def get_outputs(self) -> list[str]:
+        return [] if self.editable_mode else [str(Path(str(self.build_lib), PTH))]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+    def get_source_files(self) -> list[str]:
+        return []
+
+
 def rule_command(words: list[str]) -> str:
     """A shell command for a ninja rule; $in and $out stay ninja's."""
     return " ".join(word if word.startswith("$") else shlex.quote(word).replace("$", "$$") for word in words)
@@ -250,4 +286,5 @@ def ninja_path(path: Path) -> str:
     return re.sub(r"([$ :])", r"$\1", str(path))
 
 
-setup(ext_modules=[CPU, CUDA], cmdclass={"build_ext": Build})
+build.sub_commands = [*build.sub_commands, ("build_pth", None)]
+setup(ext_modules=[CPU, CUDA], cmdclass={"build_ext": Build, "build_pth": BuildPth})

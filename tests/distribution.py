@@ -22,6 +22,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("qwen2vl", "qwen2vl_kernels")
+PTH = "qwen2vl_kernels.pth"
+AT_START = {PTH, "_qwen2vl_kernels_switch.py"}
 
 # What runs in the new environment, far from the checkout. The picture is the first of those that no training saw.
 _ASK = """
@@ -50,12 +52,33 @@ print(f"asked {asked!r}, answered {done.stdout.strip()!r}, true is {sample.answe
 assert done.stdout.strip().rstrip(".") == sample.answer, done.stderr
 """
 
+# Which start loads what, and what becomes of transformers. A process that is spawned inherits the variable.
+_STARTED = """
+import multiprocessing, sys
+watched = "_qwen2vl_kernels_switch" in sys.modules
+heavy = {"torch", "transformers", "qwen2vl_kernels"} & sys.modules.keys()
+
+def patched():
+    from transformers import Qwen2VLModel
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLVisionBlock
+    return hasattr(Qwen2VLVisionBlock.forward, "__qwen2vl_kernels__")
+
+if __name__ == "__main__":
+    assert not heavy, heavy
+    assert watched == (sys.argv[1] != "off"), watched
+    if sys.argv[1] == "on":
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            assert patched() and pool.apply(patched)
+    elif len(sys.argv) > 2:
+        assert not patched()
+"""
+
 
 def sources() -> set[str]:
-    """The files of the two packages, which the wheel must hold, relative to the root of the repository."""
+    """The files of the two packages and what Python runs as it starts: paths in the wheel, which must hold them."""
     found = (path for name in PACKAGES for path in (ROOT / name).rglob("*") if path.is_file())
     unwanted = {".so", ".pyc"}  # made here, by another build
-    return {str(path.relative_to(ROOT)) for path in found if path.suffix not in unwanted}
+    return {str(path.relative_to(ROOT)) for path in found if path.suffix not in unwanted} | AT_START
 
 
 def wrong_files(names: Collection[str]) -> list[str]:
@@ -64,6 +87,31 @@ def wrong_files(names: Collection[str]) -> list[str]:
     problems = [f"holds {name}" for name in sorted(files - sources())]
     problems += [f"lacks {name}" for name in sorted(sources() - files)]
     return problems
+
+
+def check_start(python: Path, library: Path, folder: Path, environment: dict[str, str]) -> None:
+    """What is installed in ``library`` is loaded at the starts that ask for it, and goes with the package."""
+    script = folder / "started.py"
+    script.write_text(_STARTED, encoding="utf-8")
+    on = {"QWEN2VL_KERNELS": "transformers:norm"}
+    for expected, flags, variables in (
+        (["off"], [], {}),
+        (["off"], [], {"QWEN2VL_KERNELS": ""}),
+        (["off"], ["-S"], on),  # the module "site" runs no files
+        (["other", "stock"], [], on | {"QWEN2VL_KERNELS_DISABLE": "1"}),
+        (["other", "stock"], [], {"QWEN2VL_KERNELS": "vllm"}),
+        (["on"], [], on),
+        (["on"], ["-I"], on),
+    ):
+        command = [python, *flags, script, *expected]
+        subprocess.run(command, check=True, cwd=folder, env={**environment, **variables})
+    subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "qwen2vl"], check=True, env=environment)
+    if left := [name for name in AT_START if (library / name).exists()]:
+        raise SystemExit(f"an uninstall leaves {', '.join(left)}")
+    done = subprocess.run([python, script, "off"], env=environment | on, cwd=folder, capture_output=True, text=True)
+    if done.returncode != 0 or done.stderr:
+        raise SystemExit(f"after an uninstall Python does not start as before: {done.stderr}")
+    print(f"{PTH}: loaded where {next(iter(on))} asks for it, gone with the package")
 
 
 def main(folder: Path) -> None:
@@ -87,6 +135,7 @@ def main(folder: Path) -> None:
         library = Path(sysconfig.get_path("purelib", vars={"base": str(home)}))
         (library / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n", encoding="utf-8")
         subprocess.run([python, "-c", _ASK, version], check=True, cwd=temporary, env=environment)
+        check_start(python, library, Path(temporary), environment)
     for file in (sdist, wheel):
         print(f"{file.name}: {file.stat().st_size / 1e6:.1f} MB")
 

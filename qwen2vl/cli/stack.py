@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import site
 import sys
 import warnings
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -41,13 +43,15 @@ _PLUGINS = {
     Stack.sglang: _Plugins("sglang.srt.plugins", "SGLANG_PLUGINS", empty=True),
 }
 
+_PTH = "qwen2vl_kernels.pth"
+
 
 def collect(stack: Stack) -> dict[str, Any]:
     """What ``--json`` prints.
 
     Every feature is applied once, to learn what fits the stack that is installed, and taken off again. A target is then
     "on" (a process of the stack that starts in this environment replaces it), "off" (it fits, and is not switched on)
-    or "skipped" for its reason. transformers has no plugins: its targets are off until ``apply()`` is called.
+    or "skipped" for its reason. transformers has no plugins; what Python runs as it starts is reported as one.
 
     Raises ``Qwen2VLError`` where the stack is not installed, or cannot be imported.
     """
@@ -64,15 +68,14 @@ def collect(stack: Stack) -> dict[str, Any]:
         except Exception as error:  # whatever is wrong with somebody else's installation
             raise Qwen2VLError(f"--stack {stack.value}: {stack.value} {version} cannot be imported: {error}") from error
         adapter: Any = importlib.import_module(f"qwen2vl_kernels.integrations.{stack.value}")
-        plugins = _plugins(_PLUGINS[stack]) if stack in _PLUGINS else None
-        switch = None if plugins is None else _switch(stack, loaded=any(plugin["loaded"] for plugin in plugins))
+        plugins = _plugins(_PLUGINS[stack]) if stack in _PLUGINS else _start()
+        switch = _switch(stack, loaded=any(plugin["loaded"] for plugin in plugins))
         rows = adapter.apply(features=adapter.FEATURES)
         targets = [{name: getattr(r, name) for name in ("feature", "label", "state", "reason")} for r in rows]
         adapter.restore()
-    on = () if switch is None else switch["on"]
     for target in targets:
-        if target["state"] == "applied":
-            target["state"] = "on" if target["feature"] in on else "off"
+        if target["state"] == "applied":  # of transformers with the family before the feature
+            target["state"] = "on" if target["feature"].rpartition(" ")[2] in switch["on"] else "off"
     return {
         "stack": stack.value,
         "version": version,
@@ -101,6 +104,13 @@ def _plugins(plugins: _Plugins) -> list[dict[str, Any]]:
     ]
 
 
+def _start() -> list[dict[str, Any]]:
+    """The file of ours that this interpreter runs as it starts, if it has one."""
+    folders = map(Path, (*site.getsitepackages(), site.getusersitepackages() if site.ENABLE_USER_SITE else ""))
+    found = any((folder / _PTH).is_file() for folder in folders)
+    return [{"name": _PTH, "loaded": True, "variable": None, "value": None}] if found else []
+
+
 def _switch(stack: Stack, loaded: bool) -> dict[str, Any]:
     """What the environment switches on where the plugin is ``loaded``, and the settings that switch the rest on."""
     from qwen2vl_kernels.integrations._switch import STACKS, VARIABLE, requested, setting
@@ -118,14 +128,13 @@ def _switch(stack: Stack, loaded: bool) -> dict[str, Any]:
 def show(report: dict[str, Any]) -> None:
     """The report as a table."""
     console, kill = Console(highlight=False), report["kill_switch"]
-    console.print(f"{report['stack']} {report['version']} (tested: {', '.join(report['tested'])})")
-    if report["plugins"] is not None:
-        said = [f"{p['name']}{'' if p['loaded'] else ' (not loaded)'}" for p in report["plugins"]]
-        console.print(f"plugin: {', '.join(said) or '[yellow]none found: install this package[/]'}")
-        if report["plugins"] and (given := report["plugins"][0]["value"]) is not None:
-            console.print(f"{report['plugins'][0]['variable']}: {escape(given)}")
-    if (switch := report["switch"]) is not None:
-        console.print(f"{switch['variable']}: {escape(switch['value'] or 'not set')}", soft_wrap=True)
+    console.print(f"{report['stack']} {report['version']} (tested: {', '.join(report['tested'])})", soft_wrap=True)
+    plugins, switch = report["plugins"], report["switch"]
+    said = [f"{p['name']}{'' if p['loaded'] else ' (not loaded)'}" for p in plugins]
+    console.print(f"plugin: {', '.join(said) or f'[yellow]none found: {_lacking(report)}[/]'}", soft_wrap=True)
+    if plugins and (given := plugins[0]["value"]) is not None:
+        console.print(f"{plugins[0]['variable']}: {escape(given)}")
+    console.print(f"{switch['variable']}: {escape(switch['value'] or 'not set')}", soft_wrap=True)
     console.print(f"{kill['variable']}: {escape(kill['value'] or 'not set')}")
     rows = [("feature", "target", "state")]
     for target in report["targets"]:
@@ -139,10 +148,19 @@ def show(report: dict[str, Any]) -> None:
     console.print(_how(report), markup=False, soft_wrap=True)
 
 
+def _lacking(report: dict[str, Any]) -> str:
+    """What to do where nothing of ours is loaded."""
+    if report["stack"] != Stack.transformers:
+        return "install this package"
+    return f"no {_PTH} in site-packages (a checkout, or pip's --target), so the variable does nothing; call apply()"
+
+
 def _how(report: dict[str, Any]) -> str:
     """How what is off is switched on."""
-    if (switch := report["switch"]) is None:
-        return "off: until a program calls qwen2vl_kernels.integrations.transformers.apply()"
+    switch = report["switch"]
     default, *more = switch["settings"]
-    text = f"off: {default} in the environment of the server switches on {', '.join(switch['default'])}"
-    return "; ".join((text, *(f"{setting} switches on everything" for setting in more)))
+    where = "of any command" if report["stack"] == Stack.transformers else "of the server"
+    text = f"off: {default} in the environment {where} switches on {', '.join(switch['default'])}"
+    text = "; ".join((text, *(f"{setting} switches on everything" for setting in more)))
+    code = "; so does qwen2vl_kernels.integrations.transformers.apply() in a program"
+    return text + code if report["stack"] == Stack.transformers else text

@@ -47,8 +47,8 @@ class PatchSet:
 
         owner: a class, module, dict (``name`` is the key) or object, or ``"package.module"`` or ``"...:Class"``, looked
         up in :meth:`apply`; an object gets a class of its own kind, and so do its copies. parameters: the names that
-        the present function must have; ``None`` takes anything, also nothing. make: from the present function
-        (unbound, or ``None``) to the new one.
+        the present function must have, or may ("name?"); ``None`` takes anything, also nothing. make: from the present
+        function (unbound, or ``None``) to the new one.
         """
         weak = not isinstance(owner, (str, type, ModuleType, dict))
         held = weakref.ref(owner) if weak else owner
@@ -92,6 +92,13 @@ class PatchSet:
             if not target.unset():
                 self._warn(f"{target.label} was replaced by somebody else after apply() and stays as it is")
         self._classes.clear()
+
+    def forget(self, module: str) -> None:
+        """A module of this name was executed again. Its old classes can be restored; its new ones are new targets."""
+        again = [t for t in self._targets if f"{t.key[1]}:".startswith(f"{module}:")]
+        self._targets = [t for t in self._targets if t not in again or isinstance(t.held, type)]
+        for target in again:
+            target.key = (target.feature, target.held, target.name)
 
     def status(self) -> list[Target]:
         """All targets whose owners are alive, in the order of :meth:`add`."""

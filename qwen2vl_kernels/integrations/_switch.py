@@ -1,13 +1,15 @@
 """``QWEN2VL_KERNELS``: the environment variable that switches these kernels on inside other stacks.
 
-Servers load every plugin that is installed beside them. Ours asks here first, so that nobody's server changes because
-this package was installed. The value names stacks and, behind a colon, features of one::
+Servers load every plugin that is installed beside them, and Python runs a line of ours as it starts. Both ask here
+first, so that nobody's program changes because this package was installed. The value names stacks and, behind a colon,
+features of one::
 
     QWEN2VL_KERNELS=vllm                               vLLM with its default features
     QWEN2VL_KERNELS=vllm,sglang                        both stacks with their default features
     QWEN2VL_KERNELS=vllm:vision_rope,mrope             vLLM with these two features and no other
     QWEN2VL_KERNELS=vllm:default,mrope,sglang          vLLM with its default features and one more, and SGLang
     QWEN2VL_KERNELS=vllm:all                           vLLM with every feature
+    QWEN2VL_KERNELS=transformers                       transformers, in any program that imports its Qwen2-VL
 
 The grammar: words between commas. A word that names a stack begins that stack; ``stack:feature`` begins it with a
 feature; every other word is one more feature of the stack that such a colon began. Capitals, spaces and empty words
@@ -39,7 +41,13 @@ class Stack:
         return several.get(word) or tuple(feature for feature in self.features if feature == word)
 
 
-#: What the variable can switch on. Each stack has an adapter of its name in this folder.
+_TRANSFORMERS = (
+    "mrope", "vision_rope", "vision_attention", "patch_embed", "norm", "activation", "merger", "positions",
+    "image_processor",
+)  # fmt: skip
+
+#: What the variable can switch on, features in the order in which they are applied. Each stack has an adapter of its
+#: name in this folder.
 STACKS = {
     "vllm": Stack(
         default=("vision_rope", "quick_gelu"),
@@ -49,6 +57,9 @@ STACKS = {
         default=("vision_rope", "quick_gelu", "vision_attention"),
         features=("vision_rope", "quick_gelu", "vision_attention"),
     ),
+    # Without logits, which ``loss`` does not return, trainers that read them fail where they worked before: TRL's
+    # SFTTrainer took accuracy and entropy from them in training, up to 1.8 at least.
+    "transformers": Stack(default=_TRANSFORMERS, features=(*_TRANSFORMERS, "loss")),
 }
 
 
@@ -90,7 +101,7 @@ def _words(text: str) -> Iterator[tuple[str | None, str]]:
 def requested(stack: str) -> tuple[str, ...]:
     """The features of ``stack`` that the environment asks for: none by default, or with ``QWEN2VL_KERNELS_DISABLE=1``.
 
-    What the value says wrongly is a :class:`PatchWarning` and no error, as a server must not die of it.
+    What the value says wrongly is a :class:`PatchWarning` and no error, as no program may die of it.
     """
     text = os.environ.get(VARIABLE, "")
     if disabled():

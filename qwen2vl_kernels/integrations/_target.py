@@ -15,6 +15,12 @@ MARK = "__qwen2vl_kernels__"
 _ABSENT: Any = object()
 
 
+def fits(have: tuple[str, ...] | None, wanted: tuple[str, ...]) -> bool:
+    """Whether a function has the parameters that are wanted, in this order. ``"name?"``: with it or without it."""
+    here = have or ()
+    return have == tuple(name.rstrip("?") for name in wanted if name[-1] != "?" or name[:-1] in here)
+
+
 @dataclass(eq=False)
 class Target:
     """One attribute: ``state`` is "applied", "skipped" for the ``reason``, or "off" (not asked for, or restored).
@@ -63,7 +69,7 @@ class Target:
         if getattr(present, MARK, False):
             return "is patched already, on the class or by another set"
         have = tuple(inspect.signature(present).parameters) if callable(present) else None
-        return self._foreign(present) if have == self.parameters else f"takes {have}, not {self.parameters}"
+        return self._foreign(present) if fits(have, self.parameters) else f"takes {have}, not {self.parameters}"
 
     def set(self, new: Any) -> None:
         """Put ``new`` there: of an object the class, of all others the attribute."""

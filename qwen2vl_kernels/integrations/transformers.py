@@ -42,6 +42,7 @@ from torch import nn
 
 from ._modules import in_the_way
 from ._patches import PatchSet, PatchWarning
+from .transformers_import import targets_of
 from .transformers_positions import get_rope_index
 from .transformers_targets import DEFAULT, FEATURES, TESTED, places
 
@@ -84,8 +85,7 @@ def apply(model: nn.Module | None = None, features: Iterable[str] | None = None)
     if model is not None and features is not None and (lacking := [f for f in wanted if f not in had]):
         raise ValueError(f"apply: {type(model).__name__} has nothing for {lacking[0]!r}; it has {', '.join(had)}")
     patches = _patches()
-    found.sort(key=lambda place: FEATURES.index(place[0]))
-    patches.apply(targets=[patches.add(f"{family}: {f}", *rest) for f, family, *rest in found if f in wanted])
+    patches.apply(targets=targets_of(patches, found, wanted))
     return status()
 
 

@@ -21,7 +21,7 @@ _PARAMETERS_5 = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid
 
 
 def get_rope_index(self: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """``Qwen2VLModel.get_rope_index`` of the transformers that is installed, 4.x or 5.3 and later.
+    """``Qwen2VLModel.get_rope_index`` of the transformers that is installed: up to 5.1 ("4.x" below), or from 5.3 on.
 
     Parameters, in the order of that version (keywords of other names are ignored, as 5.x does):
 
@@ -50,7 +50,7 @@ def get_rope_index(self: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, 
     Raises:
         TypeError, ValueError: as ``mrope_positions`` does: on the CPU also for placeholders and grids that do
             not match one to one, a grid too many included.
-        RuntimeError: with transformers 5.0 to 5.2, whose deltas are those of 4.x cut off at zero.
+        RuntimeError: with transformers 5.2, whose deltas are those of 4.x cut off at zero.
     """
     counts_padding = not _takes_token_types()
     given = _by_name(_PARAMETERS_4 if counts_padding else _PARAMETERS_5, args, kwargs)
@@ -131,8 +131,8 @@ def _takes_token_types() -> bool:
     from transformers import __version__
 
     version = tuple(int(part) for part in __version__.split(".")[:2])
-    if (5, 0) <= version < (5, 3):
-        raise RuntimeError(f"get_rope_index: transformers must be 4.x or at least 5.3, got {__version__}")
+    if version == (5, 2):
+        raise RuntimeError(f"get_rope_index: transformers must be any version but 5.2, got {__version__}")
     return version >= (5, 3)
 
 

@@ -1,4 +1,8 @@
-"""Which functions of transformers are replaced, by version: one literal table, read by :mod:`.transformers`."""
+"""Which functions of transformers are replaced, by version: one literal table, read by :mod:`.transformers`.
+
+What a version calls a function's parameters is found out by looking at it: those that not all versions have are marked,
+``"name?"``, and every replacement takes them by name. Version numbers decide only which class of several it is.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +14,20 @@ from . import transformers_loss as loss
 from . import transformers_positions as positions
 from . import transformers_text as text
 from . import transformers_vision as vision
+from ._switch import STACKS
 from .image_processor import patched_preprocess
 
-#: Versions whose whole models were compared, patched with stock.
-TESTED = ("4.57.6", "5.23")
+#: Versions whose whole models were compared, patched with stock: the last of each of these.
+TESTED = ("4.57", *(f"5.{minor}" for minor in range(25)))
 
-#: Features in the order in which they are applied.
-FEATURES = (
-    "mrope", "vision_rope", "vision_attention", "patch_embed", "norm", "activation", "merger", "positions",
-    "image_processor", "loss",
-)  # fmt: skip
-#: Those that are applied unless others are named. ``loss`` returns no logits, which trainers may read: TRL's SFTTrainer
-#: takes accuracy and entropy from them in training (up to 1.8 at least), and would fail where it worked before.
-DEFAULT = tuple(feature for feature in FEATURES if feature != "loss")
+DEFAULT, FEATURES = STACKS["transformers"].default, STACKS["transformers"].features
 
 
 class Place(NamedTuple):
     """``module`` below ``transformers.models``, class in it (or ``""``), attribute, parameters, and what makes it.
 
-    Parameters are ``None`` where whatever stock's function takes is given to stock's function.
+    Parameters as :class:`~._target.Target` has them: ``"name?"`` may be absent. ``None``: whatever stock's
+    function takes is given to it.
     """
 
     feature: str
@@ -44,18 +43,17 @@ _ANGLES = ("self", "x", "position_ids")
 
 
 def places(version: str) -> list[Place]:
-    """The table for a version; of one that nobody has tested that of its major number."""
-    new = int(version.split(".")[0]) >= 5
-    since_5, until_4 = (("position_embeddings",), ()) if new else (("rotary_pos_emb", "position_embeddings"), ())
-    block = ("self", "hidden_states", "cu_seqlens", *since_5, *until_4, "kwargs")
-    tower = (*block[:-1], *(("max_seqlen",) if new else ()), "kwargs")
-    cached = () if new else ("output_attentions", "use_cache", "cache_position")
-    qwen2 = ("self", "hidden_states", "attention_mask", "position_ids", "past_key_values", *cached,
-             "position_embeddings", "kwargs")  # fmt: skip
-    qwen3 = ("self", "hidden_states", "position_embeddings", "attention_mask", "past_key_values",
-             *cached[2:], "kwargs")  # fmt: skip
-    index = ("self", "input_ids", *(("mm_token_type_ids",) if new else ()), "image_grid_thw", "video_grid_thw",
-             "attention_mask", *(("kwargs",) if new else ()))  # fmt: skip
+    """The table for a version, as its number begins."""
+    release = tuple(int(part) for part in version.split(".")[:2])
+    block = ("self", "hidden_states", "cu_seqlens", "rotary_pos_emb?", "position_embeddings", "kwargs")
+    tower = (*block[:-1], "max_seqlen?", "kwargs")
+    qwen2 = ("self", "hidden_states", "attention_mask", "position_ids", "past_key_values?", "cache?",
+             "output_attentions?", "use_cache?", "cache_position?", "position_embeddings", "kwargs")  # fmt: skip
+    qwen3 = ("self", "hidden_states", "position_embeddings", "attention_mask", "past_key_values?", "cache?",
+             "cache_position?", "kwargs")  # fmt: skip
+    # 5.2 has no token types, and deltas that no other version has, cut off at zero: there this fits nothing.
+    types, kwargs = (("mm_token_type_ids",), ("kwargs",)) if release >= (5, 2) else ((), ())
+    index = ("self", "input_ids", *types, "image_grid_thw", "video_grid_thw", "attention_mask", *kwargs)
     two, two_5, three = (f"{family}.modeling_{family}" for family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"))
     table = [
         Place("mrope", two, "Qwen2VLRotaryEmbedding", "forward", _ANGLES, text.angles),
@@ -93,14 +91,14 @@ def places(version: str) -> list[Place]:
         Place("vision_rope", module, "", "apply_rotary_pos_emb_vision", ("q", "k", "cos", "sin"), tower_attention.rope)
         for module in (two, two_5, three)
     ]
-    if new:
+    if release >= (5, 2):
         table.append(Place("norm", two, "Qwen2VLRMSNorm", "forward", _STATES, text.norm))
         table.append(Place("norm", two_5, "Qwen2_5_VLRMSNorm", "forward", _STATES, text.norm))
     else:  # the text model's own, which both share with it
         table.append(Place("norm", "qwen2.modeling_qwen2", "Qwen2RMSNorm", "forward", _STATES, text.norm))
     pixels = ("self", "images", "do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize",
               "image_mean", "image_std", "patch_size", "temporal_patch_size", "merge_size")  # fmt: skip
-    if new:
+    if release >= (5, 4):
         module, cls, rest = "image_processing_pil_qwen2_vl", "Qwen2VLImageProcessorPil", ("return_tensors", "kwargs")
     else:
         module, cls = "image_processing_qwen2_vl", "Qwen2VLImageProcessor"

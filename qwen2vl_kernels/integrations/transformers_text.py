@@ -4,8 +4,7 @@ As in :mod:`.transformers_vision`, each ``make`` takes stock's function and retu
 
 M-RoPE has two targets. The rotary embedding answers with a :class:`~.transformers_rotation.Rotation`, which is stock's
 ``(cos, sin)`` to whoever reads them; the attention takes positions and frequencies out of it and rotates by them in
-place, so that no tables are built or read. An attention that is given tables runs as stock's does. So does a step of
-decoding on a CPU, by tables that all layers share.
+place. An attention that is given tables runs as stock's does, and so does a step of decoding on a CPU.
 """
 
 from __future__ import annotations
@@ -58,6 +57,10 @@ def _section(rotary: Any) -> list[int] | None:
     return None if found is None else list(found)
 
 
+#: What the cache is called: from 5.24 on, until then, and until 4.57. The old names stay keywords for a while.
+_CACHES = ("cache", "past_key_values", "past_key_value")
+
+
 def attention(stock: Callable, *, interleaved: bool) -> Callable:
     """``forward`` of the attention. Masks, cache and the attention itself are transformers'."""
     names, own_globals = parameters_after(stock, 2), inspect.unwrap(stock).__globals__
@@ -71,12 +74,10 @@ def attention(stock: Callable, *, interleaved: bool) -> Callable:
 
     @in_place_of(stock)
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
-        if step_on_cpu(hidden_states):
-            return stock(self, hidden_states, *args, **kwargs)
         given = dict(zip(names, args, strict=False)) | kwargs
         rotation: Any = given.get("position_embeddings")
         section = rotation.section(interleaved) if isinstance(rotation, Rotation) else None
-        if section is None:
+        if section is None or step_on_cpu(hidden_states):
             return stock(self, hidden_states, **given)
         projections = (self.q_proj, self.k_proj, self.v_proj)
         rows = with_idle_rows(hidden_states, *projections)
@@ -93,11 +94,11 @@ def attention(stock: Callable, *, interleaved: bool) -> Callable:
         q, k = rotate(q.flatten(0, 1), k.flatten(0, 1), positions, inv_freq, section, interleaved=interleaved)
         q, k, v = q.unflatten(0, leading).transpose(1, 2), k.unflatten(0, leading).transpose(1, 2), v.transpose(1, 2)
 
-        cache = given.get("past_key_values")
+        extra = {name: value for name, value in given.items() if name not in names}
+        cache = next((found for name in _CACHES if (found := extra.pop(name, given.get(name))) is not None), None)
         if cache is not None:
             where = ({"cache_position": given.get("cache_position")},) if "cache_position" in names else ()
-            k, v = cache.update(k, v, self.layer_idx, *where)
-        extra = {name: value for name, value in given.items() if name not in names}
+            k, v = cache.update(k, v, self.layer_idx, *where, **({"kwargs": extra} if "cache" in names else {}))
         if hasattr(self, "sliding_window"):
             extra |= {"sliding_window": self.sliding_window, "position_ids": given.get("position_ids")}
         out, weights = interface(self.config._attn_implementation)(

@@ -30,6 +30,8 @@ SGLANG = STACKS["sglang"].default
         ("vllm:mrope,vllm:quick_gelu", {"vllm": ("quick_gelu", "mrope")}),
         ("vllm,vllm:mrope", {"vllm": (*DEFAULT, "mrope")}),
         ("vllm:all", {"vllm": ALL}),
+        ("transformers", {"transformers": STACKS["transformers"].features}),
+        ("transformers:norm,mrope,vllm", {"transformers": ("mrope", "norm"), "vllm": DEFAULT}),
     ],
 )
 def test_values_and_what_they_ask_for(value, asked):
@@ -39,10 +41,18 @@ def test_values_and_what_they_ask_for(value, asked):
 @pytest.mark.parametrize(
     ("value", "asked", "faults"),
     [
-        ("vlm", {}, ["there is no stack 'vlm'; the stacks are vllm, sglang, and features follow a colon, as in "]),
+        (
+            "vlm",
+            {},
+            ["there is no stack 'vlm'; the stacks are vllm, sglang, transformers, and features follow a colon, as in "],
+        ),
         ("1", {}, ["there is no stack '1'; the stacks are vllm, sglang"]),
         ("vllm,mrope", {"vllm": DEFAULT}, ["there is no stack 'mrope'; .*as in vllm:default,mrope"]),
-        ("vlm:vision_rope,mrope,sglang", {"sglang": SGLANG}, ["there is no stack 'vlm'; the stacks are vllm, sglang$"]),
+        (
+            "vlm:vision_rope,mrope,sglang",
+            {"sglang": SGLANG},
+            ["there is no stack 'vlm'; the stacks are vllm, sglang, transformers$"],
+        ),
         (
             "vllm:rope,mrope",
             {"vllm": ("mrope",)},
@@ -51,7 +61,7 @@ def test_values_and_what_they_ask_for(value, asked):
         (
             "vllm:mrope,sglng",
             {"vllm": ("mrope",)},
-            ["vllm has no feature 'sglng'; .* and the stacks are vllm, sglang$"],
+            ["vllm has no feature 'sglng'; .* and the stacks are vllm, sglang, transformers$"],
         ),
         ("sglang:mrope", {}, ["sglang has no feature 'mrope'; its features are vision_rope, quick_gelu, vision_att"]),
         ("vllm:", {}, ["vllm has no feature ''"]),
@@ -85,6 +95,6 @@ def test_settings_say_what_they_switch_on(stack):
     known = STACKS[stack]
     adapter = importlib.import_module(f"qwen2vl_kernels.integrations.{stack}")
     assert (known.default, known.features) == (adapter.DEFAULT, adapter.FEATURES)
-    for features in (known.default, known.features, known.features[1:], known.features[:1]):
+    for features in dict.fromkeys((known.default, known.features, known.features[1:], known.features[:1])):
         variable, _, value = setting(stack, features).partition("=")
         assert variable == VARIABLE and parse(value) == ({stack: features}, [])

@@ -20,7 +20,9 @@ from ..kernels.ops.mrope_layouts import IMAGE, PAD, VIDEO, batches, expected_bat
 
 GOLDEN = json.loads((Path(__file__).resolve().parent.parent / "golden" / "mrope_positions.json").read_text())
 VISION_START, VISION_END = 5, 6
-NEW = int(transformers.__version__.split(".")[0]) >= 5  # which conventions the version at hand has itself
+VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+pytestmark = pytest.mark.skipif(VERSION == (5, 2), reason="get_rope_index is not for transformers 5.2")
+NEW = VERSION >= (5, 3)  # which conventions the version at hand has itself
 
 
 def _owner(merge_size: int = 2, image: int = IMAGE, video: int = VIDEO) -> Any:
@@ -48,6 +50,12 @@ def version_4(monkeypatch):
     monkeypatch.setattr("transformers.__version__", "4.57.6")
 
 
+@pytest.fixture(params=["5.0.0", "5.1.0"])
+def early_5(request, monkeypatch):
+    """Versions that have the conventions of 4.x."""
+    monkeypatch.setattr("transformers.__version__", request.param)
+
+
 @pytest.fixture
 def version_5(monkeypatch):
     """The conventions of 5.3 and later, whatever is installed."""
@@ -70,6 +78,12 @@ def test_golden_of_4_57(case, version_4):
         assert got[1].tolist() == case["rope_deltas"]
 
 
+def test_golden_of_4_57_in_early_5(early_5):
+    for case in GOLDEN["cases"].values():
+        got = get_rope_index(*_golden(case))
+        assert (got[0].tolist(), got[1].tolist()) == (case["position_ids"], case["rope_deltas"])
+
+
 @pytest.mark.parametrize("case", GOLDEN["cases"].values(), ids=GOLDEN["cases"])
 def test_golden_in_the_conventions_of_5(case, version_5):
     owner, ids, image, video, mask = _golden(case)
@@ -80,7 +94,7 @@ def test_golden_in_the_conventions_of_5(case, version_5):
     assert torch.equal(delta, expected.amax((0, 2))[:, None] + 1 - mask.sum(1, keepdim=True))
 
 
-@pytest.mark.skipif(not NEW, reason="needs transformers 5; the results of 4.57 are the goldens")
+@pytest.mark.skipif(not NEW, reason="needs transformers 5.3; the results of 4.57 are the goldens")
 @given(batch=batches())
 def test_equal_to_transformers_without_videos(batch):
     """Any padding; text stands between images (5.x takes two that touch for one), and no row is empty (it fails)."""
@@ -138,7 +152,7 @@ def test_mismatches_and_wrong_calls_are_refused(monkeypatch, version_5):
     with pytest.raises(TypeError, match="takes 5 positional arguments, got 6"):
         get_rope_index(owner, ids, None, one, None, None, None)
     monkeypatch.setattr("transformers.__version__", "5.2.0")
-    with pytest.raises(RuntimeError, match=r"at least 5.3, got 5.2.0"):
+    with pytest.raises(RuntimeError, match=r"any version but 5.2, got 5.2.0"):
         get_rope_index(owner, ids, one)
 
 
@@ -152,7 +166,11 @@ def model():
     text |= {"num_key_value_heads": 2, "vocab_size": 100, "max_position_embeddings": 512}
     text |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": PAD}
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3]}
-    text |= {"rope_parameters": rope | {"rope_theta": 1e4}} if NEW else {"rope_scaling": rope, "rope_theta": 1e4}
+    text |= (
+        {"rope_parameters": rope | {"rope_theta": 1e4}}
+        if VERSION >= (5, 0)
+        else {"rope_scaling": rope, "rope_theta": 1e4}
+    )
     config = Qwen2VLConfig(
         text_config=text,
         vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2},

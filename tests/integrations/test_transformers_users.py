@@ -17,7 +17,7 @@ from torch import nn
 from qwen2vl_kernels.integrations import transformers as adapter
 
 from ..kernels.ops.mrope_layouts import IMAGE
-from .tiny_models import FAMILIES, VERSION_5, model, prompt
+from .tiny_models import FAMILIES, TOKEN_TYPES, VERSION, VERSION_5, model, prompt
 
 #: float32 through some layers: two orders of the same sums differ by less, relative to the largest value.
 ROUNDING = 1e-5
@@ -134,7 +134,7 @@ def test_an_attention_of_the_users_is_left_alone():
 def test_classes_that_another_package_put_there_are_left_alone(monkeypatch):
     """As after ``apply_liger_kernel_to_qwen2_vl()``: classes that other models share, and functions."""
     source = _source("Qwen2VL")
-    rms = "Qwen2VLRMSNorm" if VERSION_5 else "Qwen2RMSNorm"
+    rms = "Qwen2VLRMSNorm" if VERSION >= (5, 2) else "Qwen2RMSNorm"
 
     class ForGemma(nn.Module):
         def __init__(self, width, eps=1e-6):
@@ -162,7 +162,9 @@ def test_classes_that_another_package_put_there_are_left_alone(monkeypatch):
     with pytest.warns(adapter.PatchWarning) as told:
         rows = adapter.apply(features=[f for f in adapter.FEATURES if f != "vision_attention"])
     features = {row.feature for row in rows if row.state == "skipped"}
-    assert features == {"qwen2_vl: activation", "qwen2_vl: vision_rope"} | ({"qwen2_vl: norm"} if VERSION_5 else set())
+    assert features == {"qwen2_vl: activation", "qwen2_vl: vision_rope"} | (
+        {"qwen2_vl: norm"} if VERSION >= (5, 2) else set()
+    )
     assert len(told) == len(features)
     assert any(row.reason == f"is {__name__}.{Gated.__qualname__}, which somebody put there" for row in rows)
     assert [vars(cls)["forward"] for cls in (ForGemma, Gated)] == forwards
@@ -242,7 +244,11 @@ def test_status_says_what_runs_as_it_is(name, kind):
 def test_the_rotary_embedding_answers_as_stocks(family, dtype):
     """However it is called: transformers' own tests give it a number in x's place, and the same positions for all."""
     rotary = model(family).model.language_model.rotary_emb
-    for shape, positions in (((2, 5, 64), (3, 2, 5)), ((1,), (3, 1, 5)), *([((1,), (1, 5))] if VERSION_5 else [])):
+    for shape, positions in (
+        ((2, 5, 64), (3, 2, 5)),
+        ((1,), (3, 1, 5)),
+        *([((1,), (1, 5))] if VERSION >= (5, 17) else []),
+    ):
         adapter.restore()
         x, positions = torch.randn(shape, dtype=dtype), torch.randint(0, 99, positions)
         want = rotary(x, positions)
@@ -319,7 +325,7 @@ def test_images_that_the_mask_hides(family, hidden):
         assert torch.equal(got, stock)
 
 
-@pytest.mark.skipif(not VERSION_5, reason="needs transformers 5: 4.57 has no token types")
+@pytest.mark.skipif(not TOKEN_TYPES, reason="needs transformers 5.3, the first with token types")
 @pytest.mark.parametrize("family", ["Qwen2VL", "Qwen3VL"])
 def test_placeholders_of_type_text_are_text(family):
     """What sampling may emit: a placeholder in an answer, beside the prompt's image."""

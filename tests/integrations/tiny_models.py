@@ -1,4 +1,4 @@
-"""Tiny Qwen2-VL, Qwen2.5-VL and Qwen3-VL of whichever transformers is installed, 4.57 or 5, and prompts for them."""
+"""Tiny Qwen2-VL, Qwen2.5-VL and Qwen3-VL of whichever transformers is installed, 4.57 to 5.24, and prompts for them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ import transformers
 
 from ..kernels.ops.mrope_layouts import IMAGE, PAD, VIDEO
 
-VERSION_5 = int(transformers.__version__.split(".")[0]) >= 5
+VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+VERSION_5 = VERSION >= (5, 0)
+TOKEN_TYPES = VERSION >= (5, 3)  # what get_rope_index goes by, and its conventions for padding
+#: Features that fit nothing in the version at hand; test_transformers_versions.py says why.
+LEFT_OFF = {"positions"} if VERSION == (5, 2) else set()
 FAMILIES = ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL")
 VISION_START, VISION_END = 5, 6
 
@@ -77,7 +81,7 @@ def prompt(family: str, rows: Any = ROWS, side: str = "left", dtype: torch.dtype
     fill = [[PAD] * (width - len(ids)) for ids in texts]
     ids = torch.tensor([pad + row if side == "left" else row + pad for pad, row in zip(fill, texts, strict=True)])
     made: dict[str, Any] = {"input_ids": ids, "attention_mask": (ids != PAD).long()}
-    if VERSION_5:
+    if TOKEN_TYPES:
         made["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
     generator = torch.Generator().manual_seed(1)
     for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):

@@ -53,17 +53,48 @@ def states(facts):
     return {target["feature"]: target["state"] for target in facts["targets"]}
 
 
-def test_transformers():
+@pytest.fixture
+def installed(monkeypatch, tmp_path):
+    """A site-packages with the line that Python runs as it starts."""
+    monkeypatch.setattr(stack.site, "getsitepackages", lambda: [str(tmp_path)])
+    (tmp_path / "qwen2vl_kernels.pth").write_text("")
+
+
+def test_transformers(installed):
     forward = modeling_qwen2_vl.VisionAttention.forward
     facts = report("--stack", "transformers")
     assert facts["stack"] == "transformers" and facts["version"] == transformers.__version__
     assert facts["kill_switch"] == {"variable": "QWEN2VL_KERNELS_DISABLE", "value": None}
-    assert facts["plugins"] is None and facts["switch"] is None and facts["warnings"] == []
+    assert [p["name"] for p in facts["plugins"]] == ["qwen2vl_kernels.pth"] and facts["warnings"] == []
+    assert facts["switch"]["value"] is None and facts["switch"]["on"] == []
     assert states(facts)["qwen2_vl: vision_attention"] == "off"
     assert modeling_qwen2_vl.VisionAttention.forward is forward, "a report leaves nothing applied"
     text = run("--stack", "transformers")
     assert "VisionAttention.forward" in text and "QWEN2VL_KERNELS_DISABLE: not set" in text
-    assert "off: until a program calls qwen2vl_kernels.integrations.transformers.apply()" in text
+    assert "plugin: qwen2vl_kernels.pth\n" in text and "QWEN2VL_KERNELS: not set" in text
+    assert "off: QWEN2VL_KERNELS=transformers in the environment of any command switches on mrope, vision_rope" in text
+    assert "so does qwen2vl_kernels.integrations.transformers.apply() in a program" in text
+
+
+def test_transformers_switched_on(installed, monkeypatch):
+    monkeypatch.setenv("QWEN2VL_KERNELS", "transformers:norm,activation")
+    facts = report("--stack", "transformers")
+    on = {feature for feature, state in states(facts).items() if state == "on"}
+    families = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+    assert on == {f"{family}: {feature}" for family in families for feature in ("norm", "activation")}
+    assert facts["switch"]["on"] == ["norm", "activation"] and states(facts)["qwen2_vl: merger"] == "off"
+    monkeypatch.setenv("QWEN2VL_KERNELS", "transformers")
+    assert set(states(report("--stack", "transformers")).values()) == {"on"}
+
+
+def test_transformers_where_no_start_of_python_has_our_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(stack.site, "getsitepackages", lambda: [str(tmp_path)])
+    monkeypatch.setattr(stack.site, "ENABLE_USER_SITE", False)
+    monkeypatch.setenv("QWEN2VL_KERNELS", "transformers")
+    facts = report("--stack", "transformers")
+    assert facts["plugins"] == [] and set(states(facts).values()) == {"off"}
+    text = run("--stack", "transformers")
+    assert "plugin: none found: no qwen2vl_kernels.pth in site-packages" in text and "call apply()" in text
 
 
 @pytest.mark.parametrize("name", ["vllm", "sglang"])
@@ -87,7 +118,7 @@ def test_servers_are_as_they_were_until_they_are_switched_on(servers, monkeypatc
     assert facts["switch"]["value"] == f"another:feature,{name}"
     assert facts["switch"]["on"] == [feature for feature, state in states(facts).items() if state == "on"]
     (warning,) = facts["warnings"]
-    assert "there is no stack 'another'; the stacks are vllm, sglang" in warning
+    assert "there is no stack 'another'; the stacks are vllm, sglang, transformers" in warning
     assert servers["vllm"].registry == {} and "qwen2vl" not in servers["sglang"].vision.QKV_BACKEND_IMPL
     assert f"QWEN2VL_KERNELS: another:feature,{name}" in run("--stack", name)
 
