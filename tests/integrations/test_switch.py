@@ -30,7 +30,8 @@ SGLANG = STACKS["sglang"].default
         ("vllm:mrope,vllm:quick_gelu", {"vllm": ("quick_gelu", "mrope")}),
         ("vllm,vllm:mrope", {"vllm": (*DEFAULT, "mrope")}),
         ("vllm:all", {"vllm": ALL}),
-        ("transformers", {"transformers": STACKS["transformers"].features}),
+        ("transformers", {"transformers": STACKS["transformers"].default}),
+        ("transformers:default,loss", {"transformers": STACKS["transformers"].features}),
         ("transformers:norm,mrope,vllm", {"transformers": ("mrope", "norm"), "vllm": DEFAULT}),
     ],
 )
