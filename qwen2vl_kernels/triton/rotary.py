@@ -365,9 +365,9 @@ def _last_contiguous(x: torch.Tensor) -> torch.Tensor:
 
 
 def _rotate(q, k, *angles):
-    outputs = like(q, k)
-    launch_rotation(_last_contiguous(q), _last_contiguous(k), *outputs, *angles)
-    return outputs
+    q_out, k_out = like(q, k)
+    launch_rotation(_last_contiguous(q), _last_contiguous(k), q_out, k_out, *angles)
+    return q_out, k_out
 
 
 def _rotate_in_place(q, k, *angles) -> None:
@@ -417,9 +417,9 @@ def rotated(
     if not direct(q, k):
         section = list(section)
         return torch_ops.rotate(q, k, positions, inv_freq, cos, sin, section, interleaved, False)
-    outputs = like(q, k)
-    launch_rotation(q, k, *outputs, positions, inv_freq, cos, sin, section, interleaved)
-    return outputs
+    q_out, k_out = like(q, k)
+    launch_rotation(q, k, q_out, k_out, positions, inv_freq, cos, sin, section, interleaved)
+    return q_out, k_out
 
 
 def rotate_in_place(
