@@ -9,17 +9,23 @@ registers; the paths are followed here.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 #: A register: its file as nvdisasm calls it, and its number.
 Register = tuple[str, int]
 
 _PREFIX = {"GPR": "R", "PRED": "P", "UGPR": "UR", "UPRED": "UP"}
+#: Where the bits of each file begin in a number that says what is written: four a general register, a bit a byte.
+_FIRST = {"GPR": 0, "PRED": 1024, "UGPR": 1040, "UPRED": 1296}
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);\s*$")
 _LABEL = re.compile(r"^([\w.$]+):\s*$")
 _COPY = re.compile(r"^(?:R2UR|MOV|UMOV)(?:\.\w+)* U?R\d+, U?R\d+$|^IMAD(?:\.MOV)?\.U32 R\d+, RZ, RZ, U?R\d+$")
 _TARGET = re.compile(r"`\(([\w.$]+)\)")
+_EVERY_FIRST_BYTE = sum(1 << 4 * number for number in range(256))
+#: Instructions whose result has each byte from bytes of their operands, with the operands that matter.
+_PERMUTED = re.compile(r"^PRMT R(\d+), (\w+), (0x[0-9a-f]+), (\w+)$")
+_LOGICAL = re.compile(r"^LOP3\.LUT R(\d+), (\w+), (\w+), (\w+), (0x[0-9a-f]+), !PT$")
 
 
 @dataclass
@@ -29,6 +35,7 @@ class _Instruction:
     reads: frozenset[Register]
     writes: frozenset[Register]
     copy: bool  # of one register to another
+    bytewise: tuple[int, ...] | None  # bits that each byte of the result comes from, if it is of such an instruction
     next: list[int] = field(default_factory=list)  # indices of those that may follow
     call: int | None = None  # of a subroutine's first instruction
 
@@ -84,7 +91,8 @@ def _parse(section: str) -> tuple[list[_Instruction], dict[str, int]]:
             words = re.sub(r"(?:\s+[?&]\S+)+$", "", found[2].strip().replace(".reuse", ""))  # without scheduling hints
             # Where nobody reads what it writes, nvdisasm marks no write.
             copy = _COPY.match(words) is not None and len(reads) == 1 and len(writes) <= 1
-            code.append(_Instruction(int(found[1], 16), words, reads - _unread(words), writes, copy))
+            reads -= _unread(words)
+            code.append(_Instruction(int(found[1], 16), words, reads, writes, copy, _bytewise(words, reads)))
     if not code or not columns:
         raise ValueError("the disassembly has no instructions with columns of registers: was it made with -plr?")
     return code, labels
@@ -119,6 +127,45 @@ def _unread(text: str) -> frozenset[Register]:
     if found is not None and (int(found[2], 16) ^ 0xFFFFFFFF).bit_count() == 1:
         return frozenset({("GPR", int(found[1]))})
     return frozenset()
+
+
+def _bits(registers: Iterable[Register]) -> int:
+    """The bits of whole registers."""
+    whole = {"GPR": (4, 15)}
+    found = 0
+    for file, number in registers:
+        width, ones = whole.get(file, (1, 1))
+        found |= ones << (_FIRST[file] + width * number)
+    return found
+
+
+def _bytewise(text: str, reads: frozenset[Register]) -> tuple[int, ...] | None:
+    """The bits that each byte of the result of PRMT or LOP3 comes from, ``None`` for other instructions.
+
+    Compilers pack small numbers into words with bytes that nobody has written and nobody takes out again.
+    """
+    if (found := _PERMUTED.match(text)) is not None and all(file == "GPR" for file, _ in reads):
+        selector, sources = int(found[3], 16), (found[2], found[4])
+        taken = [(selector >> 4 * byte) & 7 for byte in range(4)]  # the fourth bit of each repeats a sign
+        return tuple(_byte(sources[at // 4], at % 4, reads) for at in taken)
+    if (found := _LOGICAL.match(text)) is not None and all(file == "GPR" for file, _ in reads):
+        names, table = found.groups()[1:4], int(found[5], 16)
+        constant = int(names[1], 16) if names[1].startswith("0x") else None
+        # What a constant settles does not depend on the other operand: 0 in an "and", ones in an "or".
+        settles = {0xC0: 0x00, 0xFC: 0xFF}.get(table) if constant is not None and names[2] == "RZ" else None
+        return tuple(
+            0
+            if settles is not None and (constant or 0) >> 8 * byte & 0xFF == settles
+            else _byte(names[0], byte, reads) | _byte(names[1], byte, reads) | _byte(names[2], byte, reads)
+            for byte in range(4)
+        )
+    return None
+
+
+def _byte(name: str, byte: int, reads: frozenset[Register]) -> int:
+    """The bit of a register's byte; none of what is no register, or not counted as read."""
+    register = ("GPR", int(name[1:])) if re.fullmatch(r"R\d+", name) else None
+    return 1 << (4 * register[1] + byte) if register in reads else 0
 
 
 def _connect(code: list[_Instruction], labels: dict[str, int]) -> None:
@@ -190,14 +237,14 @@ def _subroutine(code: list[_Instruction], first: int) -> Iterator[int]:
 def _follow(code: list[_Instruction]) -> list[EarlyRead]:
     """What is surely written before each instruction, by the meet over all paths, and what is read without being."""
     written_by_calls = {
-        first: frozenset().union(*(code[n].writes for n in _subroutine(code, first)))
+        first: _bits(register for n in _subroutine(code, first) for register in code[n].writes)
         for first in {instruction.call for instruction in code if instruction.call is not None}
     }
-    before: list[frozenset[Register] | None] = [None] * len(code)
-    before[0] = frozenset()
+    before: list[int | None] = [None] * len(code)
+    before[0] = 0
     waiting = [0]
 
-    def reach(n: int, written: frozenset[Register]) -> None:
+    def reach(n: int, written: int) -> None:
         known = before[n]
         met = written if known is None else known & written
         if met != known:
@@ -217,14 +264,21 @@ def _follow(code: list[_Instruction]) -> list[EarlyRead]:
     return [
         EarlyRead(f"{_PREFIX[file]}{number}", instruction.place, instruction.text)
         for instruction, written in zip(code, before, strict=True)
-        if written is not None and not instruction.copy
-        for file, number in sorted(instruction.reads - written)
+        if written is not None and not instruction.copy and instruction.bytewise is None
+        for file, number in sorted(instruction.reads)
+        if _bits([(file, number)]) & ~written
     ]
 
 
-def _after(instruction: _Instruction, known: frozenset[Register]) -> frozenset[Register]:
+def _after(instruction: _Instruction, known: int) -> int:
     """What is written behind an instruction. A copy of what is not is no use of it, as when half of a pair is spilled,
-    but then its target is not written either."""
-    if instruction.copy and not instruction.reads <= known:
-        return known - instruction.writes
-    return known | instruction.writes
+    but then its target is not written either; of bytes, the bytes that were copied."""
+    writes = _bits(instruction.writes)
+    if instruction.copy and _bits(instruction.reads) & ~known:
+        return known & ~writes
+    if instruction.bytewise is not None:
+        for byte, source in enumerate(instruction.bytewise):
+            if source & ~known:
+                writes &= ~(_EVERY_FIRST_BYTE << byte)
+        return known & ~_bits(instruction.writes) | writes
+    return known | writes

@@ -138,9 +138,32 @@ def test_descriptors_are_read_as_the_hardware_reads_them():
 def test_parts_of_words_may_be_nobodys():
     assert _found("MOV R4, 0x1 ; > R4", "PRMT R5, R4, 0x7632, R5 ; R4 R5 > R5", "EXIT ;") == []
     assert _found("MOV R4, 0x1 ; > R4", "PRMT R5, R4, 0x7632, R5  &req={3}  ?trans1 ; R4 R5 > R5", "EXIT ;") == []
-    assert _found("MOV R4, 0x1 ; > R4", "PRMT R6, R4, 0x7632, R5 ; R4 R5 > R6", "EXIT ;") == ["R5"]
+    use = "IADD3 R12, R6, R6, RZ ; R6 > R12"
+    assert _found("MOV R4, 0x1 ; > R4", "PRMT R6, R4, 0x7632, R5 ; R4 R5 > R6", use, "EXIT ;") == ["R6"]
     assert _found("LOP3.LUT R5, R5, 0xfffffbff, RZ, 0xc0, !PT ; R5 > R5", "EXIT ;") == []
-    assert _found("LOP3.LUT R5, R5, 0xff, RZ, 0xc0, !PT ; R5 > R5", "EXIT ;") == ["R5"]
+    assert _found("LOP3.LUT R6, R5, 0xff, RZ, 0xc0, !PT ; R5 > R6", use, "EXIT ;") == ["R6"]
+
+
+def test_bytes_that_nobody_takes_out_of_a_word_may_be_nobodys():
+    """Three small numbers in a word, as LLVM packs them: what Triton 3.7.1 made of rotary sections on capability 10."""
+    packed = (
+        "MOV R31, 0x7 ; > R31",
+        "PRMT R2, R31, 0x3340, R0 ; R0 R31 > R2",
+        "PRMT R3, R31, 0x3340, R31 ; R31 > R3",
+        "PRMT R4, R3, 0x5410, R2 ; R2 R3 > R4",
+        "LOP3.LUT R8, R4, 0x50607, RZ, 0xfc, !PT ; R4 > R8",
+    )
+    use = "IADD3 R12, R6, R6, RZ ; R6 > R12"
+    for byte in range(4):
+        taken = f"PRMT R6, R8, 0x777{byte}, RZ ; R8 > R6"
+        assert _found(*packed, taken, use, "EXIT ;") == (["R6"] if byte == 3 else []), byte
+    assert _found(*packed, "STG.E desc[UR4][R12.64], R8 ; R8 >", "EXIT ;") == ["R8"], "the whole word"
+    masked = "LOP3.LUT R6, R8, 0xffffff, RZ, 0xc0, !PT ; R8 > R6"
+    assert _found(*packed, masked, use, "EXIT ;") == [], "an and with zeros settles the byte"
+    signed = "PRMT R6, R8, 0xbbbb, RZ ; R8 > R6"
+    assert _found(*packed, signed, use, "EXIT ;") == ["R6"], "the sign of the missing byte"
+    other = "LOP3.LUT R6, R8, 0xffffff, R31, 0xc0, !PT ; R8 R31 > R6"
+    assert _found(*packed, other, use, "EXIT ;") == ["R6"], "another table of three operands"
 
 
 def test_what_it_cannot_follow_is_refused():
