@@ -16,7 +16,7 @@ multiple of Hk. dtypes: float32, bfloat16, float16. Inference only.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -72,13 +72,15 @@ def _by_rows(prompt: Callable, q, k_cache, v_cache, new_tokens, cache_seqlens, s
     return out
 
 
-def _boundaries(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    return [torch.tensor([0, x.shape[0]], dtype=torch.int32) for x in tensors]
+@lru_cache(maxsize=256)
+def _one_segment(rows: int) -> torch.Tensor:
+    """Boundaries on the host, the same tensor for all layers: its plan is made, and copied to a device, once."""
+    with torch.inference_mode(False):
+        return torch.tensor([0, rows], dtype=torch.int32)
 
 
 def _by_sdpa(q, k, v, softmax_scale) -> torch.Tensor:
-    of_queries, of_keys = _boundaries(q, k)
-    return sdpa(q, k, v, of_queries, True, softmax_scale, of_keys)
+    return sdpa(q, k, v, _one_segment(q.shape[0]), True, softmax_scale, _one_segment(k.shape[0]))
 
 
 def _by_varlen(q, k, v, softmax_scale) -> torch.Tensor:
@@ -86,7 +88,7 @@ def _by_varlen(q, k, v, softmax_scale) -> torch.Tensor:
     longest = q.shape[0], k.shape[0]
     name = chosen(q, k, v, max(longest), causal=True, split=True)
     options = *longest, True, softmax_scale, False, False, name
-    return torch_ops.varlen_attention(q, k, v, *_boundaries(q, k), None, None, *options)[0]
+    return torch_ops.varlen_attention(q, k, v, *map(_one_segment, longest), None, None, *options)[0]
 
 
 _BACKENDS = {

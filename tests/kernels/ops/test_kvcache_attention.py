@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from qwen2vl_kernels import kvcache_attention
+from qwen2vl_kernels import kvcache_attention, use_backend
+from qwen2vl_kernels.core import tile_plan
+from qwen2vl_kernels.core.backends import unavailable
 from qwen2vl_kernels.ops.kvcache_attention import kvcache_attention_ref
-from tests.conftest import assert_two_times
+from tests.conftest import DEVICE, assert_two_times
 
 BACKENDS = ["eager", "sdpa", "varlen"]
 
@@ -62,3 +64,16 @@ def test_a_row_is_bitwise_the_same_in_any_batch(dtype, backend):
             q.split(new)[row], k[row : row + 1], v[row : row + 1], [new[row]], [total[row]], backend=backend
         )
         assert torch.equal(alone, part)
+
+
+@pytest.mark.skipif(unavailable("triton", DEVICE) is not None, reason=f"triton: {unavailable('triton', DEVICE)}")
+def test_layers_share_the_plan_of_a_prompt(monkeypatch):
+    """By our kernels, which work through a plan: it is made once, for boundaries of queries and of keys."""
+    made, make = [], tile_plan.make_tiles
+    monkeypatch.setattr(tile_plan, "make_tiles", lambda *a: made.append(a[0].tolist()) or make(*a))
+    q, k, v = (x.to(DEVICE) for x in _inputs([7], [20], torch.float32))
+    with use_backend(varlen_attention="triton"):
+        first, second = (kvcache_attention(q, k, v, [7], [20]) for _ in range(2))
+    assert torch.equal(first, second) and made == [[0, 7]]
+    exact = _exact(q, k, v, [7], [20])
+    assert_two_times(first, kvcache_attention(q, k, v, [7], [20], backend="eager"), exact, 4e-7)
