@@ -151,7 +151,7 @@ def test_tests_that_are_stopped_tell_their_failures_and_what_did_not_run(tmp_pat
     told = tmp_path / "work" / "results" / "tests.jsonl"
     command = (sys.executable, "-m", "pytest", "-p", "tests.crashes", "-p", "no:cacheprovider", "-p", "no:xdist")
     part = Part("tests", (*command, "--test-lines", str(told), str(tmp_path / "test_it.py")), tests=told)
-    made.run([Phase("tests", 10, (part,))])
+    made.run([Phase("tests", 15, (part,))])
     (outcome,) = made.outcomes
     assert outcome.state == "failed" and outcome.last == "1 failed, 1 passed, 2 did not run"
     assert outcome.rest is not None and outcome.rest.startswith("2 tests: 2 of ")

@@ -21,6 +21,9 @@ def poisoned(monkeypatch):
 
         return poisoned_empty
 
+    # PyTorch keeps what it takes for constructors when `torch.device(...)` is first entered: not these.
+    with torch.device("cpu"):
+        torch.empty(0)
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, wrap(getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "new_empty", wrap(torch.Tensor.new_empty))
