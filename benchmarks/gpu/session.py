@@ -11,9 +11,10 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -248,6 +249,20 @@ class Session:
         _replace(self.out / "logs.tgz", packed.getvalue())
 
 
+@contextlib.contextmanager
+def _heeding_interrupts() -> Iterator[None]:
+    """What is started inside heeds SIGINT. A shell's background jobs ignore it, and so would all that they start."""
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if ignored and threading.current_thread() is threading.main_thread():  # no other may set it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+    else:
+        yield
+
+
 class _Running:
     """A part at work, in a session of its own, so that all it started ends with it."""
 
@@ -255,7 +270,7 @@ class _Running:
         self.part, self.path, self.stopped = part, log, False
         seconds = str(max(int(end - time.monotonic()) - _TO_END, 1))
         self.begin = time.monotonic()
-        with log.open("wb") as file:
+        with log.open("wb") as file, _heeding_interrupts():
             self.process = subprocess.Popen(
                 [seconds if word == SECONDS else word for word in part.command],
                 cwd=ROOT,

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import signal
+import signal
 import subprocess
 import sys
 import tarfile
@@ -151,7 +152,11 @@ def test_tests_that_are_stopped_tell_their_failures_and_what_did_not_run(tmp_pat
     told = tmp_path / "work" / "results" / "tests.jsonl"
     command = (sys.executable, "-m", "pytest", "-p", "tests.crashes", "-p", "no:cacheprovider", "-p", "no:xdist")
     part = Part("tests", (*command, "--test-lines", str(told), str(tmp_path / "test_it.py")), tests=told)
-    made.run([Phase("tests", 15, (part,))])
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a background job of a shell
+    try:
+        made.run([Phase("tests", 15, (part,))])
+    finally:
+        signal.signal(signal.SIGINT, before)
     (outcome,) = made.outcomes
     assert outcome.state == "failed" and outcome.last == "1 failed, 1 passed, 2 did not run"
     assert outcome.rest is not None and outcome.rest.startswith("2 tests: 2 of ")
