@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import signal
-import signal
 import subprocess
 import sys
 import tarfile
