@@ -10,7 +10,8 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
 )
 
 from qwen2vl_kernels import mrope, mrope_, vision_rope, vision_rope_, vision_rope_qkv_, vision_rope_tables
-from tests.conftest import assert_two_times, relative_error
+from qwen2vl_kernels.core.backends import unavailable
+from tests.conftest import DEVICE, assert_two_times, relative_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -158,3 +159,59 @@ def test_no_tokens():
     q, k, _, inv_freq = _inputs(0)
     q_out, k_out = mrope(q, k, torch.zeros(3, 0, dtype=torch.int64), inv_freq, (16, 24, 24))
     assert q_out.shape == (0, 6, 128) and k_out.shape == (0, 2, 128)
+
+
+def _served_by_vllm(q, k, positions, cache, section, interleaved):
+    """M-RoPE as vLLM's ``MRotaryEmbedding`` states it: rows of a table of cosines and sines, an axis at a time."""
+    cos, sin = cache[positions].chunk(2, -1)  # (3, T, R/2) each
+
+    def of_axes(table):
+        if not interleaved:
+            return torch.cat([part[axis] for axis, part in enumerate(table.split(section, -1))], -1)
+        made = table[0].clone()
+        for axis in (1, 2):
+            places = slice(axis, 3 * section[axis], 3)
+            made[:, places] = table[axis][:, places]
+        return made
+
+    cos, sin = of_axes(cos).unsqueeze(1), of_axes(sin).unsqueeze(1)
+    results = []
+    for x in (q, k):
+        rotated, rest = x[..., : cache.shape[1]], x[..., cache.shape[1] :]
+        first, second = rotated.chunk(2, -1)
+        results.append(torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1))
+    return results
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("tokens", [1, 11, 300])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "columns", "theta", "section", "interleaved"),
+    [
+        (12, 2, 128, 128, 1e6, (16, 24, 24), False),  # Qwen2-VL 2B
+        (28, 4, 128, 128, 1e6, (16, 24, 24), False),  # Qwen2-VL and Qwen2.5-VL 7B
+        (64, 8, 128, 128, 1e6, (16, 24, 24), False),  # 72B
+        (32, 8, 128, 128, 5e6, (24, 20, 20), True),  # Qwen3-VL 4B and 8B
+        (16, 2, 256, 64, 1e7, (11, 11, 10), True),  # a quarter of the columns is rotated
+    ],
+)
+def test_vllms_formula(heads, kv_heads, dim, columns, theta, section, interleaved, tokens, ranks, dtype, backend):
+    if backend == "triton":
+        if (reason := unavailable("triton", DEVICE)) is not None:
+            pytest.skip(reason)
+        if DEVICE == "cpu" and (tokens > 11 or heads > 28):
+            pytest.skip("interpreted, other sizes show what this one would")
+    device = DEVICE if backend == "triton" else "cpu"
+    angles = torch.outer(torch.arange(4096.0), theta ** (-torch.arange(0, columns, 2) / columns))
+    cache = torch.cat((angles.cos(), angles.sin()), 1).to(device, dtype)
+    positions = torch.randint(0, 4096, (3, tokens), device=device)
+    q, k = (torch.randn(tokens, n // ranks, dim, device=device).to(dtype) for n in (heads, kv_heads))
+    settings = list(section), interleaved
+    got = mrope(q, k, positions, None, settings[0], interleaved=interleaved, cos_sin_cache=cache, backend=backend)
+    eager = _served_by_vllm(q, k, positions, cache, *settings)
+    exact = _served_by_vllm(q.double(), k.double(), positions, cache.double(), *settings)
+    for one, theirs, right in zip(got, eager, exact, strict=True):
+        assert one.dtype == dtype
+        assert_two_times(one, theirs, right, torch.finfo(dtype).eps)
