@@ -252,7 +252,7 @@ build/oldest/full/install.stamp: BUILD = --no-build-isolation -e .
 build/oldest/bare/install.stamp: BUILD = .
 build/oldest/bare/install.stamp: EXTRAS = --extra video --extra inspect "pytest>=8" "pytest-xdist>=3.5" "hypothesis>=6.115" "psutil>=5.9.4" \
 	$(shell grep ^numpy== constraints.txt)
-OLDEST_PYTEST = OMP_NUM_THREADS=1 build/oldest/$(1)/bin/python -m pytest -q -rs -n auto $(PYTEST_ARGS)
+OLDEST_PYTEST = OMP_NUM_THREADS=1 build/oldest/$(1)/bin/python -m pytest -q -rfEs -n auto $(PYTEST_ARGS)
 
 build/oldest/full/install.stamp build/oldest/bare/install.stamp: build/oldest/%/install.stamp: $(UV) pyproject.toml setup.py $(CSRC)
 	$(PYTHON) -m venv --clear build/oldest/$*

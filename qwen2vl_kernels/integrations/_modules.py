@@ -27,14 +27,14 @@ Part = tuple[str, Any, tuple[type, ...]]
 def in_place_of(stock: Callable, parts: Callable[[Any], list[Part]] | None = None) -> Callable[[Callable], Callable]:
     """A decorator: the function with stock's name and signature, and stock itself where the function does not serve.
 
-    That is where a part is not what it is taken for (it is hooked, offloaded, wrapped by an adapter), and while a model
-    is exported, as it must then run where this package is not.
+    That is where a part is not what it is taken for (hooked, offloaded, wrapped), and while a model is exported, as it
+    must then run where this package is not. The flag is read, as PyTorch 2.10 says is_exporting() when it compiles.
     """
 
     def decorate(function: Callable) -> Callable:
         @wraps(stock)
         def standing_in(*args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_exporting() or tracing():
+            if torch.compiler._is_exporting_flag or tracing():
                 return stock(*args, **kwargs)
             if parts is not None and not all(plain(part, *kinds) for _, part, kinds in parts(args[0])):
                 return stock(*args, **kwargs)
