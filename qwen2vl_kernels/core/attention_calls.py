@@ -1,10 +1,10 @@
 """How varlen_attention calls others' fused kernels, which ``attention_peers`` chooses among.
 
 They know packs, take strides, keep softmax statistics in float32 and read no boundary on the host. Causal masks end
-where queries and keys both end. They leave the rows
-behind the last segment as they were, in results and in gradients; ``ops.varlen_attention`` makes these zero. Their
-backward passes get the statistics that their forward passes kept, in a compiled graph too. By its source FlashAttention
-2 multiplies rows by strides in 64 bits, while cuDNN's offsets have 32; nobody has run either past 2^31 here.
+where queries and keys both end. They leave the rows behind the last segment as they were, in results and in gradients;
+``ops.varlen_attention`` makes these zero. Their backward passes get the statistics that their forward passes kept, in a
+compiled graph too. By its source FlashAttention 2 multiplies rows by strides in 64 bits, while cuDNN's offsets have 32;
+nobody has run either past 2^31 here.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ def backward(name, grad, q, k, v, out, lse, plan: TilePlan, longest: Sequence[in
 
 def _packs(plan: TilePlan, longest: Sequence[int]) -> dict[str, Any]:
     """Boundaries of queries and keys and bounds of their lengths, by the names that flash-attn gives them."""
-    (most_q, most_k), sides = longest, (plan.queries, plan.keys)
-    bounds_q, bounds_k = (side.bounds() for side in sides)
-    most_q, most_k = (_longest(side, most) for side, most in zip(sides, (most_q, most_k), strict=True))
-    return {"cu_seqlens_q": bounds_q, "cu_seqlens_k": bounds_k, "max_seqlen_q": most_q, "max_seqlen_k": most_k}
+    packs: dict[str, Any] = {}
+    for name, side, most in zip("qk", (plan.queries, plan.keys), longest, strict=True):
+        packs |= {f"cu_seqlens_{name}": side.bounds(), f"max_seqlen_{name}": _longest(side, most)}
+    return packs
 
 
 def _longest(side: Side, max_seqlen: int) -> int:
