@@ -54,7 +54,7 @@ _TRIED: dict[int, tuple[tuple[int, int, bool], ...]] = {
     72: ((2, 128, False), (2, 176, False), (3, 96, False), (3, 112, False), (3, 144, True)),
     80: ((2, 128, False), (2, 176, False), (3, 96, False), (3, 112, False), (3, 144, True)),
     96: ((2, 128, False), (2, 176, False), (3, 80, False), (3, 96, False), (3, 128, True)),
-    128: ((2, 96, False), (2, 128, False), (2, 144, False), (3, 64, False), (3, 80, False), (3, 96, True)),
+    128: ((2, 96, False), (2, 128, False), (2, 144, False), (2, 160, False), (3, 64, False), (3, 80, False)),
 }
 _SHARES = (0, 1)
 
