@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from . import launching, native
-from .attention_calls import at_16_bytes
+from .attention_calls import at_16_bytes, device_of
 from .attention_peers import HALVES, Call
 from .launching import Launch, collected
 from .tile_plan import Side, TilePlan
@@ -160,8 +160,6 @@ def launch_forward(
     lse = torch.empty((heads, total) if keep else (0,), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    if k.shape[0] == 0:  # which no copy can be described of: no query sees a key
-        return out.zero_(), lse.fill_(-math.inf)
     q, k, v = at_16_bytes(q, k, v)
     for config, least, most in launches(columns, plan.keys, longest):
         launch(
@@ -190,15 +188,16 @@ def launch(kernel: Kernel, device: torch.device, **arguments: Any) -> None:
     if tiles.shape[0] == 0 or collected(Launch(kernel, (), arguments, {})):
         return
     columns, element, causal, *config = kernel.key
-    native.cuda().attention_forward(
-        *((x.data_ptr(), x.stride(0), x.stride(1), x.shape[0]) for x in (q, k, arguments["v"])),
-        out.data_ptr(),
-        0 if lse is None else lse.data_ptr(),
-        (tiles.data_ptr(), *tiles.shape),
-        (q.shape[1], k.shape[1], columns, element, int(causal)),
-        tuple(config),
-        (arguments["least"], arguments["most"]),
-        arguments["scale"],
-        device.index,
-        torch.cuda.current_stream(device).cuda_stream,
-    )
+    with device_of(q):
+        native.cuda().attention_forward(
+            *((x.data_ptr(), x.stride(0), x.stride(1), x.shape[0]) for x in (q, k, arguments["v"])),
+            out.data_ptr(),
+            0 if lse is None else lse.data_ptr(),
+            (tiles.data_ptr(), *tiles.shape),
+            (q.shape[1], k.shape[1], columns, element, int(causal)),
+            tuple(config),
+            (arguments["least"], arguments["most"]),
+            arguments["scale"],
+            device.index,
+            torch.cuda.current_stream(device).cuda_stream,
+        )

@@ -28,8 +28,8 @@ class Extension:
         heads, kv_heads, columns, element, causal = sizes
         assert (columns, element, bool(causal), *config) in self.built, "no such kernel is linked"
         assert stream == STREAM and heads % kv_heads == 0 and bounds[0] < bounds[1]
-        for address, row, head, rows in (q, k, v):
-            assert rows > 0 and address % 16 == 0 and row % 8 == head % 8 == 0 and row and head, "no map describes it"
+        for address, row, head, _ in (q, k, v):
+            assert address % 16 == 0 and row % 8 == head % 8 == 0 and row and head, "no map describes it"
         dtype = (torch.bfloat16, torch.float16)[element]
         inputs = [
             tensor_at(address, (rows, n, columns), (row, head, 1), dtype)
@@ -71,6 +71,8 @@ def _attend(q, k, v, out, lse, rows, keys, past, scale) -> None:
 
 def tensor_at(address, shape, strides, dtype) -> torch.Tensor:
     """Memory of this process as a tensor."""
+    if 0 in shape:
+        return torch.empty(shape, dtype=dtype)
     count = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     memory = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
     return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides)

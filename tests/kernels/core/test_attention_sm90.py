@@ -162,9 +162,9 @@ def test_configurations_fit_a_multiprocessor(columns):
         weights = 0 if config.p_shared else config.keys / 4
         registers = width / 2 + config.keys / 2 + weights + 24
         assert registers <= (240 if config.consumers == 2 else 160), config
-        tiles = 2 * width * (config.rows + 4 * config.keys)
-        staged = 64 * config.consumers * 16 * (columns // 8 | 1) + 2 * config.rows * config.keys * config.p_shared
-        assert tiles + staged + 160 <= 227 * 1024, config
+        tiles = 2 * width * (config.rows + 4 * config.keys)  # q, and two of k and of v
+        staged = config.rows * (16 * (columns // 8 | 1) + 2 * config.keys * config.p_shared)  # results, weights
+        assert tiles + staged + 120 <= 227 * 1024, config
         assert config.keys % 16 == 0 and config.rows == 64 * config.consumers
 
 
@@ -173,9 +173,9 @@ def test_what_may_be_chosen_is_what_is_built():
     assert len(set(keys)) == len(keys) and (80, 0, False, 2, 128, 0, False) in keys
     assert {key[:3] for key in keys} == {(d, e, c) for d in COLUMNS for e in (0, 1) for c in (False, True)}
     built = getattr(native._cuda, "attention_built", None)
-    if built is None:
+    if built is None or not built():
         pytest.skip("the extension is without attention for Hopper")
-    assert not set(keys) - set(built())
+    assert set(keys) <= set(map(tuple, built()))
 
 
 def _side(lengths, *, padded=False, total=None, device="cpu"):
@@ -294,7 +294,8 @@ def test_keys_of_their_own_number(extension, causal):
 def test_no_keys_at_all(extension):
     q, k, v, cu, cu_k = _pack([5, 2], [0, 0], tail=0)
     out, lse = _registered(q, k, v, cu, cu_k)
-    assert not out.any() and (lse == -math.inf).all() and not extension.launches
+    assert not out.any() and (lse == -math.inf).all()
+    assert [sorted(one.rows) for one in extension.launches] == [list(range(7))]
 
 
 def test_a_segment_longer_than_was_promised_is_computed(extension):
