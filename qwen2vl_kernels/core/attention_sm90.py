@@ -81,6 +81,13 @@ class Kernel:
         numbers = config.consumers, config.keys, config.share, config.p_shared
         return self.columns, int(self.dtype == torch.float16), self.causal, *numbers
 
+    @property
+    def label(self) -> str:
+        """As its file and tables are named, e.g. ``80-bf16-full-3x96-0-registers``."""
+        config, element = self.config, "fp16" if self.dtype == torch.float16 else "bf16"
+        mask, weights = "causal" if self.causal else "full", "shared" if config.p_shared else "registers"
+        return f"{self.columns}-{element}-{mask}-{config.consumers}x{config.keys}-{config.share}-{weights}"
+
 
 def configs(columns: int) -> tuple[int, Sm90Config, Sm90Config]:
     """``(most keys of a short segment, configuration of short ones, of long ones)`` for heads of so many columns."""
