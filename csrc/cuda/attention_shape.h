@@ -19,6 +19,7 @@ struct AttentionShape {
   // A tile of q, k or v lies in shared memory as [block][row][columns], swizzled within the rows of a block.
   QWEN2VL_HD constexpr int columns() const { return head % 64 == 0 ? 64 : head % 32 == 0 ? 32 : 16; }
   QWEN2VL_HD constexpr int row_bytes() const { return 2 * columns(); }
+  QWEN2VL_HD constexpr int group_bytes() const { return 8 * row_bytes(); }  // of 8 rows, one atom of the swizzle
   QWEN2VL_HD constexpr int blocks() const { return (head + columns() - 1) / columns(); }
   QWEN2VL_HD constexpr int width() const { return blocks() * columns(); }  // behind a head of 72 are zeros
   QWEN2VL_HD constexpr int stages() const { return 2; }  // tiles of keys, and of values, in flight or in use
@@ -34,6 +35,13 @@ struct AttentionShape {
   // Results pass through shared memory on their way out; an odd number of 16 bytes keeps 8 rows in different banks.
   QWEN2VL_HD constexpr int out_pitch() const { return 16 * (head / 8 | 1); }
   QWEN2VL_HD constexpr int out_bytes() const { return 16 * out_pitch(); }  // of one warp
+
+  // Where a tile's operand of wgmma begins, 16 columns or 16 rows a step, and how far apart the tile's blocks are.
+  QWEN2VL_HD constexpr int depth_at(int tile_rows, int step) const {
+    return 16 * step / columns() * block_bytes(tile_rows) + 32 * step % row_bytes();
+  }
+  QWEN2VL_HD constexpr int across_at(int step) const { return 2 * step * group_bytes(); }
+  QWEN2VL_HD constexpr int block_bytes(int tile_rows) const { return tile_rows * row_bytes(); }
 
   // Offsets in shared memory.
   QWEN2VL_HD constexpr int q_at() const { return 0; }
