@@ -119,7 +119,7 @@ std::vector<AttentionKernel>& loaded_kernels() {
 
 bool same(const AttentionShape& a, const AttentionShape& b) {
   return a.head == b.head && a.consumers == b.consumers && a.keys == b.keys && a.share == b.share &&
-         a.p_shared == b.p_shared;
+         a.p_shared == b.p_shared && a.columns == b.columns && a.across == b.across;
 }
 
 bool find_kernel(const AttentionCall& call, AttentionKernel* found) {

@@ -116,7 +116,7 @@ __device__ __forceinline__ void load_tile(uint32_t to, const TensorMap* map, uin
     sm90::tma_load(to, map, barrier, 0, row, 0, head);
   } else {
     for (int block = 0; block < shape.blocks(); ++block) {
-      sm90::tma_load(to + block * shape.block_bytes(Rows), map, barrier, block * shape.columns(), row, head);
+      sm90::tma_load(to + block * shape.block_bytes(Rows), map, barrier, block * shape.columns, row, head);
     }
   }
 }
@@ -221,7 +221,7 @@ template <class Config, Element E>
 __device__ __forceinline__ void issue_scores(float (&s)[Config::kShape.keys / 2], uint32_t q, uint32_t k) {
   constexpr AttentionShape shape = Config::kShape;
 #pragma unroll
-  for (int step = 0; step < shape.width() / 16; ++step) {
+  for (int step = 0; step < shape.depth(); ++step) {
     // The leading offset is not read where rows are swizzled.
     const uint64_t a =
         sm90::matrix_descriptor<shape.row_bytes()>(q + shape.depth_at(shape.rows(), step), 16, shape.group_bytes());
@@ -238,7 +238,7 @@ __device__ __forceinline__ void issue_scores(float (&s)[Config::kShape.keys / 2]
 
 // o (64, columns) += p v, a step of 16 keys at a time.
 template <class Config, Element E>
-__device__ __forceinline__ void issue_values(float (&o)[Config::kShape.width() / 2],
+__device__ __forceinline__ void issue_values(float (&o)[Config::kShape.across / 2],
                                              uint32_t (&p)[Config::kShape.keys / 4], uint32_t p_shared, uint32_t v) {
   constexpr AttentionShape shape = Config::kShape;
 #pragma unroll
@@ -342,7 +342,7 @@ __device__ __forceinline__ void consume(const AttentionWork& work, uint32_t shar
 
   Ring<shape.stages()> k_ring, v_ring;
   uint32_t q_parity = 0;
-  float s[kKeys / 2], o[shape.width() / 2], alpha[2];
+  float s[kKeys / 2], o[shape.across / 2], alpha[2];
   uint32_t p[kKeys / 4];
   while (true) {
     sm90::mbarrier_wait(barriers.q_full(), q_parity);
@@ -352,7 +352,7 @@ __device__ __forceinline__ void consume(const AttentionWork& work, uint32_t shar
     const int row = consumer * 64 + warp * 16;  // of this warp, in the tile
     Softmax state{{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
 #pragma unroll
-    for (int i = 0; i < shape.width() / 2; ++i) o[i] = 0.0f;
+    for (int i = 0; i < shape.across / 2; ++i) o[i] = 0.0f;
     // Keys from this step's first on that a row sees.
     const auto seen_at = [&](int step, int (&seen)[2]) {
 #pragma unroll
