@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qwen2vl_kernels.ops.varlen_attention import varlen_attention_ref
-from tests.kernels.attention_on_host import Case, Shape, alone, run_case
+from tests.kernels.attention_on_host import Case, Shape, run_case
 
 SHORT, LONG = Shape(consumers=2, keys=128), Shape()
 TIMES = ["early", "late", "1"]

@@ -21,6 +21,7 @@ from qwen2vl_kernels.core.attention_peers import HALVES, Call
 from qwen2vl_kernels.core.attention_sm90 import COLUMNS, Sm90Config, configs, kernels, launches, tried
 from qwen2vl_kernels.core.rotation import rotate
 from qwen2vl_kernels.core.tile_plan import Side, plan_for
+from qwen2vl_kernels.integrations import transformers_attention
 from qwen2vl_kernels.ops import kvcache_attention as of_cache
 from qwen2vl_kernels.ops import varlen_attention as op
 from qwen2vl_kernels.ops.varlen_attention import varlen_attention_ref
@@ -147,6 +148,45 @@ def test_it_is_the_default_where_an_entry_says_so_and_nowhere_else(monkeypatch):
     monkeypatch.setattr(native, "sm90_reason", lambda: "left out")
     choice = choose(CALL)
     assert choice.backend == "triton" and "sm90: left out" in choice.why
+
+
+@pytest.mark.usefixtures("extension")
+def test_the_name_is_the_same_in_compiled_code(monkeypatch):
+    """Of tensors on a GPU without values, with the boundaries there, too; a number of rows that changes is no other."""
+    monkeypatch.setattr(launching, "_target", lambda index: HOPPER)
+    found = []
+
+    def backend(graph, _):
+        found.extend(a for node in graph.graph.nodes for a in node.args if a == "sm90")
+        return graph.forward
+
+    def call(q, k, v, cu_seqlens):
+        return varlen_attention(q, k, v, cu_seqlens, 300, backend="sm90")
+
+    with FakeTensorMode():
+        cu_seqlens = torch.zeros(5, dtype=torch.int32, device="cuda")
+        q, k, v = torch.empty(300, 3, 4, 80, dtype=torch.bfloat16, device="cuda").unbind(1)
+        torch._dynamo.mark_dynamic(q, 0)
+        torch._dynamo.reset()
+        out = torch.compile(call, fullgraph=True, backend=backend)(q, k, v, cu_seqlens)
+    assert found == ["sm90"] and out.shape == (300, 4, 80)
+
+
+@pytest.mark.usefixtures("extension")
+def test_transformers_towers_read_no_boundary_for_it(monkeypatch):
+    """It takes all rows for a bound; named, or chosen."""
+    monkeypatch.setattr(launching, "_target", lambda index: HOPPER)
+    monkeypatch.setattr(attention_choice, "unavailable", lambda name, kind: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    entry = Entry(90, HALVES, (72, 80), False, False, 0, ("sm90",), "a file", "at a commit")
+    with FakeTensorMode():  # where every read raises
+        q = torch.empty(300, 4, 80, dtype=torch.bfloat16, device="cuda")
+        cu_seqlens = torch.zeros(5, dtype=torch.int32, device="cuda")
+        with use_backend(varlen_attention="sm90"):
+            assert transformers_attention.bounds({}, cu_seqlens, None, q, q, q) == (cu_seqlens, 300, None)
+        monkeypatch.setattr(attention_choice, "TABLE", (entry,))
+        attention_choice._known.cache_clear()
+        assert transformers_attention.bounds({}, cu_seqlens, None, q, q, q) == (cu_seqlens, 300, None)
 
 
 # --------------------------------------------------------------------------------------------------- configurations
