@@ -166,7 +166,8 @@ def test_the_name_is_the_same_in_compiled_code(monkeypatch):
     with FakeTensorMode():
         cu_seqlens = torch.zeros(5, dtype=torch.int32, device="cuda")
         q, k, v = torch.empty(300, 3, 4, 80, dtype=torch.bfloat16, device="cuda").unbind(1)
-        torch._dynamo.mark_dynamic(q, 0)
+        for x in (q, k, v):
+            torch._dynamo.mark_dynamic(x, 0)
         torch._dynamo.reset()
         out = torch.compile(call, fullgraph=True, backend=backend)(q, k, v, cu_seqlens)
     assert found == ["sm90"] and out.shape == (300, 4, 80)
