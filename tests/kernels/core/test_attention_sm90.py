@@ -183,8 +183,10 @@ def test_transformers_towers_read_no_boundary_for_it(monkeypatch):
     with FakeTensorMode():  # where every read raises
         q = torch.empty(300, 4, 80, dtype=torch.bfloat16, device="cuda")
         cu_seqlens = torch.zeros(5, dtype=torch.int32, device="cuda")
+        on_host = torch.zeros(5, dtype=torch.int32)
         with use_backend(varlen_attention="sm90"):
-            assert transformers_attention.bounds({}, cu_seqlens, None, q, q, q) == (cu_seqlens, 300, None)
+            for given in (cu_seqlens, on_host):
+                assert transformers_attention.bounds({}, given, None, q, q, q) == (given, 300, None)
         monkeypatch.setattr(attention_choice, "TABLE", (entry,))
         attention_choice._known.cache_clear()
         assert transformers_attention.bounds({}, cu_seqlens, None, q, q, q) == (cu_seqlens, 300, None)
@@ -323,13 +325,20 @@ def test_widths_and_groups(extension, columns, group):
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_keys_of_their_own_number(extension, causal):
     """Rows that see no key, segments without keys, and classes by the keys, however many queries there are."""
-    q, k, v, cu, cu_k = _pack([5, 9, 3, 600, 2], [520, 4, 0, 30, 6])
-    out, lse = _registered(q, k, v, cu, cu_k, causal)
-    _check(out, lse, q, k, v, cu, cu_k, causal)
-    long, short = extension.launches
-    assert (long.config, short.config) == (LONG, SHORT) and long.bounds == (LIMIT, ALL[1])
-    assert sorted(long.rows) == list(range(5)) and sorted(short.rows) == list(range(5, 619))
-    assert (lse[:, 14:17] == -math.inf).all() and not out[14:17].any()
+    for longest in (60, 600):
+        q, k, v, cu, cu_k = _pack([5, 9, 3, longest, 2], [520, 4, 0, 30, 6])
+        extension.launches.clear()
+        out, lse = _registered(q, k, v, cu, cu_k, causal)
+        _check(out, lse, q, k, v, cu, cu_k, causal)
+        long, short = extension.launches
+        assert (long.config, short.config) == (LONG, SHORT) and long.bounds == (LIMIT, ALL[1])
+        assert sorted(long.rows) == list(range(5)) and sorted(short.rows) == list(range(5, 19 + longest))
+        assert (lse[:, 14:17] == -math.inf).all() and not out[14:17].any()
+    extension.launches.clear()
+    plan = plan_tiles(cu, q.shape[0], cu_seqlens_k=cu_k, total_k=k.shape[0], padded=True)
+    again = op._forward(q, k, v, plan, None, None, (600, 512), causal, 0.3, False, "sm90")
+    _check(*again, q, k, v, cu, cu_k, causal)
+    assert [one.bounds for one in extension.launches] == [ALL], "512 keys were promised"
 
 
 def test_no_keys_at_all(extension):
@@ -485,8 +494,10 @@ def test_opcheck(extension):
 def test_tensors_without_values_have_its_shapes():
     q = torch.empty(9, 4, 80, dtype=torch.bfloat16, device="meta")
     cu = torch.zeros(3, dtype=torch.int32, device="meta")
-    out, lse = torch.ops.qwen2vl.varlen_attention(q, q, q, cu, None, None, None, 9, 9, False, 0.3, False, True, "sm90")
-    assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (4, 9), torch.float32)
+    for with_lse in (False, True):
+        settings = *(None,) * 3, 9, 9, False, 0.3, False, with_lse, "sm90"
+        out, lse = torch.ops.qwen2vl.varlen_attention(q, q, q, cu, *settings)
+        assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (4, 9), torch.float32)
 
 
 def test_a_prompt_over_a_cache(named):
