@@ -1,0 +1,9 @@
+#include "attention_kernels.cuh"
+
+namespace qwen2vl {
+
+std::vector<AttentionKernel> attention_kernels_64() {
+  return attention_kernels_of<AttentionConfig<64, 2, 128, 0, false>, AttentionConfig<64, 3, 128, 0, false>>();
+}
+
+}  // namespace qwen2vl

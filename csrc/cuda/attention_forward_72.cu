@@ -1,0 +1,9 @@
+#include "attention_kernels.cuh"
+
+namespace qwen2vl {
+
+std::vector<AttentionKernel> attention_kernels_72() {
+  return attention_kernels_of<AttentionConfig<72, 2, 128, 0, false>, AttentionConfig<72, 3, 96, 0, false>>();
+}
+
+}  // namespace qwen2vl

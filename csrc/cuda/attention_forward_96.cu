@@ -1,0 +1,9 @@
+#include "attention_kernels.cuh"
+
+namespace qwen2vl {
+
+std::vector<AttentionKernel> attention_kernels_96() {
+  return attention_kernels_of<AttentionConfig<96, 2, 128, 0, false>, AttentionConfig<96, 3, 96, 0, false>>();
+}
+
+}  // namespace qwen2vl
