@@ -89,7 +89,7 @@ def cuda() -> ModuleType:
 
 
 def build_info() -> dict[str, str]:
-    """How the extensions were built: ``version``, ``compiler`` and ``cuda`` (for what, or why left out)."""
+    """How the extensions were built: ``version``, ``compiler``, ``cuda`` and ``sm90`` (for what, or why left out)."""
     return dict(_cpu.build_info()) if _cpu is not None else {}
 
 
