@@ -8,6 +8,7 @@ import torch
 from benchmarks.random_checkpoint import small_config
 from qwen2vl import GenerationConfig, Qwen2VL, generate
 from qwen2vl_kernels import use_backend
+from qwen2vl_kernels.core.attention_choice import OURS
 from qwen2vl_kernels.core.attention_peers import FLASH, PEERS
 from qwen2vl_kernels.ops import kvcache_attention, varlen_attention
 from tests.conftest import assert_two_times, triton_where_it_serves
@@ -40,7 +41,7 @@ def test_every_table_entry_has_an_implementation(module):
     op = module.__name__.split(".")[-1]
     implemented = set(module._BACKENDS)
     if op == "varlen_attention":  # ours and others' are called by themselves; "flash" is one of its modules
-        implemented |= {"triton", *PEERS}
+        implemented |= {*OURS, *PEERS}
         modules = {flash.module for flash in FLASH}
         assert modules <= implemented
         implemented = implemented - modules | {"flash"}
