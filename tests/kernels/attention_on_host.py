@@ -29,11 +29,12 @@ class Shape:
     columns: int = 0  # of a block, and of the second product; 0: what the head has by default
     across: int = 0
 
-    def program(self, *flags: str) -> Path:
+    def program(self, sanitized: bool = True) -> Path:
         numbers = [self.head, self.consumers, self.keys, self.share, int(self.p_shared)]
         numbers += [self.columns, self.across] if self.columns else []
         config = ",".join(map(str, numbers))
-        return build_on_host("attention_forward", *SANITIZERS, f"-DQWEN2VL_CONFIG={config}", *flags)
+        flags = SANITIZERS if sanitized else ()
+        return build_on_host("attention_forward", *flags, f"-DQWEN2VL_CONFIG={config}")
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,9 @@ class Case:
         return plan.tiles(rows)
 
 
-def run_case(shape: Shape, case: Case, *options: str) -> tuple[torch.Tensor, torch.Tensor]:
+def run_case(shape: Shape, case: Case, *options: str, sanitized: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """``(out (T, Hq, D), lse (Hq, T) in powers of two)``; what the kernel leaves as it was holds NaN."""
-    made, result = run_program(shape.program(), shape, case, *options)
+    made, result = run_program(shape.program(sanitized), shape, case, *options)
     assert result.returncode == 0, f"{result.returncode}: {result.stdout[-2000:]}{result.stderr[-4000:]}"
     rows, heads, width = case.q.shape
     bits = torch.frombuffer(bytearray(made[: 2 * case.q.numel()]), dtype=torch.int16)
