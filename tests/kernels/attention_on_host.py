@@ -29,12 +29,15 @@ class Shape:
     columns: int = 0  # of a block, and of the second product; 0: what the head has by default
     across: int = 0
 
-    def program(self, sanitized: bool = True) -> Path:
+    @property
+    def numbers(self) -> str:
+        """As arguments of the template."""
         numbers = [self.head, self.consumers, self.keys, self.share, int(self.p_shared)]
-        numbers += [self.columns, self.across] if self.columns else []
-        config = ",".join(map(str, numbers))
+        return ",".join(map(str, [*numbers, self.columns, self.across] if self.columns else numbers))
+
+    def program(self, sanitized: bool = True) -> Path:
         flags = SANITIZERS if sanitized else ()
-        return build_on_host("attention_forward", *flags, f"-DQWEN2VL_CONFIG={config}")
+        return build_on_host("attention_forward", *flags, f"-DQWEN2VL_CONFIG={self.numbers}")
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,7 @@ def test_keys_with_boundaries_of_their_own(causal: bool) -> None:
     assert (out[blind] == 0).all() and (lse[:, blind] == float("-inf")).all()
 
 
-# -------------------------------------------------------------------------------------------------------- before a release
+# ------------------------------------------------------------------------------------------------ before a release
 
 
 @pytest.mark.long
