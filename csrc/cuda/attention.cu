@@ -12,7 +12,6 @@
 #include <utility>
 
 #include "attention_maps.h"
-#include "build_info.h"
 
 namespace qwen2vl {
 
