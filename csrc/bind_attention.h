@@ -31,8 +31,10 @@ inline AttentionTensor attention_tensor(const char* name, const RawHeads& raw, i
 }
 
 inline AttentionShape attention_shape(int64_t head, const std::array<int64_t, 4>& config) {
-  const AttentionShape shape{static_cast<int>(head), static_cast<int>(config[0]), static_cast<int>(config[1]),
-                             static_cast<int>(config[2]), config[3] != 0};
+  const int width = static_cast<int>(head);
+  const AttentionShape shape{
+      width,          static_cast<int>(config[0]), static_cast<int>(config[1]), static_cast<int>(config[2]),
+      config[3] != 0, attention_columns(width),    attention_across(width)};
   if (!shape.valid()) {
     throw pybind11::value_error("no kernel has heads of " + std::to_string(head) + " with the configuration (" +
                                 std::to_string(config[0]) + ", " + std::to_string(config[1]) + ", " +

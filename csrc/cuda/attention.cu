@@ -118,7 +118,7 @@ std::vector<AttentionKernel>& loaded_kernels() {
 
 bool same(const AttentionShape& a, const AttentionShape& b) {
   return a.head == b.head && a.consumers == b.consumers && a.keys == b.keys && a.share == b.share &&
-         a.p_shared == b.p_shared;
+         a.p_shared == b.p_shared && a.columns == b.columns && a.across == b.across;
 }
 
 bool find_kernel(const AttentionCall& call, AttentionKernel* found) {
@@ -172,7 +172,7 @@ std::string attention_forward_cuda(const AttentionCall& call, int device, void* 
   const AttentionWork& work = call.work;
   const int64_t items = int64_t{work.count} * work.heads;
   if (items == 0) return "";
-  if (items > INT_MAX) return "more than 2^31 - 1 tiles";
+  if (items > INT_MAX - (1 << 16)) return "more tiles than 2^31 - 2^16";
   AttentionKernel kernel{};
   if (!find_kernel(call, &kernel)) return "no such kernel is built or loaded";
   // PyTorch's device guard sets the device in PyTorch's copy of the CUDA runtime; this extension has its own.

@@ -116,7 +116,7 @@ __device__ __forceinline__ void load_tile(uint32_t to, const TensorMap* map, uin
     sm90::tma_load(to, map, barrier, 0, row, 0, head);
   } else {
     for (int block = 0; block < shape.blocks(); ++block) {
-      sm90::tma_load(to + block * Rows * shape.row_bytes(), map, barrier, block * shape.columns(), row, head);
+      sm90::tma_load(to + block * shape.block_bytes(Rows), map, barrier, block * shape.columns, row, head);
     }
   }
 }
@@ -128,7 +128,7 @@ __device__ __forceinline__ void zero_rows_from(uint32_t tile, int first) {
   constexpr AttentionShape shape = Config::kShape;
   const int chunks = (shape.keys - first) * shape.row_bytes() / 16;
   for (int block = 0; block < shape.blocks(); ++block) {
-    const uint32_t from = tile + (block * shape.keys + first) * shape.row_bytes();
+    const uint32_t from = tile + block * shape.block_bytes(shape.keys) + first * shape.row_bytes();
     for (int chunk = threadIdx.x % 32; chunk < chunks; chunk += 32) sm90::store_shared(from + 16 * chunk, {0, 0, 0, 0});
   }
   sm90::fence_proxy_async();
@@ -220,14 +220,13 @@ __device__ __forceinline__ void produce(const TensorMap* q, const TensorMap* k, 
 template <class Config, Element E>
 __device__ __forceinline__ void issue_scores(float (&s)[Config::kShape.keys / 2], uint32_t q, uint32_t k) {
   constexpr AttentionShape shape = Config::kShape;
-  constexpr int kGroup = 8 * shape.row_bytes();  // bytes of 8 rows of a block
 #pragma unroll
-  for (int step = 0; step < shape.width() / 16; ++step) {
-    const int block = 16 * step / shape.columns(), inside = 32 * step % shape.row_bytes();
+  for (int step = 0; step < shape.depth(); ++step) {
+    // The leading offset is not read where rows are swizzled.
     const uint64_t a =
-        sm90::matrix_descriptor<shape.row_bytes()>(q + block * shape.rows() * shape.row_bytes() + inside, 16, kGroup);
+        sm90::matrix_descriptor<shape.row_bytes()>(q + shape.depth_at(shape.rows(), step), 16, shape.group_bytes());
     const uint64_t b =
-        sm90::matrix_descriptor<shape.row_bytes()>(k + block * shape.keys * shape.row_bytes() + inside, 16, kGroup);
+        sm90::matrix_descriptor<shape.row_bytes()>(k + shape.depth_at(shape.keys, step), 16, shape.group_bytes());
     if (step == 0) {
       sm90::wgmma<E, Major::kDepth, false>(s, a, b);
     } else {
@@ -239,14 +238,13 @@ __device__ __forceinline__ void issue_scores(float (&s)[Config::kShape.keys / 2]
 
 // o (64, columns) += p v, a step of 16 keys at a time.
 template <class Config, Element E>
-__device__ __forceinline__ void issue_values(float (&o)[Config::kShape.width() / 2],
+__device__ __forceinline__ void issue_values(float (&o)[Config::kShape.across / 2],
                                              uint32_t (&p)[Config::kShape.keys / 4], uint32_t p_shared, uint32_t v) {
   constexpr AttentionShape shape = Config::kShape;
-  constexpr int kGroup = 8 * shape.row_bytes();
 #pragma unroll
   for (int step = 0; step < shape.keys / 16; ++step) {
-    const uint64_t b =
-        sm90::matrix_descriptor<shape.row_bytes()>(v + 2 * step * kGroup, shape.keys * shape.row_bytes(), kGroup);
+    const uint64_t b = sm90::matrix_descriptor<shape.row_bytes()>(v + shape.across_at(step),
+                                                                  shape.block_bytes(shape.keys), shape.group_bytes());
     if constexpr (shape.p_shared) {
       sm90::wgmma<E, Major::kAcross, true>(o, sm90::matrix_descriptor<32>(p_shared + step * 64 * 32, 16, 256), b);
     } else {
@@ -294,7 +292,7 @@ __device__ __forceinline__ void store_results(const float (&o)[Count], const Sof
       work.lse[tile.head * work.rows + own] = state.m[r] + log2f(sum);
     }
   }
-  __syncwarp();  // the last tile's rows have been read
+  // What a warp stored of the last tile it has read: all its lanes have met since, where q was released.
   const uint32_t at = staging + (lane % 16) * pitch + lane / 16 * 16;
 #pragma unroll
   for (int group = 0; group < Head / 8; group += 2) {
@@ -344,7 +342,7 @@ __device__ __forceinline__ void consume(const AttentionWork& work, uint32_t shar
 
   Ring<shape.stages()> k_ring, v_ring;
   uint32_t q_parity = 0;
-  float s[kKeys / 2], o[shape.width() / 2], alpha[2];
+  float s[kKeys / 2], o[shape.across / 2], alpha[2];
   uint32_t p[kKeys / 4];
   while (true) {
     sm90::mbarrier_wait(barriers.q_full(), q_parity);
@@ -354,7 +352,7 @@ __device__ __forceinline__ void consume(const AttentionWork& work, uint32_t shar
     const int row = consumer * 64 + warp * 16;  // of this warp, in the tile
     Softmax state{{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
 #pragma unroll
-    for (int i = 0; i < shape.width() / 2; ++i) o[i] = 0.0f;
+    for (int i = 0; i < shape.across / 2; ++i) o[i] = 0.0f;
     // Keys from this step's first on that a row sees.
     const auto seen_at = [&](int step, int (&seen)[2]) {
 #pragma unroll

@@ -3,7 +3,7 @@
 namespace qwen2vl {
 
 std::vector<AttentionKernel> attention_kernels_64() {
-  return attention_kernels_of<AttentionConfig<64, 2, 128, 0, false>, AttentionConfig<64, 3, 128, 0, false>>();
+  return attention_kernels_of<AttentionConfig<64, 2, 128>, AttentionConfig<64, 3, 128>>();
 }
 
 }  // namespace qwen2vl

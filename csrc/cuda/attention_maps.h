@@ -19,7 +19,7 @@ struct AttentionMap {
 // The map whose boxes are `rows` rows of one head. Its first dimension is a block of columns, where a head is made of
 // whole blocks the third is the block; else the first is the head, so that what lies behind it is read as zeros.
 inline AttentionMap attention_map(const AttentionShape& shape, const AttentionTensor& tensor, int heads, int rows) {
-  const auto columns = static_cast<uint32_t>(shape.columns()), head = static_cast<uint32_t>(shape.head);
+  const auto columns = static_cast<uint32_t>(shape.columns), head = static_cast<uint32_t>(shape.head);
   const auto box_rows = static_cast<uint32_t>(rows), blocks = static_cast<uint32_t>(shape.blocks());
   const auto all_rows = static_cast<uint64_t>(tensor.rows), all_heads = static_cast<uint64_t>(heads);
   // Of one row or one head a stride may be anything, as nobody steps by it.

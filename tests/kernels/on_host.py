@@ -36,7 +36,9 @@ def build_on_host(name: str, *flags: str) -> Path:
     program.parent.mkdir(parents=True, exist_ok=True)
     made = program.with_suffix(f".{os.getpid()}")
     built = subprocess.run(
-        [*compiler.split(), *flags, "-I", str(CSRC), str(HERE / "host" / f"{name}.cpp"), "-o", str(made)],
+        # host/cuda/sm90.cuh stands in for csrc/cuda/sm90.cuh: its folder is searched first.
+        [*compiler.split(), *flags, "-I", str(HERE / "host"), "-I", str(CSRC)]
+        + [str(HERE / "host" / f"{name}.cpp"), "-o", str(made)],
         capture_output=True,
         text=True,
     )
