@@ -285,6 +285,9 @@ def tune_(
     compile_: Annotated[
         bool, typer.Option("--compile", help="Only compile the candidates, which a later call finds on disk.")
     ] = False,
+    cubins: Annotated[
+        Path | None, typer.Option(help="Folder of attention's kernels for Hopper that are not linked.")
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Tiny shapes and few candidates, to see that it works.")
     ] = False,
@@ -313,6 +316,7 @@ def tune_(
         quick=quick,
         limit=limit,
         jobs=jobs or os.cpu_count() or 1,
+        cubins=cubins,
         rows=rows,
         log=lambda line: console.print(line, style="dim", markup=False),
     )

@@ -30,7 +30,7 @@ from ._ops import DTYPE, keep_for_another_backward, made, random
 
 #: FlexAttention compiles for half a minute a pack, so it is there for some.
 _FLEX = ("16 of 1024", "4 of 4096", "9 photos", "causal 4096+2048+1333+715")
-_BACKENDS = {"cuda": ("chosen", "triton", "sdpa"), "cpu": ("chosen", "sdpa", "blocked")}
+_BACKENDS = {"cuda": ("chosen", "sm90", "triton", "sdpa"), "cpu": ("chosen", "sdpa", "blocked")}
 #: Distributions of flash-attn by what the table calls them.
 _FLASH = {
     "flash-attn 2": "flash_attn",

@@ -107,7 +107,7 @@ def at_16_bytes(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [x if x.data_ptr() % 16 == 0 else x.clone() for x in tensors]
 
 
-def _device_of(q: torch.Tensor) -> AbstractContextManager:
+def device_of(q: torch.Tensor) -> AbstractContextManager:
     """Makes q's GPU the current one, as PyTorch's dispatcher does for its own operators: kernels from Python run on
     the current one's stream."""
     elsewhere = q.is_cuda and q.device.index != torch.cuda.current_device()
@@ -125,7 +125,7 @@ def _refuse_determinism(name: str) -> None:
 def _flash_forward(name, q, k, v, packs, causal, scale, keep):
     function = attention_peers.module_of(name).flash_attn_varlen_func
     wanted = {"return_attn_probs", "return_lse"} & inspect.signature(function).parameters.keys() if keep else ()
-    with _device_of(q):
+    with device_of(q):
         result = function(q, k, v, **packs, softmax_scale=scale, causal=causal, **dict.fromkeys(wanted, True))
     return result[:2] if isinstance(result, tuple) else (result, None)
 
@@ -145,6 +145,6 @@ def _flash_backward(name, grad, q, k, v, out, lse, packs, causal, scale):
     function, known = found
     if offered["deterministic"] and "deterministic" not in known:
         _refuse_determinism(name)
-    with _device_of(q):
+    with device_of(q):
         function(**{key: offered[key] for key in known if key in offered})
     return made

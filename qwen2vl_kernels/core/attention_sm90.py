@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from . import launching, native
-from .attention_calls import at_16_bytes
+from .attention_calls import at_16_bytes, device_of
 from .attention_peers import HALVES, Call
 from .launching import Launch, collected
 from .tile_plan import Side, TilePlan
@@ -54,7 +54,7 @@ _TRIED: dict[int, tuple[tuple[int, int, bool], ...]] = {
     72: ((2, 128, False), (2, 176, False), (3, 96, False), (3, 112, False), (3, 144, True)),
     80: ((2, 128, False), (2, 176, False), (3, 96, False), (3, 112, False), (3, 144, True)),
     96: ((2, 128, False), (2, 176, False), (3, 80, False), (3, 96, False), (3, 128, True)),
-    128: ((2, 96, False), (2, 128, False), (2, 144, False), (3, 64, False), (3, 80, False), (3, 96, True)),
+    128: ((2, 96, False), (2, 128, False), (2, 144, False), (2, 160, False), (3, 64, False), (3, 80, False)),
 }
 _SHARES = (0, 1)
 
@@ -80,6 +80,13 @@ class Kernel:
         config = self.config
         numbers = config.consumers, config.keys, config.share, config.p_shared
         return self.columns, int(self.dtype == torch.float16), self.causal, *numbers
+
+    @property
+    def label(self) -> str:
+        """As its file and tables are named, e.g. ``80-bf16-full-3x96-0-registers``."""
+        config, element = self.config, "fp16" if self.dtype == torch.float16 else "bf16"
+        mask, weights = "causal" if self.causal else "full", "shared" if config.p_shared else "registers"
+        return f"{self.columns}-{element}-{mask}-{config.consumers}x{config.keys}-{config.share}-{weights}"
 
 
 def configs(columns: int) -> tuple[int, Sm90Config, Sm90Config]:
@@ -160,8 +167,6 @@ def launch_forward(
     lse = torch.empty((heads, total) if keep else (0,), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    if k.shape[0] == 0:  # which no copy can be described of: no query sees a key
-        return out.zero_(), lse.fill_(-math.inf)
     q, k, v = at_16_bytes(q, k, v)
     for config, least, most in launches(columns, plan.keys, longest):
         launch(
@@ -190,15 +195,16 @@ def launch(kernel: Kernel, device: torch.device, **arguments: Any) -> None:
     if tiles.shape[0] == 0 or collected(Launch(kernel, (), arguments, {})):
         return
     columns, element, causal, *config = kernel.key
-    native.cuda().attention_forward(
-        *((x.data_ptr(), x.stride(0), x.stride(1), x.shape[0]) for x in (q, k, arguments["v"])),
-        out.data_ptr(),
-        0 if lse is None else lse.data_ptr(),
-        (tiles.data_ptr(), *tiles.shape),
-        (q.shape[1], k.shape[1], columns, element, int(causal)),
-        tuple(config),
-        (arguments["least"], arguments["most"]),
-        arguments["scale"],
-        device.index,
-        torch.cuda.current_stream(device).cuda_stream,
-    )
+    with device_of(q):
+        native.cuda().attention_forward(
+            *((x.data_ptr(), x.stride(0), x.stride(1), x.shape[0]) for x in (q, k, arguments["v"])),
+            out.data_ptr(),
+            0 if lse is None else lse.data_ptr(),
+            (tiles.data_ptr(), *tiles.shape),
+            (q.shape[1], k.shape[1], columns, element, int(causal)),
+            tuple(config),
+            (arguments["least"], arguments["most"]),
+            arguments["scale"],
+            device.index,
+            torch.cuda.current_stream(device).cuda_stream,
+        )

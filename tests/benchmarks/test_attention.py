@@ -24,7 +24,7 @@ def test_no_workload_makes_the_inputs_of_another():
     assert len(set(names)) == len(names)
     for workload in found:
         ours = [provider.name for provider in workload.providers if not provider.peer]
-        assert ours == ["chosen", "triton", "sdpa"]
+        assert ours == ["chosen", "sm90", "triton", "sdpa"]
         peers = {provider.name for provider in workload.providers if provider.peer}
         assert peers >= PEERS_OF_ALL and workload.gate is not None
     equal = {workload.name for workload in found if "cuDNN" in {provider.name for provider in workload.providers}}
