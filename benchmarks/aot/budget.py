@@ -27,7 +27,7 @@ from rich.table import Table
 from qwen2vl_kernels.core import attention_sm90
 from qwen2vl_kernels.core.attention_sm90 import Kernel
 
-from .hopper import Assembled, label, name, width_of
+from .hopper import Assembled, name, width_of
 
 MULTIPROCESSORS, CLOCK, HELD = 132, 1.5e9, 0.83
 LATENCY, FETCH = 30, 800
@@ -108,7 +108,7 @@ class _Costs:
 def budget(found: Assembled) -> Budget:
     """The budget of a kernel without a mask. Raises ``ValueError`` for one that fails its gates."""
     if found.failures or found.kernel.causal:
-        raise ValueError(f"{label(found.kernel)} has no budget: {'; '.join(found.failures) or 'it is causal'}")
+        raise ValueError(f"{found.kernel.label} has no budget: {'; '.join(found.failures) or 'it is causal'}")
     config, width, costs = found.kernel.config, width_of(found.kernel.columns), _costs(found)
     warps = 4 * config.consumers
     counts = costs.classes
@@ -273,7 +273,7 @@ def show(found: Sequence[Assembled], console: Console) -> None:
     table.add_column("bound")
     for one in map(budget, found):
         pipes = (one.tensor, one.special, one.fma, one.issue, one.shared, one.period)
-        table.add_row(label(one.kernel), *map(str, one.classes.values()), *(f"{pipe:.0f}" for pipe in pipes), one.bound)
+        table.add_row(one.kernel.label, *map(str, one.classes.values()), *(f"{pipe:.0f}" for pipe in pipes), one.bound)
     console.print(table)
     clock = f"{MULTIPROCESSORS} multiprocessors at {CLOCK / 1e9:g} GHz, times {HELD:g}"
     table = Table(title=f"Predicted TFLOP/s and executed / useful, {HEADS} heads, no mask: {clock}; * is taken there")
@@ -282,5 +282,5 @@ def show(found: Sequence[Assembled], console: Console) -> None:
         table.add_column(f"{segments} x {rows}", justify="right")
     for one in found:
         cells = (f"{'* ' if p.chosen else ''}{p.tflops:.0f}  {p.executed:.2f}" for p in predict(one))
-        table.add_row(label(one.kernel), *cells)
+        table.add_row(one.kernel.label, *cells)
     console.print(table)
