@@ -38,7 +38,6 @@ FOR_SPEED = {
 }
 
 _KERNEL, _SHAPE, _SOFTMAX = "attention_forward.cuh", "attention_shape.h", "attention_softmax.cuh"
-_SIZES = "shape.block_bytes(shape.keys)"
 #: (file, text, what takes the place of its first occurrence)
 TEXTS = {
     "rings keep their parity": (_KERNEL, "      parity ^= 1;", ""),
@@ -51,9 +50,9 @@ TEXTS = {
     "all lanes arrive": (_KERNEL, "if (lane == 0) sm90::mbarrier_arrive", "sm90::mbarrier_arrive"),
     "p v is waited for too late": (_KERNEL, "wgmma_wait_group<0>(o, p);", "wgmma_wait_group<1>(o, p);"),
     "p is changed in flight": (_KERNEL, "        sm90::wgmma_wait_group<0>(o, p);\n", ""),
-    "another swizzle of q and k": (_KERNEL, "matrix_descriptor<shape.row_bytes()>(k", "matrix_descriptor<64>(k"),
-    "another swizzle of v": (_KERNEL, "matrix_descriptor<shape.row_bytes()>(v", "matrix_descriptor<64>(v"),
-    "the blocks of v are too near": (_KERNEL, f"{_SIZES}, shape.group", f"{_SIZES} - shape.group_bytes(), shape.group"),
+    "another swizzle of q and k": (_KERNEL, "depth_operand<shape.row_bytes()>(shape, k", "depth_operand<64>(shape, k"),
+    "another swizzle of v": (_KERNEL, "across_operand<shape.row_bytes()>", "across_operand<64>"),
+    "the blocks of v are too near": (_KERNEL, "block_bytes(rows), shape", "block_bytes(rows) - shape.group_bytes(), shape"),
     "fewer bytes are waited for": (_KERNEL, "shape.q_bytes());", "shape.q_bytes() - 16);"),
     "one row more than is there": (_KERNEL, "if (row + own < tile.own_end)", "if (row + own <= tile.own_end)"),
     "scores are one group off": (_SHAPE, "+ 32 * step % row_bytes()", "+ 32 * step % row_bytes() + group_bytes()"),
