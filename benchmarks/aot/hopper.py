@@ -29,8 +29,7 @@ from . import sass
 from .compiler import TRITONS, disassembled
 
 ROOT = Path(__file__).resolve().parents[2]
-CSRC = ROOT / "csrc"
-SOURCE = CSRC / "cuda" / "attention_forward_one.cu"
+SOURCE = ROOT / "csrc" / "cuda" / "attention_forward_one.cu"
 
 #: Versions of ptxas besides nvcc's own, with the newest PTX that each reads and the target of make that brings it.
 ASSEMBLERS = {
@@ -82,15 +81,6 @@ def name(text: str) -> str:
     return re.sub(r"^@!?U?P\w+\s+", "", text).split()[0]
 
 
-def label(kernel: Kernel) -> str:
-    """A kernel as files and tables name it, e.g. ``80-bf16-full-3x96-0-registers``."""
-    config = kernel.config
-    element = {torch.bfloat16: "bf16", torch.float16: "fp16"}[kernel.dtype]
-    where = "shared" if config.p_shared else "registers"
-    mask = "causal" if kernel.causal else "full"
-    return f"{kernel.columns}-{element}-{mask}-{config.consumers}x{config.keys}-{config.share}-{where}"
-
-
 def kernels(heads: Iterable[int] | None = None, tried: bool = False) -> list[Kernel]:
     """What is built for these widths of heads, by default all, or all that the tuner tries.
 
@@ -116,9 +106,9 @@ def ptx(kernel: Kernel, folder: Path, source: Path = SOURCE) -> Path:
     columns, element, causal, consumers, keys, share, p_shared = kernel.key
     macros = {"HEAD": columns, "FP16": element, "CAUSAL": int(causal), "CONSUMERS": consumers, "KEYS": keys}
     macros |= {"SHARE": share, "P_SHARED": int(p_shared)}
-    out = folder / f"{label(kernel)}.ptx"
+    out = folder / f"{kernel.label}.ptx"
     flags = [f"-DQWEN2VL_{key}={value}" for key, value in macros.items()]
-    _run(_nvcc(), "-std=c++17", "-O3", "-arch=compute_90a", "-ptx", *flags, "-I", CSRC, source, "-o", out)
+    _run(_nvcc(), "-std=c++17", "-O3", "-arch=compute_90a", "-ptx", *flags, "-I", source.parents[1], source, "-o", out)
     return out
 
 
@@ -273,15 +263,15 @@ def _told(products: dict[tuple[str, int, bool], int]) -> str:
 
 
 def compile_kernel(kernel: Kernel, versions: Sequence[str], keep: Path | None = None) -> list[Assembled]:
-    """One kernel by each version of ptxas; nvcc's cubin is kept in ``keep`` under the kernel's label."""
+    """One kernel by each version of ptxas; nvcc's, if no gate fails, is kept in ``keep`` under the kernel's label."""
     found = []
     with tempfile.TemporaryDirectory() as folder:
         text = ptx(kernel, Path(folder))
         for version in versions:
             cubin, said = assemble(text, version)
             found.append(judge(kernel, version, said, disassembled(cubin)))
-            if keep is not None and version == NVCC:
-                (keep / f"{label(kernel)}.cubin").write_bytes(cubin.read_bytes())
+            if keep is not None and version == NVCC and not found[-1].failures:
+                (keep / f"{kernel.label}.cubin").write_bytes(cubin.read_bytes())
     return found
 
 
@@ -310,7 +300,7 @@ def show(found: Sequence[Assembled], console: Console) -> None:
     for one in found:
         registers = (f"{used} of {had}" for used, had in (one.producer, one.consumer))
         steps = " + ".join(str(len(loop.instructions)) for loop in one.loops)
-        row = (label(one.kernel), one.ptxas, *registers, steps, "; ".join(one.failures))
+        row = (one.kernel.label, one.ptxas, *registers, steps, "; ".join(one.failures))
         table.add_row(*row, style="red" if one.failures else None)
     console.print(table)
 

@@ -3,7 +3,8 @@
 That is, registers that some way reads before anything has written them: a compiler that forgets a write makes a kernel
 that is wrong only where that way is taken, and no interpreter sees it. ptxas 12.8.93 (Triton 3.6) multiplied by
 shared-memory descriptors out of uniform registers that nothing had written. ``nvdisasm -plr`` says what every
-instruction reads and writes, of general, predicate, uniform and uniform predicate registers; the ways are followed here.
+instruction reads and writes, of general, predicate, uniform and uniform predicate registers; here the ways are
+followed.
 """
 
 from __future__ import annotations
