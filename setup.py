@@ -49,6 +49,7 @@ CUDA = Extension(
     "qwen2vl_kernels._cuda",
     [
         "csrc/bind_cuda.cpp",
+        "csrc/cuda/attention.cu",
         "csrc/cuda/device.cu",
         "csrc/cuda/image_to_patches.cu",
         "csrc/cuda/mrope_positions.cu",
