@@ -79,6 +79,11 @@ build/ptxas/%: | .venv/torch.stamp
 	@echo "installing ptxas $* ..."
 	@rm -rf $@.part && $(PIP) install --quiet --no-deps --target $@.part "nvidia-cuda-nvcc-cu12==$*.*" && mv $@.part $@
 
+# CuTe's headers, which layouts in shared memory are held to, without what the package has besides.
+build/cutlass/%: | .venv/torch.stamp
+	@echo "installing the headers of CUTLASS $* ..."
+	@rm -rf $@.part && $(PIP) install --quiet --no-deps --target $@.part nvidia-cutlass==$* && mv $@.part $@
+
 aot: .venv/install.stamp $(addprefix build/triton/,$(TRITONS)) build/ptxas/12.9
 	$(RUN) -m benchmarks aot --failures
 	$(RUN) -m benchmarks aot --failures $(addprefix --triton ,$(TRITONS))
@@ -92,7 +97,7 @@ sm90-cubins: .venv/install.stamp
 # Each worker has a stretch of files and takes from the others' when it is done, so that most modules have their
 # fixtures, models and processes of compilers once.
 PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist worksteal
-test: .venv/install.stamp | build/triton/3.6.0
+test: .venv/install.stamp | build/triton/3.6.0 build/cutlass/4.2.0.0
 	@$(PYTEST) -m "not long" $(PYTEST_ARGS)
 
 # What repeats at a larger size what make test shows, then what needs minutes, other versions or other stacks.

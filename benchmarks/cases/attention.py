@@ -31,6 +31,8 @@ from ._ops import DTYPE, keep_for_another_backward, made, random
 #: FlexAttention compiles for half a minute a pack, so it is there for some.
 _FLEX = ("16 of 1024", "4 of 4096", "9 photos", "causal 4096+2048+1333+715")
 _BACKENDS = {"cuda": ("chosen", "sm90", "triton", "sdpa"), "cpu": ("chosen", "sdpa", "blocked")}
+#: Backends that are not measured backward, and why.
+_FORWARDS = {"blocked": "it has no backward", "sm90": "its backward is triton's"}
 #: Distributions of flash-attn by what the table calls them.
 _FLASH = {
     "flash-attn 2": "flash_attn",
@@ -99,8 +101,8 @@ def _both(context: Context, pack: Pack) -> Iterator[Workload]:
     for backward in (False, True):
         contenders: list[Provider] = []
         for backend in _BACKENDS[context.device.type]:
-            if backward and backend == "blocked":
-                contenders.append(Provider(backend, skipped="it has no backward"))
+            if backward and backend in _FORWARDS:
+                contenders.append(Provider(backend, skipped=_FORWARDS[backend]))
             else:
                 contenders.append(
                     made(backend, lambda n=backend, b=backward: inputs.prepared(inputs.ours(n), b), peer=False)

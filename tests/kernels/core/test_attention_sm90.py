@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -400,6 +401,27 @@ def test_launches_are_recorded_as_tritons_are():
     assert [one.kernel.key for one in seen] == [(80, 1, True, c.consumers, c.keys, 0, False) for c in (LONG, SHORT)]
     assert seen[0].arguments["lse"] is None and seen[0].arguments["scale"] == pytest.approx(1.442695)
     assert [one.arguments["tiles"].shape for one in seen] == [(5, 3), (6, 3)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which would read the CPU's memory")
+def test_the_binding_takes_what_the_stand_in_takes(monkeypatch):
+    """All arguments are read and checked before CUDA is asked, which says that there is no device."""
+    if not getattr(native._cuda, "attention_built", list)():
+        pytest.skip("the extension is without attention for Hopper")
+    monkeypatch.setattr(native, "cuda", lambda: native._cuda)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    q, k, v, cu, _ = _pack([600, 8])
+    given = {"q": q, "k": k, "v": v, "out": torch.empty_like(q), "lse": torch.empty(4, 611), "least": 512, "most": 9000}
+    for config, error, message in (
+        (LONG, RuntimeError, "attention_forward: launch failed: .*(CUDA|driver)"),
+        (Sm90Config(3, 112), RuntimeError, "no such kernel is built or loaded"),
+        (Sm90Config(3, 100), ValueError, "config"),
+    ):
+        kernel = attention_sm90.Kernel(80, q.dtype, True, config)
+        with pytest.raises(error, match=message):
+            attention_sm90.launch(
+                kernel, SimpleNamespace(index=0), **given, tiles=plan_for(cu, 611, q.device).tiles(192), scale=1.0
+            )
 
 
 # ---------------------------------------------------------------------------------------------- the op around it

@@ -330,6 +330,8 @@ inline unsigned __float_as_uint(float value) { return bits_as<unsigned>(value); 
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __frcp_rn(float a) { return 1 / a; }
 
+inline int __ffs(int value) { return __builtin_ffs(value); }
+
 template <class T>
 T __ldg(const T* pointer) {
   return *pointer;

@@ -14,6 +14,7 @@
 #include <cstring>
 #include <functional>
 #include <map>
+#include <sstream>
 #include <string>
 #include <vector>
 #if !defined(__x86_64__)
@@ -46,32 +47,42 @@ struct Where {
 enum class Timing { kRandom, kEarly, kLate };
 
 struct Options {
-  uint64_t seed = 0;
-  Timing timing = Timing::kRandom;
   std::string drop;    // "function:line" of a call that is left out for all threads, or "file:function:line"
-  std::string mutate;  // a change by name, see sm90/tma.h and cuda/sm90.cuh
+  std::string mutate;  // a change by name: see sm90/tma.h and cuda/sm90.cuh
   bool list = false;   // print the calls that were passed, one "site file function line" each
 };
-static Options options;
 
-// Options from arguments "seed=3", "timing=late", "drop=mbarrier_wait:120", "mutate=swizzle", "list"; others are left.
-inline void take_options(int count, char** arguments) {
-  for (int i = 1; i < count; ++i) {
-    const std::string word = arguments[i];
-    const std::string value = word.substr(word.find('=') + 1);
-    if (word == "list") options.list = true;
-    if (word.rfind("seed=", 0) == 0) options.seed = std::strtoull(value.c_str(), nullptr, 10);
-    if (word.rfind("drop=", 0) == 0) options.drop = value;
-    if (word.rfind("mutate=", 0) == 0) options.mutate = value;
-    if (word == "timing=early") options.timing = Timing::kEarly;
-    if (word == "timing=late") options.timing = Timing::kLate;
+// From the environment: QWEN2VL_ON_HOST="drop=mbarrier_wait:120 mutate=swizzle list", each of them or none.
+inline Options options_of_environment() {
+  Options options;
+  const char* const words = std::getenv("QWEN2VL_ON_HOST");
+  std::istringstream stream(words == nullptr ? "" : words);
+  for (std::string word; stream >> word;) {
+    if (word == "list") {
+      options.list = true;
+    } else if (word.rfind("drop=", 0) == 0) {
+      options.drop = word.substr(5);
+    } else if (word.rfind("mutate=", 0) == 0) {
+      options.mutate = word.substr(7);
+    } else {
+      std::fprintf(stderr, "QWEN2VL_ON_HOST: %s is none of drop=..., mutate=..., list\n", word.c_str());
+      std::_Exit(2);
+    }
   }
+  return options;
 }
+static const Options options = options_of_environment();
 
-// Numbers from 0 to n - 1 (SplitMix64).
+struct Time {
+  std::string name = "0";
+  Timing timing = Timing::kRandom;
+  uint64_t state = 0;  // of the random numbers
+};
+static Time now;
+
+// Random bits (SplitMix64), and a number from 0 to n - 1.
 inline uint64_t random_bits() {
-  static uint64_t state = options.seed * 0x9e3779b97f4a7c15ull + 0x632be59bd9b4e019ull;
-  uint64_t x = state += 0x9e3779b97f4a7c15ull;
+  uint64_t x = now.state += 0x9e3779b97f4a7c15ull;
   x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
   x = (x ^ x >> 27) * 0x94d049bb133111ebull;
   return x ^ x >> 31;
@@ -133,15 +144,10 @@ inline const char* base_name(const char* file) {
   return slash ? slash + 1 : file;
 }
 
-inline const char* timing_name() {
-  return options.timing == Timing::kEarly ? "early" : options.timing == Timing::kLate ? "late" : "random";
-}
-
 // Ends the program: the rule that a kernel broke, who and where.
 [[noreturn]] inline void fail_at(const char* call, Where where, const char* format, ...) {
-  std::fprintf(stderr,
-               "seed %llu, timing %s: block %u thread %u: %s at %s:%d: ", static_cast<unsigned long long>(options.seed),
-               timing_name(), blockIdx.x, threadIdx.x, call, base_name(where.file), where.line);
+  std::fprintf(stderr, "time %s: block %u thread %u: %s at %s:%d: ", now.name.c_str(), blockIdx.x, threadIdx.x, call,
+               base_name(where.file), where.line);
   va_list arguments;
   va_start(arguments, format);
   std::vfprintf(stderr, format, arguments);
@@ -269,8 +275,7 @@ inline bool turn(unsigned warp) {
 }
 
 [[noreturn]] inline void report_deadlock() {
-  std::fprintf(stderr, "seed %llu, timing %s: block %u: deadlock, all threads wait:\n",
-               static_cast<unsigned long long>(options.seed), timing_name(), blockIdx.x);
+  std::fprintf(stderr, "time %s: block %u: deadlock, all threads wait:\n", now.name.c_str(), blockIdx.x);
   std::map<std::string, std::vector<unsigned>> waits;
   for (unsigned thread = 0; thread < engine.threads; ++thread) {
     const Fiber& fiber = engine.fibers[thread];
@@ -302,6 +307,21 @@ inline Source* pending_source() {
   return found;
 }
 
+// When what is asynchronous happens from here on: "early", "late" or a seed's number; "early 7" is early in another
+// order of the threads.
+inline void set_time(const std::string& name) {
+  now.name = name;
+  now.timing = name.rfind("early", 0) == 0  ? Timing::kEarly
+               : name.rfind("late", 0) == 0 ? Timing::kLate
+                                            : Timing::kRandom;
+  const size_t digits = name.find_first_of("0123456789");
+  const uint64_t seed = digits == std::string::npos ? 0 : std::strtoull(name.c_str() + digits, nullptr, 10);
+  now.state = seed * 0x9e3779b97f4a7c15ull + static_cast<uint64_t>(now.timing);
+  for (int i = 0; i < 4; ++i) random_bits();
+  for (Source* source : engine.sources) source->rate = 1u << random_below(7);
+  engine.preemption = 4u << random_below(5);
+}
+
 // Runs the threads of one block to their end.
 inline void run_threads(unsigned threads, const std::function<void()>& kernel) {
   if (engine.fibers.size() < threads) engine.fibers.resize(threads);
@@ -318,7 +338,7 @@ inline void run_threads(unsigned threads, const std::function<void()>& kernel) {
     if (!awake.empty()) {
       const unsigned warp = awake[random_below(static_cast<unsigned>(awake.size()))];
       if (!turn(warp)) engine.asleep[warp] = 1;
-      if (options.timing == Timing::kRandom)
+      if (now.timing == Timing::kRandom)
         for (Source* source : engine.sources)
           if (source->pending() && random_below(source->rate) == 0) source->step();
     } else if (Source* source = pending_source()) {
@@ -361,8 +381,11 @@ inline bool passes(const char* call, Where where) {
   return true;
 }
 
+// Prints those that were not printed before.
 inline void list_sites() {
-  for (const Site& site : sites) std::printf("site %s %s %d\n", base_name(site.file), site.call, site.line);
+  static size_t printed = 0;
+  for (; printed < sites.size(); ++printed)
+    std::printf("site %s %s %d\n", base_name(sites[printed].file), sites[printed].call, sites[printed].line);
 }
 
 }  // namespace on_host

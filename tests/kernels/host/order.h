@@ -26,7 +26,7 @@ ON_HOST_FAST inline void lower_to(int32_t* to, const int32_t* from, size_t count
 struct Order {
   size_t threads = 0, entries = 0, phases_at = 0, ended_at = 0;
   std::vector<int32_t> clocks;  // a row of entries for each thread
-  std::vector<int32_t> now;     // the stamp of a thread's stores: goes up at each release and fence
+  std::vector<int32_t> stamps;  // the stamp of a thread's stores: goes up at each release and fence
 
   void configure(size_t thread_count, size_t mbarriers, size_t warpgroups) {
     threads = thread_count;
@@ -34,7 +34,7 @@ struct Order {
     ended_at = phases_at + mbarriers;
     entries = thread_count == 0 ? 0 : ended_at + warpgroups;
     clocks.assign(threads * entries, 0);
-    now.assign(threads, 1);
+    stamps.assign(threads, 1);
   }
   int32_t* of(size_t thread) { return clocks.data() + thread * entries; }
   int32_t& stores(int32_t* clock, size_t thread) const { return clock[thread]; }
@@ -46,21 +46,21 @@ struct Order {
   // The thread's clock with its own stores up to now in it.
   int32_t* known(size_t thread) {
     int32_t* const clock = of(thread);
-    stores(clock, thread) = now[thread];
+    stores(clock, thread) = stamps[thread];
     return clock;
   }
   void release(size_t thread, Clock& into) {
     if (entries == 0) return;
     raise_to(into.data(), known(thread), entries);
-    ++now[thread];
+    ++stamps[thread];
   }
   void acquire(size_t thread, const Clock& from) {
     if (entries != 0) raise_to(of(thread), from.data(), entries);
   }
   // fence.proxy.async: what the thread has stored so far is there for the async proxy, for all that come after this.
   void fence(size_t thread) {
-    fenced(of(thread), thread) = now[thread];
-    ++now[thread];
+    fenced(of(thread), thread) = stamps[thread];
+    ++stamps[thread];
   }
 };
 static Order order;

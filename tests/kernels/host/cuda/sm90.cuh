@@ -155,40 +155,37 @@ void wgmma(float (&d)[Half], const uint32_t* a, uint64_t b, QWEN2VL_HERE) {
 
 }  // namespace qwen2vl::sm90
 
-namespace on_host::sm90 {
+namespace on_host {
 
-// Runs a kernel as blocks of `threads` threads one after the other, in an order drawn from the seed, each with
-// `shared_bytes` of dynamic shared memory.
-inline void launch(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel) {
-  if (threads % kWarp != 0 || threads > 1024 || shared_bytes % kChunk != 0 || shared_bytes > 227 * 1024) {
-    std::fprintf(stderr, "launch of %u threads with %zu bytes of shared memory\n", threads, shared_bytes);
+using sm90::tensor_map;
+
+// Runs a kernel for Hopper as blocks of `threads` threads one after the other, in an order drawn from the seed, each
+// with `shared_bytes` of dynamic shared memory.
+inline void run_grid(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel) {
+  if (threads % kWarp != 0 || threads > 1024 || shared_bytes > 227 * 1024) {
+    std::fprintf(stderr, "a block of %u threads with %zu bytes of shared memory\n", threads, shared_bytes);
     std::_Exit(kFailed);
   }
-  static const bool once = [] {
-    engine.at_exit.push_back(leave_tensor_cores);
-    engine.sources = {&copies, &cores};
-    copies.rate = 1u << random_below(7);
-    cores.rate = 1u << random_below(7);
-    engine.preemption = 4u << random_below(5);
-    return true;
-  }();
-  (void)once;
+  if (engine.sources.empty()) {
+    engine.at_exit.push_back(sm90::leave_tensor_cores);
+    engine.sources = {&sm90::copies, &sm90::cores};
+    set_time(now.name);
+  }
   gridDim = {blocks, 1, 1};
-  std::vector<unsigned> blocks_left(blocks);
-  for (unsigned i = 0; i < blocks; ++i) blocks_left[i] = i;
-  while (!blocks_left.empty()) {
-    std::swap(blocks_left[random_below(static_cast<unsigned>(blocks_left.size()))], blocks_left.back());
-    order.configure(threads, kMaxBarriers, (threads + kGroup - 1) / kGroup);
-    memory.reset(shared_bytes);
-    mbarriers.reset();
-    registers.reset(threads);
-    cores.reset(threads);
-    run_block(blocks_left.back(), threads, kernel);
-    blocks_left.pop_back();
-    if (copies.pending()) fail_at("tma_load", copies.all[0].where, "the copy is in flight when the block ends");
+  std::vector<unsigned> left(blocks);
+  for (unsigned i = 0; i < blocks; ++i) left[i] = i;
+  for (; !left.empty(); left.pop_back()) {
+    std::swap(left[random_below(static_cast<unsigned>(left.size()))], left.back());
+    order.configure(threads, sm90::kMaxBarriers, (threads + sm90::kGroup - 1) / sm90::kGroup);
+    sm90::memory.reset(shared_bytes);
+    sm90::mbarriers.reset();
+    sm90::registers.reset(threads);
+    sm90::cores.reset(threads);
+    run_block(left.back(), threads, kernel);
+    if (sm90::copies.pending()) fail_at("tma_load", sm90::copies.all[0].where, "is in flight when the block ends");
   }
   order.configure(0, 0, 0);
   if (options.list) list_sites();
 }
 
-}  // namespace on_host::sm90
+}  // namespace on_host

@@ -63,7 +63,7 @@ inline void init_mbarrier(uint32_t address, uint32_t arrivals) {
 inline void fence_initialised() {
   for (Mbarrier& barrier : mbarriers.all)
     if (barrier.initialiser == static_cast<int>(threadIdx.x) && barrier.fence_stamp == 0)
-      barrier.fence_stamp = order.now[threadIdx.x];
+      barrier.fence_stamp = order.stamps[threadIdx.x];
 }
 
 inline void end_phase_if_complete(Mbarrier& barrier) {

@@ -95,7 +95,7 @@ inline void note_store(uint32_t address, unsigned thread, Where where, const cha
   check_read(chunk, address, clock, what);
   chunk.written = Chunk::Written::kByThread;
   chunk.writer = static_cast<int16_t>(thread);
-  chunk.stamp = order.now[thread];
+  chunk.stamp = order.stamps[thread];
   chunk.reader = -1;
   chunk.where = where;
 }
@@ -111,7 +111,7 @@ inline uint4 load(uint32_t address) {
   Chunk& chunk = memory.chunk(address);
   check_written(chunk, address, order.known(threadIdx.x), false, "the load");
   chunk.reader = static_cast<int16_t>(threadIdx.x);
-  chunk.reader_stamp = order.now[threadIdx.x];
+  chunk.reader_stamp = order.stamps[threadIdx.x];
   uint4 value;
   std::memcpy(&value, memory.at(address), 16);
   return value;
