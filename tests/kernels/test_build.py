@@ -16,8 +16,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent.parent
 CSRC = ROOT / "csrc"
 SETTINGS = ("QWEN2VL_BUILD_CUDA", "QWEN2VL_SM90", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "CUDA_HOME", "CUDA_PATH")
-#: Attention for Hopper is compiled for sm_90a alone.
+#: Attention for Hopper is compiled for sm_90a alone. attention.cu launches it and has no kernels of its own.
 CUDA_SOURCES = sorted(path for path in CSRC.glob("cuda/*.cu") if not path.stem.startswith("attention_forward"))
+WITH_KERNELS = [path for path in CUDA_SOURCES if path.stem != "attention"]
 #: What is built here is imported and no more, and the optimizer takes half of a build's time.
 QUICK = {"CXXFLAGS": "-O0"}
 
@@ -234,12 +235,6 @@ def test_sources_are_torch_free():
             assert not re.match(r"(torch|ATen|c10|caffe2)[/.]", header), f"{source.name} includes {header}"
 
 
-def _has_kernels(source: Path) -> bool:
-    """Whether a source has any, in itself or in the headers beside it."""
-    headers = re.findall(r'#include "(\w+\.cuh)"', source.read_text())
-    return any("__global__" in path.read_text() for path in (source, *(source.parent / name for name in headers)))
-
-
 def _nvcc() -> str:
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if nvcc is None:
@@ -248,7 +243,7 @@ def _nvcc() -> str:
 
 
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
-@pytest.mark.parametrize("source", filter(_has_kernels, CUDA_SOURCES), ids=lambda path: path.stem)
+@pytest.mark.parametrize("source", WITH_KERNELS, ids=lambda path: path.stem)
 def test_cuda_kernels_compile_without_spills_or_warnings(tmp_path, source, arch):
     nvcc = _nvcc()
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
