@@ -34,6 +34,16 @@ std::vector<AttentionKernel> attention_kernels() {
   return all;
 }
 
+#if CUDA_VERSION < 12000  // which has no tensor maps; the rest of the extension is compiled by it
+
+std::string attention_forward_cuda(const AttentionCall&, int, void*) { return "built with a CUDA before 12"; }
+
+std::string attention_load(const std::string&, const AttentionShape&, bool, bool) {
+  return "built with a CUDA before 12";
+}
+
+#else
+
 namespace {
 
 std::string words(cudaError_t status) { return status == cudaSuccess ? "" : cudaGetErrorString(status); }
@@ -215,5 +225,7 @@ std::string attention_load(const std::string& path, const AttentionShape& shape,
   loaded_kernels().push_back({shape, fp16, causal, nullptr, kernel});
   return "";
 }
+
+#endif
 
 }  // namespace qwen2vl

@@ -16,8 +16,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent.parent
 CSRC = ROOT / "csrc"
 SETTINGS = ("QWEN2VL_BUILD_CUDA", "QWEN2VL_SM90", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "CUDA_HOME", "CUDA_PATH")
-#: Attention for Hopper is compiled for sm_90a alone.
+#: Attention for Hopper is compiled for sm_90a alone. attention.cu launches it and has no kernels of its own.
 CUDA_SOURCES = sorted(path for path in CSRC.glob("cuda/*.cu") if not path.stem.startswith("attention_forward"))
+WITH_KERNELS = [path for path in CUDA_SOURCES if path.stem != "attention"]
 #: What is built here is imported and no more, and the optimizer takes half of a build's time.
 QUICK = {"CXXFLAGS": "-O0"}
 
@@ -242,7 +243,7 @@ def _nvcc() -> str:
 
 
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
-@pytest.mark.parametrize("source", CUDA_SOURCES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("source", WITH_KERNELS, ids=lambda path: path.stem)
 def test_cuda_kernels_compile_without_spills_or_warnings(tmp_path, source, arch):
     nvcc = _nvcc()
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed, which brings a di
 from benchmarks import wgmma
 from benchmarks.aot import budget, hopper, sass
 from benchmarks.aot.compiler import disassembled
-from qwen2vl_kernels.core import attention_sm90
+from qwen2vl_kernels.core import attention_sm90, native
 from qwen2vl_kernels.core.attention_sm90 import Kernel, Sm90Config
 
 CSRC = hopper.SOURCE.parents[1]
@@ -26,7 +26,7 @@ def _kernel(columns: int, consumers: int, keys: int, causal: bool = False, dtype
 
 
 LONG = _kernel(80, 3, 96)
-#: One of each width, of both kinds of segments and masks and of both dtypes. ``make aot`` has all.
+#: Of both kinds of segments, both masks, both dtypes and all ranks of copies. ``make aot`` has all.
 SOME = [LONG, _kernel(128, 2, 128, causal=True), _kernel(72, 2, 128, dtype=torch.float16)]
 
 
@@ -39,6 +39,16 @@ def test_what_is_compiled_is_what_calls_take():
         assert built == [(columns, config) for config in taken]
         assert {*built, *tried} == {(columns, config) for config in attention_sm90.tried(columns)}
         assert len(built) + len(tried) == len(attention_sm90.tried(columns))
+
+
+def test_what_is_linked_is_what_calls_take():
+    if (extension := native._cuda) is None:
+        pytest.skip(f"no CUDA extension: {native._cuda_reason}")
+    built = native.build_info()["sm90"]
+    linked = [tuple(key) for key in extension.attention_built()]
+    wanted = hopper.kernels(tried=built.endswith("with every tile")) if built.startswith("built") else []
+    assert len(linked) == len(wanted)
+    assert set(linked) == {kernel.key for kernel in wanted}
 
 
 def _configs(text: str) -> list[tuple[int, Sm90Config]]:
@@ -205,9 +215,8 @@ def test_machine_code_that_is_not_what_was_meant_fails_the_gates(long_kernel):
     before, _, after = listing.partition(wait)
     at = before.rindex("HGMMA.64x80x16")
     product = before[at : before.index(";", at)].strip()
-    told(
-        before[:at] + wait + before[at + len(product) :] + product + after, "1 products of a step come after its first"
-    )
+    swapped = before[:at] + wait + before[at + len(product) :] + product + after
+    told(swapped, "1 products of a step come after its first wait")
 
 
 @needs_nvcc
