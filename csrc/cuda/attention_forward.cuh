@@ -292,7 +292,7 @@ __device__ __forceinline__ void store_results(const float (&o)[Count], const Sof
       work.lse[tile.head * work.rows + own] = state.m[r] + log2f(sum);
     }
   }
-  __syncwarp();  // the last tile's rows have been read
+  // What a warp stored of the last tile it has read: all its lanes have met since, where q was released.
   const uint32_t at = staging + (lane % 16) * pitch + lane / 16 * 16;
 #pragma unroll
   for (int group = 0; group < Head / 8; group += 2) {

@@ -57,7 +57,7 @@ struct AttentionShape {
   QWEN2VL_HD constexpr int out_at() const { return p_at() + consumers * p_bytes(); }
   QWEN2VL_HD constexpr int tile_at() const { return out_at() + 4 * consumers * out_bytes(); }
   QWEN2VL_HD constexpr int barriers_at() const { return tile_at() + 32; }
-  QWEN2VL_HD constexpr int shared_bytes() const { return barriers_at() + 8 * (3 + 4 * stages()); }
+  QWEN2VL_HD constexpr int shared_bytes() const { return barriers_at() + (8 * (3 + 4 * stages()) + 15) / 16 * 16; }
 
   QWEN2VL_HD constexpr bool valid() const {
     const bool known = head == 64 || head == 72 || head == 80 || head == 96 || head == 128;

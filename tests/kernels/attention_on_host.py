@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import tempfile
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +26,18 @@ class Shape:
     keys: int = 96
     share: int = 0
     p_shared: bool = False
+    columns: int = 0  # of a block, and of the second product; 0: what the head has by default
+    across: int = 0
 
-    def program(self, *flags: str) -> Path:
-        macros = {"HEAD": self.head, "CONSUMERS": self.consumers, "KEYS": self.keys, "SHARE": self.share}
-        macros["P_SHARED"] = int(self.p_shared)
-        defined = [f"-DQWEN2VL_{name}={value}" for name, value in macros.items()]
-        return build_on_host("attention_forward", *SANITIZERS, *defined, *flags)
+    @property
+    def numbers(self) -> str:
+        """As arguments of the template."""
+        numbers = [self.head, self.consumers, self.keys, self.share, int(self.p_shared)]
+        return ",".join(map(str, [*numbers, self.columns, self.across] if self.columns else numbers))
+
+    def program(self, sanitized: bool = True) -> Path:
+        flags = SANITIZERS if sanitized else ()
+        return build_on_host("attention_forward", *flags, f"-DQWEN2VL_CONFIG={self.numbers}")
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,6 @@ class Case:
     bounds: tuple[int, int] = (-1, NO_BOUND)
     blocks: int = 3
     padded: bool = False
-    environment: dict[str, str] = field(default_factory=dict)
 
     @property
     def softmax_scale(self) -> float:
@@ -65,13 +70,20 @@ class Case:
         return plan.tiles(rows)
 
 
-def run_case(
-    shape: Shape, case: Case, times: list[str], program: Path | None = None, check: bool = True
-) -> tuple[torch.Tensor, torch.Tensor, subprocess.CompletedProcess[str]]:
-    """``(out (T, Hq, D), lse (Hq, T) in powers of two, the process)`` of the kernel at these times of the emulation.
+def run_case(shape: Shape, case: Case, *options: str, sanitized: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(out (T, Hq, D), lse (Hq, T) in powers of two)``; what the kernel leaves as it was holds NaN."""
+    made, result = run_program(shape.program(sanitized), shape, case, *options)
+    assert result.returncode == 0, f"{result.returncode}: {result.stdout[-2000:]}{result.stderr[-4000:]}"
+    rows, heads, width = case.q.shape
+    bits = torch.frombuffer(bytearray(made[: 2 * case.q.numel()]), dtype=torch.int16)
+    lse = torch.frombuffer(bytearray(made[2 * case.q.numel() :]), dtype=torch.float32)
+    return bits.view(case.q.dtype).view(rows, heads, width), lse.view(heads, rows)
 
-    What it leaves as it was holds NaN. With ``check`` a program that fails fails the test, with its words.
-    """
+
+def run_program(
+    program: Path, shape: Shape, case: Case, *options: str
+) -> tuple[bytes, subprocess.CompletedProcess[str]]:
+    """What the program wrote, if it got so far, and how it ended; ``options`` are the emulation's (host/fibers.h)."""
     tiles = case.tiles(64 * shape.consumers)
     tensors = case.q, case.k, case.v
     header = [case.q.dtype == torch.float16, case.causal, case.q.shape[1], case.k.shape[1], len(case.q), len(case.k)]
@@ -84,22 +96,9 @@ def run_case(
         given, made = Path(folder, "in"), Path(folder, "out")
         parts = [np.array(header, np.int64), np.array([scale]), tiles.numpy(), *buffers]
         given.write_bytes(b"".join(part.tobytes() for part in parts))
-        result = subprocess.run(
-            [str(program or shape.program()), str(given), str(made), *times],
-            capture_output=True,
-            text=True,
-            env={"PATH": "/usr/bin:/bin", "ASAN_OPTIONS": "detect_stack_use_after_return=0", **case.environment},
-            timeout=600,
-        )
-        if check:
-            assert result.returncode == 0, f"{result.returncode}: {result.stdout[-2000:]}{result.stderr[-4000:]}"
-        rows, heads, width = case.q.shape
-        data = made.read_bytes() if made.is_file() else b""
-    if not data:
-        return torch.empty(0), torch.empty(0), result
-    bits = torch.frombuffer(bytearray(data[: 2 * case.q.numel()]), dtype=torch.int16)
-    lse = torch.frombuffer(bytearray(data[2 * case.q.numel() :]), dtype=torch.float32)
-    return bits.view(case.q.dtype).view(rows, heads, width), lse.view(heads, rows), result
+        command = [str(program), str(given), str(made), *options]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        return made.read_bytes() if made.is_file() else b"", result
 
 
 def _buffer(x: torch.Tensor) -> np.ndarray:

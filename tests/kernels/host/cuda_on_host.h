@@ -323,6 +323,7 @@ To bits_as(From value) {
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline float __int_as_float(int value) { return bits_as<float>(value); }
 inline float __uint_as_float(unsigned value) { return bits_as<float>(value); }
 inline int __float_as_int(float value) { return bits_as<int>(value); }
