@@ -323,16 +323,12 @@ To bits_as(From value) {
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
-inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline float __int_as_float(int value) { return bits_as<float>(value); }
 inline float __uint_as_float(unsigned value) { return bits_as<float>(value); }
 inline int __float_as_int(float value) { return bits_as<int>(value); }
 inline unsigned __float_as_uint(float value) { return bits_as<unsigned>(value); }
-inline float __fdividef(float a, float b) { return a / b; }
-inline float __frcp_rn(float a) { return 1 / a; }
 
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
-inline int __ffs(int value) { return __builtin_ffs(value); }
 
 template <class T>
 T __ldg(const T* pointer) {
