@@ -11,7 +11,7 @@
 #   FUZZ_SECONDS=60, FUZZER=libfuzzer, FUZZ_CXX=..., FUZZ_DIR=...    make fuzz: time a target, engine, compiler, folder
 #   TRANSFORMERS="5.6.0 5.24.0", TRANSFORMERS_SRC=...    make test-stacks: versions of transformers; a checkout of the one
 #                               that .venv has, whose own tests run stock and switched on
-#   QWEN2VL_BUILD_CUDA=0|1|auto, MAX_JOBS, TORCH_CUDA_ARCH_LIST    the build of the extensions, see setup.py
+#   QWEN2VL_BUILD_CUDA=0|1|auto, QWEN2VL_SM90=0|all|auto, MAX_JOBS, TORCH_CUDA_ARCH_LIST    the build of the extensions, see setup.py
 
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip
@@ -19,12 +19,12 @@ RUN := .venv/bin/python
 CSRC := $(shell find csrc -type f)
 FUZZ := $(wildcard tests/fuzz/*.cpp tests/fuzz/*.h)
 # What clang-format keeps in order: the extensions, and what no install builds.
-FORMATTED := $(CSRC) $(FUZZ) $(wildcard tests/kernels/host/* benchmarks/cuda/*)
+FORMATTED := $(CSRC) $(FUZZ) $(shell find tests/kernels/host benchmarks/cuda -type f)
 
 # The versions of Triton that PyTorch's builds for CUDA bring: 2.10 and 2.11, 2.12, 2.13, 2.14.
 TRITONS := 3.6.0 3.7.0 3.7.1 3.8.0
 
-.PHONY: help install demo check test test-long aot lint format dist fuzz gpu gpu-wheels hub test-stacks test-transformers test-trainers \
+.PHONY: help install demo check test test-long aot sm90-cubins lint format dist fuzz gpu gpu-wheels hub test-stacks test-transformers test-trainers \
 	signatures test-oldest resolve clean
 .DEFAULT_GOAL := help
 
@@ -33,7 +33,8 @@ help:
 	@echo "make check   a checkpoint with random weights here and in transformers: logits and greedy tokens compared"
 	@echo "make test    the test suite, at its end the files that take the most CPU time"
 	@echo "make test-long    before a release: what is too slow for each commit, then fuzz, test-oldest and test-stacks"
-	@echo "make aot     every Triton kernel compiled for every GPU with every compiler that PyTorch brings, and its gates"
+	@echo "make aot     every Triton kernel compiled for every GPU with every compiler that PyTorch brings, and its gates;"
+	@echo "             attention for Hopper by three versions of ptxas;  make sm90-cubins  keeps what the tuner tries"
 	@echo "make lint    ruff, pyright, clang-format;  make format  rewrites what they can"
 	@echo "make dist    the sdist and the wheel in build/dist, checked, installed into an empty environment and asked there"
 	@echo "make fuzz    the C++ of the CPU on random input, under the address and undefined behaviour sanitizers"
@@ -73,15 +74,30 @@ build/triton/%: | .venv/torch.stamp
 	@echo "installing Triton $*, for its compiler ..."
 	@rm -rf $@.part && $(PIP) install --quiet --no-deps --target $@.part triton==$* && mv $@.part $@
 
-aot: .venv/install.stamp $(addprefix build/triton/,$(TRITONS))
+# And another ptxas beside nvcc's and those that Triton brings.
+build/ptxas/%: | .venv/torch.stamp
+	@echo "installing ptxas $* ..."
+	@rm -rf $@.part && $(PIP) install --quiet --no-deps --target $@.part "nvidia-cuda-nvcc-cu12==$*.*" && mv $@.part $@
+
+# CuTe's headers, which layouts in shared memory are held to, without what the package has besides.
+build/cutlass/%: | .venv/torch.stamp
+	@echo "installing the headers of CUTLASS $* ..."
+	@rm -rf $@.part && $(PIP) install --quiet --no-deps --target $@.part nvidia-cutlass==$* && mv $@.part $@
+
+aot: .venv/install.stamp $(addprefix build/triton/,$(TRITONS)) build/ptxas/12.9
 	$(RUN) -m benchmarks aot --failures
 	$(RUN) -m benchmarks aot --failures $(addprefix --triton ,$(TRITONS))
+	$(RUN) -m benchmarks sm90 --tried --failures
+
+# What the tuner tries on Hopper, compiled here for a machine whose Python or nvcc is another.
+sm90-cubins: .venv/install.stamp
+	$(RUN) -m benchmarks sm90 --tried --failures --ptxas nvcc --cubins build/sm90
 
 # One worker a core and one thread a worker: threads of several workers would spin against each other.
 # Each worker has a stretch of files and takes from the others' when it is done, so that most modules have their
 # fixtures, models and processes of compilers once.
 PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist worksteal
-test: .venv/install.stamp | build/triton/3.6.0
+test: .venv/install.stamp | build/triton/3.6.0 build/cutlass/4.2.0.0
 	@$(PYTEST) -m "not long" $(PYTEST_ARGS)
 
 # What repeats at a larger size what make test shows, then what needs minutes, other versions or other stacks.

@@ -186,6 +186,51 @@ def aot(
         raise typer.Exit(1)
 
 
+@app.command("sm90")
+def sm90(
+    heads: Annotated[list[int] | None, typer.Argument(metavar="[HEAD_DIM]...", help="Default: every width.")] = None,
+    versions: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ptxas", help="12.8, 12.9 or nvcc, for its own; can be given again. Default: all that are here."
+        ),
+    ] = None,
+    tried: Annotated[bool, typer.Option("--tried", help="All that the tuner tries, not only what is built.")] = False,
+    failures_only: Annotated[bool, typer.Option("--failures", help="Print only what fails a gate.")] = False,
+    budget: Annotated[
+        bool, typer.Option("--budget", help="Instead: cycles of a step, and the time that follows, of nvcc's code.")
+    ] = False,
+    cubins: Annotated[
+        Path | None, typer.Option(help="Keep nvcc's machine code there, for a GPU elsewhere to load.")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes that compile; default one a core.")] = None,
+) -> None:
+    """Compile attention for Hopper without a GPU, by each ptxas that users have, and check what it became.
+
+    Nothing may be spilled, no product wait for another; products and exponentials must be as many as the formula says
+    and lie where they overlap. A gate that fails makes the exit status 1.
+    """
+    from .aot import budget as counted
+    from .aot import hopper
+
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    try:
+        kernels = hopper.kernels(heads, tried)
+        if budget:
+            kernels = [one for one in kernels if not one.causal and one.dtype == torch.bfloat16]
+        found = hopper.compile_all(kernels, [hopper.NVCC] if budget else versions, jobs, cubins)
+    except (ValueError, RuntimeError) as error:
+        raise typer.BadParameter(str(error)) from error
+    failed = [one for one in found if one.failures]
+    if budget:
+        counted.show([one for one in found if not one.failures], console)
+    if not budget or failed:
+        hopper.show(failed if failures_only or budget else found, console)
+    print(f"{len(found)} kernels compiled, {len(failed)} fail a gate")
+    if failed:
+        raise typer.Exit(1)
+
+
 @app.command("work")
 def work() -> None:
     """Count, without a GPU, what attention kernels execute for the useful work of every pack."""
@@ -240,6 +285,9 @@ def tune_(
     compile_: Annotated[
         bool, typer.Option("--compile", help="Only compile the candidates, which a later call finds on disk.")
     ] = False,
+    cubins: Annotated[
+        Path | None, typer.Option(help="Folder of attention's kernels for Hopper that are not linked.")
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Tiny shapes and few candidates, to see that it works.")
     ] = False,
@@ -268,6 +316,7 @@ def tune_(
         quick=quick,
         limit=limit,
         jobs=jobs or os.cpu_count() or 1,
+        cubins=cubins,
         rows=rows,
         log=lambda line: console.print(line, style="dim", markup=False),
     )

@@ -23,8 +23,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of qwen2vl_kernels. Tensors come as (address, bytes per element, row stride, column stride).";
 
   m.def("build_info", [] {
-    return std::map<std::string, std::string>{
-        {"version", QWEN2VL_VERSION}, {"compiler", QWEN2VL_COMPILER}, {"cuda", QWEN2VL_CUDA_STATUS}};
+    return std::map<std::string, std::string>{{"version", QWEN2VL_VERSION},
+                                              {"compiler", QWEN2VL_COMPILER},
+                                              {"cuda", QWEN2VL_CUDA_STATUS},
+                                              {"sm90", QWEN2VL_SM90_STATUS}};
   });
 
   // Returns (error, video, item, token, found): see MropeStatus.

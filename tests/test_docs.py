@@ -25,6 +25,8 @@ from benchmarks import report
 from benchmarks.run import RESULTS
 from qwen2vl import assets
 from qwen2vl.cli import app, stack
+from qwen2vl_kernels import varlen_attention
+from qwen2vl_kernels.core.backends import PREFERENCE
 from qwen2vl_kernels.integrations import sglang, transformers, vllm
 from qwen2vl_kernels.integrations._switch import STACKS, VARIABLE, parse
 from tests.integrations.fakes.sglang import install_sglang
@@ -60,6 +62,12 @@ def test_every_block_is_run_or_says_why_not(page):
         if block.language in ("bash", "python"):
             assert re.fullmatch(r"run|not run: \w.*", block.marker), f"<!-- run --> or <!-- not run: why --> of {block}"
     assert any(block.marker == "run" for block in found), "a page without anything that is tested"
+
+
+def test_every_backend_of_attention_is_told_of():
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    for name in {name for names in PREFERENCE["varlen_attention"].values() for name in names}:
+        assert f"\n| `{name}` | " in page and f'``"{name}"``' in (varlen_attention.__doc__ or ""), name
 
 
 @pytest.fixture

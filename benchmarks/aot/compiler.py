@@ -244,7 +244,7 @@ def _read_sass(compiled: Any, warps: int) -> _Code:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
         usage = _output(tools / "cuobjdump", "--dump-resource-usage", path)
-        listing = _disassembled(path)
+        listing = disassembled(path)
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump does not tell the registers: {usage}")
@@ -263,7 +263,7 @@ def _read_sass(compiled: Any, warps: int) -> _Code:
     return _Code(registers, stack + local, compiled.metadata.shared, dict(widths), matrix, products, early)
 
 
-def _disassembled(cubin: Path) -> str:
+def disassembled(cubin: Path) -> str:
     """The machine code with what each instruction reads and writes.
 
     A disassembler follows no code in the format that older or newer ones write: that of ptxas 12, which Triton 3.9

@@ -1,15 +1,16 @@
-"""Registers that some path through a kernel's machine code reads before anything has written them.
+"""Machine code as instructions with their registers and the ways through them, and what is wrong with it.
 
-A compiler that forgets a write makes a kernel that is wrong only where that path is taken, and no interpreter sees it:
-ptxas 12.8.93 (Triton 3.6) multiplied by shared-memory descriptors out of uniform registers that nothing had written.
-``nvdisasm -plr`` says what every instruction reads and writes, of general, predicate, uniform and uniform predicate
-registers; the paths are followed here.
+That is, registers that some way reads before anything has written them: a compiler that forgets a write makes a kernel
+that is wrong only where that way is taken, and no interpreter sees it. ptxas 12.8.93 (Triton 3.6) multiplied by
+shared-memory descriptors out of uniform registers that nothing had written. ``nvdisasm -plr`` says what every
+instruction reads and writes, of general, predicate, uniform and uniform predicate registers; here the ways are
+followed.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 #: A register: its file as nvdisasm calls it, and its number.
@@ -29,7 +30,9 @@ _LOGICAL = re.compile(r"^LOP3\.LUT R(\d+), (\w+), (\w+), (\w+), (0x[0-9a-f]+), !
 
 
 @dataclass
-class _Instruction:
+class Instruction:
+    """An instruction, ``place`` bytes from its kernel's start; registers by file and number."""
+
     place: int
     text: str
     reads: frozenset[Register]
@@ -56,22 +59,63 @@ def early_reads(listing: str) -> list[EarlyRead]:
     """The reads that some path reaches before a write, of ``nvdisasm -c -plr -lrm narrow``'s output.
 
     A write under a predicate counts as a write: that its readers stand under the same one is not followed. Raises
-    ``ValueError`` for text without instructions or without the columns of registers.
+    ``ValueError`` as :func:`kernels` does.
     """
-    found: list[EarlyRead] = []
+    return [read for code in kernels(listing) for read in _follow(code)]
+
+
+def kernels(listing: str) -> list[list[Instruction]]:
+    """The instructions of each kernel of such a disassembly, in order, connected.
+
+    Raises ``ValueError`` for text without instructions or without the columns of registers.
+    """
     sections = re.split(r"(?m)^(?=\s*\.section\s+\.text)", listing)[1:]
+    if not sections:
+        raise ValueError("the disassembly has no .text section")
+    found = []
     for section in sections:
         code, labels = _parse(section)
         _connect(code, labels)
-        found += _follow(code)
-    if not sections:
-        raise ValueError("the disassembly has no .text section")
+        found.append(code)
     return found
 
 
-def _parse(section: str) -> tuple[list[_Instruction], dict[str, int]]:
+def reached(code: list[Instruction], first: int) -> set[int]:
+    """The instructions that may run from the one of index ``first`` on, by index."""
+    seen, waiting = {first}, [first]
+    while waiting:
+        instruction = code[waiting.pop()]
+        for following in (*instruction.next, *(() if instruction.call is None else (instruction.call,))):
+            if following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return seen
+
+
+def loops(code: list[Instruction]) -> list[set[int]]:
+    """The instructions of each loop, by index: what can come back to where all ways into the loop begin."""
+    before: list[list[int]] = [[] for _ in code]
+    for n, instruction in enumerate(code):
+        for following in instruction.next:
+            before[following].append(n)
+    found: dict[int, set[int]] = {}
+    for n, instruction in enumerate(code):
+        for target in instruction.next:
+            body, waiting = {target}, [n]
+            while target <= n and waiting:
+                at = waiting.pop()
+                if at not in body:
+                    body.add(at)
+                    waiting += before[at]
+            # From the kernel's start on, something comes here past the target: code that stands aside, and no loop.
+            if target <= n and 0 not in body - {target}:
+                found.setdefault(target, set()).update(body)
+    return list(found.values())
+
+
+def _parse(section: str) -> tuple[list[Instruction], dict[str, int]]:
     """The instructions of a section in order, and the index of the one that each label stands before."""
-    code: list[_Instruction] = []
+    code: list[Instruction] = []
     labels: dict[str, int] = {}
     columns: dict[int, Register] = {}
     rows: list[str] = []  # of the heading
@@ -92,7 +136,7 @@ def _parse(section: str) -> tuple[list[_Instruction], dict[str, int]]:
             # Where nobody reads what it writes, nvdisasm marks no write.
             copy = _COPY.match(words) is not None and len(reads) == 1 and len(writes) <= 1
             reads -= _unread(words)
-            code.append(_Instruction(int(found[1], 16), words, reads, writes, copy, _bytewise(words, reads)))
+            code.append(Instruction(int(found[1], 16), words, reads, writes, copy, _bytewise(words, reads)))
     if not code or not columns:
         raise ValueError("the disassembly has no instructions with columns of registers: was it made with -plr?")
     return code, labels
@@ -168,7 +212,7 @@ def _byte(name: str, byte: int, reads: frozenset[Register]) -> int:
     return 1 << (4 * register[1] + byte) if register in reads else 0
 
 
-def _connect(code: list[_Instruction], labels: dict[str, int]) -> None:
+def _connect(code: list[Instruction], labels: dict[str, int]) -> None:
     """Fill in which instructions may follow each."""
     for n, instruction in enumerate(code):
         words = instruction.text.split()
@@ -196,7 +240,7 @@ def _connect(code: list[_Instruction], labels: dict[str, int]) -> None:
     _join(code, labels)
 
 
-def _join(code: list[_Instruction], labels: dict[str, int]) -> None:
+def _join(code: list[Instruction], labels: dict[str, int]) -> None:
     """Send whoever waits at a convergence barrier to where the last BSSY of that barrier said, on each path."""
     barrier = re.compile(r"\b(BSSY|BSYNC)(?:\.\w+)* (B\d+)(?:, `\(([\w.$]+)\))?")
     before: list[dict[str, frozenset[int]] | None] = [None] * len(code)
@@ -222,22 +266,10 @@ def _join(code: list[_Instruction], labels: dict[str, int]) -> None:
                 waiting.append(following)
 
 
-def _subroutine(code: list[_Instruction], first: int) -> Iterator[int]:
-    """The instructions that a subroutine may run."""
-    seen, waiting = {first}, [first]
-    while waiting:
-        n = waiting.pop()
-        yield n
-        for following in code[n].next:
-            if following not in seen:
-                seen.add(following)
-                waiting.append(following)
-
-
-def _follow(code: list[_Instruction]) -> list[EarlyRead]:
+def _follow(code: list[Instruction]) -> list[EarlyRead]:
     """What is surely written before each instruction, by the meet over all paths, and what is read without being."""
     written_by_calls = {
-        first: _bits(register for n in _subroutine(code, first) for register in code[n].writes)
+        first: _bits(register for n in reached(code, first) for register in code[n].writes)
         for first in {instruction.call for instruction in code if instruction.call is not None}
     }
     before: list[int | None] = [None] * len(code)
@@ -270,7 +302,7 @@ def _follow(code: list[_Instruction]) -> list[EarlyRead]:
     ]
 
 
-def _after(instruction: _Instruction, known: int) -> int:
+def _after(instruction: Instruction, known: int) -> int:
     """What is written behind an instruction. A copy of what is not is no use of it, as when half of a pair is spilled,
     but then its target is not written either; of bytes, the bytes that were copied."""
     writes = _bits(instruction.writes)

@@ -30,7 +30,9 @@ from ._ops import DTYPE, keep_for_another_backward, made, random
 
 #: FlexAttention compiles for half a minute a pack, so it is there for some.
 _FLEX = ("16 of 1024", "4 of 4096", "9 photos", "causal 4096+2048+1333+715")
-_BACKENDS = {"cuda": ("chosen", "triton", "sdpa"), "cpu": ("chosen", "sdpa", "blocked")}
+_BACKENDS = {"cuda": ("chosen", "sm90", "triton", "sdpa"), "cpu": ("chosen", "sdpa", "blocked")}
+#: Backends that are not measured backward, and why.
+_FORWARDS = {"blocked": "it has no backward", "sm90": "its backward is triton's"}
 #: Distributions of flash-attn by what the table calls them.
 _FLASH = {
     "flash-attn 2": "flash_attn",
@@ -99,12 +101,11 @@ def _both(context: Context, pack: Pack) -> Iterator[Workload]:
     for backward in (False, True):
         contenders: list[Provider] = []
         for backend in _BACKENDS[context.device.type]:
-            if backward and backend == "blocked":
-                contenders.append(Provider(backend, skipped="it has no backward"))
+            if backward and backend in _FORWARDS:
+                contenders.append(Provider(backend, skipped=_FORWARDS[backend]))
             else:
-                contenders.append(
-                    made(backend, lambda n=backend, b=backward: inputs.prepared(inputs.ours(n), b), peer=False)
-                )
+                make = lambda n=backend, b=backward: inputs.prepared(inputs.ours(n), b)  # noqa: E731
+                contenders.append(made(backend, make, peer=False, trial=backend == "sm90"))
         for name, make in _peers(inputs, backward).items():
             contenders.append(made(name, lambda make=make, b=backward: inputs.prepared(make(), b)))
         yield Workload(

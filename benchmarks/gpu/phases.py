@@ -16,6 +16,9 @@ from ..environment import ROOT
 from ..run import case_names
 from .session import SECONDS, Part, Phase
 
+#: Where attention's kernels for Hopper lie that no build links, if somebody brought them along, for the tuner.
+CUBINS = ROOT / "build" / "sm90"
+
 
 def phases(device: str, work: Path, checkpoints: Path, wheels: Path, cores: int) -> list[Phase]:
     """The phases for ``device``, ``cuda`` or ``cpu``; the latter a rehearsal.
@@ -98,14 +101,14 @@ def _build(rehearsal: bool, checkpoints: Path, cores: int) -> Iterator[Part]:
         if wgmma.why_not(torch.device("cuda")) is None:
             yield Part("wgmma-build", (python, "-m", "benchmarks", "wgmma", "--build"), peers=False)
         # Those that are timed first, in the shadow of the extension, which takes one core and longer.
-        candidates = ("--compile", "--limit", "40", "--jobs", str(max(cores // 2, 1)))
+        candidates = ("--compile", "--limit", "40", "--jobs", str(max(cores // 2, 1)), *_cubins())
         yield Part("tuning-build", (python, "-m", "benchmarks", "tune", *candidates), measures=True, peers=False)
     yield Part("kernels", (python, "-m", "benchmarks", "warm", *kernels), peers=False)
 
 
 def _tests(rehearsal: bool, cores: int, work: Path) -> Iterator[Part]:
-    """Tests that need a GPU, and those that put their tensors on one where there is one. Only files that hold such
-    tests are named, as a machine may lack what others import."""
+    """Tests that need a GPU, those of Hopper's own attention before the others, and those that put their tensors on one
+    where there is one. Only files that hold such tests are named, as a machine may lack what others import."""
     python = sys.executable
     texts = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").rglob("test_*.py"))}
     on_gpu = [str(path.relative_to(ROOT)) for path, text in texts.items() if "mark.gpu" in text]
@@ -121,7 +124,10 @@ def _tests(rehearsal: bool, cores: int, work: Path) -> Iterator[Part]:
     if rehearsal:  # the first are skipped, the second interpret one op's kernels
         on_gpu = [name for name in on_gpu if "graphs" in name]
         on_device = [name for name in on_device if "append_kv" in name]
-    for name, marked, files in (("gpu-tests", "gpu", on_gpu), ("device-tests", "not gpu", on_device)):
+    first = [name for name in on_gpu if "sm90" in name]
+    named = [("sm90-tests", "gpu", first)] if first else []
+    named.append(("gpu-tests", "gpu", [name for name in on_gpu if name not in first]))
+    for name, marked, files in (*named, ("device-tests", "not gpu", on_device)):
         told = work / "results" / f"{name}.jsonl"
         command = (python, "-m", "pytest", *options, "--test-lines", str(told), "-m", marked, *files)
         yield Part(name, command, environment={"OMP_NUM_THREADS": "1"}, tests=told)
@@ -129,8 +135,16 @@ def _tests(rehearsal: bool, cores: int, work: Path) -> Iterator[Part]:
 
 def _tuning(rehearsal: bool, work: Path) -> Part:
     out = ("--out", str(work / "results" / "tune.json"))
-    small = ("swiglu forward", "--quick", "--device", "cpu", "--jobs", "1") if rehearsal else ("--limit", SECONDS)
+    small = (
+        ("swiglu forward", "--quick", "--device", "cpu", "--jobs", "1")
+        if rehearsal
+        else ("--limit", SECONDS, *_cubins())
+    )
     return Part("tuning", (sys.executable, "-m", "benchmarks", "tune", *small, *out), measures=True)
+
+
+def _cubins() -> tuple[str, ...]:
+    return ("--cubins", str(CUBINS)) if CUBINS.is_dir() else ()
 
 
 def _rates(device: str, results: Sequence[str]) -> Part:

@@ -9,7 +9,8 @@ result's groups say, with the GPU that measured them; nothing is written by itse
 from .processes import Died, Worker
 from .result import result, show, tables, write
 from .search import Rows, Search
-from .subjects import Subject, Work, subjects
+from .subject import Subject, Work
+from .subjects import subjects
 from .verdict import Trial
 
 __all__ = [

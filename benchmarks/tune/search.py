@@ -24,7 +24,8 @@ import torch
 from qwen2vl_kernels.core import launching
 
 from .processes import Died, Worker
-from .subjects import DTYPES, REHEARSED, Subject, configured, subjects
+from .subject import DTYPES, Fields, Subject, configured
+from .subjects import REHEARSED, subjects
 from .verdict import Trial, by_group, finalists, literal, ranking, whole
 
 #: Share of the time that is left when a subject begins that compiling may take: what is compiled by then is timed.
@@ -35,8 +36,6 @@ _FINALS_SHARE, _FINALS_SECONDS = 0.15, 10.0
 _COMPILE_LIMIT, _START_LIMIT, _RUN_LIMIT = 120.0, 90.0, 20.0
 #: Samples of a candidate, and of those that are compared in the end.
 _SAMPLES, _FINAL_SAMPLES = 5, 15
-
-Fields = dict[str, int]
 
 
 def candidates(subject: Subject, target: launching.Target, dtype: torch.dtype) -> tuple[Any, list[Fields]]:
@@ -50,6 +49,7 @@ def candidates(subject: Subject, target: launching.Target, dtype: torch.dtype) -
     shipped = seen[0]
     own = {name: getattr(shipped, name) for name in subject.grid}
     tried = [dict(zip(subject.grid, values, strict=True)) for values in itertools.product(*subject.grid.values())]
+    tried = [fields for fields in tried if subject.tried is None or fields in subject.tried]
     if hasattr(shipped, "num_stages"):
         height = next(iter(subject.grid))
         tried = [fields for fields in tried if fields[height] >= 16 * fields["num_warps"]]
@@ -87,6 +87,7 @@ class Search:
         quick: tiny shapes and few candidates.
         limit: seconds for all of it, or ``None``.
         jobs: processes that compile.
+        cubins: a folder of kernels in CUDA C++ that are not linked.
         rows: where rows go as they are measured.
         log: gets a line a subject.
         worker: the module that compiles and times.
@@ -97,6 +98,7 @@ class Search:
     quick: bool = False
     limit: float | None = None
     jobs: int = 1
+    cubins: Path | None = None
     rows: Rows = field(default_factory=lambda: Rows(None))
     log: Callable[[str], None] = lambda line: None
     worker: str = "benchmarks.tune.worker"
@@ -116,7 +118,8 @@ class Search:
         trials = self.trials(names)
         interpret = {"TRITON_INTERPRET": "1" if self.device.type == "cpu" else None}
         with ExitStack() as stack:
-            worker = stack.enter_context(Worker((self.worker, "time", str(self.device), self._size), interpret))
+            command = (self.worker, "time", str(self.device), self._size, *self._cubins)
+            worker = stack.enter_context(Worker(command, interpret))
             worker.start()
             compilers = self._compilers(stack)
             for trial in trials:
@@ -130,7 +133,8 @@ class Search:
 
     def trials(self, names: Sequence[str] = ()) -> list[Trial]:
         """Trials of subjects whose name holds one of ``names``, none measured yet. Raises ``ValueError`` for none."""
-        names, known = names or (REHEARSED if self.quick else ()), list(subjects(self.quick))
+        names = names or (REHEARSED if self.quick else ())
+        known = [s for s in subjects(self.quick) if s.capability in (None, self.target.capability)]
         chosen = [s for s in known if not names or any(name in s.name for name in names)]
         if not chosen:
             raise ValueError(f"no subject's name has one of {', '.join(names)} in it")
@@ -145,7 +149,7 @@ class Search:
     def _compilers(self, stack: ExitStack) -> list[Worker]:
         """They wait while something is timed, as starting one takes longer than most compilations."""
         where = f"{self.target.backend}:{self.target.capability}:{str(self.dtype).removeprefix('torch.')}"
-        command = (self.worker, "compile", where, self._size)
+        command = (self.worker, "compile", where, self._size, *self._cubins)
         return [stack.enter_context(Worker(command, {"TRITON_INTERPRET": None})) for _ in range(self.jobs)]
 
     def _compile(self, trials: Iterable[Trial], compilers: Sequence[Worker], until: float) -> None:
@@ -189,6 +193,10 @@ class Search:
     @property
     def _size(self) -> str:
         return "quick" if self.quick else "whole"
+
+    @property
+    def _cubins(self) -> tuple[str, ...]:
+        return () if self.cubins is None else (str(self.cubins),)
 
     def _left(self) -> float:
         """Seconds of the limit."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .subjects import Subject
+from .subject import Subject
 
 #: How many of a group's ranking are compared with what ships in the end.
 FINALISTS = 3

@@ -1,4 +1,5 @@
-"""``python -m benchmarks.tune.worker compile <target>`` or ``time <device>``: what may crash, out of the search's way.
+"""``python -m benchmarks.tune.worker compile <target> <size> [<cubins>]`` or ``time <device> <size> [<cubins>]``: what
+may crash, out of the search's way.
 
 A request names a subject and a candidate's fields; the reply says what became of it. See :mod:`.search`.
 """
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -19,7 +21,8 @@ from qwen2vl_kernels.core import launching
 
 from ..timing import Clock
 from .processes import serve
-from .subjects import DTYPES, Subject, Tensors, Work, configured, subjects
+from .subject import DTYPES, Fields, Subject, Tensors, Work, configured
+from .subjects import subjects
 
 
 def gpu_target(target: launching.Target) -> Any:
@@ -50,8 +53,8 @@ class Compiler:
     identifies a kernel is the same as in a process that launches it, which then finds it there.
     """
 
-    def __init__(self, target: launching.Target, quick: bool, dtype: torch.dtype) -> None:
-        self.target, self.dtype = target, dtype
+    def __init__(self, target: launching.Target, quick: bool, dtype: torch.dtype, cubins: Path | None = None) -> None:
+        self.target, self.dtype, self.cubins = target, dtype, cubins
         self.subjects = {subject.name: subject for subject in subjects(quick)}
         stand_in(target)
 
@@ -59,6 +62,9 @@ class Compiler:
         subject = self.subjects[request["subject"]]
         begin = time.perf_counter()
         try:
+            if subject.ready is not None:
+                subject.ready(request["fields"], self.dtype, self.cubins, False)
+                return {"seconds": time.perf_counter() - begin}
             with launching.record(self.target) as launches, torch.no_grad(), configured(subject, request["fields"]):
                 subject.make(torch.device("meta"), self.dtype).run()
             for launch in launches:
@@ -71,8 +77,8 @@ class Compiler:
 class Timer:
     """Runs candidates, compares their results and times the subject's kernel. Keeps the inputs of one subject."""
 
-    def __init__(self, device: torch.device, quick: bool) -> None:
-        self.device, self.dtype = device, DTYPES[device.type]
+    def __init__(self, device: torch.device, quick: bool, cubins: Path | None = None) -> None:
+        self.device, self.dtype, self.cubins = device, DTYPES[device.type], cubins
         self.subjects = {subject.name: subject for subject in subjects(quick)}
         self.clock = Clock(device)
         self.of: str | None = None
@@ -124,15 +130,17 @@ class Timer:
             samples.append(self.clock.time(call))
         return reply | {"bits": bits(results), "samples": samples}
 
-    def _prepared(self, subject: Subject, work: Work, fields: dict[str, int]) -> tuple[Tensors, Callable[[], object]]:
+    def _prepared(self, subject: Subject, work: Work, fields: Fields) -> tuple[Tensors, Callable[[], object]]:
         """The results of one run, and the launch of the subject's kernel in it, to repeat."""
         seen: list[Callable[[], object]] = []
         launch = subject.module.launch
+        if subject.ready is not None:
+            subject.ready(fields, self.dtype, self.cubins, True)
 
-        def watched(kernel: Any, grid: Any, device: Any, **named: Any) -> None:
-            launch(kernel, grid, device, **named)
-            if kernel.fn.__name__ == subject.kernel:
-                seen.append(lambda: launch(kernel, grid, device, **named))
+        def watched(kernel: Any, *given: Any, **named: Any) -> None:
+            launch(kernel, *given, **named)
+            if subject.kernel is None or kernel.fn.__name__ == subject.kernel:
+                seen.append(lambda: launch(kernel, *given, **named))
 
         with configured(subject, fields), mock.patch.object(subject.module, "launch", watched), unwritten_is_nan():
             results = work.run()
@@ -192,10 +200,11 @@ def words(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    does, where, size = sys.argv[1:]
+    does, where, size, *folder = sys.argv[1:]
+    cubins = Path(folder[0]) if folder else None
     if does == "compile":
         backend, capability, dtype = where.split(":")
         target = launching.Target(backend, int(capability))
-        serve(Compiler(target, size == "quick", getattr(torch, dtype)))
+        serve(Compiler(target, size == "quick", getattr(torch, dtype), cubins))
     else:
-        serve(Timer(torch.device(where), size == "quick"))
+        serve(Timer(torch.device(where), size == "quick", cubins))

@@ -12,7 +12,6 @@
 #include <utility>
 
 #include "attention_maps.h"
-#include "build_info.h"
 
 namespace qwen2vl {
 
@@ -34,6 +33,16 @@ std::vector<AttentionKernel> attention_kernels() {
 #endif
   return all;
 }
+
+#if CUDA_VERSION < 12000  // which has no tensor maps; the rest of the extension is compiled by it
+
+std::string attention_forward_cuda(const AttentionCall&, int, void*) { return "built with a CUDA before 12"; }
+
+std::string attention_load(const std::string&, const AttentionShape&, bool, bool) {
+  return "built with a CUDA before 12";
+}
+
+#else
 
 namespace {
 
@@ -216,5 +225,7 @@ std::string attention_load(const std::string& path, const AttentionShape& shape,
   loaded_kernels().push_back({shape, fp16, causal, nullptr, kernel});
   return "";
 }
+
+#endif
 
 }  // namespace qwen2vl

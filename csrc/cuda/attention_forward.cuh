@@ -216,17 +216,26 @@ __device__ __forceinline__ void produce(const TensorMap* q, const TensorMap* k, 
 
 // ----------------------------------------------------------------------------------------------------------- consumers
 
+// Operands of a step: of 16 columns of q or k, where the leading offset is not read as rows are swizzled; of 16 keys of
+// v.
+template <int RowBytes>
+__device__ __forceinline__ uint64_t depth_operand(const AttentionShape& shape, uint32_t tile, int rows, int step) {
+  return sm90::matrix_descriptor<RowBytes>(tile + shape.depth_at(rows, step), 16, shape.group_bytes());
+}
+
+template <int RowBytes>
+__device__ __forceinline__ uint64_t across_operand(const AttentionShape& shape, uint32_t tile, int rows, int step) {
+  return sm90::matrix_descriptor<RowBytes>(tile + shape.across_at(step), shape.block_bytes(rows), shape.group_bytes());
+}
+
 // s (64, keys) = q k^T, a step of 16 columns at a time.
 template <class Config, Element E>
 __device__ __forceinline__ void issue_scores(float (&s)[Config::kShape.keys / 2], uint32_t q, uint32_t k) {
   constexpr AttentionShape shape = Config::kShape;
 #pragma unroll
   for (int step = 0; step < shape.depth(); ++step) {
-    // The leading offset is not read where rows are swizzled.
-    const uint64_t a =
-        sm90::matrix_descriptor<shape.row_bytes()>(q + shape.depth_at(shape.rows(), step), 16, shape.group_bytes());
-    const uint64_t b =
-        sm90::matrix_descriptor<shape.row_bytes()>(k + shape.depth_at(shape.keys, step), 16, shape.group_bytes());
+    const uint64_t a = depth_operand<shape.row_bytes()>(shape, q, shape.rows(), step);
+    const uint64_t b = depth_operand<shape.row_bytes()>(shape, k, shape.keys, step);
     if (step == 0) {
       sm90::wgmma<E, Major::kDepth, false>(s, a, b);
     } else {
@@ -236,15 +245,14 @@ __device__ __forceinline__ void issue_scores(float (&s)[Config::kShape.keys / 2]
   sm90::wgmma_commit_group();
 }
 
-// o (64, columns) += p v, a step of 16 keys at a time.
+// o (64, across) += p v, a step of 16 keys at a time.
 template <class Config, Element E>
 __device__ __forceinline__ void issue_values(float (&o)[Config::kShape.across / 2],
                                              uint32_t (&p)[Config::kShape.keys / 4], uint32_t p_shared, uint32_t v) {
   constexpr AttentionShape shape = Config::kShape;
 #pragma unroll
   for (int step = 0; step < shape.keys / 16; ++step) {
-    const uint64_t b = sm90::matrix_descriptor<shape.row_bytes()>(v + shape.across_at(step),
-                                                                  shape.block_bytes(shape.keys), shape.group_bytes());
+    const uint64_t b = across_operand<shape.row_bytes()>(shape, v, shape.keys, step);
     if constexpr (shape.p_shared) {
       sm90::wgmma<E, Major::kAcross, true>(o, sm90::matrix_descriptor<32>(p_shared + step * 64 * 32, 16, 256), b);
     } else {

@@ -6,6 +6,13 @@
 #include "attention.h"
 #include "attention_forward.cuh"
 
+// Configurations that the tuner tries besides those that calls take; a build has them where it is told to.
+#ifdef QWEN2VL_SM90_ALL
+#define QWEN2VL_TRIED(...) , __VA_ARGS__
+#else
+#define QWEN2VL_TRIED(...)
+#endif
+
 namespace qwen2vl {
 
 template <class Config, Element E, bool Causal>

@@ -79,6 +79,7 @@ def collect() -> dict[str, Any]:
         "extensions": {
             "native": _extension(native.cpu_reason()),
             "cuda": _extension(native.cuda_reason()),
+            "sm90": _extension(native.sm90_reason()),
         },
         "build": native.build_info(),
         "backends": {device: [dict(zip(_CHOSEN, row, strict=True)) for row in rows] for device, rows in tables.items()},

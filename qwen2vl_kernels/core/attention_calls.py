@@ -26,7 +26,7 @@ def forward(name, q, k, v, plan: TilePlan, longest: Sequence[int], causal: bool,
     longest: bounds of the segments' lengths, those of the queries' and those of the keys'.
     """
     packs = _packs(plan, longest)
-    q, k, v = _at_16_bytes(q, k, v)
+    q, k, v = at_16_bytes(q, k, v)
     shared = _shared_options(packs, causal, scale)
     if name == "torch":
         options = {"return_debug_mask": False, **shared}
@@ -60,7 +60,7 @@ def statistics(name: str, lse: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 def backward(name, grad, q, k, v, out, lse, plan: TilePlan, longest: Sequence[int], causal: bool, scale: float):
     """``(dq, dk, dv)`` of :func:`forward` from what it returned."""
     packs = _packs(plan, longest)
-    q, k, v, grad, out = _at_16_bytes(q, k, v, grad.contiguous(), out)
+    q, k, v, grad, out = at_16_bytes(q, k, v, grad.contiguous(), out)
     lse = lse.view(q.shape[0], q.shape[1], 1) if _dimensions.get(name) == 3 else lse.view(q.shape[1], q.shape[0])
     tensors = {"grad_out": grad, "query": q, "key": k, "value": v, "out": out, "logsumexp": lse}
     shared = _shared_options(packs, causal, scale)
@@ -101,13 +101,13 @@ def _shared_options(packs: dict[str, Any], causal: bool, scale: float) -> dict[s
     return {**{named[key]: x for key, x in packs.items()}, "dropout_p": 0.0, "is_causal": causal, "scale": scale}
 
 
-def _at_16_bytes(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Those that begin elsewhere copied: these kernels load 16 bytes at a time, and fault. A view may begin anywhere,
+def at_16_bytes(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Those that begin elsewhere copied: such kernels load 16 bytes at a time, and fault. A view may begin anywhere,
     which a compiler does not tell, so no choice depends on it."""
     return [x if x.data_ptr() % 16 == 0 else x.clone() for x in tensors]
 
 
-def _device_of(q: torch.Tensor) -> AbstractContextManager:
+def device_of(q: torch.Tensor) -> AbstractContextManager:
     """Makes q's GPU the current one, as PyTorch's dispatcher does for its own operators: kernels from Python run on
     the current one's stream."""
     elsewhere = q.is_cuda and q.device.index != torch.cuda.current_device()
@@ -125,7 +125,7 @@ def _refuse_determinism(name: str) -> None:
 def _flash_forward(name, q, k, v, packs, causal, scale, keep):
     function = attention_peers.module_of(name).flash_attn_varlen_func
     wanted = {"return_attn_probs", "return_lse"} & inspect.signature(function).parameters.keys() if keep else ()
-    with _device_of(q):
+    with device_of(q):
         result = function(q, k, v, **packs, softmax_scale=scale, causal=causal, **dict.fromkeys(wanted, True))
     return result[:2] if isinstance(result, tuple) else (result, None)
 
@@ -145,6 +145,6 @@ def _flash_backward(name, grad, q, k, v, out, lse, packs, causal, scale):
     function, known = found
     if offered["deterministic"] and "deterministic" not in known:
         _refuse_determinism(name)
-    with _device_of(q):
+    with device_of(q):
         function(**{key: offered[key] for key in known if key in offered})
     return made

@@ -13,7 +13,7 @@ from operator import index
 
 import torch
 
-from . import attention_peers
+from . import attention_peers, attention_sm90
 from .attention_peers import HALVES, PEERS, Call
 from .backends import BackendError, forced, resolve, unavailable
 from .launching import target_of
@@ -28,7 +28,8 @@ class Entry:
         capability: of the GPU, 90 for 9.0.
         dtypes, columns, causal, gradients: of the call; columns from the first to the second.
         rows: least ``max_seqlen``; the first entry that fits counts.
-        backends: first choice first; "flash 3" is ``flash`` where it can take FlashAttention 3.
+        backends: first choice first; "flash 3" is ``flash`` where it can take FlashAttention 3, "sm90" ours in CUDA
+            C++.
         measured: under ``benchmarks/results``.
         note: at which commit, and what has changed since.
     """
@@ -65,6 +66,10 @@ TABLE: tuple[Entry, ...] = (
     Entry(90, HALVES, (72, 80), False, False, 1024, ("flash 3", "triton", "torch"), _H200, _THEN),
     Entry(90, HALVES, (72, 80), False, False, 0, ("triton", "torch"), _H200, _THEN),
 )
+
+#: Our own kernels on a GPU: they take segments of any length, whatever ``max_seqlen`` says, and a segment has the same
+#: bits twice and in every pack.
+OURS = ("triton", "sm90")
 
 #: What nobody measured, and what comes after an entry's backends: PyTorch's own kernel, then ours, then what serves.
 UNMEASURED = ("torch", "triton", "sdpa", "eager")
@@ -141,6 +146,8 @@ def serves(name: str, call: Call) -> tuple[str | None, str | None]:
         wide = max(call.columns, call.value_columns) > 256
         reason = "a head of more than 256 columns fits no program's registers" if wide else None
         return None, unavailable(name, call.device_type) or reason
+    if name == "sm90":
+        return None, attention_sm90.reason(call)
     if call.statistics and name != "eager":
         return None, _no_statistics(name, call)
     return None, None
@@ -199,14 +206,16 @@ def chosen(
     if kind == "cuda":
         empty = _settled(segments < 1 or rows == 0 or heads == 0)
         aligned, farthest = True, heads * columns
+        mapped = _settled(rows < 2**31 and k.shape[0] < 2**31)
         for x in (q, k, v):
             of_rows, of_heads, _ = x.stride()
             aligned = aligned and _settled(of_rows % 8 == 0 and of_heads % 8 == 0)
+            mapped = mapped and _settled(of_rows != 0 and of_heads != 0)
             farthest = max(farthest, of_rows)
         facts += (bucket(max_seqlen), aligned or empty, _settled(rows * farthest >= 2**31), empty)
-        facts += (_settled(segments > attention_peers.MOST_BLOCKS),)
+        facts += (_settled(segments > attention_peers.MOST_BLOCKS), mapped or empty)
     else:
-        facts += (0, True, False, False, False)
+        facts += (0, True, False, False, False, True)
     requested = backend if backend is not None else forced("varlen_attention")
     name = _answer(*facts, split, statistics, repeatable, invariant, requested)
     if name.startswith(_REFUSED):
@@ -241,13 +250,13 @@ _answer._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAc
 
 def _decide(
     kind, ordinal, dtype, columns, value_columns, grouped, causal, tracked, rows, aligned, wide, empty, many,
-    split, statistics, repeatable, invariant, requested, replaced=None,
+    mapped, split, statistics, repeatable, invariant, requested, replaced=None,
 ) -> str:  # fmt: skip
     device = torch.device(kind, ordinal) if kind == "cuda" else torch.device(kind)
     target = target_of(device)
     call = Call(
         kind, target.capability if kind == "cuda" else 0, dtype, columns, value_columns, grouped, causal, tracked, rows,
-        aligned, wide, empty, many, split, statistics, repeatable, replaced,
+        aligned, wide, empty, many, split, statistics, repeatable, replaced, mapped,
     )  # fmt: skip
     if requested is None:
         try:
@@ -257,21 +266,21 @@ def _decide(
                 f"varlen_attention: invariant=True has only Triton's kernels here, and {error}"
             ) from None
         return choice.peer or choice.backend
-    if invariant and kind == "cuda" and requested != "triton":
+    if invariant and kind == "cuda" and requested not in OURS:
         raise BackendError(
             f"varlen_attention: invariant=True asks for the same bits twice and in every pack, which backend "
-            f"{requested!r} does not promise; 'triton' does"
+            f"{requested!r} does not promise; {' and '.join(map(repr, OURS))} do"
         )
     name = resolve("varlen_attention", kind, requested)
     if name == "blocked" and tracked:
         raise BackendError("varlen_attention: backend 'blocked' has no backward; q, k and v must not require grad")
     if statistics and name in ("sdpa", "blocked") and (reason := _no_statistics(name, call)) is not None:
         raise BackendError(f"varlen_attention: backend {name!r} does not serve this call: {reason}")
-    if name in ("torch", "flash", "cudnn"):
-        peer, reason = attention_peers.peer_of(name, call)
-        if peer is None:
+    if name in ("torch", "flash", "cudnn", "sm90"):
+        peer, reason = serves(name, call)
+        if reason is not None:
             raise BackendError(f"varlen_attention: backend {name!r} does not serve this call: {reason}")
-        return peer
+        return peer or name
     return name
 
 

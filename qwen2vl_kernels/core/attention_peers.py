@@ -29,7 +29,8 @@ class Call:
     elements; ``empty``: no rows, or no segments; ``many``: more segments than a grid's second and third dimension
     count; ``split``: keys have boundaries of their own; ``statistics``: the logs of the sums are asked for;
     ``repeatable``: deterministic algorithms are demanded; ``replaced``: what ``torch.nn.attention`` has
-    activated in the place of PyTorch's FlashAttention 2.
+    activated in the place of PyTorch's FlashAttention 2; ``mapped``: no stride of a row or head is 0, as in
+    expanded tensors, and q and k have fewer than 2^31 rows.
     """
 
     device_type: str
@@ -49,6 +50,7 @@ class Call:
     statistics: bool = False
     repeatable: bool = False
     replaced: str | None = None
+    mapped: bool = True
 
 
 #: The most blocks that CUDA allows in a grid's second and third dimension.

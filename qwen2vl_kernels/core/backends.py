@@ -21,7 +21,7 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     # varlen_attention has a table of its own, _attention_choice.TABLE; what is here are the names.
     "varlen_attention": {
         "cpu": ("sdpa", "blocked", "eager", "triton"),
-        "cuda": ("torch", "triton", "sdpa", "flash", "cudnn", "eager"),
+        "cuda": ("torch", "triton", "sdpa", "flash", "cudnn", "sm90", "eager"),
     },
     "kvcache_attention": {"cpu": ("varlen", "sdpa", "eager"), "cuda": ("varlen", "sdpa", "eager")},
     "patch_embed": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
@@ -80,6 +80,8 @@ def unavailable(backend: str, device_type: str) -> str | None:
         return _no_device() or attention_peers.flash_reason()
     if backend == "cudnn":
         return _no_device() or attention_peers.cudnn_reason()
+    if backend == "sm90":
+        return native.sm90_reason()
     if backend == "native":
         return native.cpu_reason()
     if backend == "cuda":

@@ -107,6 +107,13 @@ def record(target: Target) -> Iterator[list[Launch]]:
         _recording = None
 
 
+def collected(launch: Launch) -> bool:
+    """Whether launches are recorded now, this one among them, so that it is not to run."""
+    if _recording is not None:
+        _recording[1].append(launch)
+    return _recording is not None
+
+
 def target_of(device: torch.device) -> Target:
     """The target that ``device`` is; for the interpreter, a Hopper card's."""
     if _recording is not None:
@@ -139,9 +146,9 @@ def launch(
         return
     # Contraction to FMA is said, not left to the version's default, which changes in Triton 3.10.
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    if _recording is not None:
-        _recording[1].append(Launch(kernel, grid, arguments, options))
-    elif device.type == "cuda" and device.index != torch.cuda.current_device():
+    if collected(Launch(kernel, grid, arguments, options)):
+        return
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):  # Triton launches on the current device, wherever the pointers lie
             kernel[grid](**arguments, **options)
     else:

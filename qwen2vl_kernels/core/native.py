@@ -48,6 +48,17 @@ def cuda_reason() -> str | None:
     return _device_reason(torch.cuda.current_device())
 
 
+def sm90_reason() -> str | None:
+    """Why the CUDA extension has no attention for Hopper (sm_90a) that can serve, or ``None`` when it can."""
+    if (reason := cuda_reason()) is not None:
+        return reason
+    built = build_info()["sm90"]
+    if not built.startswith("built"):
+        return f"attention for Hopper is not part of the extension ({built})"
+    capability = torch.cuda.get_device_capability()
+    return None if capability == (9, 0) else f"it runs on capability 9.0, this GPU has {'.'.join(map(str, capability))}"
+
+
 def _device_reason(device: int) -> str | None:
     """An older driver, or a GPU that the extension was not built for."""
     return _asked(device)
@@ -78,7 +89,7 @@ def cuda() -> ModuleType:
 
 
 def build_info() -> dict[str, str]:
-    """How the extensions were built: ``version``, ``compiler`` and ``cuda`` (for what, or why left out)."""
+    """How the extensions were built: ``version``, ``compiler``, ``cuda`` and ``sm90`` (for what, or why left out)."""
     return dict(_cpu.build_info()) if _cpu is not None else {}
 
 

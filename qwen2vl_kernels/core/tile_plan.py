@@ -31,6 +31,7 @@ class Side:
         self._captured = _capturing(device)
         self._there: torch.Tensor | None = None
         self._longest: int | None = None
+        self._span: tuple[int, int] | None = None
         self._checked: int | None = None  # against these boundaries
         self._held_to: int | None = None  # by a graph, whatever they become
 
@@ -54,6 +55,14 @@ class Side:
         """The rows that segments hold, ``None`` where the host does not know or a replay may bring others."""
         fixed = not self.padded and self.cu_seqlens.device.type == "cpu"
         return int(self.cu_seqlens[-1]) if fixed else None
+
+    def span(self) -> tuple[int, int] | None:
+        """Rows of the shortest segment that has any and of the longest, as :meth:`held`."""
+        if self._span is None and not self.padded and self.cu_seqlens.device.type == "cpu":
+            bounds = self.cu_seqlens.tolist()
+            lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False) if b > a] or [0]
+            self._span = min(lengths), max(lengths)
+        return self._span
 
     @property
     def longest(self) -> int | None:
@@ -331,6 +340,28 @@ def check_bounds(
         check.require(False, f"{name} must rise from 0 to at most {of}'s {total} rows, got {_short(bounds)}")
     if max_seqlen is not None and max_seqlen < longest:
         check.require(False, f"max_seqlen{suffix} is {max_seqlen}, but {name} has a segment of {longest} rows")
+
+
+def check_tiles(check: Checker, tiles: object, q, k, bounds, longest, packed: bool, traced: bool) -> None:
+    """Refuse what is no plan of such a call of varlen_attention; ``longest``: bounds of its queries and of its keys."""
+    if not isinstance(tiles, TilePlan):
+        raise TypeError(f"varlen_attention: tiles must be a TilePlan, got {type(tiles).__name__}")
+    check.require(
+        tiles.split != packed,
+        f"tiles are planned for {'' if tiles.split else 'no '}keys with boundaries of their own, and the call gives "
+        f"{'none' if packed else 'some'}",
+    )
+    have, want = tiles.cu_seqlens.shape[0], bounds.shape[0]
+    check.require(have == want, f"tiles are planned for {have - 1} segments, but cu_seqlens has {want - 1}")
+    if traced:  # not to be compiled in: code for one number of rows would serve no other
+        return
+    check.require(tiles.device == q.device, f"tiles must be on {q.device} like q, got {tiles.device}")
+    for name, side, x, most in zip("qk", (tiles.queries, tiles.keys), (q, k), longest, strict=True):
+        ok = side.total == x.shape[0]
+        check.require(ok, f"tiles are planned for {side.total} rows, but {name} has {x.shape[0]}")
+        known, suffix = side.longest, "" if packed else f"_{name}"
+        words = f"max_seqlen{suffix} is {most}, but tiles are planned for a segment of {known} rows"
+        check.require(known is None or most >= known, words)
 
 
 def longest_of(bounds: list[int]) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..core.attention_choice import by_max_seqlen, chosen, reads_host
+from ..core.attention_choice import OURS, by_max_seqlen, chosen, reads_host
 from ..core.backends import BackendError, forced
 from ..core.tile_plan import TilePlan, plan_tiles
 from ..ops.varlen_attention import varlen_attention
@@ -63,7 +63,7 @@ def bounds(
 ) -> tuple[torch.Tensor, int, str | None]:
     """``cu_seqlens`` where the attention wants it, a bound of the longest segment, and the backend if not the default.
 
-    Our kernel takes any bound, all rows too. Others' launch programs for as many rows in every segment: where
+    Our kernels take any bound, all rows too. Others' launch programs for as many rows in every segment: where
     transformers does not say it (it does where FlashAttention is configured), the boundaries are read, once a forward,
     as all layers share what was read. A compiler and a capture cannot wait for that. Then ours runs without gradients,
     as no table can tell which of them is faster; with them, where ours was measured 2.1 times slower, the default does.
@@ -72,13 +72,13 @@ def bounds(
     tokens, segments = q.shape[0], cu_seqlens.shape[0] - 1
     if isinstance(max_seqlen, int) and max_seqlen > 0:
         return cu_seqlens, max_seqlen, None
-    if segments == 1 or not q.is_cuda or forced("varlen_attention") == "triton":
+    if segments == 1 or not q.is_cuda or forced("varlen_attention") in OURS:
         return cu_seqlens, tokens, None
     compiled = torch.compiler.is_compiling()
     if compiled or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
         tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         return cu_seqlens, tokens, None if tracked or forced("varlen_attention") else _ours(segments, q, k, v)
-    if cu_seqlens.device.type != "cpu" and chosen(q, k, v, tokens, segments=segments) == "triton":
+    if cu_seqlens.device.type != "cpu" and chosen(q, k, v, tokens, segments=segments) in OURS:
         return cu_seqlens, tokens, None
     if "on_host" not in shared:
         copy = cu_seqlens.cpu()

@@ -24,8 +24,8 @@ exp(softmax_scale * q_i . k_j).
 Shapes: q ``(T, Hq, D)``, k ``(T, Hk, D)``, v ``(T, Hk, Dv)``, Hq a multiple of Hk (query head h reads key head
 ``h // (Hq / Hk)``), cu_seqlens ``(S + 1,)`` int32. dtypes: float32, bfloat16, float16. With ``rope`` q and k are first
 rotated, pairs (j, j + D/2) by the angles of their row (RoFormer, arXiv 2104.09864, in transformers' order of columns).
-Triton's kernels are in ``triton.attention_forward`` and ``triton.attention_backward``, others' in
-``core.attention_peers``.
+Triton's kernels are in ``triton.attention_forward`` and ``triton.attention_backward``, Hopper's own forward in
+``core.attention_sm90``, others' in ``core.attention_peers``.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..core import attention_calls
-from ..core.attention_choice import chosen
+from ..core import attention_calls, attention_sm90
+from ..core.attention_choice import OURS, chosen
 from ..core.attention_cpu import blocked, joined, keeps_statistics, sdpa, sdpa_backward, segments_of
 from ..core.attention_cpu import sdpa_with_statistics as sdpa_and_lse
 from ..core.attention_peers import PEERS
@@ -48,7 +48,7 @@ from ..core.library import direct, first_order, register_opaque, watched
 from ..core.matmul import in_autocast_dtype
 from ..core.namespace import torch_ops
 from ..core.rotation import rotate
-from ..core.tile_plan import TilePlan, check_bounds, plan_for
+from ..core.tile_plan import TilePlan, check_bounds, check_tiles, plan_for
 from ..triton.attention_backward import launch_backward
 from ..triton.attention_forward import fake_forward, fuses_rope, launch_forward
 from ..triton.rotary import rotated
@@ -104,13 +104,16 @@ def _forward(q, k, v, plan: TilePlan, cos, sin, longest, causal, scale, fused, b
     if backend == "triton":
         rope = {"cos": cos, "sin": sin, "fused": fused}
         return launch_forward(q, k, v, plan, longest[0], causal, scale, **rope, keep=keep)
-    out, lse = attention_calls.forward(backend, q, k, v, plan, longest, causal, scale, keep)
+    if backend == "sm90":
+        out, lse = attention_sm90.launch_forward(q, k, v, plan, longest[1], causal, scale, keep)
+    else:
+        out, lse = attention_calls.forward(backend, q, k, v, plan, longest, causal, scale, keep)
     return zero_behind(out, plan.queries), lse
 
 
 def _backward(dout, dlse, q, k, v, out, lse, plan: TilePlan, cos, sin, longest, causal, scale, fused, backend):
     """``(dq, dk, dv)``, zero behind the last segment."""
-    if backend == "triton":
+    if backend in OURS:
         options = {"dlse": dlse, "cos": cos, "sin": sin, "fused": fused}
         return launch_backward(dout, q, k, v, out, lse, plan, causal, scale, **options)
     grads = attention_calls.backward(backend, dout, q, k, v, out, lse, plan, longest, causal, scale)
@@ -150,6 +153,8 @@ def _keeps(q, v, cu_seqlens_k) -> bool:  # what its backward takes, which knows 
     return cu_seqlens_k is None and keeps_statistics(q, v)
 
 
+#: Those that work by a plan of tiles.
+_WITH_PLAN = (*OURS, *PEERS)
 #: Those that read boundaries on the host, and need no bound of the lengths.
 _BACKENDS = {"eager": varlen_attention_ref, "sdpa": sdpa, "blocked": blocked}
 
@@ -165,7 +170,7 @@ def _attend(backend, q, k, v, cu_seqlens, cu_seqlens_k, causal, scale) -> torch.
 
 def _run(q, k, v, cu_seqlens, cu_seqlens_k, cos, sin, most_q, most_k, causal, scale, fused, with_lse, backend):
     """``(out, lse)``, where lse is what the backend's backward takes, or empty."""
-    if backend == "triton" or backend in PEERS:
+    if backend in _WITH_PLAN:
         plan = plan_for(cu_seqlens, q.shape[0], q.device, cu_seqlens_k, k.shape[0])
         return _forward(q, k, v, plan, cos, sin, (most_q, most_k), causal, scale, fused, backend)
     if backend == "sdpa" and (with_lse or _keeps(q, v, cu_seqlens_k)):
@@ -179,7 +184,7 @@ def _run(q, k, v, cu_seqlens, cu_seqlens_k, cos, sin, most_q, most_k, causal, sc
 def _run_backward(
     dout, dlse, q, k, v, out, lse, cos, sin, cu_seqlens, cu_seqlens_k, most_q, most_k, causal, scale, fused, backend
 ):
-    if backend == "triton" or backend in PEERS:
+    if backend in _WITH_PLAN:
         plan = plan_for(cu_seqlens, q.shape[0], q.device, cu_seqlens_k, k.shape[0])
         settings = (most_q, most_k), causal, scale, fused, backend
         return _backward(dout, dlse, q, k, v, out, lse, plan, cos, sin, *settings)
@@ -199,7 +204,7 @@ def _run_backward(
 
 def _fake(q, k, v, cu_seqlens, cu_seqlens_k, cos, sin, most_q, most_k, causal, scale, fused, with_lse, backend):
     wide = torch.promote_types(q.dtype, torch.float32)
-    if backend == "triton":
+    if backend in OURS:
         return fake_forward(q, k, v)
     if backend in PEERS:  # of one shape for all: cuDNN's changed between versions
         lse = q.new_empty(q.shape[0] * q.shape[1], dtype=torch.float32)
@@ -276,22 +281,25 @@ def varlen_attention(
         causal: a row sees only rows of its segment up to itself; with boundaries of their own, both ends meet.
         softmax_scale: default ``D ** -0.5``; positive.
         return_lse: also return lse, by which results over parts of the keys can be added up. Its gradients are served
-            by ``"triton"`` and ``"eager"``.
+            by ``"triton"``, ``"sm90"`` and ``"eager"``.
         tiles: :func:`plan_tiles` of these boundaries, which all layers share: what is worked by, forward and backward,
             whatever the boundaries hold by then. Without it a plan is made at the first call with a ``cu_seqlens``, and
             again when that was written to: on the host by any way, on a GPU by PyTorch's operations. What writes to it
             there in another way, as a kernel of yours may, goes with ``tiles``.
         rope: ``(cos, sin)``, ``(T, D/2)`` each, of any float dtype, without gradients: q and k are rotated first, and
             keep what they held. The Triton kernels rotate them as they load them where segments are short and in a
-            pass of its own where they are long, with the same bits. For packed sequences only.
+            pass of its own where they are long, with the same bits; others' and ``"sm90"`` always by such a pass. For
+            packed sequences only.
         invariant: the same bits twice, forward and backward, and a segment's bits do not depend on what it is packed
-            with. On a GPU only ``"triton"`` promises that, and runs, for float32 too; on a CPU every backend does.
-            ``torch.use_deterministic_algorithms(True)`` chooses the same.
+            with. On a GPU ``"triton"`` promises that, and runs, for float32 too, and ``"sm90"`` by name; on a CPU every
+            backend does. ``torch.use_deterministic_algorithms(True)`` chooses the same.
         backend: ``None`` chooses by a table of measurements (``qwen2vl info`` prints it): the architecture, dtype, D,
             ``max_seqlen``, and whether gradients are wanted; where nobody measured, PyTorch's own kernel. Or
 
             - ``"triton"``: reads nothing on the host, can be captured in a CUDA graph; deterministic, and a segment's
               result does not depend on what it is packed with.
+            - ``"sm90"``: the same in CUDA C++, the backward Triton's: on capability 9.0 where it was built, for 16-bit
+              heads of 64, 72, 80, 96 or 128. No GPU has run it yet.
             - ``"torch"``: PyTorch's own FlashAttention 2; ``"flash"``: flash-attn 4, 3 (also its forward alone, of
               ``fa3-fwd``) or 2, the newest installed that serves the call. They read nothing on the host either, and
               promise neither.
@@ -332,7 +340,7 @@ def varlen_attention(
         _check_rope(check, q, rope)
     traced = torch.compiler.is_compiling() or type(q) is not torch.Tensor or q.is_meta
     if tiles is not None:
-        _check_tiles(check, tiles, q, k, bounds, longest, packed, traced)
+        check_tiles(check, tiles, q, k, bounds, longest, packed, traced)
         bounds, of_keys = tiles.queries.cu_seqlens, None if packed else tiles.keys.cu_seqlens
     elif not traced and bounds.device.type == "cpu":  # nor is it to be compiled in: it would serve one number of rows
         check_bounds(check, bounds.tolist(), q.shape[0], longest[0], "" if packed else "_q")
@@ -348,7 +356,7 @@ def varlen_attention(
     elif rope is not None:
         q, k = _rotated(q, k, rope, name)
         cos = sin = None
-    if name == "triton" or name in PEERS:
+    if name in _WITH_PLAN:
         settings = longest, causal, scale, fused, name
         alone = direct(q, k, v, bounds, of_keys)
         if alone or not (traced or watched()):
@@ -373,7 +381,7 @@ def varlen_attention(
 
 def _natural(name: str, lse: Any, q: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
     """The logs of the sums ``(Hq, T)`` from what a backend keeps: rows behind the last segment hold nothing there."""
-    if name == "triton":
+    if name in OURS:
         lse = lse * math.log(2)
     elif name in PEERS:
         lse = attention_calls.statistics(name, lse, q)
@@ -427,24 +435,3 @@ def _check_boundaries(check: Checker, q: torch.Tensor, cu_seqlens: Any, max_seql
     check.require(ok, f"{name} must be on {q.device} or cpu, got {cu_seqlens.device}")
     if not (isinstance(max_seqlen, int) and max_seqlen >= 0):  # words only then: a compiler has no number to put in
         check.require(False, f"max_seqlen{suffix} must be a non-negative int, got {max_seqlen!r}")
-
-
-def _check_tiles(check: Checker, tiles: object, q, k, bounds, longest, packed: bool, traced: bool) -> None:
-    if not isinstance(tiles, TilePlan):
-        raise TypeError(f"varlen_attention: tiles must be a TilePlan, got {type(tiles).__name__}")
-    check.require(
-        tiles.split != packed,
-        f"tiles are planned for {'' if tiles.split else 'no '}keys with boundaries of their own, and the call gives "
-        f"{'none' if packed else 'some'}",
-    )
-    have, want = tiles.cu_seqlens.shape[0], bounds.shape[0]
-    check.require(have == want, f"tiles are planned for {have - 1} segments, but cu_seqlens has {want - 1}")
-    if traced:  # not to be compiled in: code for one number of rows would serve no other
-        return
-    check.require(tiles.device == q.device, f"tiles must be on {q.device} like q, got {tiles.device}")
-    for name, side, x, most in zip("qk", (tiles.queries, tiles.keys), (q, k), longest, strict=True):
-        ok = side.total == x.shape[0]
-        check.require(ok, f"tiles are planned for {side.total} rows, but {name} has {x.shape[0]}")
-        known, suffix = side.longest, "" if packed else f"_{name}"
-        words = f"max_seqlen{suffix} is {most}, but tiles are planned for a segment of {known} rows"
-        check.require(known is None or most >= known, words)

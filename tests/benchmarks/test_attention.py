@@ -24,7 +24,10 @@ def test_no_workload_makes_the_inputs_of_another():
     assert len(set(names)) == len(names)
     for workload in found:
         ours = [provider.name for provider in workload.providers if not provider.peer]
-        assert ours == ["chosen", "triton", "sdpa"]
+        assert ours == ["chosen", "sm90", "triton", "sdpa"]
+        assert {provider.name for provider in workload.providers if provider.trial} <= {"sm90"}
+        skipped = {provider.name: provider.skipped for provider in workload.providers if not provider.peer}
+        assert skipped["sm90"] == ("its backward is triton's" if workload.name.endswith("backward") else None)
         peers = {provider.name for provider in workload.providers if provider.peer}
         assert peers >= PEERS_OF_ALL and workload.gate is not None
     equal = {workload.name for workload in found if "cuDNN" in {provider.name for provider in workload.providers}}

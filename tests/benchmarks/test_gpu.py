@@ -233,6 +233,7 @@ def test_the_phases_of_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(sys.modules[gpu.phases.__module__], "CUBINS", tmp_path)
     (tmp_path / "wheels" / "set").mkdir(parents=True)
     (tmp_path / "wheels" / "set" / "peer-1-py3-none-any.whl").touch()
     made = gpu.phases("cuda", tmp_path, tmp_path / "checkpoints", tmp_path / "wheels", cores=16)
@@ -242,12 +243,17 @@ def test_the_phases_of_a_gpu(tmp_path, monkeypatch):
     assert parts["extension"].environment == {"QWEN2VL_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
     assert parts["kernels"].command[3:] == ("warm", "--jobs", "16")
     assert parts["tuning-build"].command[3:5] == ("tune", "--compile") and SECONDS in parts["tuning"].command
+    for name in ("tuning-build", "tuning"):
+        assert ("--cubins", str(tmp_path)) in zip(parts[name].command, parts[name].command[1:], strict=False)
     assert {part.name for part in made[0].parts} >= {"peers", "extension", "kernels", "checkpoints", "tuning-build"}
     assert made[0].together and not any(part.peers for part in made[0].parts)
     assert [part.name for part in made[PHASES.index("tuning")].parts] == ["wgmma", "tuning"]
-    for name in ("gpu-tests", "device-tests"):
+    tests = ["sm90-tests", "gpu-tests", "device-tests"]
+    assert [part.name for part in made[PHASES.index("tests")].parts] == tests
+    for name in tests:
         files = [word for word in parts[name].command if word.endswith(".py")]
         assert files and all((ROOT / file).is_file() for file in files)
+        assert ("tests/kernels/ops/test_attention_sm90_gpu.py" in files) == (name == "sm90-tests")
     measured = {case for part in parts.values() for case in part.cases}
     assert measured == set(case_names())
     assert "one_of_each" in parts["one of each, without compute-sanitizer, which is not installed"].command[-1]

@@ -18,12 +18,16 @@ from typer.testing import CliRunner
 from benchmarks import report, tune
 from benchmarks.__main__ import app
 from benchmarks.run import SCHEMA
+from benchmarks.tune import attention as of_attention
 from benchmarks.tune import search
-from benchmarks.tune.subjects import DTYPES, configured
-from benchmarks.tune.worker import Timer, bits, rounds
+from benchmarks.tune.subject import DTYPES, configured
+from benchmarks.tune.worker import Compiler, Timer, bits, rounds
+from qwen2vl_kernels.core import attention_sm90
+from qwen2vl_kernels.core.attention_sm90 import Sm90Config
 from qwen2vl_kernels.core.backends import unavailable
 from qwen2vl_kernels.core.launching import Target, record, target_of
 from tests.conftest import DEVICE
+from tests.kernels import sm90_stand_in
 
 ROOT = Path(__file__).resolve().parents[2]
 HOPPER = Target("cuda", 90)
@@ -39,7 +43,11 @@ def needs_triton():
 def launches_of(subject, fields):
     with record(HOPPER) as launches, torch.no_grad(), configured(subject, fields):
         subject.make(META, torch.bfloat16).run()
-    return [launch for launch in launches if launch.kernel.fn.__name__ == subject.kernel]
+    return [one for one in launches if subject.kernel is None or one.kernel.fn.__name__ == subject.kernel]
+
+
+def is_sm90(subject):
+    return subject.module is attention_sm90
 
 
 # ---------------------------------------------------------------------------------------------------------- subjects
@@ -56,6 +64,9 @@ def test_every_candidate_reaches_its_kernel(quick):
         assert len({str(fields) for fields in tried}) == len(tried) >= 3
         for fields in (tried[1], tried[-1]):
             (launch,) = launches_of(subject, fields)
+            if is_sm90(subject):
+                assert launch.kernel.config == Sm90Config(**fields) and launch.kernel.columns == subject.columns
+                continue
             assert launch.options["num_warps"] == fields["num_warps"]
             if "num_stages" in fields:
                 assert launch.options["num_stages"] == fields["num_stages"]
@@ -76,7 +87,9 @@ def test_passes_of_the_backward_are_tuned_apart():
 
 
 def test_the_most_telling_come_first():
-    first = [subject.name for subject in tune.subjects()][:3]
+    sm90 = [is_sm90(subject) for subject in tune.subjects()]
+    assert sm90[:9] == [True] * 9 and not any(sm90[9:]), "which nothing is compiled for"
+    first = [subject.name for subject in tune.subjects()][9:12]
     assert first == [f"attention {name} 16x80, 4 of 4096" for name in ("forward", "key pass", "query pass")]
     shapes = {subject.shape for subject in tune.subjects() if subject.group == "attention forward 16x80"}
     assert {shape.split()[-1] for shape in shapes} == {"256", "1024", "4096", "16384"}
@@ -87,7 +100,7 @@ def test_what_is_compiled_once_is_the_same_for_every_length():
     needs_triton()
     keys: dict[str, set] = {}
     for subject in tune.subjects():
-        if subject.columns is not None:
+        if subject.columns is not None and not is_sm90(subject):
             _, tried = search.candidates(subject, HOPPER, torch.bfloat16)
             (launch,) = launches_of(subject, tried[-1])
             keys.setdefault(subject.compiled_as, set()).add(str(_identity(launch)))
@@ -108,10 +121,14 @@ def _identity(launch):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_ships_is_right_at_every_subject(name):
+def test_what_ships_is_right_at_every_subject(name, monkeypatch):
     """The comparison that a candidate has to stand is one that right results do; in the interpreter where no GPU is."""
     needs_triton()
     subject = next(s for s in tune.subjects(quick=True) if s.name == name)
+    if is_sm90(subject) and DEVICE == "cpu":
+        sm90_stand_in.install(monkeypatch)
+    elif is_sm90(subject) and (reason := unavailable("sm90", DEVICE)) is not None:
+        pytest.skip(f"sm90: {reason}")
     work = subject.make(torch.device(DEVICE), DTYPES[DEVICE])
     with torch.no_grad():
         results = work.run()
@@ -123,12 +140,51 @@ def test_what_ships_is_right_at_every_subject(name):
             assert not all(check.passed for check in work.check(tuple(wrong)))
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="the stand-in reads the CPU's memory")
+def test_hoppers_own_kernels_are_linked_or_come_as_cubins(tmp_path, monkeypatch):
+    """What is neither costs itself, and says which file is missing; a cubin is loaded once, by who launches it."""
+    extension, loads = sm90_stand_in.install(monkeypatch), []
+
+    def load(path, head, fp16, causal, config):
+        loads.append(Path(path).name)
+        extension.built.append((head, int(fp16), causal, *config))
+
+    extension.attention_load = load
+    monkeypatch.setattr(of_attention, "_loaded", set())
+    name = next(subject.name for subject in tune.subjects(quick=True) if is_sm90(subject))
+    linked, other = ({"consumers": 3, "keys": keys, "share": 0, "p_shared": False} for keys in (96, 112))
+    compiler = Compiler(HOPPER, True, torch.float16, tmp_path)
+    timer = Timer(torch.device("cpu"), quick=True, cubins=tmp_path)
+    ask = lambda worker, fields: worker({"subject": name, "fields": fields, "beat": None, "samples": 2})  # noqa: E731
+    for fields, file in ((linked, None), (other, "80-fp16-full-3x112-0-registers.cubin")):
+        if file is not None:
+            for worker, failed in ((compiler, "does not compile"), (timer, "raises")):
+                reply = ask(worker, fields)
+                assert reply["failed"] == failed and f"it is not linked, and there is no {file}" in reply["why"]
+            (tmp_path / file).touch()
+        assert "failed" not in ask(compiler, fields) and not loads
+        for _ in range(2):
+            assert len(ask(timer, fields)["samples"]) == 2
+        assert extension.launches[-1].config == Sm90Config(**fields)
+        assert loads == ([] if file is None else [file])
+        loads.clear()
+
+
+def test_hoppers_own_kernels_are_hoppers():
+    names = {}
+    for target in (HOPPER, Target("cuda", 100), Target("hip", 0)):
+        one = tune.Search(torch.device("cuda"), target)
+        names[target.capability] = {trial.subject.name for trial in one.trials(("attention",))}
+    assert names[90] - names[100] == names[90] - names[0] == {s.name for s in tune.subjects() if is_sm90(s)}
+
+
 # ------------------------------------------------------------------------------------------------------- compilation
 
 _FOUND = """
 import sys, torch
 from triton import knobs
-from benchmarks.tune.subjects import configured, subjects
+from benchmarks.tune.subject import configured
+from benchmarks.tune.subjects import subjects
 from benchmarks.tune.worker import Compiler
 from qwen2vl_kernels.core import launching
 subject = next(s for s in subjects(True) if s.name == sys.argv[1])

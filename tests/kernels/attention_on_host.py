@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import tempfile
 from dataclasses import dataclass, replace
@@ -70,9 +71,9 @@ class Case:
         return plan.tiles(rows)
 
 
-def run_case(shape: Shape, case: Case, *options: str, sanitized: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+def run_case(shape: Shape, case: Case, time: str = "0", sanitized: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """``(out (T, Hq, D), lse (Hq, T) in powers of two)``; what the kernel leaves as it was holds NaN."""
-    made, result = run_program(shape.program(sanitized), shape, case, *options)
+    made, result = run_program(shape.program(sanitized), shape, case, time)
     assert result.returncode == 0, f"{result.returncode}: {result.stdout[-2000:]}{result.stderr[-4000:]}"
     rows, heads, width = case.q.shape
     bits = torch.frombuffer(bytearray(made[: 2 * case.q.numel()]), dtype=torch.int16)
@@ -81,9 +82,10 @@ def run_case(shape: Shape, case: Case, *options: str, sanitized: bool = True) ->
 
 
 def run_program(
-    program: Path, shape: Shape, case: Case, *options: str
+    program: Path, shape: Shape, case: Case, time: str = "0", told: str = ""
 ) -> tuple[bytes, subprocess.CompletedProcess[str]]:
-    """What the program wrote, if it got so far, and how it ended; ``options`` are the emulation's (host/fibers.h)."""
+    """What the program wrote, if it got so far, and how it ended; ``time`` and what the emulation is
+    ``told`` are in host/fibers.h."""
     tiles = case.tiles(64 * shape.consumers)
     tensors = case.q, case.k, case.v
     header = [case.q.dtype == torch.float16, case.causal, case.q.shape[1], case.k.shape[1], len(case.q), len(case.k)]
@@ -96,8 +98,9 @@ def run_program(
         given, made = Path(folder, "in"), Path(folder, "out")
         parts = [np.array(header, np.int64), np.array([scale]), tiles.numpy(), *buffers]
         given.write_bytes(b"".join(part.tobytes() for part in parts))
-        command = [str(program), str(given), str(made), *options]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        command = [str(program), str(given), str(made), time]
+        environment = {**os.environ, "QWEN2VL_ON_HOST": told}
+        result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
         return made.read_bytes() if made.is_file() else b"", result
 
 

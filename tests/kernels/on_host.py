@@ -34,9 +34,9 @@ def build_on_host(name: str, *flags: str) -> Path:
     if program.is_file():
         return program
     program.parent.mkdir(parents=True, exist_ok=True)
-    made = program.with_suffix(f".{os.getpid()}")
     # host/cuda/sm90.cuh stands in for csrc/cuda/sm90.cuh: its folder is searched first.
     folders = ("-I", str(HERE / "host"), "-I", str(CSRC))
+    made = program.with_suffix(f".{os.getpid()}")
     built = subprocess.run(
         [*compiler.split(), *flags, *folders, str(HERE / "host" / f"{name}.cpp"), "-o", str(made)],
         capture_output=True,

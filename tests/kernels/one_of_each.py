@@ -109,7 +109,7 @@ def main(device: str = "cuda") -> list[str]:
     done = []
     for op, run in runs.items():
         for backend in PREFERENCE[op][device]:
-            if backend in ("triton", "cuda") and unavailable(backend, device) is None:
+            if backend in ("triton", "cuda", "sm90") and unavailable(backend, device) is None:
                 run(backend)
                 done.append(op)
     if device == "cuda":

@@ -15,7 +15,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CSRC = ROOT / "csrc"
-SETTINGS = ("QWEN2VL_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "CUDA_HOME", "CUDA_PATH")
+SETTINGS = ("QWEN2VL_BUILD_CUDA", "QWEN2VL_SM90", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "CUDA_HOME", "CUDA_PATH")
+#: Attention for Hopper is compiled for sm_90a alone. attention.cu launches it and has no kernels of its own.
+CUDA_SOURCES = sorted(path for path in CSRC.glob("cuda/*.cu") if not path.stem.startswith("attention_forward"))
+WITH_KERNELS = [path for path in CUDA_SOURCES if path.stem != "attention"]
 #: What is built here is imported and no more, and the optimizer takes half of a build's time.
 QUICK = {"CXXFLAGS": "-O0"}
 
@@ -46,6 +49,7 @@ def toolkit_that_says(folder: Path, answer: str) -> str:
     ("name", "value", "says"),
     [
         ("QWEN2VL_BUILD_CUDA", "yes", "QWEN2VL_BUILD_CUDA must be 0, 1 or auto, got 'yes'"),
+        ("QWEN2VL_SM90", "1", "QWEN2VL_SM90 must be 0, all or auto, got '1'"),
         (
             "TORCH_CUDA_ARCH_LIST",
             "8.0;Hopper",
@@ -79,13 +83,148 @@ def test_failed_cuda_leaves_a_working_cpu_build(tmp_path):
     assert library.name.startswith("_cpu.")
     shutil.copy(library, tmp_path)
     ran = subprocess.run(
-        [sys.executable, "-c", "import _cpu; print(_cpu.build_info()['cuda'])"],
+        [sys.executable, "-c", "import _cpu; print(*(_cpu.build_info()[key] for key in ('cuda', 'sm90')), sep='\\n')"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
     )
     assert ran.returncode == 0, ran.stderr
-    assert re.match(r"left out: compiling qwen2vl_kernels\._cuda failed: .*error: no such GPU", ran.stdout)
+    said = ran.stdout.splitlines()
+    assert re.match(r"left out: compiling qwen2vl_kernels\._cuda failed: .*error: no such GPU", said[0])
+    assert said[1] == said[0], "attention for Hopper is a part of it"
+
+
+class Pretended:
+    """A toolkit and a C++ compiler that only touch what they are asked for: what is built holds nothing.
+
+    ``nvcc`` knows sm_80, sm_90 and sm_100. What ``said`` has for a source's stem is what it says of that source.
+    """
+
+    def __init__(self, folder: Path, version: str = "12.8.93") -> None:
+        self.folder, self.calls = folder, folder / "calls.txt"
+        self.said = folder / "said"
+        self.said.mkdir()
+        answers = f'echo "Cuda compilation tools, release {version.rpartition(".")[0]}, V{version}"'
+        for name in ("cuda/bin/nvcc", "c++"):
+            program = folder / name
+            program.parent.mkdir(parents=True, exist_ok=True)
+            program.write_text(
+                f"""#!/bin/sh
+case $1 in
+  --list-gpu-code) echo sm_80 sm_90 sm_100; exit;;
+  --version) {answers}; exit;;
+esac
+echo "$*" >> "{self.calls}"
+while [ $# -gt 0 ]; do [ "$1" = -o ] && out=$2; shift; done
+touch "$out"
+said="{self.said}/$(basename "$out" .o)"
+if [ -f "$said" ]; then cat "$said" >&2; ! grep -q "error:" "$said"; fi
+"""
+            )
+            program.chmod(0o755)
+
+    def build(self, **environment: str) -> tuple[str, list[str]]:
+        """What became of attention for Hopper, in words, and the commands that were run."""
+        self.calls.write_text("")
+        given = {"CUDA_HOME": str(self.folder / "cuda"), "CXX": str(self.folder / "c++"), **environment}
+        result = build(self.folder, **given)
+        assert result.returncode == 0, result.stdout + result.stderr
+        (words,) = re.findall(r"(?m)^attention for Hopper: (.*)$", result.stdout)
+        header = (self.folder / "temp" / "build_info.h").read_text()
+        assert f'QWEN2VL_SM90_STATUS R"info({words})info"' in header
+        return words, self.calls.read_text().splitlines()
+
+
+@pytest.fixture
+def pretended(tmp_path):
+    return Pretended(tmp_path)
+
+
+HEADS = (64, 72, 80, 96, 128)
+
+
+@pytest.mark.parametrize("archs", ["", "9.0", "8.0;9.0a+PTX"])
+def test_hoppers_attention_has_flags_of_its_own(pretended, archs):
+    words, calls = pretended.build(TORCH_CUDA_ARCH_LIST=archs, QWEN2VL_BUILD_CUDA="1")
+    assert words == "built for sm_90a by nvcc 12.8.93"
+    own = [call for call in calls if re.search(r"-c \S+/attention_forward_\d+\.cu ", call)]
+    assert len(own) == len(HEADS)
+    for call in own:
+        assert re.findall(r"-gencode (\S+)", call) == ["arch=compute_90a,code=sm_90a"]
+        assert "-Xptxas -v" in call and "-fmad" not in call
+    others = [call for call in calls if "-fmad=false" in call]
+    assert all("-DQWEN2VL_SM90=1" in call for call in others)
+    assert {source.stem for source in CUDA_SOURCES} <= {Path(word).stem for call in others for word in call.split()}
+    (link,) = [call for call in calls if "-cudart static" in call]
+    assert all(f"/attention_forward_{head_dim}.o" in link for head_dim in HEADS)
+
+
+PTXAS = """ptxas info    : Compiling entry function '{kernel}' for 'sm_90a'
+ptxas info    : Function properties for {kernel}
+    {frame} bytes stack frame, {spilled} bytes spill stores, {spilled} bytes spill loads
+ptxas info    : Used 168 registers, used 16 barriers
+"""
+CLEAN = PTXAS.format(kernel="_Z5otheri", frame=0, spilled=0)
+LOSS = "ptxas info    : (C7512) Potential Performance Loss: wgmma are serialized in function '_Z3oneIfEvi'\n"
+WAIT = "ptxas info    : (C7514) warpgroup.wait is injected in around line 9 by compiler in function '_Z3oneIfEvi'\n"
+ARRIVE = "ptxas info    : (C7519) warpgroup.arrive is injected in around line 9 by compiler in function '_Z3oneIfEvi'\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (CLEAN + PTXAS.format(kernel="_Z3oneIfEvi", frame=0, spilled=48), "48 bytes spill stores, .* in one<float>"),
+        (CLEAN + PTXAS.format(kernel="_Z3oneIfEvi", frame=16, spilled=0), "16 bytes stack frame, .* in one<float>"),
+        (LOSS + CLEAN, "C7512: Potential Performance Loss: .* in function one<float>"),
+        (WAIT + CLEAN, "C7514: warpgroup.wait is injected .* in function one<float>"),
+    ],
+)
+def test_hoppers_attention_is_left_out_where_ptxas_makes_it_slow(pretended, said, words):
+    """Each time the build runs, with an object that is compiled but once; the rest of the extension is built."""
+    (pretended.said / "attention_forward_80").write_text(ARRIVE + said)
+    for first in (True, False):
+        found, calls = pretended.build(QWEN2VL_BUILD_CUDA="1")
+        assert re.fullmatch(rf"left out: nvcc 12\.8\.93 makes attention_forward_80 slow: .*{words}", found), found
+        assert bool([call for call in calls if "attention_forward_80.cu" in call]) == first
+        if first:
+            assert "-DQWEN2VL_SM90=0" in " ".join(calls) and "-DQWEN2VL_SM90=1" not in " ".join(calls)
+            (link,) = [call for call in calls if "-cudart static" in call]
+            assert "attention_forward_" not in link
+    # What ptxas says is an output of the compilation, which is done again where it is lost.
+    (pretended.said / "attention_forward_80").write_text(ARRIVE + CLEAN)
+    (pretended.folder / "temp" / "_cuda" / "csrc" / "cuda" / "attention_forward_80.o.txt").unlink()
+    assert pretended.build()[0] == "built for sm_90a by nvcc 12.8.93"
+
+
+def test_hoppers_attention_that_does_not_compile_is_left_out(pretended):
+    (pretended.said / "attention_forward_72").write_text("sm90.cuh(7): error: no such instruction\n")
+    words, _ = pretended.build(QWEN2VL_BUILD_CUDA="1")
+    assert re.fullmatch(r"left out: compiling qwen2vl_kernels\._cuda failed: .*error: no such instruction", words)
+
+
+def test_every_tile_is_a_switch(pretended):
+    words, calls = pretended.build(QWEN2VL_SM90="all")
+    assert words == "built for sm_90a by nvcc 12.8.93, with every tile"
+    assert sum("-DQWEN2VL_SM90_ALL" in call for call in calls) == len(HEADS)
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"QWEN2VL_BUILD_CUDA": "0"}, "left out: QWEN2VL_BUILD_CUDA=0"),
+        ({"QWEN2VL_SM90": "0"}, "left out: QWEN2VL_SM90=0"),
+        ({"CUDA_HOME": "/nowhere"}, "left out: no nvcc in /nowhere, which CUDA_HOME or CUDA_PATH names"),
+        ({"TORCH_CUDA_ARCH_LIST": "8.0;10.0"}, "left out: TORCH_CUDA_ARCH_LIST is without 9.0"),
+    ],
+)
+def test_it_is_told_why_hoppers_attention_is_left_out(pretended, environment, words):
+    assert pretended.build(**environment)[0] == words
+
+
+def test_an_old_nvcc_has_no_attention_for_hopper(tmp_path):
+    words, calls = Pretended(tmp_path, "11.8.89").build(QWEN2VL_BUILD_CUDA="1")
+    assert words == "left out: it takes nvcc 12.0 or newer, this one is 11.8.89"
+    assert "-DQWEN2VL_SM90=0" in " ".join(calls)
 
 
 def test_sources_are_torch_free():
@@ -104,7 +243,7 @@ def _nvcc() -> str:
 
 
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
-@pytest.mark.parametrize("source", sorted(CSRC.glob("cuda/*.cu")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("source", WITH_KERNELS, ids=lambda path: path.stem)
 def test_cuda_kernels_compile_without_spills_or_warnings(tmp_path, source, arch):
     nvcc = _nvcc()
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()

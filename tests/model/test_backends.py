@@ -8,9 +8,12 @@ import torch
 from benchmarks.random_checkpoint import small_config
 from qwen2vl import GenerationConfig, Qwen2VL, generate
 from qwen2vl_kernels import use_backend
+from qwen2vl_kernels.core.attention_choice import OURS
 from qwen2vl_kernels.core.attention_peers import FLASH, PEERS
+from qwen2vl_kernels.core.backends import PREFERENCE
 from qwen2vl_kernels.ops import kvcache_attention, varlen_attention
 from tests.conftest import assert_two_times, triton_where_it_serves
+from tests.kernels import sm90_stand_in
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +38,10 @@ def test_eager_runs_the_references_only(model, monkeypatch):
 
 @pytest.mark.parametrize("module", [varlen_attention, kvcache_attention], ids=lambda m: m.__name__.split(".")[-1])
 def test_every_table_entry_has_an_implementation(module):
-    from qwen2vl_kernels.core.backends import PREFERENCE
-
     op = module.__name__.split(".")[-1]
     implemented = set(module._BACKENDS)
     if op == "varlen_attention":  # ours and others' are called by themselves; "flash" is one of its modules
-        implemented |= {"triton", *PEERS}
+        implemented |= {*OURS, *PEERS}
         modules = {flash.module for flash in FLASH}
         assert modules <= implemented
         implemented = implemented - modules | {"flash"}
@@ -83,6 +84,26 @@ def test_triton_is_the_eager_model(model):
         for parameter in model.parameters():
             parameter.requires_grad_(False)
             parameter.grad = None
+    assert got.keys() == eager.keys() and len(got) > 30
+    for name, value in got.items():
+        assert_two_times(value, eager[name], exact[name], 1e-6)
+
+
+def test_hoppers_attention_in_tower_and_decoder(monkeypatch):
+    """In bfloat16 with a stand-in for the extension and Triton's backward: what a GPU's tensors would be told."""
+    triton = triton_where_it_serves()
+    model = Qwen2VL.from_config(small_config(), device="cpu", dtype="bfloat16", std=0.1)
+    inputs = _image_prompt(model.config)
+    for parameter in model.parameters():
+        parameter.requires_grad_()
+    with use_backend("eager"):
+        eager = _logits_and_gradients(model, inputs)
+        exact = _logits_and_gradients(copy.deepcopy(model).double(), inputs)
+    extension = sm90_stand_in.install(monkeypatch)
+    monkeypatch.setattr(varlen_attention, "chosen", lambda *_, **__: "sm90")
+    with use_backend(**{**dict.fromkeys(PREFERENCE, "eager"), "vision_rope": triton["vision_rope"]}):
+        got = _logits_and_gradients(model, inputs)
+    assert len(extension.launches) == 2 + 2, "a launch a layer of each"
     assert got.keys() == eager.keys() and len(got) > 30
     for name, value in got.items():
         assert_two_times(value, eager[name], exact[name], 1e-6)

@@ -24,7 +24,9 @@ from tests.conftest import DEVICE
 
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
 #: Backends of the table by what the benchmark calls them.
-PROVIDERS = {"torch": ("torch varlen",), "triton": ("triton",), "flash 3": ("flash-attn 3", "fa3-fwd")}
+PROVIDERS = {
+    "torch": ("torch varlen",), "triton": ("triton",), "sm90": ("sm90",), "flash 3": ("flash-attn 3", "fa3-fwd"),
+}  # fmt: skip
 CALL = Call("cuda", 90, torch.bfloat16, 80, 80)
 
 

@@ -1,4 +1,5 @@
-// Runs the attention kernel for Hopper on one case from a file and writes its results to another.
+// Runs the attention kernel for Hopper on one case from a file, at a time (set_time), and writes its results to another
+// file.
 #include "cuda_on_host.h"
 // The kernel comes after what it is made of.
 #include "cuda/sm90.cuh"
@@ -34,15 +35,14 @@ std::vector<T> read(std::ifstream& file, int64_t count) {
 
 TensorMap map_of(const std::vector<uint16_t>& buffer, const int64_t* strides, int64_t rows, int64_t heads, int box) {
   const AttentionTensor tensor{buffer.data(), strides[0], strides[1], rows};
-  const AttentionMap map = attention_map(kShape, tensor, static_cast<int>(heads), box);
-  return on_host::sm90::make_tensor_map(map.data, map.rank, map.sizes, map.strides, map.box,
-                                        static_cast<unsigned>(map.swizzle));
+  return on_host::tensor_map(attention_map(kShape, tensor, static_cast<int>(heads), box));
 }
 
 }  // namespace
 
 int main(int count, char** arguments) {
-  on_host::take_options(count, arguments);
+  if (count != 4) return 2;
+  on_host::set_time(arguments[3]);
   std::ifstream file(arguments[1], std::ios::binary);
   const Header header = read<Header>(file, 1)[0];
   const auto tiles = read<int32_t>(file, header.tiles * header.width);
@@ -67,8 +67,8 @@ int main(int count, char** arguments) {
                            header.rows,
                            static_cast<float>(header.scale)};
   const auto run = [&](auto kernel) {
-    on_host::sm90::launch(static_cast<unsigned>(header.blocks), kShape.threads(), kShape.shared_bytes(),
-                          [&] { kernel(q_map, k_map, v_map, work); });
+    on_host::run_grid(static_cast<unsigned>(header.blocks), kShape.threads(), kShape.shared_bytes(),
+                      [&] { kernel(q_map, k_map, v_map, work); });
   };
   if (header.fp16 && header.causal) run(attention_forward<Config, Element::kFloat16, true>);
   if (header.fp16 && !header.causal) run(attention_forward<Config, Element::kFloat16, false>);

@@ -14,6 +14,7 @@
 #include <cstring>
 #include <functional>
 #include <map>
+#include <sstream>
 #include <string>
 #include <vector>
 #if !defined(__x86_64__)
@@ -46,57 +47,47 @@ struct Where {
 enum class Timing { kRandom, kEarly, kLate };
 
 struct Options {
-  uint64_t seed = 0;  // of the order of the threads, and of the moments of what is asynchronous
-  Timing timing = Timing::kRandom;
   std::string drop;    // "function:line" of a call that is left out for all threads, or "file:function:line"
   std::string mutate;  // a change by name: see sm90/tma.h and cuda/sm90.cuh
   bool list = false;   // print the calls that were passed, one "site file function line" each
 };
-static Options options;
 
-// From a program's arguments: "seed=3", "timing=early" or "late", "drop=mbarrier_wait:120", "mutate=swizzle", "list".
-// What has no "=" is left to the program.
-inline void take_options(int count, char** arguments) {
-  for (int i = 1; i < count; ++i) {
-    const std::string word = arguments[i], key = word.substr(0, word.find('=')),
-                      value = word.substr(word.find('=') + 1);
+// From the environment: QWEN2VL_ON_HOST="drop=mbarrier_wait:120 mutate=swizzle list", each of them or none.
+inline Options options_of_environment() {
+  Options options;
+  const char* const words = std::getenv("QWEN2VL_ON_HOST");
+  std::istringstream stream(words == nullptr ? "" : words);
+  for (std::string word; stream >> word;) {
     if (word == "list") {
       options.list = true;
-    } else if (word == key) {
-      continue;
-    } else if (key == "seed" && !value.empty() && value.find_first_not_of("0123456789") == std::string::npos) {
-      options.seed = std::strtoull(value.c_str(), nullptr, 10);
-    } else if (word == "timing=early") {
-      options.timing = Timing::kEarly;
-    } else if (word == "timing=late") {
-      options.timing = Timing::kLate;
-    } else if (key == "drop") {
-      options.drop = value;
+    } else if (word.rfind("drop=", 0) == 0) {
+      options.drop = word.substr(5);
     } else if (word == "mutate=swizzle" || word == "mutate=stride" || word == "mutate=leading") {
-      options.mutate = value;
+      options.mutate = word.substr(7);
     } else {
-      std::fprintf(stderr, "no option of the emulation: %s\n", word.c_str());
-      std::exit(2);
+      std::fprintf(stderr, "QWEN2VL_ON_HOST: %s is none of drop=..., mutate=..., list\n", word.c_str());
+      std::_Exit(2);
     }
   }
+  return options;
 }
+static const Options options = options_of_environment();
+
+struct Time {
+  std::string name = "0";
+  Timing timing = Timing::kRandom;
+  uint64_t state = 0;  // of the random numbers
+};
+static Time now;
 
 // Random bits (SplitMix64), and a number from 0 to n - 1.
 inline uint64_t random_bits() {
-  static uint64_t state = options.seed * 0xd1342543de82ef95ull;
-  uint64_t x = state += 0x9e3779b97f4a7c15ull;
+  uint64_t x = now.state += 0x9e3779b97f4a7c15ull;
   x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
   x = (x ^ x >> 27) * 0x94d049bb133111ebull;
   return x ^ x >> 31;
 }
 inline unsigned random_below(unsigned n) { return static_cast<unsigned>((random_bits() >> 32) * n >> 32); }
-
-inline std::string time_name() {
-  const char* const timing = options.timing == Timing::kEarly  ? " timing=early"
-                             : options.timing == Timing::kLate ? " timing=late"
-                                                               : "";
-  return "seed=" + std::to_string(options.seed) + timing;
-}
 
 // What a fiber waits for.
 struct Wait {
@@ -155,7 +146,7 @@ inline const char* base_name(const char* file) {
 
 // Ends the program: the rule that a kernel broke, who and where.
 [[noreturn]] inline void fail_at(const char* call, Where where, const char* format, ...) {
-  std::fprintf(stderr, "%s: block %u thread %u: %s at %s:%d: ", time_name().c_str(), blockIdx.x, threadIdx.x, call,
+  std::fprintf(stderr, "time %s: block %u thread %u: %s at %s:%d: ", now.name.c_str(), blockIdx.x, threadIdx.x, call,
                base_name(where.file), where.line);
   va_list arguments;
   va_start(arguments, format);
@@ -284,7 +275,7 @@ inline bool turn(unsigned warp) {
 }
 
 [[noreturn]] inline void report_deadlock() {
-  std::fprintf(stderr, "%s: block %u: deadlock, all threads wait:\n", time_name().c_str(), blockIdx.x);
+  std::fprintf(stderr, "time %s: block %u: deadlock, all threads wait:\n", now.name.c_str(), blockIdx.x);
   std::map<std::string, std::vector<unsigned>> waits;
   for (unsigned thread = 0; thread < engine.threads; ++thread) {
     const Fiber& fiber = engine.fibers[thread];
@@ -316,6 +307,24 @@ inline Source* pending_source() {
   return found;
 }
 
+// When what is asynchronous happens from here on: "early", "late" or a seed's number, which also draws the order of the
+// threads; "early7" and "late7" are in another order.
+inline void set_time(const std::string& name) {
+  now.name = name;
+  now.timing = Timing::kRandom;
+  if (name.rfind("early", 0) == 0) now.timing = Timing::kEarly;
+  if (name.rfind("late", 0) == 0) now.timing = Timing::kLate;
+  const std::string seed = name.substr(now.timing == Timing::kEarly ? 5 : now.timing == Timing::kLate ? 4 : 0);
+  const bool needed = now.timing == Timing::kRandom;
+  if ((needed && seed.empty()) || seed.find_first_not_of("0123456789") != std::string::npos) {
+    std::fprintf(stderr, "no time: %s\n", name.c_str());
+    std::exit(2);
+  }
+  now.state = std::strtoull(seed.c_str(), nullptr, 10) * 0xd1342543de82ef95ull + static_cast<uint64_t>(now.timing);
+  for (Source* source : engine.sources) source->rate = 1u << random_below(7);
+  engine.preemption = 4u << random_below(5);
+}
+
 // Runs the threads of one block to their end.
 inline void run_threads(unsigned threads, const std::function<void()>& kernel) {
   if (engine.fibers.size() < threads) engine.fibers.resize(threads);
@@ -332,7 +341,7 @@ inline void run_threads(unsigned threads, const std::function<void()>& kernel) {
     if (!awake.empty()) {
       const unsigned warp = awake[random_below(static_cast<unsigned>(awake.size()))];
       if (!turn(warp)) engine.asleep[warp] = 1;
-      if (options.timing == Timing::kRandom)
+      if (now.timing == Timing::kRandom)
         for (Source* source : engine.sources)
           if (source->pending() && random_below(source->rate) == 0) source->step();
     } else if (Source* source = pending_source()) {

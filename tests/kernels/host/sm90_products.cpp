@@ -1,6 +1,6 @@
 // Products of 64 rows through TMA, mbarriers and wgmma in the emulation, against plain loops.
 //
-// Arguments: those of take_options; prints one line a product.
+// Arguments: times as set_time takes them; prints one line a product.
 #include "cuda/sm90.cuh"
 
 namespace q = qwen2vl::sm90;
@@ -93,14 +93,19 @@ void check() {
   constexpr uint32_t C = Swizzle / 2;
   constexpr int kRows = B == Major::kDepth ? N : kDepth, kColumns = B == Major::kDepth ? kDepth : N;
   const auto map = [](const uint16_t* from, uint64_t rows, uint64_t columns, uint32_t box_rows) {
-    const uint64_t dims[] = {columns, rows, 1}, strides[] = {2 * columns, 2 * columns * rows};
-    const uint32_t box[] = {C, box_rows, 1};
-    return on_host::sm90::make_tensor_map(from, 3, dims, strides, box, Swizzle);
+    const struct {
+      const void* data;
+      int rank;
+      uint64_t sizes[3], strides[2];
+      uint32_t box[3];
+      int swizzle;
+    } numbers{from, 3, {columns, rows, 1}, {2 * columns, 2 * columns * rows}, {C, box_rows, 1}, Swizzle};
+    return on_host::tensor_map(numbers);
   };
   const q::TensorMap a_map = map(a.data(), 64, kDepth, 64);
   const q::TensorMap b_map = map(b.data(), kRows, kColumns, B == Major::kDepth ? N : kStep);
-  on_host::sm90::launch(1, 256, 128 * 1024,
-                        [&] { product<N, E, B, Swizzle, Registers>(a_map, b_map, a.data(), out.data()); });
+  on_host::run_grid(1, 256, 128 * 1024,
+                    [&] { product<N, E, B, Swizzle, Registers>(a_map, b_map, a.data(), out.data()); });
   double worst = 0;
   for (int i = 0; i < 64; ++i)
     for (int j = 0; j < N; ++j) {
@@ -132,11 +137,13 @@ void check_layouts() {
 }
 
 int main(int count, char** arguments) {
-  on_host::take_options(count, arguments);
-  check_layouts<64, true>();
-  check_layouts<72, true>();
-  check_layouts<80, true>();
-  check_layouts<80, false>();
-  check_layouts<96, false>();
-  check_layouts<128, false>();
+  for (int i = 1; i < count; ++i) {
+    on_host::set_time(arguments[i]);
+    check_layouts<64, true>();
+    check_layouts<72, true>();
+    check_layouts<80, true>();
+    check_layouts<80, false>();
+    check_layouts<96, false>();
+    check_layouts<128, false>();
+  }
 }

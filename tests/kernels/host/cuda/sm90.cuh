@@ -155,38 +155,39 @@ void wgmma(float (&d)[Half], const uint32_t* a, uint64_t b, QWEN2VL_HERE) {
 
 }  // namespace qwen2vl::sm90
 
-namespace on_host::sm90 {
+namespace on_host {
+
+using sm90::tensor_map;
 
 // Runs a kernel for Hopper as blocks of `threads` threads one after the other, in an order drawn from the seed, each
 // with `shared_bytes` of dynamic shared memory.
-inline void launch(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel) {
+inline void run_grid(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel) {
   if (threads % kWarp != 0 || threads > 1024 || shared_bytes > 227 * 1024) {
     std::fprintf(stderr, "a block of %u threads with %zu bytes of shared memory\n", threads, shared_bytes);
     std::_Exit(kFailed);
   }
   if (engine.sources.empty()) {
-    engine.at_exit.push_back(leave_tensor_cores);
-    engine.sources = {&copies, &cores};
-    for (Source* source : engine.sources) source->rate = 1u << random_below(7);
-    engine.preemption = 4u << random_below(5);
+    engine.at_exit.push_back(sm90::leave_tensor_cores);
+    engine.sources = {&sm90::copies, &sm90::cores};
+    set_time(now.name);
   }
   gridDim = {blocks, 1, 1};
   std::vector<unsigned> left(blocks);
   for (unsigned i = 0; i < blocks; ++i) left[i] = i;
   for (; !left.empty(); left.pop_back()) {
     std::swap(left[random_below(static_cast<unsigned>(left.size()))], left.back());
-    order.configure(threads, kMaxBarriers, (threads + kGroup - 1) / kGroup);
-    memory.reset(shared_bytes);
-    mbarriers.reset();
-    registers.reset(threads);
-    cores.reset(threads);
+    order.configure(threads, sm90::kMaxBarriers, (threads + sm90::kGroup - 1) / sm90::kGroup);
+    sm90::memory.reset(shared_bytes);
+    sm90::mbarriers.reset();
+    sm90::registers.reset(threads);
+    sm90::cores.reset(threads);
     run_block(left.back(), threads, kernel);
-    if (copies.pending()) fail_at("tma_load", copies.all[0].where, "is in flight when the block ends");
-    if (registers.free >= 8 * kGroup)
-      fail_at("setmaxnreg_dec", {}, "%lld registers that nobody took", static_cast<long long>(registers.free));
+    if (sm90::copies.pending()) fail_at("tma_load", sm90::copies.all[0].where, "is in flight when the block ends");
+    if (sm90::registers.free >= 8 * sm90::kGroup)
+      fail_at("setmaxnreg_dec", {}, "%lld registers that nobody took", static_cast<long long>(sm90::registers.free));
   }
   order.configure(0, 0, 0);
   if (options.list) list_sites();
 }
 
-}  // namespace on_host::sm90
+}  // namespace on_host

@@ -20,27 +20,29 @@ struct TensorMap {
   std::_Exit(kFailed);
 }
 
-// What cuTensorMapEncodeTiled makes of these; ends the program where it would refuse.
-inline TensorMap make_tensor_map(const void* address, unsigned rank, const uint64_t* dims, const uint64_t* stride_bytes,
-                                 const uint32_t* box, unsigned swizzle) {
+// The map of what has the numbers of cuTensorMapEncodeTiled's arguments: data, rank, sizes, strides (in bytes), box and
+// swizzle (in bytes). Ends the program where that function would refuse.
+template <class Numbers>
+TensorMap tensor_map(const Numbers& numbers) {
   TensorMap map;
-  map.address = address;
-  map.rank = rank;
-  map.swizzle = swizzle;
-  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) refuse_map("the address is not a multiple of 16 bytes");
-  if (rank < 1 || rank > 5) refuse_map("a rank that is not in 1 .. 5");
-  if (swizzle != 32 && swizzle != 64 && swizzle != 128) refuse_map("a swizzle that is not 32, 64 or 128 bytes");
-  for (unsigned i = 0; i < rank; ++i) {
-    map.dims[i] = dims[i];
-    map.box[i] = box[i];
-    if (dims[i] == 0 || dims[i] > 1ull << 32) refuse_map("a dimension that is not in 1 .. 2^32");
-    if (box[i] == 0 || box[i] > 256) refuse_map("a box that is not in 1 .. 256");
+  map.address = numbers.data;
+  map.rank = static_cast<unsigned>(numbers.rank);
+  map.swizzle = static_cast<unsigned>(numbers.swizzle);
+  if (reinterpret_cast<uintptr_t>(map.address) % 16 != 0) refuse_map("the address is not a multiple of 16 bytes");
+  if (map.rank < 1 || map.rank > 5) refuse_map("a rank that is not in 1 .. 5");
+  if (map.swizzle != 32 && map.swizzle != 64 && map.swizzle != 128)
+    refuse_map("a swizzle that is not 32, 64 or 128 bytes");
+  for (unsigned i = 0; i < map.rank; ++i) {
+    map.dims[i] = numbers.sizes[i];
+    map.box[i] = numbers.box[i];
+    if (map.dims[i] == 0 || map.dims[i] > 1ull << 32) refuse_map("a dimension that is not in 1 .. 2^32");
+    if (map.box[i] == 0 || map.box[i] > 256) refuse_map("a box that is not in 1 .. 256");
     if (i == 0) continue;
-    map.stride_bytes[i - 1] = stride_bytes[i - 1];
-    if (stride_bytes[i - 1] % 16 != 0 || stride_bytes[i - 1] >= 1ull << 40)
+    map.stride_bytes[i - 1] = numbers.strides[i - 1];
+    if (map.stride_bytes[i - 1] % 16 != 0 || map.stride_bytes[i - 1] >= 1ull << 40)
       refuse_map("a stride that is not a multiple of 16 bytes below 2^40");
   }
-  if (2 * box[0] != swizzle) refuse_map("rows of a box that are not as wide as the swizzle");
+  if (2 * map.box[0] != map.swizzle) refuse_map("rows of a box that are not as wide as the swizzle");
   return map;
 }
 
@@ -138,7 +140,7 @@ inline void issue_copy(uint32_t to, const TensorMap& given, uint32_t barrier_add
     copy.rows[other] = row;
   }
   copies.all.push_back(copy);
-  while (options.timing == Timing::kEarly && copies.pending()) copies.step();
+  while (now.timing == Timing::kEarly && copies.pending()) copies.step();
 }
 
 }  // namespace on_host::sm90

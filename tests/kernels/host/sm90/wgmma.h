@@ -187,7 +187,7 @@ inline void start(Warpgroup& group, Product& product, int64_t number) {
     check_written(chunk, address, product.known.data(), true, "wgmma");
     chunk.read_by[index] = static_cast<int32_t>(number + 1);
   });
-  if (options.timing == Timing::kEarly)
+  if (now.timing == Timing::kEarly)
     while (TensorCores::ready(group)) cores.run(group);
 }
 
