@@ -20,7 +20,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(bytes) alignas(bytes)
-#define QWEN2VL_DYNAMIC_SHARED(type, name) type* const name = reinterpret_cast<type*>(on_host::dynamic_shared.get())
+#define QWEN2VL_DYNAMIC_SHARED(type, name) type* const name = reinterpret_cast<type*>(on_host::dynamic_shared_window)
 
 namespace on_host {
 
@@ -28,10 +28,12 @@ struct FreeShared {
   void operator()(char* memory) const { ::operator delete[](memory, std::align_val_t(1024)); }
 };
 static std::unique_ptr<char[], FreeShared> dynamic_shared;
+static char* dynamic_shared_window = nullptr;  // what a kernel sees: the memory itself, or for Hopper nothing to read
 
 // Not a byte more than asked for, so that the address sanitizer sees what leaves it.
 inline void allocate_shared(size_t bytes) {
   dynamic_shared.reset(static_cast<char*>(::operator new[](bytes, std::align_val_t(1024))));
+  dynamic_shared_window = dynamic_shared.get();
 }
 
 // -------------------------------------------------------------------------------------- what lanes of a warp do
@@ -164,9 +166,8 @@ inline void come_to_barrier(unsigned barrier, unsigned threads, bool wait) {
     if (at->expected != first->threads)
       ON_HOST_FAIL("barrier %u waits for %u threads, this warp says %u", first->barrier, at->expected, first->threads);
     at->arrived += kWarp;
-    if (at->arrived > at->expected)
-      ON_HOST_FAIL("barrier %u waits for %u threads, %u came", first->barrier, at->expected, at->arrived);
     if (at->arrived < at->expected) return;
+    if (at->waiting.empty()) ON_HOST_FAIL("all %u threads only arrive at barrier %u", at->expected, first->barrier);
     for (const unsigned thread : at->waiting) order.acquire(thread, at->clock);
     at->waiting.clear();
     at->arrived = 0;
@@ -322,15 +323,12 @@ To bits_as(From value) {
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
-inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline float __int_as_float(int value) { return bits_as<float>(value); }
 inline float __uint_as_float(unsigned value) { return bits_as<float>(value); }
 inline int __float_as_int(float value) { return bits_as<int>(value); }
 inline unsigned __float_as_uint(float value) { return bits_as<unsigned>(value); }
-inline float __fdividef(float a, float b) { return a / b; }
-inline float __frcp_rn(float a) { return 1 / a; }
 
-inline int __ffs(int value) { return __builtin_ffs(value); }
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
 
 template <class T>
 T __ldg(const T* pointer) {

@@ -62,7 +62,7 @@ inline Options options_of_environment() {
       options.list = true;
     } else if (word.rfind("drop=", 0) == 0) {
       options.drop = word.substr(5);
-    } else if (word.rfind("mutate=", 0) == 0) {
+    } else if (word == "mutate=swizzle" || word == "mutate=stride" || word == "mutate=leading") {
       options.mutate = word.substr(7);
     } else {
       std::fprintf(stderr, "QWEN2VL_ON_HOST: %s is none of drop=..., mutate=..., list\n", word.c_str());
@@ -307,17 +307,20 @@ inline Source* pending_source() {
   return found;
 }
 
-// When what is asynchronous happens from here on: "early", "late" or a seed's number; "early 7" is early in another
-// order of the threads.
+// When what is asynchronous happens from here on: "early", "late" or a seed's number, which also draws the order of the
+// threads; "early7" and "late7" are in another order.
 inline void set_time(const std::string& name) {
   now.name = name;
-  now.timing = name.rfind("early", 0) == 0  ? Timing::kEarly
-               : name.rfind("late", 0) == 0 ? Timing::kLate
-                                            : Timing::kRandom;
-  const size_t digits = name.find_first_of("0123456789");
-  const uint64_t seed = digits == std::string::npos ? 0 : std::strtoull(name.c_str() + digits, nullptr, 10);
-  now.state = seed * 0x9e3779b97f4a7c15ull + static_cast<uint64_t>(now.timing);
-  for (int i = 0; i < 4; ++i) random_bits();
+  now.timing = Timing::kRandom;
+  if (name.rfind("early", 0) == 0) now.timing = Timing::kEarly;
+  if (name.rfind("late", 0) == 0) now.timing = Timing::kLate;
+  const std::string seed = name.substr(now.timing == Timing::kEarly ? 5 : now.timing == Timing::kLate ? 4 : 0);
+  const bool needed = now.timing == Timing::kRandom;
+  if ((needed && seed.empty()) || seed.find_first_not_of("0123456789") != std::string::npos) {
+    std::fprintf(stderr, "no time: %s\n", name.c_str());
+    std::exit(2);
+  }
+  now.state = std::strtoull(seed.c_str(), nullptr, 10) * 0xd1342543de82ef95ull + static_cast<uint64_t>(now.timing);
   for (Source* source : engine.sources) source->rate = 1u << random_below(7);
   engine.preemption = 4u << random_below(5);
 }

@@ -15,7 +15,7 @@ enum class Major { kDepth, kAcross };
 
 inline uint32_t shared_address(const void* pointer) {
   return on_host::sm90::kWindow +
-         static_cast<uint32_t>(static_cast<const char*>(pointer) - on_host::sm90::memory.bytes);
+         static_cast<uint32_t>(static_cast<const char*>(pointer) - on_host::dynamic_shared_window);
 }
 
 #define QWEN2VL_HERE on_host::Where where = on_host::Where::here()
@@ -183,6 +183,8 @@ inline void run_grid(unsigned blocks, unsigned threads, size_t shared_bytes, con
     sm90::cores.reset(threads);
     run_block(left.back(), threads, kernel);
     if (sm90::copies.pending()) fail_at("tma_load", sm90::copies.all[0].where, "is in flight when the block ends");
+    if (sm90::registers.free >= 8 * sm90::kGroup)
+      fail_at("setmaxnreg_dec", {}, "%lld registers that nobody took", static_cast<long long>(sm90::registers.free));
   }
   order.configure(0, 0, 0);
   if (options.list) list_sites();

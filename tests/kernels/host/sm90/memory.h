@@ -19,11 +19,10 @@ struct Chunk {
   bool landing = false;   // a copy has been issued and not landed
   bool mbarrier = false;  // holds one
   int16_t writer = -1;    // thread, or the mbarrier of a copy
-  int16_t reader = -1;    // the last thread that read it by ld.shared
   int32_t stamp = 0;      // of the writer's store, or the phase of the mbarrier that says that the copy is there
-  int32_t reader_stamp = 0;
-  int32_t read_by[kMaxGroups] = {};  // up to which wgmma of each warpgroup (counted from 1) it is read
-  Where where;                       // of the write
+  int32_t read_by[kMaxGroups] = {};              // up to which wgmma of each warpgroup (counted from 1) it is read
+  Where where;                                   // of the write
+  std::vector<std::pair<int, int32_t>> readers;  // since then: threads, and the stamps of their loads
 };
 
 struct Memory {
@@ -34,6 +33,9 @@ struct Memory {
   void reset(size_t count) {
     allocate_shared(count);
     bytes = dynamic_shared.get();
+    // Kernels get addresses that nobody can read or write, so that all accesses pass through this.
+    static void* const window = mmap(nullptr, 1 << 18, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    dynamic_shared_window = static_cast<char*>(window);
     size = static_cast<uint32_t>(count);
     std::memset(bytes, 0xff, count);  // NaN in every format
     chunks.assign((count + kChunk - 1) / kChunk, Chunk());
@@ -83,8 +85,9 @@ inline void check_read(const Chunk& chunk, uint32_t address, int32_t* clock, con
     if (chunk.read_by[group] > order.ended(clock, group))
       ON_HOST_FAIL("%s at 0x%x is not ordered behind wgmma %d of warpgroup %u, which reads there", what, address,
                    chunk.read_by[group], group);
-  if (chunk.reader >= 0 && order.stores(clock, chunk.reader) < chunk.reader_stamp)
-    ON_HOST_FAIL("%s at 0x%x is not ordered behind thread %d, which reads there", what, address, chunk.reader);
+  for (const auto& [thread, stamp] : chunk.readers)
+    if (order.stores(clock, static_cast<size_t>(thread)) < stamp)
+      ON_HOST_FAIL("%s at 0x%x is not ordered behind thread %d, which reads there", what, address, thread);
 }
 
 // Marks a chunk as written by a thread through the generic proxy.
@@ -96,7 +99,7 @@ inline void note_store(uint32_t address, unsigned thread, Where where, const cha
   chunk.written = Chunk::Written::kByThread;
   chunk.writer = static_cast<int16_t>(thread);
   chunk.stamp = order.stamps[thread];
-  chunk.reader = -1;
+  chunk.readers.clear();
   chunk.where = where;
 }
 
@@ -110,8 +113,7 @@ inline uint4 load(uint32_t address) {
   memory.check(address, 16, 16, "the load");
   Chunk& chunk = memory.chunk(address);
   check_written(chunk, address, order.known(threadIdx.x), false, "the load");
-  chunk.reader = static_cast<int16_t>(threadIdx.x);
-  chunk.reader_stamp = order.stamps[threadIdx.x];
+  chunk.readers.emplace_back(threadIdx.x, order.stamps[threadIdx.x]);
   uint4 value;
   std::memcpy(&value, memory.at(address), 16);
   return value;

@@ -129,7 +129,7 @@ inline void issue_copy(uint32_t to, const TensorMap& given, uint32_t barrier_add
     chunk.landing = true;
     chunk.writer = static_cast<int16_t>(copy.barrier);
     chunk.stamp = barrier.ended + 1;
-    chunk.reader = -1;
+    chunk.readers.clear();
     chunk.where = where;
   }
   std::memset(memory.at(to), 0xff, rows * given.swizzle);
