@@ -19,7 +19,7 @@ RUN := .venv/bin/python
 CSRC := $(shell find csrc -type f)
 FUZZ := $(wildcard tests/fuzz/*.cpp tests/fuzz/*.h)
 # What clang-format keeps in order: the extensions, and what no install builds.
-FORMATTED := $(CSRC) $(FUZZ) $(wildcard tests/kernels/host/* benchmarks/cuda/*)
+FORMATTED := $(CSRC) $(FUZZ) $(shell find tests/kernels/host benchmarks/cuda -type f)
 
 # The versions of Triton that PyTorch's builds for CUDA bring: 2.10 and 2.11, 2.12, 2.13, 2.14.
 TRITONS := 3.6.0 3.7.0 3.7.1 3.8.0

@@ -28,8 +28,8 @@ _CHECKPOINTS = 16 << 30
 class Check:
     """One line of a parity gate: green when ``error <= allowed``. A NaN is red.
 
-    ``provider``: whose result it is, where that is one's alone. Red ones of a peer leave that peer out; all others end
-    the workload.
+    ``provider``: whose result it is, where that is one's alone. Red ones of a peer or a trial leave that one out; all
+    others end the workload.
     """
 
     name: str
@@ -54,10 +54,11 @@ class Provider:
         name: what the table shows.
         make: makes the provider that runs, of the same name, when it is its turn; :class:`Skip` says why it cannot.
         refuses: exceptions that making it or its first call may end with where it cannot serve these inputs; it is
-            skipped in its own words then. A peer is skipped whatever it raises.
+            skipped in its own words then. A peer or a trial is skipped whatever it raises.
         call: the work of one sample. In a timed workload its duration is measured and its result goes to the
             gate; in one with ``units`` it returns the measured values by metric.
         peer: somebody else's implementation, to which ours are compared.
+        trial: one of ours that is taken by name only, so that whatever it does costs no other its row.
         before: run before every sample, outside of the timing (to rewind a cache, say).
         warm: run instead of ``call`` to warm up where a whole call is too expensive.
         skipped: why this provider cannot run here; it is reported and never called.
@@ -71,6 +72,12 @@ class Provider:
     skipped: str | None = None
     make: Callable[[], Provider] | None = None
     refuses: tuple[type[Exception], ...] = ()
+    trial: bool = False
+
+    @property
+    def apart(self) -> bool:
+        """Whether its failures are its own, and end no workload."""
+        return self.peer or self.trial
 
     def __post_init__(self) -> None:
         if sum(given is not None for given in (self.call, self.make, self.skipped)) != 1:

@@ -203,7 +203,7 @@ def _first_calls(
     """
     outputs, first, ready = {}, {}, []
     for provider in workload.providers:
-        turn(provider.name if provider.peer else None)
+        turn(provider.name if provider.apart else None)
         try:
             made = provider.ready()
             timed = workload.units is None and made.warm is None
@@ -217,7 +217,7 @@ def _first_calls(
                     outputs[made.name] = output
                 del output
         except Exception as error:
-            if not (provider.peer or isinstance(error, (Skip, *provider.refuses))):
+            if not (provider.apart or isinstance(error, (Skip, *provider.refuses))):
                 raise
             if clock.lost(error):  # for this process: no refusal
                 raise
@@ -244,7 +244,7 @@ def _another(workload: Workload, clock: Clock) -> tuple[Mapping[str, First], lis
         try:
             found |= _first_calls(replace(second, providers=[provider]), clock, lambda peer: None)[2]
         except Exception as error:
-            why = [] if provider.peer else [f"{provider.name} on another shape: {words(error)}"]
+            why = [] if provider.apart else [f"{provider.name} on another shape: {words(error)}"]
             if why or clock.lost(error):
                 return found, why
     return found, []
@@ -267,7 +267,7 @@ def _workload_checks(workload: Workload, outputs: Mapping[str, Any]) -> tuple[Wo
 def _readable(workload: Workload, outputs: Mapping[str, Any]) -> tuple[Workload, Mapping[str, Any]]:
     """Without the peers whose results, beside ours, the gate ends on with an exception."""
     assert workload.gate is not None
-    peers = [provider.name for provider in workload.providers if provider.peer and provider.name in outputs]
+    peers = [provider.name for provider in workload.providers if provider.apart and provider.name in outputs]
     reasons: dict[str, str] = {}
     for name in peers:
         try:
@@ -279,7 +279,7 @@ def _readable(workload: Workload, outputs: Mapping[str, Any]) -> tuple[Workload,
 
 def _peers_out(workload: Workload, checks: Sequence[Check]) -> tuple[dict[str, str], Sequence[Check]]:
     """Peers that take no part, and why, those whose checks are red among them; and the checks of all others."""
-    peers = {provider.name for provider in workload.providers if provider.peer}
+    peers = {provider.name for provider in workload.providers if provider.apart}
     reasons = {p.name: p.skipped for p in workload.providers if p.skipped is not None}
     for check in checks:
         if check.provider in peers and not check.passed:

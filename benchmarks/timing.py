@@ -137,8 +137,8 @@ def measure(
 
     def drop(provider: Provider, error: Exception) -> None:
         """Go on without a peer that failed; the exception of one of ours, and what loses the device, is raised."""
-        if not provider.peer or clock.lost(error):
-            turn(provider.name if provider.peer else None)
+        if not provider.apart or clock.lost(error):
+            turn(provider.name if provider.apart else None)
             raise error
         dropped[provider.name] = words(error)
         active.remove(provider)
@@ -146,7 +146,7 @@ def measure(
 
     for provider in list(active):
         first = (first_s or {}).get(provider.name)
-        turn(provider.name if provider.peer else None)
+        turn(provider.name if provider.apart else None)
         try:
             repeats[provider.name] = 1 if workload.units is not None else _warm_up(provider, clock, first)
         except Exception as error:

@@ -35,7 +35,14 @@ def random(context: Context, *shape: int, seed: int = 0, scale: float = 1.0) -> 
     return (torch.randn(shape, generator=generator, device=context.device) * scale).to(DTYPE)
 
 
-def made(name: str, make: Callable[[], Callable[[], Any]], *, module: str | None = None, peer: bool = True) -> Provider:
+def made(
+    name: str,
+    make: Callable[[], Callable[[], Any]],
+    *,
+    module: str | None = None,
+    peer: bool = True,
+    trial: bool = False,
+) -> Provider:
     """The provider of ``make()``, which is called when it is its turn.
 
     It is skipped where ``module`` is missing or older, or the backend cannot run here.
@@ -45,9 +52,9 @@ def made(name: str, make: Callable[[], Callable[[], Any]], *, module: str | None
         if module is not None and (reason := providers.why_not(module)) is not None:
             raise Skip(reason)
         call = make()
-        return Provider(name, call, peer=peer, before=getattr(call, "before", None))
+        return Provider(name, call, peer=peer, trial=trial, before=getattr(call, "before", None))
 
-    return Provider(name, make=provider, peer=peer, refuses=(BackendError, ImportError))
+    return Provider(name, make=provider, peer=peer, trial=trial, refuses=(BackendError, ImportError))
 
 
 def compiled(context: Context, function: Callable, tokens: int) -> Callable[[], Callable] | None:

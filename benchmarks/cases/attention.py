@@ -104,9 +104,8 @@ def _both(context: Context, pack: Pack) -> Iterator[Workload]:
             if backward and backend in _FORWARDS:
                 contenders.append(Provider(backend, skipped=_FORWARDS[backend]))
             else:
-                contenders.append(
-                    made(backend, lambda n=backend, b=backward: inputs.prepared(inputs.ours(n), b), peer=False)
-                )
+                make = lambda n=backend, b=backward: inputs.prepared(inputs.ours(n), b)  # noqa: E731
+                contenders.append(made(backend, make, peer=False, trial=backend == "sm90"))
         for name, make in _peers(inputs, backward).items():
             contenders.append(made(name, lambda make=make, b=backward: inputs.prepared(make(), b)))
         yield Workload(

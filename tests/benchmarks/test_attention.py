@@ -25,6 +25,7 @@ def test_no_workload_makes_the_inputs_of_another():
     for workload in found:
         ours = [provider.name for provider in workload.providers if not provider.peer]
         assert ours == ["chosen", "sm90", "triton", "sdpa"]
+        assert {provider.name for provider in workload.providers if provider.trial} <= {"sm90"}
         skipped = {provider.name: provider.skipped for provider in workload.providers if not provider.peer}
         assert skipped["sm90"] == ("its backward is triton's" if workload.name.endswith("backward") else None)
         peers = {provider.name for provider in workload.providers if provider.peer}

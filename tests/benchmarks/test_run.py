@@ -116,6 +116,35 @@ def test_what_fails_on_another_shape_costs_no_sample():
     assert result["red"] == ["tiny, shape 3: ours on another shape: no such shape"] and result["skipped"] == []
 
 
+@pytest.mark.parametrize("how", ["red", "raises", "raises when timed", "raises in the gate", "on another shape"])
+def test_what_is_ours_by_name_only_costs_no_other_its_row(how):
+    """Its row is left out with the reason, or kept where only another shape fails; nothing of it is red."""
+    calls = []
+
+    def fail(when):
+        calls.append(1)
+        if len(calls) >= when:
+            raise RuntimeError("no such kernel")
+        return calls
+
+    def gate(outputs):
+        if how == "raises in the gate" and "new" in outputs:
+            raise RuntimeError("no such kernel")
+        return [Check(name, float(how == "red" and name == "new"), 0.5, name) for name in outputs]
+
+    when = {"raises": 1, "raises when timed": 2}.get(how, 10**9)
+    new = Provider("new", make=lambda: Provider("new", lambda: fail(when), trial=True), trial=True)
+    other = Provider("new", lambda: fail(0), trial=True)
+    shape = (lambda: workload(providers=[other])) if how == "on another shape" else None
+    one = workload(providers=[Provider("ours", lambda: 1), new], gate=gate, another=shape)
+    result = run_case(case(one), QUICK)
+    kept = how == "on another shape"
+    assert [row["provider"] for row in result["rows"]] == (["ours", "new"] if kept else ["ours"])
+    assert result["red"] == [] and [skip["provider"] for skip in result["skipped"]] == ([] if kept else ["new"])
+    assert kept or re.search("no such kernel|the parity gate is red", result["skipped"][0]["reason"])
+    assert all(not row["peer"] for row in result["rows"])
+
+
 def test_contenders_can_be_left_out():
     result = run_case(
         case(workload(), workload(name="second", another=workload)), Context(quick=True, without=("theirs",))

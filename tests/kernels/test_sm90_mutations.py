@@ -37,23 +37,28 @@ FOR_SPEED = {
     "setmaxnreg_inc": "registers, which ptxas counts",
 }
 
-_KERNEL, _SHAPE, _SOFTMAX = "attention_forward.cuh", "attention_shape.h", "attention_softmax.cuh"
+_KERNEL, _PRODUCER = "attention_forward.cuh", "attention_producer.cuh"
+_SHAPE, _SOFTMAX = "attention_shape.h", "attention_softmax.cuh"
 #: (file, text, what takes the place of its first occurrence)
 TEXTS = {
-    "rings keep their parity": (_KERNEL, "      parity ^= 1;", ""),
-    "the producer's parity of q": (_KERNEL, "    q_parity ^= 1;\n    if (leads) {", "    if (leads) {"),
+    "rings keep their parity": (_PRODUCER, "      parity ^= 1;", ""),
+    "the producer's parity of q": (_PRODUCER, "    q_parity ^= 1;\n    if (leads) {", "    if (leads) {"),
     "the consumers' parity of q": (_KERNEL, "    q_parity ^= 1;\n    const AttentionTile", "    const AttentionTile"),
-    "the parity of tails": (_KERNEL, "tail_parity ^= 1;", ""),
-    "tails are left": (_KERNEL, "tail_rows < kKeys", "tail_rows < 0"),
-    "one row too few is zeroed": (_KERNEL, "key_bytes(), tail_rows)", "key_bytes(), tail_rows + 1)"),
-    "q is released by one warp of four": (_KERNEL, "4 * kConsumers);", "kConsumers);"),
+    "the parity of tails": (_PRODUCER, "tail_parity ^= 1;", ""),
+    "tails are left": (_PRODUCER, "tail_rows < kKeys", "tail_rows < 0"),
+    "one row too few is zeroed": (_PRODUCER, "key_bytes(), tail_rows)", "key_bytes(), tail_rows + 1)"),
+    "q is released by one warp of four": (_PRODUCER, "4 * kConsumers);", "kConsumers);"),
     "all lanes arrive": (_KERNEL, "if (lane == 0) sm90::mbarrier_arrive", "sm90::mbarrier_arrive"),
     "p v is waited for too late": (_KERNEL, "wgmma_wait_group<0>(o, p);", "wgmma_wait_group<1>(o, p);"),
     "p is changed in flight": (_KERNEL, "        sm90::wgmma_wait_group<0>(o, p);\n", ""),
     "another swizzle of q and k": (_KERNEL, "depth_operand<shape.row_bytes()>(shape, k", "depth_operand<64>(shape, k"),
     "another swizzle of v": (_KERNEL, "across_operand<shape.row_bytes()>", "across_operand<64>"),
-    "the blocks of v are too near": (_KERNEL, "block_bytes(rows), shape", "block_bytes(rows) - shape.group_bytes(), shape"),
-    "fewer bytes are waited for": (_KERNEL, "shape.q_bytes());", "shape.q_bytes() - 16);"),
+    "the blocks of v are too near": (
+        _KERNEL,
+        "block_bytes(rows), shape",
+        "block_bytes(rows) - shape.group_bytes(), shape",
+    ),
+    "fewer bytes are waited for": (_PRODUCER, "shape.q_bytes());", "shape.q_bytes() - 16);"),
     "one row more than is there": (_KERNEL, "if (row + own < tile.own_end)", "if (row + own <= tile.own_end)"),
     "scores are one group off": (_SHAPE, "+ 32 * step % row_bytes()", "+ 32 * step % row_bytes() + group_bytes()"),
     "scores are one block off": (_SHAPE, "16 * step / columns * block", "(16 * step / columns + 1) * block"),
