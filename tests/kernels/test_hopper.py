@@ -220,9 +220,8 @@ def test_the_command_keeps_machine_code_and_tells_a_failure(tmp_path, monkeypatc
 
     def run(kernel: Kernel) -> Result:
         monkeypatch.setattr(hopper, "kernels", lambda heads, tried: [kernel])
-        return CliRunner().invoke(
-            app, ["sm90", "--jobs", "1", "--ptxas", "nvcc", "--failures", "--cubins", str(tmp_path)]
-        )
+        command = ["sm90", "--jobs", "1", "--ptxas", "nvcc", "--failures", "--cubins", str(tmp_path)]
+        return CliRunner().invoke(app, command)
 
     done = run(LONG)
     assert (done.exit_code, done.output) == (0, "1 kernels compiled, 0 fail a gate\n")
