@@ -224,8 +224,8 @@ def sm90(
     failed = [one for one in found if one.failures]
     if budget:
         counted.show([one for one in found if not one.failures], console)
-    if not budget or failed:
-        hopper.show(failed if failures_only or budget else found, console)
+    if shown := failed if failures_only or budget else found:
+        hopper.show(shown, console)
     print(f"{len(found)} kernels compiled, {len(failed)} fail a gate")
     if failed:
         raise typer.Exit(1)

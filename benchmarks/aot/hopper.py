@@ -101,6 +101,18 @@ def assemblers() -> list[str]:
     return [version for version, (_, path, _) in ASSEMBLERS.items() if path.is_file()] + [NVCC]
 
 
+def assembler(version: str) -> tuple[str, Path]:
+    """The newest PTX that a version of ptxas reads, and where it is. Raises ``ValueError`` where it is not."""
+    if version == NVCC:
+        return "", Path(_nvcc())
+    if version not in ASSEMBLERS:
+        raise ValueError(f"no ptxas is called {version!r}; there are {', '.join((*ASSEMBLERS, NVCC))}")
+    newest, path, target = ASSEMBLERS[version]
+    if not path.is_file():
+        raise ValueError(f"ptxas {version} is not here: make {target} brings it")
+    return newest, path
+
+
 def ptx(kernel: Kernel, folder: Path, source: Path = SOURCE) -> Path:
     """The kernel's PTX. Raises ``RuntimeError`` with what nvcc said where it does not compile."""
     columns, element, causal, consumers, keys, share, p_shared = kernel.key
@@ -118,14 +130,10 @@ def assemble(text: Path, version: str) -> tuple[Path, str]:
     Raises ``ValueError`` where that version is not here, and ``RuntimeError`` where it refuses.
     """
     cubin = text.with_suffix(f".{version}.cubin")
+    newest, path = assembler(version)
     if version == NVCC:
         only = ("-gencode", "arch=compute_90a,code=sm_90a", "-Xptxas", "-v", "-cubin")
         return cubin, _run(_nvcc(), *only, text, "-o", cubin)
-    if version not in ASSEMBLERS:
-        raise ValueError(f"no ptxas is called {version!r}; there are {', '.join((*ASSEMBLERS, NVCC))}")
-    newest, path, target = ASSEMBLERS[version]
-    if not path.is_file():
-        raise ValueError(f"ptxas {version} is not here: make {target} brings it")
     lowered = text.with_suffix(f".{version}.ptx")
     lowered.write_text(lower(text.read_text(), newest))
     return cubin, _run(path, "-v", "-arch=sm_90a", lowered, "-o", cubin)
@@ -282,9 +290,12 @@ def compile_all(
 
     Raises ``ValueError`` for a version that is not here and ``RuntimeError`` where nvcc or ptxas refuses.
     """
+    versions = versions or assemblers()
+    for version in versions:
+        assembler(version)
     if keep is not None:
         keep.mkdir(parents=True, exist_ok=True)
-    work = [(kernel, versions or assemblers(), keep) for kernel in wanted]
+    work = [(kernel, versions, keep) for kernel in wanted]
     jobs = min(jobs or os.cpu_count() or 1, len(work))
     if jobs == 1:
         return [found for part in work for found in compile_kernel(*part)]

@@ -7,10 +7,12 @@ import shutil
 
 import pytest
 import torch
+from typer.testing import CliRunner, Result
 
 pytest.importorskip("triton", reason="Triton is not installed, which brings a disassembler")
 
 from benchmarks import wgmma
+from benchmarks.__main__ import app
 from benchmarks.aot import budget, hopper, sass
 from benchmarks.aot.compiler import disassembled
 from qwen2vl_kernels.core import attention_sm90, native
@@ -190,13 +192,6 @@ def _assert_told(failures: tuple[str, ...], wanted: list[str]) -> None:
         assert any(re.search(pattern, failure) for failure in failures), (pattern, failures)
 
 
-@needs_nvcc
-def test_a_tile_that_does_not_fit_fails_the_gates():
-    """128 keys for each of three consumers, which a design without compiling would have taken."""
-    (found,) = hopper.compile_kernel(_kernel(80, 3, 128), ["nvcc"])
-    _assert_told(found.failures, [r"\(C7512\)", r"bytes of local memory, 48 spilled"])
-
-
 def test_machine_code_that_is_not_what_was_meant_fails_the_gates(long_kernel):
     """What no mutation of the source brings about, in the text of the disassembly."""
     _, said, listing = long_kernel
@@ -217,6 +212,27 @@ def test_machine_code_that_is_not_what_was_meant_fails_the_gates(long_kernel):
     product = before[at : before.index(";", at)].strip()
     swapped = before[:at] + wait + before[at + len(product) :] + product + after
     told(swapped, "1 products of a step come after its first wait")
+
+
+@needs_nvcc
+def test_the_command_keeps_machine_code_and_tells_a_failure(tmp_path, monkeypatch):
+    """``make sm90-cubins`` and ``make aot`` go by it."""
+
+    def run(kernel: Kernel) -> Result:
+        monkeypatch.setattr(hopper, "kernels", lambda heads, tried: [kernel])
+        command = ["sm90", "--jobs", "1", "--ptxas", "nvcc", "--failures", "--cubins", str(tmp_path)]
+        return CliRunner().invoke(app, command)
+
+    done = run(LONG)
+    assert (done.exit_code, done.output) == (0, "1 kernels compiled, 0 fail a gate\n")
+    done = run(_kernel(80, 3, 128))
+    assert done.exit_code == 1 and "1 kernels compiled, 1 fail a gate" in done.output and "C7512" in done.output
+    assert [path.name for path in tmp_path.iterdir()] == ["80-bf16-full-3x96-0-registers.cubin"]
+    assert (tmp_path / f"{LONG.label}.cubin").read_bytes().startswith(b"\x7fELF")
+    for wrong, told in (("88", "no kernels for heads of 88 columns"), ("--ptxas=11.0", "no ptxas is called '11.0'")):
+        monkeypatch.undo()
+        done = CliRunner().invoke(app, ["sm90", wrong])
+        assert done.exit_code == 2 and told in " ".join(done.output.split())
 
 
 @needs_nvcc
