@@ -16,6 +16,8 @@ namespace qwen2vl {
 
 using RawHeads = std::array<int64_t, 4>;  // address, row stride and head stride in elements, rows
 
+using RawConfig = std::array<int64_t, 6>;
+
 // TMA steps by multiples of 16 bytes, from addresses that are multiples of it.
 inline AttentionTensor attention_tensor(const char* name, const RawHeads& raw, int64_t heads) {
   const auto refuse = [&](const std::string& what) { throw pybind11::value_error(std::string(name) + what); };
@@ -30,23 +32,23 @@ inline AttentionTensor attention_tensor(const char* name, const RawHeads& raw, i
   return {reinterpret_cast<const void*>(raw[0]), raw[1], raw[2], raw[3]};
 }
 
-inline AttentionShape attention_shape(int64_t head, const std::array<int64_t, 4>& config) {
-  const int width = static_cast<int>(head);
-  const AttentionShape shape{
-      width,          static_cast<int>(config[0]), static_cast<int>(config[1]), static_cast<int>(config[2]),
-      config[3] != 0, attention_columns(width),    attention_across(width)};
+// config: consumers, keys a step, share, p through shared memory, columns of a block and of p v.
+inline AttentionShape attention_shape(int64_t head, const RawConfig& config) {
+  const auto number = [&](size_t at) { return static_cast<int>(config[at]); };
+  const AttentionShape shape{static_cast<int>(head), number(0), number(1), number(2),
+                             config[3] != 0,         number(4), number(5)};
   if (!shape.valid()) {
-    throw pybind11::value_error("no kernel has heads of " + std::to_string(head) + " with the configuration (" +
-                                std::to_string(config[0]) + ", " + std::to_string(config[1]) + ", " +
-                                std::to_string(config[2]) + ", " + std::to_string(config[3]) + ")");
+    std::string told;
+    for (const int64_t one : config) told += (told.empty() ? "" : ", ") + std::to_string(one);
+    throw pybind11::value_error("no kernel has heads of " + std::to_string(head) + " with the configuration (" + told +
+                                ")");
   }
   return shape;
 }
 
 inline AttentionCall attention_call(const RawHeads& q, const RawHeads& k, const RawHeads& v, int64_t out, int64_t lse,
                                     const std::array<int64_t, 3>& tiles, const std::array<int64_t, 5>& sizes,
-                                    const std::array<int64_t, 4>& config, const std::array<int64_t, 2>& bounds,
-                                    double scale) {
+                                    const RawConfig& config, const std::array<int64_t, 2>& bounds, double scale) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   const auto check = [](bool ok, const char* words) {
     if (!ok) throw pybind11::value_error(words);

@@ -98,13 +98,13 @@ PYBIND11_MODULE(_cuda, m) {
       py::arg("frames"), py::arg("options"), py::arg("workspace"), py::arg("device"), py::arg("stream"));
 
   // q, k, v: see attention_tensor. sizes: query heads, key heads, head width, 1 for float16 (0: bfloat16), causal.
-  // config: consumers, keys a step, share, p through shared memory. tiles: (address, count, width); bounds: the
+  // config: see attention_shape. tiles: (address, count, width); bounds: the
   // segments of bounds[0] < keys <= bounds[1] are taken. scale: in powers of two. All kernels that are built are of one
   // GPU.
   m.def(
       "attention_forward",
       [](const qwen2vl::RawHeads& q, const qwen2vl::RawHeads& k, const qwen2vl::RawHeads& v, int64_t out, int64_t lse,
-         const std::array<int64_t, 3>& tiles, const std::array<int64_t, 5>& sizes, const std::array<int64_t, 4>& config,
+         const std::array<int64_t, 3>& tiles, const std::array<int64_t, 5>& sizes, const qwen2vl::RawConfig& config,
          const std::array<int64_t, 2>& bounds, double scale, int device, int64_t stream) {
         const auto call = qwen2vl::attention_call(q, k, v, out, lse, tiles, sizes, config, bounds, scale);
         std::string failure;
@@ -118,17 +118,18 @@ PYBIND11_MODULE(_cuda, m) {
       py::arg("config"), py::arg("bounds"), py::arg("scale"), py::arg("device"), py::arg("stream"));
 
   m.def("attention_built", [] {
-    std::vector<std::array<int64_t, 7>> all;
+    std::vector<std::array<int64_t, 9>> all;
     for (const auto& kernel : qwen2vl::attention_kernels()) {
       const auto& shape = kernel.shape;
-      all.push_back({shape.head, kernel.fp16, kernel.causal, shape.consumers, shape.keys, shape.share, shape.p_shared});
+      all.push_back({shape.head, kernel.fp16, kernel.causal, shape.consumers, shape.keys, shape.share, shape.p_shared,
+                     shape.columns, shape.across});
     }
     return all;
   });
 
   m.def(
       "attention_load",
-      [](const std::string& path, int64_t head, bool fp16, bool causal, const std::array<int64_t, 4>& config) {
+      [](const std::string& path, int64_t head, bool fp16, bool causal, const qwen2vl::RawConfig& config) {
         const auto shape = qwen2vl::attention_shape(head, config);
         const std::string failure = qwen2vl::attention_load(path, shape, fp16, causal);
         if (!failure.empty()) throw std::runtime_error("attention_load: " + failure);

@@ -27,7 +27,7 @@ from rich.table import Table
 from qwen2vl_kernels.core import attention_sm90
 from qwen2vl_kernels.core.attention_sm90 import Kernel
 
-from .hopper import Assembled, name, width_of
+from .hopper import Assembled, depth_of, name
 
 MULTIPROCESSORS, CLOCK, HELD = 132, 1.5e9, 0.83
 LATENCY, FETCH = 30, 800
@@ -109,14 +109,14 @@ def budget(found: Assembled) -> Budget:
     """The budget of a kernel without a mask. Raises ``ValueError`` for one that fails its gates."""
     if found.failures or found.kernel.causal:
         raise ValueError(f"{found.kernel.label} has no budget: {'; '.join(found.failures) or 'it is causal'}")
-    config, width, costs = found.kernel.config, width_of(found.kernel.columns), _costs(found)
+    config, costs = found.kernel.config, _costs(found)
     warps = 4 * config.consumers
     counts = costs.classes
     total = len(found.loops[-1].instructions)
     return Budget(
         found.kernel,
         counts,
-        tensor=config.rows * config.keys * 2 * width / 2048,
+        tensor=config.rows * config.keys * _multiplied(found.kernel) / 2048,
         special=warps * counts["MUFU"] * 32 / 16,
         fma=warps * counts["FMA"] * 32 / 128,
         issue=warps * total / 4,
@@ -127,15 +127,20 @@ def budget(found: Assembled) -> Budget:
 
 def _shared(kernel: Kernel) -> tuple[float, float, float]:
     """Cycles of shared memory a step: reads of q k^T, reads of p v, writes."""
-    config, width = kernel.config, width_of(kernel.columns)
-    scores = config.consumers * width / 16 * (16 + config.keys / 4)
-    values = config.consumers * config.keys / 16 * ((16 if config.p_shared else 0) + width / 4)
+    config, width = kernel.config, -(-kernel.columns // kernel.block) * kernel.block
+    scores = config.consumers * depth_of(kernel.columns) * (16 + config.keys / 4)
+    values = config.consumers * config.keys / 16 * ((16 if config.p_shared else 0) + kernel.across / 4)
     weights = config.rows * config.keys * 2 / 128 if config.p_shared else 0
     return scores, values, 2 * config.keys * width * 2 / 128 + weights
 
 
+def _multiplied(kernel: Kernel) -> int:
+    """Multiply-adds of a query and a key, in both products."""
+    return 16 * depth_of(kernel.columns) + kernel.across
+
+
 def _costs(found: Assembled) -> _Costs:
-    config, width = found.kernel.config, width_of(found.kernel.columns)
+    config = found.kernel.config
     step, tile = found.loops[-1].instructions, found.tile.instructions
     waits = [n for n, text in enumerate(step) if "WARPGROUP.DEPBAR" in text]
     shuffled = max(n for n, text in enumerate(step) if name(text).startswith("SHFL")) + 1
@@ -147,8 +152,8 @@ def _costs(found: Assembled) -> _Costs:
     crowded = 1 + writes / (scores + values)  # what else takes shared memory's cycles
     per_consumer = config.consumers
     return _Costs(
-        scores=max(64 * config.keys * width / 2048, crowded * scores / per_consumer),
-        values=max(64 * config.keys * width / 2048, crowded * values / per_consumer),
+        scores=max(64 * config.keys * 16 * depth_of(found.kernel.columns) / 2048, crowded * scores / per_consumer),
+        values=max(64 * config.keys * found.kernel.across / 2048, crowded * values / per_consumer),
         issue=Phase.of(step[:products]),
         maxima=Phase.of(step[waits[0] : shuffled]),
         exponentials=Phase.of(step[shuffled : waits[1]]),
@@ -258,7 +263,8 @@ def predict(found: Assembled) -> list[Prediction]:
         rounds = -(-tiles * segments * HEADS // MULTIPROCESSORS)
         seconds = rounds * _cycles(costs, config.consumers, steps) / CLOCK
         useful = 4 * columns * rows * rows * segments * HEADS
-        executed = tiles * config.rows * steps * config.keys * width_of(columns) / (rows * rows * columns)
+        multiplied = tiles * config.rows * steps * config.keys * _multiplied(found.kernel)
+        executed = multiplied / (2 * rows * rows * columns)
         chosen = config == (short if rows <= limit else long)
         predictions.append(Prediction(found.kernel, rows, chosen, executed, HELD * useful / seconds / 1e12))
     return predictions

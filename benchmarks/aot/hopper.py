@@ -115,9 +115,9 @@ def assembler(version: str) -> tuple[str, Path]:
 
 def ptx(kernel: Kernel, folder: Path, source: Path = SOURCE) -> Path:
     """The kernel's PTX. Raises ``RuntimeError`` with what nvcc said where it does not compile."""
-    columns, element, causal, consumers, keys, share, p_shared = kernel.key
+    columns, element, causal, consumers, keys, share, p_shared, block, across = kernel.key
     macros = {"HEAD": columns, "FP16": element, "CAUSAL": int(causal), "CONSUMERS": consumers, "KEYS": keys}
-    macros |= {"SHARE": share, "P_SHARED": int(p_shared)}
+    macros |= {"SHARE": share, "P_SHARED": int(p_shared), "COLUMNS": block, "ACROSS": across}
     out = folder / f"{kernel.label}.ptx"
     flags = [f"-DQWEN2VL_{key}={value}" for key, value in macros.items()]
     _run(_nvcc(), "-std=c++17", "-O3", "-arch=compute_90a", "-ptx", *flags, "-I", source.parents[1], source, "-o", out)
@@ -214,8 +214,8 @@ def _bodies(code: list[sass.Instruction]) -> tuple[tuple[Loop, ...], Loop]:
 
 def _loops(kernel: Kernel, loops: Sequence[Loop]) -> list[str]:
     """What is wrong with a step's products and exponentials."""
-    config, width = kernel.config, width_of(kernel.columns)
-    wanted = {("q k", config.keys, False): width // 16, ("p v", width, not config.p_shared): config.keys // 16}
+    config, values = kernel.config, ("p v", kernel.across, not kernel.config.p_shared)
+    wanted = {("q k", config.keys, False): depth_of(kernel.columns), values: config.keys // 16}
     if len(loops) != (2 if kernel.causal else 1):
         return [f"{len(loops)} loops over keys"]
     wrong = []
@@ -246,22 +246,22 @@ def _outside(kernel: Kernel, code: list[sass.Instruction]) -> list[str]:
     wrong = []
     every = [text for one in code if "HGMMA" in (text := one.text)]
     # Every loop, the first q k^T before them and the last p v behind them.
-    wanted = (width_of(kernel.columns) // 16 + kernel.config.keys // 16) * (3 if kernel.causal else 2)
+    wanted = (depth_of(kernel.columns) + kernel.config.keys // 16) * (3 if kernel.causal else 2)
     if len(every) != wanted:
         wrong.append(f"{len(every)} products in all, wanted {wanted}")
     element = ".F32.BF16" if kernel.dtype == torch.bfloat16 else ".F32"
     if other := [text for text in every if not name(text).endswith(f"x16{element}")]:
         wrong.append(f"{len(other)} products of other elements: {other[0]}")
     copies = Counter(name(one.text) for one in code if "UTMALDG" in one.text)
-    rank = "3D" if width_of(kernel.columns) != kernel.columns else "4D"
+    rank = "3D" if kernel.columns % kernel.block else "4D"
     if set(copies) != {f"UTMALDG.{rank}"} or copies.total() < 3:
         wrong.append(f"copies by TMA: {dict(copies)}, wanted q, k and v by UTMALDG.{rank}")
     return wrong
 
 
-def width_of(columns: int) -> int:
-    """Columns that are multiplied: 72 as 80, with zeros behind, until a GPU has shown that N = 72 is right."""
-    return -(-columns // 16) * 16
+def depth_of(columns: int) -> int:
+    """Steps of q k^T, of 16 columns each; behind a head of 72 the last has zeros."""
+    return -(-columns // 16)
 
 
 def _told(products: dict[tuple[str, int, bool], int]) -> str:

@@ -8,7 +8,9 @@ std::vector<AttentionKernel> attention_kernels_80() {
                                   AttentionConfig<80, 2, 128, 1>, AttentionConfig<80, 2, 176>,
                                   AttentionConfig<80, 2, 176, 1>, AttentionConfig<80, 3, 96, 1>,
                                   AttentionConfig<80, 3, 112>, AttentionConfig<80, 3, 112, 1>,
-                                  AttentionConfig<80, 3, 144, 0, true>, AttentionConfig<80, 3, 144, 1, true>)>();
+                                  AttentionConfig<80, 3, 144, 0, true>, AttentionConfig<80, 3, 144, 1, true>,
+                                  AttentionConfig<80, 2, 128, 0, false, 64>, AttentionConfig<80, 3, 96, 0, false, 64>,
+                                  AttentionConfig<80, 3, 96, 0, false, 32>)>();
 }
 
 }  // namespace qwen2vl

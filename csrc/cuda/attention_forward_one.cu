@@ -3,7 +3,8 @@
 
 namespace {
 
-using Config = qwen2vl::AttentionConfig<QWEN2VL_HEAD, QWEN2VL_CONSUMERS, QWEN2VL_KEYS, QWEN2VL_SHARE, QWEN2VL_P_SHARED>;
+using Config = qwen2vl::AttentionConfig<QWEN2VL_HEAD, QWEN2VL_CONSUMERS, QWEN2VL_KEYS, QWEN2VL_SHARE, QWEN2VL_P_SHARED,
+                                        QWEN2VL_COLUMNS, QWEN2VL_ACROSS>;
 constexpr auto kElement = QWEN2VL_FP16 ? qwen2vl::Element::kFloat16 : qwen2vl::Element::kBfloat16;
 
 }  // namespace

@@ -29,6 +29,8 @@ class Sm90Config:
     keys: int  # that they take at a time
     share: int = 0  # eighths of the exponentials that are polynomials on the units that multiply and add
     p_shared: bool = False  # whether the softmax's weights reach the second product through shared memory
+    block: int = 0  # columns of a tile's blocks in shared memory, 16, 32 or 64; 0: as the head's width has it
+    across: int = 0  # columns of the second product; 0: the head's, rounded up to 16
 
     @property
     def rows(self) -> int:
@@ -58,6 +60,17 @@ _TRIED: dict[int, tuple[tuple[int, int, bool], ...]] = {
 }
 _SHARES = (0, 1)
 
+#: And layouts that nothing but a GPU can show to be right, as no layout of CuTe's ends inside a block: blocks of more
+#: columns are fewer and longer requests to global memory, and a second product of 72 columns is 8 fewer.
+_UNPROVEN: dict[int, tuple[Sm90Config, ...]] = {
+    72: (
+        Sm90Config(2, 128, block=64, across=72),
+        Sm90Config(3, 96, block=64, across=72),
+        Sm90Config(3, 96, block=16, across=72),
+    ),
+    80: (Sm90Config(2, 128, block=64), Sm90Config(3, 96, block=64), Sm90Config(3, 96, block=32)),
+}
+
 #: The widths of heads that there are kernels for.
 COLUMNS = tuple(_CONFIGS)
 
@@ -75,18 +88,30 @@ class Kernel:
     config: Sm90Config
 
     @property
-    def key(self) -> tuple[int, int, bool, int, int, int, bool]:
+    def block(self) -> int:
+        """Columns of a block of q, k and v in shared memory, whose rows are as long as its swizzle."""
+        fitting = [block for block in (64, 32) if self.columns % block == 0]
+        return self.config.block or (*fitting, 16)[0]
+
+    @property
+    def across(self) -> int:
+        """Columns of the second product: 72 as 80 with zeros behind, until a GPU has shown that 72 is right."""
+        return self.config.across or -(-self.columns // 16) * 16
+
+    @property
+    def key(self) -> tuple[int, int, bool, int, int, int, bool, int, int]:
         """As the extension tells kernels apart: head_dim, 1 for float16, causal, and the configuration."""
         config = self.config
-        numbers = config.consumers, config.keys, config.share, config.p_shared
+        numbers = config.consumers, config.keys, config.share, config.p_shared, self.block, self.across
         return self.columns, int(self.dtype == torch.float16), self.causal, *numbers
 
     @property
     def label(self) -> str:
-        """As its file and tables are named, e.g. ``80-bf16-full-3x96-0-registers``."""
+        """As its file and tables are named, e.g. ``80-bf16-full-3x96-0-registers``; a layout of its own follows."""
         config, element = self.config, "fp16" if self.dtype == torch.float16 else "bf16"
         mask, weights = "causal" if self.causal else "full", "shared" if config.p_shared else "registers"
-        return f"{self.columns}-{element}-{mask}-{config.consumers}x{config.keys}-{config.share}-{weights}"
+        layout = f"-{self.block}-{self.across}" if config.block or config.across else ""
+        return f"{self.columns}-{element}-{mask}-{config.consumers}x{config.keys}-{config.share}-{weights}{layout}"
 
 
 def configs(columns: int) -> tuple[int, Sm90Config, Sm90Config]:
@@ -97,7 +122,7 @@ def configs(columns: int) -> tuple[int, Sm90Config, Sm90Config]:
 def tried(columns: int) -> tuple[Sm90Config, ...]:
     """What the tuner tries for heads of so many columns, what ships among them."""
     found = (Sm90Config(consumers, keys, share, p) for (consumers, keys, p), share in product(_TRIED[columns], _SHARES))
-    return tuple(dict.fromkeys((*configs(columns)[1:], *found)))
+    return tuple(dict.fromkeys((*configs(columns)[1:], *found, *_UNPROVEN.get(columns, ()))))
 
 
 def kernels() -> tuple[Kernel, ...]:

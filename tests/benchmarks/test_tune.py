@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -152,7 +153,7 @@ def test_hoppers_own_kernels_are_linked_or_come_as_cubins(tmp_path, monkeypatch)
     extension.attention_load = load
     monkeypatch.setattr(of_attention, "_loaded", set())
     name = next(subject.name for subject in tune.subjects(quick=True) if is_sm90(subject))
-    linked, other = ({"consumers": 3, "keys": keys, "share": 0, "p_shared": False} for keys in (96, 112))
+    linked, other = (asdict(Sm90Config(3, keys)) for keys in (96, 112))
     compiler = Compiler(HOPPER, True, torch.float16, tmp_path)
     timer = Timer(torch.device("cpu"), quick=True, cubins=tmp_path)
     ask = lambda worker, fields: worker({"subject": name, "fields": fields, "beat": None, "samples": 2})  # noqa: E731

@@ -41,7 +41,10 @@ class Extension:
         address, count, width = tiles
         assert width in (3, 4) and count > 0
         listed = tensor_at(address, (count, width), (width, 1), torch.int32).tolist()
-        seen = SimpleNamespace(config=attention_sm90.Sm90Config(*config), bounds=tuple(bounds), rows=[], count=count)
+        known = attention_sm90.Sm90Config(*config[:4])  # of the head's own layout, unless another is asked for
+        if attention_sm90.Kernel(columns, dtype, bool(causal), known).key[3:] != tuple(config):
+            known = attention_sm90.Sm90Config(*config)
+        seen = SimpleNamespace(config=known, bounds=tuple(bounds), rows=[], count=count)
         self.launches.append(seen)
         for first, begin, end, *own in listed:
             own_end = own[0] if own else end

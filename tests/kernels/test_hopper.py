@@ -57,7 +57,9 @@ def _configs(text: str) -> list[tuple[int, Sm90Config]]:
     found = []
     for numbers in re.findall(r"AttentionConfig<([^>]+)>", text):
         columns, consumers, keys, *rest = re.split(r",\s*", numbers)
-        config = Sm90Config(int(consumers), int(keys), int(rest[0]) if rest else 0, "true" in rest)
+        share, p_shared, block, across = (*rest, *("0", "false", "0", "0")[len(rest) :])
+        numbers = int(consumers), int(keys), int(share), p_shared == "true", int(block), int(across)
+        config = Sm90Config(*numbers)
         found.append((int(columns), config))
     return found
 

@@ -19,7 +19,7 @@ from qwen2vl_kernels import BackendError, kvcache_attention, plan_tiles, use_bac
 from qwen2vl_kernels.core import attention_choice, attention_sm90, launching, native
 from qwen2vl_kernels.core.attention_choice import Entry, choose
 from qwen2vl_kernels.core.attention_peers import HALVES, Call
-from qwen2vl_kernels.core.attention_sm90 import COLUMNS, Sm90Config, configs, kernels, launches, tried
+from qwen2vl_kernels.core.attention_sm90 import COLUMNS, Kernel, Sm90Config, configs, kernels, launches, tried
 from qwen2vl_kernels.core.rotation import rotate
 from qwen2vl_kernels.core.tile_plan import Side, plan_for
 from qwen2vl_kernels.integrations import transformers_attention
@@ -201,10 +201,11 @@ def test_configurations_fit_a_multiprocessor(columns):
     """Registers of a consumer's thread, by what ptxas took where it was tried, and 227 KiB of shared memory."""
     _, *shipped = configs(columns)
     assert set(shipped) <= set(tried(columns)) and len(set(tried(columns))) == len(tried(columns))
-    width = 80 if columns == 72 else columns
     for config in tried(columns):
+        kernel = Kernel(columns, torch.bfloat16, False, config)
+        width = -(-columns // kernel.block) * kernel.block
         weights = 0 if config.p_shared else config.keys / 4
-        registers = width / 2 + config.keys / 2 + weights + 24
+        registers = kernel.across / 2 + config.keys / 2 + weights + 24
         assert registers <= (240 if config.consumers == 2 else 160), config
         tiles = 2 * width * (config.rows + 4 * config.keys)  # q, and two of k and of v
         staged = config.rows * (16 * (columns // 8 | 1) + 2 * config.keys * config.p_shared)  # results, weights
@@ -214,7 +215,7 @@ def test_configurations_fit_a_multiprocessor(columns):
 
 def test_what_may_be_chosen_is_what_is_built():
     keys = [kernel.key for kernel in kernels()]
-    assert len(set(keys)) == len(keys) and (80, 0, False, 2, 128, 0, False) in keys
+    assert len(set(keys)) == len(keys) and (80, 0, False, 2, 128, 0, False, 16, 80) in keys
     assert {key[:3] for key in keys} == {(d, e, c) for d in COLUMNS for e in (0, 1) for c in (False, True)}
     built = getattr(native._cuda, "attention_built", None)
     if built is None or not built():
@@ -398,7 +399,9 @@ def test_launches_are_recorded_as_tritons_are():
     plan = plan_tiles(torch.tensor([0, 600, 700], dtype=torch.int32), 700, device="meta")
     with launching.record(HOPPER) as seen:
         attention_sm90.launch_forward(q, q, q, plan, 700, True, 1.0, keep=False)
-    assert [one.kernel.key for one in seen] == [(80, 1, True, c.consumers, c.keys, 0, False) for c in (LONG, SHORT)]
+    assert [one.kernel.key for one in seen] == [
+        (80, 1, True, c.consumers, c.keys, 0, False, 16, 80) for c in (LONG, SHORT)
+    ]
     assert seen[0].arguments["lse"] is None and seen[0].arguments["scale"] == pytest.approx(1.442695)
     assert [one.arguments["tiles"].shape for one in seen] == [(5, 3), (6, 3)]
 
