@@ -127,6 +127,9 @@ __device__ __forceinline__ void produce(const TensorMap* q, const TensorMap* k, 
   constexpr int kRows = shape.rows(), kKeys = shape.keys;
   const AttentionBarriers<Config> barriers{shared + shape.barriers_at()};
   const bool leads = threadIdx.x % 32 == 0;
+  if (leads) {
+    for (const TensorMap* map : {q, k, v}) sm90::prefetch_tensormap(map);
+  }
 
   const auto keys_of = [&](int tile) {
     const int32_t* at = work.tiles + static_cast<int64_t>(tile) * work.width;
