@@ -100,11 +100,19 @@ def test_packs_by_the_formula(name: str, causal: bool) -> None:
     assert_right(case, *run_case(LONG, case))
 
 
-@pytest.mark.parametrize("shape", LINKED, ids=str)
-@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+#: Every block of columns and number of consumers, each built once; make test-long has the others.
+SOME = [(LONG, False), (LONG, True), (SHORT, True), (Shape(72), False), (Shape(64, 2, 128), True), (Shape(96), False)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "causal"),
+    [
+        pytest.param(shape, causal, marks=() if (shape, causal) in SOME else pytest.mark.long, id=f"{shape}-{causal}")
+        for shape in LINKED
+        for causal in (False, True)
+    ],
+)
 def test_every_kernel_that_is_linked(shape: Shape, causal: bool) -> None:
-    if shape in LINKED[4:] and causal != (shape.consumers == 2):  # the rest is in the long tests
-        pytest.skip("one of both is run here: make test-long has the other")
     dtype = torch.float16 if causal else torch.bfloat16
     case = replace(packed([0, 257, 273], shape.head, 6, 1, dtype, behind=0), causal=causal)
     assert_right(case, *run_case(shape, case, sanitized=shape == LONG))
