@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -64,10 +65,16 @@ class Qwen2VL(nn.Module):
             dtype: default the checkpoint's own.
             progress: called with (tensors loaded, tensors in all).
 
+        A head that differs from the embedding is loaded, and ``config`` of the model then says that it is not tied,
+        whatever the checkpoint's says.
+
         Raises :class:`CheckpointError`, listing every tensor that does not fit.
         """
         checkpoint = Checkpoint.find(name_or_path)
         folder, config = checkpoint.folder, checkpoint.config
+        if config.text.tie_word_embeddings and weights.holds_own_head(folder):
+            # Its own head is what was trained, by a writer that left the flag of the base model as it was.
+            config = replace(config, text=replace(config.text, tie_word_embeddings=False))
         with torch.device("meta"):
             model = cls(config)
         weights.load_weights(
@@ -75,7 +82,7 @@ class Qwen2VL(nn.Module):
             folder,
             device=_device(device),
             dtype=_dtype(config.torch_dtype if dtype is None else dtype),
-            ignore=("lm_head.weight",) if config.text.tie_word_embeddings else (),
+            ignore=(weights.HEAD_NAME,) if config.text.tie_word_embeddings else (),
             progress=progress,
         )
         path = folder / "generation_config.json"

@@ -20,6 +20,8 @@ from .files import read_json, write_json, write_whole
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+HEAD_NAME = "lm_head.weight"
+EMBEDDING_NAME = "model.embed_tokens.weight"
 
 #: (prefix in a file, prefix here), first match wins. Released files need no row; transformers 4.52-4.57 may save the
 #: module paths of its own classes, and its bare Qwen2VLModel saves them without the leading "model.".
@@ -44,20 +46,32 @@ def our_name(stored: str) -> str:
 
 
 def shards(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in order. Raises :class:`CheckpointError` when some are missing."""
-    index = folder / INDEX_NAME
+    """The safetensors files of a checkpoint, in order.
+
+    A folder may hold both a single file and an index. The single file is read where the files of the index are not all
+    there, as a later save leaves it, or where both hold the same tensors.
+
+    Raises:
+        CheckpointError: files are missing, or the single file and those of the index disagree.
+    """
+    index, single = folder / INDEX_NAME, folder / SINGLE_NAME
     if index.exists():
         try:
-            names = sorted(set(read_json(index)["weight_map"].values()))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index}: is not a safetensors index: {error!r}") from error
-        if outside := [n for n in names if not isinstance(n, str) or Path(n).name != n]:
-            raise CheckpointError(f"{index}: names files outside the folder: {outside}")
-        if absent := [n for n in names if not (folder / n).is_file()]:
-            raise CheckpointError(f"{folder}: shards named by {INDEX_NAME} are missing: {', '.join(absent)}")
-        return [folder / n for n in names]
-    if (folder / SINGLE_NAME).is_file():
-        return [folder / SINGLE_NAME]
+            listed = _listed(index, folder)
+        except CheckpointError:
+            if not single.is_file():
+                raise
+            return [single]  # whole or not: what it lacks is listed when it is loaded
+        if single.is_file() and single not in listed:
+            if difference := _difference([single], listed):
+                raise CheckpointError(
+                    f"{folder}: {SINGLE_NAME} and the files that {INDEX_NAME} lists disagree ({difference}); remove "
+                    "those that are not meant"
+                )
+            return [single]
+        return listed
+    if single.is_file():
+        return [single]
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
     if pickles:
         raise CheckpointError(
@@ -65,6 +79,63 @@ def shards(folder: Path) -> list[Path]:
             "refused; convert them to safetensors"
         )
     raise CheckpointError(f"{folder}: has neither {SINGLE_NAME} nor {INDEX_NAME}")
+
+
+def _listed(index: Path, folder: Path) -> list[Path]:
+    """The files that an index lists. Raises :class:`CheckpointError` where it is damaged or some are missing."""
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: is not a safetensors index: {error!r}") from error
+    if outside := [n for n in names if not isinstance(n, str) or Path(n).name != n]:
+        raise CheckpointError(f"{index}: names files outside the folder: {outside}")
+    if absent := [n for n in names if not (folder / n).is_file()]:
+        raise CheckpointError(f"{folder}: shards named by {INDEX_NAME} are missing: {', '.join(absent)}")
+    return [folder / n for n in names]
+
+
+def _difference(ones: list[Path], others: list[Path]) -> str:
+    """What first differs between two sets of files, empty where they hold the same tensors."""
+    with ExitStack() as stack:
+        try:
+            one, other = _open(stack, ones), _open(stack, others)
+            if apart := sorted(one.keys() ^ other.keys()):
+                return f"{apart[0]} is in one of them only"
+            return next((f"{name} differs" for name in one if not _equal(one[name], other[name])), "")
+        except (SafetensorError, OSError) as error:
+            return f"one is damaged or truncated: {error}"
+
+
+def _open(stack: ExitStack, paths: list[Path]) -> dict[str, tuple]:
+    """The model's name of every tensor -> (open file, stored name)."""
+    files = [stack.enter_context(safe_open(path, "pt")) for path in paths]
+    return {our_name(stored): (file, stored) for file in files for stored in file.keys()}  # noqa: SIM118  (not a dict)
+
+
+def _equal(one: tuple, other: tuple, rows: int = 4096) -> bool:
+    """Whether two tensors of :func:`_open` have the same shape and values, read a few rows at a time."""
+    a, b = (file.get_slice(stored) for file, stored in (one, other))
+    shape = a.get_shape()
+    if shape != b.get_shape():
+        return False
+    if not shape:
+        return torch.equal(one[0].get_tensor(one[1]).double(), other[0].get_tensor(other[1]).double())
+    return all(
+        torch.equal(a[begin : begin + rows].double(), b[begin : begin + rows].double())
+        for begin in range(0, shape[0], rows)
+    )
+
+
+def holds_own_head(folder: Path) -> bool:
+    """Whether the files hold an ``lm_head.weight`` that is no copy of the embedding: that of a model which is not tied,
+    whatever its config says. Raises :class:`CheckpointError` as :func:`shards`; damage is for the loading to report."""
+    with ExitStack() as stack:
+        try:
+            stored = _open(stack, shards(folder))
+            head, embedding = stored.get(HEAD_NAME), stored.get(EMBEDDING_NAME)
+            return head is not None and embedding is not None and not _equal(head, embedding)
+        except (SafetensorError, OSError):
+            return False
 
 
 def load_weights(
@@ -82,7 +153,8 @@ def load_weights(
     copied: parameters are private (copy-on-write) maps of the file, whose pages are read when first used.
 
     Args:
-        ignore: names that a file may hold and the model does not need (the head of a tied model).
+        ignore: names that a file may hold and the model does not need (the head of a tied model, where it is a copy of
+            the embedding: see :func:`holds_own_head`).
         progress: called with (tensors done, tensors in all).
 
     Raises:

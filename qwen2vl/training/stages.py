@@ -105,7 +105,12 @@ def load_qwen2(model: Qwen2VL, folder: Path) -> None:
     part.model = model.model
     if not text.tie_word_embeddings:
         part.lm_head = model.lm_head
-    ignore = ("lm_head.weight",) if text.tie_word_embeddings else ()
+    elif weights.holds_own_head(folder):
+        raise CheckpointError(
+            f"{folder}: {weights.HEAD_NAME} differs from {weights.EMBEDDING_NAME}, and the model's config ties the "
+            "two; set tie_word_embeddings to false there"
+        )
+    ignore = (weights.HEAD_NAME,) if text.tie_word_embeddings else ()
     weights.load_weights(part, folder, device=torch.device("cpu"), dtype=model.dtype, ignore=ignore)
 
 

@@ -6,13 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from benchmarks.random_checkpoint import small_config, write_random_checkpoint
 from qwen2vl import CheckpointError, Qwen2VL, Qwen2VLConfig
 from qwen2vl.weights import load_weights
-
-IDS = torch.arange(10, 40)[None]
+from tests.model.checkpoint_files import IDS, LAYOUTS, logits, rewrite
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -25,19 +24,6 @@ def original(request, tmp_path_factory):
 @pytest.fixture
 def folder(original, tmp_path):
     return shutil.copytree(original, tmp_path / "checkpoint")
-
-
-def _logits(folder, **kwargs):
-    with torch.no_grad():
-        return Qwen2VL.from_pretrained(folder, device="cpu", **kwargs)(IDS)
-
-
-def _rewrite(folder, change):
-    """Load the single file, let ``change`` edit the dict, write it back."""
-    path = folder / "model.safetensors"
-    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    change(tensors)
-    save_file(tensors, path)
 
 
 def test_save_and_load_are_inverse(folder, tmp_path):
@@ -56,23 +42,23 @@ def test_save_and_load_are_inverse(folder, tmp_path):
 
 def test_saving_over_the_files_in_use(folder):
     """Parameters may be maps of the very file that is replaced; shards of an earlier save do not linger."""
-    expected = _logits(folder)
+    expected = logits(folder)
     model = Qwen2VL.from_pretrained(folder, device="cpu")
     model.save_pretrained(folder, max_shard_bytes=500_000)
     assert not (folder / "model.safetensors").exists()
-    assert torch.equal(_logits(folder), expected)
+    assert torch.equal(logits(folder), expected)
     model.save_pretrained(folder)
     assert [p.name for p in folder.glob("*.safetensors*")] == ["model.safetensors"]
-    assert torch.equal(_logits(folder), expected)
+    assert torch.equal(logits(folder), expected)
 
 
 def test_training_does_not_write_to_the_file(folder):
-    expected = _logits(folder)
+    expected = logits(folder)
     model = Qwen2VL.from_pretrained(folder, device="cpu")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1)
-    assert torch.equal(_logits(folder), expected)
+    assert torch.equal(logits(folder), expected)
 
 
 def test_checkpoints_resaved_by_transformers_load(original, tmp_path):
@@ -83,12 +69,12 @@ def test_checkpoints_resaved_by_transformers_load(original, tmp_path):
     oracle.load(original).save_pretrained(tmp_path / "resaved")
     config = json.loads((tmp_path / "resaved" / "config.json").read_text())
     assert "text_config" in config and "hidden_size" not in config
-    assert torch.equal(_logits(tmp_path / "resaved"), _logits(original))
+    assert torch.equal(logits(tmp_path / "resaved"), logits(original))
 
 
 @pytest.mark.parametrize("bare", [False, True], ids=["ForConditionalGeneration", "Qwen2VLModel"])
 def test_module_paths_of_transformers_as_names(folder, bare):
-    expected = _logits(folder)
+    expected = logits(folder)
 
     def rename(tensors):
         for name in list(tensors):
@@ -97,41 +83,8 @@ def test_module_paths_of_transformers_as_names(folder, bare):
             if new:
                 tensors[f"{'' if bare else 'model.'}{new}.{rest}"] = tensors.pop(name)
 
-    _rewrite(folder, rename)
-    assert torch.equal(_logits(folder), expected)
-
-
-def _nested_4(flat):
-    """4.52-4.57: text_config with rope_scaling, theta and the tie flag, vision_config under its own model_type."""
-    text_keys = [k for k in flat if k not in ("architectures", "model_type", "vision_config")]
-    section = flat["rope_scaling"]["mrope_section"]
-    rope = {"rope_type": "default", "type": "default", "mrope_section": section}
-    return {
-        "model_type": "qwen2_vl",
-        "image_token_id": flat["image_token_id"],
-        "video_token_id": flat["video_token_id"],
-        "text_config": {k: flat[k] for k in text_keys} | {"model_type": "qwen2_vl_text", "rope_scaling": rope},
-        "vision_config": flat["vision_config"] | {"model_type": "qwen2_vl"},
-    }
-
-
-def _nested_5(flat):
-    """5.x: text_config with rope_parameters, which hold theta; ids at the top."""
-    text = _nested_4(flat)["text_config"]
-    rope = text.pop("rope_scaling") | {"rope_theta": text.pop("rope_theta")}
-    ids = {k: text.pop(k) for k in list(text) if k.startswith(("image", "video", "vision"))}
-    dtype, tie = text.pop("torch_dtype"), text.pop("tie_word_embeddings")
-    return {
-        "model_type": "qwen2_vl",
-        "dtype": dtype,
-        "tie_word_embeddings": tie,
-        **ids,
-        "text_config": text | {"rope_parameters": rope, "dtype": dtype},
-        "vision_config": flat["vision_config"] | {"model_type": "qwen2_vl_vision", "dtype": dtype},
-    }
-
-
-LAYOUTS = {"flat": dict, "nested 4.x": _nested_4, "nested 5.x": _nested_5}
+    rewrite(folder, rename)
+    assert torch.equal(logits(folder), expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -172,8 +125,8 @@ def test_a_value_that_differs_survives_saving_and_loading(tmp_path):
     assert again.config == config
     with torch.no_grad():
         assert torch.equal(again(IDS), model(IDS))
-    (tmp_path / "config.json").write_text(json.dumps(_nested_5(config.to_dict())))
-    assert torch.equal(_logits(tmp_path), model(IDS).detach())
+    (tmp_path / "config.json").write_text(json.dumps(LAYOUTS["nested 5.x"](config.to_dict())))
+    assert torch.equal(logits(tmp_path), model(IDS).detach())
 
 
 def test_dtype_is_converted_and_validated(folder):
@@ -189,7 +142,7 @@ def test_dtype_is_converted_and_validated(folder):
 def test_other_float_types_load(stored, folder):
     # Copies, as safetensors 0.4 maps the file and writes the next into it.
     originals = {name: t.clone() for name, t in load_file(folder / "model.safetensors").items()}
-    _rewrite(folder, lambda tensors: tensors.update({name: t.to(stored) for name, t in tensors.items()}))
+    rewrite(folder, lambda tensors: tensors.update({name: t.to(stored) for name, t in tensors.items()}))
     model = Qwen2VL.from_pretrained(folder, device="cpu", dtype="float32")
     for name, parameter in model.named_parameters():
         assert parameter.dtype == torch.float32 and torch.equal(parameter, originals[name].to(stored).float())
@@ -213,11 +166,11 @@ def test_loading_leaves_what_is_trained_as_it_was(folder):
     ids=ascii,
 )
 def test_saving_over_a_broken_index(index, folder):
-    expected = _logits(folder)
+    expected = logits(folder)
     model = Qwen2VL.from_pretrained(folder, device="cpu")
     (folder / "model.safetensors.index.json").write_bytes(index.encode("latin-1"))
     model.save_pretrained(folder)
-    assert torch.equal(_logits(folder), expected)
+    assert torch.equal(logits(folder), expected)
     assert [p.name for p in folder.glob("*.safetensors*")] == ["model.safetensors"]
 
 
@@ -239,7 +192,7 @@ def test_one_error_lists_every_tensor_that_does_not_fit(folder):
         tensors["visual.blocks.0.norm1.weight"] = torch.zeros(3)
         tensors["visual.blocks.0.norm1.bias"] = torch.zeros(160, dtype=torch.int32)
 
-    _rewrite(folder, damage)
+    rewrite(folder, damage)
     with pytest.raises(CheckpointError) as caught:
         Qwen2VL.from_pretrained(folder)
     text = str(caught.value)
@@ -250,12 +203,13 @@ def test_one_error_lists_every_tensor_that_does_not_fit(folder):
     assert "visual.blocks.0.norm1.bias: dtype I32" in text
 
 
-def test_stored_inverse_frequencies_and_a_tied_head_are_ignored(folder):
-    expected = _logits(folder)
-    _rewrite(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(32)}))
-    if Qwen2VLConfig.from_pretrained(folder).text.tie_word_embeddings:
-        _rewrite(folder, lambda t: t.update({"lm_head.weight": torch.zeros(512, 256)}))
-    assert torch.equal(_logits(folder), expected)
+def test_stored_inverse_frequencies_and_a_copied_head_are_ignored(folder):
+    expected = logits(folder)
+    rewrite(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(32)}))
+    if tied := Qwen2VLConfig.from_pretrained(folder).text.tie_word_embeddings:
+        rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    assert torch.equal(logits(folder), expected)
+    assert Qwen2VL.from_pretrained(folder, device="cpu").config.text.tie_word_embeddings == tied
 
 
 def _truncate(folder):
@@ -277,21 +231,24 @@ def _no_weights(folder):
 
 
 def _missing_shard(folder):
+    (folder / "model.safetensors").unlink()
     text = json.dumps({"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}})
     (folder / "model.safetensors.index.json").write_text(text)
 
 
 def _index_outside(folder):
+    (folder / "model.safetensors").unlink()
     text = json.dumps({"weight_map": {"model.norm.weight": "../../etc/passwd"}})
     (folder / "model.safetensors.index.json").write_text(text)
 
 
 def _index_garbage(folder):
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text("[]")
 
 
 def _quantised_tensors(folder):
-    _rewrite(folder, lambda t: t.update({"model.layers.0.mlp.up_proj.qweight": torch.zeros(2, dtype=torch.int32)}))
+    rewrite(folder, lambda t: t.update({"model.layers.0.mlp.up_proj.qweight": torch.zeros(2, dtype=torch.int32)}))
 
 
 def _config(**changes):

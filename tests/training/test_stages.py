@@ -1,6 +1,7 @@
 """What a run begins from: a Qwen2 text checkpoint and a CLIP tower, each as transformers saves and runs it."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -63,6 +64,20 @@ def test_a_model_begun_from_both_has_their_weights_and_a_merger_of_its_own(parts
         assert torch.equal(a, b), name
     alone = build(root)
     assert not torch.equal(alone.lm_head.weight, model.lm_head.weight)
+
+
+def test_a_head_of_its_own_does_not_go_into_a_tied_model(parts, tmp_path):
+    """Qwen2's config leaves the flag out where it is false."""
+    root, _, _ = parts
+    shutil.copytree(root / "llm", tmp_path / "llm")
+    shutil.copytree(root / "model", tmp_path / "model")
+    theirs = json.loads((tmp_path / "llm" / "config.json").read_text())
+    theirs.pop("tie_word_embeddings", None)
+    (tmp_path / "llm" / "config.json").write_text(json.dumps(theirs))
+    ours = CONFIG.to_dict() | {"tie_word_embeddings": True}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(ours))
+    with pytest.raises(CheckpointError, match=r"lm_head.weight differs from model.embed_tokens.weight"):
+        build(tmp_path, llm=str(tmp_path / "llm"))
 
 
 def test_text_after_it_is_that_of_qwen2(parts):
