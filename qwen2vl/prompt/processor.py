@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 import torch
 
-from ..errors import CheckpointError, MediaError, PromptError
+from ..errors import MediaError, PromptError
 from ..hub import Checkpoint
 from ..media.image import ImagePatches, preprocess_image
 from ..media.options import DEFAULTS, OPTION_NAMES, Access, MediaOptions, PatchShape
 from ..media.video import Progress, VideoPatches, preprocess_video
 from .chatml import LOW_DETAIL_PIXELS, Control, Media, Span, Text, render, render_document, render_spans
-from .files import check_token_ids, pixel_limits_of, read_image_settings, write_image_settings, write_tokenizer_files
+from .files import check_token_ids, read_media_options, write_media_options, write_tokenizer_files
 from .tokenizer import Tokenizer
 
 IGNORED = -100  # the label of what is not taught, cross_entropy's default
@@ -117,13 +117,14 @@ class Processor:
         roots: Roots = None,
         **options: Any,
     ) -> "Processor":
-        """Read tokenizer.json, config.json and, where present, preprocessor_config.json of a checkpoint.
+        """Read tokenizer.json, config.json and, where present, the limits of images and of videos of a checkpoint, see
+        `qwen2vl.prompt.files.read_media_options`.
 
         Args:
             name_or_path: a folder, a hub id such as "Qwen/Qwen2-VL-2B-Instruct", or a checkpoint that was found before.
             allow_remote, allow_local_files, roots: what media may be named by messages, see the class. The checkpoint
                 itself is read in any case.
-            options: over the checkpoint's limits for images and the defaults, see the class.
+            options: over the checkpoint's limits and the defaults, see the class.
 
         Raises:
             CheckpointError: a file is missing or unreadable, or the files contradict one another.
@@ -133,23 +134,19 @@ class Processor:
         folder, vision = checkpoint.folder, checkpoint.config.vision
         tokenizer = Tokenizer.from_pretrained(folder)
         check_token_ids(checkpoint.config, tokenizer, folder)
-        settings = read_image_settings(folder)
+        stated = read_media_options(folder, vision).updated(options)
         sizes = {
             "patch_size": vision.patch_size,
             "merge_size": vision.spatial_merge_size,
             "temporal_patch_size": vision.temporal_patch_size,
         }
-        for name, value in sizes.items():
-            if settings.get(name, value) != value:
-                raise CheckpointError(f"{folder}: {name} is {settings[name]!r} for images, but {value} in config.json")
-        low, high = pixel_limits_of(settings, folder)
-        stated = DEFAULTS.updated({"min_pixels": low, "max_pixels": high}).updated(options)
         access = {"allow_remote": allow_remote, "allow_local_files": allow_local_files, "roots": roots}
         return cls(tokenizer, **sizes, **access, **vars(stated))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Write tokenizer.json, tokenizer_config.json, chat_template.json and preprocessor_config.json, with this
-        processor's limits, beside what `Qwen2VL.save_pretrained` writes; `from_pretrained` then reads the folder.
+        """Write tokenizer.json, tokenizer_config.json, chat_template.json and, with this processor's limits,
+        preprocessor_config.json and video_preprocessor_config.json, beside what `Qwen2VL.save_pretrained` writes;
+        `from_pretrained` then reads the folder.
 
         The folder is made where missing, and may be the one that this processor was read from. The chat template is
         this package's own wording of the released one: it writes the same prompts.
@@ -163,7 +160,7 @@ class Processor:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_tokenizer_files(folder, self.tokenizer)
-        write_image_settings(folder, min_pixels=self.min_pixels, max_pixels=self.max_pixels, **vars(self.shape))
+        write_media_options(folder, self.options, self.shape)
         return folder
 
     def __call__(
