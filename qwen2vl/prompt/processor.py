@@ -203,6 +203,7 @@ class Processor:
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 add_vision_id=add_vision_id,
+                markers=self.tokenizer.markers,
                 where=where,
             )
             for chat, where in _conversations(messages)
@@ -228,7 +229,8 @@ class Processor:
         """
         chosen = self.options.updated(options) if options else self.options
         spans = [
-            render_spans(chat, add_vision_id=add_vision_id, where=where) for chat, where in _conversations(messages)
+            render_spans(chat, add_vision_id=add_vision_id, markers=self.tokenizer.markers, where=where)
+            for chat, where in _conversations(messages)
         ]
         return self._inputs(spans, chosen, padding_side, progress, labels=True)
 
@@ -247,7 +249,8 @@ class Processor:
             padding_side, progress, options: as `__call__`.
         """
         chosen = self.options.updated(options) if options else self.options
-        return self._inputs([render_document(content)], chosen, padding_side, progress, labels=True)
+        spans = render_document(content, markers=self.tokenizer.markers)
+        return self._inputs([spans], chosen, padding_side, progress, labels=True)
 
     def _inputs(
         self,
