@@ -9,6 +9,7 @@ from ..errors import CheckpointError
 from ..files import read_json, write_json, write_text
 from ..media.options import DEFAULTS, MediaOptions, PatchShape, positive_int
 from .chatml import CHAT_TEMPLATE
+from .template import ChatTemplate
 from .tokenizer import END_OF_TEXT, IM_END, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, Tokenizer
 
 _MODEL_MAX_LENGTH = 32768  # of the released tokenizer_config.json
@@ -115,9 +116,61 @@ def write_media_options(folder: Path, options: MediaOptions, shape: PatchShape) 
         write_json(other, data | written)
 
 
-def write_tokenizer_files(folder: Path, tokenizer: Tokenizer) -> None:
-    """Write tokenizer.json, tokenizer_config.json and chat_template.json."""
+#: The names under which templates may ask for tokens, and what this package writes for them.
+_TOKEN_NAMES = {"bos_token": None, "eos_token": IM_END, "pad_token": END_OF_TEXT, "unk_token": None}
+
+
+def read_chat_template(folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The checkpoint's own chat template, None if it has none.
+
+    It is looked for where transformers does: chat_template.json, chat_template.jinja, tokenizer_config.json. Of several
+    by name, it is the one called "default".
+
+    Raises:
+        CheckpointError: a file is unreadable, or the template is no Jinja.
+    """
+    config = _read_object(folder / "tokenizer_config.json")
+    stated = {name: config.get(name) for name in _TOKEN_NAMES}
+    spelled = {name: token.get("content") if isinstance(token, dict) else token for name, token in stated.items()}
+    variables = {name: token for name, token in spelled.items() if isinstance(token, str)}
+    jinja = folder / "chat_template.jinja"
+    found = _read_object(folder / "chat_template.json").get("chat_template")
+    if found is None and jinja.is_file():
+        try:
+            found = jinja.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{jinja}: cannot be read: {error}") from error
+    if found is None:
+        found = config.get("chat_template")
+    if isinstance(found, list):
+        found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+    if isinstance(found, dict):
+        if "default" not in found:
+            raise CheckpointError(f"{folder}: of the chat templates {', '.join(map(repr, found))} none is 'default'")
+        found = found["default"]
+    if found is None:
+        return None
+    if not isinstance(found, str):
+        raise CheckpointError(f"{folder}: the chat template wants text, got {type(found).__name__}")
+    try:
+        return ChatTemplate(found, tokenizer, variables)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, {} if there is no such file."""
+    data = read_json(path) if path.is_file() else {}
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: wants a JSON object, got {type(data).__name__}")
+    return data
+
+
+def write_tokenizer_files(folder: Path, tokenizer: Tokenizer, template: ChatTemplate | None = None) -> None:
+    """Write tokenizer.json, tokenizer_config.json and chat_template.json, and chat_template.jinja if the folder has
+    one; without a template of the checkpoint's own they get `CHAT_TEMPLATE`."""
     tokens = tokenizer.backend.get_added_tokens_decoder()
+    source = CHAT_TEMPLATE if template is None else template.source
     fields = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
     config = {
         "add_prefix_space": False,
@@ -125,21 +178,21 @@ def write_tokenizer_files(folder: Path, tokenizer: Tokenizer) -> None:
             str(token_id): {field: getattr(token, field) for field in fields} for token_id, token in tokens.items()
         },
         "additional_special_tokens": [name for name in tokenizer.special_ids if name != END_OF_TEXT],
-        "bos_token": None,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": source,
         "clean_up_tokenization_spaces": False,
-        "eos_token": IM_END,
         "errors": "replace",
         "model_max_length": _MODEL_MAX_LENGTH,
-        "pad_token": END_OF_TEXT,
         "padding_side": "left",
         "split_special_tokens": False,
         "tokenizer_class": "Qwen2Tokenizer",
-        "unk_token": None,
+        **_TOKEN_NAMES,
+        **({} if template is None else template.variables),
     }
     write_text(folder / "tokenizer.json", tokenizer.backend.to_str(pretty=True) + "\n")
     write_json(folder / "tokenizer_config.json", config)
-    write_json(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
+    write_json(folder / "chat_template.json", {"chat_template": source})
+    if (jinja := folder / "chat_template.jinja").is_file():
+        write_text(jinja, source)
 
 
 def _same_values(given: Any, wanted: Sequence[float]) -> bool:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,14 @@ from ..media.image import ImagePatches, preprocess_image
 from ..media.options import DEFAULTS, OPTION_NAMES, Access, MediaOptions, PatchShape
 from ..media.video import Progress, VideoPatches, preprocess_video
 from .chatml import LOW_DETAIL_PIXELS, Control, Media, Span, Text, render, render_document, render_spans
-from .files import check_token_ids, read_media_options, write_media_options, write_tokenizer_files
+from .files import (
+    check_token_ids,
+    read_chat_template,
+    read_media_options,
+    write_media_options,
+    write_tokenizer_files,
+)
+from .template import ChatTemplate
 from .tokenizer import Tokenizer
 
 IGNORED = -100  # the label of what is not taught, cross_entropy's default
@@ -64,6 +72,8 @@ class Processor:
 
     Args:
         patch_size, merge_size, temporal_patch_size: as the checkpoint's vision tower has them.
+        chat_template: the checkpoint's own; prompts are written by it where it differs from that of the released
+            instruct models, which None stands for.
         allow_remote: fetch http and https URLs. Off by default: messages may come from people who should not
             make this machine send requests.
         allow_local_files: open paths and `file://` URLs. Set it False when messages come from people who should not
@@ -87,12 +97,19 @@ class Processor:
         patch_size: int = PatchShape.patch_size,
         merge_size: int = PatchShape.merge_size,
         temporal_patch_size: int = PatchShape.temporal_patch_size,
+        chat_template: ChatTemplate | None = None,
         allow_remote: bool = False,
         allow_local_files: bool = True,
         roots: Roots = None,
         **options: Any,
     ):
         self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        if chat_template is None or chat_template.standard:
+            self._render = partial(render, markers=tokenizer.markers)
+            self._render_spans = partial(render_spans, markers=tokenizer.markers)
+        else:
+            self._render, self._render_spans = chat_template.render, chat_template.render_spans
         self.options = DEFAULTS.updated(options)
         self.shape = PatchShape(patch_size, merge_size, temporal_patch_size)
         self.access = Access(allow_local_files, allow_remote, roots)  # type: ignore[arg-type]
@@ -141,7 +158,8 @@ class Processor:
             "temporal_patch_size": vision.temporal_patch_size,
         }
         access = {"allow_remote": allow_remote, "allow_local_files": allow_local_files, "roots": roots}
-        return cls(tokenizer, **sizes, **access, **vars(stated))
+        template = read_chat_template(folder, tokenizer)
+        return cls(tokenizer, **sizes, chat_template=template, **access, **vars(stated))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write tokenizer.json, tokenizer_config.json, chat_template.json and, with this processor's limits,
@@ -149,7 +167,7 @@ class Processor:
         `from_pretrained` then reads the folder.
 
         The folder is made where missing, and may be the one that this processor was read from. The chat template is
-        this package's own wording of the released one: it writes the same prompts.
+        the checkpoint's own; where it had none, this package's wording of the released one.
 
         Returns:
             The folder.
@@ -159,7 +177,7 @@ class Processor:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_tokenizer_files(folder, self.tokenizer)
+        write_tokenizer_files(folder, self.tokenizer, self.chat_template)
         write_media_options(folder, self.options, self.shape)
         return folder
 
@@ -180,7 +198,8 @@ class Processor:
         Where only one of a pair of limits is given it moves the other out of its way.
 
         Args:
-            messages: see `qwen2vl.prompt.chatml.render`.
+            messages: see `qwen2vl.prompt.chatml.render`, and `qwen2vl.prompt.template` for a checkpoint whose own chat
+                template writes them otherwise.
             add_generation_prompt: end with the opening of an assistant turn.
             continue_final_message: leave the last message, an assistant's, open for the model to go on with.
             add_vision_id: number pictures and videos in the text.
@@ -197,17 +216,12 @@ class Processor:
             TypeError: an option is unknown; the message lists those that there are.
         """
         chosen = self.options.updated(options) if options else self.options
-        prompts = [
-            render(
-                chat,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                add_vision_id=add_vision_id,
-                markers=self.tokenizer.markers,
-                where=where,
-            )
-            for chat, where in _conversations(messages)
-        ]
+        written: dict[str, Any] = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "add_vision_id": add_vision_id,
+        }
+        prompts = [self._render(chat, **written, where=where) for chat, where in _conversations(messages)]
         spans = [[Span(tuple(segments), False)] for segments in prompts]
         return self._inputs(spans, chosen, padding_side, progress)
 
@@ -229,7 +243,7 @@ class Processor:
         """
         chosen = self.options.updated(options) if options else self.options
         spans = [
-            render_spans(chat, add_vision_id=add_vision_id, markers=self.tokenizer.markers, where=where)
+            self._render_spans(chat, add_vision_id=add_vision_id, where=where)
             for chat, where in _conversations(messages)
         ]
         return self._inputs(spans, chosen, padding_side, progress, labels=True)
