@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-from qwen2vl.config import MAX_PIXELS, MIN_PIXELS, Qwen2VLConfig, TextConfig, VisionConfig
+from qwen2vl.config import Qwen2VLConfig, TextConfig, VisionConfig
+from qwen2vl.media.options import DEFAULTS, PatchShape
 from qwen2vl.model import Qwen2VL
-from qwen2vl.prompt.files import write_image_settings
+from qwen2vl.prompt.files import write_media_options
 
 from .byte_tokenizer import write_byte_tokenizer
 
@@ -84,19 +85,17 @@ def write_random_checkpoint(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         model = Qwen2VL.from_config(config, device=device, dtype=dtype, std=std)
-    write_checkpoint(model, folder, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS, max_shard_bytes=max_shard_bytes)
+    write_checkpoint(model, folder, max_shard_bytes=max_shard_bytes)
     return folder
 
 
-def write_checkpoint(
-    model: Qwen2VL, folder: Path, *, min_pixels: int, max_pixels: int, max_shard_bytes: int = 5 * 10**9
-) -> None:
-    """Write a new model's weights, configurations and image settings, beside its tokenizer's files.
+def write_checkpoint(model: Qwen2VL, folder: Path, *, max_shard_bytes: int = 5 * 10**9, **options: int) -> None:
+    """Write a new model's weights, configurations and limits of media, beside its tokenizer's files.
 
     The model decodes greedily by default.
 
     Args:
-        min_pixels, max_pixels: the area of an image that the processor resizes to, in pixels.
+        options: limits of `MediaOptions`, by name, over its defaults.
     """
     config, vision = model.config, model.config.vision
     model.generation_defaults = {
@@ -106,11 +105,5 @@ def write_checkpoint(
         "do_sample": False,
     }
     model.save_pretrained(folder, max_shard_bytes)
-    write_image_settings(
-        folder,
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
-        patch_size=vision.patch_size,
-        merge_size=vision.spatial_merge_size,
-        temporal_patch_size=vision.temporal_patch_size,
-    )
+    shape = PatchShape(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
+    write_media_options(folder, DEFAULTS.updated(options), shape)

@@ -158,28 +158,33 @@ class Qwen2VLConfig:
             raise CheckpointError(
                 f"quantised checkpoints ({method}) are not supported; load the bfloat16 release of the same model"
             )
-        text = _object(data, "text_config") or data
         vision = _object(data, "vision_config")
         if not vision:
             raise CheckpointError("vision_config is missing")
-        if (act := text.get("hidden_act", "silu")) != "silu" or vision.get("hidden_act", "quick_gelu") != "quick_gelu":
-            raise CheckpointError(f"hidden_act {act!r} / {vision.get('hidden_act')!r} must be 'silu' / 'quick_gelu'")
-        if text.get("use_sliding_window", False):
+        # Every value may stand at the top only, in text_config only, or in both; a null says nothing in either place.
+        text = _object(data, "text_config")
+        merged = _stated(data) | _stated(text)
+        vision = _stated(vision)
+        act, vision_act = merged.get("hidden_act", "silu"), vision.get("hidden_act", "quick_gelu")
+        if act != "silu" or vision_act != "quick_gelu":
+            raise CheckpointError(f"hidden_act {act!r} / {vision_act!r} must be 'silu' / 'quick_gelu'")
+        if merged.get("use_sliding_window", False):
             raise CheckpointError("use_sliding_window is true; sliding-window attention is not supported")
-        merged = {**data, **text}  # ids may stand at the top only, or in text_config only
-        rope = _object(text, "rope_parameters") or _object(text, "rope_scaling")
-        kind = rope.get("rope_type", rope.get("type", "default"))
+        # What text_config says of positions, in its older or newer words, comes before anything at the top.
+        ropes = (_object(part, key) for part in (text, data) for key in ("rope_parameters", "rope_scaling"))
+        rope = next(filter(None, ropes), {})
+        kind = rope.get("rope_type") or rope.get("type") or "default"
         if kind not in ("default", "mrope"):  # both mean: plain inverse frequencies, mixed by section
             raise CheckpointError(f"rope type {kind!r} is not supported; 'default' and 'mrope' are")
         section = rope.get("mrope_section", (16, 24, 24))
-        values: dict[str, Any] = {name: merged[name] for name in _TEXT_FIELDS if merged.get(name) is not None}
+        values: dict[str, Any] = {name: merged[name] for name in _TEXT_FIELDS if name in merged}
         if missing := sorted(set(_REQUIRED_TEXT) - set(values)):
             raise CheckpointError(f"missing {', '.join(missing)}")
-        theta = rope.get("rope_theta", merged.get("rope_theta"))
-        if theta is not None:
-            values["rope_theta"] = theta
-        vision_values = {name: vision[name] for name in _VISION_FIELDS if vision.get(name) is not None}
-        if "rope_theta" in (vision_rope := _object(vision, "rope_parameters")):
+        for part in (merged, rope):
+            if part.get("rope_theta") is not None:
+                values["rope_theta"] = part["rope_theta"]
+        vision_values = {name: vision[name] for name in _VISION_FIELDS if name in vision}
+        if "rope_theta" in (vision_rope := _stated(_object(vision, "rope_parameters"))):
             vision_values["rope_theta"] = vision_rope["rope_theta"]
         return cls(
             text=TextConfig(
@@ -193,7 +198,7 @@ class Qwen2VLConfig:
                 **vision_values,
             ),
             torch_dtype=str(merged.get("dtype") or merged.get("torch_dtype") or "bfloat16").removeprefix("torch."),
-            **{name: merged[name] for name in _TOKEN_IDS if merged.get(name) is not None},
+            **{name: merged[name] for name in _TOKEN_IDS if name in merged},
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -266,6 +271,11 @@ def _object(data: dict[str, Any], key: str) -> dict[str, Any]:
     if value is not None and not isinstance(value, dict):
         raise CheckpointError(f"{key} must be a JSON object, got {value!r}")
     return value or {}
+
+
+def _stated(data: dict[str, Any]) -> dict[str, Any]:
+    """What an object says: its values that are not null."""
+    return {key: value for key, value in data.items() if value is not None}
 
 
 _TOKEN_IDS = (

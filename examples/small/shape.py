@@ -24,8 +24,14 @@ from qwen2vl.model import Qwen2VL
 
 from .tokenizer import write_tokenizer
 
-MIN_PIXELS = 56 * 56
-MAX_PIXELS = 1280 * 28 * 28
+#: The limits that its processor holds pictures and frames to: what it was not trained on, it does not read. The largest
+#: picture has 7 x 8 tokens, the largest frame 5 x 5; frames keep the size that they have.
+LIMITS = {
+    "min_pixels": 4 * 28 * 28,
+    "max_pixels": 56 * 28 * 28,
+    "video_min_pixels": 28 * 28,
+    "video_max_pixels": 25 * 28 * 28,
+}
 DEPTH, LAYERS = 5, 4  # blocks of the vision tower, layers of the language model
 _EMBEDDING_STD = 0.1
 #: The matrices that write into the residual stream, whose variance grows with every block.
@@ -77,4 +83,4 @@ def write_beginning(folder: Path, *, seed: int, depth: int = DEPTH, layers: int 
             if name.endswith(_OUTPUTS):
                 std /= math.sqrt(2 * blocks)
             parameter.normal_(std=_EMBEDDING_STD if "embed_tokens" in name else std, generator=generator)
-    write_checkpoint(model, folder, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
+    write_checkpoint(model, folder, **LIMITS)

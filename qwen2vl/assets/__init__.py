@@ -14,8 +14,6 @@ from ..errors import CheckpointError
 
 #: Folder of its checkpoint in the released layout; `Qwen2VL.from_pretrained` and `Processor.from_pretrained` take it.
 FOLDER = Path(__file__).resolve().parent / "small"
-#: The least area of a video frame in its training, in pixels: that of a token. Released checkpoints have 128 times it.
-MIN_FRAME_PIXELS = 28 * 28
 
 
 def folder() -> Path:

@@ -95,7 +95,7 @@ def chat(
         repetition_penalty=repetition_penalty,
         stop=stop,
     )
-    options = video_options(model, min_pixels, max_pixels, fps)
+    options = video_options(min_pixels, max_pixels, fps)
     _Chat(loaded, processor, config, options, system).run()
 
 

@@ -272,13 +272,6 @@ def generation_config(
         raise CheckpointError(f"generation_config.json: {error}") from error
 
 
-def video_options(model: str | None, min_pixels: int | None, max_pixels: int | None, fps: float) -> dict[str, Any]:
-    """How the options for media apply to videos, as keywords of the processor's call.
-
-    Frames for the small model, which is what `model` None means, keep the size that they have, as in its training.
-    """
-    if model is None and min_pixels is None:
-        from ..assets import MIN_FRAME_PIXELS
-
-        min_pixels = min(MIN_FRAME_PIXELS, max_pixels or MIN_FRAME_PIXELS)
+def video_options(min_pixels: int | None, max_pixels: int | None, fps: float) -> dict[str, Any]:
+    """How the options for media apply to videos, as keywords of the processor's call."""
     return {"video_min_pixels": min_pixels, "video_max_pixels": max_pixels, "fps": fps}

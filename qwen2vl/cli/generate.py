@@ -107,7 +107,7 @@ def generate(
         messages.insert(0, {"role": "system", "content": system})
     at = time.perf_counter()
     with progress_bar("reading video frames") as report:
-        inputs = processor(messages, progress=report, **video_options(model, min_pixels, max_pixels, fps))
+        inputs = processor(messages, progress=report, **video_options(min_pixels, max_pixels, fps))
     prepare_seconds = time.perf_counter() - at
 
     from ..generation import generate as run

@@ -87,6 +87,7 @@ def render(
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
     add_vision_id: bool = False,
+    markers: Sequence[str] = GROUNDING_TOKENS,
     where: str = "messages",
 ) -> list[Segment]:
     """Segments of one conversation.
@@ -104,17 +105,18 @@ def render(
             nothing is opened behind it, whatever add_generation_prompt says.
         add_vision_id: put "Picture N: " or "Video N: " before every item, counted over the whole
             conversation.
+        markers: the control tokens that an assistant's text may hold, the longest first; see `Tokenizer.markers`.
         where: the name that errors give to `messages`.
 
     Returns:
         Segments in order. Neighbouring text is joined, so that it is tokenised as one, but for items with
-        `"loss": False`. Text never stands for a control token; only in what an assistant wrote do the grounding
-        markers (`GROUNDING_TOKENS`), which the model itself writes, keep their meaning.
+        `"loss": False`. Text never stands for a control token; only in what an assistant wrote do the `markers`,
+        which the model itself writes, keep their meaning.
 
     Raises:
         PromptError: naming the place, what it holds and what it wants.
     """
-    pieces = list(_pieces(messages, add_vision_id, where))
+    pieces = list(_pieces(messages, add_vision_id, markers, where))
     if continue_final_message:
         if messages[-1]["role"] != "assistant":
             raise PromptError(
@@ -128,39 +130,46 @@ def render(
 
 
 def render_spans(
-    messages: Sequence[Mapping[str, Any]], *, add_vision_id: bool = False, where: str = "messages"
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_vision_id: bool = False,
+    markers: Sequence[str] = GROUNDING_TOKENS,
+    where: str = "messages",
 ) -> list[Span]:
     """Spans of one conversation to learn from.
 
-    Taught is what a model has to write by itself: in every turn of the assistant its text, with grounding markers as
-    control tokens, and the closing `<|im_end|>`. Not taught are the other turns, the marks and role that open a turn,
+    Taught is what a model has to write by itself: in every turn of the assistant its text, with `markers` as control
+    tokens, and the closing `<|im_end|>`. Not taught are the other turns, the marks and role that open a turn,
     the newline behind it, images and videos with their marks wherever they stand, and
 
     - messages with `"loss": False` of any role;
     - items with `"loss": False` of an assistant's turn: what its runtime inserted, such as the result of a function
-      call. Their text comes from elsewhere and is ordinary text all through, grounding markers included.
+      call. Their text comes from elsewhere and is ordinary text all through, markers included.
 
     An assistant's text is tokenised apart from the `assistant NEWLINE` before it, as it is where a model generates.
 
     Args, raises: as :func:`render`.
     """
-    runs = groupby(_pieces(messages, add_vision_id, where), lambda piece: (piece.taught, piece.inserted))
+    runs = groupby(_pieces(messages, add_vision_id, markers, where), lambda piece: (piece.taught, piece.inserted))
     return [Span(tuple(_join_text([piece.segment for piece in run])), taught) for (taught, _), run in runs]
 
 
-def render_document(content: str | Sequence[Mapping[str, Any]], *, where: str = "content") -> list[Span]:
+def render_document(
+    content: str | Sequence[Mapping[str, Any]], *, markers: Sequence[str] = GROUNDING_TOKENS, where: str = "content"
+) -> list[Span]:
     """Spans of a document to learn from: an image with its caption, a page with its text, text and images in turn.
 
-    There are no turns. All text is taught, with grounding markers as control tokens, and the `<|endoftext|>` that ends
+    There are no turns. All text is taught, with `markers` as control tokens, and the `<|endoftext|>` that ends
     it; images, videos and their marks are not, nor are items with `"loss": False`, whose text is ordinary.
 
     Args:
         content: text, or a list of items as messages hold them.
+        markers: as :func:`render`.
 
     Raises:
         PromptError: naming the place, what it holds and what it wants.
     """
-    pieces = [piece for part in read_content(content, where) for piece in _part_pieces(part, True, True)]
+    pieces = [piece for part in read_content(content, where) for piece in _part_pieces(part, True, True, markers)]
     pieces.append(_Piece(Control(END_OF_TEXT), True))
     runs = groupby(pieces, lambda piece: piece.taught)
     return [Span(tuple(_join_text([piece.segment for piece in run])), taught) for taught, run in runs]
@@ -173,7 +182,9 @@ class _Piece:
     inserted: bool = False  # by the runtime of an assistant
 
 
-def _pieces(messages: Sequence[Mapping[str, Any]], add_vision_id: bool, where: str) -> Iterator[_Piece]:
+def _pieces(
+    messages: Sequence[Mapping[str, Any]], add_vision_id: bool, markers: Sequence[str], where: str
+) -> Iterator[_Piece]:
     count = {"image": 0, "video": 0}
     turns = read_messages(messages, where)
     if turns[0].role != "system":
@@ -188,18 +199,18 @@ def _pieces(messages: Sequence[Mapping[str, Any]], add_vision_id: bool, where: s
                 count[part.item.kind] += 1
                 name = "Picture" if part.item.kind == "image" else "Video"
                 yield _Piece(Text(f"{name} {count[part.item.kind]}: "), inserted=written and not part.loss)
-            yield from _part_pieces(part, written, taught)
+            yield from _part_pieces(part, written, taught, markers)
         yield from (_Piece(Control(IM_END), taught), _Piece(Text("\n")))
 
 
-def _part_pieces(part: Part, written: bool, taught: bool) -> Iterator[_Piece]:
-    """`written`: by the model, or as it should write, so that grounding markers are control tokens."""
+def _part_pieces(part: Part, written: bool, taught: bool, markers: Sequence[str]) -> Iterator[_Piece]:
+    """`written`: by the model, or as it should write, so that markers are control tokens."""
     inserted = written and not part.loss
     if isinstance(part.item, Media):
         segments: list[Segment] = [Control(VISION_START), part.item, Control(VISION_END)]
         taught = False
     else:
-        segments = _split_grounding(part.item.text) if written and part.loss else [part.item]
+        segments = _split_markers(part.item.text, markers) if written and part.loss else [part.item]
         taught = taught and part.loss
     for segment in segments:
         yield _Piece(segment, taught, inserted)
@@ -219,10 +230,9 @@ def _join_text(segments: Sequence[Segment]) -> Iterator[Segment]:
         yield Text("".join(pending))
 
 
-_GROUNDING_PATTERN = re.compile("(" + "|".join(map(re.escape, GROUNDING_TOKENS)) + ")")
-
-
-def _split_grounding(text: str) -> list[Segment]:
-    # re.split with one group puts the markers at the odd places.
-    pieces = _GROUNDING_PATTERN.split(text)
+def _split_markers(text: str, markers: Sequence[str]) -> list[Segment]:
+    if not markers:
+        return [Text(text)]
+    # re.split with one group puts the markers at the odd places; re compiles a pattern once.
+    pieces = re.split("(" + "|".join(map(re.escape, markers)) + ")", text)
     return [Control(piece) if n % 2 else Text(piece) for n, piece in enumerate(pieces)]

@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import IMAGE_MEAN, IMAGE_STD, Qwen2VLConfig
+from ..config import IMAGE_MEAN, IMAGE_STD, MAX_PIXELS, MIN_PIXELS, Qwen2VLConfig, VisionConfig
 from ..errors import CheckpointError
 from ..files import read_json, write_json, write_text
+from ..media.options import DEFAULTS, MediaOptions, PatchShape, positive_int
 from .chatml import CHAT_TEMPLATE
+from .template import ChatTemplate
 from .tokenizer import END_OF_TEXT, IM_END, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, Tokenizer
 
 _MODEL_MAX_LENGTH = 32768  # of the released tokenizer_config.json
@@ -28,69 +30,147 @@ def check_token_ids(config: Qwen2VLConfig, tokenizer: Tokenizer, folder: Path) -
             )
 
 
-def read_image_settings(folder: Path) -> dict[str, Any]:
-    """The image processor's settings, {} if none; transformers 5 saves them in processor_config.json.
+def read_media_options(folder: Path, vision: VisionConfig) -> MediaOptions:
+    """The limits of a checkpoint's images and of its videos' frames, over the defaults.
+
+    Those of images stand in preprocessor_config.json, those of frames in video_preprocessor_config.json; transformers 5
+    saves both in processor_config.json.
 
     Raises:
-        CheckpointError: unreadable, or a mean and deviation other than `IMAGE_MEAN` and `IMAGE_STD`.
+        CheckpointError: a file is unreadable, a value is out of range, patches are cut in another way than `vision`
+            cuts them, or pixels are normalised by other values than `IMAGE_MEAN` and `IMAGE_STD`.
     """
-    for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
-        path = folder / name
+    given: dict[str, int | None] = {}
+    for kind, name, prefix in _SETTINGS:
+        settings, where = _read_settings(folder, name, f"{kind}_processor")
+        for field, wanted in (("image_mean", IMAGE_MEAN), ("image_std", IMAGE_STD)):
+            value = settings.get(field)
+            # The model normalises by itself, with these values folded into its first layer.
+            if value is not None and not _same_values(value, wanted):
+                raise CheckpointError(f"{where}: {field} {value} is not supported; Qwen2-VL has {list(wanted)}")
+        sizes = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
+        for field, size in zip(("patch_size", "merge_size", "temporal_patch_size"), sizes, strict=True):
+            if settings.get(field, size) != size:
+                raise CheckpointError(f"{where}: {field} is {settings[field]!r} for {kind}s, but {size} in config.json")
+        low, high = _pixel_limits(settings, where)
+        if kind == "video" and (low, high) == (MIN_PIXELS, MAX_PIXELS):
+            continue  # transformers 4.52 to 4.57 copied the released limits of images there, for want of any of frames
+        given |= {f"{prefix}min_pixels": low, f"{prefix}max_pixels": high}
+    return DEFAULTS.updated(given)
+
+
+#: (kind, its own file, what its limits are called in `MediaOptions` before "min_pixels" and "max_pixels").
+_SETTINGS = (("image", "preprocessor_config.json", ""), ("video", "video_preprocessor_config.json", "video_"))
+
+
+def _read_settings(folder: Path, name: str, key: str) -> tuple[dict[str, Any], Path]:
+    """What `name`, or `key` of processor_config.json, says, {} if nothing, and the file that says it."""
+    for path, inner in ((folder / name, None), (folder / "processor_config.json", key)):
         if not path.is_file():
             continue
         data = read_json(path)
-        settings = data.get(key, {}) if isinstance(data, dict) and key else data
+        settings = data.get(inner, {}) if isinstance(data, dict) and inner else data
         if not isinstance(settings, dict):
             raise CheckpointError(f"{path}: wants a JSON object of settings, got {type(settings).__name__}")
-        for field, wanted in (("image_mean", IMAGE_MEAN), ("image_std", IMAGE_STD)):
-            given = settings.get(field)
-            # The model normalises by itself, with these values folded into its first layer.
-            if given is not None and not _same_values(given, wanted):
-                raise CheckpointError(f"{path}: {field} {given} is not supported; Qwen2-VL has {list(wanted)}")
-        return settings
-    return {}
+        return settings, path
+    return {}, folder / name
 
 
-def pixel_limits_of(settings: Mapping[str, Any], folder: Path) -> tuple[int | None, int | None]:
-    """(min, max) pixels of an image in those settings, None where they say nothing."""
+def _pixel_limits(settings: Mapping[str, Any], where: Path) -> tuple[int | None, int | None]:
+    """(min, max) pixels in those settings, None where they say nothing."""
     size = settings.get("size") or {}
     if not isinstance(size, Mapping):
-        raise CheckpointError(f"{folder}: size in preprocessor_config.json wants an object, got {size!r}")
+        raise CheckpointError(f"{where}: size wants an object, got {size!r}")
     limits = (
         settings.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels"),
         settings.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels"),
     )
     for name, value in zip(("min_pixels", "max_pixels"), limits, strict=True):
-        if value is not None and (not isinstance(value, int) or value <= 0):
-            raise CheckpointError(f"{folder}: {name} in preprocessor_config.json wants a positive int, got {value!r}")
+        if value is not None and positive_int(value) is None:
+            raise CheckpointError(f"{where}: {name} wants a positive int, got {value!r}")
     return limits
 
 
-def write_image_settings(
-    folder: Path, *, min_pixels: int, max_pixels: int, patch_size: int, merge_size: int, temporal_patch_size: int
-) -> None:
-    """Write preprocessor_config.json, and its copy in processor_config.json if the folder has one."""
-    settings = {
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": "Qwen2VLProcessor",
-        "min_pixels": min_pixels,
-        "max_pixels": max_pixels,
-        "size": {"shortest_edge": min_pixels, "longest_edge": max_pixels},
-        "patch_size": patch_size,
-        "temporal_patch_size": temporal_patch_size,
-        "merge_size": merge_size,
-        "image_mean": list(IMAGE_MEAN),
-        "image_std": list(IMAGE_STD),
-    }
-    write_json(folder / "preprocessor_config.json", settings)
+def write_media_options(folder: Path, options: MediaOptions, shape: PatchShape) -> None:
+    """Write preprocessor_config.json and video_preprocessor_config.json, and their copies in processor_config.json if
+    the folder has one."""
+    written: dict[str, Any] = {}
+    for kind, name, prefix in _SETTINGS:
+        low, high = getattr(options, f"{prefix}min_pixels"), getattr(options, f"{prefix}max_pixels")
+        settings = {
+            f"{kind}_processor_type": f"Qwen2VL{kind.title()}Processor",
+            "processor_class": "Qwen2VLProcessor",
+            "min_pixels": low,
+            "max_pixels": high,
+            "size": {"shortest_edge": low, "longest_edge": high},
+            "patch_size": shape.patch_size,
+            "temporal_patch_size": shape.temporal_patch_size,
+            "merge_size": shape.merge_size,
+            "image_mean": list(IMAGE_MEAN),
+            "image_std": list(IMAGE_STD),
+        }
+        write_json(folder / name, settings)
+        written[f"{kind}_processor"] = settings
     other = folder / "processor_config.json"
     if other.is_file() and isinstance(data := read_json(other), dict):
-        write_json(other, data | {"image_processor": settings})
+        write_json(other, data | written)
 
 
-def write_tokenizer_files(folder: Path, tokenizer: Tokenizer) -> None:
-    """Write tokenizer.json, tokenizer_config.json and chat_template.json."""
+#: The names under which templates may ask for tokens, and what this package writes for them.
+_TOKEN_NAMES = {"bos_token": None, "eos_token": IM_END, "pad_token": END_OF_TEXT, "unk_token": None}
+
+
+def read_chat_template(folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The checkpoint's own chat template, None if it has none.
+
+    It is looked for where transformers does: chat_template.json, chat_template.jinja, tokenizer_config.json. Of several
+    by name, it is the one called "default".
+
+    Raises:
+        CheckpointError: a file is unreadable, or the template is no Jinja.
+    """
+    config = _read_object(folder / "tokenizer_config.json")
+    stated = {name: config.get(name) for name in _TOKEN_NAMES}
+    spelled = {name: token.get("content") if isinstance(token, dict) else token for name, token in stated.items()}
+    variables = {name: token for name, token in spelled.items() if isinstance(token, str)}
+    jinja = folder / "chat_template.jinja"
+    found = _read_object(folder / "chat_template.json").get("chat_template")
+    if found is None and jinja.is_file():
+        try:
+            found = jinja.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{jinja}: cannot be read: {error}") from error
+    if found is None:
+        found = config.get("chat_template")
+    if isinstance(found, list):
+        found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+    if isinstance(found, dict):
+        if "default" not in found:
+            raise CheckpointError(f"{folder}: of the chat templates {', '.join(map(repr, found))} none is 'default'")
+        found = found["default"]
+    if found is None:
+        return None
+    if not isinstance(found, str):
+        raise CheckpointError(f"{folder}: the chat template wants text, got {type(found).__name__}")
+    try:
+        return ChatTemplate(found, tokenizer, variables)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, {} if there is no such file."""
+    data = read_json(path) if path.is_file() else {}
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: wants a JSON object, got {type(data).__name__}")
+    return data
+
+
+def write_tokenizer_files(folder: Path, tokenizer: Tokenizer, template: ChatTemplate | None = None) -> None:
+    """Write tokenizer.json, tokenizer_config.json and chat_template.json, and chat_template.jinja if the folder has
+    one; without a template of the checkpoint's own they get `CHAT_TEMPLATE`."""
     tokens = tokenizer.backend.get_added_tokens_decoder()
+    source = CHAT_TEMPLATE if template is None else template.source
     fields = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
     config = {
         "add_prefix_space": False,
@@ -98,21 +178,21 @@ def write_tokenizer_files(folder: Path, tokenizer: Tokenizer) -> None:
             str(token_id): {field: getattr(token, field) for field in fields} for token_id, token in tokens.items()
         },
         "additional_special_tokens": [name for name in tokenizer.special_ids if name != END_OF_TEXT],
-        "bos_token": None,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": source,
         "clean_up_tokenization_spaces": False,
-        "eos_token": IM_END,
         "errors": "replace",
         "model_max_length": _MODEL_MAX_LENGTH,
-        "pad_token": END_OF_TEXT,
         "padding_side": "left",
         "split_special_tokens": False,
         "tokenizer_class": "Qwen2Tokenizer",
-        "unk_token": None,
+        **_TOKEN_NAMES,
+        **({} if template is None else template.variables),
     }
     write_text(folder / "tokenizer.json", tokenizer.backend.to_str(pretty=True) + "\n")
     write_json(folder / "tokenizer_config.json", config)
-    write_json(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
+    write_json(folder / "chat_template.json", {"chat_template": source})
+    if (jinja := folder / "chat_template.jinja").is_file():
+        write_text(jinja, source)
 
 
 def _same_values(given: Any, wanted: Sequence[float]) -> bool:

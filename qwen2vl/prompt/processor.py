@@ -4,18 +4,26 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from ..errors import CheckpointError, MediaError, PromptError
+from ..errors import MediaError, PromptError
 from ..hub import Checkpoint
 from ..media.image import ImagePatches, preprocess_image
 from ..media.options import DEFAULTS, OPTION_NAMES, Access, MediaOptions, PatchShape
 from ..media.video import Progress, VideoPatches, preprocess_video
 from .chatml import LOW_DETAIL_PIXELS, Control, Media, Span, Text, render, render_document, render_spans
-from .files import check_token_ids, pixel_limits_of, read_image_settings, write_image_settings, write_tokenizer_files
+from .files import (
+    check_token_ids,
+    read_chat_template,
+    read_media_options,
+    write_media_options,
+    write_tokenizer_files,
+)
+from .template import ChatTemplate
 from .tokenizer import Tokenizer
 
 IGNORED = -100  # the label of what is not taught, cross_entropy's default
@@ -64,6 +72,8 @@ class Processor:
 
     Args:
         patch_size, merge_size, temporal_patch_size: as the checkpoint's vision tower has them.
+        chat_template: the checkpoint's own; prompts are written by it where it differs from that of the released
+            instruct models, which None stands for.
         allow_remote: fetch http and https URLs. Off by default: messages may come from people who should not
             make this machine send requests.
         allow_local_files: open paths and `file://` URLs. Set it False when messages come from people who should not
@@ -87,12 +97,19 @@ class Processor:
         patch_size: int = PatchShape.patch_size,
         merge_size: int = PatchShape.merge_size,
         temporal_patch_size: int = PatchShape.temporal_patch_size,
+        chat_template: ChatTemplate | None = None,
         allow_remote: bool = False,
         allow_local_files: bool = True,
         roots: Roots = None,
         **options: Any,
     ):
         self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        if chat_template is None or chat_template.standard:
+            self._render = partial(render, markers=tokenizer.markers)
+            self._render_spans = partial(render_spans, markers=tokenizer.markers)
+        else:
+            self._render, self._render_spans = chat_template.render, chat_template.render_spans
         self.options = DEFAULTS.updated(options)
         self.shape = PatchShape(patch_size, merge_size, temporal_patch_size)
         self.access = Access(allow_local_files, allow_remote, roots)  # type: ignore[arg-type]
@@ -117,13 +134,14 @@ class Processor:
         roots: Roots = None,
         **options: Any,
     ) -> "Processor":
-        """Read tokenizer.json, config.json and, where present, preprocessor_config.json of a checkpoint.
+        """Read tokenizer.json, config.json and, where present, the limits of images and of videos of a checkpoint, see
+        `qwen2vl.prompt.files.read_media_options`.
 
         Args:
             name_or_path: a folder, a hub id such as "Qwen/Qwen2-VL-2B-Instruct", or a checkpoint that was found before.
             allow_remote, allow_local_files, roots: what media may be named by messages, see the class. The checkpoint
                 itself is read in any case.
-            options: over the checkpoint's limits for images and the defaults, see the class.
+            options: over the checkpoint's limits and the defaults, see the class.
 
         Raises:
             CheckpointError: a file is missing or unreadable, or the files contradict one another.
@@ -133,26 +151,23 @@ class Processor:
         folder, vision = checkpoint.folder, checkpoint.config.vision
         tokenizer = Tokenizer.from_pretrained(folder)
         check_token_ids(checkpoint.config, tokenizer, folder)
-        settings = read_image_settings(folder)
+        stated = read_media_options(folder, vision).updated(options)
         sizes = {
             "patch_size": vision.patch_size,
             "merge_size": vision.spatial_merge_size,
             "temporal_patch_size": vision.temporal_patch_size,
         }
-        for name, value in sizes.items():
-            if settings.get(name, value) != value:
-                raise CheckpointError(f"{folder}: {name} is {settings[name]!r} for images, but {value} in config.json")
-        low, high = pixel_limits_of(settings, folder)
-        stated = DEFAULTS.updated({"min_pixels": low, "max_pixels": high}).updated(options)
         access = {"allow_remote": allow_remote, "allow_local_files": allow_local_files, "roots": roots}
-        return cls(tokenizer, **sizes, **access, **vars(stated))
+        template = read_chat_template(folder, tokenizer)
+        return cls(tokenizer, **sizes, chat_template=template, **access, **vars(stated))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Write tokenizer.json, tokenizer_config.json, chat_template.json and preprocessor_config.json, with this
-        processor's limits, beside what `Qwen2VL.save_pretrained` writes; `from_pretrained` then reads the folder.
+        """Write tokenizer.json, tokenizer_config.json, chat_template.json and, with this processor's limits,
+        preprocessor_config.json and video_preprocessor_config.json, beside what `Qwen2VL.save_pretrained` writes;
+        `from_pretrained` then reads the folder.
 
         The folder is made where missing, and may be the one that this processor was read from. The chat template is
-        this package's own wording of the released one: it writes the same prompts.
+        the checkpoint's own; where it had none, this package's wording of the released one.
 
         Returns:
             The folder.
@@ -162,8 +177,8 @@ class Processor:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_tokenizer_files(folder, self.tokenizer)
-        write_image_settings(folder, min_pixels=self.min_pixels, max_pixels=self.max_pixels, **vars(self.shape))
+        write_tokenizer_files(folder, self.tokenizer, self.chat_template)
+        write_media_options(folder, self.options, self.shape)
         return folder
 
     def __call__(
@@ -183,7 +198,8 @@ class Processor:
         Where only one of a pair of limits is given it moves the other out of its way.
 
         Args:
-            messages: see `qwen2vl.prompt.chatml.render`.
+            messages: see `qwen2vl.prompt.chatml.render`, and `qwen2vl.prompt.template` for a checkpoint whose own chat
+                template writes them otherwise.
             add_generation_prompt: end with the opening of an assistant turn.
             continue_final_message: leave the last message, an assistant's, open for the model to go on with.
             add_vision_id: number pictures and videos in the text.
@@ -200,16 +216,12 @@ class Processor:
             TypeError: an option is unknown; the message lists those that there are.
         """
         chosen = self.options.updated(options) if options else self.options
-        prompts = [
-            render(
-                chat,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                add_vision_id=add_vision_id,
-                where=where,
-            )
-            for chat, where in _conversations(messages)
-        ]
+        written: dict[str, Any] = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "add_vision_id": add_vision_id,
+        }
+        prompts = [self._render(chat, **written, where=where) for chat, where in _conversations(messages)]
         spans = [[Span(tuple(segments), False)] for segments in prompts]
         return self._inputs(spans, chosen, padding_side, progress)
 
@@ -231,7 +243,8 @@ class Processor:
         """
         chosen = self.options.updated(options) if options else self.options
         spans = [
-            render_spans(chat, add_vision_id=add_vision_id, where=where) for chat, where in _conversations(messages)
+            self._render_spans(chat, add_vision_id=add_vision_id, where=where)
+            for chat, where in _conversations(messages)
         ]
         return self._inputs(spans, chosen, padding_side, progress, labels=True)
 
@@ -250,7 +263,8 @@ class Processor:
             padding_side, progress, options: as `__call__`.
         """
         chosen = self.options.updated(options) if options else self.options
-        return self._inputs([render_document(content)], chosen, padding_side, progress, labels=True)
+        spans = render_document(content, markers=self.tokenizer.markers)
+        return self._inputs([spans], chosen, padding_side, progress, labels=True)
 
     def _inputs(
         self,

@@ -51,6 +51,8 @@ class Tokenizer:
 
     Attributes:
         special_ids: name -> id of every control token that the file has.
+        markers: names of the control tokens that an assistant writes as part of its text, the longest first: the
+            grounding markers, and every special token that was added to those of the released models.
         pad_id: id of <|endoftext|>, which pads batches.
 
     Raises:
@@ -80,6 +82,8 @@ class Tokenizer:
             if token.special or token.content in CONTROL_TOKENS
         }
         self._special_id_set = frozenset(self.special_ids.values())
+        own = [name for name in self.special_ids if name in GROUNDING_TOKENS or name not in CONTROL_TOKENS]
+        self.markers = tuple(sorted(own, key=len, reverse=True))
         self.pad_id = self.special_ids[END_OF_TEXT]
         reachable = [name for name in self.special_ids if not self._special_id_set.isdisjoint(self.encode_plain(name))]
         if reachable:

@@ -9,9 +9,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from examples.demo.media import write_frames
+from examples.small.shape import LIMITS
 from qwen2vl import Processor, Qwen2VL, assets
 from qwen2vl.cli import app
-from qwen2vl.cli.common import video_options
 from qwen2vl.samples import SKILLS
 from qwen2vl.samples import generate as make_sample
 from qwen2vl.samples.held_out import prompt_of
@@ -57,18 +57,40 @@ def test_chat_answers_without_a_model(picture):
     assert result.exit_code == 0 and result.stdout.strip() and "56 × 56, 4 tokens" in result.stderr
 
 
-def test_frames_of_a_video_keep_their_size(tmp_path):
-    """As evaluation and training show them; other models get the usual least of 128 tokens a frame."""
+@pytest.mark.parametrize("model", [(), ("--model", assets.FOLDER)], ids=["default", "by its folder"])
+def test_frames_of_a_video_keep_their_size(tmp_path, model):
+    """As evaluation and training show them, on every way to the model."""
     sample = make_sample("video", 0, split="held-out")
     frames = [Image.fromarray(from_ppm(data)) for data in sample.members.values()]
     write_frames(tmp_path / "x.mp4", frames, size=sample.size, fps=2)
-    result = run("generate", "--video", tmp_path / "x.mp4", "--prompt", "Where does it go?", "-n", 4, "--json")
+    result = run("generate", "--video", tmp_path / "x.mp4", "--prompt", "Where does it go?", "-n", 4, "--json", *model)
     (video,) = json.loads(result.stdout)["media"]
-    asked = Processor.from_pretrained(assets.FOLDER)(prompt_of(sample)).media[0]
+    processor = Processor.from_pretrained(assets.FOLDER)
+    asked = processor(prompt_of(sample)).media[0]
     assert video["grid_thw"] == list(asked.grid_thw) and video["resized_size"] == [56, 56]
-    assert video_options("a", None, None, 2.0)["video_min_pixels"] is None
-    assert video_options(None, None, 500, 2.0)["video_min_pixels"] == 500
-    assert video_options(None, 3000, None, 2.0)["video_min_pixels"] == 3000
+    content = [{"type": "video", "video": tmp_path / "x.mp4"}]
+    assert processor([{"role": "user", "content": content}]).media[0].grid_thw == asked.grid_thw
+
+
+def test_its_own_settings_hold_media_to_what_it_was_trained_on():
+    """Those of the run that makes it, and the largest of its pictures pass as they are."""
+    processor = Processor.from_pretrained(assets.FOLDER)
+    assert {name: getattr(processor.options, name) for name in LIMITS} == LIMITS
+    samples = [make_sample(skill, 4, index=n, split="train") for skill in SKILLS for n in range(40)]
+    for sample in samples:
+        for item in processor(prompt_of(sample)).media:
+            assert all(abs(a - b) <= 14 for a, b in zip(item.resized_size, item.source_size, strict=True))
+
+
+@pytest.mark.parametrize("side", [448, 1000])
+def test_a_large_coloured_square_is_named(side, tmp_path):
+    """Of a picture that was not shrunk, its settings allowing a million pixels, it named none."""
+    for colour in ("red", "blue", "green", "yellow"):
+        image = Image.new("RGB", (side, side), "white")
+        image.paste(colour, (side // 5, side // 5, side - side // 5, side - side // 5))
+        image.save(tmp_path / "x.png")
+        result = run("generate", "--image", tmp_path / "x.png", "--prompt", "What colour is the square?", "-n", 8)
+        assert result.stdout.strip() == colour, result.output
 
 
 def test_eval_prints_its_table_without_a_model():

@@ -442,22 +442,46 @@ def test_limits_of_a_checkpoint(tmp_path, name, content, limits):
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "limits"),
+    [
+        (None, None, (100_352, 602_112)),
+        ("preprocessor_config.json", {"min_pixels": 784, "max_pixels": 7840}, (100_352, 602_112)),
+        ("video_preprocessor_config.json", {"min_pixels": 784, "max_pixels": 7840}, (784, 7840)),
+        ("video_preprocessor_config.json", {"size": {"shortest_edge": 784, "longest_edge": 7840}}, (784, 7840)),
+        ("video_preprocessor_config.json", {"size": {"longest_edge": 7840}}, (7840, 7840)),
+        ("processor_config.json", {"video_processor": {"size": {"longest_edge": 200_000}}}, (100_352, 200_000)),
+        # transformers 4.52 to 4.57 wrote the released limits of images into it, which it never was told of frames.
+        ("video_preprocessor_config.json", {"min_pixels": 3136, "max_pixels": 12_845_056}, (100_352, 602_112)),
+    ],
+)
+def test_limits_of_the_frames_of_a_checkpoint(tmp_path, name, content, limits):
+    write_checkpoint(tmp_path)
+    if name:
+        (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
+    options = Processor.from_pretrained(tmp_path).options
+    assert (options.video_min_pixels, options.video_max_pixels) == limits
+    given = Processor.from_pretrained(tmp_path, video_max_pixels=50_176).options
+    assert (given.video_min_pixels, given.video_max_pixels) == (min(limits[0], 50_176), 50_176)
+
+
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "video_preprocessor_config.json"])
+@pytest.mark.parametrize(
     ("content", "match"),
     [
         ("{", "cannot be read as JSON"),
         ("[]", "wants a JSON object of settings, got list"),
-        ('{"patch_size": 16}', "patch_size is 16 for images, but 14 in config.json"),
+        ('{"patch_size": 16}', "patch_size is 16 for (image|video)s, but 14 in config.json"),
         ('{"merge_size": 1}', "merge_size is 1"),
-        ('{"max_pixels": "many"}', "max_pixels .* wants a positive int, got 'many'"),
-        ('{"size": {"shortest_edge": -1}}', "min_pixels .* wants a positive int, got -1"),
-        ('{"size": 448}', "size .* wants an object, got 448"),
+        ('{"max_pixels": "many"}', "max_pixels wants a positive int, got 'many'"),
+        ('{"size": {"shortest_edge": -1}}', "min_pixels wants a positive int, got -1"),
+        ('{"size": 448}', "size wants an object, got 448"),
         ('{"image_mean": [0.5, 0.5, 0.5]}', "image_mean .* is not supported"),
         ('{"image_std": "x"}', "image_std .* is not supported"),
     ],
 )
-def test_damaged_preprocessor_config(tmp_path, content, match):
+def test_damaged_preprocessor_config(tmp_path, name, content, match):
     write_checkpoint(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text(content, encoding="utf-8")
+    (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(CheckpointError, match=match):
         Processor.from_pretrained(tmp_path)
 
@@ -488,17 +512,21 @@ def test_what_is_saved_loads_again(tmp_path, elsewhere):
     """Model and processor, into a new folder and over their own one; transformers reads the same limits and prompt."""
     source = write_random_checkpoint(tmp_path / "source")
     target = tmp_path / "target" if elsewhere else source
-    processor, model = Processor.from_pretrained(source, max_pixels=30 * 784), Qwen2VL.from_pretrained(source)
+    limits = {"max_pixels": 30 * 784, "video_min_pixels": 7840, "video_max_pixels": 20 * 784}
+    processor, model = Processor.from_pretrained(source, **limits), Qwen2VL.from_pretrained(source)
     model.save_pretrained(target)
     assert processor.save_pretrained(str(target)) == target
     again = Processor.from_pretrained(target)
     same_processors(processor, again)
-    assert again.max_pixels == 30 * 784
+    assert again.options == processor.options
     assert Qwen2VL.from_pretrained(target).config == model.config
     assert not [path.name for path in target.iterdir() if path.name.startswith(".")]
 
     limits = Qwen2VLImageProcessorPil.from_pretrained(target).size
     assert (limits["shortest_edge"], limits["longest_edge"]) == (3136, 30 * 784)
+    # Its processor of videos, which reads the same names, wants torchvision.
+    limits = json.loads((target / "video_preprocessor_config.json").read_text())["size"]
+    assert limits == {"shortest_edge": 7840, "longest_edge": 20 * 784}
     peer = AutoTokenizer.from_pretrained(target)
     messages = [{"role": "user", "content": "What is this?"}]
     text = peer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -514,12 +542,14 @@ def test_saving_keeps_no_older_limits(tmp_path):
     """transformers 5 prefers processor_config.json, so what that says of images must not stay behind."""
     write_checkpoint(tmp_path)
     path = tmp_path / "processor_config.json"
-    path.write_text(json.dumps({"image_processor": {"size": {"longest_edge": 7840}}, "processor_class": "X"}))
-    processor = Processor.from_pretrained(tmp_path, max_pixels=9408)
+    old = {"size": {"longest_edge": 7840}}
+    path.write_text(json.dumps({"image_processor": old, "video_processor": old, "processor_class": "X"}))
+    processor = Processor.from_pretrained(tmp_path, max_pixels=9408, video_max_pixels=8624)
     processor.save_pretrained(tmp_path)
     saved = json.loads(path.read_text())
     assert saved["image_processor"]["max_pixels"] == 9408 and saved["processor_class"] == "X"
-    assert Processor.from_pretrained(tmp_path).max_pixels == 9408
+    assert saved["video_processor"]["max_pixels"] == 8624
+    assert Processor.from_pretrained(tmp_path).options == processor.options
 
 
 def test_extra_tokens_of_a_tokenizer_are_saved(tmp_path):

@@ -9,10 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import AutoTokenizer
 
 from benchmarks.byte_tokenizer import write_byte_tokenizer
+from benchmarks.random_checkpoint import write_random_checkpoint
 from qwen2vl.agents.function_calls import Call, Result, render_turn
 from qwen2vl.errors import PromptError
+from qwen2vl.prompt.chatml import CHAT_TEMPLATE
 from qwen2vl.prompt.processor import IGNORED, Processor
 from qwen2vl.prompt.tokenizer import CONTROL_TOKENS, GROUNDING_TOKENS, Tokenizer
 
@@ -224,3 +227,39 @@ def test_documents_without_anything(processor):
         processor.supervised_document([])
     with pytest.raises(PromptError, match=r"^content: wants a str or a list of items, got int"):
         processor.supervised_document(3)
+
+
+#: Added to the tokenizer by a fine-tuner: as special, one of them the beginning of another, and not.
+ADDED = ("<|act|>", "<|act|>!", "[OBS]")
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory):
+    folder = write_random_checkpoint(tmp_path_factory.mktemp("extended"))
+    theirs = AutoTokenizer.from_pretrained(folder)
+    theirs.add_tokens(list(ADDED), special_tokens=True)
+    theirs.add_tokens(["<plain>"])
+    theirs.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", [*ADDED, "<plain>", "<|box_start|>"])
+def test_an_added_token_is_one_id_in_answers_and_labels(extended, name):
+    """As transformers writes it; a token that a user spells stays text, but for those that are not special."""
+    processor = Processor.from_pretrained(extended)
+    peer = AutoTokenizer.from_pretrained(extended)
+    added = peer.convert_tokens_to_ids(name)
+    turns = [{"role": "user", "content": "Go"}, {"role": "assistant", "content": f"a {name} b{name}"}]
+    text = peer.apply_chat_template(turns, chat_template=CHAT_TEMPLATE, tokenize=False)
+    inputs = processor.supervised(turns)
+    assert inputs["input_ids"][0].tolist() == peer.encode(text)
+    assert inputs["labels"][0].tolist().count(added) == 2
+    assert processor(turns, add_generation_prompt=False)["input_ids"][0].tolist() == peer.encode(text)
+    document = processor.supervised_document(f"a {name} b{name}")
+    assert document["labels"][0].tolist() == peer.encode(f"a {name} b{name}<|endoftext|>")
+
+    for role in ("user", "system"):
+        given = processor([{"role": role, "content": f"a {name}"}])["input_ids"][0].tolist()
+        assert (added in given) == (name == "<plain>")
+    inserted = {"role": "assistant", "content": [{"text": f"a {name}", "loss": False}]}
+    assert (added in processor.supervised([*turns[:1], inserted])["input_ids"][0].tolist()) == (name == "<plain>")

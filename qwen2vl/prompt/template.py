@@ -1,0 +1,311 @@
+"""A checkpoint's own chat template, in Jinja, where it differs from the layout of `qwen2vl.prompt.chatml`.
+
+Control tokens come from the template alone. Before it is compiled, every control token in its literals becomes a mark
+that holds a random number, and only marks are read as control tokens in what it writes. A text of a message that spells
+a control token stays text, whatever the template does with it. The template runs in Jinja's sandbox.
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from jinja2 import Environment, TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
+
+from ..errors import CheckpointError, PromptError
+from . import chatml
+from .chatml import Control, Media, Segment, Span, Text
+from .messages import Message, Part, read_content, read_messages
+from .tokenizer import CONTROL_TOKENS, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, Tokenizer
+
+
+class ChatTemplate:
+    """A Jinja template that writes the prompts of one tokenizer, with the functions of `qwen2vl.prompt.chatml`.
+
+    Attributes:
+        source: its text.
+        variables: name -> control token of what it may ask for beside the messages, such as "eos_token".
+        standard: whether it writes what `chatml` writes, on conversations that try what templates tell apart. Then
+            `chatml` is to be used, which also knows which items of a turn are taught.
+
+    Raises:
+        CheckpointError: the template is no Jinja, or puts control tokens together from pieces.
+    """
+
+    def __init__(self, source: str, tokenizer: Tokenizer, variables: Mapping[str, str] | None = None):
+        self.source = source
+        self._tokenizer = tokenizer
+        self.variables = dict(variables or {})
+        names = sorted({*CONTROL_TOKENS, *tokenizer.special_ids, *self.variables.values()}, key=len, reverse=True)
+        number = secrets.token_hex(16)
+        self._marks = {name: f"\ue000{number}{n}\ue001" for n, name in enumerate(names)}
+        self._names = {mark: name for name, mark in self._marks.items()}
+        self._open_end = f"\ue000{number}end\ue001"
+        self._mark = re.compile(f"(\ue000{number}[0-9]+\ue001)")
+        self._spelled = re.compile("|".join(map(re.escape, names)))
+        self._marker = re.compile("|".join(map(re.escape, tokenizer.markers)) or "(?!)")
+        environment = _environment()
+        try:
+            tree = _Marking(self._marked).visit(environment.parse(source))
+            self._template = environment.from_string(tree)
+        except TemplateError as error:
+            raise CheckpointError(f"chat template: is no readable Jinja template ({error})") from error
+        self.standard = self._is_standard(tokenizer.markers)
+
+    def __reduce__(self):  # compiled templates do not travel to the workers of a DataLoader
+        return type(self), (self.source, self._tokenizer, self.variables)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        add_vision_id: bool = False,
+        where: str = "messages",
+    ) -> list[Segment]:
+        """As :func:`qwen2vl.prompt.chatml.render`, by this template.
+
+        Args:
+            messages: or, for the template of a base model, a list of items without turns, if the template takes it.
+
+        Raises:
+            PromptError: also where the template refuses the messages, writes nothing of them, or has other places for
+                images and videos than they hold.
+        """
+        turns, parts, given = self._read(messages, where)
+        if continue_final_message:
+            if not turns or turns[-1].role != "assistant":
+                raise PromptError(f"{where}: continue_final_message wants an assistant's last")
+            last = given[-1]
+            if isinstance(last["content"], str):
+                last["content"] += self._open_end
+            else:
+                last["content"].append({"type": "text", "text": self._open_end})
+        asked = (add_generation_prompt and not continue_final_message, add_vision_id)
+        text = self._write(given, where, *asked)
+        self._check_complete(text, parts, given, where, *asked)
+        if continue_final_message:
+            text, found, _ = text.partition(self._open_end)
+            if not found:
+                raise PromptError(f"{where}: the checkpoint's chat template cannot leave a message open")
+        return list(self._segments(text, _media(parts), where))
+
+    def render_spans(
+        self, messages: Sequence[Mapping[str, Any]], *, add_vision_id: bool = False, where: str = "messages"
+    ) -> list[Span]:
+        """As :func:`qwen2vl.prompt.chatml.render_spans`, by this template.
+
+        Taught is what the template writes of an assistant's turn behind the opening that it gives to a model, up to the
+        last control token of the turn; images, videos and their marks are not.
+
+        Raises:
+            PromptError: also where that cannot be told: the template writes a turn differently when others follow, or
+                an item of an assistant's turn has `"loss": False`.
+        """
+        turns, parts, given = self._read(messages, where)
+        whole = self._write(given, where, add_vision_id=add_vision_id)
+        self._check_complete(whole, parts, given, where, False, add_vision_id)
+        pieces: list[tuple[str, bool]] = []
+        begin = 0
+        for n, turn in enumerate(turns):
+            if turn.role != "assistant" or not turn.loss:
+                continue
+            if not all(part.loss for part in turn.parts):
+                raise PromptError(
+                    f"{where}[{n}]: items with 'loss': False cannot be told apart in what the checkpoint's own chat "
+                    "template writes"
+                )
+            opened = self._write(given[:n], where, True, add_vision_id=add_vision_id)
+            closed = self._write(given[: n + 1], where, add_vision_id=add_vision_id)
+            if not (whole.startswith(closed) and closed.startswith(opened) and len(opened) >= begin):
+                raise PromptError(
+                    f"{where}[{n}]: the checkpoint's chat template writes this turn differently when a model is to "
+                    "write it, or when others follow, so that it cannot be taught"
+                )
+            ends = [mark.end() for mark in self._mark.finditer(closed, len(opened))]
+            # Behind the token that ends a turn stands white space at most; other text is of a turn without such an end.
+            end = ends[-1] if ends and not closed[ends[-1] :].strip() else len(closed)
+            pieces += [(whole[begin : len(opened)], False), (whole[len(opened) : end], True)]
+            begin = end
+        pieces.append((whole[begin:], False))
+        left = _media(parts)
+        return [span for text, taught in pieces for span in _spans(self._segments(text, left, where), taught)]
+
+    def _read(self, messages: Any, where: str) -> tuple[list[Message], list[Part], list[dict[str, Any]]]:
+        """The turns, none where there are items alone; all items; and what the template is given of them."""
+        listed = isinstance(messages, (list, tuple)) and messages
+        if listed and all(isinstance(one, Mapping) and "role" not in one and "content" not in one for one in messages):
+            parts = read_content(messages, where)
+            return [], parts, [self._item(part, False) for part in parts]
+        turns = read_messages(messages, where)
+        given: list[dict[str, Any]] = []
+        for turn, message in zip(turns, messages, strict=True):
+            items = [self._item(part, turn.role == "assistant") for part in turn.parts]
+            content = items[0]["text"] if isinstance(message["content"], str) else items
+            given.append({"role": turn.role, "content": content})
+        return turns, [part for turn in turns for part in turn.parts], given
+
+    def _item(self, part: Part, written: bool) -> dict[str, str]:
+        if isinstance(part.item, Media):
+            return {"type": part.item.kind, part.item.kind: ""}
+        text = part.item.text
+        # What an assistant wrote holds its markers as control tokens, and the template's literals have the same marks.
+        written = written and part.loss
+        return {"type": "text", "text": self._marker.sub(lambda m: self._marks[m[0]], text) if written else text}
+
+    def _write(
+        self,
+        given: Sequence[Mapping[str, Any]],
+        where: str,
+        add_generation_prompt: bool = False,
+        add_vision_id: bool = False,
+    ) -> str:
+        own = {name: self._marks[token] for name, token in self.variables.items()}
+        try:
+            return self._template.render(
+                **own, messages=given, add_generation_prompt=add_generation_prompt, add_vision_id=add_vision_id
+            )
+        except Exception as error:  # whatever an expression of the template raises, of Python's own types too
+            told = self._mark.sub(lambda mark: self._names[mark[0]], str(error))
+            raise PromptError(f"{where}: the checkpoint's chat template refuses them: {told}") from error
+
+    def _check_complete(
+        self, text: str, parts: Sequence[Part], given: Sequence[Mapping[str, Any]], where: str, *asked: bool
+    ) -> None:
+        """Raise PromptError where what was written leaves out an image or a video, or whatever the texts say."""
+        media = sum(1 for _ in _media(parts))
+        places = sum(self._names[mark] in (IMAGE_PAD, VIDEO_PAD) for mark in self._mark.findall(text))
+        if places < media:
+            what = f"has places for {places} of {media} images and videos"
+        elif media < len(parts) and self._write([_longer(one) for one in given], where, *asked) == text:
+            what = "writes no text"
+        else:
+            return
+        hint = "that of a base model takes a list of items without turns" if "role" in given[0] else "it wants turns"
+        raise PromptError(f"{where}: the checkpoint's chat template {what} of these messages; {hint}")
+
+    def _segments(self, text: str, media: Iterator[Media], where: str) -> Iterator[Segment]:
+        for n, piece in enumerate(self._mark.split(text)):
+            if n % 2 == 0:
+                if piece:
+                    yield Text(piece)
+            elif (name := self._names[piece]) in (IMAGE_PAD, VIDEO_PAD):
+                item = next(media, None)
+                if item is None or item.pad != name:
+                    got = "no more" if item is None else f"{item.kind} {item.where} there"
+                    raise PromptError(f"{where}: the checkpoint's chat template wants another {name}, got {got}")
+                yield item
+            else:
+                yield Control(name)
+
+    def _marked(self, literal: str) -> str:
+        return self._spelled.sub(lambda token: self._marks[token[0]], literal)
+
+    def _is_standard(self, markers: Sequence[str]) -> bool:
+        same = True
+        for messages in _TRIED:
+            for opened in (False, True):
+                for numbered in (False, True):
+                    options: dict[str, Any] = {"add_generation_prompt": opened, "add_vision_id": numbered}
+                    try:
+                        segments = self.render(messages, **options)
+                    except PromptError:
+                        same = False
+                        continue
+                    if any(isinstance(one, Text) and "<|im_" in one.text for one in segments):
+                        raise CheckpointError("chat template: puts control tokens together from pieces")
+                    same = same and segments == chatml.render(messages, markers=markers, **options)
+        return same
+
+
+def _longer(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A message, or an item, with other texts."""
+    if "role" not in given:
+        return {key: value + "x" if key == "text" else value for key, value in given.items()}
+    content = given["content"]
+    return {**given, "content": content + "x" if isinstance(content, str) else [_longer(item) for item in content]}
+
+
+def _media(parts: Sequence[Part]) -> Iterator[Media]:
+    return (part.item for part in parts if isinstance(part.item, Media))
+
+
+def _spans(segments: Iterator[Segment], taught: bool) -> Iterator[Span]:
+    """Those segments, with media and their marks apart from what is taught."""
+    run: list[Segment] = []
+    kind = False
+    for segment in segments:
+        of_media = isinstance(segment, Media) or segment in (Control(VISION_START), Control(VISION_END))
+        if run and (taught and not of_media) != kind:
+            yield Span(tuple(run), kind)
+            run = []
+        kind = taught and not of_media
+        run.append(segment)
+    if run:
+        yield Span(tuple(run), kind)
+
+
+#: Conversations on which a template that writes what `chatml` writes has to show it.
+_TRIED: tuple[list[dict[str, Any]], ...] = (
+    [{"role": "user", "content": "a"}],
+    [{"role": "system", "content": " s\n"}, {"role": "user", "content": "\n a<think>b</think> \n"}],
+    [{"role": "system", "content": [{"type": "text", "text": "s"}]}, {"role": "user", "content": ""}],
+    [
+        {"role": "user", "content": [{"type": "image", "image": "a"}, {"type": "text", "text": " a\n"}]},
+        {"role": "assistant", "content": " <think>b</think>\n\n<|box_start|>c<|box_end|> \n"},
+        {"role": "user", "content": [{"type": "video", "video": "a"}, {"type": "image", "image": "a"}]},
+        {"role": "user", "content": [{"type": "text", "text": "d"}, {"type": "text", "text": " "}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "<think>e</think>f"}]},
+        {"role": "system", "content": "g"},
+        {"role": "user", "content": [{"type": "video", "video": "a"}]},
+    ],
+    [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>\nb\n</think>\n\nc"}],
+)
+
+
+def _environment() -> Environment:
+    """What transformers gives to templates: https://huggingface.co/docs/transformers/chat_templating_writing."""
+    extensions = ["jinja2.ext.loopcontrols", _Generation]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
+
+
+class _Marking(NodeTransformer):
+    """Puts marks into a template's literals."""
+
+    def __init__(self, marked: Any):
+        self._marked = marked
+
+    def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Node:
+        return nodes.TemplateData(self._marked(node.data), lineno=node.lineno)
+
+    def visit_Const(self, node: nodes.Const) -> nodes.Node:
+        return nodes.Const(self._marked(node.value), lineno=node.lineno) if isinstance(node.value, str) else node
+
+
+class _Generation(Extension):
+    """`{% generation %}`, by which templates say what is taught: its body is written as it stands."""
+
+    tags = {"generation"}  # noqa: RUF012  (jinja2's own way)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
