@@ -221,16 +221,54 @@ def test_the_checkpoint_defaults_are_used(model, monkeypatch):
     monkeypatch.setattr(
         model, "generation_defaults", {"do_sample": True, "top_p": 0.5, "top_k": None, "pad_token_id": 3}
     )
-    config = GenerationConfig.from_model(model, temperature=0.5)
-    assert config == GenerationConfig(do_sample=True, top_p=0.5, temperature=0.5)
+    config = GenerationConfig.from_model(model, repetition_penalty=2.0)
+    assert config == GenerationConfig(do_sample=True, top_p=0.5, repetition_penalty=2.0)
     monkeypatch.setattr(model, "generation_defaults", {"do_sample": True, "temperature": 0.0})
-    assert GenerationConfig.from_model(model) == GenerationConfig(), "temperature 0 is greedy"
+    assert GenerationConfig.from_model(model) == GenerationConfig(do_sample=False), "temperature 0 is greedy"
     assert GenerationConfig.from_model(model, do_sample=True, temperature=0.7).temperature == 0.7
 
 
 @pytest.mark.parametrize(
+    "setting", [{"temperature": 1.9}, {"temperature": 1.0}, {"top_p": 0.9}, {"top_k": 50}], ids=str
+)
+def test_a_setting_that_shapes_draws_draws(setting, model, inputs, monkeypatch):
+    """With nothing said, beside the released checkpoints' settings, and where a checkpoint is greedy."""
+    greedy = _run(model, inputs).sequences
+    drawn = _run(model, inputs, seed=1, do_sample=True, **setting).sequences
+    assert drawn != greedy, "the seed does not show the difference"
+    assert _run(model, inputs, seed=1, **setting).sequences == drawn
+    assert replace(GenerationConfig(), **setting).samples
+    released = {"do_sample": True, "temperature": 0.01, "top_k": 1, "top_p": 0.001}
+    for defaults in ({}, released, {"do_sample": False, "temperature": 0.1}, {"temperature": 0.1}):
+        monkeypatch.setattr(model, "generation_defaults", defaults)
+        config = GenerationConfig.from_model(model, seed=1, max_new_tokens=16, eos_token_ids=ENDLESS, **setting)
+        assert generate(model, inputs, config=config).sequences == drawn
+
+
+@pytest.mark.parametrize("setting", [{"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 50}], ids=str)
+def test_a_setting_that_would_do_nothing_is_refused(setting, model, monkeypatch):
+    ((name, value),) = setting.items()
+    with pytest.raises(ValueError, match=f"{name} must be left out with do_sample=False.* got {value}"):
+        GenerationConfig(do_sample=False, **setting)
+    with pytest.raises(ValueError, match=f"{name} must be left out with do_sample=False"):
+        GenerationConfig.from_model(model, do_sample=False, **setting)
+    assert not GenerationConfig(do_sample=False, temperature=1.0, top_p=1.0, top_k=0).samples, "these change nothing"
+    for said in ({"do_sample": False}, {}):  # a checkpoint's file may hold both, as many do
+        monkeypatch.setattr(model, "generation_defaults", {**said, **setting})
+        assert GenerationConfig.from_model(model) == GenerationConfig(do_sample=False)
+        assert GenerationConfig.from_model(model, do_sample=True) == GenerationConfig(do_sample=True, **setting)
+
+
+@pytest.mark.parametrize(
     "values",
-    [{"temperature": "hot"}, {"temperature": -1}, {"top_p": 2}, {"top_k": "many"}, {"max_new_tokens": 0}],
+    [
+        {"temperature": "hot"},
+        {"temperature": -1},
+        {"top_p": 2},
+        {"top_k": "many"},
+        {"max_new_tokens": 0},
+        {"do_sample": "no"},
+    ],
     ids=str,
 )
 def test_defaults_that_mean_nothing_are_the_checkpoints_fault(values, model, monkeypatch):
@@ -280,7 +318,9 @@ def test_sampling_takes_its_seed_from_torch_and_reseeds_nothing(model, inputs):
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be an integer >= 1, got 0"),
+        ({"do_sample": 0}, "do_sample must be True, False or None, got 0"),
         ({"temperature": 0}, "temperature must be > 0"),
+        ({"temperature": float("inf")}, "temperature must be > 0"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         ({"top_k": -1}, "top_k must be an integer >= 0"),
         ({"repetition_penalty": -1}, "repetition_penalty must be > 0"),
