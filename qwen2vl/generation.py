@@ -33,7 +33,8 @@ class GenerationConfig:
             (Keskar et al. 2019, section 4.1).
         seed: row b of a batch draws with ``seed + b``; ``None`` takes a fresh one. A row's draws do not depend on the
             rest of its batch. It does not ask for draws by itself.
-        stop: texts at which a sequence ends; they are not part of the result.
+        stop: texts at which a sequence ends; they are not part of the result. One may be a control token, such as
+            ``"<|object_ref_end|>"``, which a text leaves out and an answer may hold.
         eos_token_ids: ids at which a sequence ends; empty takes the checkpoint's.
 
     Raises:
@@ -62,7 +63,7 @@ class GenerationConfig:
             ("top_k", self.top_k is None or (isinstance(self.top_k, int) and self.top_k >= 0), "an integer >= 0"),
             ("top_p", _unsaid_or_number(self.top_p, 0, 1), "in (0, 1]"),
             ("repetition_penalty", _number(self.repetition_penalty) and self.repetition_penalty > 0, "> 0"),
-            ("stop", not isinstance(self.stop, str) and all(self.stop), "a sequence of non-empty strings"),
+            ("stop", _non_empty_strings(self.stop), "a sequence of non-empty strings"),
         )
         for name, ok, want in checks:
             if not ok:
@@ -121,6 +122,12 @@ def _number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _non_empty_strings(values: object) -> bool:
+    return (
+        isinstance(values, Sequence) and not isinstance(values, str) and all(isinstance(v, str) and v for v in values)
+    )
+
+
 def _unsaid_or_number(value: object, above: float, most: float) -> bool:
     return value is None or (_number(value) and above < value <= most)
 
@@ -130,8 +137,9 @@ class GenerationResult:
     """What :func:`generate` made, a list entry per sequence.
 
     ``sequences``: new ids, without the id that ended them. ``texts``: decoded, empty without a tokenizer.
-    ``finish_reasons``: ``"stop"`` (an end id), ``"stop_string"`` or ``"length"``. ``timings`` in seconds:
-    ``vision``, ``prefill``, ``decode``, and ``decode_steps``, the number of steps after the first token.
+    ``finish_reasons``: ``"stop"`` (an end id), ``"stop_string"`` (its text, or its control token) or ``"length"``.
+    ``timings`` in seconds: ``vision``, ``prefill``, ``decode``, and ``decode_steps``, the number of steps after the
+    first token.
     """
 
     sequences: list[list[int]]
@@ -152,10 +160,13 @@ class _Row:
     shown: int = 0
     reason: str = ""
 
-    def push(self, token: int, ends: frozenset[int], budget: int) -> str:
-        """Take a token; returns the text that is now certain to be part of the answer."""
+    def push(self, token: int, ends: Mapping[int, str], budget: int) -> str:
+        """Take a token; returns the text that is now certain to be part of the answer.
+
+        ``ends``: ids that end the sequence, each with the reason that is then given.
+        """
         if token in ends:
-            self.reason = "stop"
+            self.reason = ends[token]
         else:
             self.ids.append(token)
             if self.decoder is not None:
@@ -202,6 +213,8 @@ class _Run:
         self.rows = [_Row(tokenizer and tokenizer.stream_decoder(), config.stop) for _ in self.prompt_tokens]
         self.timings: dict[str, float] = {"vision": 0.0, "prefill": 0.0, "decode": 0.0, "decode_steps": 0}
         self.ends = _end_ids(model, config)
+        if tokenizer is not None:
+            self.ends = _stop_ids(tokenizer, config.stop) | self.ends
         self.choose = _Chooser(model, inputs, config)
 
     # inference_mode is entered around each forward and not around a yield: it is a state of the thread, and must not
@@ -366,10 +379,25 @@ def check_context(model: Qwen2VL, prompt_tokens: Sequence[int], max_new_tokens: 
         )
 
 
-def _end_ids(model: Qwen2VL, config: GenerationConfig) -> frozenset[int]:
-    if config.eos_token_ids:
-        return frozenset(config.eos_token_ids)
-    stated = model.generation_defaults.get("eos_token_id")
-    if stated is None:
-        return frozenset((model.config.eos_token_id, model.config.bos_token_id))
-    return frozenset(stated if isinstance(stated, list) else [stated])
+def _end_ids(model: Qwen2VL, config: GenerationConfig) -> dict[int, str]:
+    ends = config.eos_token_ids
+    if not ends:
+        stated = model.generation_defaults.get("eos_token_id")
+        if stated is None:
+            stated = [model.config.eos_token_id, model.config.bos_token_id]
+        ends = stated if isinstance(stated, list) else [stated]
+    return dict.fromkeys(ends, "stop")
+
+
+def _stop_ids(tokenizer: Tokenizer, stop: Sequence[str]) -> dict[int, str]:
+    """The ids of those stop strings that are control tokens: a text does not show them, so they end a row by id.
+
+    Raises :class:`PromptError` for one that has text beside a control token, which would never be found.
+    """
+    for text in stop:
+        held = [name for name in tokenizer.special_ids if name in text]
+        if held and text not in held:
+            raise PromptError(
+                f"stop: wants control tokens by themselves, as texts leave them out, got {text!r} with {held[0]}"
+            )
+    return {tokenizer.special_ids[text]: "stop_string" for text in stop if text in tokenizer.special_ids}
