@@ -33,7 +33,7 @@ from qwen2vl.media.options import (
     PatchShape,
     check_positive_int,
 )
-from qwen2vl.media.sources import describe_source, open_source
+from qwen2vl.media.sources import describe_source, open_source, unwrap_source
 from qwen2vl_kernels import image_to_patches
 
 MAX_SOURCE_PIXELS = 178_956_970  # where Pillow, too, calls an image a decompression bomb
@@ -96,8 +96,9 @@ def load_image(source: object, *, access: Access = ANYWHERE, max_source_pixels: 
 
     Args:
         source: path, ``file://`` URL, http(s) URL, base64 ``data:`` URI, bytes, binary file object, PIL image, or an
-            array of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) and dtype uint8 or uint16. Files may be PNG,
-            JPEG, WebP, GIF, BMP, TIFF, PPM or AVIF; the first of several frames or pages is taken.
+            array of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) and dtype uint8 or uint16; or a dict
+            ``{"bytes": ..., "path": ...}`` of one of them, as datasets hold. Files may be PNG, JPEG, WebP, GIF, BMP,
+            TIFF, PPM or AVIF; the first of several frames or pages is taken.
         access: which files and URLs may be opened.
         max_source_pixels: larger images are refused from their header, before any pixel is decoded.
 
@@ -109,6 +110,7 @@ def load_image(source: object, *, access: Access = ANYWHERE, max_source_pixels: 
         MediaError: the source is forbidden, cannot be read or decoded, is too large, or has an unsupported type, shape
             or dtype.
     """
+    source = unwrap_source(source)
     if isinstance(source, np.ndarray):
         return _array_to_rgb(source)
     label = describe_source(source)

@@ -20,7 +20,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
@@ -51,9 +51,29 @@ def describe_source(source: object) -> str:
     if hasattr(source, "read"):
         name = getattr(source, "name", None)
         return f"file object {name!r}" if isinstance(name, str) else f"file object of type {type(source).__name__}"
+    if isinstance(source, Mapping):
+        return f"dict with {', '.join(map(repr, source)) or 'no keys'}"
     if isinstance(source, Image.Image):
         return f"{type(source).__name__} (mode {source.mode}, size {source.width} x {source.height})"
     return f"object of type {type(source).__name__}"
+
+
+def unwrap_source(source: object) -> object:
+    """What ``{"bytes": ..., "path": ...}`` stands for, the form in which Hugging Face's datasets hold a file: its bytes
+    where there are some, else its path. Anything else is returned as it is.
+
+    Raises:
+        MediaError: other keys, or a value of another type.
+    """
+    if not isinstance(source, Mapping):
+        return source
+    given = {key: value for key, value in source.items() if value is not None}
+    if not given or not given.keys() <= {"bytes", "path"}:
+        raise MediaError(f"{describe_source(source)}: wants 'bytes', 'path' or both, and nothing else")
+    name, wanted = ("bytes", (bytes, bytearray, memoryview)) if "bytes" in given else ("path", (str, os.PathLike))
+    if not isinstance(given[name], wanted):
+        raise MediaError(f"{describe_source(source)}: {name!r} holds a {type(given[name]).__name__}")
+    return given[name]
 
 
 @contextlib.contextmanager
@@ -62,8 +82,8 @@ def open_source(source: object, *, max_bytes: int, access: Access = ANYWHERE) ->
 
     Args:
         source: path (``str`` or ``os.PathLike``), ``file://`` URL, base64 ``data:`` URI, ``bytes``, ``bytearray``,
-            ``memoryview`` or binary file object (read from where it stands, left open), or an ``http://`` or
-            ``https://`` URL.
+            ``memoryview`` or binary file object (read from where it stands, left open), an ``http://`` or
+            ``https://`` URL, or one of these as ``unwrap_source`` takes it.
         max_bytes: the most bytes read from a network or from a stream that has to be copied.
         access: which of these may be opened. File objects are taken in any case: the program opened them.
 
@@ -71,6 +91,7 @@ def open_source(source: object, *, max_bytes: int, access: Access = ANYWHERE) ->
         MediaError: the source is missing, unreadable, malformed, empty, too large, of a type that is none of the above,
             or is one that ``access`` forbids.
     """
+    source = unwrap_source(source)
     label = describe_source(source)
     with contextlib.ExitStack() as stack:
         if isinstance(source, (bytes, bytearray, memoryview)):

@@ -92,7 +92,7 @@ def read_content(content: object, where: str = "content") -> list[Part]:
 def _read_message(message: object, where: str) -> Message:
     if not isinstance(message, Mapping):
         raise PromptError(f'{where}: wants a dict with "role" and "content", got {type(message).__name__}')
-    _refuse_unknown_keys(message, ("role", "content", "loss"), "a message", where)
+    _refuse_unknown_keys(_given(message), ("role", "content", "loss"), "a message", where)
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise PromptError(f"{where}.role: wants one of {_quoted(ROLES)}, got {role!r}")
@@ -153,7 +153,7 @@ def _read_item(item: object, where: str) -> Part:
     if not isinstance(item, Mapping):
         hint = '; write {"type": "text", "text": ...}' if isinstance(item, str) else ""
         raise PromptError(f"{where}: wants a dict, got {type(item).__name__}{hint}")
-    given = {key: value for key, value in item.items() if value is not None}
+    given = _given(item)
     payload = given.get("type")
     if payload is None:
         present = [key for key in _KINDS if key in given]
@@ -166,12 +166,9 @@ def _read_item(item: object, where: str) -> Part:
 
     kind = _KINDS[payload]
     options = IMAGE_OPTIONS if kind == "image" else VIDEO_OPTIONS if kind == "video" else {}
-    # Tables fill absent columns with None, which is harmless under any key that some kind of item has.
-    others = {*_KINDS, "url", "path", "loss", *IMAGE_OPTIONS, *VIDEO_OPTIONS}
-    checked = [key for key in item if key in given or key not in others]
     article = "an" if kind == "image" else "a"
     sources = _SOURCE_KEYS[payload]
-    _refuse_unknown_keys(checked, ("type", *sources, *options, "loss"), f"{article} {kind} item", where)
+    _refuse_unknown_keys(given, ("type", *sources, *options, "loss"), f"{article} {kind} item", where)
     held = [key for key in sources if key in given]
     if not held:
         raise PromptError(f"{where}.{payload}: is missing from this item of type {payload!r}")
@@ -191,7 +188,7 @@ def _read_item(item: object, where: str) -> Part:
 def _read_url(source: Any, where: str) -> tuple[Any, str]:
     if not isinstance(source, Mapping):
         return source, "auto"
-    _refuse_unknown_keys(source, ("url", "detail"), "a URL", where)
+    _refuse_unknown_keys(_given(source), ("url", "detail"), "a URL", where)
     if source.get("url") is None:
         raise PromptError(f"{where}.url: is missing")
     detail = "auto" if source.get("detail") is None else source["detail"]
@@ -218,6 +215,11 @@ def _read_options(given: Mapping[str, Any], options: Mapping[str, _Option], wher
     if ("resized_height" in read) != ("resized_width" in read):
         raise PromptError(f"{where}: wants resized_height and resized_width together, got one of them")
     return read
+
+
+def _given(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said: tables and typed clients fill the fields that nobody set with None."""
+    return {key: value for key, value in mapping.items() if value is not None}
 
 
 def _refuse_unknown_keys(given: Any, known: Sequence[str], what: str, where: str) -> None:

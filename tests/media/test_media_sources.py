@@ -107,6 +107,45 @@ def test_wrong_sources(source, match):
     assert len(str(caught.value)) < 500
 
 
+def test_datasets_own_form_of_a_file(tmp_path):
+    """{"bytes": ..., "path": ...}, of which either may be None; bytes come first, as in datasets."""
+    picture, other = noise(56, 84), noise(28, 28, seed=1)
+    data, path = encode_image(picture), tmp_path / "other.png"
+    path.write_bytes(encode_image(other))
+    for source, want in (
+        ({"bytes": data, "path": None}, picture),
+        ({"bytes": data, "path": "it came from here.png"}, picture),
+        ({"bytes": data}, picture),
+        ({"bytes": None, "path": str(path)}, other),
+        ({"path": path}, other),
+        ({"path": path.as_uri()}, other),
+    ):
+        np.testing.assert_array_equal(load_image(source), want)
+        video = preprocess_video([source, source])
+        still = preprocess_video([want, want])
+        np.testing.assert_array_equal(video.patches, still.patches)
+    clip = video_bytes(numbered(4))
+    assert preprocess_video({"bytes": clip, "path": "clip.mp4"}).frame_times == preprocess_video(clip).frame_times
+    with pytest.raises(MediaError, match="allow_local_files is False"):
+        load_image({"bytes": None, "path": str(path)}, access=Access(local_files=False))
+
+
+@pytest.mark.parametrize(
+    ("source", "match"),
+    [
+        ({}, "dict with no keys: wants 'bytes', 'path' or both"),
+        ({"bytes": None, "path": None}, "dict with 'bytes', 'path': wants 'bytes', 'path' or both"),
+        ({"bytes": b"x", "url": "y"}, "dict with 'bytes', 'url': wants"),
+        ({"bytes": "text"}, "'bytes' holds a str"),
+        ({"path": b"x"}, "'path' holds a bytes"),
+    ],
+)
+def test_other_dicts_are_no_files(source, match):
+    for read in (load_image, preprocess_video):
+        with pytest.raises(MediaError, match=match):
+            read(source)
+
+
 def test_local_files_can_be_forbidden(tmp_path):
     """Paths and file URLs are refused, whether or not the file exists; what the program holds is taken."""
     pixels = noise(56, 56)
