@@ -161,17 +161,39 @@ def _file_url_path(url: str, label: str) -> str:
     return urllib.request.url2pathname(parts.path)
 
 
+def data_uri_frames(source: object) -> list[bytes] | None:
+    """The frames of ``data:video/jpeg;base64,F1,F2,...``, as clients of servers write a clip of JPEG pictures, or None
+    for any other source.
+
+    Raises:
+        MediaError: it is not base64, or a frame is malformed or empty.
+    """
+    if not isinstance(source, str) or not re.match("data:video/jpeg[;,]", source[:16], re.IGNORECASE):
+        return None
+    label = describe_source(source)
+    frames = _data_uri_payload(source, label).split(",")
+    return [_decode_base64(frame, f"frame {n} of {label}") for n, frame in enumerate(frames)]
+
+
 def _decode_data_uri(uri: str, label: str) -> bytes:
+    return _decode_base64(_data_uri_payload(uri, label), label)
+
+
+def _data_uri_payload(uri: str, label: str) -> str:
     header, comma, payload = uri[5:].partition(",")
     if not comma:
         raise MediaError(f"{label} has no comma between its header and its data")
     if header.split(";")[-1].strip().lower() != "base64":
         raise MediaError(f"{label} is not base64: want data:<type>;base64,<data>")
-    text = "".join(urllib.parse.unquote(payload).split())
+    return "".join(urllib.parse.unquote(payload).split())
+
+
+def _decode_base64(text: str, label: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise MediaError(f"{label} holds malformed base64: {error}") from error
+        hint = "; frames joined by commas are taken as data:video/jpeg" if "," in text else ""
+        raise MediaError(f"{label} holds malformed base64: {error}{hint}") from error
 
 
 def _from_file_object(source: Any, label: str, max_bytes: int, stack: contextlib.ExitStack) -> IO[bytes]:

@@ -30,7 +30,7 @@ from qwen2vl.media.options import (
     check_positive_int,
 )
 from qwen2vl.media.process import Decoder
-from qwen2vl.media.sources import describe_source, open_source, unwrap_source
+from qwen2vl.media.sources import data_uri_frames, describe_source, open_source, unwrap_source
 
 DECODE_TIMEOUT = 600.0  # seconds
 MAX_VIDEO_BYTES = 4 << 30  # for what has to be downloaded or copied; a file on disk may be larger
@@ -207,9 +207,9 @@ def preprocess_video(
     Args:
         source: path, ``file://`` URL, http(s) URL, base64 ``data:`` URI, bytes or binary file object of a video (MP4,
             MOV, Matroska, WebM, AVI, GIF, MPEG-TS and others that FFmpeg reads), or a dict ``{"bytes": ..., "path":
-            ...}`` of one of them; or the frames: a list or tuple of anything that ``load_image`` takes, or an array
-            (T, H, W, C). Given frames are all kept, unless ``num_frames`` asks for fewer, and are taken to be ``fps`` a
-            second.
+            ...}`` of one of them; or the frames: a list or tuple of anything that ``load_image`` takes, an array
+            (T, H, W, C), or ``data:video/jpeg;base64,F1,F2`` of JPEG pictures joined by commas. Given frames are all
+            kept, unless ``num_frames`` asks for fewer, and are taken to be ``fps`` a second.
         options: which frames are kept, see ``frame_count``, and at which size, see ``frame_size``.
         start, end: seconds from the first frame of a file; frames within, ends included, are sampled.
         resized_height, resized_width: ask for this frame size instead of the source's own (give both).
@@ -245,6 +245,7 @@ def preprocess_video(
         raise MediaError(f"end must be after start, got start {begin:g} s and end {stop:g} s")
 
     source = unwrap_source(source)
+    source = data_uri_frames(source) or source
     if isinstance(source, (list, tuple)) or (isinstance(source, np.ndarray) and source.ndim == 4):
         if start is not None or end is not None:
             raise MediaError("start and end apply to video files, not to a list of frames")

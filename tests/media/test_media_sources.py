@@ -130,6 +130,29 @@ def test_datasets_own_form_of_a_file(tmp_path):
         load_image({"bytes": None, "path": str(path)}, access=Access(local_files=False))
 
 
+def test_frames_joined_by_commas_in_a_data_uri():
+    """data:video/jpeg;base64,F1,F2 are the pictures of a clip, one after another."""
+    files = [encode_image(noise(56, 84, seed=n), "JPEG") for n in range(4)]
+    encoded = [base64.b64encode(file).decode() for file in files]
+    for count, joint in ((4, ","), (4, "%2C"), (4, ",\n"), (1, ",")):
+        uri = "data:video/jpeg;base64," + joint.join(encoded[:count])
+        got, want = preprocess_video(uri, fps=4.0), preprocess_video(files[:count], fps=4.0)
+        np.testing.assert_array_equal(got.patches, want.patches)
+        assert (got.grid_thw, got.frame_times) == (want.grid_thw, want.frame_times)
+    two = ",".join(encoded[:2])
+    for uri, match in (
+        (f"data:video/jpeg;base64,{two},", "frame 2 of the list: bytes of length 0 is empty"),
+        (f"data:video/jpeg;base64,{two},=", r"frame 2 of data URI \(video/jpeg.* malformed base64"),
+        (f"data:video/jpeg,{two}", "not base64"),
+        (f"data:video/mp4;base64,{two}", "malformed base64.* joined by commas are taken as data:video/jpeg"),
+    ):
+        with pytest.raises(MediaError, match=match) as caught:
+            preprocess_video(uri)
+        assert len(str(caught.value)) < 300
+    with pytest.raises(MediaError, match="start and end apply to video files"):
+        preprocess_video(f"data:video/jpeg;base64,{two}", start=1.0)
+
+
 @pytest.mark.parametrize(
     ("source", "match"),
     [
