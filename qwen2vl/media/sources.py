@@ -154,11 +154,18 @@ def _open_path(path: str | os.PathLike[str], label: str) -> BinaryIO:
 
 
 def _file_url_path(url: str, label: str) -> str:
-    parts = urllib.parse.urlsplit(url)
-    if parts.netloc not in ("", "localhost"):
-        raise MediaError(f"{label}: a file URL must name this machine, got host {parts.netloc!r}")
-    # A "?" or "#" in a file's name has to be escaped in a URL, so what follows one that is not belongs to no path.
-    return urllib.request.url2pathname(parts.path)
+    # By hand: urllib.parse drops tabs and line ends, and with them names another file.
+    host, slash, path = url.partition("://")[2].partition("/")
+    if host.lower() not in ("", "localhost"):
+        raise MediaError(f"{label}: a file URL must name this machine, got host {host!r}")
+    # A "#" or "?" begins what belongs to no path. Whoever leaves it as it is means a file of that name: the file with
+    # the shorter name would be another one.
+    for mark in "#?":
+        if mark in path:
+            raise MediaError(
+                f"{label}: a {mark!r} in the name of a file is written {urllib.parse.quote(mark)} in a URL"
+            )
+    return urllib.request.url2pathname(slash + path)
 
 
 def data_uri_frames(source: object) -> list[bytes] | None:

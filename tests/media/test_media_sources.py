@@ -153,6 +153,26 @@ def test_frames_joined_by_commas_in_a_data_uri():
         preprocess_video(f"data:video/jpeg;base64,{two}", start=1.0)
 
 
+@pytest.mark.parametrize("mark", ["#", "?", "\t", "\n", ";", "%23", " "])
+@pytest.mark.parametrize("read", [load_image, preprocess_video])
+def test_a_file_url_never_opens_a_file_of_another_name(mark, read, tmp_path):
+    """Beside the named file lie those that urllib would make of its name: cut at the mark, and without it."""
+    named, others = tmp_path / f"a{mark}1.png", [tmp_path / name for name in ("a", "a1.png")]
+    for other in others:
+        other.write_bytes(encode_image(noise(28, 28)))
+    url = f"file://{tmp_path}/a{mark}1.png"
+    if mark in "#?":
+        with pytest.raises(MediaError, match=r"in the name of a file is written %(23|3F) in a URL"):
+            read(url)
+    elif mark != "%23":
+        with pytest.raises(MediaError, match="no such file"):
+            read(url)
+    named.write_bytes(encode_image(noise(56, 84)))
+    assert load_image(named.as_uri()).shape == (56, 84, 3), "an escaped name is that file's"
+    if mark not in ("#", "?", "%23"):
+        assert load_image(url).shape == (56, 84, 3)
+
+
 @pytest.mark.parametrize(
     ("source", "match"),
     [
