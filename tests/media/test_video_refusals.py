@@ -149,6 +149,34 @@ def test_files_without_timestamps(codec):
     assert video.frame_times == pytest.approx([1, 4 / 3, 49 / 30, 59 / 30])
 
 
+@pytest.mark.parametrize(
+    ("format", "codec"),
+    [("mpegts", "libx264"), ("mpegts", "mpeg2video"), ("mpeg", "mpeg2video"), ("vob", "mpeg2video")],
+)
+@pytest.mark.parametrize("lengths", [(30, 30), (20, 40), (12, 24, 24)], ids=str)
+def test_joined_files_are_seen_to_their_end(format, codec, lengths):
+    """As `cat a.ts b.ts > c.ts` makes them: times begin anew, and every part is seen in its place."""
+    ends = np.cumsum(lengths)
+    frames = numbered(60)
+    parts = [frames[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+    data = b"".join(video_bytes(part, format=format, codec=codec) for part in parts)
+    for isolate in (False, True) if lengths == (30, 30) else (False,):
+        video = preprocess_video(data, num_frames=60, isolate=isolate)
+        assert numbers(video) == list(range(60))
+        assert video.duration == pytest.approx(2) and video.native_fps == pytest.approx(30)
+        assert video.frame_times == pytest.approx([number / 30 for number in range(60)])
+    part = preprocess_video(data, start=1.5, num_frames=4, isolate=False)
+    assert numbers(part) == [45, 50, 54, 59] and part.frame_times[-1] == pytest.approx(59 / 30)
+
+
+def test_a_joined_file_whose_second_part_has_earlier_times():
+    """No time stands twice, and in the order of time the parts would be exchanged."""
+    late = video_bytes(numbered(60)[:30], format="mpegts", milliseconds=[10_000 + 40 * n for n in range(30)], rate=25)
+    early = video_bytes(numbered(60)[30:], format="mpegts", rate=25)
+    video = preprocess_video(late + early, num_frames=60, isolate=False)
+    assert numbers(video) == list(range(60)) and video.duration == pytest.approx(60 / video.native_fps)
+
+
 def test_errors_other_than_ffmpegs_are_typed_too(clip):
     class Unreliable(io.BytesIO):
         def read(self, size=-1):
