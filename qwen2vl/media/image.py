@@ -33,6 +33,7 @@ from qwen2vl.media.options import (
     PatchShape,
     check_positive_int,
 )
+from qwen2vl.media.png import without_metadata
 from qwen2vl.media.sources import describe_source, open_source, unwrap_source
 from qwen2vl_kernels import image_to_patches
 
@@ -144,8 +145,9 @@ def _open_image(stream: BinaryIO, label: str, max_source_pixels: int) -> Image.I
     Image.init()
     formats = [name for name in _FORMATS if name in Image.OPEN]
     try:
+        file = without_metadata(stream)
         with _without_warnings():
-            return Image.open(stream, formats=formats)
+            return Image.open(file, formats=formats)
     except Image.DecompressionBombError as error:
         raise MediaError(
             f"{label} was refused from its header, max_source_pixels is {max_source_pixels}: {error}"
@@ -170,8 +172,7 @@ def _check_source_size(image: Image.Image, label: str, max_source_pixels: int) -
 def _decode(image: Image.Image, label: str) -> np.ndarray:
     try:
         image.load()
-        with _without_warnings():  # after load: PNG may carry EXIF behind its pixels
-            orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+        orientation = _orientation(image)  # after load: PNG may carry EXIF behind its pixels
         upright = _to_rgb(image, label)
         if orientation in _UPRIGHT:
             upright = upright.transpose(_UPRIGHT[orientation])
@@ -180,6 +181,15 @@ def _decode(image: Image.Image, label: str) -> np.ndarray:
         raise
     except Exception as error:  # decoders meet hostile bytes with many types of error
         raise MediaError(f"{label} is a damaged image: {error or type(error).__name__}") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1 where there is none or its metadata is no EXIF."""
+    try:
+        with _without_warnings():
+            return image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # Pillow reads it in many ways, and meets damage with as many types of error
+        return 1
 
 
 def _to_rgb(image: Image.Image, label: str) -> Image.Image:
