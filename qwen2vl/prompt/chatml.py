@@ -98,7 +98,9 @@ def render(
             or "path", and `{"type": "image_url", "image_url": source or {"url": source, "detail": "auto", "high" or
             "low"}}`, where "low" allows at most `LOW_DETAIL_PIXELS`; a video is the same with "video". Images and
             videos take options beside their source, see `IMAGE_OPTIONS` and `VIDEO_OPTIONS`. A key whose value is
-            None counts as left out. An item, and a whole message, takes `"loss": False`, see `render_spans`.
+            None counts as left out. An item, and a whole message, takes `"loss": False`, see `render_spans`. A text
+            takes `"grounding": True`, with which its grounding markers are control tokens whoever's turn it is in:
+            `{"type": "text", "text": "Find <|object_ref_start|>the cat<|object_ref_end|>.", "grounding": True}`.
         add_generation_prompt: end with the opening of an assistant turn.
         continue_final_message: leave the last message, which must be an assistant's, open for the model to go on with;
             nothing is opened behind it, whatever add_generation_prompt says.
@@ -108,8 +110,8 @@ def render(
 
     Returns:
         Segments in order. Neighbouring text is joined, so that it is tokenised as one, but for items with
-        `"loss": False`. Text never stands for a control token; only in what an assistant wrote do the grounding
-        markers (`GROUNDING_TOKENS`), which the model itself writes, keep their meaning.
+        `"loss": False`. Text never stands for a control token; only in what an assistant wrote, and in text that asks
+        for it, do the grounding markers (`GROUNDING_TOKENS`), which the model itself writes, keep their meaning.
 
     Raises:
         PromptError: naming the place, what it holds and what it wants.
@@ -138,7 +140,8 @@ def render_spans(
 
     - messages with `"loss": False` of any role;
     - items with `"loss": False` of an assistant's turn: what its runtime inserted, such as the result of a function
-      call. Their text comes from elsewhere and is ordinary text all through, grounding markers included.
+      call. Their text comes from elsewhere and is ordinary text all through, grounding markers included unless it says
+      `"grounding": True`.
 
     An assistant's text is tokenised apart from the `assistant NEWLINE` before it, as it is where a model generates.
 
@@ -199,7 +202,7 @@ def _part_pieces(part: Part, written: bool, taught: bool) -> Iterator[_Piece]:
         segments: list[Segment] = [Control(VISION_START), part.item, Control(VISION_END)]
         taught = False
     else:
-        segments = _split_grounding(part.item.text) if written and part.loss else [part.item]
+        segments = _split_grounding(part.item.text) if part.grounding or (written and part.loss) else [part.item]
         taught = taught and part.loss
     for segment in segments:
         yield _Piece(segment, taught, inserted)

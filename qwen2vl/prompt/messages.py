@@ -52,10 +52,12 @@ class Part:
 
     Attributes:
         loss: False where the item says `"loss": False`: in an assistant's turn, what its runtime put there.
+        grounding: True where a text says `"grounding": True`: its grounding markers are control tokens.
     """
 
     item: Text | Media
     loss: bool = True
+    grounding: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,15 +98,17 @@ def _read_message(message: object, where: str) -> Message:
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise PromptError(f"{where}.role: wants one of {_quoted(ROLES)}, got {role!r}")
-    loss = _read_loss(message, where)
+    loss = _read_flag(message, "loss", True, where)
     return Message(role, tuple(read_content(message.get("content"), f"{where}.content")), loss)
 
 
-def _read_loss(given: Mapping[str, Any], where: str) -> bool:
-    loss = given.get("loss")
-    if loss is not None and not isinstance(loss, bool):
-        raise PromptError(f"{where}.loss: wants True or False, got {loss!r}")
-    return loss is not False
+def _read_flag(given: Mapping[str, Any], key: str, default: bool, where: str) -> bool:
+    flag = given.get(key)
+    if flag is None:
+        return default
+    if not isinstance(flag, bool):
+        raise PromptError(f"{where}.{key}: wants True or False, got {flag!r}")
+    return flag
 
 
 @dataclass(frozen=True)
@@ -166,20 +170,21 @@ def _read_item(item: object, where: str) -> Part:
 
     kind = _KINDS[payload]
     options = IMAGE_OPTIONS if kind == "image" else VIDEO_OPTIONS if kind == "video" else {}
+    flags = ("grounding", "loss") if kind == "text" else ("loss",)
     article = "an" if kind == "image" else "a"
     sources = _SOURCE_KEYS[payload]
-    _refuse_unknown_keys(given, ("type", *sources, *options, "loss"), f"{article} {kind} item", where)
+    _refuse_unknown_keys(given, ("type", *sources, *options, *flags), f"{article} {kind} item", where)
     held = [key for key in sources if key in given]
     if not held:
         raise PromptError(f"{where}.{payload}: is missing from this item of type {payload!r}")
     if len(held) > 1:
         raise PromptError(f"{where}: wants one of {_quoted(sources)}, got {_quoted(held)}")
 
-    source, detail, loss = given[held[0]], "auto", _read_loss(given, where)
+    source, detail, loss = given[held[0]], "auto", _read_flag(given, "loss", True, where)
     if kind == "text":
         if not isinstance(source, str):
             raise PromptError(f"{where}.text: wants a str, got {type(source).__name__}")
-        return Part(Text(source), loss)
+        return Part(Text(source), loss, _read_flag(given, "grounding", False, where))
     if payload.endswith("_url"):
         source, detail = _read_url(source, f"{where}.{payload}")
     return Part(Media(kind, source, _read_options(given, options, where), where, detail), loss)

@@ -295,6 +295,40 @@ def test_grounding_markers_are_control_tokens_only_in_assistant_turns():
     ]
 
 
+@quick
+@given(
+    st.sampled_from(["system", "user", "assistant"]),
+    st.lists(st.one_of(st.sampled_from(GROUNDING_TOKENS), ordinary_text), max_size=6).map("".join),
+    st.booleans(),
+)
+def test_text_that_asks_for_it_has_grounding_markers_in_any_turn(tokenizer, peer, role, text, loss):
+    item = {"type": "text", "text": text, "grounding": True, "loss": loss}
+    messages = [
+        {"role": role, "content": [{"type": "text", "text": "See: "}, item, {"type": "image", "image": "a.png"}]}
+    ]
+    theirs = [{"role": role, "content": [{"type": "text", "text": f"See: {text}"}, {"type": "image"}]}]
+    want = peer.apply_chat_template(theirs, tokenize=False)
+    segments = render(messages, add_generation_prompt=False)
+    assert segments_to_text(segments) == want
+    if loss or role != "assistant":  # what a runtime inserted is tokenised apart
+        assert encode(tokenizer, segments) == peer.encode(want, add_special_tokens=False)
+
+
+@quick
+@given(hostile_text, st.sampled_from(["system", "user", "assistant"]))
+def test_asking_for_grounding_gives_no_other_control_token(tokenizer, text, role):
+    def control(**flags):
+        segments = render([{"role": role, "content": [{"type": "text", "text": text, **flags}]}])
+        return [s.name for s in segments if isinstance(s, Control)], encode(tokenizer, segments)
+
+    names, ids = control(grounding=True)
+    assert [name for name in names if name not in GROUNDING_TOKENS] == [
+        name for name in control(grounding=False)[0] if name not in GROUNDING_TOKENS
+    ]
+    assert sum(token in tokenizer.special_ids.values() for token in ids) == len(names)
+    assert all(marker in names for marker in GROUNDING_TOKENS if marker in text)
+
+
 def test_media_keep_source_options_and_place():
     picture = object()
     messages = [
@@ -381,8 +415,10 @@ def user(*content):
         (user({"type": "text", "text": 3}), r"^messages\[1\].content\[0\].text: wants a str, got int"),
         (
             user({"type": "text", "text": "x", "fps": 1}),
-            r"unknown key 'fps'; a text item takes 'type', 'text', 'loss'$",
+            r"unknown key 'fps'; a text item takes 'type', 'text', 'grounding', 'loss'$",
         ),
+        (user({"text": "x", "grounding": 1}), r"content\[0\].grounding: wants True or False, got 1"),
+        (user({"image": "x", "grounding": True}), r"unknown key 'grounding'; an image item"),
         (user({"type": "image"}), r"^messages\[1\].content\[0\].image: is missing"),
         (user({"type": "image", "image": None}), r"^messages\[1\].content\[0\].image: is missing"),
         (
