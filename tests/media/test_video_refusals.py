@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qwen2vl.media.decoding
-from qwen2vl.errors import MediaError
+from qwen2vl.errors import MediaError, MediaWarning
 from qwen2vl.media.options import PatchShape
 from qwen2vl.media.video import preprocess_video
 from tests.media.media_fixtures import (
@@ -84,7 +84,7 @@ def test_not_a_video(tmp_path):
         ("text.mp4", "is not a video in a supported container"),
         ("empty.mp4", "is empty"),
         ("sound.mp4", "has no video stream"),
-        ("photo.png", "is not a video in a supported container"),
+        ("photo.png", r"is a picture \(JPEG\), not a video: give it as an image"),
         ("list.m3u8", "is not a video in a supported container"),
         ("list.ffconcat", "is not a video in a supported container"),
         ("missing.mp4", "no such file"),
@@ -117,7 +117,8 @@ def test_truncated_file(clip, share):
 
 def test_truncated_behind_its_index_gives_what_is_there():
     data = video_bytes(numbered(75), format="matroska", gop=12)
-    video = preprocess_video(data[: len(data) // 2], num_frames=4)
+    with pytest.warns(MediaWarning, match="ends early"):
+        video = preprocess_video(data[: len(data) // 2], num_frames=4)
     kept = numbers(video)
     assert kept[0] == 0 and 10 < kept[-1] < 74 and kept == sorted(kept)
     np.testing.assert_allclose(video.frame_times, np.array(kept) / 30, atol=2e-3)
@@ -133,7 +134,8 @@ def test_fewer_frames_than_promised(clip, monkeypatch):
             yield item
 
     monkeypatch.setattr(qwen2vl.media.decoding, "_ticked_frames", short)
-    video = preprocess_video(clip, num_frames=4, isolate=False)
+    with pytest.warns(MediaWarning, match=r"decodes up to 1\.633 s only, of 2\.967 s: its last frame stands for"):
+        video = preprocess_video(clip, num_frames=4, isolate=False)
     assert numbers(video) == [0, 30, 49, 49]
     np.testing.assert_allclose(video.frame_times, [0, 1, 49 / 30, 49 / 30])
     monkeypatch.setattr(qwen2vl.media.decoding, "_ticked_frames", lambda *arguments: iter(()))
