@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,7 +11,7 @@ from PIL import Image
 
 from qwen2vl.errors import MediaError
 from qwen2vl.media.decoding import Timeline
-from qwen2vl.media.image import decode_image
+from qwen2vl.media.image import check_source_size, decode_image
 
 
 class Animation:
@@ -18,22 +20,32 @@ class Animation:
     Args:
         image: with more than one frame.
         label: its name in messages.
+        timeout: seconds for all of its frames, looked at between two of them; ``None`` for no limit.
     """
 
-    def __init__(self, image: Image.Image, label: str):
-        self._image, self._label = image, label
+    def __init__(self, image: Image.Image, label: str, timeout: float | None = None):
+        self._image, self._label, self._timeout = image, label, timeout
+        self._deadline = math.inf if timeout is None else time.monotonic() + timeout
         self._count: int = getattr(image, "n_frames", 1)
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Frame ``index`` as (H, W, 3) uint8. Raises MediaError."""
+        """Frame ``index`` as (H, W, 3) uint8.
+
+        Raises:
+            MediaError: it is damaged or too large, or the time is up.
+        """
+        if time.monotonic() > self._deadline:
+            raise MediaError(f"{self._label} was not decoded within timeout = {self._timeout:g} s")
+        label = f"frame {index} of {self._label}"
         try:
             self._image.seek(index)
         except Exception as error:  # decoders meet hostile bytes with many types of error
-            raise MediaError(f"frame {index} of {self._label} is damaged: {error}") from error
-        return decode_image(self._image, f"frame {index} of {self._label}")
+            raise MediaError(f"{label} is damaged: {error}") from error
+        check_source_size(self._image, label)  # pages may have a size each
+        return decode_image(self._image, label)
 
     def timeline(self) -> Timeline:
         """When each frame is shown, in milliseconds; a frame without a duration has one of a millisecond."""

@@ -117,13 +117,13 @@ def load_image(source: object, *, access: Access = ANYWHERE, max_source_pixels: 
         return _array_to_rgb(source)
     label = describe_source(source)
     if isinstance(source, Image.Image):
-        _check_source_size(source, label, max_source_pixels)
+        check_source_size(source, label, max_source_pixels)
         return decode_image(source, label)
     with (
         open_source(source, max_bytes=MAX_IMAGE_BYTES, access=access) as stream,
         open_image(stream, label, max_source_pixels) as image,
     ):
-        _check_source_size(image, label, max_source_pixels)
+        check_source_size(image, label, max_source_pixels)
         pixels = decode_image(image, label)
         if (count := count_frames(image)) > 1:
             warn(
@@ -186,7 +186,8 @@ def open_image(stream: BinaryIO, label: str, max_source_pixels: int = MAX_SOURCE
         raise MediaError(f"{label} is a damaged image: {error or type(error).__name__}") from error
 
 
-def _check_source_size(image: Image.Image, label: str, max_source_pixels: int) -> None:
+def check_source_size(image: Image.Image, label: str, max_source_pixels: int = MAX_SOURCE_PIXELS) -> None:
+    """Refuse a picture without pixels or with too many, by its header. Raises MediaError."""
     width, height = image.size
     if width < 1 or height < 1:
         raise MediaError(f"{label} has no pixels: height {height}, width {width}")

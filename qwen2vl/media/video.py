@@ -261,7 +261,7 @@ def preprocess_video(
     label = describe_source(source)
     with ExitStack() as stack:
         file = stack.enter_context(open_source(source, max_bytes=MAX_VIDEO_BYTES, access=access))
-        animation = _open_animation(file, label, stack)
+        animation = _open_animation(file, label, timeout, stack)
         if animation is not None and picture_format(_head(file)) == "TIFF":
             if start is not None or end is not None:
                 raise MediaError(f"start and end apply to what has times, not to the pages of {label}")
@@ -290,7 +290,7 @@ def _head(file: BinaryIO) -> bytes:
     return file.read(16)
 
 
-def _open_animation(file: BinaryIO, label: str, stack: ExitStack) -> Animation | None:
+def _open_animation(file: BinaryIO, label: str, timeout: float | None, stack: ExitStack) -> Animation | None:
     """An animated WebP or a TIFF of several pages; None for what FFmpeg is to read. Refuses single pictures."""
     format = picture_format(_head(file))
     if format is None:
@@ -298,7 +298,7 @@ def _open_animation(file: BinaryIO, label: str, stack: ExitStack) -> Animation |
     image = stack.enter_context(open_image(file, label))
     if count_frames(image) < 2:
         raise MediaError(f"{label} is a picture ({format}), not a video: give it as an image, or several in a list")
-    return Animation(image, label) if format in ("WEBP", "TIFF") else None
+    return Animation(image, label, timeout) if format in ("WEBP", "TIFF") else None
 
 
 def _from_frames(

@@ -109,6 +109,23 @@ def test_pages_given_as_a_video_are_its_frames(count):
         preprocess_video(pages, start=1.0)
 
 
+@pytest.mark.parametrize("format", ["WEBP", "TIFF"])
+def test_animations_are_held_to_the_limits_of_pictures_and_videos(format):
+    data = animated(format, 4)
+    with pytest.raises(MediaError, match="was not decoded within timeout = 1e-09 s"):
+        preprocess_video(data, timeout=1e-9)
+    for share in (0.5, 0.8):
+        with pytest.raises(MediaError, match=r"damaged|is a picture"):
+            preprocess_video(data[: int(len(data) * share)])
+
+
+def test_every_page_is_held_to_the_limit_of_pictures():
+    large = io.BytesIO()
+    Image.new("1", (56, 56)).save(large, "TIFF", save_all=True, append_images=[Image.new("1", (20000, 9000))])
+    with pytest.raises(MediaError, match=r"frame 1 of .* 20000 x 9000 pixels, more than max_source_pixels"):
+        preprocess_video(large.getvalue())
+
+
 @pytest.mark.parametrize("cut", [0.6, 0.9])
 @pytest.mark.parametrize("form", ["matroska", "webm", "avi", "mp4"])
 @pytest.mark.parametrize("isolate", [False, True])
