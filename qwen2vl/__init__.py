@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         FunctionCallError,
         GroundingError,
         MediaError,
+        MediaWarning,
         PromptError,
         Qwen2VLError,
     )
@@ -40,6 +41,7 @@ __all__ = [
     "GroundingError",
     "Inputs",
     "MediaError",
+    "MediaWarning",
     "Processor",
     "PromptError",
     "Quad",
@@ -66,6 +68,7 @@ _MODULES = {
         "FunctionCallError",
         "GroundingError",
         "MediaError",
+        "MediaWarning",
         "PromptError",
         "Qwen2VLError",
     ),

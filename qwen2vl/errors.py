@@ -9,6 +9,10 @@ class MediaError(Qwen2VLError):
     """An image or a video could not be read, or is outside what the model accepts."""
 
 
+class MediaWarning(UserWarning):
+    """An image or a video was read, but less of it than its file holds or says that it holds."""
+
+
 class PromptError(Qwen2VLError):
     """Messages are malformed, or placeholders and media do not match."""
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 
@@ -24,21 +25,27 @@ class GenerationConfig:
 
     Attributes:
         max_new_tokens: at most this many per sequence.
-        do_sample: draw from the distribution instead of taking its maximum.
-        temperature, top_k, top_p: shape the distribution in this order; ``top_k=0`` and ``top_p=1`` keep everything.
+        do_sample: draw from the distribution instead of taking its maximum; ``None`` draws where one of temperature,
+            top_k and top_p is given.
+        temperature, top_k, top_p: shape the distribution in this order; ``None`` leaves it as it is, as do
+            ``temperature=1``, ``top_k=0`` and ``top_p=1``.
         repetition_penalty: divides positive and multiplies negative scores of every id seen in prompt or answer
             (Keskar et al. 2019, section 4.1).
         seed: row b of a batch draws with ``seed + b``; ``None`` takes a fresh one. A row's draws do not depend on the
-            rest of its batch.
-        stop: texts at which a sequence ends; they are not part of the result.
+            rest of its batch. It does not ask for draws by itself.
+        stop: texts at which a sequence ends; they are not part of the result. One may be a control token, such as
+            ``"<|object_ref_end|>"``, which a text leaves out and an answer may hold.
         eos_token_ids: ids at which a sequence ends; empty takes the checkpoint's.
+
+    Raises:
+        ValueError: a value is out of range, or ``do_sample=False`` stands beside a setting that shapes draws.
     """
 
     max_new_tokens: int = 128
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
@@ -51,35 +58,78 @@ class GenerationConfig:
                 isinstance(self.max_new_tokens, int) and self.max_new_tokens >= 1,
                 "an integer >= 1",
             ),
-            ("temperature", _number(self.temperature) and self.temperature > 0, "> 0 (do_sample=False is greedy)"),
-            ("top_k", isinstance(self.top_k, int) and self.top_k >= 0, "an integer >= 0"),
-            ("top_p", _number(self.top_p) and 0 < self.top_p <= 1, "in (0, 1]"),
+            ("do_sample", self.do_sample is None or isinstance(self.do_sample, bool), "True, False or None"),
+            ("temperature", _unsaid_or_number(self.temperature, 0, math.inf), "> 0 (do_sample=False is greedy)"),
+            ("top_k", self.top_k is None or (isinstance(self.top_k, int) and self.top_k >= 0), "an integer >= 0"),
+            ("top_p", _unsaid_or_number(self.top_p, 0, 1), "in (0, 1]"),
             ("repetition_penalty", _number(self.repetition_penalty) and self.repetition_penalty > 0, "> 0"),
-            ("stop", not isinstance(self.stop, str) and all(self.stop), "a sequence of non-empty strings"),
+            ("stop", _non_empty_strings(self.stop), "a sequence of non-empty strings"),
         )
         for name, ok, want in checks:
             if not ok:
                 raise ValueError(f"{name} must be {want}, got {getattr(self, name)!r}")
+        if self.do_sample is False:
+            for name, neutral in _SHAPING.items():
+                if getattr(self, name) not in (None, neutral):
+                    raise ValueError(
+                        f"{name} must be left out with do_sample=False, which takes the likeliest token, "
+                        f"got {getattr(self, name)!r}"
+                    )
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn."""
+        if self.do_sample is None:
+            return any(getattr(self, name) is not None for name in _SHAPING)
+        return self.do_sample
 
     @classmethod
     def from_model(cls, model: Qwen2VL, **overrides: Any) -> GenerationConfig:
-        """The checkpoint's generation_config.json with ``overrides`` on top.
+        """The checkpoint's generation_config.json with ``overrides`` on top, of which those that are None count as left
+        out.
+
+        Any one of temperature, top_k and top_p replaces all three of the checkpoint's and draws: released checkpoints
+        come with ``top_k=1``, under which a temperature would change nothing. What the file holds beside
+        ``"do_sample": false`` waits for an override ``do_sample=True``.
 
         Raises :class:`CheckpointError` when the file holds values that mean nothing.
         """
         known = {f.name for f in fields(cls)} - {"stop", "seed", "eos_token_ids"}
-        values = {k: v for k, v in model.generation_defaults.items() if k in known and v is not None}
-        if values.get("temperature") == 0:  # some writers' way of saying greedy
-            values |= {"do_sample": False, "temperature": 1.0}
+        stated = {k: v for k, v in model.generation_defaults.items() if k in known and v is not None}
+        if stated.get("temperature") == 0:  # some writers' way of saying greedy
+            del stated["temperature"]
+            stated["do_sample"] = False
+        stated.setdefault("do_sample", False)
         try:
-            stated = cls(**values)
+            cls(**{name: value for name, value in stated.items() if name != "do_sample"})
+            cls(do_sample=stated["do_sample"])
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"generation_config.json: {error}") from error
-        return replace(stated, **overrides)
+        given = {name: value for name, value in overrides.items() if value is not None}
+        shaped = not _SHAPING.keys().isdisjoint(given)
+        if shaped:
+            del stated["do_sample"]
+        if shaped or not given.get("do_sample", stated["do_sample"]):
+            stated = {name: value for name, value in stated.items() if name not in _SHAPING}
+        return cls(**stated | given)
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+# What shapes a draw, each with the value that leaves the distribution as it is.
+_SHAPING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+
+
+def _number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _non_empty_strings(values: object) -> bool:
+    return (
+        isinstance(values, Sequence) and not isinstance(values, str) and all(isinstance(v, str) and v for v in values)
+    )
+
+
+def _unsaid_or_number(value: object, above: float, most: float) -> bool:
+    return value is None or (_number(value) and above < value <= most)
 
 
 @dataclass(frozen=True)
@@ -87,8 +137,9 @@ class GenerationResult:
     """What :func:`generate` made, a list entry per sequence.
 
     ``sequences``: new ids, without the id that ended them. ``texts``: decoded, empty without a tokenizer.
-    ``finish_reasons``: ``"stop"`` (an end id), ``"stop_string"`` or ``"length"``. ``timings`` in seconds:
-    ``vision``, ``prefill``, ``decode``, and ``decode_steps``, the number of steps after the first token.
+    ``finish_reasons``: ``"stop"`` (an end id), ``"stop_string"`` (its text, or its control token) or ``"length"``.
+    ``timings`` in seconds: ``vision``, ``prefill``, ``decode``, and ``decode_steps``, the number of steps after the
+    first token.
     """
 
     sequences: list[list[int]]
@@ -109,10 +160,13 @@ class _Row:
     shown: int = 0
     reason: str = ""
 
-    def push(self, token: int, ends: frozenset[int], budget: int) -> str:
-        """Take a token; returns the text that is now certain to be part of the answer."""
+    def push(self, token: int, ends: Mapping[int, str], budget: int) -> str:
+        """Take a token; returns the text that is now certain to be part of the answer.
+
+        ``ends``: ids that end the sequence, each with the reason that is then given.
+        """
         if token in ends:
-            self.reason = "stop"
+            self.reason = ends[token]
         else:
             self.ids.append(token)
             if self.decoder is not None:
@@ -159,6 +213,8 @@ class _Run:
         self.rows = [_Row(tokenizer and tokenizer.stream_decoder(), config.stop) for _ in self.prompt_tokens]
         self.timings: dict[str, float] = {"vision": 0.0, "prefill": 0.0, "decode": 0.0, "decode_steps": 0}
         self.ends = _end_ids(model, config)
+        if tokenizer is not None:
+            self.ends = _stop_ids(tokenizer, config.stop) | self.ends
         self.choose = _Chooser(model, inputs, config)
 
     # inference_mode is entered around each forward and not around a yield: it is a state of the thread, and must not
@@ -218,7 +274,7 @@ class _Chooser:
             self.seen = torch.zeros((ids.shape[0], c.text.vocab_size), dtype=torch.int64, device=model.device)
             self.seen.scatter_add_(1, ids.long(), real.long())
         self.generators: list[torch.Generator] = []
-        if config.do_sample:
+        if config.samples:
             # The seed is drawn from PyTorch's generator, so that torch.manual_seed repeats an answer and nothing is
             # reseeded.
             seed = int(torch.randint(2**63 - 1, ())) if config.seed is None else config.seed
@@ -228,7 +284,7 @@ class _Chooser:
     def __call__(self, logits: torch.Tensor) -> list[int]:
         """``(B, vocab)`` to B ids."""
         scores = self.scores(logits)
-        if self.config.do_sample:
+        if self.config.samples:
             rows = zip(self.probabilities(scores), self.generators, strict=True)
             tokens = torch.cat([torch.multinomial(p, 1, generator=g) for p, g in rows])
         else:
@@ -248,12 +304,13 @@ class _Chooser:
     def probabilities(self, scores: torch.Tensor) -> torch.Tensor:
         """``(B, vocab)``, what a draw falls by: temperature, top_k and top_p; ``torch.multinomial`` normalises."""
         config = self.config
-        scores = scores / config.temperature
+        if config.temperature is not None:
+            scores = scores / config.temperature
         if config.top_k:
             kth = scores.topk(min(config.top_k, scores.shape[-1]), -1).values[:, -1:]
             scores = scores.masked_fill(scores < kth, float("-inf"))
         probabilities = scores.softmax(-1)
-        if config.top_p < 1:
+        if config.top_p is not None and config.top_p < 1:
             ordered, order = probabilities.sort(-1, descending=True)
             # Keep the smallest set that reaches top_p: drop what begins after it is reached.
             beyond = ordered.cumsum(-1) - ordered >= config.top_p
@@ -322,10 +379,25 @@ def check_context(model: Qwen2VL, prompt_tokens: Sequence[int], max_new_tokens: 
         )
 
 
-def _end_ids(model: Qwen2VL, config: GenerationConfig) -> frozenset[int]:
-    if config.eos_token_ids:
-        return frozenset(config.eos_token_ids)
-    stated = model.generation_defaults.get("eos_token_id")
-    if stated is None:
-        return frozenset((model.config.eos_token_id, model.config.bos_token_id))
-    return frozenset(stated if isinstance(stated, list) else [stated])
+def _end_ids(model: Qwen2VL, config: GenerationConfig) -> dict[int, str]:
+    ends = config.eos_token_ids
+    if not ends:
+        stated = model.generation_defaults.get("eos_token_id")
+        if stated is None:
+            stated = [model.config.eos_token_id, model.config.bos_token_id]
+        ends = stated if isinstance(stated, list) else [stated]
+    return dict.fromkeys(ends, "stop")
+
+
+def _stop_ids(tokenizer: Tokenizer, stop: Sequence[str]) -> dict[int, str]:
+    """The ids of those stop strings that are control tokens: a text does not show them, so they end a row by id.
+
+    Raises :class:`PromptError` for one that has text beside a control token, which would never be found.
+    """
+    for text in stop:
+        held = [name for name in tokenizer.special_ids if name in text]
+        if held and text not in held:
+            raise PromptError(
+                f"stop: wants control tokens by themselves, as texts leave them out, got {text!r} with {held[0]}"
+            )
+    return {tokenizer.special_ids[text]: "stop_string" for text in stop if text in tokenizer.special_ids}

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..config import MAX_PIXELS, MIN_PIXELS
 from ..errors import GroundingError
-from ..media.image import smart_resize
+from ..media.image import load_image, smart_resize
 from ..prompt.tokenizer import GROUNDING_TOKENS
 
 SCALE = 1000  # coordinates are in [0, SCALE)
@@ -339,13 +339,19 @@ def from_qwen25(entries: Iterable[Mapping[str, Any]], height: int, width: int, *
 _COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")
 
 
-def draw_grounding(image: Image.Image, items: Iterable[Grounded], *, width: int | None = None) -> Image.Image:
-    """A copy of the image, as RGB, with every place outlined and its phrase beside it, a colour for each item.
+def draw_grounding(image: object, items: Iterable[Grounded], *, width: int | None = None) -> Image.Image:
+    """A copy of the image with every place outlined and its phrase beside it, a colour for each item.
+
+    It is drawn on the pixels that the model sees before they are resized: upright, 8-bit RGB, transparency over white.
 
     Args:
+        image: anything that `qwen2vl.media.image.load_image` takes: a PIL image, an array, a path, bytes.
         width: of the lines, in pixels; default: by the image's size.
+
+    Raises:
+        MediaError: the image cannot be read.
     """
-    drawn = image.convert("RGB")
+    drawn = Image.fromarray(load_image(image))
     draw = ImageDraw.Draw(drawn)
     side = min(drawn.size)
     line, font = width or max(1, side // 200), ImageFont.load_default(max(10, side // 30))

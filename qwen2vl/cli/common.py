@@ -249,23 +249,20 @@ def generation_config(
     repetition_penalty: float | None,
     stop: list[str] | None,
 ) -> GenerationConfig:
-    """The checkpoint's generation_config.json under the options given.
+    """The checkpoint's generation_config.json under the options given, see `GenerationConfig.from_model`.
 
-    Any one of --temperature, --top-p and --top-k replaces all three of the checkpoint's: released ones come
-    with top_k 1, under which a temperature would change nothing.
+    A temperature of 0 takes the likeliest token, of which there is one whatever top_p and top_k keep.
     """
     from ..generation import GenerationConfig
 
     given: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed, "stop": tuple(stop or ())}
     if not all(given["stop"]):
         raise typer.BadParameter("must not be empty", param_hint="--stop")
-    if repetition_penalty is not None:
-        given["repetition_penalty"] = repetition_penalty
-    if not (temperature is None and top_p is None and top_k is None):
-        given["do_sample"] = temperature != 0
-        given["temperature"] = temperature or 1.0
-        given["top_p"] = 1.0 if top_p is None else top_p
-        given["top_k"] = top_k or 0
+    given["repetition_penalty"] = repetition_penalty
+    if temperature == 0:
+        given["do_sample"] = False
+    else:
+        given |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     try:
         return GenerationConfig.from_model(model, **given)
     except (ValueError, TypeError) as error:  # every option is in range by now

@@ -139,12 +139,15 @@ class ChatModel:
         wanted = int(arguments.get("max_new_tokens") or self.max_new_tokens)
         temperature = arguments.get("temperature") or 0.0
         samples = bool(arguments.get("do_sample", temperature > 0)) and temperature > 0
+        settings = {
+            "temperature": float(temperature),
+            "top_p": float(arguments.get("top_p") or 1.0),
+            "top_k": int(arguments.get("top_k") or 0),
+        }
         return GenerationConfig(
             max_new_tokens=max(1, min(wanted, room)),  # a prompt that leaves none is refused when it is answered
             do_sample=samples,
-            temperature=float(temperature) if samples else 1.0,
-            top_p=float(arguments.get("top_p") or 1.0) if samples else 1.0,
-            top_k=int(arguments.get("top_k") or 0) if samples else 0,
+            **(settings if samples else {}),
             stop=tuple(text for text in until if text and text != "\n\n"),
         )
 

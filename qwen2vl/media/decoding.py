@@ -6,6 +6,7 @@ all, because the decoding process must start quickly.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -38,7 +39,8 @@ class Timeline:
     """When each frame of a video is shown.
 
     Attributes:
-        ticks: (frames,) int64, increasing: presentation timestamps, or frame numbers where the file has none.
+        ticks: (frames,) int64, increasing: presentation timestamps, or frame numbers where the file has none, or has
+            some that begin anew.
         origin: tick of the file's first frame.
         unit: seconds per tick.
         declared_rate: frames per second that the file claims, 0.0 if none.
@@ -146,12 +148,14 @@ def _reading(items: Iterable[Any], label: str) -> Iterator[Any]:
 def read_timeline(file: BinaryIO, label: str) -> Timeline:
     """Read all packets without decoding them: containers often report a wrong number of frames, or none.
 
+    Where timestamps begin anew, as in files that were joined byte by byte, frames count in the order of decoding.
+
     Raises:
         MediaError: not a supported video, no video stream, damaged, no frames, or more than
             MAX_SOURCE_FRAMES.
     """
     with _open_video(file, label) as (container, stream):
-        stamps, count = array("q"), 0
+        stamps, count, last, restarts = array("q"), 0, -math.inf, False
         for packet in _reading(container.demux(stream), label):
             if packet.size == 0 or packet.is_discard:
                 continue
@@ -160,15 +164,18 @@ def read_timeline(file: BinaryIO, label: str) -> Timeline:
                 raise MediaError(f"{label} has more than the limit of {MAX_SOURCE_FRAMES} frames")
             if packet.pts is not None:
                 stamps.append(packet.pts)
+            if packet.dts is not None:
+                restarts, last = restarts or packet.dts < last, packet.dts
         if count == 0:
             raise MediaError(f"{label} holds no video frames")
         rate = float(stream.average_rate or stream.guessed_rate or 0)
         # AVI stores a rate and no times; FFmpeg numbers its packets in coded order, wrong with B-frames.
-        if len(stamps) == count and container.format.name != "avi":
+        if len(stamps) == count and not restarts and container.format.name != "avi":
             ticks = np.unique(np.frombuffer(stamps, np.int64))
             return Timeline(ticks, int(ticks[0]), float(stream.time_base), rate, numbered=False)
         if rate == 0:
-            raise MediaError(f"{label} reports neither timestamps nor a frame rate")
+            missing = "timestamps that begin anew, and no" if restarts else "neither timestamps nor a"
+            raise MediaError(f"{label} reports {missing} frame rate")
         return Timeline(np.arange(count), 0, 1 / rate, rate, numbered=True)
 
 

@@ -23,7 +23,8 @@ from PIL import Image
 
 import qwen2vl_kernels
 from qwen2vl.config import MAX_PIXELS, MIN_PIXELS
-from qwen2vl.errors import MediaError
+from qwen2vl.errors import MediaError, MediaWarning
+from qwen2vl.media.kinds import video_container
 from qwen2vl.media.options import (
     ANYWHERE,
     DEFAULTS,
@@ -33,7 +34,8 @@ from qwen2vl.media.options import (
     PatchShape,
     check_positive_int,
 )
-from qwen2vl.media.sources import describe_source, open_source
+from qwen2vl.media.png import without_metadata
+from qwen2vl.media.sources import describe_source, open_source, unwrap_source
 from qwen2vl_kernels import image_to_patches
 
 MAX_SOURCE_PIXELS = 178_956_970  # where Pillow, too, calls an image a decompression bomb
@@ -52,7 +54,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_warnings_lock = threading.Lock()
+_warnings_lock = threading.RLock()
 # Pillow has errors of its own about damaged files: its log lines go where a program sends them, or nowhere.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
@@ -96,8 +98,9 @@ def load_image(source: object, *, access: Access = ANYWHERE, max_source_pixels: 
 
     Args:
         source: path, ``file://`` URL, http(s) URL, base64 ``data:`` URI, bytes, binary file object, PIL image, or an
-            array of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) and dtype uint8 or uint16. Files may be PNG,
-            JPEG, WebP, GIF, BMP, TIFF, PPM or AVIF; the first of several frames or pages is taken.
+            array of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) and dtype uint8 or uint16; or a dict
+            ``{"bytes": ..., "path": ...}`` of one of them, as datasets hold. Files may be PNG, JPEG, WebP, GIF, BMP,
+            TIFF, PPM or AVIF; the first of several frames or pages is taken, with a MediaWarning.
         access: which files and URLs may be opened.
         max_source_pixels: larger images are refused from their header, before any pixel is decoded.
 
@@ -109,18 +112,41 @@ def load_image(source: object, *, access: Access = ANYWHERE, max_source_pixels: 
         MediaError: the source is forbidden, cannot be read or decoded, is too large, or has an unsupported type, shape
             or dtype.
     """
+    source = unwrap_source(source)
     if isinstance(source, np.ndarray):
         return _array_to_rgb(source)
     label = describe_source(source)
     if isinstance(source, Image.Image):
-        _check_source_size(source, label, max_source_pixels)
-        return _decode(source, label)
+        check_source_size(source, label, max_source_pixels)
+        return decode_image(source, label)
     with (
         open_source(source, max_bytes=MAX_IMAGE_BYTES, access=access) as stream,
-        _open_image(stream, label, max_source_pixels) as image,
+        open_image(stream, label, max_source_pixels) as image,
     ):
-        _check_source_size(image, label, max_source_pixels)
-        return _decode(image, label)
+        check_source_size(image, label, max_source_pixels)
+        pixels = decode_image(image, label)
+        if (count := count_frames(image)) > 1:
+            warn(
+                f"{label} holds {count} frames or pages, of which the first is read: give it as a video for all of them"
+            )
+        return pixels
+
+
+def warn(message: str) -> None:
+    """Give a MediaWarning, which no other thread silences meanwhile."""
+    with _warnings_lock:
+        warnings.warn(message, MediaWarning, stacklevel=3)
+
+
+def count_frames(image: Image.Image) -> int:
+    """The frames or pages of an open file; 1 for a photo, whatever previews a camera put beside it."""
+    if image.format == "MPO":
+        return 1
+    try:
+        with _without_warnings():
+            return getattr(image, "n_frames", 1)
+    except Exception:  # what lies behind the first frame may be damaged in many ways, and is not read
+        return 1
 
 
 @contextlib.contextmanager
@@ -134,7 +160,8 @@ def _without_warnings() -> Iterator[None]:
         yield
 
 
-def _open_image(stream: BinaryIO, label: str, max_source_pixels: int) -> Image.Image:
+def open_image(stream: BinaryIO, label: str, max_source_pixels: int = MAX_SOURCE_PIXELS) -> Image.Image:
+    """An image file whose header is read. Raises MediaError."""
     size = stream.seek(0, os.SEEK_END)
     stream.seek(0)
     if size > MAX_IMAGE_BYTES:
@@ -142,19 +169,25 @@ def _open_image(stream: BinaryIO, label: str, max_source_pixels: int) -> Image.I
     Image.init()
     formats = [name for name in _FORMATS if name in Image.OPEN]
     try:
+        file = without_metadata(stream)
         with _without_warnings():
-            return Image.open(stream, formats=formats)
+            return Image.open(file, formats=formats)
     except Image.DecompressionBombError as error:
         raise MediaError(
             f"{label} was refused from its header, max_source_pixels is {max_source_pixels}: {error}"
         ) from error
     except Image.UnidentifiedImageError as error:
+        stream.seek(0)
+        container = video_container(stream.read(200))
+        if container is not None:
+            raise MediaError(f"{label} is a video ({container}), not an image: give it as a video") from error
         raise MediaError(f"{label} is not an image in a supported format ({', '.join(_FORMATS)})") from error
     except Exception as error:  # decoders meet hostile bytes with many types of error
         raise MediaError(f"{label} is a damaged image: {error or type(error).__name__}") from error
 
 
-def _check_source_size(image: Image.Image, label: str, max_source_pixels: int) -> None:
+def check_source_size(image: Image.Image, label: str, max_source_pixels: int = MAX_SOURCE_PIXELS) -> None:
+    """Refuse a picture without pixels or with too many, by its header. Raises MediaError."""
     width, height = image.size
     if width < 1 or height < 1:
         raise MediaError(f"{label} has no pixels: height {height}, width {width}")
@@ -165,11 +198,11 @@ def _check_source_size(image: Image.Image, label: str, max_source_pixels: int) -
         )
 
 
-def _decode(image: Image.Image, label: str) -> np.ndarray:
+def decode_image(image: Image.Image, label: str) -> np.ndarray:
+    """The current frame of an open file as ``load_image`` returns it. Raises MediaError."""
     try:
         image.load()
-        with _without_warnings():  # after load: PNG may carry EXIF behind its pixels
-            orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+        orientation = _orientation(image)  # after load: PNG may carry EXIF behind its pixels
         upright = _to_rgb(image, label)
         if orientation in _UPRIGHT:
             upright = upright.transpose(_UPRIGHT[orientation])
@@ -178,6 +211,15 @@ def _decode(image: Image.Image, label: str) -> np.ndarray:
         raise
     except Exception as error:  # decoders meet hostile bytes with many types of error
         raise MediaError(f"{label} is a damaged image: {error or type(error).__name__}") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1 where there is none or its metadata is no EXIF."""
+    try:
+        with _without_warnings():
+            return image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # Pillow reads it in many ways, and meets damage with as many types of error
+        return 1
 
 
 def _to_rgb(image: Image.Image, label: str) -> Image.Image:

@@ -20,7 +20,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
@@ -51,9 +51,29 @@ def describe_source(source: object) -> str:
     if hasattr(source, "read"):
         name = getattr(source, "name", None)
         return f"file object {name!r}" if isinstance(name, str) else f"file object of type {type(source).__name__}"
+    if isinstance(source, Mapping):
+        return f"dict with {', '.join(map(repr, source)) or 'no keys'}"
     if isinstance(source, Image.Image):
         return f"{type(source).__name__} (mode {source.mode}, size {source.width} x {source.height})"
     return f"object of type {type(source).__name__}"
+
+
+def unwrap_source(source: object) -> object:
+    """What ``{"bytes": ..., "path": ...}`` stands for, the form in which Hugging Face's datasets hold a file: its bytes
+    where there are some, else its path. Anything else is returned as it is.
+
+    Raises:
+        MediaError: other keys, or a value of another type.
+    """
+    if not isinstance(source, Mapping):
+        return source
+    given = {key: value for key, value in source.items() if value is not None}
+    if not given or not given.keys() <= {"bytes", "path"}:
+        raise MediaError(f"{describe_source(source)}: wants 'bytes', 'path' or both, and nothing else")
+    name, wanted = ("bytes", (bytes, bytearray, memoryview)) if "bytes" in given else ("path", (str, os.PathLike))
+    if not isinstance(given[name], wanted):
+        raise MediaError(f"{describe_source(source)}: {name!r} holds a {type(given[name]).__name__}")
+    return given[name]
 
 
 @contextlib.contextmanager
@@ -62,8 +82,8 @@ def open_source(source: object, *, max_bytes: int, access: Access = ANYWHERE) ->
 
     Args:
         source: path (``str`` or ``os.PathLike``), ``file://`` URL, base64 ``data:`` URI, ``bytes``, ``bytearray``,
-            ``memoryview`` or binary file object (read from where it stands, left open), or an ``http://`` or
-            ``https://`` URL.
+            ``memoryview`` or binary file object (read from where it stands, left open), an ``http://`` or
+            ``https://`` URL, or one of these as ``unwrap_source`` takes it.
         max_bytes: the most bytes read from a network or from a stream that has to be copied.
         access: which of these may be opened. File objects are taken in any case: the program opened them.
 
@@ -71,6 +91,7 @@ def open_source(source: object, *, max_bytes: int, access: Access = ANYWHERE) ->
         MediaError: the source is missing, unreadable, malformed, empty, too large, of a type that is none of the above,
             or is one that ``access`` forbids.
     """
+    source = unwrap_source(source)
     label = describe_source(source)
     with contextlib.ExitStack() as stack:
         if isinstance(source, (bytes, bytearray, memoryview)):
@@ -133,24 +154,53 @@ def _open_path(path: str | os.PathLike[str], label: str) -> BinaryIO:
 
 
 def _file_url_path(url: str, label: str) -> str:
-    parts = urllib.parse.urlsplit(url)
-    if parts.netloc not in ("", "localhost"):
-        raise MediaError(f"{label}: a file URL must name this machine, got host {parts.netloc!r}")
-    # A "?" or "#" in a file's name has to be escaped in a URL, so what follows one that is not belongs to no path.
-    return urllib.request.url2pathname(parts.path)
+    # By hand: urllib.parse drops tabs and line ends, and with them names another file.
+    host, slash, path = url.partition("://")[2].partition("/")
+    if host.lower() not in ("", "localhost"):
+        raise MediaError(f"{label}: a file URL must name this machine, got host {host!r}")
+    # A "#" or "?" begins what belongs to no path. Whoever leaves it as it is means a file of that name: the file with
+    # the shorter name would be another one.
+    for mark in "#?":
+        if mark in path:
+            raise MediaError(
+                f"{label}: a {mark!r} in the name of a file is written {urllib.parse.quote(mark)} in a URL"
+            )
+    return urllib.request.url2pathname(slash + path)
+
+
+def data_uri_frames(source: object) -> list[bytes] | None:
+    """The frames of ``data:video/jpeg;base64,F1,F2,...``, as clients of servers write a clip of JPEG pictures, or None
+    for any other source.
+
+    Raises:
+        MediaError: it is not base64, or a frame is malformed or empty.
+    """
+    if not isinstance(source, str) or not re.match("data:video/jpeg[;,]", source[:16], re.IGNORECASE):
+        return None
+    label = describe_source(source)
+    frames = _data_uri_payload(source, label).split(",")
+    return [_decode_base64(frame, f"frame {n} of {label}") for n, frame in enumerate(frames)]
 
 
 def _decode_data_uri(uri: str, label: str) -> bytes:
+    return _decode_base64(_data_uri_payload(uri, label), label)
+
+
+def _data_uri_payload(uri: str, label: str) -> str:
     header, comma, payload = uri[5:].partition(",")
     if not comma:
         raise MediaError(f"{label} has no comma between its header and its data")
     if header.split(";")[-1].strip().lower() != "base64":
         raise MediaError(f"{label} is not base64: want data:<type>;base64,<data>")
-    text = "".join(urllib.parse.unquote(payload).split())
+    return "".join(urllib.parse.unquote(payload).split())
+
+
+def _decode_base64(text: str, label: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise MediaError(f"{label} holds malformed base64: {error}") from error
+        hint = "; frames joined by commas are taken as data:video/jpeg" if "," in text else ""
+        raise MediaError(f"{label} holds malformed base64: {error}{hint}") from error
 
 
 def _from_file_object(source: Any, label: str, max_bytes: int, stack: contextlib.ExitStack) -> IO[bytes]:

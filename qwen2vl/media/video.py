@@ -8,17 +8,20 @@ written straight into the result. Memory is bounded by the result, not by the le
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from qwen2vl.errors import MediaError
+from qwen2vl.media.animation import Animation
 from qwen2vl.media.decoding import kept_frames, read_timeline
-from qwen2vl.media.image import PatchBuffer, load_image, smart_resize
+from qwen2vl.media.image import PatchBuffer, count_frames, load_image, open_image, smart_resize, warn
+from qwen2vl.media.kinds import picture_format, stated_size
 from qwen2vl.media.options import (
     ANYWHERE,
     DEFAULTS,
@@ -30,10 +33,11 @@ from qwen2vl.media.options import (
     check_positive_int,
 )
 from qwen2vl.media.process import Decoder
-from qwen2vl.media.sources import describe_source, open_source
+from qwen2vl.media.sources import data_uri_frames, describe_source, open_source, unwrap_source
 
 DECODE_TIMEOUT = 600.0  # seconds
 MAX_VIDEO_BYTES = 4 << 30  # for what has to be downloaded or copied; a file on disk may be larger
+_LATE = 1e-3  # seconds that a frame's time may differ from the one that was asked for, by rounding
 Progress = Callable[[int, int], object]
 
 
@@ -206,9 +210,11 @@ def preprocess_video(
 
     Args:
         source: path, ``file://`` URL, http(s) URL, base64 ``data:`` URI, bytes or binary file object of a video (MP4,
-            MOV, Matroska, WebM, AVI, GIF, MPEG-TS and others that FFmpeg reads); or the frames: a list or tuple of
-            anything that ``load_image`` takes, or an array (T, H, W, C). Given frames are all kept, unless
-            ``num_frames`` asks for fewer, and are taken to be ``fps`` a second.
+            MOV, Matroska, WebM, AVI, GIF, MPEG-TS and others that FFmpeg reads; animated WebP), or a dict ``{"bytes":
+            ..., "path": ...}`` of one of them; or the frames: a list or tuple of anything that ``load_image`` takes, an
+            array (T, H, W, C), a TIFF of several pages, or ``data:video/jpeg;base64,F1,F2`` of JPEG pictures joined by
+            commas. Given frames are all kept, unless ``num_frames`` asks for fewer, and are taken to be ``fps`` a
+            second.
         options: which frames are kept, see ``frame_count``, and at which size, see ``frame_size``.
         start, end: seconds from the first frame of a file; frames within, ends included, are sampled.
         resized_height, resized_width: ask for this frame size instead of the source's own (give both).
@@ -222,7 +228,8 @@ def preprocess_video(
 
     Frames of a file with even timestamps are chosen by number (``frame_indices``); where the rate varies, the
     frames on screen at evenly spaced times are. Should a file decode to fewer frames than it holds, its last
-    frame stands for the missing ones, and ``frame_times`` says so.
+    frame stands for the missing ones, and ``frame_times`` and a MediaWarning say so; a file that is shorter than it
+    says gives a MediaWarning, too.
 
     Raises:
         MediaError: the source is forbidden, unreadable, damaged, without video or too large; an argument is out of
@@ -243,6 +250,8 @@ def preprocess_video(
     if stop <= begin:
         raise MediaError(f"end must be after start, got start {begin:g} s and end {stop:g} s")
 
+    source = unwrap_source(source)
+    source = data_uri_frames(source) or source
     if isinstance(source, (list, tuple)) or (isinstance(source, np.ndarray) and source.ndim == 4):
         if start is not None or end is not None:
             raise MediaError("start and end apply to video files, not to a list of frames")
@@ -250,10 +259,16 @@ def preprocess_video(
     if isinstance(source, (np.ndarray, Image.Image)):
         raise MediaError(f"{describe_source(source)} is one image: give a video or a list of frames")
     label = describe_source(source)
-    with (
-        open_source(source, max_bytes=MAX_VIDEO_BYTES, access=access) as file,
-        Decoder(file, label, timeout) if isolate else nullcontext() as decoder,
-    ):
+    with ExitStack() as stack:
+        file = stack.enter_context(open_source(source, max_bytes=MAX_VIDEO_BYTES, access=access))
+        animation = _open_animation(file, label, timeout, stack)
+        if animation is not None and picture_format(_head(file)) == "TIFF":
+            if start is not None or end is not None:
+                raise MediaError(f"start and end apply to what has times, not to the pages of {label}")
+            return _from_frames(animation, options, shape, resized, progress, access)
+        # Looked at before a decoding process shares the file's position.
+        stated, size = stated_size(file), file.seek(0, os.SEEK_END)
+        decoder = animation or (stack.enter_context(Decoder(file, label, timeout)) if isolate else None)
         timeline = decoder.timeline() if decoder else read_timeline(file, label)
         timeline = timeline.between(begin, stop, label)
         count = frame_count(len(timeline.ticks), timeline.rate or 1.0, options)
@@ -262,11 +277,32 @@ def preprocess_video(
         frames = decoder.kept_frames(wanted) if decoder else kept_frames(file, label, timeline, wanted)
         for slots, frame, seconds in frames:
             writer.put(slots, frame, seconds)
-        return writer.finish(timeline.duration, timeline.rate)
+    seen, last = writer.times[-1], float(timeline.seconds(wanted[-1]))
+    if stated is not None and size < stated:
+        warn(f"{label} ends early: it has {size} of the {stated} bytes that it names, and is seen up to {seen:.3f} s")
+    elif seen < last - _LATE:
+        warn(f"{label} decodes up to {seen:.3f} s only, of {last:.3f} s: its last frame stands for those behind it")
+    return writer.finish(timeline.duration, timeline.rate)
+
+
+def _head(file: BinaryIO) -> bytes:
+    file.seek(0)
+    return file.read(16)
+
+
+def _open_animation(file: BinaryIO, label: str, timeout: float | None, stack: ExitStack) -> Animation | None:
+    """An animated WebP or a TIFF of several pages; None for what FFmpeg is to read. Refuses single pictures."""
+    format = picture_format(_head(file))
+    if format is None:
+        return None
+    image = stack.enter_context(open_image(file, label))
+    if count_frames(image) < 2:
+        raise MediaError(f"{label} is a picture ({format}), not a video: give it as an image, or several in a list")
+    return Animation(image, label, timeout) if format in ("WEBP", "TIFF") else None
 
 
 def _from_frames(
-    frames: Sequence[object] | np.ndarray,
+    frames: Sequence[object] | np.ndarray | Animation,
     options: MediaOptions,
     shape: PatchShape,
     resized: tuple[int, int] | None,

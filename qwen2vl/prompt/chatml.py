@@ -99,7 +99,9 @@ def render(
             or "path", and `{"type": "image_url", "image_url": source or {"url": source, "detail": "auto", "high" or
             "low"}}`, where "low" allows at most `LOW_DETAIL_PIXELS`; a video is the same with "video". Images and
             videos take options beside their source, see `IMAGE_OPTIONS` and `VIDEO_OPTIONS`. A key whose value is
-            None counts as left out. An item, and a whole message, takes `"loss": False`, see `render_spans`.
+            None counts as left out. An item, and a whole message, takes `"loss": False`, see `render_spans`. A text
+            takes `"grounding": True`, with which its grounding markers are control tokens whoever's turn it is in:
+            `{"type": "text", "text": "Find <|object_ref_start|>the cat<|object_ref_end|>.", "grounding": True}`.
         add_generation_prompt: end with the opening of an assistant turn.
         continue_final_message: leave the last message, which must be an assistant's, open for the model to go on with;
             nothing is opened behind it, whatever add_generation_prompt says.
@@ -111,7 +113,8 @@ def render(
     Returns:
         Segments in order. Neighbouring text is joined, so that it is tokenised as one, but for items with
         `"loss": False`. Text never stands for a control token; only in what an assistant wrote do the `markers`,
-        which the model itself writes, keep their meaning.
+        which the model itself writes, keep their meaning, and in text that asks for it the grounding markers
+        (`GROUNDING_TOKENS`).
 
     Raises:
         PromptError: naming the place, what it holds and what it wants.
@@ -144,7 +147,8 @@ def render_spans(
 
     - messages with `"loss": False` of any role;
     - items with `"loss": False` of an assistant's turn: what its runtime inserted, such as the result of a function
-      call. Their text comes from elsewhere and is ordinary text all through, markers included.
+      call. Their text comes from elsewhere and is ordinary text all through, markers included, but for the grounding
+      markers where it says `"grounding": True`.
 
     An assistant's text is tokenised apart from the `assistant NEWLINE` before it, as it is where a model generates.
 
@@ -210,7 +214,9 @@ def _part_pieces(part: Part, written: bool, taught: bool, markers: Sequence[str]
         segments: list[Segment] = [Control(VISION_START), part.item, Control(VISION_END)]
         taught = False
     else:
-        segments = _split_markers(part.item.text, markers) if written and part.loss else [part.item]
+        # Text that asks for it, in any turn, has the grounding markers alone.
+        own = markers if written and part.loss else GROUNDING_TOKENS if part.grounding else ()
+        segments = _split_markers(part.item.text, own)
         taught = taught and part.loss
     for segment in segments:
         yield _Piece(segment, taught, inserted)

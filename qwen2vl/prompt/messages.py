@@ -52,10 +52,12 @@ class Part:
 
     Attributes:
         loss: False where the item says `"loss": False`: in an assistant's turn, what its runtime put there.
+        grounding: True where a text says `"grounding": True`: its grounding markers are control tokens.
     """
 
     item: Text | Media
     loss: bool = True
+    grounding: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,19 +94,21 @@ def read_content(content: object, where: str = "content") -> list[Part]:
 def _read_message(message: object, where: str) -> Message:
     if not isinstance(message, Mapping):
         raise PromptError(f'{where}: wants a dict with "role" and "content", got {type(message).__name__}')
-    _refuse_unknown_keys(message, ("role", "content", "loss"), "a message", where)
+    _refuse_unknown_keys(_given(message), ("role", "content", "loss"), "a message", where)
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise PromptError(f"{where}.role: wants one of {_quoted(ROLES)}, got {role!r}")
-    loss = _read_loss(message, where)
+    loss = _read_flag(message, "loss", True, where)
     return Message(role, tuple(read_content(message.get("content"), f"{where}.content")), loss)
 
 
-def _read_loss(given: Mapping[str, Any], where: str) -> bool:
-    loss = given.get("loss")
-    if loss is not None and not isinstance(loss, bool):
-        raise PromptError(f"{where}.loss: wants True or False, got {loss!r}")
-    return loss is not False
+def _read_flag(given: Mapping[str, Any], key: str, default: bool, where: str) -> bool:
+    flag = given.get(key)
+    if flag is None:
+        return default
+    if not isinstance(flag, bool):
+        raise PromptError(f"{where}.{key}: wants True or False, got {flag!r}")
+    return flag
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ def _read_item(item: object, where: str) -> Part:
     if not isinstance(item, Mapping):
         hint = '; write {"type": "text", "text": ...}' if isinstance(item, str) else ""
         raise PromptError(f"{where}: wants a dict, got {type(item).__name__}{hint}")
-    given = {key: value for key, value in item.items() if value is not None}
+    given = _given(item)
     payload = given.get("type")
     if payload is None:
         present = [key for key in _KINDS if key in given]
@@ -166,23 +170,21 @@ def _read_item(item: object, where: str) -> Part:
 
     kind = _KINDS[payload]
     options = IMAGE_OPTIONS if kind == "image" else VIDEO_OPTIONS if kind == "video" else {}
-    # Tables fill absent columns with None, which is harmless under any key that some kind of item has.
-    others = {*_KINDS, "url", "path", "loss", *IMAGE_OPTIONS, *VIDEO_OPTIONS}
-    checked = [key for key in item if key in given or key not in others]
+    flags = ("grounding", "loss") if kind == "text" else ("loss",)
     article = "an" if kind == "image" else "a"
     sources = _SOURCE_KEYS[payload]
-    _refuse_unknown_keys(checked, ("type", *sources, *options, "loss"), f"{article} {kind} item", where)
+    _refuse_unknown_keys(given, ("type", *sources, *options, *flags), f"{article} {kind} item", where)
     held = [key for key in sources if key in given]
     if not held:
         raise PromptError(f"{where}.{payload}: is missing from this item of type {payload!r}")
     if len(held) > 1:
         raise PromptError(f"{where}: wants one of {_quoted(sources)}, got {_quoted(held)}")
 
-    source, detail, loss = given[held[0]], "auto", _read_loss(given, where)
+    source, detail, loss = given[held[0]], "auto", _read_flag(given, "loss", True, where)
     if kind == "text":
         if not isinstance(source, str):
             raise PromptError(f"{where}.text: wants a str, got {type(source).__name__}")
-        return Part(Text(source), loss)
+        return Part(Text(source), loss, _read_flag(given, "grounding", False, where))
     if payload.endswith("_url"):
         source, detail = _read_url(source, f"{where}.{payload}")
     return Part(Media(kind, source, _read_options(given, options, where), where, detail), loss)
@@ -191,7 +193,7 @@ def _read_item(item: object, where: str) -> Part:
 def _read_url(source: Any, where: str) -> tuple[Any, str]:
     if not isinstance(source, Mapping):
         return source, "auto"
-    _refuse_unknown_keys(source, ("url", "detail"), "a URL", where)
+    _refuse_unknown_keys(_given(source), ("url", "detail"), "a URL", where)
     if source.get("url") is None:
         raise PromptError(f"{where}.url: is missing")
     detail = "auto" if source.get("detail") is None else source["detail"]
@@ -218,6 +220,11 @@ def _read_options(given: Mapping[str, Any], options: Mapping[str, _Option], wher
     if ("resized_height" in read) != ("resized_width" in read):
         raise PromptError(f"{where}: wants resized_height and resized_width together, got one of them")
     return read
+
+
+def _given(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said: tables and typed clients fill the fields that nobody set with None."""
+    return {key: value for key, value in mapping.items() if value is not None}
 
 
 def _refuse_unknown_keys(given: Any, known: Sequence[str], what: str, where: str) -> None:

@@ -22,7 +22,7 @@ from ..errors import CheckpointError, PromptError
 from . import chatml
 from .chatml import Control, Media, Segment, Span, Text
 from .messages import Message, Part, read_content, read_messages
-from .tokenizer import CONTROL_TOKENS, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, Tokenizer
+from .tokenizer import CONTROL_TOKENS, GROUNDING_TOKENS, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, Tokenizer
 
 
 class ChatTemplate:
@@ -50,6 +50,7 @@ class ChatTemplate:
         self._mark = re.compile(f"(\ue000{number}[0-9]+\ue001)")
         self._spelled = re.compile("|".join(map(re.escape, names)))
         self._marker = re.compile("|".join(map(re.escape, tokenizer.markers)) or "(?!)")
+        self._grounding = re.compile("|".join(map(re.escape, GROUNDING_TOKENS)))
         environment = _environment()
         try:
             tree = _Marking(self._marked).visit(environment.parse(source))
@@ -156,9 +157,10 @@ class ChatTemplate:
         if isinstance(part.item, Media):
             return {"type": part.item.kind, part.item.kind: ""}
         text = part.item.text
-        # What an assistant wrote holds its markers as control tokens, and the template's literals have the same marks.
-        written = written and part.loss
-        return {"type": "text", "text": self._marker.sub(lambda m: self._marks[m[0]], text) if written else text}
+        # What an assistant wrote holds its markers as control tokens, text that asks for it those of grounding, and the
+        # template's literals have the same marks.
+        marker = self._marker if written and part.loss else self._grounding if part.grounding else None
+        return {"type": "text", "text": marker.sub(lambda m: self._marks[m[0]], text) if marker else text}
 
     def _write(
         self,

@@ -1,5 +1,6 @@
 """Grounding markup: exact writing, reading of what models write, scales, the other model's pixels, drawing."""
 
+import io
 from fractions import Fraction
 
 import numpy as np
@@ -26,8 +27,9 @@ from qwen2vl.agents.grounding import (
     to_thousandths,
 )
 from qwen2vl.errors import GroundingError, MediaError
-from qwen2vl.media.image import smart_resize
+from qwen2vl.media.image import load_image, preprocess_image, smart_resize
 from qwen2vl.prompt.tokenizer import GROUNDING_TOKENS
+from tests.media.media_fixtures import encode_image, noise
 
 CAT = "<|object_ref_start|>the cat<|object_ref_end|>"
 BOX = "<|box_start|>(1,2),(30,40)<|box_end|>"
@@ -246,3 +248,41 @@ def test_drawn_places():
     wide = np.asarray(draw_grounding(image, items, width=7))
     assert tuple(wide[125, 105]) == (0xE6, 0x19, 0x4B) != tuple(pixels[125, 105])
     assert tuple(pixels[100, 0]) == tuple(pixels[196, 200]) == (0x3C, 0xB4, 0x4B)
+
+
+def _oriented(number):
+    exif = Image.Exif()
+    exif[0x0112] = number
+    return encode_image(noise(80, 120), "JPEG", exif=exif)
+
+
+FILES = {
+    **{f"orientation {number}": _oriented(number) for number in range(1, 9)},
+    "transparent": encode_image(noise(80, 120, channels=4)),
+    "grey and transparent": encode_image(Image.fromarray(noise(80, 120, channels=4)).convert("LA")),
+    "a transparent colour": encode_image(Image.fromarray(noise(80, 120)).quantize(8), transparency=0),
+    "16 bits": encode_image(Image.fromarray(noise(80, 120)[..., 0].astype(np.uint16) * 257)),
+    "CMYK": encode_image(Image.fromarray(noise(80, 120)).convert("CMYK"), "JPEG"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_places_are_drawn_on_the_pixels_that_the_model_sees(name, tmp_path):
+    data = FILES[name]
+    (tmp_path / "picture").write_bytes(data)
+    seen = preprocess_image(data)
+    height, width = seen.source_size
+    box = Box(200, 300, 700, 800)
+    left, top, right, bottom = box.to_pixels(width=width, height=height)
+    outside, inside = (
+        np.s_[: int(top) - 2],
+        np.s_[int(top) + 4 : int(bottom) - 4, int(left) + 4 : int(right) - 4],
+    )
+    for source in (data, tmp_path / "picture", Image.open(io.BytesIO(data))):
+        drawn = np.asarray(draw_grounding(source, [Grounded(None, (box,))]))
+        assert drawn.shape == (height, width, 3)
+        assert tuple(drawn[int(top), int(width * 0.45)]) == (0xE6, 0x19, 0x4B)
+        for part in (outside, inside):
+            np.testing.assert_array_equal(drawn[part], load_image(data)[part])
+    with pytest.raises(MediaError, match="not an image"):
+        draw_grounding(b"text, not a picture", [])

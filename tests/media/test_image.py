@@ -1,6 +1,7 @@
 """Images to patches: against transformers' PIL processor, Pillow and hand-computed values; and refusals."""
 
 import io
+import zlib
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as their_smart_resize
 
-from qwen2vl.errors import MediaError
+from qwen2vl.errors import MediaError, MediaWarning
 from qwen2vl.media.image import PatchBuffer, load_image, preprocess_image, smart_resize
 from qwen2vl.media.options import PatchShape
 from tests.media.media_fixtures import (
@@ -237,11 +238,56 @@ def test_exif_orientation(format, orientation):
         assert np.abs(got - upright).max() <= 4
 
 
+def png_with(*chunks, behind=False):
+    """(pixels, PNG bytes) with further chunks before, or behind, the pixel data."""
+    pixels = noise(40, 56)
+    data = encode_image(pixels)
+    at = data.index(b"IEND" if behind else b"IDAT") - 4
+    return pixels, data[:at] + b"".join(chunks) + data[at:]
+
+
+LARGE = zlib.compress(b"metadata" * (3 << 17))  # 3 MB
+CHUNKS = {
+    "profile": png_chunk(b"iCCP", b"sRGB\0\0" + LARGE),
+    "profile in an unknown compression": png_chunk(b"iCCP", b"sRGB\0\1" + LARGE),
+    "damaged profile": png_chunk(b"iCCP", b"sRGB\0"),
+    "compressed text": png_chunk(b"zTXt", b"Comment\0\0" + LARGE),
+    "text in an unknown compression": png_chunk(b"zTXt", b"Comment\0\1" + LARGE),
+    "international text": png_chunk(b"iTXt", b"Comment\0\1\0en\0\0" + LARGE),
+    "much plain text": png_chunk(b"tEXt", b"Comment\0" + b"x" * (9 << 20)) * 8,
+    "EXIF that is none": png_chunk(b"tEXt", b"Raw profile type exif\0\nexif\n 4\nzzzz"),
+}
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["before the pixels", "behind them"])
+@pytest.mark.parametrize("name", CHUNKS)
+def test_metadata_does_not_stand_between_a_file_and_its_pixels(name, behind):
+    pixels, data = png_with(CHUNKS[name], behind=behind)
+    np.testing.assert_array_equal(load_image(data), pixels)
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["before the pixels", "behind them"])
+def test_an_orientation_in_a_text_is_kept(behind):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = (b"Exif\0\0" + exif.tobytes().removeprefix(b"Exif\0\0")).hex().encode()
+    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    profile = b"\nexif\n%d\n%s" % (len(stored) // 2, stored)
+    for chunk in (
+        png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp),
+        png_chunk(b"tEXt", b"Raw profile type exif\0" + profile),
+        png_chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(profile)),
+    ):
+        pixels, data = png_with(CHUNKS["profile"], chunk, CHUNKS["compressed text"], behind=behind)
+        np.testing.assert_array_equal(load_image(data), np.rot90(pixels, -1))
+
+
 def test_first_frame_of_an_animation():
     first, second = (Image.new("RGB", (30, 20), colour) for colour in ("red", "blue"))
     for format in ("GIF", "WEBP", "TIFF"):
         options = {"lossless": True} if format == "WEBP" else {}
-        got = load_image(encode_image(first, format, save_all=True, append_images=[second], **options))
+        with pytest.warns(MediaWarning, match="holds 2 frames or pages"):
+            got = load_image(encode_image(first, format, save_all=True, append_images=[second], **options))
         np.testing.assert_array_equal(got, np.asarray(first))
 
 

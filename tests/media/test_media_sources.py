@@ -107,6 +107,88 @@ def test_wrong_sources(source, match):
     assert len(str(caught.value)) < 500
 
 
+def test_datasets_own_form_of_a_file(tmp_path):
+    """{"bytes": ..., "path": ...}, of which either may be None; bytes come first, as in datasets."""
+    picture, other = noise(56, 84), noise(28, 28, seed=1)
+    data, path = encode_image(picture), tmp_path / "other.png"
+    path.write_bytes(encode_image(other))
+    for source, want in (
+        ({"bytes": data, "path": None}, picture),
+        ({"bytes": data, "path": "it came from here.png"}, picture),
+        ({"bytes": data}, picture),
+        ({"bytes": None, "path": str(path)}, other),
+        ({"path": path}, other),
+        ({"path": path.as_uri()}, other),
+    ):
+        np.testing.assert_array_equal(load_image(source), want)
+        video = preprocess_video([source, source])
+        still = preprocess_video([want, want])
+        np.testing.assert_array_equal(video.patches, still.patches)
+    clip = video_bytes(numbered(4))
+    assert preprocess_video({"bytes": clip, "path": "clip.mp4"}).frame_times == preprocess_video(clip).frame_times
+    with pytest.raises(MediaError, match="allow_local_files is False"):
+        load_image({"bytes": None, "path": str(path)}, access=Access(local_files=False))
+
+
+def test_frames_joined_by_commas_in_a_data_uri():
+    """data:video/jpeg;base64,F1,F2 are the pictures of a clip, one after another."""
+    files = [encode_image(noise(56, 84, seed=n), "JPEG") for n in range(4)]
+    encoded = [base64.b64encode(file).decode() for file in files]
+    for count, joint in ((4, ","), (4, "%2C"), (4, ",\n"), (1, ",")):
+        uri = "data:video/jpeg;base64," + joint.join(encoded[:count])
+        got, want = preprocess_video(uri, fps=4.0), preprocess_video(files[:count], fps=4.0)
+        np.testing.assert_array_equal(got.patches, want.patches)
+        assert (got.grid_thw, got.frame_times) == (want.grid_thw, want.frame_times)
+    two = ",".join(encoded[:2])
+    for uri, match in (
+        (f"data:video/jpeg;base64,{two},", "frame 2 of the list: bytes of length 0 is empty"),
+        (f"data:video/jpeg;base64,{two},=", r"frame 2 of data URI \(video/jpeg.* malformed base64"),
+        (f"data:video/jpeg,{two}", "not base64"),
+        (f"data:video/mp4;base64,{two}", "malformed base64.* joined by commas are taken as data:video/jpeg"),
+    ):
+        with pytest.raises(MediaError, match=match) as caught:
+            preprocess_video(uri)
+        assert len(str(caught.value)) < 300
+    with pytest.raises(MediaError, match="start and end apply to video files"):
+        preprocess_video(f"data:video/jpeg;base64,{two}", start=1.0)
+
+
+@pytest.mark.parametrize("mark", ["#", "?", "\t", "\n", ";", "%23", " "])
+@pytest.mark.parametrize("read", [load_image, preprocess_video])
+def test_a_file_url_never_opens_a_file_of_another_name(mark, read, tmp_path):
+    """Beside the named file lie those that urllib would make of its name: cut at the mark, and without it."""
+    named, others = tmp_path / f"a{mark}1.png", [tmp_path / name for name in ("a", "a1.png")]
+    for other in others:
+        other.write_bytes(encode_image(noise(28, 28)))
+    url = f"file://{tmp_path}/a{mark}1.png"
+    if mark in "#?":
+        with pytest.raises(MediaError, match=r"in the name of a file is written %(23|3F) in a URL"):
+            read(url)
+    elif mark != "%23":
+        with pytest.raises(MediaError, match="no such file"):
+            read(url)
+    named.write_bytes(encode_image(noise(56, 84)))
+    assert load_image(named.as_uri()).shape == (56, 84, 3), "an escaped name is that file's"
+    if mark not in ("#", "?", "%23"):
+        assert load_image(url).shape == (56, 84, 3)
+
+
+@pytest.mark.parametrize(
+    ("source", "match"),
+    [
+        ({}, "dict with no keys: wants 'bytes', 'path' or both"),
+        ({"bytes": None, "path": None}, "dict with 'bytes', 'path': wants 'bytes', 'path' or both"),
+        ({"bytes": b"x", "url": "y"}, "dict with 'bytes', 'url': wants"),
+        ({"bytes": "text"}, "'bytes' holds a str"),
+        ({"path": b"x"}, "'path' holds a bytes"),
+    ],
+)
+def test_other_dicts_are_no_files(source, match):
+    for read in (load_image, preprocess_video):
+        with pytest.raises(MediaError, match=match):
+            read(source)
+
+
 def test_local_files_can_be_forbidden(tmp_path):
     """Paths and file URLs are refused, whether or not the file exists; what the program holds is taken."""
     pixels = noise(56, 56)
@@ -386,7 +468,7 @@ def test_unreachable_host():
 
 
 def test_remote_video(server):
-    with pytest.raises(MediaError, match="not a video in a supported container"):
+    with pytest.raises(MediaError, match=r"/ok' is a picture \(PNG\), not a video"):
         preprocess_video(server[0] + "/ok", access=Access(remote=True))
     video = preprocess_video(server[0] + "/video", access=Access(remote=True))
     assert numbers(video) == [0, 3, 5, 8]

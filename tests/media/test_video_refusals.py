@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qwen2vl.media.decoding
-from qwen2vl.errors import MediaError
+from qwen2vl.errors import MediaError, MediaWarning
 from qwen2vl.media.options import PatchShape
 from qwen2vl.media.video import preprocess_video
 from tests.media.media_fixtures import (
@@ -84,7 +84,7 @@ def test_not_a_video(tmp_path):
         ("text.mp4", "is not a video in a supported container"),
         ("empty.mp4", "is empty"),
         ("sound.mp4", "has no video stream"),
-        ("photo.png", "is not a video in a supported container"),
+        ("photo.png", r"is a picture \(JPEG\), not a video: give it as an image"),
         ("list.m3u8", "is not a video in a supported container"),
         ("list.ffconcat", "is not a video in a supported container"),
         ("missing.mp4", "no such file"),
@@ -117,7 +117,8 @@ def test_truncated_file(clip, share):
 
 def test_truncated_behind_its_index_gives_what_is_there():
     data = video_bytes(numbered(75), format="matroska", gop=12)
-    video = preprocess_video(data[: len(data) // 2], num_frames=4)
+    with pytest.warns(MediaWarning, match="ends early"):
+        video = preprocess_video(data[: len(data) // 2], num_frames=4)
     kept = numbers(video)
     assert kept[0] == 0 and 10 < kept[-1] < 74 and kept == sorted(kept)
     np.testing.assert_allclose(video.frame_times, np.array(kept) / 30, atol=2e-3)
@@ -133,7 +134,8 @@ def test_fewer_frames_than_promised(clip, monkeypatch):
             yield item
 
     monkeypatch.setattr(qwen2vl.media.decoding, "_ticked_frames", short)
-    video = preprocess_video(clip, num_frames=4, isolate=False)
+    with pytest.warns(MediaWarning, match=r"decodes up to 1\.633 s only, of 2\.967 s: its last frame stands for"):
+        video = preprocess_video(clip, num_frames=4, isolate=False)
     assert numbers(video) == [0, 30, 49, 49]
     np.testing.assert_allclose(video.frame_times, [0, 1, 49 / 30, 49 / 30])
     monkeypatch.setattr(qwen2vl.media.decoding, "_ticked_frames", lambda *arguments: iter(()))
@@ -147,6 +149,34 @@ def test_files_without_timestamps(codec):
     video = preprocess_video(data, start=1, num_frames=4)
     assert numbers(video) == [30, 40, 49, 59]
     assert video.frame_times == pytest.approx([1, 4 / 3, 49 / 30, 59 / 30])
+
+
+@pytest.mark.parametrize(
+    ("format", "codec"),
+    [("mpegts", "libx264"), ("mpegts", "mpeg2video"), ("mpeg", "mpeg2video"), ("vob", "mpeg2video")],
+)
+@pytest.mark.parametrize("lengths", [(30, 30), (20, 40), (12, 24, 24)], ids=str)
+def test_joined_files_are_seen_to_their_end(format, codec, lengths):
+    """As `cat a.ts b.ts > c.ts` makes them: times begin anew, and every part is seen in its place."""
+    ends = np.cumsum(lengths)
+    frames = numbered(60)
+    parts = [frames[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+    data = b"".join(video_bytes(part, format=format, codec=codec) for part in parts)
+    for isolate in (False, True) if lengths == (30, 30) else (False,):
+        video = preprocess_video(data, num_frames=60, isolate=isolate)
+        assert numbers(video) == list(range(60))
+        assert video.duration == pytest.approx(2) and video.native_fps == pytest.approx(30)
+        assert video.frame_times == pytest.approx([number / 30 for number in range(60)])
+    part = preprocess_video(data, start=1.5, num_frames=4, isolate=False)
+    assert numbers(part) == [45, 50, 54, 59] and part.frame_times[-1] == pytest.approx(59 / 30)
+
+
+def test_a_joined_file_whose_second_part_has_earlier_times():
+    """No time stands twice, and in the order of time the parts would be exchanged."""
+    late = video_bytes(numbered(60)[:30], format="mpegts", milliseconds=[10_000 + 40 * n for n in range(30)], rate=25)
+    early = video_bytes(numbered(60)[30:], format="mpegts", rate=25)
+    video = preprocess_video(late + early, num_frames=60, isolate=False)
+    assert numbers(video) == list(range(60)) and video.duration == pytest.approx(60 / video.native_fps)
 
 
 def test_errors_other_than_ffmpegs_are_typed_too(clip):

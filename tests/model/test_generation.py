@@ -62,6 +62,34 @@ def test_stop_strings_end_the_text_and_never_show(model, processor, inputs):
         _run(model, inputs, stop=("x",))
 
 
+def test_a_control_token_is_a_stop_string(model, processor, inputs, monkeypatch):
+    """Whichever it is, in an answer that would go on; texts do not show it."""
+    tokenizer = processor.tokenizer
+    written = tokenizer.encode_plain("one two three four")
+    at, banned = 2, {model.config.image_token_id, model.config.video_token_id, model.config.vision_token_id}
+    names = [name for name, token in tokenizer.special_ids.items() if token not in banned]
+    assert {"<|object_ref_end|>", "<|box_end|>", "<|im_end|>", "<|endoftext|>"} <= set(names)
+    for name in names:
+        answer = [*written[:at], tokenizer.id(name), *written[at:]]
+        pending = iter(answer * 2)
+        monkeypatch.setattr(_Chooser, "__call__", lambda *_, pending=pending: [next(pending)])
+        result = _run(model, inputs, processor, max_new_tokens=len(answer), stop=("never there", name))
+        assert result.sequences == [written[:at]] and result.texts == [tokenizer.decode(written[:at])]
+        assert result.finish_reasons == ["stop_string"], name
+        config = GenerationConfig(max_new_tokens=len(answer), eos_token_ids=ENDLESS, stop=(name,))
+        pending = iter(answer)
+        monkeypatch.setattr(_Chooser, "__call__", lambda *_, pending=pending: [next(pending)])
+        assert "".join(stream(model, inputs, tokenizer=tokenizer, config=config)) == result.texts[0]
+
+
+@pytest.mark.parametrize("text", ["cat<|object_ref_end|>", "<|box_end|>\n", "<|box_end|><|im_end|>"])
+def test_a_stop_string_that_could_never_be_found_is_refused(text, model, processor, inputs):
+    with pytest.raises(PromptError, match=r"stop: wants control tokens by themselves.* with <"):
+        _run(model, inputs, processor, stop=(text,))
+    with pytest.raises(PromptError, match="stop: wants control tokens by themselves"):
+        stream(model, inputs, tokenizer=processor.tokenizer, config=GenerationConfig(stop=(text,)))
+
+
 def test_end_ids_end_a_row_and_leave_the_others(model, processor):
     batch = processor([[{"role": "user", "content": text}] for text in ("Hi", "Tell me more than that, please.")])
     free = _run(model, batch, max_new_tokens=12).sequences
@@ -181,7 +209,7 @@ def test_text_that_may_begin_a_stop_string_is_held_back(stop, text, pieces, reas
     row = _Row(_Letters(), stop)
     got = []
     for letter in text:
-        got.append(row.push(ord(letter), frozenset(), 99))
+        got.append(row.push(ord(letter), {}, 99))
         assert "".join(got) == row.text[: row.shown]
         if row.reason:
             break
@@ -192,12 +220,12 @@ def test_text_that_may_begin_a_stop_string_is_held_back(stop, text, pieces, reas
 
 def test_text_held_back_is_released_at_the_end():
     row = _Row(_Letters(tail="!"), ("abc",))
-    assert [row.push(ord(x), frozenset({0}), 99) for x in "ab"] == ["", ""]
-    assert row.push(0, frozenset({0}), 99) == "ab!" and row.reason == "stop" and row.ids == [97, 98]
+    assert [row.push(ord(x), {0: "stop"}, 99) for x in "ab"] == ["", ""]
+    assert row.push(0, {0: "stop"}, 99) == "ab!" and row.reason == "stop" and row.ids == [97, 98]
     row = _Row(_Letters(), ("abc",))
-    assert [row.push(ord(x), frozenset(), 2) for x in "ab"] == ["", "ab"] and row.reason == "length"
+    assert [row.push(ord(x), {}, 2) for x in "ab"] == ["", "ab"] and row.reason == "length"
     row = _Row(_Letters(tail="c"), ("abc",))  # a stop string that the decoder's last characters complete
-    assert [row.push(ord(x), frozenset(), 2) for x in "ab"] == ["", ""] and row.reason == "stop_string"
+    assert [row.push(ord(x), {}, 2) for x in "ab"] == ["", ""] and row.reason == "stop_string"
 
 
 def test_placeholders_are_never_generated(model, processor, inputs):
@@ -221,16 +249,54 @@ def test_the_checkpoint_defaults_are_used(model, monkeypatch):
     monkeypatch.setattr(
         model, "generation_defaults", {"do_sample": True, "top_p": 0.5, "top_k": None, "pad_token_id": 3}
     )
-    config = GenerationConfig.from_model(model, temperature=0.5)
-    assert config == GenerationConfig(do_sample=True, top_p=0.5, temperature=0.5)
+    config = GenerationConfig.from_model(model, repetition_penalty=2.0)
+    assert config == GenerationConfig(do_sample=True, top_p=0.5, repetition_penalty=2.0)
     monkeypatch.setattr(model, "generation_defaults", {"do_sample": True, "temperature": 0.0})
-    assert GenerationConfig.from_model(model) == GenerationConfig(), "temperature 0 is greedy"
+    assert GenerationConfig.from_model(model) == GenerationConfig(do_sample=False), "temperature 0 is greedy"
     assert GenerationConfig.from_model(model, do_sample=True, temperature=0.7).temperature == 0.7
 
 
 @pytest.mark.parametrize(
+    "setting", [{"temperature": 1.9}, {"temperature": 1.0}, {"top_p": 0.9}, {"top_k": 50}], ids=str
+)
+def test_a_setting_that_shapes_draws_draws(setting, model, inputs, monkeypatch):
+    """With nothing said, beside the released checkpoints' settings, and where a checkpoint is greedy."""
+    greedy = _run(model, inputs).sequences
+    drawn = _run(model, inputs, seed=1, do_sample=True, **setting).sequences
+    assert drawn != greedy, "the seed does not show the difference"
+    assert _run(model, inputs, seed=1, **setting).sequences == drawn
+    assert replace(GenerationConfig(), **setting).samples
+    released = {"do_sample": True, "temperature": 0.01, "top_k": 1, "top_p": 0.001}
+    for defaults in ({}, released, {"do_sample": False, "temperature": 0.1}, {"temperature": 0.1}):
+        monkeypatch.setattr(model, "generation_defaults", defaults)
+        config = GenerationConfig.from_model(model, seed=1, max_new_tokens=16, eos_token_ids=ENDLESS, **setting)
+        assert generate(model, inputs, config=config).sequences == drawn
+
+
+@pytest.mark.parametrize("setting", [{"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 50}], ids=str)
+def test_a_setting_that_would_do_nothing_is_refused(setting, model, monkeypatch):
+    ((name, value),) = setting.items()
+    with pytest.raises(ValueError, match=f"{name} must be left out with do_sample=False.* got {value}"):
+        GenerationConfig(do_sample=False, **setting)
+    with pytest.raises(ValueError, match=f"{name} must be left out with do_sample=False"):
+        GenerationConfig.from_model(model, do_sample=False, **setting)
+    assert not GenerationConfig(do_sample=False, temperature=1.0, top_p=1.0, top_k=0).samples, "these change nothing"
+    for said in ({"do_sample": False}, {}):  # a checkpoint's file may hold both, as many do
+        monkeypatch.setattr(model, "generation_defaults", {**said, **setting})
+        assert GenerationConfig.from_model(model) == GenerationConfig(do_sample=False)
+        assert GenerationConfig.from_model(model, do_sample=True) == GenerationConfig(do_sample=True, **setting)
+
+
+@pytest.mark.parametrize(
     "values",
-    [{"temperature": "hot"}, {"temperature": -1}, {"top_p": 2}, {"top_k": "many"}, {"max_new_tokens": 0}],
+    [
+        {"temperature": "hot"},
+        {"temperature": -1},
+        {"top_p": 2},
+        {"top_k": "many"},
+        {"max_new_tokens": 0},
+        {"do_sample": "no"},
+    ],
     ids=str,
 )
 def test_defaults_that_mean_nothing_are_the_checkpoints_fault(values, model, monkeypatch):
@@ -280,11 +346,14 @@ def test_sampling_takes_its_seed_from_torch_and_reseeds_nothing(model, inputs):
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be an integer >= 1, got 0"),
+        ({"do_sample": 0}, "do_sample must be True, False or None, got 0"),
         ({"temperature": 0}, "temperature must be > 0"),
+        ({"temperature": float("inf")}, "temperature must be > 0"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         ({"top_k": -1}, "top_k must be an integer >= 0"),
         ({"repetition_penalty": -1}, "repetition_penalty must be > 0"),
         ({"stop": "word"}, "stop must be a sequence of non-empty strings, got 'word'"),
+        ({"stop": (7,)}, "stop must be a sequence of non-empty strings"),
     ],
 )
 def test_generation_options_are_checked(options, message):

@@ -207,6 +207,20 @@ def test_no_user_text_becomes_a_control_token(tokenizer, name, texts, system):
     assert got == control("s", ["x"] * len(texts))
 
 
+def test_text_that_asks_for_it_has_grounding_markers(tokenizer):
+    template = ChatTemplate(OWN["another sentence"], tokenizer)
+    text = "Find <|object_ref_start|>the cat<|object_ref_end|><|im_end|>"
+
+    def control(**asked):
+        messages = [{"role": "user", "content": [{"type": "text", "text": text, **asked}]}]
+        return [segment.name for segment in template.render(messages) if not hasattr(segment, "text")]
+
+    markers = ["<|object_ref_start|>", "<|object_ref_end|>"]
+    asked, plain = control(grounding=True), control()
+    assert [name for name in asked if name in markers] == markers
+    assert [name for name in asked if name not in markers] == plain
+
+
 @pytest.mark.parametrize("name", ["another sentence", "generation", "other marks", "none by default"])
 def test_labels_are_the_assistants_turns(folder, name):
     processor = with_template(folder, OWN[name])
