@@ -40,7 +40,9 @@ class ModelTester:
 
     def __init__(self, family: str) -> None:
         self.family = family
-        self.hidden_size = 144 if family == "Qwen3VL" else 160  # as wide as the towers, which some tests take for granted
+        self.hidden_size = (
+            144 if family == "Qwen3VL" else 160
+        )  # as wide as the towers, which some tests take for granted
         made = self.get_config()
         self.text_config, self.vision_config = made.text_config.to_dict(), made.vision_config.to_dict()
         self.causal_lm_class = getattr(transformers, f"{family}ForConditionalGeneration")

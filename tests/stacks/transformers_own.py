@@ -4,7 +4,7 @@ Those of the models are in its repository and in no distribution of it: where ``
 the version that is installed, they are run. Without it those that all its models share are, out of the source
 distribution of that version, over models of our own (``transformers_common.py``); tests of generation are not among
 them. What fails is compared by name, as some fail without a network or a GPU: whatever passes without these kernels
-must pass with them. Both lists are written to ``build/transformers_own.json``.
+must pass with them. Both lists are written to ``build/transformers_own-*.json``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-RESULT = ROOT / "build" / "transformers_own.json"
+RESULT = ROOT / "build" / f"transformers_own-{version('transformers')}.json"
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 #: What the shared tests of models import and the source distribution lacks. A version asks for some of them.
@@ -93,7 +93,9 @@ def outcomes(suite: Suite, switched: bool) -> dict[str, str]:
             raise SystemExit(f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
         cases = list(ElementTree.parse(report).iter("testcase"))
     if unread := [str(case.get("name")) for case in cases if not case.get("classname")]:
-        raise SystemExit(f"{' '.join(command)}\npytest cannot collect " + ", ".join(unread) + f"\n{done.stdout[-3000:]}")
+        raise SystemExit(
+            f"{' '.join(command)}\npytest cannot collect " + ", ".join(unread) + f"\n{done.stdout[-3000:]}"
+        )
     found = {}
     for case in cases:
         failed, skipped = ({child.tag for child in case} & tags for tags in ({"failure", "error"}, {"skipped"}))
@@ -108,7 +110,7 @@ def failures(found: dict[str, str]) -> list[str]:
 
 def counts(found: dict[str, str]) -> str:
     counted = Counter(found.values())
-    return f"{len(found)} tests, " + ", ".join(f"{counted[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))
+    return f"{len(found)} tests, {counted['passed']} passed, {counted['failed']} failed, {counted['skipped']} skipped"
 
 
 def main(suite: Suite) -> None:
