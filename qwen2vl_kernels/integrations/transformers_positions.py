@@ -31,8 +31,7 @@ def get_rope_index(self: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, 
     Args:
         self: anything with a Qwen2-VL ``config``: ``image_token_id``, ``video_token_id`` and
             ``vision_config.spatial_merge_size``.
-        input_ids: ``(B, L)`` int64 or int32. In 4.x it may be None beside a mask. Without it, or without any grid, 4.x
-            takes all for text.
+        input_ids: ``(B, L)`` int64 or int32. 4.x takes all for text without it (None, beside a mask) or without grids.
         mm_token_type_ids: ``(B, L)`` integers: 0 text, also where the token is a placeholder's (a sampled answer may
             hold one), 1 image, 2 video. None: placeholders are found in ``input_ids`` by the ids of ``config``.
         image_grid_thw, video_grid_thw: ``(n, 3)`` or None, of the whole batch in order of appearance.
@@ -57,11 +56,12 @@ def get_rope_index(self: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, 
     given = _by_name(_PARAMETERS_4 if counts_padding else _PARAMETERS_5, args, kwargs)
     input_ids, mask = given.get("input_ids"), given.get("attention_mask")
     grids = [given.get(f"{name}_grid_thw") for name in ("image", "video")]
-    if input_ids is None and (mask is None or not counts_padding):
-        raise TypeError("get_rope_index: input_ids must be a tensor, got None")
-    if counts_padding and (input_ids is None or all(grid is None for grid in grids)):
-        grids = [None, None]  # and no placeholder has the id -1
-        input_ids = torch.full_like(mask.long() if input_ids is None else input_ids, -1)  # type: ignore[union-attr]
+    if input_ids is None:
+        if mask is None or not counts_padding:
+            raise TypeError("get_rope_index: input_ids must be a tensor, got None")
+        input_ids, grids = mask.long(), [None, None]
+    if counts_padding and all(grid is None for grid in grids):
+        input_ids = torch.full_like(input_ids, -1)  # no placeholder has this id
     device = input_ids.device
     mask = None if mask is None else mask.to(device).bool()
     images, videos = (None if grid is None else grid.to(device) for grid in grids)

@@ -143,7 +143,8 @@ def test_text_alone_without_ids_or_grids_in_4(version_4, given):
     assert positions.tolist() == [[[1, 1, 0, 1, 2], [0, 1, 2, 3, 4]]] * 3
     assert delta.tolist() == [[-2], [0]]
     if not NEW:
-        theirs = Qwen2VLModel.get_rope_index(_owner(), attention_mask=mask, **given)
+        (owner := _owner()).config.vision_start_token_id = VISION_START
+        theirs = Qwen2VLModel.get_rope_index(owner, attention_mask=mask, **given)
         assert torch.equal(positions, theirs[0]) and torch.equal(delta, theirs[1])
 
 
