@@ -10,7 +10,8 @@
 #   PYTHON_VERSION=3.12         the Python that make gpu-wheels fetches wheels for
 #   FUZZ_SECONDS=60, FUZZER=libfuzzer, FUZZ_CXX=..., FUZZ_DIR=...    make fuzz: time a target, engine, compiler, folder
 #   TRANSFORMERS="5.6.0 5.24.0", TRANSFORMERS_SRC=...    make test-stacks: versions of transformers; a checkout of the one
-#                               that .venv has, whose own tests run stock and switched on
+#                               that .venv has, whose own tests run stock and switched on (without it those that its
+#                               source distribution has)
 #   QWEN2VL_BUILD_CUDA=0|1|auto, QWEN2VL_SM90=0|all|auto, MAX_JOBS, TORCH_CUDA_ARCH_LIST    the build of the extensions, see setup.py
 
 PYTHON ?= python3
@@ -237,8 +238,8 @@ test-trainers: $(foreach name,$(TRAINERS),build/stacks/$(name)/install.stamp)
 	PYTHONPATH=. build/stacks/swift/bin/python -m tests.stacks.trainers swift
 	PYTHONPATH=. build/stacks/llamafactory/bin/python -m tests.stacks.trainers llamafactory
 
-# Whole models of every version, patched and stock, and what people do to them with the first; a version that fails does
-# not hide the next.
+# Whole models of every version, patched and stock, and with the first what people do to them and the tests that its
+# source distribution has; a version that fails does not hide the next.
 ADAPTER_TESTS = $(filter-out %_matrix.py %_own.py,$(wildcard tests/integrations/test_transformers*.py))
 test-transformers: $(foreach version,$(TRANSFORMERS),build/stacks/transformers-$(version)/install.stamp)
 	@failed=; for version in $(TRANSFORMERS); do \
@@ -249,6 +250,8 @@ test-transformers: $(foreach version,$(TRANSFORMERS),build/stacks/transformers-$
 	version=$(firstword $(TRANSFORMERS)); \
 	OMP_NUM_THREADS=1 build/stacks/transformers-$$version/bin/python -m pytest -q -n auto -p no:cacheprovider \
 		-m "not long" $(PYTEST_ARGS) tests/integrations/test_transformers_matrix.py || failed="$$failed $$version"; \
+	OMP_NUM_THREADS=1 TRANSFORMERS_SRC= PYTHONPATH=. build/stacks/transformers-$$version/bin/python \
+		-m tests.stacks.transformers_own || failed="$$failed $$version"; \
 	[ -z "$$failed" ] || { echo "failed with transformers$$failed" >&2; exit 1; }
 
 # uv alone can take the lowest versions. It knows neither pip's configuration nor its cache.

@@ -31,7 +31,7 @@ def get_rope_index(self: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, 
     Args:
         self: anything with a Qwen2-VL ``config``: ``image_token_id``, ``video_token_id`` and
             ``vision_config.spatial_merge_size``.
-        input_ids: ``(B, L)`` int64 or int32. In 4.x it may be None beside a mask: text alone.
+        input_ids: ``(B, L)`` int64 or int32. 4.x takes all for text without it (None, beside a mask) or without grids.
         mm_token_type_ids: ``(B, L)`` integers: 0 text, also where the token is a placeholder's (a sampled answer may
             hold one), 1 image, 2 video. None: placeholders are found in ``input_ids`` by the ids of ``config``.
         image_grid_thw, video_grid_thw: ``(n, 3)`` or None, of the whole batch in order of appearance.
@@ -55,14 +55,16 @@ def get_rope_index(self: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, 
     counts_padding = not _takes_token_types()
     given = _by_name(_PARAMETERS_4 if counts_padding else _PARAMETERS_5, args, kwargs)
     input_ids, mask = given.get("input_ids"), given.get("attention_mask")
+    grids = [given.get(f"{name}_grid_thw") for name in ("image", "video")]
     if input_ids is None:
         if mask is None or not counts_padding:
             raise TypeError("get_rope_index: input_ids must be a tensor, got None")
-        input_ids = torch.full(mask.shape, -1, dtype=torch.int64, device=mask.device)  # no placeholder has this id
+        input_ids, grids = mask.long(), [None, None]
+    if counts_padding and all(grid is None for grid in grids):
+        input_ids = torch.full_like(input_ids, -1)  # no placeholder has this id
     device = input_ids.device
     mask = None if mask is None else mask.to(device).bool()
-    images, videos = (None if (grid := given.get(f"{name}_grid_thw")) is None else grid.to(device)
-                      for name in ("image", "video"))  # fmt: skip
+    images, videos = (None if grid is None else grid.to(device) for grid in grids)
     tokens, image, video = input_ids, self.config.image_token_id, self.config.video_token_id
     if (types := given.get("mm_token_type_ids")) is not None:
         tokens, image, video = types.to(device, input_ids.dtype), 1, 2

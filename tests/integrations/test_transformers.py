@@ -128,11 +128,24 @@ def test_paper_rule_with_videos(batch, dtype):
     assert got[0].dtype == dtype and torch.equal(got[0].long(), positions) and torch.equal(got[1], delta[:, None])
 
 
-def test_text_alone_without_ids_in_4(version_4):
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"image_grid_thw": torch.tensor([[1, 2, 2]])},  # with inputs_embeds in the place of ids
+        {"input_ids": torch.tensor([[1, 1, 1, IMAGE, 1], [1, IMAGE, VIDEO, 1, 1]])},  # as sampled, without a picture
+    ],
+    ids=list,
+)
+def test_text_alone_without_ids_or_grids_in_4(version_4, given):
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    positions, delta = get_rope_index(_owner(), attention_mask=mask)
+    positions, delta = get_rope_index(_owner(), attention_mask=mask, **given)
     assert positions.tolist() == [[[1, 1, 0, 1, 2], [0, 1, 2, 3, 4]]] * 3
     assert delta.tolist() == [[-2], [0]]
+    if not NEW:
+        (owner := _owner()).config.vision_start_token_id = VISION_START
+        theirs = Qwen2VLModel.get_rope_index(owner, attention_mask=mask, **given)
+        assert torch.equal(positions, theirs[0]) and torch.equal(delta, theirs[1])
 
 
 # ---------------------------------------------------------------------------------------------- refusals
