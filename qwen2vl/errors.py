@@ -1,5 +1,7 @@
 """The errors that callers of qwen2vl can catch. All are ``ValueError`` so that generic handlers keep working."""
 
+import re
+
 
 class Qwen2VLError(ValueError):
     """Base of every error that this package raises about what it was given."""
@@ -47,3 +49,19 @@ class DataError(Qwen2VLError):
     def __reduce__(self):  # a DataLoader's workers send it to the main process
         message = str(self)
         return type(self), (message[len(self.source) + 2 :] if self.source else message, self.source)
+
+
+def install_hint(package: str) -> str:
+    """The command that installs ``package``, which an extra of this distribution asks for, in the version it asks for.
+
+    It names the package itself: pip would look for ``qwen2vl[...]`` on an index that has no such distribution.
+    """
+    from importlib import metadata  # which costs what no error does
+
+    try:
+        wanted = metadata.requires("qwen2vl") or []
+    except metadata.PackageNotFoundError:  # run from its sources
+        wanted = []
+    named = (one.partition(";")[0].strip() for one in wanted)
+    found = next((one for one in named if re.fullmatch(rf"{re.escape(package)}\W.*", one)), package)
+    return f'pip install "{found}"'

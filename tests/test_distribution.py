@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
+from qwen2vl.errors import install_hint
 from tests.distribution import AT_START, PTH, ROOT, sources, wrong_files
 
 # The commands that bring files into a wheel say which they would be; what compiles is left out.
@@ -101,3 +104,16 @@ def test_a_start_loads_the_switch_only_where_it_is_asked_for(tmp_path):
         command = [sys.executable, "-S", "-c", code]
         run = subprocess.run(command, env=kept | variables, capture_output=True, text=True)
         assert (run.stdout.strip(), run.stderr) == (expected, ""), variables
+
+
+def test_hints_of_what_to_install_work_as_printed():
+    """They name packages of an index, within our bounds; ``qwen2vl[video]`` is on none."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    texts = [path.read_text() for folder in ("qwen2vl", "examples") for path in (ROOT / folder).rglob("*.py")]
+    asked = {name for text in texts for name in re.findall(r"install_hint\(['\"](\w+)['\"]\)", text)}
+    assert asked == {"av", "matplotlib", "peft", "transformers"}
+    bounds = {re.split(r"\W", one)[0]: one for name in ("video", "train", "inspect", "bench") for one in extras[name]}
+    for name in (*asked, "tensorboard"):
+        assert install_hint(name) == f'pip install "{bounds[name]}"'
+    assert install_hint("torchvision") == 'pip install "torchvision"'
+    assert not any(re.search(r"install \W*qwen2vl\[", text) for text in texts)

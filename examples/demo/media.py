@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from qwen2vl.errors import MediaError
+from qwen2vl.errors import MediaError, install_hint
 
 _DAY = {
     "sky": ((86, 150, 222), (222, 238, 250)),
@@ -111,7 +111,7 @@ def write_frames(path: Path, frames: Iterable[Image.Image], *, size: tuple[int, 
     try:
         import av
     except ModuleNotFoundError as error:
-        raise MediaError(f"writing a video needs PyAV ({error}); install qwen2vl[video]") from error
+        raise MediaError(f"writing a video needs PyAV ({error}); {install_hint('av')}") from error
     with av.open(str(path), "w") as container:
         # MPEG-4 part 2, which every build of FFmpeg can encode.
         stream = container.add_stream("mpeg4", rate=fps, options={"qmax": "3"})

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Column, Table
 
-from qwen2vl.errors import MediaError, Qwen2VLError
+from qwen2vl.errors import MediaError, Qwen2VLError, install_hint
 
 from .media import draw_scene, write_video
 from .steps import console, load, step
@@ -145,7 +145,7 @@ def compare_with_transformers(folder: Path, prompts: list[tuple[str, list[dict[s
     try:
         import transformers
     except ModuleNotFoundError as error:
-        raise Qwen2VLError(f"the comparison needs transformers ({error}); install qwen2vl[bench]") from error
+        raise Qwen2VLError(f"the comparison needs transformers ({error}); {install_hint('transformers')}") from error
     import torch
 
     from qwen2vl.generation import GenerationConfig, generate

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from qwen2vl.errors import Qwen2VLError
+from qwen2vl.errors import Qwen2VLError, install_hint
 
 from .plan import PHASES, SEED, configuration
 
@@ -52,7 +52,7 @@ def small(
     try:
         if len(typefaces()) == 1:
             raise Qwen2VLError(
-                "fonts: only Pillow's own is there; matplotlib's are wanted: pip install 'qwen2vl[train]'"
+                f"fonts: only Pillow's own is there; matplotlib's are wanted: {install_hint('matplotlib')}"
             )
         last = output / "0-weights"
         if not (last / "preprocessor_config.json").is_file():

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..errors import install_hint
 from .common import (
     DeviceOption,
     DTypeOption,
@@ -63,7 +64,7 @@ def evaluate(
     if quick and count is not None:
         raise typer.BadParameter(f"is {_QUICK} of each; give one of the two", param_hint="--quick, --count")
     if plot is not None and find_spec("matplotlib") is None:
-        raise typer.BadParameter("needs matplotlib; pip install 'qwen2vl[inspect]'", param_hint="--plot")
+        raise typer.BadParameter(f"needs matplotlib; {install_hint('matplotlib')}", param_hint="--plot")
     # Wrong paths are refused before minutes of answering and not behind them.
     if plot is not None and plot.suffix not in _PLOTS:
         raise typer.BadParameter(f"wants {' or '.join(_PLOTS)}, got {plot.name!r}", param_hint="--plot")

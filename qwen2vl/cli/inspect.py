@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..errors import install_hint
 from ..media.options import DEFAULTS, Access, MediaOptions
 from .common import (
     AllowRemoteOption,
@@ -114,7 +115,7 @@ def save_pictures(out: Path, name: str, kind: str, media: ImagePatches | VideoPa
         tokens = media.num_tokens // media.grid_thw[0]
         inspection.draw_contact_sheet(frames, times, tokens_per_step=tokens).save(first)
     if find_spec("matplotlib") is None:
-        typer.echo("no plot of position ids: it needs matplotlib; install qwen2vl[inspect]", err=True)
+        typer.echo(f"no plot of position ids: it needs matplotlib; {install_hint('matplotlib')}", err=True)
         return [first]
     plot = out / f"{name}-positions.png"
     inspection.plot_positions(

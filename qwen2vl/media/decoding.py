@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from qwen2vl.errors import MediaError
+from qwen2vl.errors import MediaError, install_hint
 
 MAX_SOURCE_FRAME_PIXELS = 8192 * 8192
 MAX_SOURCE_FRAMES = 5_000_000  # 46 hours at 30 frames per second
@@ -30,7 +30,7 @@ def _import_av() -> Any:
     try:
         import av
     except ImportError as error:
-        raise MediaError('video files need PyAV: pip install "qwen2vl[video]"') from error
+        raise MediaError(f"video files need PyAV: {install_hint('av')}") from error
     return av
 
 

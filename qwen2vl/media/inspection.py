@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from qwen2vl_kernels import mrope_positions
 
-from ..errors import MediaError, Qwen2VLError
+from ..errors import MediaError, Qwen2VLError, install_hint
 
 _INK = (20, 24, 32)
 _PAPER = (255, 255, 255)
@@ -174,7 +174,9 @@ def plot_positions(path: Path, kind: str, grid_thw: Sequence[int], *, title: str
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ModuleNotFoundError as error:
-        raise Qwen2VLError(f"the plot of position ids needs matplotlib ({error}); install qwen2vl[inspect]") from error
+        raise Qwen2VLError(
+            f"the plot of position ids needs matplotlib ({error}); {install_hint('matplotlib')}"
+        ) from error
     positions, begin, end = position_ids(kind, grid_thw, merge_size=merge_size)
     t, gh, gw = grid_thw
     figure = Figure(figsize=(12, 5), dpi=120, layout="constrained")

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from qwen2vl.errors import MediaError
+from qwen2vl.errors import MediaError, install_hint
 from qwen2vl.media.decoding import MAX_SOURCE_FRAME_PIXELS, MAX_SOURCE_FRAMES, Timeline, kept_frames, read_timeline
 
 _LENGTH = struct.Struct("<I")  # of the JSON that begins a message; pixels and ticks follow it
@@ -65,7 +65,7 @@ class Decoder:
 
     def __init__(self, file: BinaryIO, label: str, timeout: float | None):
         if find_spec("av") is None:
-            raise MediaError('video files need PyAV: pip install "qwen2vl[video]"')
+            raise MediaError(f"video files need PyAV: {install_hint('av')}")
         if not sys.executable:
             raise MediaError(f"{label}: no Python executable is known to decode it in; pass isolate=False")
         self._label, self._timeout = label, timeout

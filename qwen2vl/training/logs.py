@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..errors import install_hint
 from .errors import TrainingConfigError
 
 
@@ -34,7 +35,7 @@ def check_extras(*, tensorboard: bool, plot: bool) -> None:
     """Raise :class:`TrainingConfigError` before the run for a log whose package is missing."""
     for wanted, key, package in ((tensorboard, "run.tensorboard", "tensorboard"), (plot, "run.plot", "matplotlib")):
         if wanted and importlib.util.find_spec(package) is None:
-            raise TrainingConfigError(f"{key}: needs the package {package}; pip install 'qwen2vl[train]'")
+            raise TrainingConfigError(f"{key}: needs the package {package}; {install_hint(package)}")
 
 
 class Logs:

@@ -17,7 +17,7 @@ from torch import nn
 
 from .. import hub, weights
 from ..config import Qwen2VLConfig, VisionConfig
-from ..errors import CheckpointError
+from ..errors import CheckpointError, install_hint
 from ..files import read_json
 from ..model import Qwen2VL
 from .config import LoraConfig, ModelConfig
@@ -219,7 +219,7 @@ def add_lora(model: Qwen2VL, config: LoraConfig, stage: str) -> None:
     try:
         import peft  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise TrainingConfigError("lora: needs the package peft; pip install 'qwen2vl[train]'") from error
+        raise TrainingConfigError(f"lora: needs the package peft; {install_hint('peft')}") from error
     model.requires_grad_(False)
 
     def inject(part: nn.Module, targets: tuple[str, ...], key: str) -> None:

@@ -224,9 +224,9 @@ DAMAGE_BASE = {
 
 def test_missing_pyav_says_what_to_install(clip, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(MediaError, match=r'pip install "qwen2vl\[video\]"'):
+    with pytest.raises(MediaError, match=r'pip install "av>=15"'):
         preprocess_video(clip)
-    with pytest.raises(MediaError, match=r'pip install "qwen2vl\[video\]"'):
+    with pytest.raises(MediaError, match=r'pip install "av>=15"'):
         preprocess_video(clip, isolate=False)
     assert preprocess_video(numbered(2)).grid_thw[0] == 1  # frames need no decoder
 
