@@ -12,6 +12,12 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 
+#: What it is and what it is not, for who did not ask for it by name.
+NOTICE = (
+    "no --model is named: a toy answers, which knows generated pictures of single letters, short words, coloured "
+    "shapes and small screens, and nothing else; for photos, documents and videos: --model Qwen/Qwen2-VL-2B-Instruct"
+)
+
 #: Folder of its checkpoint in the released layout; `Qwen2VL.from_pretrained` and `Processor.from_pretrained` take it.
 FOLDER = Path(__file__).resolve().parent / "small"
 

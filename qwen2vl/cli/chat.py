@@ -36,6 +36,7 @@ from .common import (
     printable,
     progress_bar,
     stderr,
+    tell_who_answers,
     video_options,
 )
 
@@ -96,6 +97,7 @@ def chat(
         stop=stop,
     )
     options = video_options(min_pixels, max_pixels, fps)
+    tell_who_answers(model)
     _Chat(loaded, processor, config, options, system).run()
 
 

@@ -238,6 +238,14 @@ def load(
     return loaded, processor
 
 
+def tell_who_answers(model: str | None) -> None:
+    """One line on stderr where nobody named a --model, as the answers of a toy look like those of a model."""
+    if model is None:
+        from ..assets import NOTICE
+
+        stderr.print(f"[dim]{NOTICE}[/]")
+
+
 def generation_config(
     model: Qwen2VL,
     *,

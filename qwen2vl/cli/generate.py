@@ -33,6 +33,7 @@ from .common import (
     printable,
     progress_bar,
     stderr,
+    tell_who_answers,
     video_options,
 )
 
@@ -115,6 +116,7 @@ def generate(
     def show(row: int, token: int, piece: str) -> None:
         print(printable(piece), end="", flush=True)
 
+    tell_who_answers(model)
     result = run(
         loaded,
         inputs,

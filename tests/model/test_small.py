@@ -52,6 +52,18 @@ def test_generate_answers_without_a_model(picture):
     assert facts["media"][0]["resized_size"] == [56, 56]
 
 
+@pytest.mark.parametrize("more", [(), ("--json",)], ids=["text", "json"])
+def test_who_answers_is_told_where_nobody_named_a_model(picture, more):
+    asked = ("generate", "--image", picture, "--prompt", "Read the text.", "-n", 8, *more)
+    told, named = run(*asked), run(*asked, "--model", assets.FOLDER)
+    assert told.stderr == f"{assets.NOTICE}\n" and "--model" in assets.NOTICE
+    assert named.stderr == "" and named.exit_code == told.exit_code == 0
+    chat = run("chat", "-n", 8, stdin="Hello\n").stderr
+    assert (
+        chat.startswith(assets.NOTICE) and assets.NOTICE not in run("chat", "--model", assets.FOLDER, stdin="").stderr
+    )
+
+
 def test_chat_answers_without_a_model(picture):
     result = run("chat", "-n", 8, stdin=f"/image {picture}\nRead the text.\n")
     assert result.exit_code == 0 and result.stdout.strip() and "56 × 56, 4 tokens" in result.stderr
