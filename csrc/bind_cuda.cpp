@@ -98,9 +98,8 @@ PYBIND11_MODULE(_cuda, m) {
       py::arg("frames"), py::arg("options"), py::arg("workspace"), py::arg("device"), py::arg("stream"));
 
   // q, k, v: see attention_tensor. sizes: query heads, key heads, head width, 1 for float16 (0: bfloat16), causal.
-  // config: see attention_shape. tiles: (address, count, width); bounds: the
-  // segments of bounds[0] < keys <= bounds[1] are taken. scale: in powers of two. All kernels that are built are of one
-  // GPU.
+  // config: see attention_shape. tiles: (address, count, width); bounds: the segments of bounds[0] < keys <= bounds[1]
+  // are taken. scale: in powers of two.
   m.def(
       "attention_forward",
       [](const qwen2vl::RawHeads& q, const qwen2vl::RawHeads& k, const qwen2vl::RawHeads& v, int64_t out, int64_t lse,

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <array>
 #include <climits>
-#include <cstring>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -85,24 +84,18 @@ std::string encode(const AttentionMap& map, bool fp16, CUtensorMap* out) {
   return status == CUDA_SUCCESS ? "" : "cuTensorMapEncodeTiled: " + driver_words(status);
 }
 
-// Maps of the last tensors. A map is a function of these numbers alone, so that none is ever out of date.
+// The last maps. A map is a function of its key alone, so that none is ever out of date.
 class MapCache {
  public:
-  std::string get(const AttentionShape& shape, const AttentionTensor& tensor, int heads, int rows, bool fp16,
-                  CUtensorMap* out) {
-    const Key key{reinterpret_cast<int64_t>(tensor.data),
-                  tensor.row_stride,
-                  tensor.head_stride,
-                  tensor.rows,
-                  (int64_t{shape.head} << 32) | (rows << 1) | (fp16 ? 1 : 0),
-                  heads};
+  std::string get(const AttentionMap& map, bool fp16, CUtensorMap* out) {
+    const AttentionMapKey key = attention_map_key(map, fp16);
     uint64_t hash = 0;
-    for (const int64_t part : key) hash = (hash ^ static_cast<uint64_t>(part)) * 0x9E3779B97F4A7C15u;
+    for (const uint64_t part : key) hash = (hash ^ part) * 0x9E3779B97F4A7C15u;
     Entry& entry = entries_[hash >> 58];
     const std::lock_guard<std::mutex> lock(mutex_);
     if (entry.key != key) {
       CUtensorMap made;
-      const std::string failure = encode(attention_map(shape, tensor, heads, rows), fp16, &made);
+      const std::string failure = encode(map, fp16, &made);
       if (!failure.empty()) return failure;
       entry = {key, made};
     }
@@ -111,9 +104,8 @@ class MapCache {
   }
 
  private:
-  using Key = std::array<int64_t, 6>;
   struct Entry {
-    Key key{};
+    AttentionMapKey key{};
     CUtensorMap map{};
   };
   std::mutex mutex_;
@@ -190,12 +182,15 @@ std::string attention_forward_cuda(const AttentionCall& call, int device, void* 
   int multiprocessors = 0;
   if (failure.empty()) failure = prepare(kernel, device, &multiprocessors);
   CUtensorMap q, k, v;
+  const auto map_of = [&](const AttentionTensor& tensor, int heads, int rows, CUtensorMap* map) {
+    if (failure.empty()) failure = maps.get(attention_map(call.shape, tensor, heads, rows), call.fp16, map);
+  };
   // Where there are no keys, no tile asks for any.
   const bool keys = call.k.rows > 0;
   const int key_rows = keys ? call.shape.keys : call.shape.rows(), kv_heads = keys ? call.kv_heads : work.heads;
-  if (failure.empty()) failure = maps.get(call.shape, call.q, work.heads, call.shape.rows(), call.fp16, &q);
-  if (failure.empty()) failure = maps.get(call.shape, keys ? call.k : call.q, kv_heads, key_rows, call.fp16, &k);
-  if (failure.empty()) failure = maps.get(call.shape, keys ? call.v : call.q, kv_heads, key_rows, call.fp16, &v);
+  map_of(call.q, work.heads, call.shape.rows(), &q);
+  map_of(keys ? call.k : call.q, kv_heads, key_rows, &k);
+  map_of(keys ? call.v : call.q, kv_heads, key_rows, &v);
   if (!failure.empty()) return failure;
 
   void* arguments[] = {&q, &k, &v, const_cast<AttentionWork*>(&work)};

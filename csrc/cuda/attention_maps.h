@@ -1,6 +1,7 @@
 // How a packed tensor of heads is told to TMA: a tensor map's numbers, by the terms of cuTensorMapEncodeTiled.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 #include "attention.h"
@@ -34,6 +35,27 @@ inline AttentionMap attention_map(const AttentionShape& shape, const AttentionTe
             shape.row_bytes()};
   }
   return {tensor.data, 3, {head, all_rows, all_heads, 1}, {row, next, 0}, {columns, box_rows, 1, 1}, shape.row_bytes()};
+}
+
+// Every number that a map is made of, for who keeps maps: two that differ in any of them are two maps.
+using AttentionMapKey = std::array<uint64_t, 15>;
+
+inline AttentionMapKey attention_map_key(const AttentionMap& map, bool fp16) {
+  return {reinterpret_cast<uint64_t>(map.data),
+          map.rank,
+          map.sizes[0],
+          map.sizes[1],
+          map.sizes[2],
+          map.sizes[3],
+          map.strides[0],
+          map.strides[1],
+          map.strides[2],
+          map.box[0],
+          map.box[1],
+          map.box[2],
+          map.box[3],
+          static_cast<uint64_t>(map.swizzle),
+          fp16};
 }
 
 }  // namespace qwen2vl

@@ -53,3 +53,10 @@ def test_layouts_and_descriptors_are_those_of_cute() -> None:
             assert ours[name][0::2] == numbers[0::2] and ours[name][3] == numbers[3], name
             continue
         assert ours[name] == numbers, name
+
+
+def test_maps_that_differ_are_kept_apart() -> None:
+    """A map of blocks of 64 columns in the place of one of 16 brings other bytes than the kernel waits for."""
+    program = build_on_host("attention_map_keys")
+    keys = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(keys) == 11 == len(set(keys)) and all(len(key.split()) == 15 for key in keys)
