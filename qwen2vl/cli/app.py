@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -71,4 +73,23 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # not a text stream of Python's own
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    app(prog_name="qwen2vl")
+    try:
+        app(prog_name="qwen2vl")
+    except SystemExit as end:
+        if "RANK" in os.environ:
+            _leave(end.code)
+        raise
+
+
+def _leave(code: Any) -> NoReturn:
+    """End this process, one of torchrun's, without taking the interpreter down around its threads.
+
+    A thread of gloo drops the tensors of a collective some time after the collective is done, and needs the interpreter
+    for it. Where the interpreter is being taken down by then, C++ ends the process with SIGABRT, and torchrun calls the
+    finished run failed. No call waits for these threads, so what an ending interpreter must do is done here.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a reader that is gone, a stream that is closed
+            stream.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))

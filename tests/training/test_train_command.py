@@ -198,6 +198,25 @@ def test_ranks_of_torchrun_speak_with_one_voice(place, tmp_path, monkeypatch):
         assert again.exit_code == 1 and again.stderr.count("error: run.output") == said, again.stderr
 
 
+def test_a_rank_ends_whatever_its_threads_hold():
+    """A thread of gloo that still drops a tensor when the interpreter is taken down aborts the process; no run may wait
+    for such a thread either, nor lose what was written, nor its exit status."""
+    program = """
+import atexit, sys, threading
+from qwen2vl.cli import main
+threading.Thread(target=threading.Event().wait).start()
+atexit.register(print, "closed")
+sys.argv = ["qwen2vl", *sys.argv[1:]]
+main()
+"""
+    for arguments, status, said in ((["--version"], 0, "qwen2vl "), (["train", "--stage", "instruct"], 2, "")):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": "0"}
+        command = [sys.executable, "-c", program, *arguments]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        assert ended.returncode == status, ended.stderr
+        assert ended.stdout.startswith(said) and ended.stdout.endswith("closed\n")
+
+
 def test_bad_samples_are_counted_with_their_places(place, tmp_path):
     lines = [*(place / "data" / "pictures.jsonl").read_text().splitlines()[3:4], "{broken", '{"conversations": []}']
     bad = write_jsonl(place / "data" / "bad.jsonl", lines)
