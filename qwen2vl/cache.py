@@ -49,3 +49,8 @@ class KVCache:
         """The new tokens are stored in every layer: count them."""
         self.lengths = [have + new for have, new in zip(self.lengths, counts, strict=True)]
         self.next_position = next_position
+
+    def hold(self, rows: list[int]) -> None:
+        """The next token of these rows takes the place of their last, so that they do not grow; none may be empty."""
+        for row in rows:
+            self.lengths[row] -= 1

@@ -1,4 +1,4 @@
-"""Text generation: greedy or sampled, batched, streaming, with stop strings and a context check up front."""
+"""Text generation: greedy or sampled, batched, streaming, with stop strings, inside the context of the model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class GenerationConfig:
     """How to choose tokens and when to stop.
 
     Attributes:
-        max_new_tokens: at most this many per sequence.
+        max_new_tokens: at most this many per sequence, and no more than its own prompt leaves room for in the context.
         do_sample: draw from the distribution instead of taking its maximum; ``None`` draws where one of temperature,
             top_k and top_p is given.
         temperature, top_k, top_p: shape the distribution in this order; ``None`` leaves it as it is, as do
@@ -137,9 +137,9 @@ class GenerationResult:
     """What :func:`generate` made, a list entry per sequence.
 
     ``sequences``: new ids, without the id that ended them. ``texts``: decoded, empty without a tokenizer.
-    ``finish_reasons``: ``"stop"`` (an end id), ``"stop_string"`` (its text, or its control token) or ``"length"``.
-    ``timings`` in seconds: ``vision``, ``prefill``, ``decode``, and ``decode_steps``, the number of steps after the
-    first token.
+    ``finish_reasons``: ``"stop"`` (an end id), ``"stop_string"`` (its text, or its control token), ``"length"``
+    (``max_new_tokens``) or ``"context"`` (prompt and answer fill the model's context). ``timings`` in seconds:
+    ``vision``, ``prefill``, ``decode``, and ``decode_steps``, the number of steps after the first token.
     """
 
     sequences: list[list[int]]
@@ -209,7 +209,7 @@ class _Run:
         call = check_call(model.config, **cast("dict[str, Any]", inputs))
         self.call: Call | None = call  # let go after the prefill: pixels are large
         self.prompt_tokens = call.counts
-        check_context(model, self.prompt_tokens, config.max_new_tokens)
+        self.budgets = _budgets(model, self.prompt_tokens, config.max_new_tokens)
         self.rows = [_Row(tokenizer and tokenizer.stream_decoder(), config.stop) for _ in self.prompt_tokens]
         self.timings: dict[str, float] = {"vision": 0.0, "prefill": 0.0, "decode": 0.0, "decode_steps": 0}
         self.ends = _end_ids(model, config)
@@ -220,7 +220,7 @@ class _Run:
     # inference_mode is entered around each forward and not around a yield: it is a state of the thread, and must not
     # reach the consumer between two tokens.
     def __iter__(self) -> Iterator[tuple[int, int, str]]:
-        model, budget = self.model, self.config.max_new_tokens
+        model = self.model
         with torch.inference_mode():
             cache, logits = self._prefill()
         while True:
@@ -228,21 +228,27 @@ class _Run:
                 tokens = self.choose(logits[:, 0])
             for index, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
                 if not row.reason:
-                    piece = row.push(token, self.ends, budget)
+                    piece = row.push(token, self.ends, self.budgets[index])
                     yield index, token, piece
             if all(row.reason for row in self.rows):
                 return
             with torch.inference_mode():
-                # Rows that have ended keep their place with a token nobody reads.
+                # Rows that have ended keep their place, with a token nobody reads.
+                cache.hold([index for index, row in enumerate(self.rows) if row.reason])
                 step = torch.tensor(tokens, device=model.device).unsqueeze(1)
                 logits = self._timed("decode", model.step, step, cache)
             self.timings["decode_steps"] += 1
+
+    @property
+    def finish_reasons(self) -> list[str]:
+        most = self.config.max_new_tokens
+        return ["context" if row.reason == "length" and len(row.ids) < most else row.reason for row in self.rows]
 
     def _prefill(self) -> tuple[KVCache, torch.Tensor]:
         if self.call is None:
             raise RuntimeError("a run can be iterated once")
         model, call, self.call = self.model, self.call, None
-        capacity = max(self.prompt_tokens) + self.config.max_new_tokens
+        capacity = max(map(sum, zip(self.prompt_tokens, self.budgets, strict=True)))
         cache = KVCache(model.config.text, len(self.rows), capacity, device=model.device, dtype=model.dtype)
         features = call.features
         if features is None:
@@ -334,7 +340,9 @@ def generate(
         config: default :meth:`GenerationConfig.from_model`.
         on_token: called with (row, token id, new text) as tokens are chosen.
 
-    Raises :class:`ContextLengthError` before anything runs when prompt and answer cannot fit.
+    No sequence depends on the others of its batch, the room for its answer included.
+
+    Raises :class:`ContextLengthError` before anything runs when a prompt leaves no room for an answer.
     """
     run = _Run(model, inputs, tokenizer, config or GenerationConfig.from_model(model))
     for row, token, piece in run:
@@ -343,7 +351,7 @@ def generate(
     return GenerationResult(
         sequences=[row.ids for row in run.rows],
         texts=[row.text for row in run.rows] if tokenizer is not None else [],
-        finish_reasons=[row.reason for row in run.rows],
+        finish_reasons=run.finish_reasons,
         prompt_tokens=run.prompt_tokens,
         timings=run.timings,
     )
@@ -366,17 +374,18 @@ def stream(
     return (piece for _, _, piece in run if piece)
 
 
-def check_context(model: Qwen2VL, prompt_tokens: Sequence[int], max_new_tokens: int) -> None:
-    """Raise :class:`ContextLengthError` unless every prompt leaves room for ``max_new_tokens``."""
+def _budgets(model: Qwen2VL, prompt_tokens: Sequence[int], max_new_tokens: int) -> list[int]:
+    """How many new tokens each sequence may have: as asked for, as far as the context has room behind its prompt.
+
+    Raises :class:`ContextLengthError` naming the prompts that leave none.
+    """
     limit = model.config.text.max_position_embeddings
-    longest = max(prompt_tokens)
-    if longest + max_new_tokens > limit:
-        room = limit - longest
-        advice = f"at most {room} new tokens fit" if room > 0 else "shorten it, or lower max_pixels or a video's tokens"
+    if full := [f"{count} in row {row}" for row, count in enumerate(prompt_tokens) if count >= limit]:
         raise ContextLengthError(
-            f"the prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, together more than the model's "
-            f"{limit}; {advice}"
+            f"input_ids: wants prompts that leave room for an answer in the model's context of {limit} tokens, got "
+            f"{', '.join(full)}; shorten the prompt, or lower max_pixels or a video's tokens"
         )
+    return [min(max_new_tokens, limit - count) for count in prompt_tokens]
 
 
 def _end_ids(model: Qwen2VL, config: GenerationConfig) -> dict[int, str]:

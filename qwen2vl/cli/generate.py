@@ -126,8 +126,9 @@ def generate(
     )
     if not as_json:
         print(flush=True)
-        if result.finish_reasons[0] == "length" and stderr.is_terminal:
-            stderr.print(f"[dim](stopped at --max-new-tokens {max_new_tokens})[/]")
+        ends = {"length": f"at --max-new-tokens {max_new_tokens}", "context": "where the model's context is full"}
+        if (end := ends.get(result.finish_reasons[0])) and stderr.is_terminal:
+            stderr.print(f"[dim](stopped {end})[/]")
         return
 
     counts = {"image": 0, "video": 0}

@@ -120,8 +120,7 @@ class ChatModel:
             chats.append(to_messages(doc_to_messages(self.task_dict[task][split][doc_id])))
         arguments = requests[0].args[2]
         inputs = self.processor(chats)
-        room = self.model.config.text.max_position_embeddings - inputs["input_ids"].shape[1]
-        config = self._config(arguments, room)
+        config = self._config(arguments)
         result = generate(self.model, inputs, tokenizer=self.processor.tokenizer, config=config)
         found = []
         for request, text, ids in zip(requests, result.texts, result.sequences, strict=True):
@@ -129,9 +128,8 @@ class ChatModel:
             found.append(GenerationResult(text=text, token_counts=TokenCounts(output_tokens=len(ids))))
         return found
 
-    def _config(self, arguments: Mapping[str, Any], room: int) -> GenerationConfig:
-        """A task's generation_kwargs, where `room` tokens fit behind the prompt. Greedy unless it samples; beams, for
-        which there is no search, are refused."""
+    def _config(self, arguments: Mapping[str, Any]) -> GenerationConfig:
+        """A task's generation_kwargs. Greedy unless it samples; beams, for which there is no search, are refused."""
         if arguments.get("num_beams") not in (None, 1):
             raise Qwen2VLError(f"num_beams: wants 1, got {arguments['num_beams']!r}")
         until = arguments.get("until") or ()
@@ -145,7 +143,7 @@ class ChatModel:
             "top_k": int(arguments.get("top_k") or 0),
         }
         return GenerationConfig(
-            max_new_tokens=max(1, min(wanted, room)),  # a prompt that leaves none is refused when it is answered
+            max_new_tokens=max(1, wanted),
             do_sample=samples,
             **(settings if samples else {}),
             stop=tuple(text for text in until if text and text != "\n\n"),

@@ -238,11 +238,46 @@ def test_placeholders_are_never_generated(model, processor, inputs):
     assert chooser(logits) == [42]
 
 
-def test_context_is_checked_before_anything_runs(model, inputs, monkeypatch):
+def _with_context(model, monkeypatch, limit):
+    text = replace(model.config.text, max_position_embeddings=limit)
+    monkeypatch.setattr(model, "config", replace(model.config, text=text))
+
+
+def test_a_prompt_without_room_for_an_answer_is_refused_before_anything_runs(model, processor, inputs, monkeypatch):
     monkeypatch.setattr(model.visual, "forward", lambda *a, **k: pytest.fail("the tower ran"))
     length = inputs["input_ids"].shape[1]
-    with pytest.raises(ContextLengthError, match=f"the prompt has {length} tokens and max_new_tokens is 32768"):
-        _run(model, inputs, max_new_tokens=32768)
+    _with_context(model, monkeypatch, length)
+    refusal = rf"leave room for an answer in the model's context of {length} tokens, got {length} in row 0;"
+    with pytest.raises(ContextLengthError, match=refusal):
+        _run(model, inputs, max_new_tokens=1)
+    with pytest.raises(ContextLengthError, match=refusal):
+        stream(model, inputs, tokenizer=processor.tokenizer)
+    said = ("a", "Tell me " * length, "b", "Tell me more " * length)
+    batch = processor([[{"role": "user", "content": text}] for text in said])
+    with pytest.raises(ContextLengthError, match=r"got \d+ in row 1, \d+ in row 3;"):
+        _run(model, batch)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)], ids=str)
+def test_the_room_for_an_answer_is_that_of_its_own_prompt(order, model, processor, monkeypatch):
+    """One answer fills the context at its fifth token, one has room to spare, one ends there in both ways at once."""
+    asked = [processor([{"role": "user", "content": "Tell me more. " * n}]) for n in (30, 3, 25)]
+    lengths = [one["input_ids"].shape[1] for one in asked]
+    limit, wanted = lengths[0] + 5, lengths[0] + 5 - lengths[2]
+    assert 20 < wanted and lengths[1] + wanted < limit
+    free = [_run(model, one, max_new_tokens=wanted).sequences[0] for one in asked]
+    _with_context(model, monkeypatch, limit)
+    batch = processor([[{"role": "user", "content": "Tell me more. " * (30, 3, 25)[n]}] for n in order])
+    together = _run(model, batch, processor, max_new_tokens=wanted)
+    rooms, reasons = (5, wanted, wanted), ("context", "length", "length")
+    assert together.sequences == [free[n][: rooms[n]] for n in order]
+    assert together.finish_reasons == [reasons[n] for n in order]
+    for n, one in enumerate(asked):
+        alone = _run(model, one, max_new_tokens=wanted)
+        assert alone.sequences == [free[n][: rooms[n]]] and alone.finish_reasons == [reasons[n]]
+    config = GenerationConfig(max_new_tokens=wanted, eos_token_ids=ENDLESS)
+    pieces = stream(model, asked[0], tokenizer=processor.tokenizer, config=config)
+    assert "".join(pieces) == together.texts[order.index(0)]
 
 
 def test_the_checkpoint_defaults_are_used(model, monkeypatch):
@@ -462,12 +497,10 @@ def test_a_failed_call_leaves_the_cache_as_it_was(model, monkeypatch):
     assert cache.lengths == [3] and cache.next_position.tolist() == [3]
 
 
-def test_stream_refuses_at_the_call(model, processor, inputs):
+def test_stream_refuses_at_the_call(model, processor):
     batch = processor([[{"role": "user", "content": text}] for text in ("a", "b")])
     with pytest.raises(PromptError, match="stream takes a batch of one, got 2"):
         stream(model, batch, tokenizer=processor.tokenizer)
-    with pytest.raises(ContextLengthError, match="max_new_tokens is 32768"):
-        stream(model, inputs, tokenizer=processor.tokenizer, config=GenerationConfig(max_new_tokens=32768))
 
 
 def test_unwritten_slots_are_never_read(model, processor):
@@ -489,9 +522,3 @@ def test_unwritten_slots_are_never_read(model, processor):
 def test_the_processor_is_not_a_tokenizer(model, processor, inputs):
     with pytest.raises(TypeError, match="tokenizer must be a processor's tokenizer, got Processor"):
         generate(model, inputs, tokenizer=processor)
-
-
-def test_the_context_error_says_what_would_fit(model, inputs):
-    room = 32768 - inputs["input_ids"].shape[1]
-    with pytest.raises(ContextLengthError, match=f"at most {room} new tokens fit"):
-        _run(model, inputs, max_new_tokens=40000)

@@ -136,19 +136,17 @@ def test_answers_are_those_of_generate_in_the_order_of_the_requests(adapter, fol
 
 def test_a_task_says_how_to_answer(adapter, folder):
     model = adapter.LmmsEvalModel(str(folder), device="cpu", max_new_tokens=9)
-    assert model._config({}, 99) == GenerationConfig(max_new_tokens=9, do_sample=False)
-    capped = model._config({"max_new_tokens": 49152}, 99)
-    assert capped == GenerationConfig(max_new_tokens=99, do_sample=False)
-    assert model._config({"until": ["\n\n"]}, 99).stop == ()
-    assert model._config({"until": ["\n\n", "Q:"]}, 99).stop == ("Q:",)
+    assert model._config({}) == GenerationConfig(max_new_tokens=9, do_sample=False)
+    assert model._config({"until": ["\n\n"]}).stop == ()
+    assert model._config({"until": ["\n\n", "Q:"]}).stop == ("Q:",)
     assert model.device == torch.device("cpu")  # where lmms-eval gathers what several processes found
     sampled = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "until": "\n"}
     expected = GenerationConfig(max_new_tokens=9, do_sample=True, temperature=0.7, top_p=0.9, top_k=0, stop=("\n",))
-    assert model._config(sampled, 99) == expected
-    assert not model._config({"do_sample": True, "temperature": 0}, 99).do_sample  # as tasks write greedy
-    assert not model._config({"do_sample": False, "temperature": 0.7}, 99).do_sample
+    assert model._config(sampled) == expected
+    assert not model._config({"do_sample": True, "temperature": 0}).do_sample  # as tasks write greedy
+    assert not model._config({"do_sample": False, "temperature": 0.7}).do_sample
     with pytest.raises(Qwen2VLError, match="num_beams: wants 1, got 4"):
-        model._config({"num_beams": 4}, 99)
+        model._config({"num_beams": 4})
 
 
 def test_a_part_of_a_video():
