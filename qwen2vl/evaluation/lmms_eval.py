@@ -6,13 +6,14 @@
 
 Prompts are the tasks' own for any model (their "default"), so the version of lmms-eval pins them; the limits of pixels
 and frames are the arguments of :class:`ChatModel`. Answers are greedy unless a task says otherwise, and as long as it
-says, or as fits the context. They are not cut at their first blank line: lmms-eval writes that stop ("until") into
-every task that states none, so that one cannot tell who wants it, and its own adapters for Qwen's later models pass it
-by.
+says, or as fits the context; the checkpoint's generation_config.json stands behind what the task says, as in
+transformers. They are not cut at their first blank line: lmms-eval writes that stop ("until") into every task that
+states none, so that one cannot tell who wants it, and its own adapters for Qwen's later models pass it by.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -28,6 +29,8 @@ from ..media.options import DEFAULTS, OPTION_NAMES
 from ..model import Qwen2VL
 from ..prompt.processor import Processor
 
+_log = logging.getLogger(__name__)
+
 
 def manifest() -> Any:
     """The entry point of lmms-eval's group "lmms_eval.models": the name of the model and where its class is."""
@@ -42,7 +45,18 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
 
-    return type(name, (ChatModel, lmms), {"__doc__": ChatModel.__doc__})
+    made = type(name, (ChatModel, lmms), {"__doc__": ChatModel.__doc__, "__module__": __name__})
+    globals()[name] = made  # one class, which pickle finds here
+    return made
+
+
+#: The generation_kwargs that are honoured.
+_HONOURED = frozenset((
+    "max_new_tokens", "until", "stop_sequences", "do_sample", "temperature", "top_p", "top_k", "repetition_penalty",
+    "seed", "num_beams",
+))  # fmt: skip
+#: Those that tasks write for the preprocessing or the loop of other models, and that change no answer of this one.
+_OF_OTHERS = frozenset(("image_aspect_ratio", "visual_cot", "max_agentic_steps"))
 
 
 class ChatModel:
@@ -55,7 +69,11 @@ class ChatModel:
             its LOCAL_RANK), and the checkpoint's.
         max_new_tokens: where a task does not say.
         options: how images and videos are taken, under the names of ``qwen2vl.media.options.MediaOptions``
-            (``max_pixels``, ``fps``, ``max_frames``, ``max_video_tokens`` ...); by default as released.
+            (``max_pixels``, ``fps``, ``max_frames``, ``max_video_tokens`` ...); what is left out is as the checkpoint's
+            preprocessor_config.json says. ``min_pixels`` and ``max_pixels`` bound the frames of videos, too, as in
+            lmms-eval's own classes, unless ``video_min_pixels`` and ``video_max_pixels`` stand beside them.
+
+    A prompt that leaves no room for an answer gets an empty one; a line of the log names each.
 
     Raises:
         CheckpointError: there is no such checkpoint. Qwen2VLError: an argument is unknown or out of range.
@@ -84,10 +102,13 @@ class ChatModel:
         self.batch_size = int(batch_size)
         if device is None and torch.cuda.is_available():
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        stated = DEFAULTS.updated(options)  # the defaults, too, win over the checkpoint's own limits
+        for name in ("min_pixels", "max_pixels"):
+            if name in options:
+                options.setdefault(f"video_{name}", options[name])
+        DEFAULTS.updated(options)  # refuses what is out of range before a checkpoint is read
         checkpoint = Checkpoint.find(pretrained)
         self.model = Qwen2VL.from_pretrained(checkpoint, device=device, dtype=dtype)
-        self.processor = Processor.from_pretrained(checkpoint, **vars(stated))
+        self.processor = Processor.from_pretrained(checkpoint, **options)
         self.max_new_tokens = max_new_tokens
 
     @property
@@ -97,6 +118,8 @@ class ChatModel:
 
     def generate_until(self, requests: Sequence[Any]) -> list[Any]:
         """An answer for each request, in their order."""
+        for request in requests:  # before the first answer is worked out
+            self._config(request.args[2])
         answers: list[Any] = [None] * len(requests)
         # Requests with equal settings stand together, and among these long questions beside long ones.
         settings = [repr(sorted(request.args[2].items())) for request in requests]
@@ -114,40 +137,66 @@ class ChatModel:
     def _answer(self, requests: Sequence[Any]) -> list[Any]:
         from lmms_eval.api.instance import GenerationResult, TokenCounts  # pyright: ignore[reportMissingImports]
 
+        arguments = requests[0].args[2]
         chats = []
         for request in requests:
             _, doc_to_messages, _, doc_id, task, split = request.args
             chats.append(to_messages(doc_to_messages(self.task_dict[task][split][doc_id])))
-        arguments = requests[0].args[2]
-        inputs = self.processor(chats)
-        config = self._config(arguments)
-        result = generate(self.model, inputs, tokenizer=self.processor.tokenizer, config=config)
+        texts, lengths = [""] * len(requests), [0] * len(requests)
+        fits, inputs = self._fitting(requests, chats)
+        if fits:
+            result = generate(self.model, inputs, tokenizer=self.processor.tokenizer, config=self._config(arguments))
+            for n, text, ids in zip(fits, result.texts, result.sequences, strict=True):
+                texts[n], lengths[n] = text, len(ids)
         found = []
-        for request, text, ids in zip(requests, result.texts, result.sequences, strict=True):
+        for request, text, length in zip(requests, texts, lengths, strict=True):
             self.cache_hook.add_partial("generate_until", (request.args[0], arguments), text)
-            found.append(GenerationResult(text=text, token_counts=TokenCounts(output_tokens=len(ids))))
+            found.append(GenerationResult(text=text, token_counts=TokenCounts(output_tokens=length)))
         return found
 
+    def _fitting(self, requests: Sequence[Any], chats: list[Any]) -> tuple[list[int], Any]:
+        """Which conversations leave room for an answer, and the model's inputs for these."""
+        inputs = self.processor(chats)
+        limit = self.model.config.text.max_position_embeddings
+        counts = inputs["attention_mask"].sum(1).tolist()
+        fits = [n for n, count in enumerate(counts) if count < limit]
+        if len(fits) == len(chats):
+            return fits, inputs
+        for n, count in enumerate(counts):
+            if count >= limit:
+                _, _, _, doc_id, task, split = requests[n].args
+                _log.warning(
+                    "%s, %s, document %s: the prompt has %d tokens and the model's context %d: its answer is empty",
+                    task, split, doc_id, count, limit,
+                )  # fmt: skip
+        return fits, self.processor([chats[n] for n in fits]) if fits else None
+
     def _config(self, arguments: Mapping[str, Any]) -> GenerationConfig:
-        """A task's generation_kwargs. Greedy unless it samples; beams, for which there is no search, are refused."""
+        """A task's generation_kwargs over the checkpoint's generation_config.json. Greedy unless the task samples, also
+        where the file samples, as in lmms-eval's own classes. Raises Qwen2VLError for what is not honoured: a name that
+        is not known, beams, for which there is no search, and values out of range."""
+        if unknown := sorted(arguments.keys() - _HONOURED - _OF_OTHERS):
+            raise Qwen2VLError(
+                f"generation_kwargs: wants {', '.join(sorted(_HONOURED))}, got {', '.join(map(repr, unknown))}"
+            )
         if arguments.get("num_beams") not in (None, 1):
             raise Qwen2VLError(f"num_beams: wants 1, got {arguments['num_beams']!r}")
-        until = arguments.get("until") or ()
-        until = (until,) if isinstance(until, str) else tuple(until)
-        wanted = int(arguments.get("max_new_tokens") or self.max_new_tokens)
-        temperature = arguments.get("temperature") or 0.0
-        samples = bool(arguments.get("do_sample", temperature > 0)) and temperature > 0
-        settings = {
-            "temperature": float(temperature),
-            "top_p": float(arguments.get("top_p") or 1.0),
-            "top_k": int(arguments.get("top_k") or 0),
-        }
-        return GenerationConfig(
-            max_new_tokens=max(1, wanted),
-            do_sample=samples,
-            **(settings if samples else {}),
-            stop=tuple(text for text in until if text and text != "\n\n"),
-        )
+        stop = [text for text in _strings(arguments, "until") if text and text != "\n\n"]
+        stop += _strings(arguments, "stop_sequences")
+        given = {name: arguments.get(name) for name in ("repetition_penalty", "seed", "max_new_tokens")}
+        if given["max_new_tokens"] is None:
+            given["max_new_tokens"] = self.max_new_tokens
+        temperature = arguments.get("temperature")
+        samples = arguments.get("do_sample")
+        if (bool(temperature) if samples is None else samples) and temperature != 0:
+            given |= {name: arguments.get(name) for name in ("temperature", "top_p", "top_k")}
+            given["do_sample"] = True
+        else:
+            given["do_sample"] = False
+        try:
+            return GenerationConfig.from_model(self.model, **given, stop=tuple(stop))
+        except ValueError as error:
+            raise Qwen2VLError(f"generation_kwargs: {error}") from error
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         raise Qwen2VLError("loglikelihood: this model answers; choose a task that generates")
@@ -156,21 +205,48 @@ class ChatModel:
         raise Qwen2VLError("generate_until_multi_round: wants a task of one round")
 
 
+def _strings(arguments: Mapping[str, Any], name: str) -> list[str]:
+    """A string or several, as a list."""
+    given = arguments.get(name) or ()
+    texts = [given] if isinstance(given, str) else list(given)
+    if not all(isinstance(text, str) for text in texts):
+        raise Qwen2VLError(f"generation_kwargs: {name} wants strings, got {given!r}")
+    return texts
+
+
 def to_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """lmms-eval's messages as a processor takes them. Raises Qwen2VLError for audio."""
-    return [{"role": m["role"], "content": [_item(item) for item in m["content"]]} for m in messages]
+    """lmms-eval's messages as a processor takes them. Raises Qwen2VLError for audio, and for what is no message of its
+    protocol."""
+    found = []
+    for m in messages:
+        content = m.get("content")
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        if not isinstance(content, Sequence) or not all(isinstance(item, Mapping) for item in content):
+            raise Qwen2VLError(f"content: wants a text or a list of items, got {_brief(content)}")
+        found.append({"role": m.get("role"), "content": [_item(item) for item in content]})
+    return found
 
 
 def _item(item: Mapping[str, Any]) -> dict[str, Any]:
-    kind = item["type"]
+    kind = item.get("type")
     if kind == "text":
-        return {"type": "text", "text": item["text"]}
+        return {"type": "text", "text": item.get("text")}
     if kind not in ("image", "video"):
         raise Qwen2VLError(f"content: wants text, images and videos, got {kind!r}")
-    source, times = item["url"], {}
+    source, times = item.get("url", item.get(kind)), {}  # their protocol has "url", their users write the other, too
+    if source is None:
+        raise Qwen2VLError(f"content: an item of type {kind!r} wants a key 'url' or {kind!r}, got {sorted(item)}")
     if kind == "video":
         times = {"video_start": item.get("start_time"), "video_end": item.get("end_time")}
         if isinstance(source, Mapping):  # a part of a video, as some tasks give it
+            if "path" not in source:
+                raise Qwen2VLError(f"content: a part of a video wants a key 'path', got {sorted(source)}")
             times = {"video_start": source.get("video_start"), "video_end": source.get("video_end")}
             source = source["path"]
     return {"type": kind, kind: source, **{key: value for key, value in times.items() if value is not None}}
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
