@@ -164,36 +164,40 @@ class Access:
             trusted callers.
         roots: folders below which local files must lie, after all symbolic links of both are followed; None means
             anywhere. They are resolved once, when this is made.
+        base: the folder that relative paths of local files begin at; None means the process's working folder.
 
     Raises:
-        MediaError: a root is no path, or no folder is there.
+        MediaError: a root, or the base, is no path, or no folder is there.
     """
 
     local_files: bool = True
     remote: bool = False
     roots: tuple[Path, ...] | None = None
+    base: Path | None = None
 
     def __post_init__(self) -> None:
+        if self.base is not None:
+            object.__setattr__(self, "base", _folder(self.base, "base"))
         if self.roots is None:
             return
         given: Any = self.roots
         listed = (given,) if isinstance(given, (str, os.PathLike)) else given
         if not isinstance(listed, Iterable):
             raise MediaError(f"roots must be folders, got {given!r}")
-        object.__setattr__(self, "roots", tuple(_folder(root) for root in listed))
+        object.__setattr__(self, "roots", tuple(_folder(root, "roots") for root in listed))
 
 
 ANYWHERE = Access()
 
 
-def _folder(root: object) -> Path:
+def _folder(root: object, name: str) -> Path:
     if not isinstance(root, (str, os.PathLike)):
-        raise MediaError(f"roots must be folders, got {root!r}")
+        raise MediaError(f"{name} must be {'a folder' if name == 'base' else 'folders'}, got {root!r}")
     try:
         folder = Path(root).expanduser().resolve()
         found = folder.is_dir()
     except (OSError, ValueError, RuntimeError) as error:
-        raise MediaError(f"roots: {root!r} cannot be resolved: {error}") from error
+        raise MediaError(f"{name}: {root!r} cannot be resolved: {error}") from error
     if not found:
-        raise MediaError(f"roots: {str(root)!r} is no folder")
+        raise MediaError(f"{name}: {str(root)!r} is no folder")
     return folder

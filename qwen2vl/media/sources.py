@@ -130,6 +130,8 @@ def _local_path(path: str | os.PathLike[str], label: str, access: Access) -> str
     """
     if not access.local_files:
         raise MediaError(f"{label} names a file of this machine, and allow_local_files is False")
+    if access.base is not None:
+        path = access.base / path
     if access.roots is None:
         return path
     try:

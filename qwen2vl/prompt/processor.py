@@ -27,6 +27,8 @@ from .template import ChatTemplate
 from .tokenizer import Tokenizer
 
 IGNORED = -100  # the label of what is not taught, cross_entropy's default
+_MEDIA_KEYS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+
 Messages = Sequence[Mapping[str, Any]]
 Roots = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | None
 
@@ -81,13 +83,14 @@ class Processor:
             itself, data URIs and, with `allow_remote`, http(s) URLs are taken.
         roots: a folder or several, below which local files must lie after symbolic links are followed; None means
             anywhere.
+        base: the folder that relative paths begin at; None means the process's working folder.
         options: defaults of what `qwen2vl.media.options.MediaOptions` holds, by name, such as `max_pixels`.
 
     Attributes:
         options (MediaOptions), access (Access), shape (PatchShape): what the arguments say.
 
     Raises:
-        MediaError: an option is out of range, or a root is no folder. TypeError: an option is unknown.
+        MediaError: an option is out of range, or a root or the base is no folder. TypeError: an option is unknown.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class Processor:
         allow_remote: bool = False,
         allow_local_files: bool = True,
         roots: Roots = None,
+        base: str | os.PathLike[str] | None = None,
         **options: Any,
     ):
         self.tokenizer = tokenizer
@@ -112,7 +116,7 @@ class Processor:
             self._render, self._render_spans = chat_template.render, chat_template.render_spans
         self.options = DEFAULTS.updated(options)
         self.shape = PatchShape(patch_size, merge_size, temporal_patch_size)
-        self.access = Access(allow_local_files, allow_remote, roots)  # type: ignore[arg-type]
+        self.access = Access(allow_local_files, allow_remote, roots, base)  # type: ignore[arg-type]
 
     @property
     def min_pixels(self) -> int:
@@ -132,6 +136,7 @@ class Processor:
         allow_remote: bool = False,
         allow_local_files: bool = True,
         roots: Roots = None,
+        base: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> "Processor":
         """Read tokenizer.json, config.json and, where present, the limits of images and of videos of a checkpoint, see
@@ -139,8 +144,8 @@ class Processor:
 
         Args:
             name_or_path: a folder, a hub id such as "Qwen/Qwen2-VL-2B-Instruct", or a checkpoint that was found before.
-            allow_remote, allow_local_files, roots: what media may be named by messages, see the class. The checkpoint
-                itself is read in any case.
+            allow_remote, allow_local_files, roots, base: what media may be named by messages, see the class. The
+                checkpoint itself is read in any case.
             options: over the checkpoint's limits and the defaults, see the class.
 
         Raises:
@@ -157,7 +162,7 @@ class Processor:
             "merge_size": vision.spatial_merge_size,
             "temporal_patch_size": vision.temporal_patch_size,
         }
-        access = {"allow_remote": allow_remote, "allow_local_files": allow_local_files, "roots": roots}
+        access = {"allow_remote": allow_remote, "allow_local_files": allow_local_files, "roots": roots, "base": base}
         template = read_chat_template(folder, tokenizer)
         return cls(tokenizer, **sizes, chat_template=template, **access, **vars(stated))
 
@@ -296,6 +301,33 @@ class Processor:
                 tensors[pixels] = torch.cat(packed) if len(packed) > 1 else packed[0]
                 tensors[grid] = torch.tensor([patches.grid_thw for patches in of_kind], dtype=torch.int64)
         return Inputs(tensors, [_describe(item, patches) for item, patches in loaded])
+
+    def join(self, inputs: Sequence[Inputs], *, padding_side: Literal["left", "right"] = "left") -> Inputs:
+        """Several inputs as one batch, equal to that of one call with all their conversations.
+
+        Args:
+            inputs: what this processor gave, without padding, such as for one conversation each; without `labels`.
+            padding_side: as `__call__`.
+
+        Raises:
+            PromptError: there are none, or one has padding or labels.
+        """
+        if padding_side not in ("left", "right"):
+            raise PromptError(f"padding_side: wants 'left' or 'right', got {padding_side!r}")
+        if not inputs:
+            raise PromptError("inputs: wants at least one, got none")
+        for n, one in enumerate(inputs):
+            if "labels" in one or not bool(one["attention_mask"].all()):
+                raise PromptError(f"inputs[{n}]: wants rows without padding and without labels")
+        rows = [row for one in inputs for row in one["input_ids"].tolist()]
+        tensors = {
+            "input_ids": _pad_rows(rows, self.tokenizer.pad_id, padding_side),
+            "attention_mask": _pad_rows([[1] * len(row) for row in rows], 0, padding_side),
+        }
+        for name in _MEDIA_KEYS:
+            if parts := [one[name] for one in inputs if name in one]:
+                tensors[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return Inputs(tensors, [item for one in inputs for item in one.media])
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of one sequence; see `Tokenizer.decode`."""
