@@ -134,16 +134,16 @@ class ChatModel:
             raise Qwen2VLError(f"num_beams: wants 1, got {arguments['num_beams']!r}")
         until = arguments.get("until") or ()
         until = (until,) if isinstance(until, str) else tuple(until)
-        wanted = int(arguments.get("max_new_tokens") or self.max_new_tokens)
+        most, top_p = arguments.get("max_new_tokens"), arguments.get("top_p")
         temperature = arguments.get("temperature") or 0.0
         samples = bool(arguments.get("do_sample", temperature > 0)) and temperature > 0
         settings = {
             "temperature": float(temperature),
-            "top_p": float(arguments.get("top_p") or 1.0),
+            "top_p": 1.0 if top_p is None else top_p,
             "top_k": int(arguments.get("top_k") or 0),
         }
         return GenerationConfig(
-            max_new_tokens=max(1, wanted),
+            max_new_tokens=self.max_new_tokens if most is None else most,
             do_sample=samples,
             **(settings if samples else {}),
             stop=tuple(text for text in until if text and text != "\n\n"),

@@ -145,6 +145,13 @@ def test_a_task_says_how_to_answer(adapter, folder):
     assert model._config(sampled) == expected
     assert not model._config({"do_sample": True, "temperature": 0}).do_sample  # as tasks write greedy
     assert not model._config({"do_sample": False, "temperature": 0.7}).do_sample
+    nucleus = {"do_sample": True, "temperature": 0.7}
+    assert model._config({**nucleus, "top_p": 0}).top_p == 0, "nearly greedy, which is not all of it"
+    assert model._config({**nucleus, "top_p": None}).top_p == 1
+    assert model._config({"max_new_tokens": None}).max_new_tokens == 9
+    for wrong in (0, -5, 2.5):
+        with pytest.raises(Qwen2VLError, match=f"max_new_tokens must be an integer >= 1, got {wrong}"):
+            model._config({"max_new_tokens": wrong})
     with pytest.raises(Qwen2VLError, match="num_beams: wants 1, got 4"):
         model._config({"num_beams": 4})
 
