@@ -12,7 +12,7 @@ import torch
 
 from .cache import KVCache
 from .checks import Call, check_call
-from .errors import CheckpointError, ContextLengthError, PromptError
+from .errors import CheckpointError, ContextLengthError, PromptError, Qwen2VLError
 from .model import Qwen2VL
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ class GenerationConfig:
         do_sample: draw from the distribution instead of taking its maximum; ``None`` draws where one of temperature,
             top_k and top_p is given.
         temperature, top_k, top_p: shape the distribution in this order; ``None`` leaves it as it is, as do
-            ``temperature=1``, ``top_k=0`` and ``top_p=1``.
+            ``temperature=1``, ``top_k=0`` and ``top_p=1``. The likeliest token is always kept, so that ``top_p=0``
+            draws no other.
         repetition_penalty: divides positive and multiplies negative scores of every id seen in prompt or answer
             (Keskar et al. 2019, section 4.1).
         seed: row b of a batch draws with ``seed + b``; ``None`` takes a fresh one. A row's draws do not depend on the
@@ -38,7 +39,8 @@ class GenerationConfig:
         eos_token_ids: ids at which a sequence ends; empty takes the checkpoint's.
 
     Raises:
-        ValueError: a value is out of range, or ``do_sample=False`` stands beside a setting that shapes draws.
+        Qwen2VLError: a value is out of range or of a wrong type, or ``do_sample=False`` stands beside a setting that
+            shapes draws.
     """
 
     max_new_tokens: int = 128
@@ -53,25 +55,27 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         checks = (
-            (
-                "max_new_tokens",
-                isinstance(self.max_new_tokens, int) and self.max_new_tokens >= 1,
-                "an integer >= 1",
-            ),
+            ("max_new_tokens", _integer(self.max_new_tokens) and self.max_new_tokens >= 1, "an integer >= 1"),
             ("do_sample", self.do_sample is None or isinstance(self.do_sample, bool), "True, False or None"),
-            ("temperature", _unsaid_or_number(self.temperature, 0, math.inf), "> 0 (do_sample=False is greedy)"),
-            ("top_k", self.top_k is None or (isinstance(self.top_k, int) and self.top_k >= 0), "an integer >= 0"),
-            ("top_p", _unsaid_or_number(self.top_p, 0, 1), "in (0, 1]"),
+            (
+                "temperature",
+                self.temperature is None or (_number(self.temperature) and self.temperature > 0),
+                "> 0 (do_sample=False is greedy)",
+            ),
+            ("top_k", self.top_k is None or (_integer(self.top_k) and self.top_k >= 0), "an integer >= 0"),
+            ("top_p", self.top_p is None or (_number(self.top_p) and 0 <= self.top_p <= 1), "in [0, 1]"),
             ("repetition_penalty", _number(self.repetition_penalty) and self.repetition_penalty > 0, "> 0"),
+            ("seed", self.seed is None or _integer(self.seed), "an integer or None"),
             ("stop", _non_empty_strings(self.stop), "a sequence of non-empty strings"),
+            ("eos_token_ids", _token_ids(self.eos_token_ids), "a sequence of integers >= 0"),
         )
         for name, ok, want in checks:
             if not ok:
-                raise ValueError(f"{name} must be {want}, got {getattr(self, name)!r}")
+                raise Qwen2VLError(f"{name} must be {want}, got {getattr(self, name)!r}")
         if self.do_sample is False:
             for name, neutral in _SHAPING.items():
                 if getattr(self, name) not in (None, neutral):
-                    raise ValueError(
+                    raise Qwen2VLError(
                         f"{name} must be left out with do_sample=False, which takes the likeliest token, "
                         f"got {getattr(self, name)!r}"
                     )
@@ -122,14 +126,18 @@ def _number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _non_empty_strings(values: object) -> bool:
     return (
         isinstance(values, Sequence) and not isinstance(values, str) and all(isinstance(v, str) and v for v in values)
     )
 
 
-def _unsaid_or_number(value: object, above: float, most: float) -> bool:
-    return value is None or (_number(value) and above < value <= most)
+def _token_ids(values: object) -> bool:
+    return isinstance(values, Sequence) and all(_integer(value) and value >= 0 for value in values)
 
 
 @dataclass(frozen=True)
@@ -320,6 +328,7 @@ class _Chooser:
             ordered, order = probabilities.sort(-1, descending=True)
             # Keep the smallest set that reaches top_p: drop what begins after it is reached.
             beyond = ordered.cumsum(-1) - ordered >= config.top_p
+            beyond[:, 0] = False
             probabilities = probabilities.masked_fill(beyond.gather(1, order.argsort(-1)), 0)
         return probabilities
 

@@ -61,7 +61,7 @@ TemperatureOption = Annotated[
 ]
 TopPOption = Annotated[
     float | None,
-    typer.Option("--top-p", min=1e-6, max=1, help="Keep this share of probability.", rich_help_panel=_SAMPLING),
+    typer.Option("--top-p", min=0, max=1, help="Keep this share of probability.", rich_help_panel=_SAMPLING),
 ]
 TopKOption = Annotated[
     int | None,
