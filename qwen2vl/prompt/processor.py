@@ -33,7 +33,8 @@ Roots = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | None
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """What became of one image or video; sizes are (height, width) in pixels, times in seconds."""
+    """What became of one image or video; sizes are (height, width) in pixels, times in seconds, and `row` is its
+    conversation's place in the batch."""
 
     kind: Literal["image", "video"]
     where: str
@@ -44,6 +45,7 @@ class MediaInfo:
     duration: float | None = None
     native_fps: float | None = None
     frame_times: tuple[float, ...] = ()
+    row: int = 0
 
 
 class Inputs(dict[str, torch.Tensor]):
@@ -276,7 +278,14 @@ class Processor:
     ) -> Inputs:
         if padding_side not in ("left", "right"):
             raise PromptError(f"padding_side: wants 'left' or 'right', got {padding_side!r}")
-        media = [item for spans in prompts for span in spans for item in span.segments if isinstance(item, Media)]
+        found = [
+            (row, item)
+            for row, spans in enumerate(prompts)
+            for span in spans
+            for item in span.segments
+            if isinstance(item, Media)
+        ]
+        media = [item for _, item in found]
         loaded = list(zip(media, self._load(media, options, progress), strict=True))
         pads = iter([patches.num_tokens for _, patches in loaded])
         rows = [self._encode(spans, pads) for spans in prompts]
@@ -295,7 +304,7 @@ class Processor:
                 packed = [torch.from_numpy(patches.patches) for patches in of_kind]
                 tensors[pixels] = torch.cat(packed) if len(packed) > 1 else packed[0]
                 tensors[grid] = torch.tensor([patches.grid_thw for patches in of_kind], dtype=torch.int64)
-        return Inputs(tensors, [_describe(item, patches) for item, patches in loaded])
+        return Inputs(tensors, [_describe(*pair, row) for pair, (row, _) in zip(loaded, found, strict=True)])
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of one sequence; see `Tokenizer.decode`."""
@@ -385,10 +394,10 @@ def _pad_rows(rows: Sequence[Sequence[int]], value: int, side: str) -> torch.Ten
     return padded
 
 
-def _describe(item: Media, patches: ImagePatches | VideoPatches) -> MediaInfo:
+def _describe(item: Media, patches: ImagePatches | VideoPatches, row: int) -> MediaInfo:
     """What is told about an item that has been read."""
     sizes = (patches.source_size, patches.resized_size, patches.grid_thw, patches.num_tokens)
     if isinstance(patches, ImagePatches):
-        return MediaInfo(item.kind, item.where, *sizes)
+        return MediaInfo(item.kind, item.where, *sizes, row=row)
     times = tuple(float(time) for time in patches.frame_times)
-    return MediaInfo(item.kind, item.where, *sizes, patches.duration, patches.native_fps, times)
+    return MediaInfo(item.kind, item.where, *sizes, patches.duration, patches.native_fps, times, row)
