@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .agents.answers import Located
     from .agents.function_calls import Action, Call, Result
     from .agents.grounding import Box, Grounded, Quad, draw_grounding, parse_grounding, render_grounding
     from .agents.loop import run_agent
@@ -40,6 +41,7 @@ __all__ = [
     "Grounded",
     "GroundingError",
     "Inputs",
+    "Located",
     "MediaError",
     "MediaWarning",
     "Processor",
@@ -72,6 +74,7 @@ _MODULES = {
         "PromptError",
         "Qwen2VLError",
     ),
+    "agents.answers": ("Located",),
     "agents.function_calls": ("Action", "Call", "Result"),
     "generation": ("GenerationConfig", "GenerationResult", "generate", "stream"),
     "agents.grounding": ("Box", "Grounded", "Quad", "draw_grounding", "parse_grounding", "render_grounding"),

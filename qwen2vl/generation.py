@@ -16,6 +16,8 @@ from .errors import CheckpointError, ContextLengthError, PromptError, Qwen2VLErr
 from .model import Qwen2VL
 
 if TYPE_CHECKING:
+    from .agents.answers import Located
+    from .prompt.processor import MediaInfo
     from .prompt.tokenizer import Tokenizer
 
 
@@ -148,6 +150,9 @@ class GenerationResult:
     ``finish_reasons``: ``"stop"`` (an end id), ``"stop_string"`` (its text, or its control token), ``"length"``
     (``max_new_tokens``) or ``"context"`` (prompt and answer fill the model's context). ``timings`` in seconds:
     ``vision``, ``prefill``, ``decode``, and ``decode_steps``, the number of steps after the first token.
+    ``raw_texts``: all that was generated, with the control tokens that ``texts`` leave out and with what ended it;
+    empty without a tokenizer. ``media``: the images and videos of each prompt, empty where the inputs came from no
+    processor.
     """
 
     sequences: list[list[int]]
@@ -155,6 +160,28 @@ class GenerationResult:
     finish_reasons: list[str]
     prompt_tokens: list[int]
     timings: dict[str, float]
+    raw_texts: list[str] = field(default_factory=list)
+    media: list[list[MediaInfo]] = field(default_factory=list)
+
+    def places(self, row: int = 0, *, media: int | None = None) -> list[Located]:
+        """The boxes and quadrilaterals of one answer with their labels, in thousandths and in pixels of the source.
+
+        Args:
+            row: which answer of the batch.
+            media: the index of the image or video that the answer is about, where its prompt has several; without it
+                ``pixels`` are None there.
+
+        Raises:
+            PromptError: there is no such row, or ``generate`` had no tokenizer.
+            GroundingError: there is no such image or video.
+        """
+        from .agents.answers import locate  # which loads what reads media
+
+        if not self.raw_texts:
+            raise PromptError("places are read off an answer's text: give generate a tokenizer")
+        if not 0 <= row < len(self.raw_texts):
+            raise PromptError(f"row: wants the index of one of {len(self.raw_texts)} answers, got {row!r}")
+        return locate(self.raw_texts[row], self.media[row], media)
 
 
 @dataclass
@@ -167,6 +194,7 @@ class _Row:
     text: str = ""
     shown: int = 0
     reason: str = ""
+    end: list[int] = field(default_factory=list)  # the id that ended it, where one did
 
     def push(self, token: int, ends: Mapping[int, str], budget: int) -> str:
         """Take a token; returns the text that is now certain to be part of the answer.
@@ -174,7 +202,7 @@ class _Row:
         ``ends``: ids that end the sequence, each with the reason that is then given.
         """
         if token in ends:
-            self.reason = ends[token]
+            self.reason, self.end = ends[token], [token]
         else:
             self.ids.append(token)
             if self.decoder is not None:
@@ -363,6 +391,8 @@ def generate(
         finish_reasons=run.finish_reasons,
         prompt_tokens=run.prompt_tokens,
         timings=run.timings,
+        raw_texts=[tokenizer.decode(row.ids + row.end, skip_special_tokens=False) for row in run.rows if tokenizer],
+        media=[[item for item in getattr(inputs, "media", ()) if item.row == n] for n in range(len(run.rows))],
     )
 
 

@@ -7,8 +7,8 @@ A phrase and where it is (arXiv 2409.12191, section 2.2.1):
 Coordinates are integers in [0, 1000): thousandths of the width and height of the original image, whatever it is
 resized to. Several places of one phrase are several groups behind it, one place may stand without a phrase, and four
 corners of text lines and signs stand between `<|quad_start|>` and `<|quad_end|>`. The markers are control tokens:
-decode an answer with ``skip_special_tokens=False`` before it is parsed. Absolute pixels, which Qwen2.5-VL has instead,
-are those of the *resized* image.
+parse ``GenerationResult.raw_texts``, which hold them, or take ``GenerationResult.places``. Absolute pixels, which
+Qwen2.5-VL has instead, are those of the *resized* image.
 """
 
 from __future__ import annotations

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import Annotated, Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from ..assets import FOLDER
 from ..media.options import MediaOptions
@@ -37,6 +40,9 @@ from .common import (
     video_options,
 )
 
+if TYPE_CHECKING:
+    from ..agents.answers import Located
+
 
 def generate(
     ctx: typer.Context,
@@ -50,6 +56,13 @@ def generate(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object with tokens and timings; times in seconds.")
     ] = False,
+    boxes: Annotated[
+        bool, typer.Option("--boxes", help="Print the boxes of the answer below it, in thousandths and in pixels.")
+    ] = False,
+    draw: Annotated[
+        Path | None,
+        typer.Option("--draw", metavar="FILE", help="Save the one --image with the boxes of the answer, as PNG, ..."),
+    ] = None,
     max_new_tokens: MaxNewTokensOption = 512,
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
@@ -77,6 +90,8 @@ def generate(
         prompt = sys.stdin.read().strip()
         if not prompt:
             raise typer.BadParameter("stdin is empty", param_hint="--prompt")
+    if draw is not None:
+        _check_drawing(draw, [kind for kind, _ in media])
 
     begin = time.perf_counter()
     loaded, processor = load(
@@ -101,6 +116,11 @@ def generate(
     )
 
     content: list[dict[str, Any]] = [{"type": kind, kind: source} for kind, source in media]
+    if draw is not None:
+        from ..media.image import load_image
+
+        # Read once: what is drawn on is what the model sees.
+        content[0]["image"] = load_image(media[0][1], access=processor.access)
     if prompt:
         content.append({"type": "text", "text": prompt})
     messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
@@ -124,8 +144,13 @@ def generate(
         config=config,
         on_token=None if as_json else show,
     )
+    found = result.places()
+    if draw is not None:
+        _draw(draw, content[0]["image"], found)
     if not as_json:
         print(flush=True)
+        if boxes:
+            _print_places(found, [source for _, source in media])
         ends = {"length": f"at --max-new-tokens {max_new_tokens}", "context": "where the model's context is full"}
         if (end := ends.get(result.finish_reasons[0])) and stderr.is_terminal:
             stderr.print(f"[dim](stopped {end})[/]")
@@ -142,6 +167,15 @@ def generate(
     }
     answer = {
         "text": result.texts[0],
+        "boxes": [
+            {
+                "label": one.label,
+                "points": one.place.points,
+                "pixels": one.pixels and _points(one.pixels),
+                "media": one.media,
+            }
+            for one in found
+        ],
         "token_ids": result.sequences[0],
         "finish_reason": result.finish_reasons[0],
         "tokens": {
@@ -171,3 +205,51 @@ def generate(
         "dtype": str(loaded.dtype).removeprefix("torch."),
     }
     print(json.dumps(answer, ensure_ascii=False))
+
+
+def _check_drawing(path: Path, kinds: Sequence[str]) -> None:
+    """A usage error where nothing could be drawn: not one image, or a file that cannot be a picture."""
+    from PIL import Image
+
+    if list(kinds) != ["image"]:
+        given = ", ".join(kinds) or "neither"
+        raise typer.BadParameter(
+            f"wants one --image and no --video, as boxes do not say what they are in, got {given}", param_hint="--draw"
+        )
+    Image.init()
+    if Image.EXTENSION.get(path.suffix.lower()) not in Image.SAVE:
+        raise typer.BadParameter(f"{str(path)!r} is no name of a picture, such as found.png", param_hint="--draw")
+    if not path.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {str(path.parent)!r}", param_hint="--draw")
+
+
+def _draw(path: Path, pixels: Any, found: Sequence[Located]) -> None:
+    from ..agents.grounding import Grounded, draw_grounding
+
+    draw_grounding(pixels, [Grounded(one.label, (one.place,)) for one in found]).save(path)
+    if not found:
+        stderr.print(f"[dim]the answer has no boxes: {escape(str(path))} shows none[/]")
+
+
+def _print_places(found: Sequence[Located], sources: Sequence[str]) -> None:
+    """One line for every place, on stdout; on stderr why there are none, or none in pixels."""
+    for one in found:
+        label = "" if one.label is None else f"{one.label}: "
+        line = f"{label}{type(one.place).__name__.lower()} {_written(one.place.points)}"
+        if one.pixels is not None and one.media is not None:
+            line += f", pixels {_written(_points(one.pixels))} of {sources[one.media]}"
+        print(" ".join(printable(line).split("\n")), flush=True)
+    if not found:
+        stderr.print("[dim]the answer has no boxes[/]")
+    elif found[0].media is None and sources:
+        stderr.print(f"[dim]no pixels: the answer does not say which of the {len(sources)} files a box is in[/]")
+
+
+def _points(pixels: Any) -> list[tuple[float, float]]:
+    """A place's corners, of which a box has two."""
+    corners = pixels if isinstance(pixels[0], tuple) else (pixels[:2], pixels[2:])
+    return [(round(x, 2), round(y, 2)) for x, y in corners]
+
+
+def _written(points: Sequence[tuple[float, float]]) -> str:
+    return ",".join(f"({x:g},{y:g})" for x, y in points)

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +35,8 @@ Roots = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | None
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """What became of one image or video; sizes are (height, width) in pixels, times in seconds."""
+    """What became of one image or video; sizes are (height, width) in pixels, times in seconds, and `row` is its
+    conversation's place in the batch."""
 
     kind: Literal["image", "video"]
     where: str
@@ -46,6 +47,7 @@ class MediaInfo:
     duration: float | None = None
     native_fps: float | None = None
     frame_times: tuple[float, ...] = ()
+    row: int = 0
 
 
 class Inputs(dict[str, torch.Tensor]):
@@ -281,7 +283,14 @@ class Processor:
     ) -> Inputs:
         if padding_side not in ("left", "right"):
             raise PromptError(f"padding_side: wants 'left' or 'right', got {padding_side!r}")
-        media = [item for spans in prompts for span in spans for item in span.segments if isinstance(item, Media)]
+        found = [
+            (row, item)
+            for row, spans in enumerate(prompts)
+            for span in spans
+            for item in span.segments
+            if isinstance(item, Media)
+        ]
+        media = [item for _, item in found]
         loaded = list(zip(media, self._load(media, options, progress), strict=True))
         pads = iter([patches.num_tokens for _, patches in loaded])
         rows = [self._encode(spans, pads) for spans in prompts]
@@ -300,7 +309,7 @@ class Processor:
                 packed = [torch.from_numpy(patches.patches) for patches in of_kind]
                 tensors[pixels] = torch.cat(packed) if len(packed) > 1 else packed[0]
                 tensors[grid] = torch.tensor([patches.grid_thw for patches in of_kind], dtype=torch.int64)
-        return Inputs(tensors, [_describe(item, patches) for item, patches in loaded])
+        return Inputs(tensors, [_describe(*pair, row) for pair, (row, _) in zip(loaded, found, strict=True)])
 
     def join(self, inputs: Sequence[Inputs], *, padding_side: Literal["left", "right"] = "left") -> Inputs:
         """Several inputs as one batch, equal to that of one call with all their conversations.
@@ -327,7 +336,11 @@ class Processor:
         for name in _MEDIA_KEYS:
             if parts := [one[name] for one in inputs if name in one]:
                 tensors[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return Inputs(tensors, [item for one in inputs for item in one.media])
+        media, row = [], 0
+        for one in inputs:
+            media += [replace(item, row=row + item.row) for item in one.media]
+            row += len(one["input_ids"])
+        return Inputs(tensors, media)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of one sequence; see `Tokenizer.decode`."""
@@ -417,10 +430,10 @@ def _pad_rows(rows: Sequence[Sequence[int]], value: int, side: str) -> torch.Ten
     return padded
 
 
-def _describe(item: Media, patches: ImagePatches | VideoPatches) -> MediaInfo:
+def _describe(item: Media, patches: ImagePatches | VideoPatches, row: int) -> MediaInfo:
     """What is told about an item that has been read."""
     sizes = (patches.source_size, patches.resized_size, patches.grid_thw, patches.num_tokens)
     if isinstance(patches, ImagePatches):
-        return MediaInfo(item.kind, item.where, *sizes)
+        return MediaInfo(item.kind, item.where, *sizes, row=row)
     times = tuple(float(time) for time in patches.frame_times)
-    return MediaInfo(item.kind, item.where, *sizes, patches.duration, patches.native_fps, times)
+    return MediaInfo(item.kind, item.where, *sizes, patches.duration, patches.native_fps, times, row)

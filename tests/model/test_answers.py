@@ -40,13 +40,16 @@ def test_joined_inputs_are_those_of_one_call(made):
     for side in ("left", "right"):
         joined = processor.join([processor(chat) for chat in chats], padding_side=side)
         whole = processor(chats, padding_side=side)
-        assert joined.keys() == whole.keys() and [m.num_tokens for m in joined.media] == [
-            m.num_tokens for m in whole.media
-        ]
+        assert joined.keys() == whole.keys()
+        assert [(m.row, m.num_tokens) for m in joined.media] == [(m.row, m.num_tokens) for m in whole.media]
         for name, tensor in whole.items():
             assert torch.equal(joined[name], tensor), name
-    for wrong, message in (([], "at least one, got none"), ([processor(chats)], r"inputs\[0\]: wants rows without padd"),
-                           ([processor.supervised(chats[2])], "without labels")):  # fmt: skip
+    refused = [
+        ([], "at least one, got none"),
+        ([processor(chats)], r"inputs\[0\]: wants rows without padding"),
+        ([processor.supervised(chats[2])], "without labels"),
+    ]
+    for wrong, message in refused:
         with pytest.raises(PromptError, match=message):
             processor.join(wrong)
     with pytest.raises(PromptError, match="padding_side"):

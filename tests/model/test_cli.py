@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import pty
+import re
 import select
 import subprocess
 import sys
@@ -21,9 +22,10 @@ from typer.testing import CliRunner
 import qwen2vl_kernels
 from benchmarks.random_checkpoint import small_config, write_random_checkpoint
 from examples.demo.media import draw_scene, write_video
-from qwen2vl import GenerationConfig, Processor, Qwen2VL, generate
+from qwen2vl import Box, GenerationConfig, Grounded, Processor, Quad, Qwen2VL, draw_grounding, generate
 from qwen2vl.cli import app
 from qwen2vl.cli.common import printable
+from qwen2vl.media.image import load_image
 from qwen2vl_kernels.core import attention_choice, backends
 from qwen2vl_kernels.core.matmul import cpu_vendor, slow_on_cpu
 
@@ -95,6 +97,89 @@ def test_json_describes_the_answer(run):
     parts = {name: seconds for name, seconds in got["timings"].items() if name != "total"}
     assert all(seconds > 0 for seconds in parts.values()) and sum(parts.values()) <= got["timings"]["total"]
     assert (got["model"], got["device"], got["dtype"]) == ("model", "cpu", "float32")
+
+
+ANSWER = (
+    "Here: <|object_ref_start|>the sun<|object_ref_end|><|box_start|>(100,250),(500,750)<|box_end|> and "
+    "<|quad_start|>(0,0),(500,0),(500,500),(0,500)<|quad_end|>"
+)
+
+
+@pytest.fixture
+def grounded(monkeypatch):
+    """Every answer is ANSWER."""
+    tokenizer = Processor.from_pretrained("model").tokenizer
+    pieces = [p for p in re.split(r"(<\|\w+\|>)", ANSWER) if p]
+    ids = [i for p in pieces for i in ([tokenizer.id(p)] if p[0] == "<" else tokenizer.encode_plain(p))]
+
+    class Chooser:
+        def __init__(self, *_):
+            self.left = iter([*ids, 999])  # the id that ends an answer of this checkpoint
+
+        def __call__(self, logits):
+            return [next(self.left)]
+
+    monkeypatch.setattr("qwen2vl.generation._Chooser", Chooser)
+
+
+def test_boxes_are_printed_and_drawn(run, grounded, place, tmp_path):
+    args = ("generate", "-m", "model", "-i", "day.png", "-p", "Find the sun.")
+    result = run(*args, "--boxes", "--draw", tmp_path / "found.png")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[1:] == [  # 84 x 56 pixels
+        "the sun: box (100,250),(500,750), pixels (8.4,14),(42,42) of day.png",
+        "quad (0,0),(500,0),(500,500),(0,500), pixels (0,0),(42,0),(42,28),(0,28) of day.png",
+    ]
+    places = [
+        Grounded("the sun", (Box(100, 250, 500, 750),)),
+        Grounded(None, (Quad(((0, 0), (500, 0), (500, 500), (0, 500))),)),
+    ]
+    np.testing.assert_array_equal(Image.open(tmp_path / "found.png"), draw_grounding(place / "day.png", places))
+    assert run(*args).stdout.count("\n") == 1  # the answer alone
+    got = json.loads(run(*args, "--json").stdout)
+    assert got["boxes"] == [
+        {"label": "the sun", "points": [[100, 250], [500, 750]], "pixels": [[8.4, 14], [42, 42]], "media": 0},
+        {
+            "label": None,
+            "points": [[0, 0], [500, 0], [500, 500], [0, 500]],
+            "pixels": [[0, 0], [42, 0], [42, 28], [0, 28]],
+            "media": 0,
+        },
+    ]
+
+
+def test_boxes_beside_several_files_say_that_they_could_be_in_any(run, grounded):
+    args = ("generate", "-m", "model", "-i", "day.png", "-i", "a night.jpg", "-p", "Find the sun.")
+    result = run(*args, "--boxes")
+    assert result.stdout.splitlines()[1] == "the sun: box (100,250),(500,750)"
+    assert "no pixels: the answer does not say which of the 2 files a box is in" in result.stderr
+    assert [(one["pixels"], one["media"]) for one in json.loads(run(*args, "--json").stdout)["boxes"]] == [
+        (None, None)
+    ] * 2
+    frames = run("generate", "-m", "model", "--video", "balloon.mp4", "-p", "Find the sun.", "--boxes")
+    assert "pixels (6.4,12),(32,36) of balloon.mp4" in frames.stdout  # 64 x 48 pixels
+
+
+def test_an_answer_without_boxes_says_so(run, tmp_path):
+    result = run("generate", "-m", "model", "-i", "day.png", "-n", 2, "--boxes", "--draw", tmp_path / "out.png")
+    assert result.exit_code == 0 and result.stdout.count("\n") == 1
+    assert "the answer has no boxes" in result.stderr and "out.png shows none" in result.stderr
+    np.testing.assert_array_equal(Image.open(tmp_path / "out.png"), load_image("day.png"))
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        ("-i day.png -i day.png --draw out.png", "one --image and no --video"),
+        ("-p hi --draw out.png", "one --image and no --video"),
+        ("--video balloon.mp4 --draw out.png", "one --image and no --video"),
+        ("-i day.png --draw out.txt", "is no name of a picture"),
+        ("-i day.png --draw missing/out.png", "there is no folder 'missing'"),
+    ],
+)
+def test_what_could_not_be_drawn_is_refused_at_the_start(run, args, named):
+    result = run("generate", "--model", "nowhere", *args.split())
+    assert result.exit_code == 2 and named in " ".join(result.stderr.replace("│", " ").split())
 
 
 def test_media_keep_their_order(run):

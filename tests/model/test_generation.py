@@ -1,10 +1,12 @@
 """Choosing tokens, stopping, streaming, limits, and what a wrong call to the model says."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
@@ -14,10 +16,14 @@ from transformers import (
 )
 
 from qwen2vl import (
+    Box,
     CheckpointError,
     ContextLengthError,
     GenerationConfig,
+    GroundingError,
+    Located,
     PromptError,
+    Quad,
     Qwen2VLError,
     generate,
     stream,
@@ -81,6 +87,77 @@ def test_a_control_token_is_a_stop_string(model, processor, inputs, monkeypatch)
         pending = iter(answer)
         monkeypatch.setattr(_Chooser, "__call__", lambda *_, pending=pending: [next(pending)])
         assert "".join(stream(model, inputs, tokenizer=tokenizer, config=config)) == result.texts[0]
+
+
+def _answers(monkeypatch, tokenizer, *texts):
+    """The next answers of a batch, as ids; markers are control tokens."""
+    rows = []
+    for text in texts:
+        pieces = [p for p in re.split(r"(<\|\w+\|>)", text) if p]
+        rows.append([i for p in pieces for i in ([tokenizer.id(p)] if p[0] == "<" else tokenizer.encode_plain(p))])
+    end = tokenizer.id("<|im_end|>")
+    steps = zip(*[row + [end] * (max(map(len, rows)) + 1 - len(row)) for row in rows], strict=True)
+    monkeypatch.setattr(_Chooser, "__call__", lambda *_: list(next(steps)))
+
+
+def test_a_result_offers_its_places(model, processor, monkeypatch):
+    """Each row's own, in pixels of the picture as it was given, upright; texts show no markers."""
+    turned = Image.new("RGB", (200, 100))
+    turned.getexif()[0x0112] = 6
+    clip, small = np.zeros((4, 56, 84, 3), np.uint8), Image.new("RGB", (80, 40))
+    find = {"type": "text", "text": "Find the cat."}
+    chats = [
+        [{"role": "user", "content": [*({"type": kind, kind: one} for kind, one in media), find]}]
+        for media in (
+            [("image", turned)],
+            [],
+            [("video", clip)],
+            [("image", turned), ("image", small)],
+        )
+    ]
+    cat = "<|object_ref_start|>the cat<|object_ref_end|>"
+    box, quad = (
+        "<|box_start|>(100,200),(500,1000)<|box_end|>",
+        "<|quad_start|>(0,0),(500,0),(500,500),(0,500)<|quad_end|>",
+    )
+    texts = [f"Here: {cat}{box}{quad}", box, f"{cat}{box}", f"{cat} {box}"]
+    _answers(monkeypatch, processor.tokenizer, *texts)
+    result = _run(model, processor(chats), processor, max_new_tokens=100, eos_token_ids=())
+    assert [raw.startswith(text) for raw, text in zip(result.raw_texts, texts, strict=True)] == [True] * 4
+    assert "<|" not in "".join(result.texts)
+    place, corners = Box(100, 200, 500, 999), Quad(((0, 0), (500, 0), (500, 500), (0, 500)))
+    assert (
+        result.places()
+        == result.places(0)
+        == [
+            Located("the cat", place, 0, (10, 40, 50, 199.8)),
+            Located("the cat", corners, 0, ((0, 0), (50, 0), (50, 100), (0, 100))),
+        ]
+    )
+    assert result.places(1) == [Located(None, place, None, None)]
+    assert result.places(2) == [Located("the cat", place, 0, pytest.approx((8.4, 11.2, 42, 55.944)))]
+    assert result.places(3) == [Located("the cat", place, None, None)]
+    assert result.places(3, media=1) == [Located("the cat", place, 1, pytest.approx((8, 8, 40, 39.96)))]
+    for arguments, error, match in (
+        ({"row": 4}, PromptError, "row: wants the index of one of 4 answers, got 4"),
+        ({"row": 3, "media": 2}, GroundingError, "media: wants the index of one of 2 images and videos, got 2"),
+        ({"row": 1, "media": 0}, GroundingError, "of 0 images and videos"),
+    ):
+        with pytest.raises(error, match=match):
+            result.places(**arguments)
+
+
+def test_a_place_that_a_stop_token_ends_is_whole(model, processor, inputs, monkeypatch):
+    _answers(monkeypatch, processor.tokenizer, "<|box_start|>(1,2),(3,4)<|box_end|>, and more")
+    result = _run(model, inputs, processor, max_new_tokens=60, stop=("<|box_end|>",))
+    assert result.finish_reasons == ["stop_string"] and [one.place for one in result.places()] == [Box(1, 2, 3, 4)]
+    _answers(monkeypatch, processor.tokenizer, "x")
+    with pytest.raises(PromptError, match="give generate a tokenizer"):
+        _run(model, inputs, max_new_tokens=1).places()
+    plain = dict(inputs)  # tensors alone: what they were made of is not known
+    _answers(monkeypatch, processor.tokenizer, "<|box_start|>(1,2),(3,4)<|box_end|>")
+    result = _run(model, plain, processor, max_new_tokens=60, eos_token_ids=())
+    assert result.places() == [Located(None, Box(1, 2, 3, 4), None, None)]
 
 
 @pytest.mark.parametrize("text", ["cat<|object_ref_end|>", "<|box_end|>\n", "<|box_end|><|im_end|>"])
