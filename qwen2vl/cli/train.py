@@ -123,10 +123,12 @@ def _announce(trainer: Trainer) -> None:
     p = trainer.parallel
     split = f", tensor {p.tensor}" if p.tensor > 1 else ""
     where = p.device.type if p.mode == "none" else f"{p.world} x {p.device.type} ({p.mode}{split})"
+    steps = trainer.config.run.steps
+    left = f"steps {trainer.step + 1} to {steps}"
+    if trainer.step >= steps:
+        left = f"no step left: step {trainer.step} is saved, and run.steps is {steps}; the model is exported again"
     stderr.print(
-        f"{trainer.stage}: {learning:,} of {total:,} parameters learn ({parts}) on {where}, "
-        f"steps {trainer.step + 1} to {trainer.config.run.steps}",
-        markup=False,
+        f"{trainer.stage}: {learning:,} of {total:,} parameters learn ({parts}) on {where}, {left}", markup=False
     )
 
 

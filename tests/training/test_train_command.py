@@ -230,6 +230,9 @@ def test_a_run_is_the_same_from_another_folder(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = run("--stage", "vision", "--config", os.path.relpath(config, tmp_path), "--resume")
     assert result.exit_code == 0 and "steps 2 to 2" in result.stderr, result.output
+    result = run("--stage", "vision", "--config", config, "--resume")
+    assert result.exit_code == 0 and "no step left: step 2 is saved, and run.steps is 2" in result.stderr, result.output
+    assert "3 to 2" not in result.stderr
 
 
 def test_the_model_is_exported_with_the_processor_that_it_was_trained_with(place, tmp_path):
