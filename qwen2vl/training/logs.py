@@ -15,9 +15,14 @@ from .errors import TrainingConfigError
 
 @dataclass(frozen=True)
 class Record:
-    """One step. Rates and ``mfu`` are per second of the step, over all ranks; ``lr_*`` those it was taken with."""
+    """One step. Rates and ``mfu`` are per second of the step, over all ranks; ``lr_*`` those it was taken with.
+
+    ``epoch``: passes over the data behind it (over the entry that is read the fastest; the mean of the ranks), None
+    where the data have no end. ``repeated``: those of its samples that were in the same step of their rank before.
+    """
 
     step: int
+    epoch: float | None
     loss: float
     grad_norm: float
     lr_tower: float
@@ -26,6 +31,7 @@ class Record:
     tokens: int
     supervised: int
     samples: int
+    repeated: int
     seconds: float
     tokens_per_s: float
     mfu: float | None

@@ -105,6 +105,23 @@ def test_a_position_counts_once_however_often_it_comes(processor, tmp_path):
     assert len(summary.splitlines()) == 4
 
 
+@pytest.mark.parametrize("kind", ["lines", "array", "shards"])
+@pytest.mark.parametrize("world", [1, 2, 4, 30])
+def test_passes_are_counted(processor, entries, kind, world):
+    """Of every consumer: after all records of 30 epochs were dealt out, 30; shards dealt out whole or not."""
+    for rank in range(min(world, 5)):
+        data = build_dataset(
+            [entries[kind]], processor, max_tokens=99, max_bad=None, epochs=30, rank=rank, world=world, threads=0
+        )
+        assert data.epoch() == 0
+        passed = []
+        for _ in data:
+            passed.append(data.epoch())
+        assert passed == sorted(passed)
+        assert passed[-1] == pytest.approx(30, abs=1.1 * max(1, world / 3 if kind == "shards" else world / 13)), passed
+        assert data.epoch(json.loads(json.dumps(data.state_dict()))) == data.epoch() >= passed[-1]
+
+
 def test_weights(processor, entries):
     tables = [{**entries["lines"], "weight": 3}, {**entries["array"], "weight": 1}]
     sources = [e.source for e in islice(build_dataset(tables, processor, max_tokens=99), 40)]

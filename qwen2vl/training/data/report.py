@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -77,8 +78,13 @@ class DataReport:
             }
         return {"used": self.used, **self._state}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`'s counts."""
+    def load_state_dict(self, state: dict[str, Any], *, moved: tuple[str, str] = ("", "")) -> None:
+        """Go on from `state_dict`'s counts. `moved`: the folder that positions were in, and the one they are in now."""
+        old, new = (os.path.join(folder, "") for folder in moved)
+
+        def now(text: str) -> str:
+            return new + text[len(old) :] if all(moved) and text.startswith(old) else text
+
         self.used, self._state = state["used"], None
-        self._positions = {reason: dict.fromkeys(positions) for reason, positions in state["skipped"].items()}
-        self.problems = [Problem(*problem) for problem in state["problems"]]
+        self._positions = {reason: dict.fromkeys(map(now, positions)) for reason, positions in state["skipped"].items()}
+        self.problems = [Problem(now(source), reason, now(text)) for source, reason, text in state["problems"]]
