@@ -32,6 +32,7 @@ PREFIXES = (
 )
 #: Buffers that some writers store and that are computed here.
 _DERIVED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
+_MISSING = ": missing"
 _QUANTISED = (".qweight", ".qzeros", ".scales", ".g_idx", ".weight_scale", ".absmax")
 
 Progress = Callable[[int, int], None]
@@ -158,8 +159,8 @@ def load_weights(
         progress: called with (tensors done, tensors in all).
 
     Raises:
-        CheckpointError: one error that lists every missing, unexpected, mis-shaped, quantised or unreadable tensor.
-            The model is not touched then.
+        CheckpointError: one error that lists every missing, unexpected, mis-shaped or quantised tensor, or the files
+            that cannot be read, behind which no tensor is missed. The model is not touched then.
     """
     wanted = dict(model.named_parameters())
     found: dict[str, torch.Tensor] = {}
@@ -180,7 +181,8 @@ def load_weights(
                 if name in where:
                     problems.append(f"{name}: stored twice, in {where[name][2]} and {path.name}")
                 where[name] = (file, stored, path.name)
-        problems += _compare(wanted, where)
+        damaged = bool(problems)
+        problems += [one for one in _compare(wanted, where) if not (damaged and one.endswith(_MISSING))]
         if problems:
             raise CheckpointError(_listing(folder, problems))
         for done, name in enumerate(wanted, 1):
@@ -196,7 +198,7 @@ def _compare(wanted: dict[str, nn.Parameter], where: dict[str, tuple]) -> list[s
     quantised = [name for name in where if name.endswith(_QUANTISED)]
     if quantised:
         return [f"quantised weights are not supported ({quantised[0]} and {len(quantised) - 1} more)"]
-    problems = [f"{name}: missing" for name in wanted if name not in where]
+    problems = [f"{name}{_MISSING}" for name in wanted if name not in where]
     for name, (file, stored, _) in where.items():
         if name not in wanted:
             problems.append(f"{name}: unexpected")

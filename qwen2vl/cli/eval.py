@@ -104,7 +104,13 @@ def evaluate(
 
 def _print(report: dict[str, Any]) -> None:
     console = Console(highlight=False)
-    for title, key in (("skill", "by_skill"), ("skill and size of a picture", "by_size"), ("language", "by_language")):
+    tables = (
+        ("skill", "by_skill"),
+        ("skill and difficulty", "by_difficulty"),
+        ("skill and size of a picture", "by_size"),
+        ("language", "by_language"),
+    )
+    for title, key in tables:
         table = Table(title=None)
         table.add_column(title)
         for name in ("samples", "accuracy", "other scores"):

@@ -73,7 +73,7 @@ def _train(config: TrainingConfig, stage: str, resume: bool) -> None:
 
     output = Path(config.run.output)
     try:
-        with _progress(config.run.steps) if _rank() == 0 else nullcontext() as on_step:
+        with _progress(config) if _rank() == 0 else nullcontext() as on_step:
             trainer = Trainer(config, stage, resume=resume, on_step=on_step)
             if _rank() == 0:
                 _announce(trainer)
@@ -123,38 +123,48 @@ def _announce(trainer: Trainer) -> None:
     p = trainer.parallel
     split = f", tensor {p.tensor}" if p.tensor > 1 else ""
     where = p.device.type if p.mode == "none" else f"{p.world} x {p.device.type} ({p.mode}{split})"
+    run = trainer.config.run
+    ends, told = (f"{run.steps}", "run.steps") if run.epochs is None else (f"epoch {run.epochs:g}", "run.epochs")
+    left = f"steps {trainer.step + 1} to {ends}"
+    if trainer.finished:
+        left = f"no step left: step {trainer.step} is saved, and {told} is {ends}; the model is exported again"
     stderr.print(
-        f"{trainer.stage}: {learning:,} of {total:,} parameters learn ({parts}) on {where}, "
-        f"steps {trainer.step + 1} to {trainer.config.run.steps}",
-        markup=False,
+        f"{trainer.stage}: {learning:,} of {total:,} parameters learn ({parts}) on {where}, {left}", markup=False
     )
 
 
 @contextmanager
-def _progress(steps: int) -> Iterator[Callable[[Record], None]]:
+def _progress(config: TrainingConfig) -> Iterator[Callable[[Record], None]]:
     """A callback for every step: a bar on a terminal, elsewhere a line every few seconds and at the end, on stderr."""
+    run = config.run
+    of = "" if run.steps is None else f"/{run.steps}"
     if not stderr.is_terminal:
         last = 0.0
 
         def line(record: Record) -> None:
             nonlocal last
-            if time.monotonic() - last >= _LINE_EVERY_SECONDS or record.step == steps:
+            ended = record.step == run.steps or (run.epochs is not None and (record.epoch or 0.0) >= run.epochs)
+            if time.monotonic() - last >= _LINE_EVERY_SECONDS or ended:
                 last = time.monotonic()
-                stderr.print(f"step {record.step}/{steps}  {describe(record)}")
+                stderr.print(f"step {record.step}{of}  {describe(record)}")
 
         yield line
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # A bar counts steps, or the passes over the data.
+    columns = (TextColumn("{task.description}"), BarColumn(), *((MofNCompleteColumn(),) if of else ()))
+    columns = (*columns, TimeRemainingColumn())
     with Progress(*columns, console=stderr) as bar:
-        task = bar.add_task("loading ...", total=steps)
+        task = bar.add_task("loading ...", total=run.steps or run.epochs)
 
         def draw(record: Record) -> None:
-            bar.update(task, completed=record.step, description=describe(record))
+            done = record.step if of else record.epoch or 0.0
+            bar.update(task, completed=done, description=describe(record))
 
         yield draw
 
 
 def describe(record: Record) -> str:
-    """Loss and speed of one step."""
+    """Loss and speed of one step, and the passes over the data so far."""
     mfu = "" if record.mfu is None else f"  MFU {record.mfu:.1%}"
-    return f"loss {record.loss:.4f}  norm {record.grad_norm:.3g}  {record.tokens_per_s:,.0f} tokens/s{mfu}"
+    epoch = "" if record.epoch is None else f"  epoch {record.epoch:.2f}"
+    return f"loss {record.loss:.4f}  norm {record.grad_norm:.3g}  {record.tokens_per_s:,.0f} tokens/s{mfu}{epoch}"

@@ -93,6 +93,9 @@ def smart_resize(
         raise MediaError(str(error)) from None
 
 
+_ALSO = ", a PIL image or a numpy array (uint8 or uint16)"
+
+
 def load_image(source: object, *, access: Access = ANYWHERE, max_source_pixels: int = MAX_SOURCE_PIXELS) -> np.ndarray:
     """Read an image as upright 8-bit RGB.
 
@@ -120,7 +123,7 @@ def load_image(source: object, *, access: Access = ANYWHERE, max_source_pixels: 
         check_source_size(source, label, max_source_pixels)
         return decode_image(source, label)
     with (
-        open_source(source, max_bytes=MAX_IMAGE_BYTES, access=access) as stream,
+        open_source(source, max_bytes=MAX_IMAGE_BYTES, access=access, also=_ALSO) as stream,
         open_image(stream, label, max_source_pixels) as image,
     ):
         check_source_size(image, label, max_source_pixels)

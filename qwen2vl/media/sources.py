@@ -77,7 +77,7 @@ def unwrap_source(source: object) -> object:
 
 
 @contextlib.contextmanager
-def open_source(source: object, *, max_bytes: int, access: Access = ANYWHERE) -> Iterator[BinaryIO]:
+def open_source(source: object, *, max_bytes: int, access: Access = ANYWHERE, also: str = "") -> Iterator[BinaryIO]:
     """Open ``source`` as a seekable binary stream that starts at position 0.
 
     Args:
@@ -85,6 +85,7 @@ def open_source(source: object, *, max_bytes: int, access: Access = ANYWHERE) ->
             ``memoryview`` or binary file object (read from where it stands, left open), an ``http://`` or
             ``https://`` URL, or one of these as ``unwrap_source`` takes it.
         max_bytes: the most bytes read from a network or from a stream that has to be copied.
+        also: what else the caller takes, for the message about a source that is none of it.
         access: which of these may be opened. File objects are taken in any case: the program opened them.
 
     Raises:
@@ -115,7 +116,10 @@ def open_source(source: object, *, max_bytes: int, access: Access = ANYWHERE) ->
             path = _local_path(cast("str | os.PathLike[str]", source), label, access)
             stream = stack.enter_context(_open_path(path, label))
         else:
-            raise MediaError(f"source must be a path, URL, data URI, bytes or a binary file object, got an {label}")
+            raise MediaError(
+                "source must be a path, URL, data URI, bytes, a binary file object, "
+                f"a dict with 'bytes' or 'path'{also}, got an {label}"
+            )
         if not stream.read(1):
             raise MediaError(f"{label} is empty (0 bytes)")
         stream.seek(0)

@@ -37,6 +37,7 @@ from qwen2vl.media.sources import data_uri_frames, describe_source, open_source,
 
 DECODE_TIMEOUT = 600.0  # seconds
 MAX_VIDEO_BYTES = 4 << 30  # for what has to be downloaded or copied; a file on disk may be larger
+_ALSO = ", a list of frames or a numpy array of frames (n, height, width, 3)"
 _LATE = 1e-3  # seconds that a frame's time may differ from the one that was asked for, by rounding
 Progress = Callable[[int, int], object]
 
@@ -260,7 +261,7 @@ def preprocess_video(
         raise MediaError(f"{describe_source(source)} is one image: give a video or a list of frames")
     label = describe_source(source)
     with ExitStack() as stack:
-        file = stack.enter_context(open_source(source, max_bytes=MAX_VIDEO_BYTES, access=access))
+        file = stack.enter_context(open_source(source, max_bytes=MAX_VIDEO_BYTES, access=access, also=_ALSO))
         animation = _open_animation(file, label, timeout, stack)
         if animation is not None and picture_format(_head(file)) == "TIFF":
             if start is not None or end is not None:

@@ -62,6 +62,10 @@ class Generated:
             n += consumers
             yield raw, {"next": n}
 
+    def epoch(self, consumer: int, consumers: int, state: State) -> float | None:
+        """Epochs that lie behind a state of one of several consumers; None where there are none."""
+        return None if self.samples is None else (state.get("next", consumer) - consumer) / self.samples
+
     def sample(self, n: int) -> Sample:
         """Sample n, counted from 0."""
         rng = np.random.default_rng([*self.seed, n])

@@ -32,7 +32,8 @@ class RunConfig:
     """How long, how much at a time, and what is written where."""
 
     output: str
-    steps: int
+    steps: int | None = None
+    epochs: float | None = None  # in the place of steps: passes over the entry of the data that is read the fastest
     max_tokens: int = 8192  # of one pack on one rank
     accumulation: int = 1  # packs a rank takes for one step
     lookahead: int = 64  # samples that packing chooses from
@@ -103,6 +104,8 @@ class TrainingConfig:
                 raise TrainingConfigError(f"{key}: must be {wants}, got {got!r}")
         if (self.model.checkpoint is None) == (self.model.config is None):
             raise TrainingConfigError("model.checkpoint: give either it or model.config, not both and not neither")
+        if (self.run.steps is None) == (self.run.epochs is None):
+            raise TrainingConfigError("run.steps: give either it or run.epochs, not both and not neither")
         for key in ("llm", "tower"):
             if self.model.checkpoint is not None and getattr(self.model, key) is not None:
                 raise TrainingConfigError(f"model.{key}: the whole model comes from model.checkpoint; drop one of them")
@@ -139,7 +142,7 @@ class TrainingConfig:
             name: _section(kind, name, tables) for name, kind in sections.items() if name in tables
         }
         if "run" not in values:
-            raise TrainingConfigError("run: the table is missing; it needs output and steps")
+            raise TrainingConfigError("run: the table is missing; it needs output, and steps or epochs")
         data = tables.get("data", [])
         if not isinstance(data, list) or not all(isinstance(entry, dict) for entry in data):
             raise TrainingConfigError(f"data: must be tables, [[data]], got {data!r}")
@@ -150,8 +153,9 @@ class TrainingConfig:
 def _rules(c: TrainingConfig):
     """(holds, key, what it must be, what it is) of every range."""
     r, o, m, p = c.run, c.optimizer, c.model, c.parallel
-    for key in ("steps", "max_tokens", "accumulation", "lookahead", "save_every", "keep"):
-        yield getattr(r, key) > 0, f"run.{key}", "positive", getattr(r, key)
+    for key in ("steps", "epochs", "max_tokens", "accumulation", "lookahead", "save_every", "keep"):
+        value = getattr(r, key)
+        yield value is None or value > 0, f"run.{key}", "positive", value
     for key in ("seed", "max_bad", "data_threads"):
         yield getattr(r, key) >= 0, f"run.{key}", "zero or positive", getattr(r, key)
     yield r.loss in LOSSES, "run.loss", f"one of {', '.join(LOSSES)}", r.loss
@@ -163,7 +167,9 @@ def _rules(c: TrainingConfig):
     yield all(0 <= b < 1 for b in o.betas), "optimizer.betas", "in [0, 1)", o.betas
     yield o.eps > 0, "optimizer.eps", "positive", o.eps
     yield o.weight_decay >= 0, "optimizer.weight_decay", "zero or positive", o.weight_decay
-    yield 0 <= o.warmup_steps <= r.steps, "optimizer.warmup_steps", f"in [0, {r.steps}], run.steps", o.warmup_steps
+    within = "zero or positive" if r.steps is None else f"in [0, {r.steps}], run.steps"
+    fits = 0 <= o.warmup_steps <= (o.warmup_steps if r.steps is None else r.steps)
+    yield fits, "optimizer.warmup_steps", within, o.warmup_steps
     yield 0 <= o.min_lr_ratio <= 1, "optimizer.min_lr_ratio", "in [0, 1]", o.min_lr_ratio
     yield o.clip is None or o.clip > 0, "optimizer.clip", "positive", o.clip
     yield p.mode in (None, "none", "ddp", "fsdp"), "parallel.mode", "none, ddp or fsdp", p.mode

@@ -15,9 +15,14 @@ from .errors import TrainingConfigError
 
 @dataclass(frozen=True)
 class Record:
-    """One step. Rates and ``mfu`` are per second of the step, over all ranks; ``lr_*`` those it was taken with."""
+    """One step. Rates and ``mfu`` are per second of the step, over all ranks; ``lr_*`` those it was taken with.
+
+    ``epoch``: passes over the data behind it (over the entry that is read the fastest; the mean of the ranks), None
+    where the data have no end. ``repeated``: those of its samples that were in the same step of their rank before.
+    """
 
     step: int
+    epoch: float | None
     loss: float
     grad_norm: float
     lr_tower: float
@@ -26,6 +31,7 @@ class Record:
     tokens: int
     supervised: int
     samples: int
+    repeated: int
     seconds: float
     tokens_per_s: float
     mfu: float | None
@@ -88,21 +94,25 @@ def read_log(folder: Path) -> list[dict[str, str]]:
 
 
 def draw_loss(folder: Path) -> Path | None:
-    """``loss.png`` from ``log.csv``: each step, and a mean over a fiftieth of the run. None without any line."""
+    """``loss.png`` from ``log.csv``: each step, and a mean over a fiftieth of the run, or at least over ten steps or a
+    quarter of a short one. None without any line."""
     from matplotlib.figure import Figure
 
     rows = read_log(folder)
     if not rows:
         return None
     steps, losses = [int(row["step"]) for row in rows], [float(row["loss"]) for row in rows]
-    window = max(1, len(losses) // 50)
-    means = [sum(losses[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(losses))]
+    window = max(len(losses) // 50, min(10, len(losses) // 4))
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(steps, losses, linewidth=0.8, alpha=0.4, label="step")
+    marker = "." if len(losses) < 100 else None  # a line through one step is none
     if window > 1:
+        means = [sum(losses[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(losses))]
+        axes.plot(steps, losses, marker=marker, linewidth=0.8, alpha=0.4, label="step")
         axes.plot(steps, means, linewidth=1.5, label=f"mean of {window} steps")
         axes.legend()
+    else:
+        axes.plot(steps, losses, marker=marker, linewidth=1.5)
     axes.set_xlabel("step")
     axes.set_ylabel("cross-entropy a supervised token")
     axes.grid(alpha=0.3)

@@ -20,14 +20,15 @@ from .config import OptimizerConfig
 from .stages import PARTS, part_of
 
 
-def lr_factor(step: int, *, steps: int, warmup: int, minimum: float) -> float:
+def lr_factor(step: int, *, steps: int | None, warmup: int, minimum: float, passed: float = 0.0) -> float:
     """Share of the peak rate in step ``step`` (from 0): up in a line for ``warmup`` steps, down in half a cosine.
 
-    The step after the last of ``steps`` would have ``minimum``: no step is taken with a rate of zero.
+    The step after the last of ``steps`` would have ``minimum``: no step is taken with a rate of zero. Where the number
+    of steps is not known beforehand, ``passed`` is the share of the run that lies behind.
     """
     if step < warmup:
         return (step + 1) / warmup
-    through = (step - warmup + 1) / (steps - warmup + 1)
+    through = passed if steps is None else (step - warmup + 1) / (steps - warmup + 1)
     return minimum + (1 - minimum) * 0.5 * (1 + math.cos(math.pi * min(1.0, through)))
 
 

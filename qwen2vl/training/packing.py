@@ -226,6 +226,12 @@ class Packer:
         self._waiting.append((before, self._drawn, example))
         self._drawn += 1
 
+    def epoch(self) -> float | None:
+        """Passes over the data that have been packed: what is drawn behind the sample that has waited longest is not
+        counted. None where the dataset counts none."""
+        count = getattr(self.dataset, "epoch", None)
+        return None if count is None else count(self._waiting[0][0] if self._waiting else None)
+
     def state_dict(self) -> dict[str, Any]:
         if not self._waiting:
             return {"dataset": self.dataset.state_dict(), "waiting": [], "drawn": self._drawn}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 import zlib
@@ -29,6 +30,8 @@ from .step import TrainingStep
 
 if TYPE_CHECKING:
     from .data.dataset import TrainingData
+
+logger = logging.getLogger("qwen2vl.training")
 
 #: Called on rank 0 after every step.
 OnStep = Callable[[Record], None]
@@ -126,6 +129,12 @@ class Trainer:
         self.step = 0
         if resume and saved:
             self._load(saved[-1])
+        self.epoch = self._mean_epoch()
+        if run.epochs is not None and self.epoch is None:
+            raise TrainingConfigError(
+                "run.epochs: the data have no end; give run.steps, or samples of what is generated"
+            )
+        self._repeats_told = False
 
     # ----------------------------------------------------------------------------------------------------------- loop
 
@@ -135,18 +144,24 @@ class Trainer:
         if self.parallel.rank == 0:
             logs = Logs(self.output, self.step, tensorboard=run.tensorboard, plot=run.plot)
         try:
-            while self.step < run.steps:
+            while not self.finished:
                 record = self.train_step()
                 if logs is not None:
                     logs.write(record)
                     if self.on_step is not None:
                         self.on_step(record)
-                if self.step % run.save_every == 0 or self.step == run.steps:
+                if self.step % run.save_every == 0 or self.finished:
                     self._save()
         finally:
             if logs is not None:
                 logs.close()
         checkpoint.export(self.model, self.output / "model", self.parallel, processor=self.source)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has all its steps, or passes over the data, behind it."""
+        run = self.config.run
+        return self.step >= run.steps if run.steps is not None else (self.epoch or 0.0) >= (run.epochs or 0.0)
 
     def train_step(self) -> Record:
         """One update from ``accumulation`` packs of every rank: the mean over all their supervised tokens."""
@@ -155,10 +170,12 @@ class Trainer:
         packs = [next(self.packer) for _ in range(config.run.accumulation)]
         self._check_agreement(packs)
         works = [work_of(pack) for pack in packs]
-        tokens, supervised, samples, flops = parallel.sum(
+        sources = [source for pack in packs for source in pack.sources if source]
+        tokens, supervised, samples, repeated, flops = parallel.sum(
             sum(w.tokens for w in works),
             sum(w.supervised for w in works),
             sum(source is not None for pack in packs for source in pack.sources),
+            len(sources) - len(set(sources)),
             sum(training_flops(self.model.config, w, self.trained, adapters=config.lora is not None) for w in works),
         )
         # Ranks' gradients are averaged, so each takes its loss times their number.
@@ -178,15 +195,27 @@ class Trainer:
             steps=config.run.steps,
             warmup=config.optimizer.warmup_steps,
             minimum=config.optimizer.min_lr_ratio,
+            passed=(self.epoch or 0.0) / (config.run.epochs or 1.0),
         )
         norm = self.optimizer.step(factor).item()
         if not math.isfinite(norm):
             self._blame_gradients(packs, mean)
         self.step += 1
+        self.epoch = self._mean_epoch()
+        if repeated and not self._repeats_told and parallel.rank == 0:
+            self._repeats_told = True
+            logger.warning(
+                "step %d: %d of its %d samples were in it before, as the data were begun again within the step; "
+                "a step takes run.accumulation packs of run.max_tokens",
+                self.step,
+                repeated,
+                samples,
+            )
         seconds = time.perf_counter() - begin
         peak = config.run.peak_tflops
         return Record(
             step=self.step,
+            epoch=self.epoch,
             loss=mean,
             grad_norm=norm,
             **{f"lr_{part}": factor * rate if part in self.trained else 0.0
@@ -194,10 +223,17 @@ class Trainer:
             tokens=int(tokens),
             supervised=int(supervised),
             samples=int(samples),
+            repeated=int(repeated),
             seconds=seconds,
             tokens_per_s=tokens / seconds,
             mfu=None if peak is None else flops / seconds / (peak * 1e12 * parallel.world),
         )  # fmt: skip
+
+    def _mean_epoch(self) -> float | None:
+        """Of all ranks, so that they end in the same step."""
+        epoch = self.packer.epoch()
+        (total,) = self.parallel.sum(math.nan if epoch is None else epoch)
+        return None if math.isnan(total) else total / self.parallel.data_size
 
     def _synchronised(self, last: bool):
         """Plain replicas exchange gradients once a step, unless the optimiser takes them over after every pack."""

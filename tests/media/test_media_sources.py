@@ -107,6 +107,26 @@ def test_wrong_sources(source, match):
     assert len(str(caught.value)) < 500
 
 
+def test_a_wrong_type_is_told_every_type_that_is_taken():
+    """Each of those that are named is then taken."""
+    image = Image.new("RGB", (30, 30), "red")
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    taken = {
+        "bytes": file.getvalue(),
+        "data URI": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode(),
+        "binary file object": io.BytesIO(file.getvalue()),
+        "dict with 'bytes' or 'path'": {"bytes": file.getvalue()},
+        "PIL image": image,
+        "numpy array (uint8 or uint16)": np.asarray(image),
+    }
+    with pytest.raises(MediaError, match="got an object of type float") as caught:
+        load_image(1.5)
+    for name, source in taken.items():
+        assert name in str(caught.value)
+        assert load_image(source).shape == (30, 30, 3)
+
+
 def test_datasets_own_form_of_a_file(tmp_path):
     """{"bytes": ..., "path": ...}, of which either may be None; bytes come first, as in datasets."""
     picture, other = noise(56, 84), noise(28, 28, seed=1)

@@ -12,6 +12,7 @@ from examples.demo.media import write_frames
 from examples.small.shape import LIMITS
 from qwen2vl import Processor, Qwen2VL, assets
 from qwen2vl.cli import app
+from qwen2vl.cli.eval import _print
 from qwen2vl.samples import SKILLS
 from qwen2vl.samples import generate as make_sample
 from qwen2vl.samples.held_out import prompt_of
@@ -103,6 +104,14 @@ def test_a_large_coloured_square_is_named(side, tmp_path):
         image.save(tmp_path / "x.png")
         result = run("generate", "--image", tmp_path / "x.png", "--prompt", "What colour is the square?", "-n", 8)
         assert result.stdout.strip() == colour, result.output
+
+
+def test_eval_prints_accuracies_by_difficulty_too(capsys):
+    report: dict = {name: {} for name in ("by_skill", "by_size", "by_language")}
+    report["by_difficulty"] = {f"read {level}": {"samples": 3, "accuracy": level / 3} for level in (0, 2)}
+    _print(report)
+    lines = [line.split() for line in capsys.readouterr().out.replace("│", " ").splitlines()]
+    assert ["read", "0", "3", "0.0%"] in lines and ["read", "2", "3", "66.7%"] in lines
 
 
 def test_eval_prints_its_table_without_a_model():

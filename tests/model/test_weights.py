@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from benchmarks.random_checkpoint import small_config, write_random_checkpoint
 from qwen2vl import CheckpointError, Qwen2VL, Qwen2VLConfig
@@ -336,6 +336,28 @@ DAMAGE = [
     (lambda f: (f / "config.json").unlink(), "no such file"),
     (lambda f: (f / "generation_config.json").write_text("x"), "generation_config.json: cannot be read"),
 ]
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("left", [0, 7, 300, -1000])
+def test_a_file_that_ends_early_is_all_that_is_listed(folder, shards, left):
+    """No tensor behind its end is; what does not fit in the files that can be read still is."""
+    model = Qwen2VL.from_pretrained(folder, device="cpu")
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    model.save_pretrained(folder, max_shard_bytes=size if shards == 1 else size // 2)
+    path, *others = sorted(folder.glob("*.safetensors"))
+    assert bool(others) == (shards > 1)
+    path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(CheckpointError) as caught:
+        Qwen2VL.from_pretrained(folder)
+    _, *listed = str(caught.value).splitlines()
+    assert len(listed) == 1 and listed[0].startswith(f"  {path.name}: damaged or truncated: "), caught.value
+    if others:
+        tensors = load_file(others[0])
+        save_file({**tensors, "visual.extra": torch.zeros(2)}, others[0])
+        with pytest.raises(CheckpointError, match=f"{path.name}: damaged") as caught:
+            Qwen2VL.from_pretrained(folder)
+        assert "  visual.extra: unexpected" in str(caught.value) and ": missing" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGE, ids=[m[:56] for _, m in DAMAGE])

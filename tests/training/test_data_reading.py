@@ -84,6 +84,44 @@ def test_orders_differ_by_epoch_and_seed_and_repeat(processor, entries):
     assert first(26, seed=1) == two and first(26, seed=2) != two
 
 
+def test_a_position_counts_once_however_often_it_comes(processor, tmp_path):
+    """Of every reason, over epochs and where a state is loaded in between."""
+    bad = ["{broken", chat(1, image="absent.png"), chat("9" * 99)]
+    bad[1]["conversations"][0]["value"] = "<image>Which?"
+    write_jsonl(tmp_path / "few.jsonl", [chat(0), *bad])
+    entry = {"path": str(tmp_path / "few.jsonl"), "format": "conversations"}
+    data = build_dataset([entry], processor, max_tokens=99, max_bad=2)
+    for _ in range(2):
+        assert numbers(processor, islice(data, 10)) == [0] * 10
+        assert data.report.skipped == {"malformed": 1, "media": 1, "too long": 1} and data.report.bad == 2
+        assert [problem.source[-2:] for problem in sorted(data.report.problems, key=lambda p: p.source)] == [
+            ":2", ":3", ":4",
+        ]  # fmt: skip
+        state = json.loads(json.dumps(data.state_dict()))
+        data = build_dataset([entry], processor, max_tokens=99, max_bad=2)
+        data.load_state_dict(state)
+    summary = data.report.summary()
+    assert summary.startswith("20 samples used, 1 skipped as malformed, 1 skipped as media, 1 skipped as too long\n")
+    assert len(summary.splitlines()) == 4
+
+
+@pytest.mark.parametrize("kind", ["lines", "array", "shards"])
+@pytest.mark.parametrize("world", [1, 2, 4, 30])
+def test_passes_are_counted(processor, entries, kind, world):
+    """Of every consumer: after all records of 30 epochs were dealt out, 30; shards dealt out whole or not."""
+    for rank in range(min(world, 5)):
+        data = build_dataset(
+            [entries[kind]], processor, max_tokens=99, max_bad=None, epochs=30, rank=rank, world=world, threads=0
+        )
+        assert data.epoch() == 0
+        passed = []
+        for _ in data:
+            passed.append(data.epoch())
+        assert passed == sorted(passed)
+        assert passed[-1] == pytest.approx(30, abs=1.1 * max(1, world / 3 if kind == "shards" else world / 13)), passed
+        assert data.epoch(json.loads(json.dumps(data.state_dict()))) == data.epoch() >= passed[-1]
+
+
 def test_weights(processor, entries):
     tables = [{**entries["lines"], "weight": 3}, {**entries["array"], "weight": 1}]
     sources = [e.source for e in islice(build_dataset(tables, processor, max_tokens=99), 40)]

@@ -249,6 +249,81 @@ def test_a_run_is_the_same_from_another_folder(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = run("--stage", "vision", "--config", os.path.relpath(config, tmp_path), "--resume")
     assert result.exit_code == 0 and "steps 2 to 2" in result.stderr, result.output
+    result = run("--stage", "vision", "--config", config, "--resume")
+    assert result.exit_code == 0 and "no step left: step 2 is saved, and run.steps is 2" in result.stderr, result.output
+    assert "3 to 2" not in result.stderr
+
+
+def test_a_run_goes_on_where_its_folder_was_moved_to(place, tmp_path):
+    """With its data, which lie in two folders, and a bad line among them; as a run that was not moved goes on."""
+    home = tmp_path / "home"
+    shutil.copytree(place, home)
+    (home / "more").mkdir()
+    lines = (home / "data" / "pictures.jsonl").read_text().splitlines()
+    write_jsonl(home / "more" / "pictures.jsonl", ["{broken", lines[3]])
+    entries = [*ENTRIES, {"path": "more/pictures.jsonl", "format": "conversations"}]
+    sizes = {"max_tokens": 300, "save_every": 1}
+    config = configure(home, home / "out", entries, run={"output": "out", "steps": 2, **sizes})
+    assert run("--stage", "vision", "--config", config).exit_code == 0
+    shutil.copytree(home, tmp_path / "elsewhere" / "else")
+    found = []
+    for folder in (home, tmp_path / "elsewhere" / "else"):
+        configure(folder, folder / "out", entries, run={"output": "out", "steps": 6, **sizes})
+        result = run("--stage", "vision", "--config", folder / "out.toml", "--resume")
+        assert result.exit_code == 0 and "steps 3 to 6" in result.stderr, result.output
+        assert f"1 skipped as malformed\n  {folder}/more/pictures.jsonl:1: " in result.stderr
+        found.append([(row["loss"], row["samples"], row["epoch"]) for row in log(folder / "out")])
+    assert found[0] == found[1] and len(found[0]) == 6
+    (home / "more").rename(home / "fewer")
+    entries[-1]["path"] = "fewer/pictures.jsonl"
+    config = configure(home, home / "out", entries, run={"output": "out", "steps": 8, **sizes})
+    result = run("--stage", "vision", "--config", config, "--resume")
+    assert result.exit_code == 1 and "state.entries: is" in result.stderr, "other files are other data"
+
+
+def test_a_run_of_so_many_passes_and_samples_that_repeat_in_a_step(place, tmp_path, caplog):
+    """`epochs` in the place of `steps`; cut and resumed it is the same; the log says where in the data a step is."""
+    entry = {"path": "data/pictures.jsonl", "format": "conversations", "max_pixels": 12544}
+    whole = {"steps": None, "epochs": 3, "max_tokens": 150, "lookahead": 2, "save_every": 1}
+    config = configure(place, tmp_path / "passes", [entry], run=whole)
+    result = run("--stage", "instruct", "--config", config)
+    assert result.exit_code == 0 and "steps 1 to epoch 3" in result.stderr, result.output
+    rows = log(tmp_path / "passes")
+    passed = [float(row["epoch"]) for row in rows]
+    assert passed == sorted(passed) and passed[-2] < 3 <= passed[-1] < 3.5
+    assert f"step {len(rows)}  loss" in result.stderr and f"epoch {passed[-1]:.2f}" in result.stderr
+    samples = [int(row["samples"]) for row in rows]
+    assert passed[-1] * 5 <= sum(samples) <= passed[-1] * 5 + 2, "five records; two wait at most"
+    rates = [float(row["lr_llm"]) for row in rows]
+    assert rates == sorted(rates, reverse=True) and 0 < rates[-1] < 0.1 * rates[0]
+    for path in sorted((tmp_path / "passes" / "checkpoints").iterdir())[-2:]:
+        shutil.rmtree(path)
+    result = run("--stage", "instruct", "--config", config, "--resume")
+    assert result.exit_code == 0, result.output
+    again = log(tmp_path / "passes")
+    assert [(row["step"], row["epoch"], row["lr_llm"]) for row in again] == [
+        (row["step"], row["epoch"], row["lr_llm"]) for row in rows
+    ]
+    result = run("--stage", "instruct", "--config", config, "--resume")
+    assert "no step left" in result.stderr and "run.epochs is epoch 3" in result.stderr
+
+    caplog.clear()
+    assert run("--stage", "instruct", "--config", configure(place, tmp_path / "few", [entry])).exit_code == 0
+    (told,) = [record.getMessage() for record in caplog.records if record.name == "qwen2vl.training"]
+    first = log(tmp_path / "few")[0]
+    assert int(first["repeated"]) == int(first["samples"]) - 5 > 0, "of five records"
+    assert told.startswith(f"step 1: {first['repeated']} of its {first['samples']} samples were in it before")
+    for given, message in (
+        ({"epochs": 2}, "run.steps: give either it or run.epochs"),
+        ({"steps": None}, "run.steps: give either it or run.epochs"),
+        ({"steps": None, "epochs": 0}, "run.epochs: must be positive, got 0"),
+    ):
+        result = run("--stage", "instruct", "--config", configure(place, tmp_path / "never", [entry], run=given))
+        assert result.exit_code == 1 and message in result.stderr
+    endless = [{"path": "count", "format": "generated"}]
+    config = configure(place, tmp_path / "never", endless, run={"steps": None, "epochs": 1})
+    result = run("--stage", "instruct", "--config", config)
+    assert result.exit_code == 1 and "run.epochs: the data have no end" in result.stderr
 
 
 def test_the_model_is_exported_with_the_processor_that_it_was_trained_with(place, tmp_path):

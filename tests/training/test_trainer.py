@@ -13,6 +13,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from qwen2vl import Qwen2VL
 from qwen2vl.training import checkpoint
 from qwen2vl.training.errors import NonFiniteLossError, TrainingConfigError
+from qwen2vl.training.logs import draw_loss
 from qwen2vl.training.optim import lr_factor
 from qwen2vl.training.packing import Batch
 from qwen2vl.training.stages import STAGES, part_of
@@ -93,12 +94,22 @@ def test_what_is_frozen_stays_bitwise_and_what_is_not_moves(folder, tmp_path, st
     assert {e.name for e in trainer.optimizer.entries} == learns, "no optimiser state for what is frozen"
 
 
+class _Given(list):
+    """Packs in the place of a packer."""
+
+    def __next__(self):
+        return self.pop(0)
+
+    def epoch(self):
+        return None
+
+
 def test_accumulated_packs_are_the_mean_over_all_their_tokens(folder, tmp_path):
     """Two packs of different numbers of supervised tokens: gradients of one pack of both, not the mean of two means."""
     trainer = runs.make(folder, tmp_path, optimizer={"clip": 1e9})
     packs = [next(trainer.packer) for _ in range(2)]
     assert packs[0].supervised != packs[1].supervised
-    trainer.packer = iter(packs)
+    trainer.packer = _Given(packs)
     trainer.optimizer.step = lambda factor: torch.zeros(())
     record = trainer.train_step()
     got = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
@@ -198,6 +209,23 @@ def test_logs_and_export(folder, tmp_path):
     exported = Qwen2VL.from_pretrained(tmp_path / "out" / "model", device="cpu")
     final = runs.make(folder, tmp_path / "out", resume=True, **tables)
     _same(dict(exported.named_parameters()), runs.weights(final))
+
+
+@pytest.mark.parametrize(("steps", "window"), [(1, 0), (3, 0), (8, 2), (30, 7), (400, 10), (1000, 20)])
+def test_the_plot_shows_a_mean_that_a_short_run_has_too(tmp_path, monkeypatch, steps, window):
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *args, **options: drawn.append(self))
+    losses = [5.0 / (1 + n % 7) for n in range(steps)]
+    (tmp_path / "log.csv").write_text("step,loss\n" + "".join(f"{n + 1},{loss}\n" for n, loss in enumerate(losses)))
+    draw_loss(tmp_path)
+    by_step, *mean = drawn[0].axes[0].lines
+    assert by_step.get_ydata().tolist() == losses
+    if not window:
+        assert not mean and by_step.get_alpha() is None and by_step.get_marker() == ".", "one line, and not a pale one"
+        return
+    assert mean[0].get_label() == f"mean of {window} steps"
+    assert mean[0].get_ydata()[-1] == pytest.approx(sum(losses[-window:]) / window)
 
 
 def test_rates_are_those_of_the_schedule(folder, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -253,24 +254,48 @@ class TrainingData(IterableDataset[Example]):
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
-        """What must be equal for a state to mean the same; weights and preprocessing may change."""
+        """What must be equal for a state to mean the same; weights and preprocessing may change, and so may the folder
+        that all files are in."""
         entries = []
         for entry in self.entries:
-            kept = {"path": list(entry.paths), "format": entry.format, "shuffle": entry.shuffle}
+            kept = {
+                "path": [self._below(entry, path) for path in entry.paths],
+                "format": entry.format,
+                "shuffle": entry.shuffle,
+            }
             if entry.format == "generated":
                 kept |= {"difficulty": list(entry.difficulty), "split": entry.split, "samples": entry.samples}
             entries.append(kept)
         return {"seed": self.seed, "entries": entries}
 
+    @cached_property
+    def _folder(self) -> str:
+        """The deepest folder that all local files are below; "" where there are none."""
+        local = [path for entry in self.entries for path in entry.paths if _is_local(entry, path)]
+        return os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in local]) if local else ""
+
+    def _below(self, entry: DataEntry, path: str) -> str:
+        return os.path.relpath(os.path.abspath(path), self._folder) if _is_local(entry, path) else path
+
     def state_dict(self) -> dict[str, Any]:
         """The place behind the last example given, as JSON can hold it."""
         return {
             **self._identity,
+            "folder": self._folder,
             "part": list(self._consumers),
             "states": [dict(state) for state in self._states],
             "drawn": list(self._drawn),
             "report": self.report.state_dict(),
         }
+
+    def epoch(self, state: Mapping[str, Any] | None = None) -> float | None:
+        """Passes that lie behind a state, by default the present one, over the entry that is read the fastest.
+
+        None where no entry has an end.
+        """
+        states = self._states if state is None else state["states"]
+        passed = [source.epoch(*self._consumers, one) for source, one in zip(self._sources, states, strict=True)]
+        return max((one for one in passed if one is not None), default=None)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on behind the example that `state_dict` was called after. An iteration under way does not notice.
@@ -289,7 +314,11 @@ class TrainingData(IterableDataset[Example]):
         self._consumers = (state["part"][0], state["part"][1])
         self._states = [dict(one) for one in state["states"]]
         self._drawn = list(state["drawn"])
-        self.report.load_state_dict(state["report"])
+        self.report.load_state_dict(state["report"], moved=(state["folder"], self._folder))
+
+
+def _is_local(entry: DataEntry, path: str) -> bool:
+    return entry.format != "generated" and "://" not in path
 
 
 def _short(value: object) -> str:

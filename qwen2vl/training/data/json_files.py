@@ -100,6 +100,10 @@ class JsonFiles:
             for descriptor in files.values():
                 os.close(descriptor)
 
+    def epoch(self, consumer: int, consumers: int, state: State) -> float:
+        """Passes over the files that lie behind a state of one of several consumers."""
+        return (state.get("next", consumer) - consumer) / len(self)
+
     def _raw(self, index: int, files: dict[int, int]) -> Raw:
         which = int(np.searchsorted(self._ends, index, side="right"))
         start, end, line = self._spans[which][index - int(self._ends[which])].tolist()

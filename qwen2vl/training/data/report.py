@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,33 +25,39 @@ class DataReport:
 
     Attributes:
         used: samples given, those of every epoch counted.
-        skipped: reason -> times that a sample was skipped for it. "malformed": the record; "media": an image or video
-            that cannot be read, a damaged shard; "too long": more tokens than allowed, never cut.
         problems: the first `KEPT_PROBLEMS` of them, every position once.
-        bad: number of different positions that were malformed or whose media were; what `max_bad` limits.
     """
 
     used: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
-    _bad_sources: set[str] = field(default_factory=set, repr=False)
-    _listed: set[str] = field(default_factory=set, repr=False)
+    # Reason -> the positions skipped for it, in the order in which they were met.
+    _positions: dict[Reason, dict[str, None]] = field(default_factory=dict, repr=False)
     _state: dict[str, Any] | None = field(default=None, repr=False, compare=False)
 
     @property
+    def skipped(self) -> dict[Reason, int]:
+        """Reason -> number of different positions skipped for it, however often they came.
+
+        "malformed": the record; "media": an image or video that cannot be read, a damaged shard; "too long": more
+        tokens than allowed, never cut.
+        """
+        return {reason: len(positions) for reason, positions in self._positions.items()}
+
+    @property
     def bad(self) -> int:
-        return len(self._bad_sources)
+        """Number of different positions that were malformed or whose media were; what `max_bad` limits."""
+        return len(self._positions.get("malformed", {}).keys() | self._positions.get("media", {}).keys())
 
     def add(self, problem: Problem) -> bool:
-        """Count it; whether this position is new."""
+        """Count it, unless an earlier epoch did; whether this position is new."""
+        new = all(problem.source not in positions for positions in self._positions.values())
+        positions = self._positions.setdefault(problem.reason, {})
+        if problem.source in positions:
+            return False
         self._state = None
-        self.skipped[problem.reason] = self.skipped.get(problem.reason, 0) + 1
-        new = problem.source not in self._listed and problem.source not in self._bad_sources
-        if problem.reason != "too long":
-            self._bad_sources.add(problem.source)
+        positions[problem.source] = None
         if new and len(self.problems) < KEPT_PROBLEMS:
             self.problems.append(problem)
-            self._listed.add(problem.source)
         return new
 
     def summary(self) -> str:
@@ -66,16 +73,18 @@ class DataReport:
         """
         if self._state is None:
             self._state = {
-                "skipped": dict(self.skipped),
+                "skipped": {reason: list(positions) for reason, positions in self._positions.items()},
                 "problems": [[problem.source, problem.reason, problem.message] for problem in self.problems],
-                "bad_sources": sorted(self._bad_sources),
             }
         return {"used": self.used, **self._state}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`'s counts."""
+    def load_state_dict(self, state: dict[str, Any], *, moved: tuple[str, str] = ("", "")) -> None:
+        """Go on from `state_dict`'s counts. `moved`: the folder that positions were in, and the one they are in now."""
+        old, new = (os.path.join(folder, "") for folder in moved)
+
+        def now(text: str) -> str:
+            return new + text[len(old) :] if all(moved) and text.startswith(old) else text
+
         self.used, self._state = state["used"], None
-        self.skipped = dict(state["skipped"])
-        self.problems = [Problem(*problem) for problem in state["problems"]]
-        self._bad_sources = set(state["bad_sources"])
-        self._listed = {problem.source for problem in self.problems}
+        self._positions = {reason: dict.fromkeys(map(now, positions)) for reason, positions in state["skipped"].items()}
+        self.problems = [Problem(now(source), reason, now(text)) for source, reason, text in state["problems"]]

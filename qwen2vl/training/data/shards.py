@@ -115,9 +115,19 @@ class Shards:
                 for n in range(first, len(samples)):
                     if whole or (passed + n) % consumers == consumer:
                         after = {"visit": visit, "sample": n + 1, "passed": passed, "shards": total}
+                        after["samples"] = len(samples)  # of this shard
                         yield _read(stream, self.shards[shard], samples[order[n]]), after
             passed, first = passed + len(samples), 0
             visit += consumers if whole else 1
+
+    def epoch(self, consumer: int, consumers: int, state: State) -> float:
+        """Passes over the shards that lie behind a state of one of several consumers."""
+        if not state:
+            return 0.0
+        total, inside = len(self.shards), state["sample"] / state["samples"]
+        if total >= consumers:
+            return (state["visit"] - consumer + consumers * inside) / total
+        return (state["visit"] + inside) / total
 
     def _open(self, path: str, stack: ExitStack) -> tuple[BinaryIO | None, list[_Sample]]:
         """The shard's stream and samples; what cannot be read is a sample with an error."""
