@@ -43,7 +43,7 @@ help:
 	@echo "             python3, no network;  make gpu DEVICE=cpu  rehearses it at small sizes;  QWEN2VL_COMMIT=...  is the"
 	@echo "             commit that results name where there is no .git"
 	@echo "make gpu-wheels    wheels of what benchmarks compare with, for a machine without a network, in build/wheels"
-	@echo "make test-stacks    vLLM's and SGLang's own towers, every version of transformers (test-transformers), TRL, ms-swift"
+	@echo "make test-stacks    vLLM's and SGLang's own towers, lmms-eval, every version of transformers (test-transformers), TRL, ms-swift"
 	@echo "             and LLaMA-Factory (test-trainers), patched and stock, each in an environment"
 	@echo "make test-oldest    the test suite with the lowest versions that pyproject.toml names, in an environment of their own"
 	@echo "make resolve    shows that every Python of README finds all versions: the newest, the lowest and the pinned"
@@ -216,9 +216,18 @@ build/transformers/%: | .venv/torch.stamp
 signatures: .venv/install.stamp $(addprefix build/transformers/,$(TRANSFORMERS))
 	$(RUN) -m tests.stacks.transformers_signatures $(addprefix build/transformers/,$(TRANSFORMERS))
 
-test-stacks: $(foreach stack,vllm sglang,build/stacks/$(stack)/install.stamp) test-transformers test-trainers
+# Its requirements bring torchvision, of which there is no build for the CPU; nothing that runs here asks for it.
+build/stacks/lmms_eval/install.stamp: .venv/install.stamp tests/stacks/lmms_eval.txt
+	$(call BORROW,build/stacks/lmms_eval)
+	build/stacks/lmms_eval/bin/python -m pip install --quiet -r tests/stacks/lmms_eval.txt \
+		$$($(RUN) -c 'import torch; print(f"torch=={torch.__version__}")')
+	build/stacks/lmms_eval/bin/python -m pip uninstall --quiet --yes torchvision
+	@touch $@
+
+test-stacks: $(foreach stack,vllm sglang lmms_eval,build/stacks/$(stack)/install.stamp) test-transformers test-trainers
 	PYTHONPATH=. build/stacks/vllm/bin/python -m tests.stacks.vllm_tower
 	PYTHONPATH=. build/stacks/sglang/bin/python -m tests.stacks.sglang_tower
+	PYTHONPATH=. build/stacks/lmms_eval/bin/python -m tests.stacks.lmms_eval_tasks
 	$(RUN) -m tests.stacks.transformers_own
 
 # Trainers that people use, each with the versions that it wants, and the line that Python runs as it starts.

@@ -1,6 +1,6 @@
 """lmms-eval's benchmarks (DocVQA, InfoVQA, RealWorldQA, MTVQA, the video sets) on this package's model.
 
-    pip install "lmms-eval==0.7.3"        # finds this package by its entry point
+    pip install ".[eval]"        # lmms-eval 0.7.3, which finds this package by its entry point
     python -m lmms_eval --model qwen2vl --model_args pretrained=Qwen/Qwen2-VL-2B-Instruct \
         --tasks docvqa_val,infovqa_val,realworldqa,mtvqa,mvbench,egoschema,videomme
 
@@ -199,7 +199,10 @@ class ChatModel:
             raise Qwen2VLError(f"generation_kwargs: {error}") from error
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        raise Qwen2VLError("loglikelihood: this model answers; choose a task that generates")
+        raise Qwen2VLError(
+            "loglikelihood: is not offered, as lmms-eval scores choices with it and the published numbers of these "
+            "models come from their answers; choose a task that generates"
+        )
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[Any]:
         raise Qwen2VLError("generate_until_multi_round: wants a task of one round")

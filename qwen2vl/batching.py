@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
@@ -44,6 +45,7 @@ def generate_all(
     batch_tokens: int = 8192,
     on_error: Literal["raise", "skip"] = "raise",
     first: int = 0,
+    **options: Any,
 ) -> Iterator[Answer]:
     """Answer each conversation; the answers come in the order of the conversations.
 
@@ -59,6 +61,7 @@ def generate_all(
             that is longer by itself is answered alone.
         on_error: "skip" gives an :class:`Answer` that holds the error, and the rest goes on.
         first: the number of the first conversation.
+        options: how images and videos are preprocessed, as in a call of the processor.
 
     Raises:
         Qwen2VLError: an argument is out of range; with ``on_error="raise"``, what is wrong with a conversation, once
@@ -70,12 +73,15 @@ def generate_all(
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise Qwen2VLError(f"{name}: wants an integer of at least {least}, got {value!r}")
     config = config or GenerationConfig.from_model(model)
-    return _answers(model, processor, iter(conversations), config, batch_tokens, on_error, first)
+    processor.options.updated(options)  # refuses what is no option, or out of range, before the first answer
+    read = partial(processor, **options)
+    return _answers(model, processor, read, iter(conversations), config, batch_tokens, on_error, first)
 
 
 def _answers(
     model: Qwen2VL,
     processor: Processor,
+    prepare: Callable[[Any], Inputs],
     conversations: Iterator[Any],
     config: GenerationConfig,
     batch_tokens: int,
@@ -89,13 +95,13 @@ def _answers(
         window: list[Inputs | Qwen2VLError] = []
         tokens = 0
         for conversation in islice(conversations, _WINDOW):
-            window.append(_prepared(processor, conversation, limit))
+            window.append(_prepared(prepare, conversation, limit))
             tokens += 0 if isinstance(window[-1], Qwen2VLError) else window[-1]["input_ids"].shape[1]
             if tokens >= 4 * batch_tokens:
                 break
         return window
 
-    with ThreadPoolExecutor(1, thread_name_prefix="qwen2vl-answers") as reader:
+    with ThreadPoolExecutor(1, thread_name_prefix="qwen2vl-batching") as reader:
         waiting = reader.submit(read)
         while window := waiting.result():
             waiting = reader.submit(read)
@@ -127,12 +133,12 @@ def _answers(
             first += len(window)
 
 
-def _prepared(processor: Processor, conversation: Any, limit: int) -> Inputs | Qwen2VLError:
+def _prepared(prepare: Callable[[Any], Inputs], conversation: Any, limit: int) -> Inputs | Qwen2VLError:
     """The inputs of one conversation, or what is wrong with it."""
     if isinstance(conversation, Qwen2VLError):
         return conversation
     try:
-        inputs = processor(conversation)
+        inputs = prepare(conversation)
     except Qwen2VLError as error:
         return error
     count = inputs["input_ids"].shape[1]

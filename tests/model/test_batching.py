@@ -7,7 +7,7 @@ from PIL import Image
 from benchmarks.random_checkpoint import write_random_checkpoint
 from examples.demo.media import write_video
 from qwen2vl import GenerationConfig, Processor, Qwen2VL, generate
-from qwen2vl.answers import generate_all
+from qwen2vl.batching import generate_all
 from qwen2vl.errors import ContextLengthError, MediaError, PromptError, Qwen2VLError
 
 
@@ -83,7 +83,7 @@ def test_batches_are_formed_by_tokens(made, monkeypatch):
         seen.append(tuple(inputs["input_ids"].shape))
         return generate(model, inputs, **arguments)
 
-    monkeypatch.setattr("qwen2vl.answers.generate", counted)
+    monkeypatch.setattr("qwen2vl.batching.generate", counted)
     found = list(generate_all(model, processor, chats, config=GenerationConfig(max_new_tokens=2), batch_tokens=1000))
     assert [answer.index for answer in found] == list(range(70))
     assert all(rows * (length + 2) <= 1000 for rows, length in seen) and sum(rows for rows, _ in seen) == 70
