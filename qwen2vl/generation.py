@@ -12,6 +12,7 @@ import torch
 
 from .cache import KVCache
 from .checks import Call, check_call
+from .choosing import Chooser, LogitsProcessor
 from .errors import CheckpointError, ContextLengthError, PromptError, Qwen2VLError
 from .model import Qwen2VL
 
@@ -208,6 +209,7 @@ class _Run:
         inputs: Mapping[str, torch.Tensor],
         tokenizer: Tokenizer | None,
         config: GenerationConfig,
+        logits_processors: Sequence[LogitsProcessor],
     ) -> None:
         if tokenizer is not None and not hasattr(tokenizer, "stream_decoder"):
             raise TypeError(f"tokenizer must be a processor's tokenizer, got {type(tokenizer).__name__}")
@@ -223,7 +225,7 @@ class _Run:
         self.ends = _end_ids(model, config)
         if tokenizer is not None:
             self.ends = _stop_ids(tokenizer, config.stop) | self.ends
-        self.choose = _Chooser(model, inputs, config)
+        self.choose = Chooser(model, inputs, config, logits_processors)
 
     # inference_mode is entered around each forward and not around a yield: it is a state of the thread, and must not
     # reach the consumer between two tokens.
@@ -233,8 +235,9 @@ class _Run:
             cache, logits = self._prefill()
         while True:
             with torch.inference_mode():
-                tokens = self.choose(logits[:, 0])
-            for index, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
+                answers, ended = [row.ids for row in self.rows], [bool(row.reason) for row in self.rows]
+                tokens = self.choose(logits[:, 0], answers, ended)
+            for index, (row, token) in enumerate(zip(self.rows, tokens.tolist(), strict=True)):
                 if not row.reason:
                     piece = row.push(token, self.ends, self.budgets[index])
                     yield index, token, piece
@@ -243,8 +246,7 @@ class _Run:
             with torch.inference_mode():
                 # Rows that have ended keep their place, with a token nobody reads.
                 cache.hold([index for index, row in enumerate(self.rows) if row.reason])
-                step = torch.tensor(tokens, device=model.device).unsqueeze(1)
-                logits = self._timed("decode", model.step, step, cache)
+                logits = self._timed("decode", model.step, tokens.unsqueeze(1), cache)
             self.timings["decode_steps"] += 1
 
     @property
@@ -272,73 +274,13 @@ class _Run:
         return result
 
 
-class _Chooser:
-    """From the last logits of every sequence to its next token."""
-
-    def __init__(self, model: Qwen2VL, inputs: Mapping[str, torch.Tensor], config: GenerationConfig) -> None:
-        self.config = config
-        c = model.config
-        # An answer cannot hold an image: a placeholder id would ask for features that do not exist.
-        self.banned = torch.tensor([c.image_token_id, c.video_token_id, c.vision_token_id], device=model.device)
-        ids = inputs["input_ids"].to(model.device)
-        self.seen: torch.Tensor | None = None
-        if config.repetition_penalty != 1.0:
-            mask = inputs.get("attention_mask")
-            real = torch.ones_like(ids) if mask is None else mask.to(model.device)
-            self.seen = torch.zeros((ids.shape[0], c.text.vocab_size), dtype=torch.int64, device=model.device)
-            self.seen.scatter_add_(1, ids.long(), real.long())
-        self.generators: list[torch.Generator] = []
-        if config.samples:
-            # The seed is drawn from PyTorch's generator, so that torch.manual_seed repeats an answer and nothing is
-            # reseeded.
-            seed = int(torch.randint(2**63 - 1, ())) if config.seed is None else config.seed
-            rows = range(ids.shape[0])
-            self.generators = [torch.Generator(model.device).manual_seed((seed + row) % 2**63) for row in rows]
-
-    def __call__(self, logits: torch.Tensor) -> list[int]:
-        """``(B, vocab)`` to B ids."""
-        scores = self.scores(logits)
-        if self.config.samples:
-            rows = zip(self.probabilities(scores), self.generators, strict=True)
-            tokens = torch.cat([torch.multinomial(p, 1, generator=g) for p, g in rows])
-        else:
-            tokens = scores.argmax(-1)
-        if self.seen is not None:
-            self.seen.scatter_(1, tokens.unsqueeze(1), 1)
-        return tokens.tolist()
-
-    def scores(self, logits: torch.Tensor) -> torch.Tensor:
-        """``(B, vocab)`` float32 with the repetition penalty, minus infinity at what is never generated."""
-        scores = logits.float()
-        if self.seen is not None:
-            p = self.config.repetition_penalty
-            scores = torch.where(self.seen > 0, torch.where(scores < 0, scores * p, scores / p), scores)
-        return scores.index_fill(1, self.banned, float("-inf"))
-
-    def probabilities(self, scores: torch.Tensor) -> torch.Tensor:
-        """``(B, vocab)``, what a draw falls by: temperature, top_k and top_p; ``torch.multinomial`` normalises."""
-        config = self.config
-        if config.temperature is not None:
-            scores = scores / config.temperature
-        if config.top_k:
-            kth = scores.topk(min(config.top_k, scores.shape[-1]), -1).values[:, -1:]
-            scores = scores.masked_fill(scores < kth, float("-inf"))
-        probabilities = scores.softmax(-1)
-        if config.top_p is not None and config.top_p < 1:
-            ordered, order = probabilities.sort(-1, descending=True)
-            # Keep the smallest set that reaches top_p: drop what begins after it is reached.
-            beyond = ordered.cumsum(-1) - ordered >= config.top_p
-            beyond[:, 0] = False
-            probabilities = probabilities.masked_fill(beyond.gather(1, order.argsort(-1)), 0)
-        return probabilities
-
-
 def generate(
     model: Qwen2VL,
     inputs: Mapping[str, torch.Tensor],
     *,
     tokenizer: Tokenizer | None = None,
     config: GenerationConfig | None = None,
+    logits_processors: Sequence[LogitsProcessor] = (),
     on_token: Callable[[int, int, str], None] | None = None,
 ) -> GenerationResult:
     """Continue every sequence of a batch.
@@ -347,13 +289,15 @@ def generate(
         inputs: what :class:`qwen2vl.Processor` returns, or the same names as the model's call.
         tokenizer: for texts and stop strings.
         config: default :meth:`GenerationConfig.from_model`.
+        logits_processors: called in turn as ``processor(answers, scores)`` before each choice, see
+            :data:`qwen2vl.choosing.LogitsProcessor`; after the repetition penalty, before temperature, top_k and top_p.
         on_token: called with (row, token id, new text) as tokens are chosen.
 
     No sequence depends on the others of its batch, the room for its answer included.
 
     Raises :class:`ContextLengthError` before anything runs when a prompt leaves no room for an answer.
     """
-    run = _Run(model, inputs, tokenizer, config or GenerationConfig.from_model(model))
+    run = _Run(model, inputs, tokenizer, config or GenerationConfig.from_model(model), logits_processors)
     for row, token, piece in run:
         if on_token is not None:
             on_token(row, token, piece)
@@ -372,6 +316,7 @@ def stream(
     *,
     tokenizer: Tokenizer,
     config: GenerationConfig | None = None,
+    logits_processors: Sequence[LogitsProcessor] = (),
 ) -> Iterator[str]:
     """Text of one sequence in pieces as they become certain; joined they are :func:`generate`'s text.
 
@@ -379,7 +324,7 @@ def stream(
     """
     if inputs["input_ids"].shape[0] != 1:
         raise PromptError(f"input_ids: stream takes a batch of one, got {inputs['input_ids'].shape[0]}")
-    run = _Run(model, inputs, tokenizer, config or GenerationConfig.from_model(model))
+    run = _Run(model, inputs, tokenizer, config or GenerationConfig.from_model(model), logits_processors)
     return (piece for _, _, piece in run if piece)
 
 

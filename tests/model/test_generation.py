@@ -23,7 +23,8 @@ from qwen2vl import (
     stream,
 )
 from qwen2vl.cache import KVCache
-from qwen2vl.generation import _Chooser, _Row
+from qwen2vl.choosing import Chooser
+from qwen2vl.generation import _Row
 
 ENDLESS = (10**6,)
 
@@ -39,6 +40,10 @@ def _run(model, inputs, processor=None, **options):
     options.setdefault("max_new_tokens", 16)
     tokenizer = processor.tokenizer if processor else None
     return generate(model, inputs, tokenizer=tokenizer, config=GenerationConfig(**options))
+
+
+def _choose(chooser, logits):
+    return chooser(logits, [[]], [False]).item()
 
 
 def test_streamed_pieces_join_to_the_text(model, processor, inputs):
@@ -73,13 +78,13 @@ def test_a_control_token_is_a_stop_string(model, processor, inputs, monkeypatch)
     for name in names:
         answer = [*written[:at], tokenizer.id(name), *written[at:]]
         pending = iter(answer * 2)
-        monkeypatch.setattr(_Chooser, "__call__", lambda *_, pending=pending: [next(pending)])
+        monkeypatch.setattr(Chooser, "__call__", lambda *_, pending=pending: torch.tensor([next(pending)]))
         result = _run(model, inputs, processor, max_new_tokens=len(answer), stop=("never there", name))
         assert result.sequences == [written[:at]] and result.texts == [tokenizer.decode(written[:at])]
         assert result.finish_reasons == ["stop_string"], name
         config = GenerationConfig(max_new_tokens=len(answer), eos_token_ids=ENDLESS, stop=(name,))
         pending = iter(answer)
-        monkeypatch.setattr(_Chooser, "__call__", lambda *_, pending=pending: [next(pending)])
+        monkeypatch.setattr(Chooser, "__call__", lambda *_, pending=pending: torch.tensor([next(pending)]))
         assert "".join(stream(model, inputs, tokenizer=tokenizer, config=config)) == result.texts[0]
 
 
@@ -149,7 +154,7 @@ def test_the_distribution_is_transformers(model, temperature, top_k, top_p, pena
     config = GenerationConfig(
         do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=penalty, seed=3
     )
-    chooser = _Chooser(model, {"input_ids": ids, "attention_mask": mask}, config)
+    chooser = Chooser(model, {"input_ids": ids, "attention_mask": mask}, config)
     got = chooser.probabilities(chooser.scores(logits))
     got = got / got.sum(-1, keepdim=True)
     c = model.config
@@ -164,17 +169,17 @@ def test_the_distribution_is_transformers(model, temperature, top_k, top_p, pena
 
 def test_an_answers_own_tokens_are_penalised(model):
     config = GenerationConfig(repetition_penalty=2.0)
-    chooser = _Chooser(model, {"input_ids": torch.tensor([[3]])}, config)
+    chooser = Chooser(model, {"input_ids": torch.tensor([[3]])}, config)
     logits = torch.zeros(1, 512)
     logits[0, 7], logits[0, 8] = 3.0, 2.0
-    assert [chooser(logits)[0] for _ in range(3)] == [7, 8, 7]
+    assert [_choose(chooser, logits) for _ in range(3)] == [7, 8, 7]
 
 
 def test_draws_fall_by_the_distribution(model):
     logits = torch.randn(1, 512)
-    chooser = _Chooser(model, {"input_ids": torch.tensor([[3]])}, GenerationConfig(do_sample=True, top_k=8, seed=3))
+    chooser = Chooser(model, {"input_ids": torch.tensor([[3]])}, GenerationConfig(do_sample=True, top_k=8, seed=3))
     expected = chooser.probabilities(chooser.scores(logits))[0]
-    counts = torch.bincount(torch.tensor([chooser(logits)[0] for _ in range(4000)]), minlength=512)
+    counts = torch.bincount(torch.tensor([_choose(chooser, logits) for _ in range(4000)]), minlength=512)
     assert torch.count_nonzero(counts[expected == 0]) == 0
     # 4000 draws: five standard deviations of a proportion are at most 0.04.
     torch.testing.assert_close(counts / 4000, expected, rtol=0, atol=0.04)
@@ -236,11 +241,11 @@ def test_text_held_back_is_released_at_the_end():
 def test_placeholders_are_never_generated(model, processor, inputs):
     c = model.config
     banned = [c.image_token_id, c.video_token_id, c.vision_token_id]
-    chooser = _Chooser(model, inputs, GenerationConfig())
+    chooser = Chooser(model, inputs, GenerationConfig())
     logits = torch.zeros(1, 512)
     logits[0, banned] = 100.0
     logits[0, 42] = 1.0
-    assert chooser(logits) == [42]
+    assert _choose(chooser, logits) == 42
 
 
 def _with_context(model, monkeypatch, limit):

@@ -1,0 +1,118 @@
+"""From the last logits of every sequence to its next token: penalty, processors of the caller, shape, draw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from .errors import Qwen2VLError
+from .model import Qwen2VL
+
+if TYPE_CHECKING:
+    from .generation import GenerationConfig
+
+#: Called before each choice with the ids of every answer so far (without its prompt; empty at first; only to be read)
+#: and the scores ``(rows, vocabulary)``, float32 on the model's device, minus infinity at what may not be chosen. It
+#: returns scores of that shape, and may write into those that it is given. A row that has ended keeps its place, and its
+#: answer does not grow.
+LogitsProcessor = Callable[[list[list[int]], torch.Tensor], torch.Tensor]
+
+
+class Chooser:
+    """Chooses for a batch. What it keeps between tokens are tensors on the model's device.
+
+    Raises :class:`Qwen2VLError` for a logits processor that cannot be called.
+    """
+
+    def __init__(
+        self,
+        model: Qwen2VL,
+        inputs: Mapping[str, torch.Tensor],
+        config: GenerationConfig,
+        processors: Sequence[LogitsProcessor] = (),
+    ) -> None:
+        if callable(processors) or not all(map(callable, processors)):
+            raise Qwen2VLError(f"logits_processors: wants a sequence of callables, got {processors!r}")
+        self.config, self.processors = config, tuple(processors)
+        c = model.config
+        # An answer cannot hold an image: a placeholder id would ask for features that do not exist.
+        self.banned = torch.tensor([c.image_token_id, c.video_token_id, c.vision_token_id], device=model.device)
+        ids = inputs["input_ids"].to(model.device)
+        self.seen: torch.Tensor | None = None
+        if config.repetition_penalty != 1.0:
+            mask = inputs.get("attention_mask")
+            real = torch.ones_like(ids) if mask is None else mask.to(model.device)
+            self.seen = torch.zeros((ids.shape[0], c.text.vocab_size), dtype=torch.int64, device=model.device)
+            self.seen.scatter_add_(1, ids.long(), real.long())
+        self.generators: list[torch.Generator] = []
+        if config.samples:
+            # The seed is drawn from PyTorch's generator, so that torch.manual_seed repeats an answer and nothing is
+            # reseeded.
+            seed = int(torch.randint(2**63 - 1, ())) if config.seed is None else config.seed
+            rows = range(ids.shape[0])
+            self.generators = [torch.Generator(model.device).manual_seed((seed + row) % 2**63) for row in rows]
+
+    def __call__(self, logits: torch.Tensor, answers: list[list[int]], ended: Sequence[bool]) -> torch.Tensor:
+        """``(B,)`` ids from ``(B, vocab)`` logits.
+
+        ``answers``, ids so far, and ``ended``, of each row, are for logits processors; what is chosen for a row that
+        has ended means nothing. Raises :class:`Qwen2VLError` for processors' scores from which nothing can be chosen.
+        """
+        scores = self.scores(logits)
+        if self.processors:
+            scores = self.processed(scores, answers, ended)
+        if self.config.samples:
+            rows = zip(self.probabilities(scores), self.generators, strict=True)
+            tokens = torch.cat([torch.multinomial(p, 1, generator=g) for p, g in rows])
+        else:
+            tokens = scores.argmax(-1)
+        if self.seen is not None:
+            self.seen.scatter_(1, tokens.unsqueeze(1), 1)
+        return tokens
+
+    def scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """``(B, vocab)`` float32 with the repetition penalty, minus infinity at what is never generated."""
+        scores = logits.float()
+        if self.seen is not None:
+            p = self.config.repetition_penalty
+            scores = torch.where(self.seen > 0, torch.where(scores < 0, scores * p, scores / p), scores)
+        return scores.index_fill(1, self.banned, float("-inf"))
+
+    def processed(self, scores: torch.Tensor, answers: list[list[int]], ended: Sequence[bool]) -> torch.Tensor:
+        """What the processors make of scores, one after another; rows that have ended stay as they were."""
+        given, scores = scores, scores.clone()
+        for n, process in enumerate(self.processors):
+            scores = process(answers, scores)
+            if not isinstance(scores, torch.Tensor) or scores.shape != given.shape or not scores.is_floating_point():
+                got = type(scores).__name__
+                if isinstance(scores, torch.Tensor):
+                    got = f"{scores.dtype} {tuple(scores.shape)}"
+                raise Qwen2VLError(
+                    f"logits_processors[{n}] must return floats of shape {tuple(given.shape)}, got {got}"
+                )
+        scores = scores.to(given).index_fill(1, self.banned, float("-inf"))
+        best = scores.amax(-1).tolist()
+        if lost := [row for row, one in enumerate(best) if not ended[row] and not -math.inf < one < math.inf]:
+            what = "no token to choose" if best[lost[0]] == -math.inf else f"{best[lost[0]]} among its scores"
+            raise Qwen2VLError(f"logits_processors must leave finite scores, got {what} in row {lost[0]}")
+        return torch.where(torch.tensor(ended, device=scores.device).unsqueeze(1), given, scores)
+
+    def probabilities(self, scores: torch.Tensor) -> torch.Tensor:
+        """``(B, vocab)``, what a draw falls by: temperature, top_k and top_p; ``torch.multinomial`` normalises."""
+        config = self.config
+        if config.temperature is not None:
+            scores = scores / config.temperature
+        if config.top_k:
+            kth = scores.topk(min(config.top_k, scores.shape[-1]), -1).values[:, -1:]
+            scores = scores.masked_fill(scores < kth, float("-inf"))
+        probabilities = scores.softmax(-1)
+        if config.top_p is not None and config.top_p < 1:
+            ordered, order = probabilities.sort(-1, descending=True)
+            # Keep the smallest set that reaches top_p: drop what begins after it is reached.
+            beyond = ordered.cumsum(-1) - ordered >= config.top_p
+            beyond[:, 0] = False
+            probabilities = probabilities.masked_fill(beyond.gather(1, order.argsort(-1)), 0)
+        return probabilities

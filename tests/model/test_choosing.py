@@ -1,0 +1,182 @@
+"""What callers put between logits and choice, and what they learn of it, against transformers' own generate."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from qwen2vl import GenerationConfig, Processor, Qwen2VL, Qwen2VLError, assets, generate, stream
+from tests.model import oracle
+from tests.test_docs import ROOT, blocks
+
+ENDLESS = (10**6,)
+PROMPTS = ("Hi", "Tell me more than that, please.", "Where is it?")
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
+    return oracle.load(folder)
+
+
+@pytest.fixture(scope="module")
+def batch(processor):
+    return processor([_user(prompt) for prompt in PROMPTS])
+
+
+def _user(text):
+    return [{"role": "user", "content": text}]
+
+
+def _banned(model):
+    """What an answer never holds here, and may hold in transformers unless it is told."""
+    return [model.config.image_token_id, model.config.video_token_id, model.config.vision_token_id]
+
+
+def _ask_transformers(theirs, model, inputs, **options):
+    """One prompt, to transformers' generate with scores and logits, 16 tokens."""
+    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": ENDLESS[0], **options}
+    return theirs.generate(
+        inputs["input_ids"],
+        attention_mask=torch.ones_like(inputs["input_ids"]),
+        max_new_tokens=16,
+        suppress_tokens=_banned(model),
+        output_scores=True,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+
+
+class Wander(LogitsProcessor):
+    """Likes ids that lie far from the last one of the answer, and forbids all that it holds; ours and transformers'."""
+
+    def __init__(self, prompt_tokens=0):
+        self.prompt_tokens = prompt_tokens
+
+    def __call__(self, ids, scores):
+        for row, answer in zip(scores, ids, strict=True):
+            answer = torch.as_tensor(answer[self.prompt_tokens :], dtype=torch.int64)
+            if len(answer):
+                row += (torch.arange(len(row)) - answer[-1]).abs() / 100
+                row[answer] = -torch.inf
+        return scores
+
+
+class Even:
+    """Even ids only, in scores of its own."""
+
+    def __call__(self, ids, scores):
+        return scores.masked_fill(torch.arange(scores.shape[1]) % 2 == 1, -torch.inf)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.4])
+def test_processors_stand_where_transformers_has_them(penalty, theirs, model, processor, batch):
+    config = GenerationConfig(max_new_tokens=16, eos_token_ids=ENDLESS, repetition_penalty=penalty)
+    got = generate(model, batch, config=config, logits_processors=[Wander(), Even()]).sequences
+    assert got != generate(model, batch, config=config).sequences
+    for prompt, sequence in zip(PROMPTS, got, strict=True):
+        inputs = processor(_user(prompt))
+        length = inputs["input_ids"].shape[1]
+        own = LogitsProcessorList([Wander(length), Even()])
+        expected = _ask_transformers(theirs, model, inputs, logits_processor=own, repetition_penalty=penalty)
+        assert sequence == expected.sequences[0, length:].tolist()
+        assert len(set(sequence)) == 16 and not any(token % 2 for token in sequence)
+
+
+def test_processors_see_every_answer_grow_and_come_before_the_draw(model, processor, batch):
+    """Also in a stream; what they forbid is never drawn, and a row that ended does not grow."""
+    free = generate(model, batch, config=GenerationConfig(max_new_tokens=8, eos_token_ids=ENDLESS)).sequences
+    end = next(token for token in free[0] if token not in free[1])
+    seen = []
+
+    def look(answers, scores):
+        seen.append([list(answer) for answer in answers])
+        return scores
+
+    config = GenerationConfig(max_new_tokens=8, eos_token_ids=(end,))
+    got = generate(model, batch, config=config, logits_processors=(look,))
+    assert got.sequences[1] == free[1] and len(got.sequences[0]) < 8
+    assert seen == [[sequence[:n] for sequence in got.sequences] for n in range(8)]
+    allowed = torch.tensor([65, 66, 67])
+    drawn = GenerationConfig(max_new_tokens=40, eos_token_ids=ENDLESS, temperature=5.0, seed=1)
+
+    def letters(answers, scores):
+        return torch.full_like(scores, -torch.inf).index_copy(1, allowed, scores[:, allowed])
+
+    answers = generate(model, batch, config=drawn, logits_processors=[letters]).sequences
+    assert {token for answer in answers for token in answer} == set(allowed.tolist())
+    options = {"tokenizer": processor.tokenizer, "config": drawn, "logits_processors": [letters]}
+    one = processor(_user("Hi"))
+    assert "".join(stream(model, one, **options)) == generate(model, one, **options).texts[0]
+
+
+def test_a_row_that_ended_may_be_left_without_a_choice(model, batch):
+    """A grammar that is through allows nothing more, in a row where nobody asks."""
+    free = generate(model, batch, config=GenerationConfig(max_new_tokens=8, eos_token_ids=ENDLESS)).sequences
+    end = next(token for token in free[0] if token not in free[1])
+
+    def close(answers, scores):
+        rows = torch.tensor([len(answer) < max(map(len, answers)) for answer in answers])
+        return scores.masked_fill(rows.unsqueeze(1), -torch.inf)
+
+    for shaped in ({}, {"top_k": 1}):
+        config = GenerationConfig(max_new_tokens=8, eos_token_ids=(end,), **shaped)
+        assert generate(model, batch, config=config, logits_processors=[close]).sequences[1] == free[1]
+
+
+def test_placeholders_stay_impossible(model, batch):
+    banned = _banned(model)
+
+    def insist(answers, scores):
+        scores[:, banned] = 1e4
+        return scores
+
+    config = GenerationConfig(max_new_tokens=4, eos_token_ids=ENDLESS)
+    plain = generate(model, batch, config=config).sequences
+    assert generate(model, batch, config=config, logits_processors=[insist]).sequences == plain
+
+
+@pytest.mark.parametrize(
+    ("process", "message"),
+    [
+        (lambda answers, scores: None, r"logits_processors\[1\] must return floats .*, got NoneType"),
+        (lambda answers, scores: scores[:, :-1], r"floats of shape \(3, 512\), got torch.float32 \(3, 511\)"),
+        (lambda answers, scores: scores > 0, r"must return floats of shape \(3, 512\), got torch.bool \(3, 512\)"),
+        (lambda answers, scores: scores.index_fill(0, torch.tensor([2]), -torch.inf), "no token to choose in row 2"),
+        (lambda answers, scores: scores * torch.nan, "must leave finite scores, got nan among its scores in row 0"),
+    ],
+)
+@pytest.mark.parametrize("shaped", [{}, {"temperature": 0.7}], ids=["greedy", "drawn"])
+def test_what_a_processor_may_not_return_is_named(shaped, process, message, model, batch):
+    config = GenerationConfig(max_new_tokens=4, **shaped)
+    with pytest.raises(Qwen2VLError, match=message):
+        generate(model, batch, config=config, logits_processors=[lambda answers, scores: scores, process])
+
+
+@pytest.mark.parametrize("wrong", [Even(), ["even"], [Even(), None]], ids=["one", "name", "None"])
+def test_what_is_no_processor_is_refused_at_the_call(wrong, model, processor):
+    with pytest.raises(Qwen2VLError, match="logits_processors: wants a sequence of callables, got"):
+        stream(model, processor(_user("Hi")), tokenizer=processor.tokenizer, logits_processors=wrong)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "seed": 3}], ids=["greedy", "drawn"])
+def test_the_page_gives_json_by_a_schema(options):
+    """Its processor, on a batch with answers of several lengths; no token of the toy's would be JSON by itself."""
+    pytest.importorskip("llguidance", reason="llguidance is not installed, which makes JSON by a schema")
+    (block,) = (one for one in blocks(ROOT / "docs" / "model.md") if "import llguidance" in one.code)
+    model, processor = Qwen2VL.from_pretrained(assets.FOLDER, device="cpu"), Processor.from_pretrained(assets.FOLDER)
+    inputs = processor([_user(prompt) for prompt in PROMPTS])
+    names = {"model": model, "processor": processor, "inputs": inputs, "generate": generate}
+    names["GenerationConfig"] = lambda **given: GenerationConfig(**given, **options)
+    exec(compile(block.code, "docs/model.md", "exec"), names)
+    result = names["result"]
+    assert result.finish_reasons == ["stop"] * len(PROMPTS)
+    for text in result.texts:
+        found = json.loads(text)
+        assert found.keys() == {"colour", "count"} and found["colour"] in ("red", "green")
+        assert isinstance(found["count"], int) and 0 <= found["count"] <= 9
+    free = generate(model, inputs, tokenizer=processor.tokenizer, config=GenerationConfig(max_new_tokens=8))
+    assert not any(text.startswith("{") for text in free.texts)
