@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -16,9 +16,39 @@ if TYPE_CHECKING:
 
 #: Called before each choice with the ids of every answer so far (without its prompt; empty at first; only to be read)
 #: and the scores ``(rows, vocabulary)``, float32 on the model's device, minus infinity at what may not be chosen. It
-#: returns scores of that shape, and may write into those that it is given. A row that has ended keeps its place, and its
-#: answer does not grow.
+#: returns scores of that shape, and may write into those that it is given. A row that has ended keeps its place, and
+#: its answer does not grow.
 LogitsProcessor = Callable[[list[list[int]], torch.Tensor], torch.Tensor]
+
+
+class TokenLogprobs(NamedTuple):
+    """Natural logarithms of probabilities at one token of an answer.
+
+    ``logprob``: of the token by the model, from its logits alone. ``processed_logprob``: of the token in the
+    distribution that it was taken from, after repetition penalty, logits processors, temperature, top_k and top_p.
+    ``top``: id -> ``logprob`` of the likeliest by the model, the likeliest first.
+    """
+
+    logprob: float
+    processed_logprob: float
+    top: dict[int, float]
+
+
+class Choice(NamedTuple):
+    """What was chosen for B rows: ``tokens (B,)`` int64, and where log-probabilities are asked for ``logprobs (B, 2)``
+    and ``top (B, k)`` float32 with ``top_ids (B, k)`` int64, as in :class:`TokenLogprobs`."""
+
+    tokens: torch.Tensor
+    logprobs: torch.Tensor | None = None
+    top: torch.Tensor | None = None
+    top_ids: torch.Tensor | None = None
+
+    def told(self) -> list[TokenLogprobs]:
+        """One for each row, on the host; none where they were not asked for."""
+        if self.logprobs is None or self.top is None or self.top_ids is None:
+            return []
+        rows = zip(self.logprobs.tolist(), self.top_ids.tolist(), self.top.tolist(), strict=True)
+        return [TokenLogprobs(*both, dict(zip(ids, top, strict=True))) for both, ids, top in rows]
 
 
 class Chooser:
@@ -55,8 +85,8 @@ class Chooser:
             rows = range(ids.shape[0])
             self.generators = [torch.Generator(model.device).manual_seed((seed + row) % 2**63) for row in rows]
 
-    def __call__(self, logits: torch.Tensor, answers: list[list[int]], ended: Sequence[bool]) -> torch.Tensor:
-        """``(B,)`` ids from ``(B, vocab)`` logits.
+    def __call__(self, logits: torch.Tensor, answers: list[list[int]], ended: Sequence[bool]) -> Choice:
+        """Of ``(B, vocab)`` logits.
 
         ``answers``, ids so far, and ``ended``, of each row, are for logits processors; what is chosen for a row that
         has ended means nothing. Raises :class:`Qwen2VLError` for processors' scores from which nothing can be chosen.
@@ -65,13 +95,20 @@ class Chooser:
         if self.processors:
             scores = self.processed(scores, answers, ended)
         if self.config.samples:
-            rows = zip(self.probabilities(scores), self.generators, strict=True)
+            chances = self.probabilities(scores)
+            rows = zip(chances, self.generators, strict=True)
             tokens = torch.cat([torch.multinomial(p, 1, generator=g) for p, g in rows])
         else:
+            chances = None
             tokens = scores.argmax(-1)
         if self.seen is not None:
             self.seen.scatter_(1, tokens.unsqueeze(1), 1)
-        return tokens
+        if self.config.logprobs is None:
+            return Choice(tokens)
+        by_model = logits.float().log_softmax(-1)
+        processed = scores.log_softmax(-1) if chances is None else (chances / chances.sum(-1, keepdim=True)).log()
+        both = torch.stack([of.gather(1, tokens.unsqueeze(1)).squeeze(1) for of in (by_model, processed)], 1)
+        return Choice(tokens, both, *by_model.topk(min(self.config.logprobs, by_model.shape[1]), -1))
 
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
         """``(B, vocab)`` float32 with the repetition penalty, minus infinity at what is never generated."""

@@ -12,7 +12,7 @@ import torch
 
 from .cache import KVCache
 from .checks import Call, check_call
-from .choosing import Chooser, LogitsProcessor
+from .choosing import Chooser, LogitsProcessor, TokenLogprobs
 from .errors import CheckpointError, ContextLengthError, PromptError, Qwen2VLError
 from .model import Qwen2VL
 
@@ -38,6 +38,8 @@ class GenerationConfig:
         stop: texts at which a sequence ends; they are not part of the result. One may be a control token, such as
             ``"<|object_ref_end|>"``, which a text leaves out and an answer may hold.
         eos_token_ids: ids at which a sequence ends; empty takes the checkpoint's.
+        logprobs: give log-probabilities of every token of an answer, and of as many of the likeliest in its place;
+            ``None`` gives none.
 
     Raises:
         Qwen2VLError: a value is out of range or of a wrong type, or ``do_sample=False`` stands beside a setting that
@@ -53,6 +55,7 @@ class GenerationConfig:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         checks = (
@@ -68,6 +71,7 @@ class GenerationConfig:
             ("repetition_penalty", _number(self.repetition_penalty) and self.repetition_penalty > 0, "> 0"),
             ("seed", self.seed is None or _integer(self.seed), "an integer or None"),
             ("stop", _non_empty_strings(self.stop), "a sequence of non-empty strings"),
+            ("logprobs", self.logprobs is None or (_integer(self.logprobs) and self.logprobs >= 0), "an integer >= 0"),
             ("eos_token_ids", _token_ids(self.eos_token_ids), "a sequence of integers >= 0"),
         )
         for name, ok, want in checks:
@@ -99,7 +103,7 @@ class GenerationConfig:
 
         Raises :class:`CheckpointError` when the file holds values that mean nothing.
         """
-        known = {f.name for f in fields(cls)} - {"stop", "seed", "eos_token_ids"}
+        known = {f.name for f in fields(cls)} - {"stop", "seed", "eos_token_ids", "logprobs"}
         stated = {k: v for k, v in model.generation_defaults.items() if k in known and v is not None}
         if stated.get("temperature") == 0:  # some writers' way of saying greedy
             del stated["temperature"]
@@ -148,7 +152,8 @@ class GenerationResult:
     ``sequences``: new ids, without the id that ended them. ``texts``: decoded, empty without a tokenizer.
     ``finish_reasons``: ``"stop"`` (an end id), ``"stop_string"`` (its text, or its control token), ``"length"``
     (``max_new_tokens``) or ``"context"`` (prompt and answer fill the model's context). ``timings`` in seconds:
-    ``vision``, ``prefill``, ``decode``, and ``decode_steps``, the number of steps after the first token.
+    ``vision``, ``prefill``, ``decode``, and ``decode_steps``, the number of steps after the first token. ``logprobs``:
+    for each id of ``sequences``, empty unless the configuration asks for them.
     """
 
     sequences: list[list[int]]
@@ -156,6 +161,7 @@ class GenerationResult:
     finish_reasons: list[str]
     prompt_tokens: list[int]
     timings: dict[str, float]
+    logprobs: list[list[TokenLogprobs]] = field(default_factory=list)
 
 
 @dataclass
@@ -168,6 +174,7 @@ class _Row:
     text: str = ""
     shown: int = 0
     reason: str = ""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def push(self, token: int, ends: Mapping[int, str], budget: int) -> str:
         """Take a token; returns the text that is now certain to be part of the answer.
@@ -236,17 +243,20 @@ class _Run:
         while True:
             with torch.inference_mode():
                 answers, ended = [row.ids for row in self.rows], [bool(row.reason) for row in self.rows]
-                tokens = self.choose(logits[:, 0], answers, ended)
-            for index, (row, token) in enumerate(zip(self.rows, tokens.tolist(), strict=True)):
+                choice = self.choose(logits[:, 0], answers, ended)
+            told = choice.told()
+            for index, (row, token) in enumerate(zip(self.rows, choice.tokens.tolist(), strict=True)):
                 if not row.reason:
                     piece = row.push(token, self.ends, self.budgets[index])
+                    if told and token not in self.ends:
+                        row.logprobs.append(told[index])
                     yield index, token, piece
             if all(row.reason for row in self.rows):
                 return
             with torch.inference_mode():
                 # Rows that have ended keep their place, with a token nobody reads.
                 cache.hold([index for index, row in enumerate(self.rows) if row.reason])
-                logits = self._timed("decode", model.step, tokens.unsqueeze(1), cache)
+                logits = self._timed("decode", model.step, choice.tokens.unsqueeze(1), cache)
             self.timings["decode_steps"] += 1
 
     @property
@@ -307,6 +317,7 @@ def generate(
         finish_reasons=run.finish_reasons,
         prompt_tokens=run.prompt_tokens,
         timings=run.timings,
+        logprobs=[row.logprobs for row in run.rows] if run.config.logprobs is not None else [],
     )
 
 

@@ -162,6 +162,63 @@ def test_what_is_no_processor_is_refused_at_the_call(wrong, model, processor):
         stream(model, processor(_user("Hi")), tokenizer=processor.tokenizer, logits_processors=wrong)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"repetition_penalty": 1.4},
+        {"temperature": 0.7, "top_k": 9, "top_p": 0.9},
+        {"temperature": 1.3, "repetition_penalty": 0.8},
+    ],
+    ids=str,
+)
+def test_logprobs_are_those_of_transformers(options, theirs, model, processor, batch, monkeypatch):
+    """Of its logits and of its scores, along the answers that were drawn here."""
+    config = GenerationConfig(max_new_tokens=16, eos_token_ids=ENDLESS, seed=4, logprobs=5, **options)
+    result = generate(model, batch, config=config)
+    shaped = {"do_sample": config.samples, **({"top_k": 0} | options if config.samples else options)}
+    for prompt, sequence, told in zip(PROMPTS, result.sequences, result.logprobs, strict=True):
+        inputs = processor(_user(prompt))
+        draws = iter(sequence)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "multinomial", lambda *_, draws=draws, **__: torch.tensor([[next(draws)]]))
+            expected = _ask_transformers(theirs, model, inputs, **shaped)
+        assert expected.sequences[0, -16:].tolist() == sequence
+        for got, scores in (("processed_logprob", expected.scores), ("logprob", expected.logits)):
+            of_chosen = theirs.compute_transition_scores(expected.sequences, scores, normalize_logits=True)
+            found = torch.tensor([getattr(one, got) for one in told])
+            torch.testing.assert_close(found, of_chosen[0], rtol=0, atol=1e-4)
+        for one, logits in zip(told, expected.logits, strict=True):
+            values, ids = logits[0].log_softmax(-1).topk(5)
+            assert list(one.top) == ids.tolist()
+            torch.testing.assert_close(torch.tensor(list(one.top.values())), values, rtol=0, atol=1e-4)
+    assert abs(result.logprobs[0][-1].logprob - result.logprobs[1][-1].logprob) > 1e-3, "rows differ"
+    if options:
+        assert abs(result.logprobs[0][3].logprob - result.logprobs[0][3].processed_logprob) > 1e-3
+
+
+def test_logprobs_go_with_the_tokens(model, batch, processor):
+    """An end is no token of an answer, what a processor forbids changes nothing of the model's, 0 gives no others."""
+    options = {"max_new_tokens": 8, "logprobs": 0}
+    free = generate(model, batch, config=GenerationConfig(eos_token_ids=ENDLESS, **options))
+    end = next(token for token in free.sequences[0] if token not in free.sequences[1])
+    ended = generate(model, batch, config=GenerationConfig(eos_token_ids=(end,), **options))
+    assert len(ended.sequences[0]) < len(ended.sequences[1]) == 8
+    for sequence, told, whole in zip(ended.sequences, ended.logprobs, free.logprobs, strict=True):
+        assert len(told) == len(sequence) and not any(one.top for one in told)
+        torch.testing.assert_close(
+            torch.tensor([o[:2] for o in told]), torch.tensor([o[:2] for o in whole[: len(told)]])
+        )
+    assert generate(model, batch, config=GenerationConfig(max_new_tokens=8)).logprobs == []
+
+    def only(answers, scores):
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([65]), 0.0)
+
+    config = GenerationConfig(max_new_tokens=1, eos_token_ids=ENDLESS, logprobs=10**6)
+    (told,) = generate(model, processor(_user("Hi")), config=config, logits_processors=[only]).logprobs[0]
+    assert told.processed_logprob == 0 > told.logprob == told.top[65] and len(told.top) == 512
+
+
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "seed": 3}], ids=["greedy", "drawn"])
 def test_the_page_gives_json_by_a_schema(options):
     """Its processor, on a batch with answers of several lengths; no token of the toy's would be JSON by itself."""

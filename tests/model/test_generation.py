@@ -23,7 +23,7 @@ from qwen2vl import (
     stream,
 )
 from qwen2vl.cache import KVCache
-from qwen2vl.choosing import Chooser
+from qwen2vl.choosing import Choice, Chooser
 from qwen2vl.generation import _Row
 
 ENDLESS = (10**6,)
@@ -43,7 +43,7 @@ def _run(model, inputs, processor=None, **options):
 
 
 def _choose(chooser, logits):
-    return chooser(logits, [[]], [False]).item()
+    return chooser(logits, [[]], [False]).tokens.item()
 
 
 def test_streamed_pieces_join_to_the_text(model, processor, inputs):
@@ -78,13 +78,13 @@ def test_a_control_token_is_a_stop_string(model, processor, inputs, monkeypatch)
     for name in names:
         answer = [*written[:at], tokenizer.id(name), *written[at:]]
         pending = iter(answer * 2)
-        monkeypatch.setattr(Chooser, "__call__", lambda *_, pending=pending: torch.tensor([next(pending)]))
+        monkeypatch.setattr(Chooser, "__call__", lambda *_, pending=pending: Choice(torch.tensor([next(pending)])))
         result = _run(model, inputs, processor, max_new_tokens=len(answer), stop=("never there", name))
         assert result.sequences == [written[:at]] and result.texts == [tokenizer.decode(written[:at])]
         assert result.finish_reasons == ["stop_string"], name
         config = GenerationConfig(max_new_tokens=len(answer), eos_token_ids=ENDLESS, stop=(name,))
         pending = iter(answer)
-        monkeypatch.setattr(Chooser, "__call__", lambda *_, pending=pending: torch.tensor([next(pending)]))
+        monkeypatch.setattr(Chooser, "__call__", lambda *_, pending=pending: Choice(torch.tensor([next(pending)])))
         assert "".join(stream(model, inputs, tokenizer=tokenizer, config=config)) == result.texts[0]
 
 
@@ -393,6 +393,8 @@ def test_sampling_takes_its_seed_from_torch_and_reseeds_nothing(model, inputs):
         ({"max_new_tokens": 0}, "max_new_tokens must be an integer >= 1, got 0"),
         ({"max_new_tokens": -5}, "max_new_tokens must be an integer >= 1, got -5"),
         ({"max_new_tokens": True}, "max_new_tokens must be an integer >= 1, got True"),
+        ({"logprobs": -1}, "logprobs must be an integer >= 0, got -1"),
+        ({"logprobs": True}, "logprobs must be an integer >= 0, got True"),
         ({"seed": "one"}, "seed must be an integer or None, got 'one'"),
         ({"eos_token_ids": 7}, "eos_token_ids must be a sequence of integers >= 0, got 7"),
         ({"eos_token_ids": ("x",)}, "eos_token_ids must be a sequence of integers >= 0"),
