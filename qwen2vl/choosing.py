@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 #: its answer does not grow.
 LogitsProcessor = Callable[[list[list[int]], torch.Tensor], torch.Tensor]
 
+# From the seed of one answer to that of the next, far from those of other rows: 2**32 over the golden ratio, made odd.
+# On a CPU a generator reads the lower 32 bits of its seed alone.
+_STRIDE = 0x9E3779B1
+
 
 class TokenLogprobs(NamedTuple):
     """Natural logarithms of probabilities at one token of an answer.
@@ -70,20 +74,21 @@ class Chooser:
         c = model.config
         # An answer cannot hold an image: a placeholder id would ask for features that do not exist.
         self.banned = torch.tensor([c.image_token_id, c.video_token_id, c.vision_token_id], device=model.device)
+        answers = config.num_return_sequences
         ids = inputs["input_ids"].to(model.device)
         self.seen: torch.Tensor | None = None
         if config.repetition_penalty != 1.0:
             mask = inputs.get("attention_mask")
             real = torch.ones_like(ids) if mask is None else mask.to(model.device)
             self.seen = torch.zeros((ids.shape[0], c.text.vocab_size), dtype=torch.int64, device=model.device)
-            self.seen.scatter_add_(1, ids.long(), real.long())
+            self.seen = self.seen.scatter_add_(1, ids.long(), real.long()).repeat_interleave(answers, 0)
         self.generators: list[torch.Generator] = []
         if config.samples:
             # The seed is drawn from PyTorch's generator, so that torch.manual_seed repeats an answer and nothing is
             # reseeded.
             seed = int(torch.randint(2**63 - 1, ())) if config.seed is None else config.seed
-            rows = range(ids.shape[0])
-            self.generators = [torch.Generator(model.device).manual_seed((seed + row) % 2**63) for row in rows]
+            seeds = [seed + row + _STRIDE * answer for row in range(ids.shape[0]) for answer in range(answers)]
+            self.generators = [torch.Generator(model.device).manual_seed(one % 2**63) for one in seeds]
 
     def __call__(self, logits: torch.Tensor, answers: list[list[int]], ended: Sequence[bool]) -> Choice:
         """Of ``(B, vocab)`` logits.

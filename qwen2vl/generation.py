@@ -34,10 +34,11 @@ class GenerationConfig:
         repetition_penalty: divides positive and multiplies negative scores of every id seen in prompt or answer
             (Keskar et al. 2019, section 4.1).
         seed: row b of a batch draws with ``seed + b``; ``None`` takes a fresh one. A row's draws do not depend on the
-            rest of its batch. It does not ask for draws by itself.
+            rest of its batch, nor an answer's on how many are asked for. It does not ask for draws by itself.
         stop: texts at which a sequence ends; they are not part of the result. One may be a control token, such as
             ``"<|object_ref_end|>"``, which a text leaves out and an answer may hold.
         eos_token_ids: ids at which a sequence ends; empty takes the checkpoint's.
+        num_return_sequences: as many answers to every prompt, which is read once; more than one wants draws.
         logprobs: give log-probabilities of every token of an answer, and of as many of the likeliest in its place;
             ``None`` gives none.
 
@@ -55,6 +56,7 @@ class GenerationConfig:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
+    num_return_sequences: int = 1
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
@@ -71,6 +73,11 @@ class GenerationConfig:
             ("repetition_penalty", _number(self.repetition_penalty) and self.repetition_penalty > 0, "> 0"),
             ("seed", self.seed is None or _integer(self.seed), "an integer or None"),
             ("stop", _non_empty_strings(self.stop), "a sequence of non-empty strings"),
+            (
+                "num_return_sequences",
+                _integer(self.num_return_sequences) and self.num_return_sequences >= 1,
+                "an integer >= 1",
+            ),
             ("logprobs", self.logprobs is None or (_integer(self.logprobs) and self.logprobs >= 0), "an integer >= 0"),
             ("eos_token_ids", _token_ids(self.eos_token_ids), "a sequence of integers >= 0"),
         )
@@ -84,6 +91,12 @@ class GenerationConfig:
                         f"{name} must be left out with do_sample=False, which takes the likeliest token, "
                         f"got {getattr(self, name)!r}"
                     )
+
+        if self.num_return_sequences > 1 and not self.samples:
+            raise Qwen2VLError(
+                f"num_return_sequences must be 1 where the likeliest token is taken, got {self.num_return_sequences}; "
+                "give a temperature, top_k or top_p, or do_sample=True"
+            )
 
     @property
     def samples(self) -> bool:
@@ -103,7 +116,7 @@ class GenerationConfig:
 
         Raises :class:`CheckpointError` when the file holds values that mean nothing.
         """
-        known = {f.name for f in fields(cls)} - {"stop", "seed", "eos_token_ids", "logprobs"}
+        known = {f.name for f in fields(cls)} - {"stop", "seed", "eos_token_ids", "num_return_sequences", "logprobs"}
         stated = {k: v for k, v in model.generation_defaults.items() if k in known and v is not None}
         if stated.get("temperature") == 0:  # some writers' way of saying greedy
             del stated["temperature"]
@@ -147,7 +160,7 @@ def _token_ids(values: object) -> bool:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """What :func:`generate` made, a list entry per sequence.
+    """What :func:`generate` made, a list entry per sequence: all answers to the first prompt, then those to the second.
 
     ``sequences``: new ids, without the id that ended them. ``texts``: decoded, empty without a tokenizer.
     ``finish_reasons``: ``"stop"`` (an end id), ``"stop_string"`` (its text, or its control token), ``"length"``
@@ -225,8 +238,9 @@ class _Run:
         self.model, self.config = model, config
         call = check_call(model.config, **cast("dict[str, Any]", inputs))
         self.call: Call | None = call  # let go after the prefill: pixels are large
-        self.prompt_tokens = call.counts
-        self.budgets = _budgets(model, self.prompt_tokens, config.max_new_tokens)
+        self.prompt_tokens = [count for count in call.counts for _ in range(config.num_return_sequences)]
+        budgets = _budgets(model, call.counts, config.max_new_tokens)
+        self.budgets = [budget for budget in budgets for _ in range(config.num_return_sequences)]
         self.rows = [_Row(tokenizer and tokenizer.stream_decoder(), config.stop) for _ in self.prompt_tokens]
         self.timings: dict[str, float] = {"vision": 0.0, "prefill": 0.0, "decode": 0.0, "decode_steps": 0}
         self.ends = _end_ids(model, config)
@@ -268,12 +282,19 @@ class _Run:
         if self.call is None:
             raise RuntimeError("a run can be iterated once")
         model, call, self.call = self.model, self.call, None
-        capacity = max(map(sum, zip(self.prompt_tokens, self.budgets, strict=True)))
-        cache = KVCache(model.config.text, len(self.rows), capacity, device=model.device, dtype=model.dtype)
+        capacity, answers = (
+            max(map(sum, zip(self.prompt_tokens, self.budgets, strict=True))),
+            self.config.num_return_sequences,
+        )
+        first = capacity if answers == 1 else max(call.counts)
+        cache = KVCache(model.config.text, len(call.counts), first, device=model.device, dtype=model.dtype)
         features = call.features
         if features is None:
             features = self._timed("vision", model.encode_patches, call.media)
-        return cache, self._timed("prefill", model.prefill, call, features, cache, last_only=True)
+        logits = self._timed("prefill", model.prefill, call, features, cache, last_only=True)
+        if answers > 1:
+            cache, logits = cache.repeated(answers, capacity), logits.repeat_interleave(answers, 0)
+        return cache, logits
 
     def _timed(self, name: str, call: Callable, *args: Any, **kwargs: Any) -> Any:
         begin = time.perf_counter()
@@ -301,7 +322,7 @@ def generate(
         config: default :meth:`GenerationConfig.from_model`.
         logits_processors: called in turn as ``processor(answers, scores)`` before each choice, see
             :data:`qwen2vl.choosing.LogitsProcessor`; after the repetition penalty, before temperature, top_k and top_p.
-        on_token: called with (row, token id, new text) as tokens are chosen.
+        on_token: called with (index of the sequence, token id, new text) as tokens are chosen.
 
     No sequence depends on the others of its batch, the room for its answer included.
 
@@ -335,7 +356,10 @@ def stream(
     """
     if inputs["input_ids"].shape[0] != 1:
         raise PromptError(f"input_ids: stream takes a batch of one, got {inputs['input_ids'].shape[0]}")
-    run = _Run(model, inputs, tokenizer, config or GenerationConfig.from_model(model), logits_processors)
+    config = config or GenerationConfig.from_model(model)
+    if config.num_return_sequences != 1:
+        raise PromptError(f"config: stream gives one answer, got num_return_sequences={config.num_return_sequences}")
+    run = _Run(model, inputs, tokenizer, config, logits_processors)
     return (piece for _, _, piece in run if piece)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from qwen2vl import GenerationConfig, Processor, Qwen2VL, Qwen2VLError, assets, generate, stream
+from qwen2vl import GenerationConfig, Processor, PromptError, Qwen2VL, Qwen2VLError, assets, generate, stream
 from tests.model import oracle
 from tests.test_docs import ROOT, blocks
 
@@ -217,6 +219,89 @@ def test_logprobs_go_with_the_tokens(model, batch, processor):
     config = GenerationConfig(max_new_tokens=1, eos_token_ids=ENDLESS, logprobs=10**6)
     (told,) = generate(model, processor(_user("Hi")), config=config, logits_processors=[only]).logprobs[0]
     assert told.processed_logprob == 0 > told.logprob == told.top[65] and len(told.top) == 512
+
+
+DRAWN = {"temperature": 1.5, "repetition_penalty": 1.2, "max_new_tokens": 12, "eos_token_ids": ENDLESS}
+
+
+def _of_many_kinds(processor):
+    image = np.random.default_rng(0).integers(0, 256, (56, 84, 3), dtype=np.uint8)
+    shown = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What is it?"}]}]
+    return processor([_user("Hi"), shown, _user("Tell me more than that, please.")]), processor(shown)
+
+
+def test_an_answer_is_that_of_its_prompt_alone(model, processor):
+    """Whatever the batch, and however many more are asked for; every one as if it had read the prompt itself."""
+    inputs, shown = _of_many_kinds(processor)
+    config = GenerationConfig(seed=7, num_return_sequences=4, logprobs=2, **DRAWN)
+    result = generate(model, inputs, config=config, tokenizer=processor.tokenizer)
+    assert len(set(map(tuple, result.sequences))) == len(result.sequences) == len(result.texts) == 12
+    counts = inputs["attention_mask"].sum(1).tolist()
+    assert result.prompt_tokens == [count for count in counts for _ in range(4)]
+    alone = generate(model, shown, config=replace(config, seed=8))
+    assert alone.sequences == result.sequences[4:8], "row 1 draws with seed + 1"
+    fewer = generate(model, inputs, config=replace(config, num_return_sequences=2)).sequences
+    assert fewer == [sequence for n, sequence in enumerate(result.sequences) if n % 4 < 2]
+    assert generate(model, inputs, config=replace(config, num_return_sequences=1)).sequences == result.sequences[::4]
+    for sequence, told in zip(alone.sequences, alone.logprobs, strict=True):
+        answer = torch.tensor([sequence])
+        whole = {**shown, "input_ids": torch.cat((shown["input_ids"], answer), 1), "attention_mask": None}
+        with torch.no_grad():
+            logits = model(**whole)[0, -len(sequence) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, answer.T).squeeze(1)
+        torch.testing.assert_close(torch.tensor([one.logprob for one in told]), expected, rtol=0, atol=1e-4)
+
+
+def test_many_answers_read_a_prompt_once(model, processor, monkeypatch):
+    calls = []
+    for owner, name in ((model.visual, "forward"), (model, "prefill")):
+        run = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, run=run, name=name, **k: calls.append(name) or run(*a, **k))
+    inputs, _ = _of_many_kinds(processor)
+    pieces = {}
+    result = generate(
+        model,
+        inputs,
+        config=GenerationConfig(seed=7, num_return_sequences=3, **DRAWN),
+        tokenizer=processor.tokenizer,
+        on_token=lambda index, token, piece: pieces.setdefault(index, []).append(piece),
+    )
+    assert sorted(calls) == ["forward", "prefill"]
+    assert ["".join(pieces[index]) for index in range(9)] == result.texts
+
+
+def test_every_answer_ends_by_itself(model, processor, batch):
+    """At an end, at a stop string or by its length; the others go on as they would have."""
+    config = GenerationConfig(seed=7, num_return_sequences=3, **DRAWN)
+    tokenizer = processor.tokenizer
+    free = generate(model, batch, config=config, tokenizer=tokenizer)
+    end, stop = free.sequences[1][4], next(char for char in free.texts[5] if char.isalpha())
+    got = generate(model, batch, config=replace(config, eos_token_ids=(end,), stop=(stop,)), tokenizer=tokenizer)
+    assert {"stop", "stop_string", "length"} == set(got.finish_reasons)
+    for n, whole in enumerate(free.sequences):
+        assert got.sequences[n] == whole[: len(got.sequences[n])]
+        assert tokenizer.decode(got.sequences[n]).startswith(got.texts[n])
+        after = whole[len(got.sequences[n])] if got.finish_reasons[n] == "stop" else end
+        assert after == end and stop not in got.texts[n]
+        assert (got.finish_reasons[n] == "length") == (end not in whole and stop not in free.texts[n])
+
+
+def test_answers_to_a_prompt_have_its_room(model, processor, batch, monkeypatch):
+    config = GenerationConfig(seed=7, num_return_sequences=2, **DRAWN)
+    free = generate(model, batch, config=config)
+    text = replace(model.config.text, max_position_embeddings=max(free.prompt_tokens) + 3)
+    monkeypatch.setattr(model, "config", replace(model.config, text=text))
+    got = generate(model, batch, config=config)
+    lengths = [3 if count == max(free.prompt_tokens) else 12 for count in free.prompt_tokens]
+    assert sorted(lengths) == [3, 3, 12, 12, 12, 12]
+    assert got.sequences == [whole[:length] for whole, length in zip(free.sequences, lengths, strict=True)]
+    assert got.finish_reasons == ["context" if length == 3 else "length" for length in lengths]
+
+
+def test_stream_gives_one_answer(model, processor):
+    config = GenerationConfig(num_return_sequences=2, temperature=1.0)
+    with pytest.raises(PromptError, match="config: stream gives one answer, got num_return_sequences=2"):
+        stream(model, processor(_user("Hi")), tokenizer=processor.tokenizer, config=config)
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "seed": 3}], ids=["greedy", "drawn"])
