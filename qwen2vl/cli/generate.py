@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,11 +16,13 @@ from .common import (
     DeviceOption,
     DTypeOption,
     FpsOption,
+    LogprobsOption,
     MaxNewTokensOption,
     MaxPixelsOption,
     MaxVisionPatchesOption,
     MinPixelsOption,
     ModelOption,
+    NumReturnSequencesOption,
     RepetitionPenaltyOption,
     SeedOption,
     StopOption,
@@ -36,6 +38,10 @@ from .common import (
     tell_who_answers,
     video_options,
 )
+
+if TYPE_CHECKING:
+    from ..generation import GenerationResult
+    from ..prompt.processor import Processor
 
 
 def generate(
@@ -57,6 +63,8 @@ def generate(
     seed: SeedOption = None,
     repetition_penalty: RepetitionPenaltyOption = None,
     stop: StopOption = None,
+    num_return_sequences: NumReturnSequencesOption = 1,
+    logprobs: LogprobsOption = None,
     min_pixels: MinPixelsOption = None,
     max_pixels: MaxPixelsOption = None,
     fps: FpsOption = MediaOptions.fps,
@@ -67,8 +75,11 @@ def generate(
 ) -> None:
     """Answer one prompt about images and videos.
 
-    Media come before the prompt, in the order given. The answer streams to stdout.
+    Media come before the prompt, in the order given. The answer streams to stdout; several come when all are there,
+    with a blank line between them.
     """
+    if logprobs is not None and not as_json:
+        raise typer.BadParameter("wants --json, which has a place for them", param_hint="--logprobs")
     sources = {"image": iter(image or ()), "video": iter(video or ())}
     media = [(kind, next(sources[kind])) for kind in ctx.meta["media_order"]]
     if not prompt and not media:
@@ -98,6 +109,8 @@ def generate(
         seed=seed,
         repetition_penalty=repetition_penalty,
         stop=stop,
+        num_return_sequences=num_return_sequences,
+        logprobs=logprobs,
     )
 
     content: list[dict[str, Any]] = [{"type": kind, kind: source} for kind, source in media]
@@ -122,13 +135,16 @@ def generate(
         inputs,
         tokenizer=processor.tokenizer,
         config=config,
-        on_token=None if as_json else show,
+        on_token=None if as_json or num_return_sequences > 1 else show,
     )
     if not as_json:
+        if num_return_sequences > 1:
+            print("\n\n".join(map(printable, result.texts)), end="")
         print(flush=True)
         ends = {"length": f"at --max-new-tokens {max_new_tokens}", "context": "where the model's context is full"}
-        if (end := ends.get(result.finish_reasons[0])) and stderr.is_terminal:
-            stderr.print(f"[dim](stopped {end})[/]")
+        for reason in dict.fromkeys(result.finish_reasons):
+            if reason in ends and stderr.is_terminal:
+                stderr.print(f"[dim](stopped {ends[reason]})[/]")
         return
 
     counts = {"image": 0, "video": 0}
@@ -140,14 +156,13 @@ def generate(
         **{name: result.timings[name] for name in ("vision", "prefill", "decode")},
         "total": time.perf_counter() - begin,
     }
+    answers = [_answer(processor, result, index) for index in range(num_return_sequences)]
     answer = {
-        "text": result.texts[0],
-        "token_ids": result.sequences[0],
-        "finish_reason": result.finish_reasons[0],
+        **(answers[0] if num_return_sequences == 1 else {"answers": answers}),
         "tokens": {
             "prompt": result.prompt_tokens[0],
             **counts,
-            "generated": len(result.sequences[0]),
+            "generated": sum(map(len, result.sequences)),
         },
         "media": [
             {
@@ -171,3 +186,27 @@ def generate(
         "dtype": str(loaded.dtype).removeprefix("torch."),
     }
     print(json.dumps(answer, ensure_ascii=False))
+
+
+def _answer(processor: Processor, result: GenerationResult, index: int) -> dict[str, Any]:
+    """One answer as it stands in --json."""
+    answer: dict[str, Any] = {
+        "text": result.texts[index],
+        "token_ids": result.sequences[index],
+        "finish_reason": result.finish_reasons[index],
+    }
+    if result.logprobs:
+        answer["logprobs"] = [
+            {
+                "token": _token(processor, token),
+                "logprob": told.logprob,
+                "processed_logprob": told.processed_logprob,
+                "top": [{"token": _token(processor, other), "logprob": value} for other, value in told.top.items()],
+            }
+            for token, told in zip(result.sequences[index], result.logprobs[index], strict=True)
+        ]
+    return answer
+
+
+def _token(processor: Processor, token: int) -> dict[str, Any]:
+    return {"id": token, "text": processor.tokenizer.decode([token], skip_special_tokens=False)}

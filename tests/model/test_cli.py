@@ -97,6 +97,24 @@ def test_json_describes_the_answer(run):
     assert (got["model"], got["device"], got["dtype"]) == ("model", "cpu", "float32")
 
 
+def test_several_answers_with_logprobs(run):
+    drawn = ("--prompt", "hi", "--temperature", 1.5, "--seed", 1, "--num-return-sequences", 3)
+    got = answer(run, *drawn, "--logprobs", 2)
+    assert "text" not in got and got["tokens"]["generated"] == 36
+    assert len({one["text"] for one in got["answers"]}) == 3
+    for one in got["answers"]:
+        assert [told["token"]["id"] for told in one["logprobs"]] == one["token_ids"]
+        for told in one["logprobs"]:
+            best, second = told["top"]
+            assert 0 > best["logprob"] >= told["logprob"] and best["logprob"] >= second["logprob"]
+    args = ("generate", "--model", "model", "--max-new-tokens", 12)
+    assert run(*args, *drawn).stdout == "\n\n".join(one["text"] for one in got["answers"]) + "\n"
+    first = answer(run, *drawn[:-2])
+    assert first["text"] == got["answers"][0]["text"] and "logprobs" not in first
+    refused = run(*args, "--prompt", "hi", "--num-return-sequences", 2)
+    assert refused.exit_code == 1 and "error: num_return_sequences must be 1 where" in refused.stderr
+
+
 def test_media_keep_their_order(run):
     got = answer(run, "--image=day.png", "--video=balloon.mp4", "--prompt=x", "-i", "a night.jpg", "--max-pixels=9000")
     assert [item["source"] for item in got["media"]] == ["day.png", "balloon.mp4", "a night.jpg"]
@@ -190,6 +208,8 @@ def test_bad_checkpoints(run, place, tmp_path):
         (("generate",), "--prompt"),
         (("generate", "--model", "model", "--prompt", "x", "--what"), "--what"),
         (("generate", "--model", "model", "--prompt", "x", "--top-p", "2"), "--top-p"),
+        (("generate", "--model", "model", "--prompt", "x", "--num-return-sequences", "0"), "--num-return-sequences"),
+        (("generate", "--model", "model", "--prompt", "x", "--logprobs", "2"), "--logprobs"),
         (("generate", "--model", "model", "--prompt", "x", "--dtype", "int8"), "--dtype"),
         (("generate", "--model", "model", "--prompt", "x", "--stop", ""), "--stop"),
         (("generate", "--model", "model", "--prompt", "x", "--min-pixels", "9", "--max-pixels", "4"), "--min-pixels"),
