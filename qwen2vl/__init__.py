@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .agents.function_calls import Action, Call, Result
     from .agents.grounding import Box, Grounded, Quad, draw_grounding, parse_grounding, render_grounding
     from .agents.loop import run_agent
+    from .choosing import TokenLogprobs
     from .config import Qwen2VLConfig, TextConfig, VisionConfig
     from .errors import (
         CheckpointError,
@@ -52,6 +53,7 @@ __all__ = [
     "Qwen2VLError",
     "Result",
     "TextConfig",
+    "TokenLogprobs",
     "VisionConfig",
     "draw_grounding",
     "generate",
@@ -62,6 +64,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "choosing": ("TokenLogprobs",),
     "config": ("Qwen2VLConfig", "TextConfig", "VisionConfig"),
     "errors": (
         "CheckpointError",

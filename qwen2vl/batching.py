@@ -73,6 +73,10 @@ def generate_all(
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise Qwen2VLError(f"{name}: wants an integer of at least {least}, got {value!r}")
     config = config or GenerationConfig.from_model(model)
+    if config.num_return_sequences != 1:
+        raise Qwen2VLError(f"config: wants one answer to a prompt, got {config.num_return_sequences}")
+    if config.seed is not None and not isinstance(config.seed, int):
+        raise Qwen2VLError(f"config: seed wants one integer, got {config.seed!r}")
     processor.options.updated(options)  # refuses what is no option, or out of range, before the first answer
     read = partial(processor, **options)
     return _answers(model, processor, read, iter(conversations), config, batch_tokens, on_error, first)
@@ -113,8 +117,8 @@ def _answers(
             due = 0  # the first whose answer has not been given
             for batch in _batches(good, config.max_new_tokens, batch_tokens, limit):
                 joined = processor.join([good[n] for n in batch])
-                seeds = None if config.seed is None else [config.seed + first + n for n in batch]
-                chosen = config if seeds is None else replace(config, seed=seeds)
+                seed = config.seed
+                chosen = replace(config, seed=[seed + first + n for n in batch]) if isinstance(seed, int) else config
                 result = generate(model, joined, tokenizer=processor.tokenizer, config=chosen)
                 for row, n in enumerate(batch):
                     ids = tuple(result.sequences[row])

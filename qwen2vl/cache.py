@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 
 from .config import TextConfig
@@ -28,6 +30,20 @@ class KVCache:
         self.capacity = capacity
         self.lengths = [0] * batch
         self.next_position = torch.zeros(batch, dtype=torch.int64, device=device)
+
+    def repeated(self, times: int, capacity: int) -> KVCache:
+        """Each row ``times`` times, one copy behind the other, with room for ``capacity`` tokens a row."""
+        new, held = copy(self), max(self.lengths)
+        layers, batch, _, heads, head_dim = self.k.shape
+        for name in ("k", "v"):
+            old = getattr(self, name)[:, :, None, :held]
+            slots = old.new_empty((layers, batch, times, capacity, heads, head_dim))
+            slots[:, :, :, :held] = old
+            setattr(new, name, slots.flatten(1, 2))
+        new.capacity = capacity
+        new.lengths = [have for have in self.lengths for _ in range(times)]
+        new.next_position = self.next_position.repeat_interleave(times)
+        return new
 
     @property
     def batch(self) -> int:

@@ -12,6 +12,7 @@ import torch
 
 from .cache import KVCache
 from .checks import Call, check_call
+from .choosing import Chooser, LogitsProcessor, TokenLogprobs
 from .errors import CheckpointError, ContextLengthError, PromptError, Qwen2VLError
 from .model import Qwen2VL
 
@@ -34,11 +35,15 @@ class GenerationConfig:
             draws no other.
         repetition_penalty: divides positive and multiplies negative scores of every id seen in prompt or answer
             (Keskar et al. 2019, section 4.1).
-        seed: row b of a batch draws with ``seed + b``; ``None`` takes a fresh one. A row's draws do not depend on the
-            rest of its batch. It does not ask for draws by itself.
+        seed: row b of a batch draws with ``seed + b``, or with ``seed[b]``; ``None`` takes a fresh one. A row's draws
+            do not depend on the rest of its batch, nor an answer's on how many are asked for. It does not ask for draws
+            by itself.
         stop: texts at which a sequence ends; they are not part of the result. One may be a control token, such as
             ``"<|object_ref_end|>"``, which a text leaves out and an answer may hold.
         eos_token_ids: ids at which a sequence ends; empty takes the checkpoint's.
+        num_return_sequences: as many answers to every prompt, which is read once; more than one wants draws.
+        logprobs: give log-probabilities of every token of an answer, and of as many of the likeliest in its place;
+            ``None`` gives none.
 
     Raises:
         Qwen2VLError: a value is out of range or of a wrong type, or ``do_sample=False`` stands beside a setting that
@@ -51,9 +56,11 @@ class GenerationConfig:
     top_k: int | None = None
     top_p: float | None = None
     repetition_penalty: float = 1.0
-    seed: int | None = None
+    seed: int | Sequence[int] | None = None
     stop: tuple[str, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
+    num_return_sequences: int = 1
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         checks = (
@@ -67,8 +74,14 @@ class GenerationConfig:
             ("top_k", self.top_k is None or (_integer(self.top_k) and self.top_k >= 0), "an integer >= 0"),
             ("top_p", self.top_p is None or (_number(self.top_p) and 0 <= self.top_p <= 1), "in [0, 1]"),
             ("repetition_penalty", _number(self.repetition_penalty) and self.repetition_penalty > 0, "> 0"),
-            ("seed", self.seed is None or _integer(self.seed), "an integer or None"),
+            ("seed", self.seed is None or _integer(self.seed) or _integers(self.seed), "an integer, several or None"),
             ("stop", _non_empty_strings(self.stop), "a sequence of non-empty strings"),
+            (
+                "num_return_sequences",
+                _integer(self.num_return_sequences) and self.num_return_sequences >= 1,
+                "an integer >= 1",
+            ),
+            ("logprobs", self.logprobs is None or (_integer(self.logprobs) and self.logprobs >= 0), "an integer >= 0"),
             ("eos_token_ids", _token_ids(self.eos_token_ids), "a sequence of integers >= 0"),
         )
         for name, ok, want in checks:
@@ -81,6 +94,12 @@ class GenerationConfig:
                         f"{name} must be left out with do_sample=False, which takes the likeliest token, "
                         f"got {getattr(self, name)!r}"
                     )
+
+        if self.num_return_sequences > 1 and not self.samples:
+            raise Qwen2VLError(
+                f"num_return_sequences must be 1 where the likeliest token is taken, got {self.num_return_sequences}; "
+                "give a temperature, top_k or top_p, or do_sample=True"
+            )
 
     @property
     def samples(self) -> bool:
@@ -100,7 +119,7 @@ class GenerationConfig:
 
         Raises :class:`CheckpointError` when the file holds values that mean nothing.
         """
-        known = {f.name for f in fields(cls)} - {"stop", "seed", "eos_token_ids"}
+        known = {f.name for f in fields(cls)} - {"stop", "seed", "eos_token_ids", "num_return_sequences", "logprobs"}
         stated = {k: v for k, v in model.generation_defaults.items() if k in known and v is not None}
         if stated.get("temperature") == 0:  # some writers' way of saying greedy
             del stated["temperature"]
@@ -138,13 +157,17 @@ def _non_empty_strings(values: object) -> bool:
     )
 
 
+def _integers(values: object) -> bool:
+    return isinstance(values, Sequence) and all(map(_integer, values))
+
+
 def _token_ids(values: object) -> bool:
     return isinstance(values, Sequence) and all(_integer(value) and value >= 0 for value in values)
 
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """What :func:`generate` made, a list entry per sequence.
+    """What :func:`generate` made, a list entry per sequence: all answers to the first prompt, then those to the second.
 
     ``sequences``: new ids, without the id that ended them. ``texts``: decoded, empty without a tokenizer.
     ``finish_reasons``: ``"stop"`` (an end id), ``"stop_string"`` (its text, or its control token), ``"length"``
@@ -152,7 +175,7 @@ class GenerationResult:
     ``vision``, ``prefill``, ``decode``, and ``decode_steps``, the number of steps after the first token.
     ``raw_texts``: all that was generated, with the control tokens that ``texts`` leave out and with what ended it;
     empty without a tokenizer. ``media``: the images and videos of each prompt, empty where the inputs came from no
-    processor.
+    processor. ``logprobs``: for each id of ``sequences``, empty unless the configuration asks for them.
     """
 
     sequences: list[list[int]]
@@ -162,6 +185,7 @@ class GenerationResult:
     timings: dict[str, float]
     raw_texts: list[str] = field(default_factory=list)
     media: list[list[MediaInfo]] = field(default_factory=list)
+    logprobs: list[list[TokenLogprobs]] = field(default_factory=list)
 
     def places(self, row: int = 0, *, media: int | None = None) -> list[Located]:
         """The boxes and quadrilaterals of one answer with their labels, in thousandths and in pixels of the source.
@@ -195,6 +219,7 @@ class _Row:
     shown: int = 0
     reason: str = ""
     end: list[int] = field(default_factory=list)  # the id that ended it, where one did
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def push(self, token: int, ends: Mapping[int, str], budget: int) -> str:
         """Take a token; returns the text that is now certain to be part of the answer.
@@ -236,6 +261,7 @@ class _Run:
         inputs: Mapping[str, torch.Tensor],
         tokenizer: Tokenizer | None,
         config: GenerationConfig,
+        logits_processors: Sequence[LogitsProcessor],
     ) -> None:
         if tokenizer is not None and not hasattr(tokenizer, "stream_decoder"):
             raise TypeError(f"tokenizer must be a processor's tokenizer, got {type(tokenizer).__name__}")
@@ -244,14 +270,15 @@ class _Run:
         self.model, self.config = model, config
         call = check_call(model.config, **cast("dict[str, Any]", inputs))
         self.call: Call | None = call  # let go after the prefill: pixels are large
-        self.prompt_tokens = call.counts
-        self.budgets = _budgets(model, self.prompt_tokens, config.max_new_tokens)
+        self.prompt_tokens = [count for count in call.counts for _ in range(config.num_return_sequences)]
+        budgets = _budgets(model, call.counts, config.max_new_tokens)
+        self.budgets = [budget for budget in budgets for _ in range(config.num_return_sequences)]
         self.rows = [_Row(tokenizer and tokenizer.stream_decoder(), config.stop) for _ in self.prompt_tokens]
         self.timings: dict[str, float] = {"vision": 0.0, "prefill": 0.0, "decode": 0.0, "decode_steps": 0}
         self.ends = _end_ids(model, config)
         if tokenizer is not None:
             self.ends = _stop_ids(tokenizer, config.stop) | self.ends
-        self.choose = _Chooser(model, inputs, config)
+        self.choose = Chooser(model, inputs, config, logits_processors)
 
     # inference_mode is entered around each forward and not around a yield: it is a state of the thread, and must not
     # reach the consumer between two tokens.
@@ -261,18 +288,21 @@ class _Run:
             cache, logits = self._prefill()
         while True:
             with torch.inference_mode():
-                tokens = self.choose(logits[:, 0])
-            for index, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
+                answers, ended = [row.ids for row in self.rows], [bool(row.reason) for row in self.rows]
+                choice = self.choose(logits[:, 0], answers, ended)
+            told = choice.told()
+            for index, (row, token) in enumerate(zip(self.rows, choice.tokens.tolist(), strict=True)):
                 if not row.reason:
                     piece = row.push(token, self.ends, self.budgets[index])
+                    if told and token not in self.ends:
+                        row.logprobs.append(told[index])
                     yield index, token, piece
             if all(row.reason for row in self.rows):
                 return
             with torch.inference_mode():
                 # Rows that have ended keep their place, with a token nobody reads.
                 cache.hold([index for index, row in enumerate(self.rows) if row.reason])
-                step = torch.tensor(tokens, device=model.device).unsqueeze(1)
-                logits = self._timed("decode", model.step, step, cache)
+                logits = self._timed("decode", model.step, choice.tokens.unsqueeze(1), cache)
             self.timings["decode_steps"] += 1
 
     @property
@@ -284,12 +314,19 @@ class _Run:
         if self.call is None:
             raise RuntimeError("a run can be iterated once")
         model, call, self.call = self.model, self.call, None
-        capacity = max(map(sum, zip(self.prompt_tokens, self.budgets, strict=True)))
-        cache = KVCache(model.config.text, len(self.rows), capacity, device=model.device, dtype=model.dtype)
+        capacity, answers = (
+            max(map(sum, zip(self.prompt_tokens, self.budgets, strict=True))),
+            self.config.num_return_sequences,
+        )
+        first = capacity if answers == 1 else max(call.counts)
+        cache = KVCache(model.config.text, len(call.counts), first, device=model.device, dtype=model.dtype)
         features = call.features
         if features is None:
             features = self._timed("vision", model.encode_patches, call.media)
-        return cache, self._timed("prefill", model.prefill, call, features, cache, last_only=True)
+        logits = self._timed("prefill", model.prefill, call, features, cache, last_only=True)
+        if answers > 1:
+            cache, logits = cache.repeated(answers, capacity), logits.repeat_interleave(answers, 0)
+        return cache, logits
 
     def _timed(self, name: str, call: Callable, *args: Any, **kwargs: Any) -> Any:
         begin = time.perf_counter()
@@ -300,73 +337,13 @@ class _Run:
         return result
 
 
-class _Chooser:
-    """From the last logits of every sequence to its next token."""
-
-    def __init__(self, model: Qwen2VL, inputs: Mapping[str, torch.Tensor], config: GenerationConfig) -> None:
-        self.config = config
-        c = model.config
-        # An answer cannot hold an image: a placeholder id would ask for features that do not exist.
-        self.banned = torch.tensor([c.image_token_id, c.video_token_id, c.vision_token_id], device=model.device)
-        ids = inputs["input_ids"].to(model.device)
-        self.seen: torch.Tensor | None = None
-        if config.repetition_penalty != 1.0:
-            mask = inputs.get("attention_mask")
-            real = torch.ones_like(ids) if mask is None else mask.to(model.device)
-            self.seen = torch.zeros((ids.shape[0], c.text.vocab_size), dtype=torch.int64, device=model.device)
-            self.seen.scatter_add_(1, ids.long(), real.long())
-        self.generators: list[torch.Generator] = []
-        if config.samples:
-            # The seed is drawn from PyTorch's generator, so that torch.manual_seed repeats an answer and nothing is
-            # reseeded.
-            seed = int(torch.randint(2**63 - 1, ())) if config.seed is None else config.seed
-            rows = range(ids.shape[0])
-            self.generators = [torch.Generator(model.device).manual_seed((seed + row) % 2**63) for row in rows]
-
-    def __call__(self, logits: torch.Tensor) -> list[int]:
-        """``(B, vocab)`` to B ids."""
-        scores = self.scores(logits)
-        if self.config.samples:
-            rows = zip(self.probabilities(scores), self.generators, strict=True)
-            tokens = torch.cat([torch.multinomial(p, 1, generator=g) for p, g in rows])
-        else:
-            tokens = scores.argmax(-1)
-        if self.seen is not None:
-            self.seen.scatter_(1, tokens.unsqueeze(1), 1)
-        return tokens.tolist()
-
-    def scores(self, logits: torch.Tensor) -> torch.Tensor:
-        """``(B, vocab)`` float32 with the repetition penalty, minus infinity at what is never generated."""
-        scores = logits.float()
-        if self.seen is not None:
-            p = self.config.repetition_penalty
-            scores = torch.where(self.seen > 0, torch.where(scores < 0, scores * p, scores / p), scores)
-        return scores.index_fill(1, self.banned, float("-inf"))
-
-    def probabilities(self, scores: torch.Tensor) -> torch.Tensor:
-        """``(B, vocab)``, what a draw falls by: temperature, top_k and top_p; ``torch.multinomial`` normalises."""
-        config = self.config
-        if config.temperature is not None:
-            scores = scores / config.temperature
-        if config.top_k:
-            kth = scores.topk(min(config.top_k, scores.shape[-1]), -1).values[:, -1:]
-            scores = scores.masked_fill(scores < kth, float("-inf"))
-        probabilities = scores.softmax(-1)
-        if config.top_p is not None and config.top_p < 1:
-            ordered, order = probabilities.sort(-1, descending=True)
-            # Keep the smallest set that reaches top_p: drop what begins after it is reached.
-            beyond = ordered.cumsum(-1) - ordered >= config.top_p
-            beyond[:, 0] = False
-            probabilities = probabilities.masked_fill(beyond.gather(1, order.argsort(-1)), 0)
-        return probabilities
-
-
 def generate(
     model: Qwen2VL,
     inputs: Mapping[str, torch.Tensor],
     *,
     tokenizer: Tokenizer | None = None,
     config: GenerationConfig | None = None,
+    logits_processors: Sequence[LogitsProcessor] = (),
     on_token: Callable[[int, int, str], None] | None = None,
 ) -> GenerationResult:
     """Continue every sequence of a batch.
@@ -375,13 +352,15 @@ def generate(
         inputs: what :class:`qwen2vl.Processor` returns, or the same names as the model's call.
         tokenizer: for texts and stop strings.
         config: default :meth:`GenerationConfig.from_model`.
-        on_token: called with (row, token id, new text) as tokens are chosen.
+        logits_processors: called in turn as ``processor(answers, scores)`` before each choice, see
+            :data:`qwen2vl.choosing.LogitsProcessor`; after the repetition penalty, before temperature, top_k and top_p.
+        on_token: called with (index of the sequence, token id, new text) as tokens are chosen.
 
     No sequence depends on the others of its batch, the room for its answer included.
 
     Raises :class:`ContextLengthError` before anything runs when a prompt leaves no room for an answer.
     """
-    run = _Run(model, inputs, tokenizer, config or GenerationConfig.from_model(model))
+    run = _Run(model, inputs, tokenizer, config or GenerationConfig.from_model(model), logits_processors)
     for row, token, piece in run:
         if on_token is not None:
             on_token(row, token, piece)
@@ -392,7 +371,11 @@ def generate(
         prompt_tokens=run.prompt_tokens,
         timings=run.timings,
         raw_texts=[tokenizer.decode(row.ids + row.end, skip_special_tokens=False) for row in run.rows if tokenizer],
-        media=[[item for item in getattr(inputs, "media", ()) if item.row == n] for n in range(len(run.rows))],
+        media=[
+            [item for item in getattr(inputs, "media", ()) if item.row == n // run.config.num_return_sequences]
+            for n in range(len(run.rows))
+        ],
+        logprobs=[row.logprobs for row in run.rows] if run.config.logprobs is not None else [],
     )
 
 
@@ -402,6 +385,7 @@ def stream(
     *,
     tokenizer: Tokenizer,
     config: GenerationConfig | None = None,
+    logits_processors: Sequence[LogitsProcessor] = (),
 ) -> Iterator[str]:
     """Text of one sequence in pieces as they become certain; joined they are :func:`generate`'s text.
 
@@ -409,7 +393,10 @@ def stream(
     """
     if inputs["input_ids"].shape[0] != 1:
         raise PromptError(f"input_ids: stream takes a batch of one, got {inputs['input_ids'].shape[0]}")
-    run = _Run(model, inputs, tokenizer, config or GenerationConfig.from_model(model))
+    config = config or GenerationConfig.from_model(model)
+    if config.num_return_sequences != 1:
+        raise PromptError(f"config: stream gives one answer, got num_return_sequences={config.num_return_sequences}")
+    run = _Run(model, inputs, tokenizer, config, logits_processors)
     return (piece for _, _, piece in run if piece)
 
 

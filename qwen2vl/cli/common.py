@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typer.core import TyperCommand
 
-from ..errors import CheckpointError, Qwen2VLError
+from ..errors import Qwen2VLError
 
 if TYPE_CHECKING:
     from ..generation import GenerationConfig
@@ -77,6 +77,26 @@ RepetitionPenaltyOption = Annotated[
 StopOption = Annotated[
     list[str] | None,
     typer.Option("--stop", metavar="TEXT", help="End before this text; may be repeated.", rich_help_panel=_SAMPLING),
+]
+NumReturnSequencesOption = Annotated[
+    int,
+    typer.Option(
+        "--num-return-sequences",
+        metavar="N",
+        min=1,
+        help="As many answers to the prompt; more than one wants sampling.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+LogprobsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--logprobs",
+        metavar="K",
+        min=0,
+        help="With --json: the log-probability of every token, and of the K likeliest in its place.",
+        rich_help_panel=_SAMPLING,
+    ),
 ]
 _MEDIA = "Media"
 MinPixelsOption = Annotated[
@@ -256,6 +276,8 @@ def generation_config(
     seed: int | None,
     repetition_penalty: float | None,
     stop: list[str] | None,
+    num_return_sequences: int | None = None,
+    logprobs: int | None = None,
 ) -> GenerationConfig:
     """The checkpoint's generation_config.json under the options given, see `GenerationConfig.from_model`.
 
@@ -266,15 +288,13 @@ def generation_config(
     given: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed, "stop": tuple(stop or ())}
     if not all(given["stop"]):
         raise typer.BadParameter("must not be empty", param_hint="--stop")
-    given["repetition_penalty"] = repetition_penalty
+    given |= {"repetition_penalty": repetition_penalty, "num_return_sequences": num_return_sequences}
+    given["logprobs"] = logprobs
     if temperature == 0:
         given["do_sample"] = False
     else:
         given |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    try:
-        return GenerationConfig.from_model(model, **given)
-    except (ValueError, TypeError) as error:  # every option is in range by now
-        raise CheckpointError(f"generation_config.json: {error}") from error
+    return GenerationConfig.from_model(model, **given)
 
 
 def video_options(min_pixels: int | None, max_pixels: int | None, fps: float) -> dict[str, Any]:

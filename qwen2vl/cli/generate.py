@@ -19,11 +19,13 @@ from .common import (
     DeviceOption,
     DTypeOption,
     FpsOption,
+    LogprobsOption,
     MaxNewTokensOption,
     MaxPixelsOption,
     MaxVisionPatchesOption,
     MinPixelsOption,
     ModelOption,
+    NumReturnSequencesOption,
     RepetitionPenaltyOption,
     SeedOption,
     StopOption,
@@ -42,6 +44,8 @@ from .common import (
 
 if TYPE_CHECKING:
     from ..agents.answers import Located
+    from ..generation import GenerationResult
+    from ..prompt.processor import Processor
 
 
 def generate(
@@ -70,6 +74,8 @@ def generate(
     seed: SeedOption = None,
     repetition_penalty: RepetitionPenaltyOption = None,
     stop: StopOption = None,
+    num_return_sequences: NumReturnSequencesOption = 1,
+    logprobs: LogprobsOption = None,
     min_pixels: MinPixelsOption = None,
     max_pixels: MaxPixelsOption = None,
     fps: FpsOption = MediaOptions.fps,
@@ -80,8 +86,11 @@ def generate(
 ) -> None:
     """Answer one prompt about images and videos.
 
-    Media come before the prompt, in the order given. The answer streams to stdout.
+    Media come before the prompt, in the order given. The answer streams to stdout; several come when all are there,
+    with a blank line between them.
     """
+    if logprobs is not None and not as_json:
+        raise typer.BadParameter("wants --json, which has a place for them", param_hint="--logprobs")
     sources = {"image": iter(image or ()), "video": iter(video or ())}
     media = [(kind, next(sources[kind])) for kind in ctx.meta["media_order"]]
     if not prompt and not media:
@@ -91,7 +100,7 @@ def generate(
         if not prompt:
             raise typer.BadParameter("stdin is empty", param_hint="--prompt")
     if draw is not None:
-        _check_drawing(draw, [kind for kind, _ in media])
+        _check_drawing(draw, [kind for kind, _ in media], num_return_sequences)
 
     begin = time.perf_counter()
     loaded, processor = load(
@@ -113,6 +122,8 @@ def generate(
         seed=seed,
         repetition_penalty=repetition_penalty,
         stop=stop,
+        num_return_sequences=num_return_sequences,
+        logprobs=logprobs,
     )
 
     content: list[dict[str, Any]] = [{"type": kind, kind: source} for kind, source in media]
@@ -142,18 +153,21 @@ def generate(
         inputs,
         tokenizer=processor.tokenizer,
         config=config,
-        on_token=None if as_json else show,
+        on_token=None if as_json or num_return_sequences > 1 else show,
     )
-    found = result.places()
     if draw is not None:
-        _draw(draw, content[0]["image"], found)
+        _draw(draw, content[0]["image"], result.places())
     if not as_json:
-        print(flush=True)
-        if boxes:
-            _print_places(found, [source for _, source in media])
+        for index, text in enumerate(result.texts):
+            if num_return_sequences > 1:
+                print(("\n" if index else "") + printable(text), end="")
+            print(flush=True)
+            if boxes:
+                _print_places(result.places(index), [source for _, source in media])
         ends = {"length": f"at --max-new-tokens {max_new_tokens}", "context": "where the model's context is full"}
-        if (end := ends.get(result.finish_reasons[0])) and stderr.is_terminal:
-            stderr.print(f"[dim](stopped {end})[/]")
+        for reason in dict.fromkeys(result.finish_reasons):
+            if reason in ends and stderr.is_terminal:
+                stderr.print(f"[dim](stopped {ends[reason]})[/]")
         return
 
     counts = {"image": 0, "video": 0}
@@ -165,23 +179,13 @@ def generate(
         **{name: result.timings[name] for name in ("vision", "prefill", "decode")},
         "total": time.perf_counter() - begin,
     }
+    answers = [_answer(processor, result, index) for index in range(num_return_sequences)]
     answer = {
-        "text": result.texts[0],
-        "boxes": [
-            {
-                "label": one.label,
-                "points": one.place.points,
-                "pixels": one.pixels and _points(one.pixels),
-                "media": one.media,
-            }
-            for one in found
-        ],
-        "token_ids": result.sequences[0],
-        "finish_reason": result.finish_reasons[0],
+        **(answers[0] if num_return_sequences == 1 else {"answers": answers}),
         "tokens": {
             "prompt": result.prompt_tokens[0],
             **counts,
-            "generated": len(result.sequences[0]),
+            "generated": sum(map(len, result.sequences)),
         },
         "media": [
             {
@@ -207,7 +211,7 @@ def generate(
     print(json.dumps(answer, ensure_ascii=False))
 
 
-def _check_drawing(path: Path, kinds: Sequence[str]) -> None:
+def _check_drawing(path: Path, kinds: Sequence[str], answers: int) -> None:
     """A usage error where nothing could be drawn: not one image, or a file that cannot be a picture."""
     from PIL import Image
 
@@ -216,6 +220,8 @@ def _check_drawing(path: Path, kinds: Sequence[str]) -> None:
         raise typer.BadParameter(
             f"wants one --image and no --video, as boxes do not say what they are in, got {given}", param_hint="--draw"
         )
+    if answers > 1:
+        raise typer.BadParameter(f"wants one answer, got --num-return-sequences {answers}", param_hint="--draw")
     Image.init()
     if Image.EXTENSION.get(path.suffix.lower()) not in Image.SAVE:
         raise typer.BadParameter(f"{str(path)!r} is no name of a picture, such as found.png", param_hint="--draw")
@@ -253,3 +259,36 @@ def _points(pixels: Any) -> list[tuple[float, float]]:
 
 def _written(points: Sequence[tuple[float, float]]) -> str:
     return ",".join(f"({x:g},{y:g})" for x, y in points)
+
+
+def _answer(processor: Processor, result: GenerationResult, index: int) -> dict[str, Any]:
+    """One answer as it stands in --json."""
+    answer: dict[str, Any] = {
+        "text": result.texts[index],
+        "token_ids": result.sequences[index],
+        "finish_reason": result.finish_reasons[index],
+        "boxes": [
+            {
+                "label": one.label,
+                "points": one.place.points,
+                "pixels": one.pixels and _points(one.pixels),
+                "media": one.media,
+            }
+            for one in result.places(index)
+        ],
+    }
+    if result.logprobs:
+        answer["logprobs"] = [
+            {
+                "token": _token(processor, token),
+                "logprob": told.logprob,
+                "processed_logprob": told.processed_logprob,
+                "top": [{"token": _token(processor, other), "logprob": value} for other, value in told.top.items()],
+            }
+            for token, told in zip(result.sequences[index], result.logprobs[index], strict=True)
+        ]
+    return answer
+
+
+def _token(processor: Processor, token: int) -> dict[str, Any]:
+    return {"id": token, "text": processor.tokenizer.decode([token], skip_special_tokens=False)}

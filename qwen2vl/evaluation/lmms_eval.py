@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -145,7 +146,10 @@ class ChatModel:
         texts, lengths = [""] * len(requests), [0] * len(requests)
         fits, inputs = self._fitting(requests, chats)
         if fits:
-            result = generate(self.model, inputs, tokenizer=self.processor.tokenizer, config=self._config(arguments))
+            config = self._config(arguments)
+            if isinstance(config.seed, int):  # of every document, so that none depends on its place in a batch
+                config = replace(config, seed=[config.seed] * len(fits))
+            result = generate(self.model, inputs, tokenizer=self.processor.tokenizer, config=config)
             for n, text, ids in zip(fits, result.texts, result.sequences, strict=True):
                 texts[n], lengths[n] = text, len(ids)
         found = []

@@ -135,6 +135,8 @@ def test_refusals(made):
     for given, message in (
         ({"on_error": "stop"}, "on_error: wants 'raise' or 'skip', got 'stop'"),
         ({"batch_tokens": 0}, "batch_tokens: wants an integer of at least 1, got 0"),
+        ({"config": GenerationConfig(temperature=1.0, num_return_sequences=2)}, "config: wants one answer to a prompt"),
+        ({"config": GenerationConfig(temperature=1.0, seed=[1, 2])}, r"config: seed wants one integer, got \[1, 2\]"),
         ({"first": -1}, "first: wants an integer of at least 0, got -1"),
     ):
         with pytest.raises(Qwen2VLError, match=message):

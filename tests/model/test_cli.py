@@ -23,6 +23,7 @@ import qwen2vl_kernels
 from benchmarks.random_checkpoint import small_config, write_random_checkpoint
 from examples.demo.media import draw_scene, write_video
 from qwen2vl import Box, GenerationConfig, Grounded, Processor, Quad, Qwen2VL, draw_grounding, generate
+from qwen2vl.choosing import Choice
 from qwen2vl.cli import app
 from qwen2vl.cli.common import printable
 from qwen2vl.media.image import load_image
@@ -112,14 +113,14 @@ def grounded(monkeypatch):
     pieces = [p for p in re.split(r"(<\|\w+\|>)", ANSWER) if p]
     ids = [i for p in pieces for i in ([tokenizer.id(p)] if p[0] == "<" else tokenizer.encode_plain(p))]
 
-    class Chooser:
+    class Fixed:
         def __init__(self, *_):
             self.left = iter([*ids, 999])  # the id that ends an answer of this checkpoint
 
-        def __call__(self, logits):
-            return [next(self.left)]
+        def __call__(self, *_):
+            return Choice(torch.tensor([next(self.left)]))
 
-    monkeypatch.setattr("qwen2vl.generation._Chooser", Chooser)
+    monkeypatch.setattr("qwen2vl.generation.Chooser", Fixed)
 
 
 def test_boxes_are_printed_and_drawn(run, grounded, place, tmp_path):
@@ -180,6 +181,24 @@ def test_an_answer_without_boxes_says_so(run, tmp_path):
 def test_what_could_not_be_drawn_is_refused_at_the_start(run, args, named):
     result = run("generate", "--model", "nowhere", *args.split())
     assert result.exit_code == 2 and named in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_several_answers_with_logprobs(run):
+    drawn = ("--prompt", "hi", "--temperature", 1.5, "--seed", 1, "--num-return-sequences", 3)
+    got = answer(run, *drawn, "--logprobs", 2)
+    assert "text" not in got and got["tokens"]["generated"] == 36
+    assert len({one["text"] for one in got["answers"]}) == 3
+    for one in got["answers"]:
+        assert [told["token"]["id"] for told in one["logprobs"]] == one["token_ids"]
+        for told in one["logprobs"]:
+            best, second = told["top"]
+            assert 0 > best["logprob"] >= told["logprob"] and best["logprob"] >= second["logprob"]
+    args = ("generate", "--model", "model", "--max-new-tokens", 12)
+    assert run(*args, *drawn).stdout == "\n\n".join(one["text"] for one in got["answers"]) + "\n"
+    first = answer(run, *drawn[:-2])
+    assert first["text"] == got["answers"][0]["text"] and "logprobs" not in first
+    refused = run(*args, "--prompt", "hi", "--num-return-sequences", 2)
+    assert refused.exit_code == 1 and "error: num_return_sequences must be 1 where" in refused.stderr
 
 
 def test_media_keep_their_order(run):
@@ -275,6 +294,8 @@ def test_bad_checkpoints(run, place, tmp_path):
         (("generate",), "--prompt"),
         (("generate", "--model", "model", "--prompt", "x", "--what"), "--what"),
         (("generate", "--model", "model", "--prompt", "x", "--top-p", "2"), "--top-p"),
+        (("generate", "--model", "model", "--prompt", "x", "--num-return-sequences", "0"), "--num-return-sequences"),
+        (("generate", "--model", "model", "--prompt", "x", "--logprobs", "2"), "--logprobs"),
         (("generate", "--model", "model", "--prompt", "x", "--dtype", "int8"), "--dtype"),
         (("generate", "--model", "model", "--prompt", "x", "--stop", ""), "--stop"),
         (("generate", "--model", "model", "--prompt", "x", "--min-pixels", "9", "--max-pixels", "4"), "--min-pixels"),

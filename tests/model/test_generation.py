@@ -29,7 +29,8 @@ from qwen2vl import (
     stream,
 )
 from qwen2vl.cache import KVCache
-from qwen2vl.generation import _Chooser, _Row
+from qwen2vl.choosing import Choice, Chooser
+from qwen2vl.generation import _Row
 
 ENDLESS = (10**6,)
 
@@ -45,6 +46,10 @@ def _run(model, inputs, processor=None, **options):
     options.setdefault("max_new_tokens", 16)
     tokenizer = processor.tokenizer if processor else None
     return generate(model, inputs, tokenizer=tokenizer, config=GenerationConfig(**options))
+
+
+def _choose(chooser, logits):
+    return chooser(logits, [[]], [False]).tokens.item()
 
 
 def test_streamed_pieces_join_to_the_text(model, processor, inputs):
@@ -79,13 +84,13 @@ def test_a_control_token_is_a_stop_string(model, processor, inputs, monkeypatch)
     for name in names:
         answer = [*written[:at], tokenizer.id(name), *written[at:]]
         pending = iter(answer * 2)
-        monkeypatch.setattr(_Chooser, "__call__", lambda *_, pending=pending: [next(pending)])
+        monkeypatch.setattr(Chooser, "__call__", lambda *_, pending=pending: Choice(torch.tensor([next(pending)])))
         result = _run(model, inputs, processor, max_new_tokens=len(answer), stop=("never there", name))
         assert result.sequences == [written[:at]] and result.texts == [tokenizer.decode(written[:at])]
         assert result.finish_reasons == ["stop_string"], name
         config = GenerationConfig(max_new_tokens=len(answer), eos_token_ids=ENDLESS, stop=(name,))
         pending = iter(answer)
-        monkeypatch.setattr(_Chooser, "__call__", lambda *_, pending=pending: [next(pending)])
+        monkeypatch.setattr(Chooser, "__call__", lambda *_, pending=pending: Choice(torch.tensor([next(pending)])))
         assert "".join(stream(model, inputs, tokenizer=tokenizer, config=config)) == result.texts[0]
 
 
@@ -97,7 +102,7 @@ def _answers(monkeypatch, tokenizer, *texts):
         rows.append([i for p in pieces for i in ([tokenizer.id(p)] if p[0] == "<" else tokenizer.encode_plain(p))])
     end = tokenizer.id("<|im_end|>")
     steps = zip(*[row + [end] * (max(map(len, rows)) + 1 - len(row)) for row in rows], strict=True)
-    monkeypatch.setattr(_Chooser, "__call__", lambda *_: list(next(steps)))
+    monkeypatch.setattr(Chooser, "__call__", lambda *_: Choice(torch.tensor(next(steps))))
 
 
 def test_a_result_offers_its_places(model, processor, monkeypatch):
@@ -145,6 +150,27 @@ def test_a_result_offers_its_places(model, processor, monkeypatch):
     ):
         with pytest.raises(error, match=match):
             result.places(**arguments)
+
+
+def test_every_answer_of_a_prompt_has_the_prompts_media(model, processor, monkeypatch):
+    picture = {"type": "image", "image": Image.new("RGB", (200, 100))}
+    chats = [[{"role": "user", "content": [*media, {"type": "text", "text": "Find."}]}] for media in ([], [picture])]
+    box = "<|box_start|>(100,200),(500,500)<|box_end|>"
+    _answers(monkeypatch, processor.tokenizer, *[box] * 4)
+    drawn = {"max_new_tokens": 60, "eos_token_ids": (), "temperature": 1.0, "num_return_sequences": 2}
+    result = _run(model, processor(chats), processor, **drawn)
+    assert [result.places(row)[0].pixels for row in range(4)] == [None, None, *[(20, 20, 100, 50)] * 2]
+
+
+def test_seeds_of_rows(model, processor):
+    chats = [[{"role": "user", "content": text}] for text in ("Say.", "Say it.")]
+    drawn = {"max_new_tokens": 8, "temperature": 2.0}
+    first = _run(model, processor(chats), processor, **drawn, seed=5).sequences
+    assert first == _run(model, processor(chats), processor, **drawn, seed=[5, 6]).sequences
+    turned = _run(model, processor(chats[::-1]), processor, **drawn, seed=[6, 5]).sequences
+    assert turned == first[::-1] != _run(model, processor(chats[::-1]), processor, **drawn, seed=5).sequences
+    with pytest.raises(Qwen2VLError, match="seed: wants one for each of 2 prompts, got 3"):
+        _run(model, processor(chats), processor, **drawn, seed=[1, 2, 3])
 
 
 def test_a_place_that_a_stop_token_ends_is_whole(model, processor, inputs, monkeypatch):
@@ -226,7 +252,7 @@ def test_the_distribution_is_transformers(model, temperature, top_k, top_p, pena
     config = GenerationConfig(
         do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=penalty, seed=3
     )
-    chooser = _Chooser(model, {"input_ids": ids, "attention_mask": mask}, config)
+    chooser = Chooser(model, {"input_ids": ids, "attention_mask": mask}, config)
     got = chooser.probabilities(chooser.scores(logits))
     got = got / got.sum(-1, keepdim=True)
     c = model.config
@@ -241,17 +267,17 @@ def test_the_distribution_is_transformers(model, temperature, top_k, top_p, pena
 
 def test_an_answers_own_tokens_are_penalised(model):
     config = GenerationConfig(repetition_penalty=2.0)
-    chooser = _Chooser(model, {"input_ids": torch.tensor([[3]])}, config)
+    chooser = Chooser(model, {"input_ids": torch.tensor([[3]])}, config)
     logits = torch.zeros(1, 512)
     logits[0, 7], logits[0, 8] = 3.0, 2.0
-    assert [chooser(logits)[0] for _ in range(3)] == [7, 8, 7]
+    assert [_choose(chooser, logits) for _ in range(3)] == [7, 8, 7]
 
 
 def test_draws_fall_by_the_distribution(model):
     logits = torch.randn(1, 512)
-    chooser = _Chooser(model, {"input_ids": torch.tensor([[3]])}, GenerationConfig(do_sample=True, top_k=8, seed=3))
+    chooser = Chooser(model, {"input_ids": torch.tensor([[3]])}, GenerationConfig(do_sample=True, top_k=8, seed=3))
     expected = chooser.probabilities(chooser.scores(logits))[0]
-    counts = torch.bincount(torch.tensor([chooser(logits)[0] for _ in range(4000)]), minlength=512)
+    counts = torch.bincount(torch.tensor([_choose(chooser, logits) for _ in range(4000)]), minlength=512)
     assert torch.count_nonzero(counts[expected == 0]) == 0
     # 4000 draws: five standard deviations of a proportion are at most 0.04.
     torch.testing.assert_close(counts / 4000, expected, rtol=0, atol=0.04)
@@ -313,11 +339,11 @@ def test_text_held_back_is_released_at_the_end():
 def test_placeholders_are_never_generated(model, processor, inputs):
     c = model.config
     banned = [c.image_token_id, c.video_token_id, c.vision_token_id]
-    chooser = _Chooser(model, inputs, GenerationConfig())
+    chooser = Chooser(model, inputs, GenerationConfig())
     logits = torch.zeros(1, 512)
     logits[0, banned] = 100.0
     logits[0, 42] = 1.0
-    assert chooser(logits) == [42]
+    assert _choose(chooser, logits) == 42
 
 
 def _with_context(model, monkeypatch, limit):
@@ -465,7 +491,12 @@ def test_sampling_takes_its_seed_from_torch_and_reseeds_nothing(model, inputs):
         ({"max_new_tokens": 0}, "max_new_tokens must be an integer >= 1, got 0"),
         ({"max_new_tokens": -5}, "max_new_tokens must be an integer >= 1, got -5"),
         ({"max_new_tokens": True}, "max_new_tokens must be an integer >= 1, got True"),
-        ({"seed": "one"}, "seed must be an integer or None, got 'one'"),
+        ({"num_return_sequences": 0, "top_k": 5}, "num_return_sequences must be an integer >= 1, got 0"),
+        ({"num_return_sequences": 3}, "num_return_sequences must be 1 where the likeliest token is taken, got 3"),
+        ({"num_return_sequences": 2, "do_sample": False}, "must be 1 where the likeliest token is taken, got 2"),
+        ({"logprobs": -1}, "logprobs must be an integer >= 0, got -1"),
+        ({"logprobs": True}, "logprobs must be an integer >= 0, got True"),
+        ({"seed": "one"}, "seed must be an integer, several or None, got 'one'"),
         ({"eos_token_ids": 7}, "eos_token_ids must be a sequence of integers >= 0, got 7"),
         ({"eos_token_ids": ("x",)}, "eos_token_ids must be a sequence of integers >= 0"),
         ({"do_sample": 0}, "do_sample must be True, False or None, got 0"),

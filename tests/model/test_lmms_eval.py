@@ -214,7 +214,8 @@ def test_the_limits_of_pixels_reach_the_frames_of_videos(adapter, folder):
 def test_answers_do_not_depend_on_the_rest_of_their_batch_and_what_is_too_long_has_none(adapter, folder, caplog):
     """The context is 256: a prompt that leaves room for few tokens, one for none, and short ones."""
     docs = [[{"type": "text", "text": "a b " * n}] for n in (1, 70, 400, 3)]
-    settings = [{"max_new_tokens": 40, "until": []}] * 4
+    settings = [{"max_new_tokens": 40, "until": []}] * 3 + [{"max_new_tokens": 40, "temperature": 2.0, "seed": 3}]
+    docs, settings = docs + docs[3:], settings + settings[3:]
     found = []
     for size in (1, 4):
         model = adapter.LmmsEvalModel(str(folder), device="cpu", batch_size=size)
@@ -228,6 +229,7 @@ def test_answers_do_not_depend_on_the_rest_of_their_batch_and_what_is_too_long_h
         (line,) = [record.getMessage() for record in caplog.records if record.name == adapter.__name__]
         assert line.startswith("vqa, test, document 2: the prompt has ") and "context 256" in line
     assert found[0] == found[1]
+    assert found[0][3] == found[0][4] != found[0][0]
     assert found[0][2] == ("", 0) and 0 < found[0][1][1] < 40 == found[0][0][1]
 
 
