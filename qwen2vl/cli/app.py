@@ -15,6 +15,7 @@ from .eval import evaluate
 from .generate import generate
 from .info import info
 from .inspect import inspect
+from .merge import merge
 from .train import train
 
 
@@ -64,6 +65,7 @@ app.command()(info)
 app.command()(inspect)
 app.command("eval")(evaluate)
 app.command()(train)
+app.command()(merge)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import typer
 from ..assets import FOLDER
 from ..media.options import MediaOptions
 from .common import (
+    AdapterOption,
     AllowRemoteOption,
     DeviceOption,
     DTypeOption,
@@ -41,6 +42,7 @@ from .common import (
 def generate(
     ctx: typer.Context,
     model: ModelOption = None,
+    adapter: AdapterOption = None,
     prompt: Annotated[
         str, typer.Option("--prompt", "-p", metavar="TEXT", help="The question; - reads it from stdin.")
     ] = "",
@@ -87,6 +89,7 @@ def generate(
         max_pixels=max_pixels,
         allow_remote=allow_remote,
         max_vision_patches=max_vision_patches,
+        adapter=adapter,
     )
     load_seconds = time.perf_counter() - begin
     config = generation_config(
