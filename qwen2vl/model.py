@@ -14,6 +14,7 @@ from torch import nn
 from qwen2vl_kernels import mrope_positions
 
 from . import weights
+from .adapter import adapted, adapter_parameters, load_adapter, merge_layers, write_adapter
 from .cache import KVCache
 from .checks import Call, Features, Patches, check_call, check_features, check_media, placeholders
 from .config import Qwen2VLConfig
@@ -55,6 +56,7 @@ class Qwen2VL(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
         progress: weights.Progress | None = None,
+        adapter: str | os.PathLike[str] | None = None,
     ) -> Qwen2VL:
         """Load a checkpoint.
 
@@ -64,6 +66,8 @@ class Qwen2VL(nn.Module):
             device: default CUDA when there is one, else the CPU.
             dtype: default the checkpoint's own.
             progress: called with (tensors loaded, tensors in all).
+            adapter: a LoRA adapter in peft's layout, folder or hub id, put beside the checkpoint's weights; see
+                :mod:`qwen2vl.adapter` and :meth:`merge_adapter`. Needs the package peft.
 
         A head that differs from the embedding is loaded, and ``config`` of the model then says that it is not tied,
         whatever the checkpoint's says.
@@ -91,6 +95,8 @@ class Qwen2VL(nn.Module):
             if not isinstance(defaults, dict):
                 raise CheckpointError(f"{path}: must hold a JSON object, got {type(defaults).__name__}")
             model.generation_defaults = defaults
+        if adapter is not None:
+            load_adapter(model, adapter)
         return model.eval()
 
     @classmethod
@@ -137,8 +143,11 @@ class Qwen2VL(nn.Module):
     ) -> None:
         """Write config.json, generation_config.json and safetensors in the released layout into ``folder``.
 
-        ``metadata``: for the header of the safetensors files.
+        ``metadata``: for the header of the safetensors files. Raises :class:`CheckpointError` for a model with an
+        adapter that is not merged.
         """
+        if adapted(self):
+            raise CheckpointError("save_pretrained: the model has an adapter; merge_adapter() first, or save_adapter()")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {**self.config.to_dict(), "torch_dtype": str(self.dtype).removeprefix("torch.")}
@@ -146,6 +155,18 @@ class Qwen2VL(nn.Module):
         write_json(folder / "config.json", config)
         if self.generation_defaults:
             write_json(folder / "generation_config.json", self.generation_defaults)
+
+    def save_adapter(self, folder: str | os.PathLike[str], base: str | None = None) -> None:
+        """Write the adapter in peft's layout into ``folder``; ``base``: name of the checkpoint that it adapts.
+
+        Raises :class:`CheckpointError` for a model without one.
+        """
+        write_adapter(self, Path(folder), dict(adapter_parameters(self)), base=base)
+
+    def merge_adapter(self) -> Qwen2VL:
+        """Add the adapter, if there is one, to the weights, in their dtype; then the model is as any other."""
+        merge_layers(self)
+        return self
 
     @property
     def device(self) -> torch.device:

@@ -17,6 +17,7 @@ from .eval import evaluate
 from .generate import generate
 from .info import info
 from .inspect import inspect
+from .merge import merge
 from .train import train
 
 
@@ -66,6 +67,7 @@ app.command()(info)
 app.command()(inspect)
 app.command("eval")(evaluate)
 app.command()(train)
+app.command()(merge)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from ..media.options import MediaOptions
 from .common import (
+    AdapterOption,
     AllowRemoteOption,
     DeviceOption,
     DTypeOption,
@@ -57,6 +58,7 @@ Ctrl-C stops an answer."""
 
 def chat(
     model: ModelOption = None,
+    adapter: AdapterOption = None,
     system: SystemOption = None,
     max_new_tokens: MaxNewTokensOption = 512,
     temperature: TemperatureOption = None,
@@ -85,6 +87,7 @@ def chat(
         max_pixels=max_pixels,
         allow_remote=allow_remote,
         max_vision_patches=max_vision_patches,
+        adapter=adapter,
     )
     config = generation_config(
         loaded,

@@ -50,6 +50,10 @@ ModelOption = Annotated[
         "qwen2vl.",
     ),
 ]
+AdapterOption = Annotated[
+    str | None,
+    typer.Option("--adapter", metavar="FOLDER|ID", help="LoRA adapter in peft's layout, put beside the checkpoint."),
+]
 SystemOption = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System prompt.")]
 _SAMPLING = "Answer (what is not given, the checkpoint's generation_config.json decides)"
 MaxNewTokensOption = Annotated[
@@ -231,8 +235,10 @@ def load(
     max_pixels: int | None,
     allow_remote: bool,
     max_vision_patches: int | None,
+    adapter: str | None = None,
 ) -> tuple[Qwen2VL, Processor]:
-    """Model and processor of --model, or for None of the small model that comes with the package."""
+    """Model, with the adapter if one is given, and processor of --model; for None those of the small model that comes
+    with the package."""
     check_pixels(min_pixels, max_pixels)
     import torch
 
@@ -252,7 +258,11 @@ def load(
     )
     with progress_bar("loading tensors") as report:
         loaded = Qwen2VL.from_pretrained(
-            checkpoint, device=device, dtype=None if dtype is None else dtype.value, progress=report
+            checkpoint,
+            device=device,
+            dtype=None if dtype is None else dtype.value,
+            progress=report,
+            adapter=adapter,
         )
     loaded.max_vision_patches = max_vision_patches
     return loaded, processor

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ..errors import install_hint
 from .common import (
+    AdapterOption,
     DeviceOption,
     DTypeOption,
     MaxPixelsOption,
@@ -29,6 +30,7 @@ _COUNT, _QUICK = 50, 4  # samples of a skill and difficulty
 
 def evaluate(
     model: ModelOption = None,
+    adapter: AdapterOption = None,
     skill: Annotated[
         list[str] | None, typer.Option("--skill", help="Only this one; may be repeated. Default: all.")
     ] = None,
@@ -79,6 +81,7 @@ def evaluate(
         max_pixels=max_pixels,
         allow_remote=False,
         max_vision_patches=None,
+        adapter=adapter,
     )
     with progress_bar("answering") as progress:
         scored = held_out.evaluate(

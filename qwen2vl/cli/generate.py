@@ -15,6 +15,7 @@ from rich.markup import escape
 from ..assets import FOLDER
 from ..media.options import MediaOptions
 from .common import (
+    AdapterOption,
     AllowRemoteOption,
     DeviceOption,
     DTypeOption,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 def generate(
     ctx: typer.Context,
     model: ModelOption = None,
+    adapter: AdapterOption = None,
     prompt: Annotated[
         str, typer.Option("--prompt", "-p", metavar="TEXT", help="The question; - reads it from stdin.")
     ] = "",
@@ -111,6 +113,7 @@ def generate(
         max_pixels=max_pixels,
         allow_remote=allow_remote,
         max_vision_patches=max_vision_patches,
+        adapter=adapter,
     )
     load_seconds = time.perf_counter() - begin
     config = generation_config(

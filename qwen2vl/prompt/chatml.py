@@ -8,10 +8,13 @@ the default one.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
+
+from tokenizers import AddedToken
 
 from ..errors import PromptError
 from .messages import LOW_DETAIL_PIXELS, Media, Part, Text, read_content, read_messages
@@ -26,6 +29,7 @@ __all__ = [
     "Segment",
     "Span",
     "Text",
+    "as_flagged",
     "render",
     "render_document",
     "render_spans",
@@ -177,6 +181,69 @@ def render_document(
     pieces.append(_Piece(Control(END_OF_TEXT), True))
     runs = groupby(pieces, lambda piece: piece.taught)
     return [Span(tuple(_join_text([piece.segment for piece in run])), taught) for taught, run in runs]
+
+
+def as_flagged(spans: Sequence[Span], flagged: Mapping[str, AddedToken]) -> Sequence[Span]:
+    """The spans of one prompt as the flags of its tokens have it, by which transformers' tokenizer reads its text.
+
+    The white space before a token with `lstrip`, and behind one with `rstrip`, belongs to the token and is dropped,
+    wherever it comes from. A token with `single_word` beside a letter, a digit or the like is ordinary text.
+    """
+    if not flagged:
+        return spans
+    pieces = [(n, segment) for n, span in enumerate(spans) for segment in span.segments]
+    spelled = [segment.text if isinstance(segment, Text) else _last_name(segment) for _, segment in pieces]
+    words = set()  # that became text
+    for at, (n, segment) in enumerate(pieces):
+        if isinstance(segment, Control) and segment.name in flagged and flagged[segment.name].single_word:
+            before, after = "".join(spelled[:at])[-1:], "".join(spelled[at + 1 : at + 2])[:1]
+            if _in_word(before) or _in_word(after):
+                pieces[at] = (n, Text(segment.name))
+                words.add(at)
+    for at, (_, segment) in enumerate(pieces):
+        if not isinstance(segment, Control) or segment.name not in flagged:
+            continue
+        if flagged[segment.name].lstrip:
+            _strip(pieces, range(at - 1, -1, -1), str.rstrip)
+        if flagged[segment.name].rstrip:
+            _strip(pieces, range(at + 1, len(pieces)), str.lstrip)
+    kept: list[list[Segment]] = [[] for _ in spans]
+    for at, (n, segment) in enumerate(pieces):
+        last = kept[n][-1] if kept[n] else None
+        if isinstance(segment, Text) and isinstance(last, Text) and words & {at - 1, at}:
+            kept[n][-1] = Text(last.text + segment.text)
+        elif segment != Text(""):
+            kept[n].append(segment)
+    return [Span(tuple(segments), span.taught) for segments, span in zip(kept, spans, strict=True) if segments]
+
+
+#: Unicode's property of that name, which Python's own idea of white space is a little wider than.
+_WHITE_SPACE = "".join(
+    map(chr, (*range(9, 14), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000))
+)
+
+
+def _strip(pieces: list[tuple[int, Segment]], order: Iterable[int], strip: Callable[[str, str], str]) -> None:
+    """Take white space off the texts in that order, up to the first that has other characters."""
+    for at in order:
+        n, segment = pieces[at]
+        if not isinstance(segment, Text):
+            return
+        pieces[at] = (n, Text(strip(segment.text, _WHITE_SPACE)))
+        if pieces[at][1].text:
+            return
+
+
+def _last_name(segment: Control | Media) -> str:
+    return segment.pad if isinstance(segment, Media) else segment.name
+
+
+def _in_word(character: str) -> bool:
+    """Whether a character is what regular expressions write as \\w."""
+    if not character:
+        return False
+    category = unicodedata.category(character)
+    return category[0] in "LM" or category in ("Nd", "Nl", "Pc") or character in "\u200c\u200d"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ..hub import Checkpoint
 from ..media.image import ImagePatches, preprocess_image
 from ..media.options import DEFAULTS, OPTION_NAMES, Access, MediaOptions, PatchShape
 from ..media.video import Progress, VideoPatches, preprocess_video
-from .chatml import LOW_DETAIL_PIXELS, Control, Media, Span, Text, render, render_document, render_spans
+from .chatml import LOW_DETAIL_PIXELS, Control, Media, Span, Text, as_flagged, render, render_document, render_spans
 from .files import (
     check_token_ids,
     read_chat_template,
@@ -293,7 +293,7 @@ class Processor:
         media = [item for _, item in found]
         loaded = list(zip(media, self._load(media, options, progress), strict=True))
         pads = iter([patches.num_tokens for _, patches in loaded])
-        rows = [self._encode(spans, pads) for spans in prompts]
+        rows = [self._encode(as_flagged(spans, self.tokenizer.flagged), pads) for spans in prompts]
 
         ids = _pad_rows([row for row, _ in rows], self.tokenizer.pad_id, padding_side)
         present = _pad_rows([[1] * len(row) for row, _ in rows], 0, padding_side)

@@ -53,6 +53,8 @@ class Tokenizer:
         special_ids: name -> id of every control token that the file has.
         markers: names of the control tokens that an assistant writes as part of its text, the longest first: the
             grounding markers, and every special token that was added to those of the released models.
+        flagged: name -> the token itself, of the special tokens that take white space beside them (`lstrip`, `rstrip`)
+            or stand as words of their own only (`single_word`); see `qwen2vl.prompt.chatml.as_flagged`.
         pad_id: id of <|endoftext|>, which pads batches.
 
     Raises:
@@ -80,6 +82,11 @@ class Tokenizer:
             token.content: token_id
             for token_id, token in backend.get_added_tokens_decoder().items()
             if token.special or token.content in CONTROL_TOKENS
+        }
+        self.flagged = {
+            token.content: token
+            for token in backend.get_added_tokens_decoder().values()
+            if token.content in self.special_ids and (token.lstrip or token.rstrip or token.single_word)
         }
         self._special_id_set = frozenset(self.special_ids.values())
         own = [name for name in self.special_ids if name in GROUNDING_TOKENS or name not in CONTROL_TOKENS]

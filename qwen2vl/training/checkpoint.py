@@ -29,13 +29,13 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 
+from ..adapter import adapted, adapter_parameters, merged_parameters, write_adapter
 from ..files import read_json, write_json
 from ..hub import Checkpoint
 from ..model import Qwen2VL
 from ..prompt.processor import Processor
 from .errors import TrainingConfigError
 from .parallel import Parallel, whole
-from .stages import merged_parameters
 
 _NAME = re.compile(r"step-(\d{8})")
 #: Copied beside exported weights as they are; tokenizer and image settings are written as the processor has them.
@@ -155,11 +155,18 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def export(model: Qwen2VL, folder: Path, parallel: Parallel, *, processor: Checkpoint | None = None) -> None:
+def export(
+    model: Qwen2VL, folder: Path, parallel: Parallel, *, processor: Checkpoint | None = None, base: str | None = None
+) -> None:
     """Write ``model`` in the released layout, adapters merged, with the processor's files; all ranks call this.
 
+    Adapters are written by themselves, too, into the folder ``adapter`` beside it, whose configuration names ``base``.
     Rank 0 holds the whole model on the host meanwhile.
     """
+    if adapted(model):
+        own = {name: whole(tensor).cpu() for name, tensor in adapter_parameters(model)}
+        if parallel.rank == 0:
+            write_adapter(model, folder.with_name("adapter"), own, base=base)
     found: dict[str, torch.Tensor] = {}
     for name, tensor in merged_parameters(model):
         full = whole(tensor)

@@ -7,7 +7,6 @@ instruct     the language model learns, the tower is frozen
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .. import hub, weights
+from .. import adapter, hub, weights
 from ..config import Qwen2VLConfig, VisionConfig
 from ..errors import CheckpointError, install_hint
 from ..files import read_json
@@ -216,44 +215,23 @@ def add_lora(model: Qwen2VL, config: LoraConfig, stage: str) -> None:
     """
     if "llm" not in STAGES[stage]:
         raise TrainingConfigError(f"lora: adapters of the decoder do not go with stage {stage}, which freezes it")
+    layers = adapter.adaptable(model)
+
+    def named(prefix: str, targets: tuple[str, ...], key: str) -> list[str]:
+        inside = {name: name.rpartition(".")[2] for name in layers if name.startswith(prefix)}
+        if unknown := [target for target in targets if target not in inside.values()]:
+            raise TrainingConfigError(
+                f"{key}: {unknown[0]!r} names no linear layer; there are {', '.join(sorted(set(inside.values())))}"
+            )
+        return [name for name, leaf in inside.items() if leaf in targets]
+
+    names = named("model.layers.", config.targets, "lora.targets")
+    if config.tower:
+        names += named("visual.blocks.", ("qkv", "proj", "fc1", "fc2"), "lora.tower")
     try:
-        import peft  # pyright: ignore[reportMissingImports]
+        adapter.add_layers(model, names, adapter.LoraShape(config.rank, config.alpha, config.dropout))
     except ImportError as error:
         raise TrainingConfigError(f"lora: needs the package peft; {install_hint('peft')}") from error
-    model.requires_grad_(False)
-
-    def inject(part: nn.Module, targets: tuple[str, ...], key: str) -> None:
-        names = {name.rpartition(".")[2] for name, module in part.named_modules() if isinstance(module, nn.Linear)}
-        if unknown := [target for target in targets if target not in names]:
-            raise TrainingConfigError(
-                f"{key}: {unknown[0]!r} names no linear layer; there are {', '.join(sorted(names))}"
-            )
-        settings = peft.LoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha,  # type: ignore[arg-type]  # an int there, but only divided by the rank
-            lora_dropout=config.dropout,
-            target_modules=list(targets),
-        )
-        peft.inject_adapter_in_model(settings, part)
-
-    inject(model.model.layers, config.targets, "lora.targets")
-    if config.tower:
-        inject(model.visual.blocks, ("qkv", "proj", "fc1", "fc2"), "lora.tower")
     for parameter in model.parameters():
         if parameter.requires_grad:  # peft makes them float32; shards of one block share a dtype
             parameter.data = parameter.data.to(model.dtype)
-
-
-def merged_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The model's parameters under their released names, adapters added to the weights that they adapt, one after
-    another, so that no more than one merged matrix is held."""
-    adapted = {f"{name}.base_layer.weight": module for name, module in model.named_modules()
-               if hasattr(module, "lora_A") and hasattr(module, "get_delta_weight")}  # fmt: skip
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:
-            continue
-        tensor = parameter.detach()
-        if name in adapted:
-            delta = adapted[name].get_delta_weight("default").detach()  # type: ignore[operator]
-            tensor = (tensor.float() + delta.float()).to(tensor.dtype)
-        yield name.replace(".base_layer.", "."), tensor

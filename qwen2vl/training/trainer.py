@@ -139,7 +139,8 @@ class Trainer:
     # ----------------------------------------------------------------------------------------------------------- loop
 
     def run(self) -> None:
-        """Train to the last step, saving on the way and at the end; then export to ``output/model``."""
+        """Train to the last step, saving on the way and at the end; then export to ``output/model``, and adapters
+        by themselves to ``output/adapter``."""
         run, logs = self.config.run, None
         if self.parallel.rank == 0:
             logs = Logs(self.output, self.step, tensorboard=run.tensorboard, plot=run.plot)
@@ -155,7 +156,13 @@ class Trainer:
         finally:
             if logs is not None:
                 logs.close()
-        checkpoint.export(self.model, self.output / "model", self.parallel, processor=self.source)
+        checkpoint.export(
+            self.model,
+            self.output / "model",
+            self.parallel,
+            processor=self.source,
+            base=self.config.model.checkpoint,
+        )
 
     @property
     def finished(self) -> bool:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from benchmarks.byte_tokenizer import write_byte_tokenizer
@@ -241,6 +242,55 @@ def extended(tmp_path_factory):
     theirs.add_tokens(["<plain>"])
     theirs.save_pretrained(folder)
     return folder
+
+
+#: Special tokens with flags: which white space they take, and that a word may be no part of another.
+FLAGGED = {
+    "<|left|>": {"lstrip": True},
+    "<|right|>": {"rstrip": True},
+    "<|both|>": {"lstrip": True, "rstrip": True},
+    "WORD": {"single_word": True},
+    "SPACED": {"single_word": True, "lstrip": True, "rstrip": True},
+    "<|none|>": {},
+}
+
+
+@pytest.fixture(scope="module")
+def flagged(tmp_path_factory):
+    folder = write_random_checkpoint(tmp_path_factory.mktemp("flagged"))
+    theirs = AutoTokenizer.from_pretrained(folder)
+    added = [AddedToken(name, special=True, normalized=False, **flags) for name, flags in FLAGGED.items()]
+    theirs.add_tokens(added, special_tokens=True)
+    theirs.save_pretrained(folder)
+    return Processor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+_PIECES = st.sampled_from([*FLAGGED, " ", "\n", "\u3000", "\x1c", "\x85", "a", "_", "é", "\u0301", "²", "."])
+_TEXTS = st.lists(st.one_of(_PIECES, st.text(max_size=3)), max_size=8).map("".join)
+
+
+@settings(max_examples=150)
+@given(_TEXTS, _TEXTS)
+def test_added_tokens_with_flags_are_those_of_transformers(flagged, first, second):
+    """`lstrip`, `rstrip` and `single_word`, in prompts, labels and documents; what a user spells stays text."""
+    processor, peer = flagged
+    turns = [
+        {"role": "user", "content": "Go"},
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": " on "},
+        {"role": "assistant", "content": [{"text": first}, {"text": second}]},
+    ]
+    want = peer.encode(peer.apply_chat_template(turns, chat_template=CHAT_TEMPLATE, tokenize=False))
+    assert processor(turns, add_generation_prompt=False)["input_ids"][0].tolist() == want
+    document = processor.supervised_document([{"text": first}, {"text": second}])
+    assert document["input_ids"][0].tolist() == peer.encode(first + second + "<|endoftext|>")
+    inputs = processor.supervised(turns)
+    assert processor.decode(inputs["input_ids"][0], skip_special_tokens=False) == peer.decode(want)
+    taught = inputs["labels"][0] != IGNORED
+    ended = inputs["input_ids"][0] == processor.tokenizer.id("<|im_end|>")
+    assert int((taught & ended).sum()) == 2
+    user = processor([{"role": "user", "content": first}], add_generation_prompt=False)["input_ids"][0].tolist()
+    assert not {processor.tokenizer.id(name) for name in FLAGGED} & set(user)
 
 
 @pytest.mark.parametrize("name", [*ADDED, "<plain>", "<|box_start|>"])

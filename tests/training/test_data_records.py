@@ -184,6 +184,60 @@ def test_structured_calls():
     assert "# Actions" in messages[0]["content"] and "*FUNCTION*: look *ARGS*" in messages[2]["content"][0]["text"]
 
 
+def _openai(*ids, content=None, **more):
+    """A record of OpenAI's messages: a turn with two calls, and results that name the calls in the order of ``ids``."""
+    calls = [
+        {"id": name, "type": "function", "function": {"name": "look", "arguments": arguments}}
+        for name, arguments in (("c1", '{"at": 1}'), ("c2", {"at": 2}))
+    ]
+    return {"messages": [
+        {"role": "user", "content": "What is it?", "tool_calls": None},
+        {"role": "assistant", "content": content, "tool_calls": calls},
+        *({"role": "tool", "tool_call_id": name, "name": "look", "content": f"result {name}"} for name in ids),
+        {"role": "assistant", "content": "A cat.", "tool_calls": []},
+    ]} | more  # fmt: skip
+
+
+@pytest.mark.parametrize("said", [None, "", "Let me see."])
+def test_openai_tool_calls(said):
+    """Read as the turns of calls and observations that say the same; results go by the ids of their calls."""
+    structured = [
+        {"role": "user", "content": "What is it?"},
+        *([{"role": "assistant", "content": said}] if said else []),
+        {"role": "function_call", "content": [{"name": "look", "arguments": {"at": n}} for n in (1, 2)]},
+        {"role": "observation", "content": "result c1"},
+        {"role": "observation", "content": "result c2"},
+        {"role": "assistant", "content": "A cat."},
+    ]
+    structured[-4]["content"] = json.dumps(structured[-4]["content"])
+    tools = [{"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": {}}}]
+    want = read({"messages": structured, "tools": tools}, "sharegpt")
+    for ids in (("c1", "c2"), ("c2", "c1")):
+        assert read(_openai(*ids, content=said, tools=tools), "sharegpt") == want
+    content = "".join(item["text"] for item in want[1][2]["content"])
+    assert content.index("result c1") < content.index("result c2") < content.index("A cat.")
+
+
+@pytest.mark.parametrize(
+    ("record", "match"),
+    [
+        (_openai("c1"), r"tool_call_id: wants one result for each of the calls \['c1', 'c2'\], got \['c1'\]"),
+        (_openai("c1", "c3"), r"each of the calls \['c1', 'c2'\], got \['c1', 'c3'\]"),
+        (_openai("c1", "c1"), r"got \['c1', 'c1'\]"),
+        ({"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]}, "unknown key 'tool_calls'; a turn of "),
+        ({"messages": [{"role": "assistant", "tool_calls": {"id": 1}}]}, r"\[0\].tool_calls: wants a list, got dict"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"name": "f"}]}]}, r"tool_calls\[0\]: wants {'id'"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+            "is no JSON",
+        ),
+    ],
+)  # fmt: skip
+def test_openai_tool_calls_that_are_refused(record, match):
+    with pytest.raises(Qwen2VLError, match=match):
+        read(record, "sharegpt")
+
+
 # ---- malformed records ----
 
 TURNS = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]

@@ -1,6 +1,7 @@
 """The loop in one process: resume after a kill, frozen parts, the non-finite sample, logs, export, adapters."""
 
 import csv
+import json
 import math
 import os
 import signal
@@ -307,6 +308,12 @@ def test_adapters_train_alone_and_merge_into_the_export(folder, tmp_path):
         plain = TrainingStep(tiny_model())(batch)
     torch.testing.assert_close(merged, adapted, rtol=1e-5, atol=0)
     assert not torch.isclose(plain, adapted, rtol=1e-3)
+    beside = Qwen2VL.from_pretrained(folder, device="cpu", adapter=tmp_path / "adapter").train()
+    with torch.no_grad():
+        assert torch.equal(TrainingStep(beside)(batch), adapted), "what was trained, not what was merged"
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (2, 8, str(folder))
+    assert config["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
     resumed = runs.make(folder, tmp_path, "instruct", resume=True, **tables)
     _same(runs.weights(resumed), runs.weights(trainer))
     saved = FileSystemReader(checkpoint.folder_of(tmp_path, 2)).read_metadata().state_dict_metadata

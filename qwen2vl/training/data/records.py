@@ -7,7 +7,8 @@ or `videos`; or where Qwen-VL's `<img>path</img>` is, whose `<ref>`, `<box>` and
 Qwen2-VL's markers. Messages may also hold lists of items with media of their own.
 
 Function calls are text in an assistant's turn (entry or record with `agent`), or turns of their own: `function_call`
-with `{"name": ..., "arguments": {...}}` and `observation`, and the record's `tools` become the system prompt.
+with `{"name": ..., "arguments": {...}}` and `observation`, or OpenAI's messages with `tool_calls`, and those of role
+`tool` with a `tool_call_id`. The record's `tools` become the system prompt.
 """
 
 from __future__ import annotations
@@ -221,7 +222,7 @@ def _messages(record: Mapping[str, Any], key: str, media: _Media, entry: DataEnt
     if not isinstance(turns, list) or not turns:
         raise DataError(f"{key}: wants a list of turns, got {turns!r}"[:200])
     names = ("from", "value") if key == "conversations" else ("role", "content")
-    read = [_turn(turn, names, f"{key}[{n}]", media) for n, turn in enumerate(turns)]
+    read = [part for n, turn in enumerate(turns) for part in _turn(turn, names, f"{key}[{n}]", media)]
     style = record.get("agent", entry.agent)
     messages: list[Item] = []
     if record.get("system") is not None:
@@ -248,15 +249,29 @@ def _messages(record: Mapping[str, Any], key: str, media: _Media, entry: DataEnt
     return messages
 
 
-def _turn(turn: Any, names: tuple[str, str], where: str, media: _Media) -> Item:
-    """A turn, whose role and content stand under ``names``, with our name for the role and a list of items."""
+def _turn(turn: Any, names: tuple[str, str], where: str, media: _Media) -> list[Item]:
+    """A turn, whose role and content stand under ``names``, with our name for the role and a list of items.
+
+    One of an assistant that also holds calls is two: what it says, and its calls.
+    """
     if not isinstance(turn, Mapping):
         raise DataError(f"{where}: wants an object, got {type(turn).__name__}")
-    if unknown := [key for key, value in turn.items() if key not in (*names, "loss") and value is not None]:
-        raise DataError(f"{where}: unknown key {unknown[0]!r}; a turn takes {names[0]!r}, {names[1]!r}, 'loss'")
     role = turn.get(names[0])
     if not isinstance(role, str) or role not in _ROLES:
+        if unknown := [key for key in turn if key not in (*names, "loss")]:
+            raise DataError(f"{where}: unknown key {unknown[0]!r}; a turn takes {names[0]!r}, {names[1]!r}, 'loss'")
         raise DataError(f"{where}.{names[0]}: wants one of {', '.join(map(repr, _ROLES))}, got {role!r}")
+    more = {"assistant": ("tool_calls",), "result": ("tool_call_id", "name")}.get(_ROLES[role], ())
+    known = (*names, "loss", *more)
+    turn = {key: value for key, value in turn.items() if value is not None}  # tables fill what nobody said with null
+    if unknown := [key for key in turn if key not in known]:
+        raise DataError(f"{where}: unknown key {unknown[0]!r}; a turn of {role!r} takes {', '.join(map(repr, known))}")
+    loss = {} if "loss" not in turn else {"loss": turn["loss"]}
+    if calls := turn.get("tool_calls"):
+        text, ids = _tool_calls(calls, f"{where}.tool_calls")
+        made = {"role": "call", "content": [{"type": "text", "text": text}], "ids": ids, **loss}
+        said = {key: value for key, value in turn.items() if key != "tool_calls"}
+        return [*(_turn(said, names, where, media) if said.get(names[1]) else []), made]
     content = turn.get(names[1])
     if role == "function_call" and not isinstance(content, str):
         content = json.dumps(content)
@@ -266,7 +281,36 @@ def _turn(turn: Any, names: tuple[str, str], where: str, media: _Media) -> Item:
         items = [{"type": "text", "text": content}]
     else:
         items = media.items(_text(content, f"{where}.{names[1]}"))
-    return {"role": _ROLES[role], "content": items, **({} if turn.get("loss") is None else {"loss": turn["loss"]})}
+    answers = {} if "tool_call_id" not in turn else {"answers": turn["tool_call_id"]}
+    return [{"role": _ROLES[role], "content": items, **answers, **loss}]
+
+
+def _tool_calls(calls: Any, where: str) -> tuple[str, list[Any]]:
+    """OpenAI's calls as the text that a turn of calls holds, and their ids, None where they have none."""
+    if not isinstance(calls, list):
+        raise DataError(f"{where}: wants a list, got {type(calls).__name__}")
+    for n, call in enumerate(calls):
+        if not isinstance(call, Mapping) or not isinstance(call.get("function"), Mapping):
+            raise DataError(
+                f"{where}[{n}]: wants {{'id': ..., 'function': {{'name': ..., 'arguments': ...}}}}, got {call!r}"[:300]
+            )
+    return json.dumps([call["function"] for call in calls]), [call.get("id") for call in calls]
+
+
+def _in_order_of_calls(run: list[Item]) -> list[Item]:
+    """The turns with results that name their calls in the order of these: that is how a turn tells them apart."""
+    ordered: list[Item] = []
+    ids: list[Any] = []
+    for is_result, group in itertools.groupby(run, lambda turn: turn["role"] == "result"):
+        turns = list(group)
+        if not is_result:
+            ids = [one for turn in turns for one in turn.get("ids", ())]
+        elif named := [turn["answers"] for turn in turns if "answers" in turn]:
+            if len(named) < len(turns) or sorted(map(str, named)) != sorted(map(str, ids)):
+                raise FunctionCallError(f"tool_call_id: wants one result for each of the calls {ids}, got {named}")
+            turns.sort(key=lambda turn: ids.index(turn["answers"]))
+        ordered += turns
+    return ordered
 
 
 def _agent_turn(run: list[Item], style: Any, media: _Media) -> list[Item]:
@@ -274,7 +318,7 @@ def _agent_turn(run: list[Item], style: Any, media: _Media) -> list[Item]:
     if any("loss" in turn for turn in run):
         raise DataError("loss: is not taken by turns that belong to function calls")
     steps: list[Step] = []
-    for turn in run:
+    for turn in _in_order_of_calls(run):
         items = turn["content"]
         if turn["role"] == "result":
             steps.append(Result(items))

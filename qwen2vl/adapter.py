@@ -1,0 +1,274 @@
+"""LoRA adapters (arXiv 2106.09685) in peft's layout: read beside a checkpoint, written by training, merged on request.
+
+    adapter_config.json          rank, alpha, what is adapted
+    adapter_model.safetensors    base_model.model.<name in transformers>.lora_A.weight (r, in), .lora_B.weight (out, r)
+
+An adapted layer computes ``x W^T + b + s (x A^T) B^T``, ``s = alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``.
+The layers are peft's; what of an adapter they would not compute is refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from . import hub
+from .errors import CheckpointError, install_hint
+from .files import read_json, write_json, write_whole
+from .weights import our_name
+
+if TYPE_CHECKING:
+    from .model import Qwen2VL
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_NAME = "default"  # of the adapter, inside peft's layers
+#: Keys of adapter_config.json that say nothing about what is computed, or that are read here.
+_KNOWN = (
+    "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform",
+    "layers_pattern", "megatron_core", "qalora_group_size", "runtime_config", "eva_config", "init_lora_weights",
+)  # fmt: skip
+#: Of the ways to begin, those that leave the weights of the base as they are.
+_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class LoraShape:
+    """What an adapter's layers have in common."""
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    rslora: bool = False
+
+
+def adaptable(model: Qwen2VL) -> dict[str, nn.Linear]:
+    """The linear layers that may have adapters: those of the decoder's layers and of the tower's blocks, by name.
+
+    The merger, the patch embedding and the head give their weights to kernels, which know no adapters.
+    """
+    parts = (("model.layers", model.model.layers), ("visual.blocks", model.visual.blocks))
+    return {
+        f"{prefix}.{name}": module
+        for prefix, part in parts
+        for name, module in part.named_modules()
+        if isinstance(module, nn.Linear) and ".lora_" not in f".{name}"
+    }
+
+
+def adapted(model: nn.Module) -> dict[str, Any]:
+    """peft's layers in a model, by the name of the layer that each of them adapts."""
+    return {name: module for name, module in model.named_modules()
+            if hasattr(module, "lora_A") and hasattr(module, "get_delta_weight")}  # fmt: skip
+
+
+def add_layers(model: Qwen2VL, names: Iterable[str], shape: LoraShape) -> None:
+    """Put adapters that change nothing yet onto the layers of those names, of :func:`adaptable`.
+
+    Then only they learn. Raises :class:`ImportError` without peft.
+    """
+    import peft  # pyright: ignore[reportMissingImports]
+
+    names = list(names)
+    model.requires_grad_(False)
+    for prefix, part in (("model.layers.", model.model.layers), ("visual.blocks.", model.visual.blocks)):
+        inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        if inside:
+            settings = peft.LoraConfig(
+                r=shape.rank,
+                lora_alpha=shape.alpha,  # type: ignore[arg-type]  # an int there, but only divided by the rank
+                lora_dropout=shape.dropout,
+                use_rslora=shape.rslora,
+                target_modules=inside,
+            )
+            peft.inject_adapter_in_model(settings, part)
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def load_adapter(model: Qwen2VL, name_or_path: str | os.PathLike[str]) -> None:
+    """Put the adapter in a folder, or of a hub id, onto ``model``, in float32 as peft does; the base stays as it is.
+
+    Raises :class:`CheckpointError`: no adapter, one that is not for this model, one with parts that are not LoRA of a
+    linear layer of the decoder or of the tower's blocks (DoRA, ``modules_to_save``, biases, patterns of ranks ...), a
+    model that has one already, or peft is missing.
+    """
+    if adapted(model):
+        raise CheckpointError("adapter: the model has one; merge it before another is added")
+    folder = hub.resolve(name_or_path)
+    shape, targets = _read_config(folder)
+    layers = adaptable(model)
+    tensors = _read_tensors(folder, layers, shape.rank)
+    if targets is not None:
+        named = [name for name in layers if any(f".{_theirs(name)}".endswith(f".{target}") for target in targets)]
+        if missing := [name for name in named if name not in tensors]:
+            raise CheckpointError(f"{folder}: target_modules name {missing[0]}, of which {WEIGHTS_NAME} holds nothing")
+    try:
+        with torch.random.fork_rng(devices=[]):  # peft draws what is replaced below
+            add_layers(model, tensors, shape)
+    except ImportError as error:
+        raise CheckpointError(f"adapter: needs the package peft; {install_hint('peft')}") from error
+    for name, layer in adapted(model).items():
+        for side, tensor in zip(("lora_A", "lora_B"), tensors[name], strict=True):
+            parameter = getattr(layer, side)[_NAME].weight
+            parameter.data = tensor.to(device=parameter.device, dtype=torch.float32)
+    model.eval()
+
+
+def _read_config(folder: Path) -> tuple[LoraShape, list[str] | None]:
+    """The shape, and the names that adapted layers end with, None where the file says it in another way."""
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: holds no {CONFIG_NAME}, so it is no adapter in peft's layout")
+    config = read_json(path)
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        got = config.get("peft_type") if isinstance(config, dict) else config
+        raise CheckpointError(f"{path}: wants a LoRA adapter (peft_type 'LORA'), got {got!r}")
+    for key, value in config.items():
+        neutral = value in (None, False, "none") or value in ({}, [])
+        if key not in _KNOWN and not neutral:
+            raise CheckpointError(f"{path}: {key} is {value!r}, which is not supported")
+    if config.get("init_lora_weights") not in _BEGINNINGS:
+        raise CheckpointError(
+            f"{path}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base's weights and is "
+            "not supported; convert the adapter to plain LoRA with peft"
+        )
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise CheckpointError(f"{path}: r must be a positive integer, got {rank!r}")
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
+        raise CheckpointError(f"{path}: lora_alpha must be a number, got {alpha!r}")
+    targets = config.get("target_modules")
+    narrowed = any(config.get(key) is not None for key in ("layers_to_transform", "exclude_modules"))
+    listed = isinstance(targets, list) and all(isinstance(one, str) for one in targets)
+    shape = LoraShape(rank, float(alpha), rslora=bool(config.get("use_rslora")))
+    return shape, targets if listed and not narrowed else None
+
+
+def _read_tensors(
+    folder: Path, layers: dict[str, nn.Linear], rank: int
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The name of an adapted layer -> its A and B."""
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        pickled = " (adapter_model.bin can run code when read; save it as safetensors with peft)"
+        hint = pickled if (folder / "adapter_model.bin").is_file() else ""
+        raise CheckpointError(f"{folder}: holds no {WEIGHTS_NAME}{hint}")
+    try:
+        stored = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: damaged or truncated: {error}") from error
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    problems: list[str] = []
+    for key, tensor in stored.items():
+        name, _, side = our_name(key.removeprefix(_PREFIX)).removesuffix(".weight").rpartition(".")
+        if side not in ("lora_A", "lora_B") or name not in layers:
+            problems.append(f"{key}: is no part of LoRA of a linear layer of the decoder or of the tower's blocks")
+            continue
+        layer = layers[name]
+        want = (rank, layer.in_features) if side == "lora_A" else (layer.out_features, rank)
+        if tuple(tensor.shape) != want or not tensor.is_floating_point():
+            problems.append(f"{key}: {tensor.dtype} {tuple(tensor.shape)}, rank and model want floats {want}")
+        found.setdefault(name, {})[side] = tensor
+    problems += [f"{name}: only {next(iter(sides))} is there" for name, sides in found.items() if len(sides) < 2]
+    if not stored:
+        problems.append("it holds no tensor")
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise CheckpointError(f"{path}: " + "; ".join(problems[:8]) + more)
+    return {name: (sides["lora_A"], sides["lora_B"]) for name, sides in found.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The adapter's parameters under peft's names."""
+    for name, layer in adapted(model).items():
+        for side in ("lora_A", "lora_B"):
+            yield f"{_PREFIX}{_theirs(name)}.{side}.weight", getattr(layer, side)[_NAME].weight.detach()
+
+
+def write_adapter(model: Qwen2VL, folder: Path, tensors: dict[str, torch.Tensor], *, base: str | None = None) -> None:
+    """Write ``tensors``, which :func:`adapter_parameters` gave, and their configuration, as peft does.
+
+    ``base``: name of the checkpoint that was adapted. Raises :class:`CheckpointError` for a model without adapter.
+    """
+    layers = adapted(model)
+    if not layers:
+        raise CheckpointError("adapter: the model has none to be saved")
+    layer = next(iter(layers.values()))
+    rank, alpha = layer.r[_NAME], layer.lora_alpha[_NAME]
+    leaves = {name.rpartition(".")[2] for name in layers}
+    # The last parts of names say which layers where no others have them; those of the tower others do have.
+    whole = {
+        name.removesuffix(".base_layer")
+        for name in adaptable(model)
+        if name.removesuffix(".base_layer").rpartition(".")[2] in leaves
+    }
+    plain = whole == set(layers) and all(name.startswith("model.layers.") for name in layers)
+    config = {
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": getattr(layer.lora_dropout[_NAME], "p", 0.0),
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "target_modules": sorted(leaves) if plain else [_theirs(name) for name in layers],
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": not math.isclose(layer.scaling[_NAME], alpha / rank),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    held = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    write_whole(folder / WEIGHTS_NAME, lambda path: save_file(held, path, metadata={"format": "pt"}))
+    write_json(folder / CONFIG_NAME, config)
+
+
+def _theirs(name: str) -> str:
+    """The name of a layer in transformers, 4.52 and later."""
+    return name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else f"model.{name}"
+
+
+# ------------------------------------------------------------------------------------------------------------- merging
+
+
+def merged_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The model's parameters under their released names, adapters added to the weights that they adapt, one after
+    another, so that no more than one merged matrix is held."""
+    layers = {f"{name}.base_layer.weight": layer for name, layer in adapted(model).items()}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        tensor = parameter.detach()
+        yield name.replace(".base_layer.", "."), _merged(tensor, layers[name]) if name in layers else tensor
+
+
+def merge_layers(model: Qwen2VL) -> None:
+    """Put every adapted layer's sum in its place; nothing of the adapter is left."""
+    for name, layer in adapted(model).items():
+        base = layer.base_layer
+        base.weight.data = _merged(base.weight.detach(), layer)
+        model.set_submodule(name, base)
+    for part in (model.model.layers, model.visual.blocks):
+        if hasattr(part, "peft_config"):
+            del part.peft_config
+
+
+def _merged(weight: torch.Tensor, layer: Any) -> torch.Tensor:
+    return (weight.float() + layer.get_delta_weight(_NAME).detach().float()).to(weight.dtype)
