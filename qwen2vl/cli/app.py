@@ -15,6 +15,7 @@ from .eval import evaluate
 from .generate import generate
 from .info import info
 from .inspect import inspect
+from .threads import take_process
 from .train import train
 
 
@@ -68,6 +69,7 @@ app.command()(train)
 
 def main() -> None:
     """Entry point of the console script."""
+    take_process()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # not a text stream of Python's own
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

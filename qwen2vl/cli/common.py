@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from typer.core import TyperCommand
 
 from ..errors import CheckpointError, Qwen2VLError
+from . import threads
 
 if TYPE_CHECKING:
     from ..generation import GenerationConfig
@@ -235,6 +236,8 @@ def load(
             checkpoint, device=device, dtype=None if dtype is None else dtype.value, progress=report
         )
     loaded.max_vision_patches = max_vision_patches
+    if loaded.device.type == "cpu":
+        threads.choose(sum(parameter.numel() for parameter in loaded.parameters()))
     return loaded, processor
 
 

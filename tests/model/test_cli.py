@@ -22,7 +22,7 @@ import qwen2vl_kernels
 from benchmarks.random_checkpoint import small_config, write_random_checkpoint
 from examples.demo.media import draw_scene, write_video
 from qwen2vl import GenerationConfig, Processor, Qwen2VL, generate
-from qwen2vl.cli import app
+from qwen2vl.cli import app, threads
 from qwen2vl.cli.common import printable
 from qwen2vl_kernels.core import attention_choice, backends
 from qwen2vl_kernels.core.matmul import cpu_vendor, slow_on_cpu
@@ -381,6 +381,56 @@ def test_info(run):
         assert row["op"] in text and (row["measured"] or "not measured") in text
     for reason in facts["unavailable"].values():
         assert reason in text.replace("\n", " ")
+
+
+# ----------------------------------------------------------------------------------------------------- threads
+
+
+@pytest.mark.parametrize(
+    ("parameters", "most", "wanted"), [(4_000_000, 64, 1), (0, 1, 1), (100_000_000, 64, 5), (2_000_000_000, 8, 8)]
+)
+def test_threads_suit_the_work(parameters, most, wanted):
+    assert threads.suitable(parameters, most) == wanted
+
+
+_AS_COMMAND = """
+import sys
+from qwen2vl.cli import main
+try:
+    main()
+finally:
+    import torch
+    print("threads:", torch.get_num_threads(), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(("given", "wanted"), [({}, 1), ({"OMP_NUM_THREADS": "2"}, 2)])
+def test_the_command_has_few_threads_and_none_spins(place, given, wanted):
+    """OpenMP itself says how its threads wait."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "MKL_", "GOMP_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", _AS_COMMAND, "generate", "--model", "model", "-p", "hi", "-n", "1"],
+        cwd=place,
+        env={**environment, "PYTHONPATH": str(ROOT), "OMP_DISPLAY_ENV": "TRUE", **given},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0 and f"threads: {wanted}\n" in done.stderr, done.stderr
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr
+
+
+def test_a_programs_own_threads_are_left_alone(run, monkeypatch):
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        threads.take_process()
+        answer(run, "--prompt", "hi")
+        assert torch.get_num_threads() == 2 and "OMP_WAIT_POLICY" not in os.environ
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_inspect(run, tmp_path):
