@@ -22,8 +22,9 @@ from . import threads
 
 if TYPE_CHECKING:
     from ..generation import GenerationConfig
+    from ..hub import Checkpoint
     from ..model import Qwen2VL
-    from ..prompt.processor import Processor
+    from ..prompt.processor import MediaInfo, Processor
 
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -203,6 +204,22 @@ def check_pixels(min_pixels: int | None, max_pixels: int | None) -> None:
         raise typer.BadParameter(f"{min_pixels} is more than --max-pixels {max_pixels}", param_hint="--min-pixels")
 
 
+def load_processor(
+    model: str | Checkpoint | None, *, min_pixels: int | None, max_pixels: int | None, allow_remote: bool
+) -> Processor:
+    """The processor of --model, or for None of the small model that comes with the package."""
+    check_pixels(min_pixels, max_pixels)
+    from .. import assets
+    from ..prompt.processor import Processor
+
+    return Processor.from_pretrained(
+        assets.folder() if model is None else model,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        allow_remote=allow_remote,
+    )
+
+
 def load(
     model: str | None,
     *,
@@ -214,23 +231,20 @@ def load(
     max_vision_patches: int | None,
 ) -> tuple[Qwen2VL, Processor]:
     """Model and processor of --model, or for None of the small model that comes with the package."""
-    check_pixels(min_pixels, max_pixels)
     import torch
 
     from .. import assets
     from ..hub import Checkpoint
     from ..model import Qwen2VL
-    from ..prompt.processor import Processor
 
+    check_pixels(min_pixels, max_pixels)
     if device is not None:
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:  # torch's ways of saying that it has no such device
             raise Qwen2VLError(f"--device {device}: {str(error).splitlines()[0]}") from error
     checkpoint = Checkpoint.find(assets.folder() if model is None else model)
-    processor = Processor.from_pretrained(
-        checkpoint, min_pixels=min_pixels, max_pixels=max_pixels, allow_remote=allow_remote
-    )
+    processor = load_processor(checkpoint, min_pixels=min_pixels, max_pixels=max_pixels, allow_remote=allow_remote)
     with progress_bar("loading tensors") as report:
         loaded = Qwen2VL.from_pretrained(
             checkpoint, device=device, dtype=None if dtype is None else dtype.value, progress=report
@@ -283,3 +297,16 @@ def generation_config(
 def video_options(min_pixels: int | None, max_pixels: int | None, fps: float) -> dict[str, Any]:
     """How the options for media apply to videos, as keywords of the processor's call."""
     return {"video_min_pixels": min_pixels, "video_max_pixels": max_pixels, "fps": fps}
+
+
+def describe_media(info: MediaInfo) -> dict[str, Any]:
+    """What became of one image or video, as --json prints it: sizes are (height, width) in pixels, times in seconds."""
+    facts: dict[str, Any] = {
+        "source_size": list(info.source_size),
+        "resized_size": list(info.resized_size),
+        "grid_thw": list(info.grid_thw),
+        "tokens": info.num_tokens,
+    }
+    if info.kind == "video":
+        facts |= {"duration": info.duration, "fps": info.native_fps, "frame_times": list(info.frame_times)}
+    return facts

@@ -28,6 +28,7 @@ from .common import (
     TemperatureOption,
     TopKOption,
     TopPOption,
+    describe_media,
     generation_config,
     load,
     printable,
@@ -48,7 +49,7 @@ def generate(
     video: Annotated[list[str] | None, typer.Option("--video", metavar="FILE", help="May be repeated.")] = None,
     system: SystemOption = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object with tokens and timings; times in seconds.")
+        bool, typer.Option("--json", help="Print one JSON object: sizes are [height, width], times in seconds.")
     ] = False,
     max_new_tokens: MaxNewTokensOption = 512,
     temperature: TemperatureOption = None,
@@ -149,19 +150,7 @@ def generate(
             "generated": len(result.sequences[0]),
         },
         "media": [
-            {
-                "kind": item.kind,
-                "source": source,
-                "source_size": item.source_size,
-                "resized_size": item.resized_size,
-                "grid_thw": item.grid_thw,
-                "tokens": item.num_tokens,
-                **(
-                    {"duration": item.duration, "fps": item.native_fps, "frame_times": item.frame_times}
-                    if item.kind == "video"
-                    else {}
-                ),
-            }
+            {"kind": item.kind, "source": source, **describe_media(item)}
             for item, (_, source) in zip(inputs.media, media, strict=True)
         ],
         "timings": timings,

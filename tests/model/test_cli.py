@@ -12,50 +12,17 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from typer.testing import CliRunner
 
 import qwen2vl_kernels
-from benchmarks.random_checkpoint import small_config, write_random_checkpoint
-from examples.demo.media import draw_scene, write_video
 from qwen2vl import GenerationConfig, Processor, Qwen2VL, generate
-from qwen2vl.cli import app, threads
+from qwen2vl.cli import threads
 from qwen2vl.cli.common import printable
 from qwen2vl_kernels.core import attention_choice, backends
 from qwen2vl_kernels.core.matmul import cpu_vendor, slow_on_cpu
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a checkpoint, two images and a video."""
-    folder = tmp_path_factory.mktemp("cli")
-    write_random_checkpoint(
-        folder / "model", small_config(tie_word_embeddings=False), std=0.1, dtype=torch.float32, seed=1
-    )
-    path = folder / "model" / "generation_config.json"
-    # No id that the model can choose, so that answers are as long as asked for.
-    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [999]}))
-    draw_scene(84, 56).save(folder / "day.png")
-    draw_scene(60, 120, night=True).save(folder / "a night.jpg")
-    write_video(folder / "balloon.mp4", width=64, height=48, seconds=2, fps=10)
-    (folder / "text.png").write_text("no picture at all")
-    return folder
-
-
-@pytest.fixture
-def run(place, monkeypatch):
-    """Runs the command line in that folder."""
-    monkeypatch.chdir(place)
-
-    def call(*args, stdin=None):
-        return CliRunner().invoke(app, [str(a) for a in args], input=stdin)
-
-    return call
 
 
 def answer(run, *args, **kwargs) -> dict:
@@ -353,7 +320,7 @@ def _read_until(terminal: int, wanted: str, seconds: float = 60) -> str:
     return seen.decode(errors="replace")
 
 
-# -------------------------------------------------------------------------------------------- info and inspect
+# --------------------------------------------------------------------------------------------------------- info
 
 
 def test_info(run):
@@ -431,63 +398,3 @@ def test_a_programs_own_threads_are_left_alone(run, monkeypatch):
         assert torch.get_num_threads() == 2 and "OMP_WAIT_POLICY" not in os.environ
     finally:
         torch.set_num_threads(before)
-
-
-def test_inspect(run, tmp_path):
-    result = run("inspect", "day.png", "balloon.mp4", "--out", tmp_path / "new", "--json")
-    assert result.exit_code == 0, result.stderr
-    image, video = json.loads(result.stdout)
-    assert image["grid_thw"] == [1, 4, 6] and image["tokens"] == 6 and image["patches"] == 24
-    assert image["file_bytes"] == Path("day.png").stat().st_size and image["patch_bytes"] == 24 * 588
-    assert [Path(p).name for p in image["pictures"]] == ["day-grid.png", "day-positions.png"]
-    assert [Path(p).name for p in video["pictures"]] == ["balloon-frames.png", "balloon-positions.png"]
-    assert video["frame_times"] == pytest.approx([0, 0.6, 1.3, 1.9])
-    sizes = {}
-    for path in image["pictures"] + video["pictures"]:
-        with Image.open(path) as picture:
-            picture.load()
-            assert picture.format == "PNG" and len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 8
-            sizes[Path(path).name] = picture.size
-    assert sizes["day-grid.png"] == (84 * 7, 56 * 7)  # enlarged by a whole factor, to 560 at least
-    assert sizes["day-positions.png"] == (1440, 600)
-    text = run("inspect", "day.png", "balloon.mp4").stdout
-    for said in ("84 × 56 pixels", "1 × 4 × 6", "6, and 2 marks", "2.00 s at 10.00 frames", "4, at 0.00, 0.60"):
-        assert said in text
-
-
-def test_inspect_options(run, place):
-    (small,) = json.loads(run("inspect", "day.png", "--max-pixels", 3136, "--json").stdout)
-    assert small["tokens"] <= 4
-    (forced,) = json.loads(run("inspect", "balloon.mp4", "--as", "video", "--fps", 5, "--json").stdout)
-    assert len(forced["frame_times"]) == 10
-    result = run("inspect", "balloon.mp4", "--as", "image")
-    assert result.exit_code == 1 and "balloon.mp4" in result.stderr
-
-
-def test_pictures_of_files_with_one_stem(run, place, tmp_path):
-    (tmp_path / "day.png").write_bytes((place / "a night.jpg").read_bytes())
-    reports = json.loads(run("inspect", "day.png", tmp_path / "day.png", "--out", tmp_path, "--json").stdout)
-    names = [Path(p).name for report in reports for p in report["pictures"]]
-    assert names == ["day-1-grid.png", "day-1-positions.png", "day-2-grid.png", "day-2-positions.png"]
-
-
-@pytest.mark.parametrize(
-    ("files", "names"),
-    [
-        (["x/a.png", "y/a.png", "a-1.png"], ["a-2", "a-3", "a-1"]),
-        (["a-1.png", "x/a.png", "z/a-1.png", "y/a.png"], ["a-1-1", "a-1", "a-1-2", "a-2"]),
-        (["x/a.png", "y/a.png", "z/a-1.png", "w/a-1.jpg"], ["a-1", "a-2", "a-1-1", "a-1-2"]),
-        (["a.png", "b.png", "A.png"], ["a-1", "b", "A-2"]),
-    ],
-)
-def test_names_of_pictures_are_unique(files, names):
-    assert importlib.import_module("qwen2vl.cli.inspect")._names(files) == names
-
-
-def test_inspect_without_matplotlib(run, tmp_path, monkeypatch):
-    """The plot alone is left out, with a word on why."""
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    result = run("inspect", "day.png", "--out", tmp_path)
-    assert result.exit_code == 0 and 'pip install "matplotlib>=3.8"' in result.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["day-grid.png"]
-    assert run("inspect", "day.png").stderr == ""
