@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from .chat import chat
-from .common import MediaOrderCommand, explain, installed_version, print_error
+from .common import Command, MediaOrderCommand, PlainFlags, explain, installed_version, print_error
 from .eval import evaluate
 from .generate import generate
 from .info import info
@@ -19,7 +19,7 @@ from .threads import take_process
 from .train import train
 
 
-class _Commands(TyperGroup):
+class _Commands(PlainFlags, TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
@@ -37,7 +37,6 @@ app = typer.Typer(
     cls=_Commands,
     help="Qwen2-VL: ask about images and videos, and train.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -60,11 +59,11 @@ def _options(
 
 
 app.command(cls=MediaOrderCommand)(generate)
-app.command()(chat)
-app.command()(info)
-app.command()(inspect)
-app.command("eval")(evaluate)
-app.command()(train)
+app.command(cls=Command)(chat)
+app.command(cls=Command)(info)
+app.command(cls=Command)(inspect)
+app.command("eval", cls=Command)(evaluate)
+app.command(cls=Command)(train)
 
 
 def main() -> None:

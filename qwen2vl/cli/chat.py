@@ -22,6 +22,7 @@ from .common import (
     MaxVisionPatchesOption,
     MinPixelsOption,
     ModelOption,
+    QuietOption,
     RepetitionPenaltyOption,
     SeedOption,
     StopOption,
@@ -32,6 +33,7 @@ from .common import (
     explain,
     generation_config,
     load,
+    notes,
     print_error,
     printable,
     progress_bar,
@@ -72,11 +74,13 @@ def chat(
     device: DeviceOption = None,
     dtype: DTypeOption = None,
     max_vision_patches: MaxVisionPatchesOption = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Talk about images and videos, turn by turn. /help lists the commands.
 
     Lines may also come through a pipe, one message or command each; an error then ends the program.
     """
+    notes.quiet = quiet
     loaded, processor = load(
         model,
         device=device,
@@ -116,7 +120,7 @@ class _Chat:
     def run(self) -> None:
         interactive = sys.stdin.isatty()
         if interactive:
-            stderr.print(f"[dim]{_HELP}[/]")
+            notes.print(f"[dim]{_HELP}[/]")
         for line in _lines(interactive):
             try:
                 if not self.take(line.strip()):
@@ -182,8 +186,8 @@ class _Chat:
         self.attached.append(item)
         name = path if len(path) <= 200 else path[:60] + "..."
         height, width = size or info.source_size
-        said = printable(f"attached {name}: {what}{width} × {height}, {info.num_tokens} tokens", stderr.is_terminal)
-        stderr.print(f"[dim]{escape(said)}[/]")
+        said = printable(f"attached {name}: {what}{width} × {height}, {info.num_tokens} tokens", notes.is_terminal)
+        notes.print(f"[dim]{escape(said)}[/]")
 
     def ask(self, text: str) -> None:
         """One turn. A question that cannot be answered leaves the conversation as it was."""
@@ -207,7 +211,7 @@ class _Chat:
             stopped = True
         print(flush=True)
         if stopped:
-            stderr.print("[dim](stopped)[/]")
+            notes.print("[dim](stopped)[/]")
             if not pieces:
                 return
         self.turns = [*self.turns, question, {"role": "assistant", "content": "".join(pieces)}]

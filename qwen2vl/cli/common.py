@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from importlib import metadata
@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typer.core import TyperCommand
 
-from ..errors import CheckpointError, Qwen2VLError
+from ..errors import CheckpointError, MediaError, Qwen2VLError
 from . import threads
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from ..prompt.processor import MediaInfo, Processor
 
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+#: What is said on stderr beside the answer; --quiet makes it silent, and leaves errors and warnings.
+notes = Console(stderr=True, highlight=False, soft_wrap=True)
 
 _PLACE = re.compile(r"^messages\[\d+\]\.content\[\d+\]: ")
 _SLOW_SECONDS = 0.5
@@ -100,6 +102,7 @@ FpsOption = Annotated[
 AllowRemoteOption = Annotated[
     bool, typer.Option("--allow-remote", help="Fetch media from http(s) URLs.", rich_help_panel=_MEDIA)
 ]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors and warnings on stderr.")]
 _MACHINE = "Machine"
 DeviceOption = Annotated[
     str | None,
@@ -121,7 +124,22 @@ DTypeOption = Annotated[
 ]
 
 
-class MediaOrderCommand(TyperCommand):
+class PlainFlags:
+    """Beside a class of commands: flags take no value, and so no type of one stands behind them in the help."""
+
+    def get_params(self, ctx: Any) -> Any:
+        params = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False) and param.metavar is None:
+                param.metavar = ""
+        return params
+
+
+class Command(PlainFlags, TyperCommand):
+    """A command of ``qwen2vl``."""
+
+
+class MediaOrderCommand(Command):
     """Remembers in which order --image and --video stood among each other, in ``ctx.meta["media_order"]``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -181,13 +199,13 @@ def printable(text: str, terminal: bool | None = None) -> str:
 def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     """A callback (done, total) that draws a bar on stderr: on a terminal, and only of what takes a while."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=stderr, transient=True)
+    bar = Progress(*columns, console=notes, transient=True)
     begin = time.monotonic()
 
     def report(done: int, total: int) -> None:
         if bar.task_ids:
             bar.update(bar.task_ids[0], completed=done, total=total)
-        elif stderr.is_terminal and done < total and time.monotonic() - begin > _SLOW_SECONDS:
+        elif notes.is_terminal and not notes.quiet and done < total and time.monotonic() - begin > _SLOW_SECONDS:
             bar.start()
             bar.add_task(label, completed=done, total=total)
 
@@ -196,6 +214,19 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     finally:
         if bar.task_ids:
             bar.stop()
+
+
+def read_stdin() -> bytes:
+    """All of standard input, for a file that is named -."""
+    if data := sys.stdin.buffer.read():
+        return data
+    raise MediaError("stdin is empty")
+
+
+def check_stdin(given: Sequence[str]) -> None:
+    """A usage error where more than one of what was given is -, as standard input can be read once."""
+    if given.count("-") > 1:
+        raise typer.BadParameter("stands for stdin, which can be read once; it was given more often", param_hint="-")
 
 
 def check_pixels(min_pixels: int | None, max_pixels: int | None) -> None:
@@ -260,7 +291,7 @@ def tell_who_answers(model: str | None) -> None:
     if model is None:
         from ..assets import NOTICE
 
-        stderr.print(f"[dim]{NOTICE}[/]")
+        notes.print(f"[dim]{NOTICE}[/]")
 
 
 def generation_config(

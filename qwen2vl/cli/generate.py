@@ -21,6 +21,7 @@ from .common import (
     MaxVisionPatchesOption,
     MinPixelsOption,
     ModelOption,
+    QuietOption,
     RepetitionPenaltyOption,
     SeedOption,
     StopOption,
@@ -28,12 +29,14 @@ from .common import (
     TemperatureOption,
     TopKOption,
     TopPOption,
+    check_stdin,
     describe_media,
     generation_config,
     load,
+    notes,
     printable,
     progress_bar,
-    stderr,
+    read_stdin,
     tell_who_answers,
     video_options,
 )
@@ -45,8 +48,12 @@ def generate(
     prompt: Annotated[
         str, typer.Option("--prompt", "-p", metavar="TEXT", help="The question; - reads it from stdin.")
     ] = "",
-    image: Annotated[list[str] | None, typer.Option("--image", "-i", metavar="FILE", help="May be repeated.")] = None,
-    video: Annotated[list[str] | None, typer.Option("--video", metavar="FILE", help="May be repeated.")] = None,
+    image: Annotated[
+        list[str] | None, typer.Option("--image", "-i", metavar="FILE", help="May be repeated; - is stdin.")
+    ] = None,
+    video: Annotated[
+        list[str] | None, typer.Option("--video", metavar="FILE", help="May be repeated; - is stdin.")
+    ] = None,
     system: SystemOption = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object: sizes are [height, width], times in seconds.")
@@ -65,15 +72,18 @@ def generate(
     device: DeviceOption = None,
     dtype: DTypeOption = None,
     max_vision_patches: MaxVisionPatchesOption = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Answer one prompt about images and videos.
 
     Media come before the prompt, in the order given. The answer streams to stdout.
     """
+    notes.quiet = quiet
     sources = {"image": iter(image or ()), "video": iter(video or ())}
     media = [(kind, next(sources[kind])) for kind in ctx.meta["media_order"]]
     if not prompt and not media:
         raise typer.BadParameter("give a prompt, an image or a video", param_hint="--prompt")
+    check_stdin([prompt, *(source for _, source in media)])
     if prompt == "-":
         prompt = sys.stdin.read().strip()
         if not prompt:
@@ -101,7 +111,9 @@ def generate(
         stop=stop,
     )
 
-    content: list[dict[str, Any]] = [{"type": kind, kind: source} for kind, source in media]
+    content: list[dict[str, Any]] = [
+        {"type": kind, kind: read_stdin() if source == "-" else source} for kind, source in media
+    ]
     if prompt:
         content.append({"type": "text", "text": prompt})
     messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
@@ -127,8 +139,8 @@ def generate(
     )
     if not as_json:
         print(flush=True)
-        if result.finish_reasons[0] == "length" and stderr.is_terminal:
-            stderr.print(f"[dim](stopped at --max-new-tokens {max_new_tokens})[/]")
+        if result.finish_reasons[0] == "length" and notes.is_terminal:
+            notes.print(f"[dim](stopped at --max-new-tokens {max_new_tokens})[/]")
         return
 
     counts = {"image": 0, "video": 0}

@@ -22,13 +22,16 @@ from .common import (
     MaxPixelsOption,
     MinPixelsOption,
     ModelOption,
+    QuietOption,
+    check_stdin,
     describe_media,
     explain,
     load_processor,
+    notes,
     print_error,
     printable,
     progress_bar,
-    stderr,
+    read_stdin,
     video_options,
 )
 
@@ -63,7 +66,7 @@ class Kind(StrEnum):
 
 
 def inspect(
-    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Images and videos.")],
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Images and videos; - is stdin.")],
     model: ModelOption = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="DIR", help="Save pictures and plots here.")
@@ -76,6 +79,7 @@ def inspect(
     max_pixels: MaxPixelsOption = None,
     fps: FpsOption = MediaOptions.fps,
     allow_remote: AllowRemoteOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Show what a media file becomes for a model: sizes, grid of patches, tokens.
 
@@ -85,9 +89,11 @@ def inspect(
     With --out: for an image NAME-grid.png, its patches (thin lines) and tokens (thick lines); for a video
     NAME-frames.png, the frames kept; for both NAME-positions.png, the position ids of text, media, text.
     """
+    notes.quiet = quiet
+    check_stdin(files)
     processor = load_processor(model, min_pixels=min_pixels, max_pixels=max_pixels, allow_remote=allow_remote)
     if model is None:
-        stderr.print(
+        notes.print(
             "[dim]sizes are those of the toy that answers where no --model is named; for a released checkpoint's: "
             "--model Qwen/Qwen2-VL-2B-Instruct[/]"
         )
@@ -104,7 +110,7 @@ def inspect(
             message = explain(error)
             if message is None:
                 raise
-            print_error(message if file in message else f"{file[:300]}: {message}")
+            print_error(message if file in message and file != "-" else f"{file[:300]}: {message}")
             failed = True
             reports.append(facts | {"error": message})
             continue
@@ -122,7 +128,8 @@ def inspect(
 
 def _read(processor: Processor, file: str, kind: Kind, options: dict[str, Any]) -> Inputs:
     """The file read as generate reads it."""
-    messages = [{"role": "user", "content": [{"type": kind.value, kind.value: file}]}]
+    source = read_stdin() if file == "-" else file
+    messages = [{"role": "user", "content": [{"type": kind.value, kind.value: source}]}]
     with progress_bar("reading video frames") as report:
         return processor(messages, progress=report, **options)
 
@@ -154,7 +161,7 @@ def save_pictures(out: Path, name: str, inputs: Inputs, shape: PatchShape) -> li
             frames, times, tokens_per_step=tokens, temporal_patch_size=shape.temporal_patch_size
         ).save(first)
     if find_spec("matplotlib") is None:
-        typer.echo(f"no plot of position ids: it needs matplotlib; {install_hint('matplotlib')}", err=True)
+        notes.print(escape(f"no plot of position ids: it needs matplotlib; {install_hint('matplotlib')}"))
         return [first]
     plot = out / f"{name}-positions.png"
     inspection.plot_positions(
@@ -169,6 +176,7 @@ def save_pictures(out: Path, name: str, inputs: Inputs, shape: PatchShape) -> li
 
 def _names(files: list[str]) -> list[str]:
     """A name for the pictures of each file: its stem, numbered where two files share one. No name comes twice."""
+    files = ["stdin" if file == "-" else file for file in files]
     stems = [Path(file.rpartition("/")[2] or file).stem[:100] or "media" for file in files]
     # Compared without case: so do the file systems of some machines.
     keys = [stem.casefold() for stem in stems]

@@ -17,7 +17,6 @@ import torch
 
 import qwen2vl_kernels
 from qwen2vl import GenerationConfig, Processor, Qwen2VL, generate
-from qwen2vl.cli import threads
 from qwen2vl.cli.common import printable
 from qwen2vl_kernels.core import attention_choice, backends
 from qwen2vl_kernels.core.matmul import cpu_vendor, slow_on_cpu
@@ -86,6 +85,49 @@ def test_system_and_stdin_reach_the_prompt(run):
     assert answer(run, "--prompt", "-", stdin="hi\n")["token_ids"] == plain["token_ids"]
     other = answer(run, "--prompt", "hi", "--system", "You are a helpful assistant who says nothing at all.")
     assert other["tokens"]["prompt"] > plain["tokens"]["prompt"]
+
+
+@pytest.mark.parametrize(("option", "file"), [("--image", "a night.jpg"), ("--video", "balloon.mp4")])
+def test_media_come_through_a_pipe(run, option, file):
+    data = Path(file).read_bytes()
+    named = answer(run, "--image", "day.png", option, file, "-p", "hi", "--max-pixels", 9000)
+    piped = answer(run, "--image", "day.png", option, "-", "-p", "hi", "--max-pixels", 9000, stdin=data)
+    assert piped["token_ids"] == named["token_ids"] and piped["media"][1] == {**named["media"][1], "source": "-"}
+    (shown,) = json.loads(run("inspect", "-", "--as", option[2:], "--json", "--model", "model", stdin=data).stdout)
+    (wanted,) = json.loads(run("inspect", file, "--json", "--model", "model").stdout)
+    assert shown == {**wanted, "file": "-", "file_bytes": None}
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "named"),
+    [
+        (("generate", "--image", "-", "--video", "-"), 2, "once"),
+        (("generate", "--image", "-", "--prompt", "-"), 2, "once"),
+        (("inspect", "-", "-"), 2, "once"),
+        (("generate", "--image", "-"), 1, "stdin is empty\n"),
+        (("inspect", "-"), 1, "stdin is empty\n"),
+    ],
+)
+def test_what_a_pipe_cannot_give(run, args, code, named):
+    result = run(*args, "--model", "model", stdin="")
+    assert result.exit_code == code and named in result.stderr and result.stdout == ""
+
+
+def test_quiet_leaves_errors(run):
+    """What is said beside an answer goes, on a terminal, too; and comes back where nobody asked for quiet."""
+    asked = ("generate", "-i", "day.png", "-p", "hi", "-n", 1)
+    assert "toy" in run(*asked).stderr
+    for quiet in (
+        (*asked, "--quiet"),
+        ("inspect", "day.png", "-q"),
+        ("eval", "--quick", "--skill", "count", "--difficulty", 0, "-q"),
+    ):
+        result = run(*quiet)
+        assert result.exit_code == 0 and result.stderr == "" and result.stdout
+    result = run("chat", "-q", "-n", 1, stdin="/image day.png\nhi\n")
+    assert result.exit_code == 0 and result.stderr == ""
+    assert run("generate", "-q", "-i", "missing.png").stderr.startswith("error: ")
+    assert "attached" in run("chat", "-n", 1, stdin="/image day.png\n").stderr
 
 
 def test_stop_string_ends_the_answer(run):
@@ -205,6 +247,14 @@ def test_version_and_help(run):
     for command in ("generate", "chat", "info", "inspect"):
         assert command in run("--help").stdout
         assert run(command, "--help").exit_code == 0
+
+
+def test_flags_have_no_type_in_the_help(run):
+    """Of all commands, and of those that typer adds by itself."""
+    for command in ((), *((name,) for name in ("generate", "chat", "info", "inspect", "eval", "train"))):
+        text = run(*command, "--help").stdout
+        lines = [line for line in text.splitlines() if any(f in line for f in ("--json", "--help ", "--version"))]
+        assert lines and "bool" not in text.lower(), text
 
 
 def test_control_characters_do_not_reach_a_terminal():
@@ -348,53 +398,3 @@ def test_info(run):
         assert row["op"] in text and (row["measured"] or "not measured") in text
     for reason in facts["unavailable"].values():
         assert reason in text.replace("\n", " ")
-
-
-# ----------------------------------------------------------------------------------------------------- threads
-
-
-@pytest.mark.parametrize(
-    ("parameters", "most", "wanted"), [(4_000_000, 64, 1), (0, 1, 1), (100_000_000, 64, 5), (2_000_000_000, 8, 8)]
-)
-def test_threads_suit_the_work(parameters, most, wanted):
-    assert threads.suitable(parameters, most) == wanted
-
-
-_AS_COMMAND = """
-import sys
-from qwen2vl.cli import main
-try:
-    main()
-finally:
-    import torch
-    print("threads:", torch.get_num_threads(), file=sys.stderr)
-"""
-
-
-@pytest.mark.parametrize(("given", "wanted"), [({}, 1), ({"OMP_NUM_THREADS": "2"}, 2)])
-def test_the_command_has_few_threads_and_none_spins(place, given, wanted):
-    """OpenMP itself says how its threads wait."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "MKL_", "GOMP_"))}
-    done = subprocess.run(
-        [sys.executable, "-c", _AS_COMMAND, "generate", "--model", "model", "-p", "hi", "-n", "1"],
-        cwd=place,
-        env={**environment, "PYTHONPATH": str(ROOT), "OMP_DISPLAY_ENV": "TRUE", **given},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0 and f"threads: {wanted}\n" in done.stderr, done.stderr
-    assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr
-
-
-def test_a_programs_own_threads_are_left_alone(run, monkeypatch):
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY"):
-        monkeypatch.delenv(name, raising=False)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        threads.take_process()
-        answer(run, "--prompt", "hi")
-        assert torch.get_num_threads() == 2 and "OMP_WAIT_POLICY" not in os.environ
-    finally:
-        torch.set_num_threads(before)
