@@ -33,6 +33,7 @@ from .common import (
     explain,
     generation_config,
     load,
+    longest_answer,
     notes,
     print_error,
     printable,
@@ -60,7 +61,7 @@ Ctrl-C stops an answer."""
 def chat(
     model: ModelOption = None,
     system: SystemOption = None,
-    max_new_tokens: MaxNewTokensOption = 512,
+    max_new_tokens: MaxNewTokensOption = None,
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
     top_k: TopKOption = None,
@@ -81,6 +82,7 @@ def chat(
     Lines may also come through a pipe, one message or command each; an error then ends the program.
     """
     notes.quiet = quiet
+    max_new_tokens = longest_answer(model, max_new_tokens)
     loaded, processor = load(
         model,
         device=device,
@@ -102,6 +104,8 @@ def chat(
     )
     options = video_options(min_pixels, max_pixels, fps)
     tell_who_answers(model)
+    if sys.stdin.isatty():
+        notes.print(f"[bold]qwen2vl chat[/] [dim]with {escape(printable(_name(model, loaded), True))}\n{_HELP}[/]")
     _Chat(loaded, processor, config, options, system).run()
 
 
@@ -119,8 +123,6 @@ class _Chat:
 
     def run(self) -> None:
         interactive = sys.stdin.isatty()
-        if interactive:
-            notes.print(f"[dim]{_HELP}[/]")
         for line in _lines(interactive):
             try:
                 if not self.take(line.strip()):
@@ -216,6 +218,14 @@ class _Chat:
                 return
         self.turns = [*self.turns, question, {"role": "assistant", "content": "".join(pieces)}]
         self.attached = []
+
+
+def _name(model: str | None, loaded: Qwen2VL) -> str:
+    """Which model talks, for the banner: its name, parameters, dtype and device."""
+    count = sum(parameter.numel() for parameter in loaded.parameters())
+    size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+    dtype = str(loaded.dtype).removeprefix("torch.")
+    return f"{'the toy' if model is None else model}: {size} parameters, {dtype}, on {loaded.device}"
 
 
 def _message(item: dict[str, Any]) -> list[dict[str, Any]]:

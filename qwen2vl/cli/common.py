@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typer.core import TyperCommand
 
+from .. import assets
 from ..errors import CheckpointError, MediaError, Qwen2VLError
 from . import threads
 
@@ -55,9 +56,18 @@ ModelOption = Annotated[
     ),
 ]
 SystemOption = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System prompt.")]
+#: The longest answer where neither --max-new-tokens nor the toy says otherwise.
+MAX_NEW_TOKENS = 512
 _SAMPLING = "Answer (what is not given, the checkpoint's generation_config.json decides)"
 MaxNewTokensOption = Annotated[
-    int, typer.Option("--max-new-tokens", "-n", min=1, help="Longest answer.", rich_help_panel=_SAMPLING)
+    int | None,
+    typer.Option(
+        "--max-new-tokens",
+        "-n",
+        min=1,
+        help=f"Longest answer. Default: {MAX_NEW_TOKENS}; {assets.MAX_NEW_TOKENS} without --model.",
+        rich_help_panel=_SAMPLING,
+    ),
 ]
 TemperatureOption = Annotated[
     float | None,
@@ -240,7 +250,6 @@ def load_processor(
 ) -> Processor:
     """The processor of --model, or for None of the small model that comes with the package."""
     check_pixels(min_pixels, max_pixels)
-    from .. import assets
     from ..prompt.processor import Processor
 
     return Processor.from_pretrained(
@@ -264,7 +273,6 @@ def load(
     """Model and processor of --model, or for None of the small model that comes with the package."""
     import torch
 
-    from .. import assets
     from ..hub import Checkpoint
     from ..model import Qwen2VL
 
@@ -289,9 +297,14 @@ def load(
 def tell_who_answers(model: str | None) -> None:
     """One line on stderr where nobody named a --model, as the answers of a toy look like those of a model."""
     if model is None:
-        from ..assets import NOTICE
+        notes.print(f"[dim]{assets.NOTICE}[/]")
 
-        notes.print(f"[dim]{NOTICE}[/]")
+
+def longest_answer(model: str | None, max_new_tokens: int | None) -> int:
+    """The tokens of --max-new-tokens, or the default of what --model names."""
+    if max_new_tokens is not None:
+        return max_new_tokens
+    return assets.MAX_NEW_TOKENS if model is None else MAX_NEW_TOKENS
 
 
 def generation_config(

@@ -33,6 +33,7 @@ from .common import (
     describe_media,
     generation_config,
     load,
+    longest_answer,
     notes,
     printable,
     progress_bar,
@@ -58,7 +59,7 @@ def generate(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object: sizes are [height, width], times in seconds.")
     ] = False,
-    max_new_tokens: MaxNewTokensOption = 512,
+    max_new_tokens: MaxNewTokensOption = None,
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
     top_k: TopKOption = None,
@@ -79,6 +80,7 @@ def generate(
     Media come before the prompt, in the order given. The answer streams to stdout.
     """
     notes.quiet = quiet
+    max_new_tokens = longest_answer(model, max_new_tokens)
     sources = {"image": iter(image or ()), "video": iter(video or ())}
     media = [(kind, next(sources[kind])) for kind in ctx.meta["media_order"]]
     if not prompt and not media:

@@ -113,6 +113,14 @@ def test_what_a_pipe_cannot_give(run, args, code, named):
     assert result.exit_code == code and named in result.stderr and result.stdout == ""
 
 
+def test_the_toy_does_not_go_on_and_on(run):
+    """What does not end by itself is cut short where the toy answers, unless somebody says how long."""
+    endless = ("-i", "day.png", "-p", "x", "--temperature", 9, "--seed", 1, "--json")
+    for args, wanted in (((), 96), (("-n", 120), 120), (("--model", "model"), 512)):
+        got = json.loads(run("generate", *endless, *args).stdout)
+        assert (got["tokens"]["generated"], got["finish_reason"]) == (wanted, "length")
+
+
 def test_quiet_leaves_errors(run):
     """What is said beside an answer goes, on a terminal, too; and comes back where nobody asked for quiet."""
     asked = ("generate", "-i", "day.png", "-p", "hi", "-n", 1)
@@ -336,7 +344,9 @@ def test_chat_on_a_terminal(place):
     )
     os.close(theirs)
     try:
-        assert "/help" in _read_until(ours, "> ")
+        size = sum(p.numel() for p in Qwen2VL.from_pretrained(place / "model").parameters()) / 1e6
+        banner = _read_until(ours, "> ")
+        assert "/help" in banner and f"{place / 'model'}: {size:.1f}M parameters, float32, on cpu" in banner
         os.write(ours, b"/image missing.png\n")
         assert "error: no such file" in _read_until(ours, "png'\r\n> ")
         os.write(ours, b"hello\n")
