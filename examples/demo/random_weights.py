@@ -119,13 +119,13 @@ def _run(folder: Path, prompts: list[tuple[str, list[dict[str, Any]]]], out: Pat
 
     with step("Pictures of what the model sees"):
         from qwen2vl.cli.inspect import save_pictures
-        from qwen2vl.media.image import preprocess_image
-        from qwen2vl.media.video import preprocess_video
 
-        item = prompts[0][1][0]
-        saved = save_pictures(out, "day", "image", preprocess_image(item["image"]))
+        saved, items = [], {"day": prompts[0][1][0]}
         if prompts[-1][1][0]["type"] == "video":
-            saved += save_pictures(out, "balloon", "video", preprocess_video(prompts[-1][1][0]["video"]))
+            items["balloon"] = prompts[-1][1][0]
+        for name, item in items.items():
+            inputs = processor([{"role": "user", "content": [item]}])
+            saved += save_pictures(out, name, inputs, processor.shape)
         for path in saved:
             console.print(f"  {escape(str(path))}")
     console.print(

@@ -18,6 +18,10 @@ NOTICE = (
     "shapes and small screens, and nothing else; for photos, documents and videos: --model Qwen/Qwen2-VL-2B-Instruct"
 )
 
+#: Its longest answer where nobody says how long: what it learned to write is shorter, and what it makes of anything
+#: else may not end by itself.
+MAX_NEW_TOKENS = 96
+
 #: Folder of its checkpoint in the released layout; `Qwen2VL.from_pretrained` and `Processor.from_pretrained` take it.
 FOLDER = Path(__file__).resolve().parent / "small"
 

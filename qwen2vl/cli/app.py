@@ -12,16 +12,17 @@ import typer
 from typer.core import TyperGroup
 
 from .chat import chat
-from .common import MediaOrderCommand, explain, installed_version, print_error
+from .common import Command, MediaOrderCommand, PlainFlags, explain, installed_version, print_error
 from .eval import evaluate
 from .generate import generate
 from .info import info
 from .inspect import inspect
 from .merge import merge
+from .threads import take_process
 from .train import train
 
 
-class _Commands(TyperGroup):
+class _Commands(PlainFlags, TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
@@ -39,7 +40,6 @@ app = typer.Typer(
     cls=_Commands,
     help="Qwen2-VL: ask about images and videos, and train.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -62,16 +62,17 @@ def _options(
 
 
 app.command(cls=MediaOrderCommand)(generate)
-app.command()(chat)
-app.command()(info)
-app.command()(inspect)
-app.command("eval")(evaluate)
-app.command()(train)
-app.command()(merge)
+app.command(cls=Command)(chat)
+app.command(cls=Command)(info)
+app.command(cls=Command)(inspect)
+app.command("eval", cls=Command)(evaluate)
+app.command(cls=Command)(train)
+app.command(cls=Command)(merge)
 
 
 def main() -> None:
     """Entry point of the console script."""
+    take_process()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # not a text stream of Python's own
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

@@ -23,6 +23,7 @@ from .common import (
     MaxVisionPatchesOption,
     MinPixelsOption,
     ModelOption,
+    QuietOption,
     RepetitionPenaltyOption,
     SeedOption,
     StopOption,
@@ -33,6 +34,8 @@ from .common import (
     explain,
     generation_config,
     load,
+    longest_answer,
+    notes,
     print_error,
     printable,
     progress_bar,
@@ -60,7 +63,7 @@ def chat(
     model: ModelOption = None,
     adapter: AdapterOption = None,
     system: SystemOption = None,
-    max_new_tokens: MaxNewTokensOption = 512,
+    max_new_tokens: MaxNewTokensOption = None,
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
     top_k: TopKOption = None,
@@ -74,11 +77,14 @@ def chat(
     device: DeviceOption = None,
     dtype: DTypeOption = None,
     max_vision_patches: MaxVisionPatchesOption = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Talk about images and videos, turn by turn. /help lists the commands.
 
     Lines may also come through a pipe, one message or command each; an error then ends the program.
     """
+    notes.quiet = quiet
+    max_new_tokens = longest_answer(model, max_new_tokens)
     loaded, processor = load(
         model,
         device=device,
@@ -101,6 +107,8 @@ def chat(
     )
     options = video_options(min_pixels, max_pixels, fps)
     tell_who_answers(model)
+    if sys.stdin.isatty():
+        notes.print(f"[bold]qwen2vl chat[/] [dim]with {escape(printable(_name(model, loaded), True))}\n{_HELP}[/]")
     _Chat(loaded, processor, config, options, system).run()
 
 
@@ -118,8 +126,6 @@ class _Chat:
 
     def run(self) -> None:
         interactive = sys.stdin.isatty()
-        if interactive:
-            stderr.print(f"[dim]{_HELP}[/]")
         for line in _lines(interactive):
             try:
                 if not self.take(line.strip()):
@@ -185,8 +191,8 @@ class _Chat:
         self.attached.append(item)
         name = path if len(path) <= 200 else path[:60] + "..."
         height, width = size or info.source_size
-        said = printable(f"attached {name}: {what}{width} × {height}, {info.num_tokens} tokens", stderr.is_terminal)
-        stderr.print(f"[dim]{escape(said)}[/]")
+        said = printable(f"attached {name}: {what}{width} × {height}, {info.num_tokens} tokens", notes.is_terminal)
+        notes.print(f"[dim]{escape(said)}[/]")
 
     def ask(self, text: str) -> None:
         """One turn. A question that cannot be answered leaves the conversation as it was."""
@@ -210,11 +216,19 @@ class _Chat:
             stopped = True
         print(flush=True)
         if stopped:
-            stderr.print("[dim](stopped)[/]")
+            notes.print("[dim](stopped)[/]")
             if not pieces:
                 return
         self.turns = [*self.turns, question, {"role": "assistant", "content": "".join(pieces)}]
         self.attached = []
+
+
+def _name(model: str | None, loaded: Qwen2VL) -> str:
+    """Which model talks, for the banner: its name, parameters, dtype and device."""
+    count = sum(parameter.numel() for parameter in loaded.parameters())
+    size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+    dtype = str(loaded.dtype).removeprefix("torch.")
+    return f"{'the toy' if model is None else model}: {size} parameters, {dtype}, on {loaded.device}"
 
 
 def _message(item: dict[str, Any]) -> list[dict[str, Any]]:

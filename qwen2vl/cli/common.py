@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from importlib import metadata
@@ -17,14 +17,19 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typer.core import TyperCommand
 
-from ..errors import Qwen2VLError
+from .. import assets
+from ..errors import MediaError, Qwen2VLError
+from . import threads
 
 if TYPE_CHECKING:
     from ..generation import GenerationConfig
+    from ..hub import Checkpoint
     from ..model import Qwen2VL
-    from ..prompt.processor import Processor
+    from ..prompt.processor import MediaInfo, Processor
 
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+#: What is said on stderr beside the answer; --quiet makes it silent, and leaves errors and warnings.
+notes = Console(stderr=True, highlight=False, soft_wrap=True)
 
 _PLACE = re.compile(r"^messages\[\d+\]\.content\[\d+\]: ")
 _SLOW_SECONDS = 0.5
@@ -55,9 +60,18 @@ AdapterOption = Annotated[
     typer.Option("--adapter", metavar="FOLDER|ID", help="LoRA adapter in peft's layout, put beside the checkpoint."),
 ]
 SystemOption = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System prompt.")]
+#: The longest answer where neither --max-new-tokens nor the toy says otherwise.
+MAX_NEW_TOKENS = 512
 _SAMPLING = "Answer (what is not given, the checkpoint's generation_config.json decides)"
 MaxNewTokensOption = Annotated[
-    int, typer.Option("--max-new-tokens", "-n", min=1, help="Longest answer.", rich_help_panel=_SAMPLING)
+    int | None,
+    typer.Option(
+        "--max-new-tokens",
+        "-n",
+        min=1,
+        help=f"Longest answer. Default: {MAX_NEW_TOKENS}; {assets.MAX_NEW_TOKENS} without --model.",
+        rich_help_panel=_SAMPLING,
+    ),
 ]
 TemperatureOption = Annotated[
     float | None,
@@ -122,6 +136,7 @@ FpsOption = Annotated[
 AllowRemoteOption = Annotated[
     bool, typer.Option("--allow-remote", help="Fetch media from http(s) URLs.", rich_help_panel=_MEDIA)
 ]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors and warnings on stderr.")]
 _MACHINE = "Machine"
 DeviceOption = Annotated[
     str | None,
@@ -143,7 +158,22 @@ DTypeOption = Annotated[
 ]
 
 
-class MediaOrderCommand(TyperCommand):
+class PlainFlags:
+    """Beside a class of commands: flags take no value, and so no type of one stands behind them in the help."""
+
+    def get_params(self, ctx: Any) -> Any:
+        params = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False) and param.metavar is None:
+                param.metavar = ""
+        return params
+
+
+class Command(PlainFlags, TyperCommand):
+    """A command of ``qwen2vl``."""
+
+
+class MediaOrderCommand(Command):
     """Remembers in which order --image and --video stood among each other, in ``ctx.meta["media_order"]``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -203,13 +233,13 @@ def printable(text: str, terminal: bool | None = None) -> str:
 def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     """A callback (done, total) that draws a bar on stderr: on a terminal, and only of what takes a while."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=stderr, transient=True)
+    bar = Progress(*columns, console=notes, transient=True)
     begin = time.monotonic()
 
     def report(done: int, total: int) -> None:
         if bar.task_ids:
             bar.update(bar.task_ids[0], completed=done, total=total)
-        elif stderr.is_terminal and done < total and time.monotonic() - begin > _SLOW_SECONDS:
+        elif notes.is_terminal and not notes.quiet and done < total and time.monotonic() - begin > _SLOW_SECONDS:
             bar.start()
             bar.add_task(label, completed=done, total=total)
 
@@ -220,10 +250,38 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
             bar.stop()
 
 
+def read_stdin() -> bytes:
+    """All of standard input, for a file that is named -."""
+    if data := sys.stdin.buffer.read():
+        return data
+    raise MediaError("stdin is empty")
+
+
+def check_stdin(given: Sequence[str]) -> None:
+    """A usage error where more than one of what was given is -, as standard input can be read once."""
+    if given.count("-") > 1:
+        raise typer.BadParameter("stands for stdin, which can be read once; it was given more often", param_hint="-")
+
+
 def check_pixels(min_pixels: int | None, max_pixels: int | None) -> None:
     """A usage error where --min-pixels exceeds --max-pixels."""
     if min_pixels is not None and max_pixels is not None and min_pixels > max_pixels:
         raise typer.BadParameter(f"{min_pixels} is more than --max-pixels {max_pixels}", param_hint="--min-pixels")
+
+
+def load_processor(
+    model: str | Checkpoint | None, *, min_pixels: int | None, max_pixels: int | None, allow_remote: bool
+) -> Processor:
+    """The processor of --model, or for None of the small model that comes with the package."""
+    check_pixels(min_pixels, max_pixels)
+    from ..prompt.processor import Processor
+
+    return Processor.from_pretrained(
+        assets.folder() if model is None else model,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        allow_remote=allow_remote,
+    )
 
 
 def load(
@@ -239,23 +297,19 @@ def load(
 ) -> tuple[Qwen2VL, Processor]:
     """Model, with the adapter if one is given, and processor of --model; for None those of the small model that comes
     with the package."""
-    check_pixels(min_pixels, max_pixels)
     import torch
 
-    from .. import assets
     from ..hub import Checkpoint
     from ..model import Qwen2VL
-    from ..prompt.processor import Processor
 
+    check_pixels(min_pixels, max_pixels)
     if device is not None:
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:  # torch's ways of saying that it has no such device
             raise Qwen2VLError(f"--device {device}: {str(error).splitlines()[0]}") from error
     checkpoint = Checkpoint.find(assets.folder() if model is None else model)
-    processor = Processor.from_pretrained(
-        checkpoint, min_pixels=min_pixels, max_pixels=max_pixels, allow_remote=allow_remote
-    )
+    processor = load_processor(checkpoint, min_pixels=min_pixels, max_pixels=max_pixels, allow_remote=allow_remote)
     with progress_bar("loading tensors") as report:
         loaded = Qwen2VL.from_pretrained(
             checkpoint,
@@ -265,15 +319,22 @@ def load(
             adapter=adapter,
         )
     loaded.max_vision_patches = max_vision_patches
+    if loaded.device.type == "cpu":
+        threads.choose(sum(parameter.numel() for parameter in loaded.parameters()))
     return loaded, processor
 
 
 def tell_who_answers(model: str | None) -> None:
     """One line on stderr where nobody named a --model, as the answers of a toy look like those of a model."""
     if model is None:
-        from ..assets import NOTICE
+        notes.print(f"[dim]{assets.NOTICE}[/]")
 
-        stderr.print(f"[dim]{NOTICE}[/]")
+
+def longest_answer(model: str | None, max_new_tokens: int | None) -> int:
+    """The tokens of --max-new-tokens, or the default of what --model names."""
+    if max_new_tokens is not None:
+        return max_new_tokens
+    return assets.MAX_NEW_TOKENS if model is None else MAX_NEW_TOKENS
 
 
 def generation_config(
@@ -310,3 +371,16 @@ def generation_config(
 def video_options(min_pixels: int | None, max_pixels: int | None, fps: float) -> dict[str, Any]:
     """How the options for media apply to videos, as keywords of the processor's call."""
     return {"video_min_pixels": min_pixels, "video_max_pixels": max_pixels, "fps": fps}
+
+
+def describe_media(info: MediaInfo) -> dict[str, Any]:
+    """What became of one image or video, as --json prints it: sizes are (height, width) in pixels, times in seconds."""
+    facts: dict[str, Any] = {
+        "source_size": list(info.source_size),
+        "resized_size": list(info.resized_size),
+        "grid_thw": list(info.grid_thw),
+        "tokens": info.num_tokens,
+    }
+    if info.kind == "video":
+        facts |= {"duration": info.duration, "fps": info.native_fps, "frame_times": list(info.frame_times)}
+    return facts

@@ -19,7 +19,9 @@ from .common import (
     MaxPixelsOption,
     MinPixelsOption,
     ModelOption,
+    QuietOption,
     load,
+    notes,
     printable,
     progress_bar,
 )
@@ -52,6 +54,7 @@ def evaluate(
     max_pixels: MaxPixelsOption = None,
     device: DeviceOption = None,
     dtype: DTypeOption = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Measure what a model makes of held-out generated samples: reading, shapes, counts, boxes, clips, screens.
 
@@ -60,6 +63,7 @@ def evaluate(
     """
     from ..samples import LEVELS, SKILLS, held_out
 
+    notes.quiet = quiet
     for name, given, known in (("--skill", skill, tuple(SKILLS)), ("--difficulty", difficulty, LEVELS)):
         if wrong := [one for one in given or () if one not in known]:
             raise typer.BadParameter(f"{wrong[0]!r} is none of {', '.join(map(str, known))}", param_hint=name)

@@ -27,6 +27,7 @@ from .common import (
     MinPixelsOption,
     ModelOption,
     NumReturnSequencesOption,
+    QuietOption,
     RepetitionPenaltyOption,
     SeedOption,
     StopOption,
@@ -34,11 +35,15 @@ from .common import (
     TemperatureOption,
     TopKOption,
     TopPOption,
+    check_stdin,
+    describe_media,
     generation_config,
     load,
+    longest_answer,
+    notes,
     printable,
     progress_bar,
-    stderr,
+    read_stdin,
     tell_who_answers,
     video_options,
 )
@@ -56,11 +61,15 @@ def generate(
     prompt: Annotated[
         str, typer.Option("--prompt", "-p", metavar="TEXT", help="The question; - reads it from stdin.")
     ] = "",
-    image: Annotated[list[str] | None, typer.Option("--image", "-i", metavar="FILE", help="May be repeated.")] = None,
-    video: Annotated[list[str] | None, typer.Option("--video", metavar="FILE", help="May be repeated.")] = None,
+    image: Annotated[
+        list[str] | None, typer.Option("--image", "-i", metavar="FILE", help="May be repeated; - is stdin.")
+    ] = None,
+    video: Annotated[
+        list[str] | None, typer.Option("--video", metavar="FILE", help="May be repeated; - is stdin.")
+    ] = None,
     system: SystemOption = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object with tokens and timings; times in seconds.")
+        bool, typer.Option("--json", help="Print one JSON object: sizes are [height, width], times in seconds.")
     ] = False,
     boxes: Annotated[
         bool, typer.Option("--boxes", help="Print the boxes of the answer below it, in thousandths and in pixels.")
@@ -69,7 +78,7 @@ def generate(
         Path | None,
         typer.Option("--draw", metavar="FILE", help="Save the one --image with the boxes of the answer, as PNG, ..."),
     ] = None,
-    max_new_tokens: MaxNewTokensOption = 512,
+    max_new_tokens: MaxNewTokensOption = None,
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
     top_k: TopKOption = None,
@@ -85,6 +94,7 @@ def generate(
     device: DeviceOption = None,
     dtype: DTypeOption = None,
     max_vision_patches: MaxVisionPatchesOption = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Answer one prompt about images and videos.
 
@@ -93,10 +103,13 @@ def generate(
     """
     if logprobs is not None and not as_json:
         raise typer.BadParameter("wants --json, which has a place for them", param_hint="--logprobs")
+    notes.quiet = quiet
+    max_new_tokens = longest_answer(model, max_new_tokens)
     sources = {"image": iter(image or ()), "video": iter(video or ())}
     media = [(kind, next(sources[kind])) for kind in ctx.meta["media_order"]]
     if not prompt and not media:
         raise typer.BadParameter("give a prompt, an image or a video", param_hint="--prompt")
+    check_stdin([prompt, *(source for _, source in media)])
     if prompt == "-":
         prompt = sys.stdin.read().strip()
         if not prompt:
@@ -129,12 +142,14 @@ def generate(
         logprobs=logprobs,
     )
 
-    content: list[dict[str, Any]] = [{"type": kind, kind: source} for kind, source in media]
+    content: list[dict[str, Any]] = [
+        {"type": kind, kind: read_stdin() if source == "-" else source} for kind, source in media
+    ]
     if draw is not None:
         from ..media.image import load_image
 
         # Read once: what is drawn on is what the model sees.
-        content[0]["image"] = load_image(media[0][1], access=processor.access)
+        content[0]["image"] = load_image(content[0]["image"], access=processor.access)
     if prompt:
         content.append({"type": "text", "text": prompt})
     messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
@@ -169,8 +184,8 @@ def generate(
                 _print_places(result.places(index), [source for _, source in media])
         ends = {"length": f"at --max-new-tokens {max_new_tokens}", "context": "where the model's context is full"}
         for reason in dict.fromkeys(result.finish_reasons):
-            if reason in ends and stderr.is_terminal:
-                stderr.print(f"[dim](stopped {ends[reason]})[/]")
+            if reason in ends and notes.is_terminal:
+                notes.print(f"[dim](stopped {ends[reason]})[/]")
         return
 
     counts = {"image": 0, "video": 0}
@@ -191,19 +206,7 @@ def generate(
             "generated": sum(map(len, result.sequences)),
         },
         "media": [
-            {
-                "kind": item.kind,
-                "source": source,
-                "source_size": item.source_size,
-                "resized_size": item.resized_size,
-                "grid_thw": item.grid_thw,
-                "tokens": item.num_tokens,
-                **(
-                    {"duration": item.duration, "fps": item.native_fps, "frame_times": item.frame_times}
-                    if item.kind == "video"
-                    else {}
-                ),
-            }
+            {"kind": item.kind, "source": source, **describe_media(item)}
             for item, (_, source) in zip(inputs.media, media, strict=True)
         ],
         "timings": timings,
@@ -237,7 +240,7 @@ def _draw(path: Path, pixels: Any, found: Sequence[Located]) -> None:
 
     draw_grounding(pixels, [Grounded(one.label, (one.place,)) for one in found]).save(path)
     if not found:
-        stderr.print(f"[dim]the answer has no boxes: {escape(str(path))} shows none[/]")
+        notes.print(f"[dim]the answer has no boxes: {escape(str(path))} shows none[/]")
 
 
 def _print_places(found: Sequence[Located], sources: Sequence[str]) -> None:
@@ -249,9 +252,9 @@ def _print_places(found: Sequence[Located], sources: Sequence[str]) -> None:
             line += f", pixels {_written(_points(one.pixels))} of {sources[one.media]}"
         print(" ".join(printable(line).split("\n")), flush=True)
     if not found:
-        stderr.print("[dim]the answer has no boxes[/]")
+        notes.print("[dim]the answer has no boxes[/]")
     elif found[0].media is None and sources:
-        stderr.print(f"[dim]no pixels: the answer does not say which of the {len(sources)} files a box is in[/]")
+        notes.print(f"[dim]no pixels: the answer does not say which of the {len(sources)} files a box is in[/]")
 
 
 def _points(pixels: Any) -> list[tuple[float, float]]:

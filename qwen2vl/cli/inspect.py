@@ -15,20 +15,31 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import install_hint
-from ..media.options import DEFAULTS, Access, MediaOptions
+from ..media.options import MediaOptions
 from .common import (
     AllowRemoteOption,
     FpsOption,
     MaxPixelsOption,
     MinPixelsOption,
-    check_pixels,
+    ModelOption,
+    QuietOption,
+    check_stdin,
+    describe_media,
+    explain,
+    load_processor,
+    notes,
+    print_error,
     printable,
     progress_bar,
+    read_stdin,
+    video_options,
 )
 
 if TYPE_CHECKING:
-    from ..media.image import ImagePatches
-    from ..media.video import VideoPatches
+    import numpy as np
+
+    from ..media.options import PatchShape
+    from ..prompt.processor import Inputs, Processor
 
 # Containers that not every system's table of media types knows.
 _VIDEO_SUFFIXES = (
@@ -55,81 +66,117 @@ class Kind(StrEnum):
 
 
 def inspect(
-    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Images and videos.")],
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Images and videos; - is stdin.")],
+    model: ModelOption = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="DIR", help="Save pictures and plots here.")
     ] = None,
     kind: Annotated[Kind | None, typer.Option("--as", help="Read files so; default by their names' endings.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list, one object per file.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON list, one object per file; sizes are [height, width].")
+    ] = False,
     min_pixels: MinPixelsOption = None,
     max_pixels: MaxPixelsOption = None,
     fps: FpsOption = MediaOptions.fps,
     allow_remote: AllowRemoteOption = False,
+    quiet: QuietOption = False,
 ) -> None:
-    """Show what a media file becomes: sizes, grid of patches, tokens.
+    """Show what a media file becomes for a model: sizes, grid of patches, tokens.
+
+    The numbers are those of generate with the same options. A file that cannot be read is reported, the others are
+    shown, and the exit status is 1.
 
     With --out: for an image NAME-grid.png, its patches (thin lines) and tokens (thick lines); for a video
     NAME-frames.png, the frames kept; for both NAME-positions.png, the position ids of text, media, text.
     """
-    from ..media.image import preprocess_image
-    from ..media.video import preprocess_video
-
-    check_pixels(min_pixels, max_pixels)
-    limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-    options = DEFAULTS.updated({"fps": fps, **limits, **{f"video_{name}": limit for name, limit in limits.items()}})
-    access = Access(remote=allow_remote)
-    reports, names = [], _names(files)
-    for file, name in zip(files, names, strict=True):
+    notes.quiet = quiet
+    check_stdin(files)
+    processor = load_processor(model, min_pixels=min_pixels, max_pixels=max_pixels, allow_remote=allow_remote)
+    if model is None:
+        notes.print(
+            "[dim]sizes are those of the toy that answers where no --model is named; for a released checkpoint's: "
+            "--model Qwen/Qwen2-VL-2B-Instruct[/]"
+        )
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    options = video_options(min_pixels, max_pixels, fps)
+    reports, failed = [], False
+    for file, name in zip(files, _names(files), strict=True):
         what = kind or _kind(file)
-        if what is Kind.image:
-            media = preprocess_image(file, options, access=access)
-        else:
-            with progress_bar("reading video frames") as report:
-                media = preprocess_video(file, options, access=access, progress=report)
-        facts = _describe(file, what, media)
+        facts: dict[str, Any] = {"file": file, "kind": what.value}
+        try:
+            inputs = _read(processor, file, what, options)
+        except Exception as error:
+            message = explain(error)
+            if message is None:
+                raise
+            print_error(message if file in message and file != "-" else f"{file[:300]}: {message}")
+            failed = True
+            reports.append(facts | {"error": message})
+            continue
+        facts |= _describe(file, inputs)
         if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            facts["pictures"] = [str(path) for path in save_pictures(out, name, what.value, media)]
+            facts["pictures"] = [str(path) for path in save_pictures(out, name, inputs, processor.shape)]
         if not as_json:
             _print(facts)
         reports.append(facts)
     if as_json:
         print(json.dumps(reports, ensure_ascii=False))
+    if failed:
+        raise typer.Exit(1)
 
 
-def save_pictures(out: Path, name: str, kind: str, media: ImagePatches | VideoPatches) -> list[Path]:
-    """Write the pictures of one image or video into ``out``; returns their paths.
+def _read(processor: Processor, file: str, kind: Kind, options: dict[str, Any]) -> Inputs:
+    """The file read as generate reads it."""
+    source = read_stdin() if file == "-" else file
+    messages = [{"role": "user", "content": [{"type": kind.value, kind.value: source}]}]
+    with progress_bar("reading video frames") as report:
+        return processor(messages, progress=report, **options)
+
+
+def _patches(inputs: Inputs) -> np.ndarray:
+    """Those of the only image or video: (patches, values) uint8."""
+    return inputs["pixel_values" if inputs.media[0].kind == "image" else "pixel_values_videos"].numpy()
+
+
+def save_pictures(out: Path, name: str, inputs: Inputs, shape: PatchShape) -> list[Path]:
+    """Write the pictures of inputs with one image or video into ``out``; returns their paths.
 
     Without matplotlib the plot of the position ids is left out, and said so on stderr.
     """
     from ..media import inspection
 
-    frames = inspection.patches_to_frames(media.patches, media.grid_thw, merge_size=media.merge_size)
-    if kind == "image":
+    info = inputs.media[0]
+    sides = {"patch_size": shape.patch_size, "merge_size": shape.merge_size}
+    frames = inspection.patches_to_frames(_patches(inputs), info.grid_thw, **sides)
+    if info.kind == "image":
         first = out / f"{name}-grid.png"
-        inspection.draw_patch_grid(frames[0], merge_size=media.merge_size).save(first)
+        inspection.draw_patch_grid(frames[0], **sides).save(first)
     else:
         first = out / f"{name}-frames.png"
-        times: tuple[float, ...] = media.frame_times  # type: ignore[union-attr]
+        times = info.frame_times
         times += times[-1:] * (len(frames) - len(times))  # an odd last frame stands twice
-        tokens = media.num_tokens // media.grid_thw[0]
-        inspection.draw_contact_sheet(frames, times, tokens_per_step=tokens).save(first)
+        tokens = info.num_tokens // info.grid_thw[0]
+        inspection.draw_contact_sheet(
+            frames, times, tokens_per_step=tokens, temporal_patch_size=shape.temporal_patch_size
+        ).save(first)
     if find_spec("matplotlib") is None:
-        typer.echo(f"no plot of position ids: it needs matplotlib; {install_hint('matplotlib')}", err=True)
+        notes.print(escape(f"no plot of position ids: it needs matplotlib; {install_hint('matplotlib')}"))
         return [first]
     plot = out / f"{name}-positions.png"
     inspection.plot_positions(
         plot,
-        kind,
-        media.grid_thw,
+        info.kind,
+        info.grid_thw,
         title=f"M-RoPE position ids of an example: text, {name}, text",
-        merge_size=media.merge_size,
+        merge_size=shape.merge_size,
     )
     return [first, plot]
 
 
 def _names(files: list[str]) -> list[str]:
     """A name for the pictures of each file: its stem, numbered where two files share one. No name comes twice."""
+    files = ["stdin" if file == "-" else file for file in files]
     stems = [Path(file.rpartition("/")[2] or file).stem[:100] or "media" for file in files]
     # Compared without case: so do the file systems of some machines.
     keys = [stem.casefold() for stem in stems]
@@ -151,26 +198,14 @@ def _kind(file: str) -> Kind:
     return Kind.video if video else Kind.image
 
 
-def _describe(file: str, kind: Kind, media: ImagePatches | VideoPatches) -> dict[str, Any]:
-    path = Path(file)
-    facts: dict[str, Any] = {
-        "file": file,
-        "kind": kind.value,
+def _describe(file: str, inputs: Inputs) -> dict[str, Any]:
+    path, patches = Path(file), _patches(inputs)
+    return {
         "file_bytes": path.stat().st_size if len(file) < 4096 and path.is_file() else None,
-        "source_size": list(media.source_size),
-        "resized_size": list(media.resized_size),
-        "grid_thw": list(media.grid_thw),
-        "patches": media.patches.shape[0],
-        "tokens": media.num_tokens,
-        "patch_bytes": media.patches.nbytes,
+        **describe_media(inputs.media[0]),
+        "patches": patches.shape[0],
+        "patch_bytes": patches.nbytes,
     }
-    if kind is Kind.video:
-        facts |= {
-            "duration": media.duration,  # type: ignore[union-attr]
-            "fps": media.native_fps,  # type: ignore[union-attr]
-            "frame_times": list(media.frame_times),  # type: ignore[union-attr]
-        }
-    return facts
 
 
 def _print(facts: dict[str, Any]) -> None:
@@ -180,7 +215,7 @@ def _print(facts: dict[str, Any]) -> None:
     table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 3, 0, 2))
     table.add_column(style="cyan", no_wrap=True)
     table.add_column()
-    size = f"{facts['source_size'][1]} × {facts['source_size'][0]} pixels"
+    size = f"{facts['source_size'][1]} × {facts['source_size'][0]} pixels (width × height)"
     if facts["file_bytes"] is not None:
         size += f", {_bytes(facts['file_bytes'])}"
     table.add_row(facts["kind"], size)
@@ -190,7 +225,7 @@ def _print(facts: dict[str, Any]) -> None:
         shown = [f"{s:.2f}" for s in times]
         shown = shown if len(shown) <= 12 else [*shown[:6], "...", *shown[-3:]]
         table.add_row("frames kept", f"{len(times)}, at {', '.join(shown)} s")
-    table.add_row("resized to", f"{facts['resized_size'][1]} × {facts['resized_size'][0]}")
+    table.add_row("resized to", f"{facts['resized_size'][1]} × {facts['resized_size'][0]} (width × height)")
     table.add_row("grid", f"{t} × {gh} × {gw} (time × rows × columns) = {facts['patches']} patches")
     table.add_row("tokens", f"{facts['tokens']}, and 2 marks")
     table.add_row("patch data", f"{_bytes(facts['patch_bytes'])} (8-bit)")

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from ..agents.grounding import Box
 from ..errors import Qwen2VLError
+from .checks import check_box, check_boxes, check_number, check_text, check_texts
 
 _END_MARKS = " .。!！?？"
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?")
@@ -26,17 +27,19 @@ _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?")
 def normalise(text: str) -> str:
     """Text as answers are compared: NFKC, lower case, single spaces, without the marks that end a sentence, unless
     it is nothing else."""
-    plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    plain = " ".join(unicodedata.normalize("NFKC", check_text("text", text)).casefold().split())
     return plain.rstrip(_END_MARKS) or plain
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:
     """1.0 where the normalised answer is a normalised reference."""
-    return float(normalise(answer) in {normalise(reference) for reference in _checked(references)})
+    wanted = {normalise(reference) for reference in check_texts("references", references)}
+    return float(normalise(check_text("answer", answer)) in wanted)
 
 
 def edit_distance(a: str, b: str) -> int:
     """Levenshtein distance: the fewest characters inserted, deleted or replaced that make ``b`` of ``a``."""
+    check_text("a", a), check_text("b", b)
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         diagonal, row[0] = row[0], i
@@ -48,6 +51,7 @@ def edit_distance(a: str, b: str) -> int:
 def character_edits(answer: str, reference: str) -> tuple[int, int]:
     """Edits that make the answer of the reference, and the reference's characters; spaces and case count, both in NFC.
     Over many answers the sum of the first by the sum of the second is their character error rate."""
+    check_text("answer", answer), check_text("reference", reference)
     answer, reference = (unicodedata.normalize("NFC", text).strip() for text in (answer, reference))
     return edit_distance(reference, answer), len(reference)
 
@@ -60,9 +64,9 @@ def character_error_rate(answer: str, reference: str) -> float:
 
 def anls(answer: str, references: Sequence[str], *, threshold: float = 0.5) -> float:
     """Similarity to the closest reference, 1 - distance / length of the longer; 0 where it is below ``threshold``."""
-    best = 0.0
-    for reference in map(_plain, _checked(references)):
-        given = _plain(answer)
+    best, given = 0.0, _plain(check_text("answer", answer))
+    check_number("threshold", threshold)
+    for reference in map(_plain, check_texts("references", references)):
         longest = max(len(given), len(reference))
         best = max(best, 1.0 - edit_distance(given, reference) / longest if longest else 1.0)
     return best if best >= threshold else 0.0
@@ -70,8 +74,9 @@ def anls(answer: str, references: Sequence[str], *, threshold: float = 0.5) -> f
 
 def relaxed_accuracy(answer: str, references: Sequence[str], *, tolerance: float = 0.05) -> float:
     """1.0 where the answer is a reference, or a number within ``tolerance`` of one; per cent signs count."""
-    given = _number(answer)
-    for reference in _checked(references):
+    given = _number(check_text("answer", answer))
+    check_number("tolerance", tolerance)
+    for reference in check_texts("references", references):
         wanted = _number(reference)
         if given is not None and wanted is not None:
             if abs(given - wanted) <= tolerance * abs(wanted):
@@ -81,18 +86,23 @@ def relaxed_accuracy(answer: str, references: Sequence[str], *, tolerance: float
     return 0.0
 
 
-def iou(a: Box, b: Box) -> float:
-    """Area that both boxes cover by the area that either does; 0 for boxes without area that are not the same."""
-    if a == b:
+def iou(a: Box | Sequence[float], b: Box | Sequence[float]) -> float:
+    """Area that both boxes cover by the area that either does; 0 for boxes without area that are not the same.
+
+    Args:
+        a, b: boxes, or (x1, y1, x2, y2) in any unit that both share, such as pixels, which are not rounded.
+    """
+    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = one, other = check_box("a", a), check_box("b", b)
+    if one == other:
         return 1.0
-    width, height = min(a.x2, b.x2) - max(a.x1, b.x1), min(a.y2, b.y2) - max(a.y1, b.y1)
-    both = max(0, width) * max(0, height)
-    areas = [(box.x2 - box.x1) * (box.y2 - box.y1) for box in (a, b)]
-    return both / (sum(areas) - both) if both else 0.0
+    both = max(0, min(ax2, bx2) - max(ax1, bx1)) * max(0, min(ay2, by2) - max(ay1, by1))
+    areas = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1)
+    return both / (areas - both) if both else 0.0
 
 
-def match_boxes(found: Sequence[Box], wanted: Sequence[Box]) -> list[float]:
+def match_boxes(found: Sequence[Box | Sequence[float]], wanted: Sequence[Box | Sequence[float]]) -> list[float]:
     """IoU of each wanted box with the one found for it, 0 where none is left: best pairs first, each box once."""
+    found, wanted = check_boxes("found", found), check_boxes("wanted", wanted)
     pairs = sorted(((iou(f, w), j, i) for i, f in enumerate(found) for j, w in enumerate(wanted)), reverse=True)
     best, taken = [0.0] * len(wanted), set()
     matched: set[int] = set()
@@ -104,21 +114,18 @@ def match_boxes(found: Sequence[Box], wanted: Sequence[Box]) -> list[float]:
     return best
 
 
-def recall(found: Sequence[Box], wanted: Sequence[Box], *, threshold: float = 0.5) -> float:
+def recall(
+    found: Sequence[Box | Sequence[float]], wanted: Sequence[Box | Sequence[float]], *, threshold: float = 0.5
+) -> float:
     """Share of the wanted boxes that were found with an IoU of at least ``threshold``. Raises where none is wanted."""
-    if not wanted:
+    check_number("threshold", threshold)
+    if not check_boxes("wanted", wanted):
         raise Qwen2VLError("wanted: wants at least one box, got none")
     return sum(value >= threshold for value in match_boxes(found, wanted)) / len(wanted)
 
 
 def _plain(text: str) -> str:
     return " ".join(text.casefold().split())
-
-
-def _checked(references: Sequence[str]) -> Sequence[str]:
-    if isinstance(references, str) or not references:
-        raise Qwen2VLError(f"references: wants a list of at least one text, got {references!r}")
-    return references
 
 
 def _number(text: str) -> float | None:

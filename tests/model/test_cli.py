@@ -17,48 +17,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
 import qwen2vl_kernels
-from benchmarks.random_checkpoint import small_config, write_random_checkpoint
-from examples.demo.media import draw_scene, write_video
 from qwen2vl import Box, GenerationConfig, Grounded, Processor, Quad, Qwen2VL, draw_grounding, generate
 from qwen2vl.choosing import Choice
-from qwen2vl.cli import app
 from qwen2vl.cli.common import printable
 from qwen2vl.media.image import load_image
 from qwen2vl_kernels.core import attention_choice, backends
 from qwen2vl_kernels.core.matmul import cpu_vendor, slow_on_cpu
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a checkpoint, two images and a video."""
-    folder = tmp_path_factory.mktemp("cli")
-    write_random_checkpoint(
-        folder / "model", small_config(tie_word_embeddings=False), std=0.1, dtype=torch.float32, seed=1
-    )
-    path = folder / "model" / "generation_config.json"
-    # No id that the model can choose, so that answers are as long as asked for.
-    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [999]}))
-    draw_scene(84, 56).save(folder / "day.png")
-    draw_scene(60, 120, night=True).save(folder / "a night.jpg")
-    write_video(folder / "balloon.mp4", width=64, height=48, seconds=2, fps=10)
-    (folder / "text.png").write_text("no picture at all")
-    return folder
-
-
-@pytest.fixture
-def run(place, monkeypatch):
-    """Runs the command line in that folder."""
-    monkeypatch.chdir(place)
-
-    def call(*args, stdin=None):
-        return CliRunner().invoke(app, [str(a) for a in args], input=stdin)
-
-    return call
 
 
 def answer(run, *args, **kwargs) -> dict:
@@ -225,6 +193,57 @@ def test_system_and_stdin_reach_the_prompt(run):
     assert other["tokens"]["prompt"] > plain["tokens"]["prompt"]
 
 
+@pytest.mark.parametrize(("option", "file"), [("--image", "a night.jpg"), ("--video", "balloon.mp4")])
+def test_media_come_through_a_pipe(run, option, file):
+    data = Path(file).read_bytes()
+    named = answer(run, "--image", "day.png", option, file, "-p", "hi", "--max-pixels", 9000)
+    piped = answer(run, "--image", "day.png", option, "-", "-p", "hi", "--max-pixels", 9000, stdin=data)
+    assert piped["token_ids"] == named["token_ids"] and piped["media"][1] == {**named["media"][1], "source": "-"}
+    (shown,) = json.loads(run("inspect", "-", "--as", option[2:], "--json", "--model", "model", stdin=data).stdout)
+    (wanted,) = json.loads(run("inspect", file, "--json", "--model", "model").stdout)
+    assert shown == {**wanted, "file": "-", "file_bytes": None}
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "named"),
+    [
+        (("generate", "--image", "-", "--video", "-"), 2, "once"),
+        (("generate", "--image", "-", "--prompt", "-"), 2, "once"),
+        (("inspect", "-", "-"), 2, "once"),
+        (("generate", "--image", "-"), 1, "stdin is empty\n"),
+        (("inspect", "-"), 1, "stdin is empty\n"),
+    ],
+)
+def test_what_a_pipe_cannot_give(run, args, code, named):
+    result = run(*args, "--model", "model", stdin="")
+    assert result.exit_code == code and named in result.stderr and result.stdout == ""
+
+
+def test_the_toy_does_not_go_on_and_on(run):
+    """What does not end by itself is cut short where the toy answers, unless somebody says how long."""
+    endless = ("-i", "day.png", "-p", "x", "--temperature", 9, "--seed", 1, "--json")
+    for args, wanted in (((), 96), (("-n", 120), 120), (("--model", "model"), 512)):
+        got = json.loads(run("generate", *endless, *args).stdout)
+        assert (got["tokens"]["generated"], got["finish_reason"]) == (wanted, "length")
+
+
+def test_quiet_leaves_errors(run):
+    """What is said beside an answer goes, on a terminal, too; and comes back where nobody asked for quiet."""
+    asked = ("generate", "-i", "day.png", "-p", "hi", "-n", 1)
+    assert "toy" in run(*asked).stderr
+    for quiet in (
+        (*asked, "--quiet"),
+        ("inspect", "day.png", "-q"),
+        ("eval", "--quick", "--skill", "count", "--difficulty", 0, "-q"),
+    ):
+        result = run(*quiet)
+        assert result.exit_code == 0 and result.stderr == "" and result.stdout
+    result = run("chat", "-q", "-n", 1, stdin="/image day.png\nhi\n")
+    assert result.exit_code == 0 and result.stderr == ""
+    assert run("generate", "-q", "-i", "missing.png").stderr.startswith("error: ")
+    assert "attached" in run("chat", "-n", 1, stdin="/image day.png\n").stderr
+
+
 def test_stop_string_ends_the_answer(run):
     whole = answer(run, "--prompt", "hi")["text"]
     stop = next(c for c in whole[3:] if whole.index(c) >= 3 and c.isprintable() and not c.isspace())
@@ -346,6 +365,14 @@ def test_version_and_help(run):
         assert run(command, "--help").exit_code == 0
 
 
+def test_flags_have_no_type_in_the_help(run):
+    """Of all commands, and of those that typer adds by itself."""
+    for command in ((), *((name,) for name in ("generate", "chat", "info", "inspect", "eval", "train"))):
+        text = run(*command, "--help").stdout
+        lines = [line for line in text.splitlines() if any(f in line for f in ("--json", "--help ", "--version"))]
+        assert lines and "bool" not in text.lower(), text
+
+
 def test_control_characters_do_not_reach_a_terminal():
     assert printable("a\x1b[2Jb\n\tc\x7f\x9b", True) == "a␛[2Jb\n\tc␡\ufffd"
     assert printable("a\x1b", False) == "a\x1b"
@@ -425,7 +452,9 @@ def test_chat_on_a_terminal(place):
     )
     os.close(theirs)
     try:
-        assert "/help" in _read_until(ours, "> ")
+        size = sum(p.numel() for p in Qwen2VL.from_pretrained(place / "model").parameters()) / 1e6
+        banner = _read_until(ours, "> ")
+        assert "/help" in banner and f"{place / 'model'}: {size:.1f}M parameters, float32, on cpu" in banner
         os.write(ours, b"/image missing.png\n")
         assert "error: no such file" in _read_until(ours, "png'\r\n> ")
         os.write(ours, b"hello\n")
@@ -459,7 +488,7 @@ def _read_until(terminal: int, wanted: str, seconds: float = 60) -> str:
     return seen.decode(errors="replace")
 
 
-# -------------------------------------------------------------------------------------------- info and inspect
+# --------------------------------------------------------------------------------------------------------- info
 
 
 def test_info(run):
@@ -487,63 +516,3 @@ def test_info(run):
         assert row["op"] in text and (row["measured"] or "not measured") in text
     for reason in facts["unavailable"].values():
         assert reason in text.replace("\n", " ")
-
-
-def test_inspect(run, tmp_path):
-    result = run("inspect", "day.png", "balloon.mp4", "--out", tmp_path / "new", "--json")
-    assert result.exit_code == 0, result.stderr
-    image, video = json.loads(result.stdout)
-    assert image["grid_thw"] == [1, 4, 6] and image["tokens"] == 6 and image["patches"] == 24
-    assert image["file_bytes"] == Path("day.png").stat().st_size and image["patch_bytes"] == 24 * 588
-    assert [Path(p).name for p in image["pictures"]] == ["day-grid.png", "day-positions.png"]
-    assert [Path(p).name for p in video["pictures"]] == ["balloon-frames.png", "balloon-positions.png"]
-    assert video["frame_times"] == pytest.approx([0, 0.6, 1.3, 1.9])
-    sizes = {}
-    for path in image["pictures"] + video["pictures"]:
-        with Image.open(path) as picture:
-            picture.load()
-            assert picture.format == "PNG" and len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 8
-            sizes[Path(path).name] = picture.size
-    assert sizes["day-grid.png"] == (84 * 7, 56 * 7)  # enlarged by a whole factor, to 560 at least
-    assert sizes["day-positions.png"] == (1440, 600)
-    text = run("inspect", "day.png", "balloon.mp4").stdout
-    for said in ("84 × 56 pixels", "1 × 4 × 6", "6, and 2 marks", "2.00 s at 10.00 frames", "4, at 0.00, 0.60"):
-        assert said in text
-
-
-def test_inspect_options(run, place):
-    (small,) = json.loads(run("inspect", "day.png", "--max-pixels", 3136, "--json").stdout)
-    assert small["tokens"] <= 4
-    (forced,) = json.loads(run("inspect", "balloon.mp4", "--as", "video", "--fps", 5, "--json").stdout)
-    assert len(forced["frame_times"]) == 10
-    result = run("inspect", "balloon.mp4", "--as", "image")
-    assert result.exit_code == 1 and "balloon.mp4" in result.stderr
-
-
-def test_pictures_of_files_with_one_stem(run, place, tmp_path):
-    (tmp_path / "day.png").write_bytes((place / "a night.jpg").read_bytes())
-    reports = json.loads(run("inspect", "day.png", tmp_path / "day.png", "--out", tmp_path, "--json").stdout)
-    names = [Path(p).name for report in reports for p in report["pictures"]]
-    assert names == ["day-1-grid.png", "day-1-positions.png", "day-2-grid.png", "day-2-positions.png"]
-
-
-@pytest.mark.parametrize(
-    ("files", "names"),
-    [
-        (["x/a.png", "y/a.png", "a-1.png"], ["a-2", "a-3", "a-1"]),
-        (["a-1.png", "x/a.png", "z/a-1.png", "y/a.png"], ["a-1-1", "a-1", "a-1-2", "a-2"]),
-        (["x/a.png", "y/a.png", "z/a-1.png", "w/a-1.jpg"], ["a-1", "a-2", "a-1-1", "a-1-2"]),
-        (["a.png", "b.png", "A.png"], ["a-1", "b", "A-2"]),
-    ],
-)
-def test_names_of_pictures_are_unique(files, names):
-    assert importlib.import_module("qwen2vl.cli.inspect")._names(files) == names
-
-
-def test_inspect_without_matplotlib(run, tmp_path, monkeypatch):
-    """The plot alone is left out, with a word on why."""
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    result = run("inspect", "day.png", "--out", tmp_path)
-    assert result.exit_code == 0 and 'pip install "matplotlib>=3.8"' in result.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["day-grid.png"]
-    assert run("inspect", "day.png").stderr == ""

@@ -51,6 +51,38 @@ def test_exact_match():
             exact_match("the cat", wrong)
 
 
+@pytest.mark.parametrize("wrong", [None, 5, 0.5, b"5", ["5"]])
+def test_what_is_no_text_is_named(wrong):
+    """None and numbers come out of tables of answers; none is a crash of another kind, and none is a score."""
+    for score in (exact_match, anls, relaxed_accuracy):
+        with pytest.raises(Qwen2VLError, match="answer: wants a text, got"):
+            score(wrong, ["5"])
+        with pytest.raises(Qwen2VLError, match=r"references\[1\]: wants a text, got"):
+            score("5", ["5", wrong])
+    for score in (exact_match, anls, relaxed_accuracy):
+        for references in (None, 5, "5", []):
+            with pytest.raises(Qwen2VLError, match="references: wants a list of at least one text, got"):
+                score("5", references)
+    for score in (character_error_rate, character_edits):
+        with pytest.raises(Qwen2VLError, match="answer: wants a text"):
+            score(wrong, "5")
+        with pytest.raises(Qwen2VLError, match="reference: wants a text"):
+            score("5", wrong)
+    with pytest.raises(Qwen2VLError, match="b: wants a text"):
+        edit_distance("5", wrong)
+
+
+@pytest.mark.parametrize("wrong", [None, 5, "1234", (1, 2, 3), (1, 2, 3, None), (5, 0, 4, 9), (0, 0, 1, float("nan"))])
+def test_what_is_no_box_is_named(wrong):
+    good = (0.0, 0.0, 2.5, 1.5)
+    for call in (lambda: iou(wrong, good), lambda: iou(good, wrong), lambda: recall([wrong], [good])):
+        with pytest.raises(Qwen2VLError, match=r"(a|b|found\[0\])(\[3\])?: wants a (Box|finite number)"):
+            call()
+    for threshold in (None, "0.5", float("nan"), -1):
+        with pytest.raises(Qwen2VLError, match="threshold: wants a finite number"):
+            recall([good], [good], threshold=threshold)
+
+
 def test_character_error_rate():
     assert character_error_rate("kitten", "sitting") == pytest.approx(3 / 7)
     assert character_error_rate("", "abc") == 1 and character_error_rate("abcabc", "abc") == 1
