@@ -19,6 +19,7 @@ OPTIONAL = {
     "liger_kernel",
     "lmms_eval",
     "peft",
+    "pillow_heif",
     "tensorboard",
     "av",
     "matplotlib",

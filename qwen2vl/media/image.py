@@ -19,12 +19,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, features
 
 import qwen2vl_kernels
 from qwen2vl.config import MAX_PIXELS, MIN_PIXELS
-from qwen2vl.errors import MediaError, MediaWarning
-from qwen2vl.media.kinds import video_container
+from qwen2vl.errors import MediaError, MediaWarning, install_hint
+from qwen2vl.media.kinds import picture_format, video_container
 from qwen2vl.media.options import (
     ANYWHERE,
     DEFAULTS,
@@ -42,8 +42,8 @@ MAX_SOURCE_PIXELS = 178_956_970  # where Pillow, too, calls an image a decompres
 MAX_PATCH_BYTES = 4 << 30  # of one image or video; whoever asks for more made a slip or attacks
 MAX_IMAGE_BYTES = 1 << 30  # some decoders read the whole file before they look at it
 
-# Only formats that Pillow decodes by itself: EPS, for one, would run an interpreter on the file.
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF")
+# Only formats that Pillow or pillow-heif decodes by itself: EPS, for one, would run an interpreter on the file.
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "HEIF")
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -100,7 +100,9 @@ def load_image(source: object, *, access: Access = ANYWHERE, max_source_pixels: 
         source: path, ``file://`` URL, http(s) URL, base64 ``data:`` URI, bytes, binary file object, PIL image, or an
             array of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) and dtype uint8 or uint16; or a dict
             ``{"bytes": ..., "path": ...}`` of one of them, as datasets hold. Files may be PNG, JPEG, WebP, GIF, BMP,
-            TIFF, PPM or AVIF; the first of several frames or pages is taken, with a MediaWarning.
+            TIFF, PPM, AVIF or, where pillow-heif is installed, HEIC and HEIF; the first of several frames or pages, a
+            HEIF file's main picture, is taken, with a MediaWarning. Pixels are squares, whatever a file says of its
+            resolution: Pillow, browsers and the released processor take them as that, too.
         access: which files and URLs may be opened.
         max_source_pixels: larger images are refused from their header, before any pixel is decoded.
 
@@ -125,7 +127,10 @@ def load_image(source: object, *, access: Access = ANYWHERE, max_source_pixels: 
     ):
         check_source_size(image, label, max_source_pixels)
         pixels = decode_image(image, label)
-        if (count := count_frames(image)) > 1:
+        count = count_frames(image)
+        if count > 1 and image.format == "HEIF":
+            warn(f"{label} holds {count} pictures, of which the main one is read")
+        elif count > 1:
             warn(
                 f"{label} holds {count} frames or pages, of which the first is read: give it as a video for all of them"
             )
@@ -178,12 +183,34 @@ def open_image(stream: BinaryIO, label: str, max_source_pixels: int = MAX_SOURCE
         ) from error
     except Image.UnidentifiedImageError as error:
         stream.seek(0)
-        container = video_container(stream.read(200))
+        head = stream.read(200)
+        container, format = video_container(head), picture_format(head[:64])
         if container is not None:
             raise MediaError(f"{label} is a video ({container}), not an image: give it as a video") from error
+        if format == "HEIF" and format not in Image.OPEN:
+            _register_heif(label)
+            return open_image(stream, label, max_source_pixels)
+        if format == "AVIF" and not _reads_avif():
+            raise MediaError(f'{label} is an AVIF picture, for a newer Pillow: pip install "pillow>=11.3"') from error
+        if format is not None:
+            raise MediaError(f"{label} is a damaged image: its {format} header cannot be read") from error
         raise MediaError(f"{label} is not an image in a supported format ({', '.join(_FORMATS)})") from error
     except Exception as error:  # decoders meet hostile bytes with many types of error
         raise MediaError(f"{label} is a damaged image: {error or type(error).__name__}") from error
+
+
+def _register_heif(label: str) -> None:
+    """Let Pillow read HEIC and HEIF. Raises MediaError where what does that is not installed."""
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise MediaError(f"{label} is a HEIC or HEIF picture: {install_hint('pillow-heif')}") from error
+    pillow_heif.register_heif_opener()
+
+
+def _reads_avif() -> bool:
+    with _without_warnings():
+        return features.check("avif") is True  # Pillow before 11.3 warns of a name that it does not know
 
 
 def check_source_size(image: Image.Image, label: str, max_source_pixels: int = MAX_SOURCE_PIXELS) -> None:

@@ -20,16 +20,21 @@ _VIDEOS = (
     (b"\0\0\x01\xba", "MPEG-PS"),
     (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "ASF"),
 )
-_STILL_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")  # of ISO files
+_AVIF_BRANDS = (b"avif", b"avis")  # of ISO files, as those that follow
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs")
+_STILL_BRANDS = (*_AVIF_BRANDS, *_HEIF_BRANDS, b"mif1", b"msf1")  # the last two say nothing of the coding
 _BOXES = b"ftyp moov mdat free skip wide moof mfra udta uuid sidx styp meta emsg prft ssix pdin".split()
 _TS_PACKET = 188
 _SEGMENT = b"\x18\x53\x80\x67"
 
 
 def picture_format(head: bytes) -> str | None:
-    """The name of the picture format that a file of these first 16 bytes is in, None for no picture and for GIF."""
+    """The name of the picture format that a file of these first 64 bytes is in, None for no picture and for GIF."""
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WEBP"
+    if head[4:8] == b"ftyp" and head[8:12] in _STILL_BRANDS:
+        brands = head[8 : min(int.from_bytes(head[:4], "big"), 64)]
+        return "AVIF" if any(brand in brands for brand in _AVIF_BRANDS) else "HEIF"
     return next((name for magic, name in _PICTURES if head.startswith(magic)), None)
 
 

@@ -287,7 +287,7 @@ def preprocess_video(
 
 def _head(file: BinaryIO) -> bytes:
     file.seek(0)
-    return file.read(16)
+    return file.read(64)
 
 
 def _open_animation(file: BinaryIO, label: str, timeout: float | None, stack: ExitStack) -> Animation | None:
@@ -296,7 +296,7 @@ def _open_animation(file: BinaryIO, label: str, timeout: float | None, stack: Ex
     if format is None:
         return None
     image = stack.enter_context(open_image(file, label))
-    if count_frames(image) < 2:
+    if count_frames(image) < 2 or format == "HEIF":  # of which FFmpeg would show the tiles
         raise MediaError(f"{label} is a picture ({format}), not a video: give it as an image, or several in a list")
     return Animation(image, label, timeout) if format in ("WEBP", "TIFF") else None
 
