@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from qwen2vl.errors import MediaError
-from qwen2vl.media.decoding import Timeline
+from qwen2vl.media.decoding import KeptFrame, Timeline
 from qwen2vl.media.image import check_source_size, decode_image
 
 
@@ -55,10 +55,10 @@ class Animation:
             durations.append(max(1, round(self._image.info.get("duration", 0))))
         return Timeline(np.cumsum([0, *durations[:-1]]), 0, 1e-3, 1000 * self._count / sum(durations), numbered=False)
 
-    def kept_frames(self, wanted: np.ndarray) -> Iterator[tuple[range, np.ndarray, float]]:
+    def kept_frames(self, wanted: np.ndarray) -> Iterator[KeptFrame]:
         """What ``qwen2vl.media.decoding.kept_frames`` yields; ``wanted`` are ticks of ``timeline``."""
         timeline = self.timeline()
         for tick in np.unique(wanted):
             first, end = np.searchsorted(wanted, [tick, tick + 1])
             index = int(np.searchsorted(timeline.ticks, tick))
-            yield range(first, end), self[index], float(timeline.seconds(tick))
+            yield KeptFrame(range(first, end), self[index], float(timeline.seconds(tick)))

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -91,6 +91,19 @@ class Timeline:
             return self.ticks[indices]
         times = np.linspace(self.ticks[0], self.ticks[-1], len(indices))
         return self.ticks[np.searchsorted(self.ticks, times, side="right") - 1]
+
+
+class KeptFrame(NamedTuple):
+    """A decoded frame.
+
+    ``slots``: the places in the clip that it fills. ``pixels``: (H, W, 3) uint8 RGB or (H, W, 4) RGBA, upright.
+    ``seconds``: its time. ``pixel_aspect``: the width of a pixel over its height, as it is shown.
+    """
+
+    slots: range
+    pixels: np.ndarray
+    seconds: float
+    pixel_aspect: float = 1.0
 
 
 @contextmanager
@@ -179,33 +192,27 @@ def read_timeline(file: BinaryIO, label: str) -> Timeline:
         return Timeline(np.arange(count), 0, 1 / rate, rate, numbered=True)
 
 
-def kept_frames(
-    file: BinaryIO, label: str, timeline: Timeline, wanted: np.ndarray
-) -> Iterator[tuple[range, np.ndarray, float]]:
-    """Decode the frames at the ticks ``wanted`` (increasing, repeats allowed).
+def kept_frames(file: BinaryIO, label: str, timeline: Timeline, wanted: np.ndarray) -> Iterator[KeptFrame]:
+    """Decode the frames at the ticks ``wanted`` (increasing, repeats allowed), whose places are the slots.
 
-    Yields:
-        the slots of ``wanted`` that a frame fills, the frame as (H, W, 3) uint8 RGB or (H, W, 4) RGBA, and its time in
-        seconds.
-        A frame that the file lacks is replaced by the next one, or at the end by the last.
+    A frame that the file lacks is replaced by the next one, or at the end by the last.
     """
     slot, last = 0, None
-    for tick, frame in _presented_frames(file, label, timeline, int(wanted[0])):
-        last = (tick, frame)
-        until = int(np.searchsorted(wanted, tick, side="right"))
+    for shown in _presented_frames(file, label, timeline, int(wanted[0])):
+        last = shown
+        until = int(np.searchsorted(wanted, shown[0], side="right"))
         if until > slot:
-            yield range(slot, until), _pixels(frame, label), float(timeline.seconds(tick))
+            yield _kept(range(slot, until), *shown, label, timeline)
             slot = until
         if slot == len(wanted):
             return
     if last is None:
         raise MediaError(f"{label} is damaged: no frame could be decoded")
-    tick, frame = last
-    yield range(slot, len(wanted)), _pixels(frame, label), float(timeline.seconds(tick))
+    yield _kept(range(slot, len(wanted)), *last, label, timeline)
 
 
-def _presented_frames(file: BinaryIO, label: str, timeline: Timeline, first: int) -> Iterator[tuple[int, Any]]:
-    """(tick, frame) in order of presentation, beginning at or before tick ``first``."""
+def _presented_frames(file: BinaryIO, label: str, timeline: Timeline, first: int) -> Iterator[tuple[int, Any, float]]:
+    """(tick, frame, pixel aspect as coded) in order of presentation, beginning at or before tick ``first``."""
     av = _import_av()
     if first > timeline.origin and not timeline.numbered:
         with _open_video(file, label) as (container, stream):
@@ -223,15 +230,16 @@ def _presented_frames(file: BinaryIO, label: str, timeline: Timeline, first: int
         yield from _ticked_frames(container, stream, label, timeline)
 
 
-def _ticked_frames(container: Any, stream: Any, label: str, timeline: Timeline) -> Iterator[tuple[int, Any]]:
+def _ticked_frames(container: Any, stream: Any, label: str, timeline: Timeline) -> Iterator[tuple[int, Any, float]]:
     tick = -1
     for frame in _reading(container.decode(stream), label):
         stamp = frame.pts if frame.pts is not None else frame.dts
         tick = tick + 1 if timeline.numbered or stamp is None else stamp
-        yield tick, frame
+        # The container's word counts before that of the coded frames; 0 stands for none.
+        yield tick, frame, float(stream.sample_aspect_ratio or 0) or 1.0
 
 
-def _pixels(frame: Any, label: str) -> np.ndarray:
+def _kept(slots: range, tick: int, frame: Any, aspect: float, label: str, timeline: Timeline) -> KeptFrame:
     av = _import_av()
     _check_frame_size(frame.width, frame.height, label)
     has_alpha = any(component.is_alpha for component in frame.format.components)
@@ -239,18 +247,20 @@ def _pixels(frame: Any, label: str) -> np.ndarray:
         pixels = frame.to_ndarray(format="rgba" if has_alpha else "rgb24")
     except Exception as error:  # as in _reading
         raise MediaError(f"{label}: frames of format {frame.format.name} fail: {_reason(error)}") from error
-    return _upright(pixels, frame.side_data.get(av.sidedata.sidedata.Type.DISPLAYMATRIX))
+    matrix = frame.side_data.get(av.sidedata.sidedata.Type.DISPLAYMATRIX)
+    pixels, aspect = _upright(pixels, aspect, matrix)
+    return KeptFrame(slots, pixels, float(timeline.seconds(tick)), aspect)
 
 
-def _upright(pixels: np.ndarray, matrix: Any) -> np.ndarray:
-    """Rotate or mirror a frame as the container asks, by the nearest multiple of a right angle.
+def _upright(pixels: np.ndarray, aspect: float, matrix: Any) -> tuple[np.ndarray, float]:
+    """Rotate or mirror a frame as the container asks, by the nearest multiple of a right angle; with its pixel aspect.
 
     ``matrix`` is 3 x 3 int32 in row-major order: (x, y) goes to (a x + c y, b x + d y) with its first rows
     (a, b, 0) and (c, d, 0). None leaves the frame as it is.
     """
     if matrix is None:
-        return pixels
+        return pixels, aspect
     a, b, _, c, d = (int(value) for value in np.frombuffer(matrix, np.int32)[:5])
     if abs(b) > abs(a):
-        pixels, a, d = pixels.transpose(1, 0, 2), c, b
-    return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+        pixels, aspect, a, d = pixels.transpose(1, 0, 2), 1 / aspect, c, b
+    return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1], aspect

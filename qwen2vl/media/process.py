@@ -29,7 +29,14 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from qwen2vl.errors import MediaError, install_hint
-from qwen2vl.media.decoding import MAX_SOURCE_FRAME_PIXELS, MAX_SOURCE_FRAMES, Timeline, kept_frames, read_timeline
+from qwen2vl.media.decoding import (
+    MAX_SOURCE_FRAME_PIXELS,
+    MAX_SOURCE_FRAMES,
+    KeptFrame,
+    Timeline,
+    kept_frames,
+    read_timeline,
+)
 
 _LENGTH = struct.Struct("<I")  # of the JSON that begins a message; pixels and ticks follow it
 _MAX_JSON = 1 << 20
@@ -110,7 +117,7 @@ class Decoder:
                 raise ValueError
             return Timeline(ticks, int(origin), float(unit), float(rate), bool(numbered))
 
-    def kept_frames(self, wanted: np.ndarray) -> Iterator[tuple[range, np.ndarray, float]]:
+    def kept_frames(self, wanted: np.ndarray) -> Iterator[KeptFrame]:
         """What ``qwen2vl.media.decoding.kept_frames`` yields in the child."""
         self._tell({"wanted": wanted.tolist()})
         done = 0
@@ -120,9 +127,11 @@ class Decoder:
                 slots = range(done, int(message["until"]))
                 if frame is None or frame.ndim != 3 or not slots or slots.stop > len(wanted):
                     raise ValueError
-                seconds = float(message["seconds"])
+                seconds, aspect = float(message["seconds"]), float(message["pixel_aspect"])
+                if not 0 < aspect < math.inf:
+                    raise ValueError
             done = slots.stop
-            yield slots, frame, seconds
+            yield KeptFrame(slots, frame, seconds, aspect)
 
     def _tell(self, message: dict[str, Any]) -> None:
         assert self._process.stdin is not None
@@ -250,8 +259,9 @@ def serve(descriptor: int) -> None:
             facts = {k: getattr(timeline, k) for k in ("origin", "unit", "declared_rate", "numbered")}
             send(facts | {"shape": [len(timeline.ticks)]}, np.ascontiguousarray(timeline.ticks, np.int64))
             wanted = np.array(json.loads(sys.stdin.readline())["wanted"], np.int64)
-            for slots, frame, seconds in kept_frames(file, label, timeline, wanted):
-                send({"until": slots.stop, "seconds": seconds, "shape": frame.shape}, np.ascontiguousarray(frame))
+            for kept in kept_frames(file, label, timeline, wanted):
+                facts = {"until": kept.slots.stop, "seconds": kept.seconds, "pixel_aspect": kept.pixel_aspect}
+                send(facts | {"shape": kept.pixels.shape}, np.ascontiguousarray(kept.pixels))
     except MediaError as error:
         send({"error": str(error)})
     except MemoryError:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from qwen2vl.errors import MediaError
 from qwen2vl.media.animation import Animation
-from qwen2vl.media.decoding import kept_frames, read_timeline
+from qwen2vl.media.decoding import KeptFrame, kept_frames, read_timeline
 from qwen2vl.media.image import PatchBuffer, count_frames, load_image, open_image, smart_resize, warn
 from qwen2vl.media.kinds import picture_format, stated_size
 from qwen2vl.media.options import (
@@ -48,7 +48,8 @@ class VideoPatches:
     Attributes:
         patches: (t * gh * gw, 3 * temporal_patch_size * patch_size**2) uint8, rows in merge-block order.
         grid_thw: (t, gh, gw): time steps of temporal_patch_size frames, then patches.
-        source_size: (height, width) of the first kept frame in pixels, upright, before resizing.
+        source_size: (height, width) of the first kept frame in pixels, upright, before resizing; where they are not
+            squares, the width is what it has when it is shown.
         resized_size: (height, width) in pixels that the patches of a frame cover.
         duration: seconds of the part that was sampled; 0.0 where a single frame has no duration.
         native_fps: frames per second of that part in the source; 0.0 where a single frame has no rate.
@@ -160,16 +161,17 @@ class _ClipWriter:
         if progress is not None:
             progress(0, count)
 
-    def put(self, slots: Sequence[int], frame: np.ndarray, seconds: float) -> None:
-        buffer = self.buffer or self._allocate(frame)
-        for slot in slots:
-            buffer.put(slot, frame)
-            self.times.append(seconds)
+    def put(self, kept: KeptFrame) -> None:
+        buffer = self.buffer or self._allocate(kept)
+        for slot in kept.slots:
+            buffer.put(slot, kept.pixels)
+            self.times.append(kept.seconds)
         if self.progress is not None:
             self.progress(len(self.times), self.count)
 
-    def _allocate(self, frame: np.ndarray) -> PatchBuffer:
-        self.source_size = (frame.shape[0], frame.shape[1])
+    def _allocate(self, kept: KeptFrame) -> PatchBuffer:
+        height, width = kept.pixels.shape[:2]
+        self.source_size = (height, max(1, round(width * kept.pixel_aspect)))
         try:
             height, width = frame_size(*(self.resized or self.source_size), self.count, self.options, self.shape)
         except MediaError as error:
@@ -226,6 +228,9 @@ def preprocess_video(
             and resizing overlap; a file that crashes or hangs the decoder is then refused like any damaged one.
         given: options by name, over ``options``.
 
+    Where a file says that its pixels are no squares (``sample_aspect_ratio``: DVDs, camcorders, anamorphic film), its
+    frames have the shape that players show.
+
     Frames of a file with even timestamps are chosen by number (``frame_indices``); where the rate varies, the
     frames on screen at evenly spaced times are. Should a file decode to fewer frames than it holds, its last
     frame stands for the missing ones, and ``frame_times`` and a MediaWarning say so; a file that is shorter than it
@@ -275,8 +280,8 @@ def preprocess_video(
         wanted = timeline.choose(frame_indices(len(timeline.ticks), count))
         writer = _ClipWriter(label, count, options, shape, resized, progress)
         frames = decoder.kept_frames(wanted) if decoder else kept_frames(file, label, timeline, wanted)
-        for slots, frame, seconds in frames:
-            writer.put(slots, frame, seconds)
+        for kept in frames:
+            writer.put(kept)
     seen, last = writer.times[-1], float(timeline.seconds(wanted[-1]))
     if stated is not None and size < stated:
         warn(f"{label} ends early: it has {size} of the {stated} bytes that it names, and is seen up to {seen:.3f} s")
@@ -321,5 +326,5 @@ def _from_frames(
             frame = load_image(frames[index], access=access)
         except MediaError as error:
             raise MediaError(f"frame {index} of the list: {error}") from error
-        writer.put([slot], frame, index / fps)
+        writer.put(KeptFrame(range(slot, slot + 1), frame, index / fps))
     return writer.finish(total / fps, fps)

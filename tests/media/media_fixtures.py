@@ -77,6 +77,7 @@ def write_video(
     audio: bool = False,
     pixel_format: str = "yuv420p",
     options: dict[str, str] | None = None,
+    pixel_aspect: Fraction | None = None,
 ) -> None:
     """Write a video; ``milliseconds`` gives every frame a time of its own."""
     with av.open(file, "w", format=format) as container:
@@ -86,6 +87,8 @@ def write_video(
                 stream = container.add_stream(codec, rate=rate, options=options or {})
                 stream.height, stream.width = frame.shape[:2]
                 stream.pix_fmt, stream.gop_size = pixel_format, gop
+                if pixel_aspect is not None:
+                    stream.codec_context.sample_aspect_ratio = pixel_aspect
                 if milliseconds is not None:
                     stream.codec_context.time_base = Fraction(1, 1000)
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24")

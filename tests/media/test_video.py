@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+import struct
 from fractions import Fraction
 
 import av
@@ -294,6 +295,50 @@ def test_rotation_metadata(matrix, turn):
     assert video.source_size == want.shape[:2] == video.resized_size
     frame = patches_to_frames(video.patches, video.grid_thw)[0]
     assert np.abs(frame[::14, ::14].astype(int) - want[::14, ::14]).max() < 12
+
+
+@pytest.mark.parametrize(
+    "aspect", [Fraction(16, 15), Fraction(64, 45), Fraction(8, 9), Fraction(2), Fraction(1, 2)], ids=str
+)
+@pytest.mark.parametrize(
+    ("format", "codec"), [("mp4", "libx264"), ("matroska", "libx264"), ("avi", "mpeg4"), ("mpeg", "mpeg2video")]
+)
+@pytest.mark.parametrize("isolate", [False, True])
+def test_frames_have_the_shape_that_players_show(format, codec, aspect, isolate):
+    """DVDs and camcorders: 720 x 576 pixels that are shown as 4:3 or 16:9."""
+    if codec == "mpeg2video":  # which holds the picture's aspect, one of three
+        aspect = Fraction(16, 9) * 144 / 180 if aspect > 1 else Fraction(4, 3) * 144 / 180
+    data = video_bytes(numbered(4, height=144, width=180), format=format, codec=codec, pixel_aspect=aspect)
+    shown = round(180 * aspect)
+    video = preprocess_video(data, video_min_pixels=784, isolate=isolate)
+    assert video.source_size == (144, shown)
+    assert video.resized_size == frame_size(144, shown, 4, MediaOptions(video_min_pixels=784))
+    assert numbers(video) == list(range(4))
+    # The same pixels, resized once.
+    squares = preprocess_video(data, resized_height=144, resized_width=shown, video_min_pixels=784, isolate=False)
+    np.testing.assert_array_equal(video.patches, squares.patches)
+
+
+def test_a_turned_frame_is_stretched_along_its_own_width():
+    data = video_bytes(numbered(4, height=144, width=180), pixel_aspect=Fraction(2))
+    turned = preprocess_video(with_display_matrix(data, 0, 1, -1, 0), video_min_pixels=784)
+    assert turned.source_size == (180, 72)  # as 360 x 144 is, standing
+    mirrored = preprocess_video(with_display_matrix(data, -1, 0, 0, 1), video_min_pixels=784)
+    assert mirrored.source_size == (144, 360)
+
+
+def test_pixel_aspects_that_nobody_meant():
+    """Where the container says nothing the coded frames count; a strip is refused as one of a picture is."""
+    data = video_bytes(numbered(2), codec="mpeg4", pixel_aspect=Fraction(40))
+    at = data.index(b"pasp") + 4
+
+    def size(across, down):
+        stated = data[:at] + struct.pack(">II", across, down) + data[at + 8 :]
+        return preprocess_video(stated, isolate=False).source_size
+
+    assert size(0, 1) == size(1, 0) == size(40, 1) == (56, 3840) and size(3, 2) == (56, 144)
+    with pytest.raises(MediaError, match=r"aspect ratio must be at most 200, .*height 56, width 96000"):
+        size(1000, 1)
 
 
 def test_pixels_are_the_decoded_frame_resized():

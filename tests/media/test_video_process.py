@@ -98,14 +98,18 @@ LIES = [
     message(TIMELINE | {"shape": [0]}),
     message(TIMELINE | {"shape": [3]}, np.array([2, 1, 0]).tobytes()),
     message(TIMELINE | {"unit": float("nan"), "shape": [2]}, np.arange(2).tobytes()),
-    GOOD + message({"until": 1, "seconds": 0.0}),
-    GOOD + message({"until": 99, "seconds": 0.0, "shape": [1, 1, 3]}, b"123"),
-    GOOD + message({"until": 0, "seconds": 0.0, "shape": [1, 1, 3]}, b"123"),
-    GOOD + message({"until": 1, "seconds": "x", "shape": [1, 1, 3]}, b"123"),
-    GOOD + message({"until": 1, "seconds": 0.0, "shape": [2**20, 2**20, 3]}),
-    GOOD + message({"until": 1, "seconds": 0.0, "shape": [-1, 1, 3]}),
-    GOOD + message({"until": 1, "seconds": 0.0, "shape": [1, 1, 2]}, b"12"),
-    GOOD + message({"until": 1, "seconds": 0.0, "shape": "abc"}),
+    GOOD + message({"until": 1, "seconds": 0.0, "pixel_aspect": 1.0}),
+    GOOD + message({"until": 99, "seconds": 0.0, "pixel_aspect": 1.0, "shape": [1, 1, 3]}, b"123"),
+    GOOD + message({"until": 0, "seconds": 0.0, "pixel_aspect": 1.0, "shape": [1, 1, 3]}, b"123"),
+    GOOD + message({"until": 1, "seconds": "x", "pixel_aspect": 1.0, "shape": [1, 1, 3]}, b"123"),
+    GOOD + message({"until": 1, "seconds": 0.0, "pixel_aspect": 1.0, "shape": [2**20, 2**20, 3]}),
+    GOOD + message({"until": 1, "seconds": 0.0, "pixel_aspect": 1.0, "shape": [-1, 1, 3]}),
+    GOOD + message({"until": 1, "seconds": 0.0, "pixel_aspect": 1.0, "shape": [1, 1, 2]}, b"12"),
+    GOOD + message({"until": 1, "seconds": 0.0, "pixel_aspect": 1.0, "shape": "abc"}),
+    *(
+        GOOD + message({"until": 1, "seconds": 0.0, "pixel_aspect": aspect, "shape": [1, 1, 3]}, b"123")
+        for aspect in (None, "x", 0, -1.0, float("nan"), float("inf"))
+    ),
 ]
 
 
