@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from .chat import chat
-from .common import MediaOrderCommand, explain, installed_version, print_error
+from .common import MediaOrderCommand, explain, installed_version, media_warnings_as_lines, print_error
 from .eval import evaluate
 from .generate import generate
 from .info import info
@@ -21,7 +21,8 @@ from .train import train
 class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with media_warnings_as_lines():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
         except Exception as error:
