@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from .kinds import TS_PACKET, video_container
+from .kinds import transport_packet, video_container
 
 _HEAD = 320  # bytes that tell how long a part of a file is: an Ogg page names the sizes of its 255 segments
 _BOXES = b"ftyp moov mdat free skip wide moof mfra udta uuid sidx styp meta emsg prft ssix pdin".split()
@@ -62,8 +62,8 @@ def extent(file: BinaryIO) -> Extent:
             return Extent(size, second=size if file.read(6).startswith(_GIF) else None)
         return Extent(missing=_NO_END)
     container = "PNG" if head.startswith(_PNG) else video_container(head)
-    if container == "MPEG-TS":
-        return Extent(missing="its last packet is cut off" if _packet_is_cut(file, end) else None)
+    if packet := transport_packet(head):
+        return Extent(missing="its last packet is cut off" if _packet_is_cut(file, end, *packet) else None)
     measure = _MEASURES.get(container or "")
     if measure is None:
         return Extent()
@@ -239,16 +239,16 @@ def _find_ebml(file: BinaryIO, position: int) -> int | None:
     return None
 
 
-def _packet_is_cut(file: BinaryIO, end: int) -> bool:
+def _packet_is_cut(file: BinaryIO, end: int, size: int, offset: int) -> bool:
     """Whether the last packet of a transport stream lacks its end; what somebody put behind it is none."""
-    tail = min(end, 16 * TS_PACKET)
+    tail = min(end, 16 * size)
     file.seek(end - tail)
     data = file.read(tail)
     # The place from which a packet's mark stands in every packet up to the end, or to the packet that is cut.
-    for first in range(min(TS_PACKET, len(data))):
-        marks = data[first::TS_PACKET]
+    for first in range(min(size, len(data))):
+        marks = data[first::size]
         if len(marks) > 1 and marks == b"G" * len(marks):
-            return (len(data) - first) % TS_PACKET != 0
+            return (len(data) - first + offset) % size != 0
     return False
 
 

@@ -202,7 +202,7 @@ def open_image(stream: BinaryIO, label: str, max_source_pixels: int = MAX_SOURCE
 def _register_heif(label: str) -> None:
     """Let Pillow read HEIC and HEIF. Raises MediaError where what does that is not installed."""
     try:
-        import pillow_heif
+        import pillow_heif  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise MediaError(f"{label} is a HEIC or HEIF picture: {install_hint('pillow-heif')}") from error
     pillow_heif.register_heif_opener()

@@ -21,7 +21,7 @@ _VIDEOS = (
 _AVIF_BRANDS = (b"avif", b"avis")  # of ISO files, as those that follow
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs")
 _STILL_BRANDS = (*_AVIF_BRANDS, *_HEIF_BRANDS, b"mif1", b"msf1")  # the last two say nothing of the coding
-TS_PACKET = 188
+_TS_LAYOUTS = ((188, 0), (192, 4))  # bytes of a packet, and of the time before its mark, which Blu-rays have
 
 
 def picture_format(head: bytes) -> str | None:
@@ -40,6 +40,14 @@ def video_container(head: bytes) -> str | None:
         return None if head[8:12] in _STILL_BRANDS else "MP4 or MOV"
     if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
         return "AVI"
-    if head[:1] == b"G" and head[TS_PACKET : TS_PACKET + 1] == b"G":
+    if transport_packet(head) is not None:
         return "MPEG-TS"
     return next((name for magic, name in _VIDEOS if head.startswith(magic)), None)
+
+
+def transport_packet(head: bytes) -> tuple[int, int] | None:
+    """(size of a packet, offset of its mark) of an MPEG transport stream of these first 200 bytes, None for no such."""
+    for size, offset in _TS_LAYOUTS:
+        if head[offset::size][:2] == b"GG":
+            return size, offset
+    return None

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from qwen2vl.errors import MediaError, MediaWarning
 from qwen2vl.media.extent import extent
+from qwen2vl.media.kinds import video_container
 from qwen2vl.media.video import preprocess_video
 from tests.media.media_fixtures import numbered, numbered_frame, numbers, video_bytes
 
@@ -175,12 +176,22 @@ def test_sizes_by_hand(data, size):
     assert extent(io.BytesIO(data)).size == size
 
 
-def test_a_transport_stream_whose_packets_are_whole_says_nothing():
-    data = clip("mpegts", numbered(90))
-    assert len(data) % 188 == 0
-    for end in range(20 * 188, 22 * 188):
+@pytest.mark.parametrize(("packet", "mode"), [(188, "0"), (192, "1")])  # broadcast, and Blu-ray's .m2ts
+def test_a_transport_stream_whose_packets_are_whole_says_nothing(packet, mode):
+    file = io.BytesIO()
+    with av.open(file, "w", format="mpegts", options={"mpegts_m2ts_mode": mode}) as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.height, stream.width, stream.pix_fmt = 56, 96, "yuv420p"
+        for number in range(90):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(numbered_frame(number), format="rgb24")))
+        container.mux(stream.encode())
+    data = file.getvalue()
+    assert len(data) % packet == 0 and video_container(data[:200]) == "MPEG-TS"
+    for end in range(20 * packet, 22 * packet):
         missing = extent(io.BytesIO(data[:end])).missing
-        assert (missing is None) == (end % 188 == 0), end
+        assert (missing is None) == (end % packet == 0), end
+    with pytest.warns(MediaWarning, match="ends early: its last packet is cut off, and is seen up to"):
+        preprocess_video(data[: 21 * packet - 10], num_frames=4, isolate=False)
     assert extent(io.BytesIO(b"G" * 188 * 20)).missing is None
 
 
