@@ -12,7 +12,15 @@ import typer
 from typer.core import TyperGroup
 
 from .chat import chat
-from .common import Command, MediaOrderCommand, PlainFlags, explain, installed_version, print_error
+from .common import (
+    Command,
+    MediaOrderCommand,
+    PlainFlags,
+    explain,
+    installed_version,
+    media_warnings_as_lines,
+    print_error,
+)
 from .eval import evaluate
 from .generate import generate
 from .info import info
@@ -25,7 +33,8 @@ from .train import train
 class _Commands(PlainFlags, TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with media_warnings_as_lines():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
         except Exception as error:

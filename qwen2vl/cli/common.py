@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -18,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from typer.core import TyperCommand
 
 from .. import assets
-from ..errors import MediaError, Qwen2VLError
+from ..errors import MediaError, MediaWarning, Qwen2VLError
 from . import threads
 
 if TYPE_CHECKING:
@@ -219,6 +220,22 @@ def print_error(message: str) -> None:
     """``error: ...`` on stderr."""
     line = " ".join(message.split("\n"))
     stderr.print(f"[bold red]error:[/] {escape(printable(line, stderr.is_terminal))}")
+
+
+@contextmanager
+def media_warnings_as_lines() -> Iterator[None]:
+    """Show every MediaWarning as ``warning: ...`` on stderr, without the place in the code that gave it."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def show_line(message: Any, category: Any, *where: Any, **more: Any) -> None:
+            if not issubclass(category, MediaWarning):
+                return show(message, category, *where, **more)
+            line = " ".join(str(message).split("\n"))
+            stderr.print(f"[bold yellow]warning:[/] {escape(printable(line, stderr.is_terminal))}")
+
+        warnings.showwarning = show_line
+        yield
 
 
 def printable(text: str, terminal: bool | None = None) -> str:

@@ -28,6 +28,7 @@ _PACKAGES = (
     "tokenizers",
     "safetensors",
     "pillow",
+    "pillow-heif",
     "numpy",
     "matplotlib",
 )

@@ -189,9 +189,13 @@ def open_image(stream: BinaryIO, label: str, max_source_pixels: int = MAX_SOURCE
         ) from error
     except Image.UnidentifiedImageError as error:
         stream.seek(0)
-        container = video_container(stream.read(200))
+        head = stream.read(200)
+        container, format = video_container(head), picture_format(head[:64])
         if container is not None:
             raise MediaError(f"{label} is a video ({container}), not an image: give it as a video") from error
+        if format == "HEIF" and format not in Image.OPEN:
+            _register_heif(label)
+            return open_image(stream, label, max_source_pixels)
         if format == "AVIF" and not _reads_avif():
             raise MediaError(f'{label} is an AVIF picture, for a newer Pillow: pip install "pillow>=11.3"') from error
         if format is not None:
@@ -204,7 +208,7 @@ def open_image(stream: BinaryIO, label: str, max_source_pixels: int = MAX_SOURCE
 def _register_heif(label: str) -> None:
     """Let Pillow read HEIC and HEIF. Raises MediaError where what does that is not installed."""
     try:
-        import pillow_heif
+        import pillow_heif  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise MediaError(f"{label} is a HEIC or HEIF picture: {install_hint('pillow-heif')}") from error
     pillow_heif.register_heif_opener()

@@ -8,7 +8,6 @@ written straight into the result. Memory is bounded by the result, not by the le
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,8 +19,9 @@ from PIL import Image
 from qwen2vl.errors import MediaError
 from qwen2vl.media.animation import Animation
 from qwen2vl.media.decoding import KeptFrame, kept_frames, read_timeline
+from qwen2vl.media.extent import extent
 from qwen2vl.media.image import PatchBuffer, count_frames, load_image, open_image, smart_resize, warn
-from qwen2vl.media.kinds import picture_format, stated_size
+from qwen2vl.media.kinds import picture_format
 from qwen2vl.media.options import (
     ANYWHERE,
     DEFAULTS,
@@ -272,8 +272,15 @@ def preprocess_video(
             if start is not None or end is not None:
                 raise MediaError(f"start and end apply to what has times, not to the pages of {label}")
             return _from_frames(animation, options, shape, resized, progress, access)
-        # Looked at before a decoding process shares the file's position.
-        stated, size = stated_size(file), file.seek(0, os.SEEK_END)
+        try:
+            reach = extent(file)  # before a decoding process shares the file's position
+        except Exception as error:  # a file object of the caller's may fail in its own ways
+            raise MediaError(f"{label} is damaged: {error}") from error
+        if reach.second is not None:
+            raise MediaError(
+                f"{label} is two files joined byte by byte, the second from byte {reach.second} on, and would be seen "
+                "in part or wrongly: give them one by one, or join them with FFmpeg's concat"
+            )
         decoder = animation or (stack.enter_context(Decoder(file, label, timeout)) if isolate else None)
         timeline = decoder.timeline() if decoder else read_timeline(file, label)
         timeline = timeline.between(begin, stop, label)
@@ -284,8 +291,8 @@ def preprocess_video(
         for kept in frames:
             writer.put(kept)
     seen, last = writer.times[-1], float(timeline.seconds(wanted[-1]))
-    if stated is not None and size < stated:
-        warn(f"{label} ends early: it has {size} of the {stated} bytes that it names, and is seen up to {seen:.3f} s")
+    if reach.missing is not None:
+        warn(f"{label} ends early: {reach.missing}, and is seen up to {seen:.3f} s")
     elif seen < last - _LATE:
         warn(f"{label} decodes up to {seen:.3f} s only, of {last:.3f} s: its last frame stands for those behind it")
     return writer.finish(timeline.duration, timeline.rate)

@@ -11,6 +11,7 @@ import select
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -295,6 +296,34 @@ def test_what_cannot_be_used_is_one_line(run, args, named):
     assert result.exit_code == 1 and result.stdout == ""
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert named in result.stderr and "messages[" not in result.stderr
+
+
+def test_what_is_read_in_part_is_one_line(place):
+    """As a user sees it: no place in the code, and no second line."""
+    pages = [Image.new("RGB", (56, 56), colour) for colour in ("red", "blue")]
+    pages[0].save(place / "[b]ook.tiff", save_all=True, append_images=pages[1:])
+    args = ["generate", "-m", "model", "-i", "[b]ook.tiff", "-n", "1"]
+    result = subprocess.run(
+        [sys.executable, "-m", "qwen2vl", *args],
+        cwd=place,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0
+    assert result.stderr == (
+        "warning: '[b]ook.tiff' holds 2 frames or pages, of which the first is read: "
+        "give it as a video for all of them\n"
+    )
+
+
+def test_other_warnings_stay_as_they_are(run, monkeypatch):
+    def warn(*_, **__):
+        warnings.warn("of another kind", UserWarning, stacklevel=1)
+
+    monkeypatch.setattr("qwen2vl.cli.generate.tell_who_answers", warn)
+    with pytest.warns(UserWarning, match="of another kind"):
+        assert run("generate", "-m", "model", "-p", "hi", "-n", 1).exit_code == 0
 
 
 def test_bad_checkpoints(run, place, tmp_path):
