@@ -2,7 +2,7 @@
 
 import abc
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from types import SimpleNamespace
 
@@ -154,6 +154,23 @@ def test_a_task_says_how_to_answer(adapter, folder):
             model._config({"max_new_tokens": wrong})
     with pytest.raises(Qwen2VLError, match="num_beams: wants 1, got 4"):
         model._config({"num_beams": 4})
+
+
+def test_the_room_for_an_answer_does_not_depend_on_the_batch(adapter, folder, monkeypatch):
+    """Of a short question it is not what a long one leaves beside it."""
+    docs = [[{"type": "text", "text": "Say it. " * n}] for n in (60, 1)]
+    counts = {}
+    for batch_size in (1, 2):
+        model = adapter.LmmsEvalModel(str(folder), batch_size=batch_size, device="cpu")
+        longest = model.processor(ask([{"type": "text", "text": docs[0][0]["text"]}]))["input_ids"].shape[1]
+        config = model.model.config
+        text = replace(config.text, max_position_embeddings=longest + 5)
+        monkeypatch.setattr(model.model, "config", replace(config, text=text))
+        monkeypatch.setattr(model.model, "generation_defaults", {"eos_token_id": 10**6})
+        model.task_dict = {"vqa": {"test": docs}}
+        answers = model.generate_until(requests(docs, [{"max_new_tokens": 40}] * 2))
+        counts[batch_size] = [answer.token_counts.output_tokens for answer in answers]
+    assert counts == {1: [5, 40], 2: [5, 40]}
 
 
 def test_a_part_of_a_video():
