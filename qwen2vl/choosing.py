@@ -52,7 +52,10 @@ class Choice(NamedTuple):
         if self.logprobs is None or self.top is None or self.top_ids is None:
             return []
         rows = zip(self.logprobs.tolist(), self.top_ids.tolist(), self.top.tolist(), strict=True)
-        return [TokenLogprobs(*both, dict(zip(ids, top, strict=True))) for both, ids, top in rows]
+        return [
+            TokenLogprobs(logprob, processed, dict(zip(ids, top, strict=True)))
+            for (logprob, processed), ids, top in rows
+        ]
 
 
 class Chooser:

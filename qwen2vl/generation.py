@@ -314,10 +314,8 @@ class _Run:
         if self.call is None:
             raise RuntimeError("a run can be iterated once")
         model, call, self.call = self.model, self.call, None
-        capacity, answers = (
-            max(map(sum, zip(self.prompt_tokens, self.budgets, strict=True))),
-            self.config.num_return_sequences,
-        )
+        answers = self.config.num_return_sequences
+        capacity = max(map(sum, zip(self.prompt_tokens, self.budgets, strict=True)))
         first = capacity if answers == 1 else max(call.counts)
         cache = KVCache(model.config.text, len(call.counts), first, device=model.device, dtype=model.dtype)
         features = call.features
@@ -358,7 +356,8 @@ def generate(
 
     No sequence depends on the others of its batch, the room for its answer included.
 
-    Raises :class:`ContextLengthError` before anything runs when a prompt leaves no room for an answer.
+    Raises :class:`ContextLengthError` before anything runs when a prompt leaves no room for an answer, and
+    :class:`Qwen2VLError` for logits processors that leave a row nothing to choose from.
     """
     run = _Run(model, inputs, tokenizer, config or GenerationConfig.from_model(model), logits_processors)
     for row, token, piece in run:

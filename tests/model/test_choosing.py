@@ -11,6 +11,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from qwen2vl import GenerationConfig, Processor, PromptError, Qwen2VL, Qwen2VLError, assets, generate, stream
+from qwen2vl.choosing import Chooser
 from tests.model import oracle
 from tests.test_docs import ROOT, blocks
 
@@ -121,8 +122,8 @@ def test_a_row_that_ended_may_be_left_without_a_choice(model, batch):
     end = next(token for token in free[0] if token not in free[1])
 
     def close(answers, scores):
-        rows = torch.tensor([len(answer) < max(map(len, answers)) for answer in answers])
-        return scores.masked_fill(rows.unsqueeze(1), -torch.inf)
+        scores[torch.tensor([len(answer) < max(map(len, answers)) for answer in answers])] = -torch.inf
+        return scores
 
     for shaped in ({}, {"top_k": 1}):
         config = GenerationConfig(max_new_tokens=8, eos_token_ids=(end,), **shaped)
@@ -250,6 +251,14 @@ def test_an_answer_is_that_of_its_prompt_alone(model, processor):
             logits = model(**whole)[0, -len(sequence) - 1 : -1]
         expected = logits.log_softmax(-1).gather(1, answer.T).squeeze(1)
         torch.testing.assert_close(torch.tensor([one.logprob for one in told]), expected, rtol=0, atol=1e-4)
+
+
+def test_answers_are_penalised_for_their_own_prompt(model):
+    config = GenerationConfig(top_k=1, repetition_penalty=2.0, num_return_sequences=2)
+    chooser = Chooser(model, {"input_ids": torch.tensor([[3], [4]])}, config)
+    logits = torch.zeros(4, 512)
+    logits[:, 3], logits[:, 4] = 3.0, 2.0
+    assert chooser(logits, [[]] * 4, [False] * 4).tokens.tolist() == [4, 4, 3, 3]
 
 
 def test_many_answers_read_a_prompt_once(model, processor, monkeypatch):
