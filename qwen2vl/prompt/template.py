@@ -11,6 +11,7 @@ import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 from jinja2 import Environment, TemplateError, nodes
@@ -139,6 +140,20 @@ class ChatTemplate:
         left = _media(parts)
         pieces = list(_without(pieces, inserted))
         return [span for text, taught in pieces for span in _spans(self._segments(text, left, where), taught)]
+
+    @cached_property
+    def default_system_prompt(self) -> str:
+        """The system prompt that it writes where the messages hold none; "" where it writes none, or none as text."""
+        user = {"role": "user", "content": "x"}
+        try:
+            with_one = self._write([{"role": "system", "content": self._cut}, user], "messages")
+            without = self._write([user], "messages")
+        except PromptError:  # it takes no system turn, or no plain text: nothing can be put into its place
+            return ""
+        before, _, after = with_one.partition(self._cut)
+        inside = without[len(before) : len(without) - len(after)]
+        whole = with_one.count(self._cut) == 1 and before + inside + after == without
+        return inside if whole and not self._mark.search(inside) else ""
 
     def _read(self, messages: Any, where: str) -> tuple[list[Message], list[Part], list[dict[str, Any]]]:
         """The turns, none where there are items alone; all items; and what the template is given of them."""

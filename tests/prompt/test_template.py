@@ -170,6 +170,24 @@ def test_images_and_videos_have_their_places(folder):
         assert all(torch.equal(expected[key], inputs[key]) for key in expected if "pixel" in key or "grid" in key)
 
 
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        (RELEASED, "You are a helpful assistant."),
+        (CHAT_TEMPLATE, "You are a helpful assistant."),
+        (OWN["another sentence"], "You are the helper of ACME."),
+        (OWN["other marks"], "You are a helpful assistant."),
+        (OWN["none by default"], ""),
+        (BASE, ""),
+        (AS_JSON, ""),
+        ("{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ messages[0].content }}", ""),
+        ("Always. {% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}", ""),
+    ],
+)
+def test_the_system_prompt_of_a_template(folder, source, sentence):
+    assert with_template(folder, source).default_system_prompt == sentence
+
+
 def test_base_templates_take_items_with_or_without_turns(folder):
     items = [{"image": picture()}, {"text": "A picture of"}]
     processor = with_template(folder, BASE)
