@@ -123,7 +123,8 @@ def test_accumulated_packs_are_the_mean_over_all_their_tokens(folder, tmp_path):
 
 
 def test_checkpointed_activations_and_compiled_blocks_change_nothing(folder, tmp_path, monkeypatch):
-    """The compiler sees packs of one to several samples and compiles each block for few of them."""
+    """Packs of any number of samples, of any lengths: each tower's block is compiled once with a residual and once
+    without."""
     compiled = []
 
     def backend(graph, inputs):
@@ -143,7 +144,11 @@ def test_checkpointed_activations_and_compiled_blocks_change_nothing(folder, tmp
     _same(runs.weights(kept), runs.weights(plain))
     for a, b in zip(fast.records, plain.records, strict=True):
         assert math.isclose(a.loss, b.loss, rel_tol=1e-5)
-    assert 2 <= len(compiled) <= 12, f"8 packs, 4 blocks: compiled {len(compiled)} times"
+    for trainer in (kept, fast):
+        for _ in range(10):
+            trainer.train_step()
+    torch.testing.assert_close(runs.weights(fast), runs.weights(kept), rtol=1e-2, atol=1e-3)
+    assert len(compiled) == 4, f"28 packs: compiled {len(compiled)} times"
 
 
 def test_checkpointed_activations_keep_less(folder, tmp_path):
