@@ -95,22 +95,12 @@ def test_what_is_frozen_stays_bitwise_and_what_is_not_moves(folder, tmp_path, st
     assert {e.name for e in trainer.optimizer.entries} == learns, "no optimiser state for what is frozen"
 
 
-class _Given(list):
-    """Packs in the place of a packer."""
-
-    def __next__(self):
-        return self.pop(0)
-
-    def epoch(self):
-        return None
-
-
 def test_accumulated_packs_are_the_mean_over_all_their_tokens(folder, tmp_path):
     """Two packs of different numbers of supervised tokens: gradients of one pack of both, not the mean of two means."""
     trainer = runs.make(folder, tmp_path, optimizer={"clip": 1e9})
     packs = [next(trainer.packer) for _ in range(2)]
     assert packs[0].supervised != packs[1].supervised
-    trainer.packer = _Given(packs)
+    trainer.packer = iter(packs)
     trainer.optimizer.step = lambda factor: torch.zeros(())
     record = trainer.train_step()
     got = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
