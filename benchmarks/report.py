@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .timing import WIDE, is_wide
+
 COLUMNS = (
     "workload",
     "provider",
@@ -42,6 +44,15 @@ def show(result: dict[str, Any], console: Console) -> None:
         table.add_row("" if previous == group else cells[0], *cells[1:], style="dim" if row["peer"] else None)
         previous = group
     console.print(table)
+    for row in result["rows"]:
+        if is_wide(row["samples"]):
+            console.print(
+                f"wide: {row['workload']}, {row['provider']}, {row['metric']}: the middle half of "
+                f"{len(row['samples'])} rounds spans more than {WIDE:.0%} of the median, as on a busy machine; "
+                "take best to best, or measure again",
+                style="yellow",
+                markup=False,
+            )
     for skip in result["skipped"]:
         console.print(
             f"skipped: {skip['provider']} in {skip['workload']}: {skip['reason']}", style="yellow", markup=False

@@ -205,6 +205,18 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
+#: A middle half of the samples that is wider than this share of their median says that the machine was not ours alone.
+WIDE = 0.2
+
+
+def is_wide(values: Sequence[float]) -> bool:
+    """Whether the middle half of the samples, of four or more, is wider than :data:`WIDE` of the median."""
+    if len(values) < 4:
+        return False
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return high - low > WIDE * abs(median)
+
+
 def ratio(peer: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
     """How many times ours is faster (or smaller).
 

@@ -152,7 +152,7 @@ def declare_actions(
         actions: at least one.
         language, parallel: of Qwen-Agent's text; the paper shows one in English, for one call at a time. Its
             placeholder for the names is filled with `[Tap, Home]`.
-        system: what stands before it.
+        system: what stands before it, "" for nothing.
 
     Raises:
         FunctionCallError: no action, two of one name, parameters that JSON cannot hold, an unknown style or language.
@@ -164,7 +164,7 @@ def declare_actions(
     if language not in _QWEN_TOOLS or (style == "paper" and (language != "en" or parallel)):
         raise FunctionCallError(f"language, parallel: the {style} form has no {language!r}, parallel={parallel}")
     if style == "paper":
-        lines = [system, "# Actions", "## You have the following actions."]
+        lines = [*([system] if system else []), "# Actions", "## You have the following actions."]
         for action in actions:
             lines.append(f"### {action.title or action.name}")
             lines.append(f"{action.name}: {action.description} Parameters: {to_json(action.parameters)}")

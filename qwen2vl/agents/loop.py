@@ -105,7 +105,7 @@ def run_agent(
     environment: Environment,
     *,
     style: Style = "paper",
-    system: str = DEFAULT_SYSTEM_PROMPT,
+    system: str | None = None,
     max_steps: int = 20,
     max_errors: int = 3,
     max_images: int | None = None,
@@ -117,7 +117,8 @@ def run_agent(
         write: the model; :func:`model_writer` makes one of a checkpoint.
         environment: reset first.
         style: form of the calls. Released checkpoints know both; "paper" is for user interfaces.
-        system: what stands in the system prompt before the actions.
+        system: what stands in the system prompt before the actions. None: what the checkpoint of a :class:`ModelWriter`
+            begins with where nothing is given, that of the released models for another writer.
         max_steps: times the model may write.
         max_errors: so many times in a row its call may be unreadable or refused; the next one ends the run.
         max_images: only the latest so many observations keep their images; in place of an earlier one the model reads
@@ -133,6 +134,8 @@ def run_agent(
             raise PromptError(f"{name}: wants an integer >= {least}, got {value!r}")
     if max_images is not None and (not isinstance(max_images, int) or isinstance(max_images, bool) or max_images < 1):
         raise PromptError(f"max_images: wants None or an integer >= 1, got {max_images!r}")
+    if system is None:
+        system = write.system_prompt if isinstance(write, ModelWriter) else DEFAULT_SYSTEM_PROMPT
     actions = list(environment.actions)
     messages: list[dict[str, Any]] = [
         {"role": "system", "content": declare_actions(actions, style, system=system)},
@@ -229,6 +232,28 @@ def _forget_images(messages: Sequence[Mapping[str, Any]], keep: int | None) -> l
     return kept[::-1]
 
 
+@dataclass(frozen=True)
+class ModelWriter:
+    """A checkpoint as the one who writes; :func:`model_writer` makes it."""
+
+    model: Qwen2VL
+    processor: Processor
+    config: GenerationConfig
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def system_prompt(self) -> str:
+        """What the checkpoint's chat template begins with where no system prompt is given."""
+        return self.processor.default_system_prompt
+
+    def __call__(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        from ..generation import generate
+
+        going_on = messages[-1]["role"] == "assistant"
+        inputs = self.processor(messages, continue_final_message=going_on, **self.options)
+        return generate(self.model, inputs, tokenizer=self.processor.tokenizer, config=self.config).texts[0]
+
+
 def model_writer(
     model: Qwen2VL,
     processor: Processor,
@@ -236,7 +261,7 @@ def model_writer(
     style: Style = "paper",
     config: GenerationConfig | None = None,
     **options: Any,
-) -> Writer:
+) -> ModelWriter:
     """A checkpoint as the one who writes.
 
     Args:
@@ -244,14 +269,7 @@ def model_writer(
         config: default :meth:`GenerationConfig.from_model` with 512 new tokens; its ``stop`` is added to.
         options: of the processor, for images.
     """
-    from ..generation import GenerationConfig, generate
+    from ..generation import GenerationConfig
 
     config = config or GenerationConfig.from_model(model, max_new_tokens=512)
-    config = replace(config, stop=(*config.stop, *stop_words(style)))
-
-    def write(messages: Sequence[Mapping[str, Any]]) -> str:
-        going_on = messages[-1]["role"] == "assistant"
-        inputs = processor(messages, continue_final_message=going_on, **options)
-        return generate(model, inputs, tokenizer=processor.tokenizer, config=config).texts[0]
-
-    return write
+    return ModelWriter(model, processor, replace(config, stop=(*config.stop, *stop_words(style))), options)

@@ -229,8 +229,9 @@ def _strip(pieces: list[tuple[int, Segment]], order: Iterable[int], strip: Calla
         n, segment = pieces[at]
         if not isinstance(segment, Text):
             return
-        pieces[at] = (n, Text(strip(segment.text, _WHITE_SPACE)))
-        if pieces[at][1].text:
+        left = strip(segment.text, _WHITE_SPACE)
+        pieces[at] = (n, Text(left))
+        if left:
             return
 
 

@@ -15,7 +15,18 @@ from ..hub import Checkpoint
 from ..media.image import ImagePatches, preprocess_image
 from ..media.options import DEFAULTS, OPTION_NAMES, Access, MediaOptions, PatchShape
 from ..media.video import Progress, VideoPatches, preprocess_video
-from .chatml import LOW_DETAIL_PIXELS, Control, Media, Span, Text, as_flagged, render, render_document, render_spans
+from .chatml import (
+    DEFAULT_SYSTEM_PROMPT,
+    LOW_DETAIL_PIXELS,
+    Control,
+    Media,
+    Span,
+    Text,
+    as_flagged,
+    render,
+    render_document,
+    render_spans,
+)
 from .files import (
     check_token_ids,
     read_chat_template,
@@ -119,6 +130,12 @@ class Processor:
         self.options = DEFAULTS.updated(options)
         self.shape = PatchShape(patch_size, merge_size, temporal_patch_size)
         self.access = Access(allow_local_files, allow_remote, roots, base)  # type: ignore[arg-type]
+
+    @property
+    def default_system_prompt(self) -> str:
+        """What the checkpoint's chat template begins with where no system turn is given; "" where with nothing."""
+        own = self.chat_template
+        return DEFAULT_SYSTEM_PROMPT if own is None or own.standard else own.default_system_prompt
 
     @property
     def min_pixels(self) -> int:

@@ -5,11 +5,13 @@ that holds a random number, and only marks are read as control tokens in what it
 a control token stays text, whatever the template does with it. The template runs in Jinja's sandbox.
 """
 
+import itertools
 import json
 import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 from jinja2 import Environment, TemplateError, nodes
@@ -47,6 +49,7 @@ class ChatTemplate:
         self._marks = {name: f"\ue000{number}{n}\ue001" for n, name in enumerate(names)}
         self._names = {mark: name for name, mark in self._marks.items()}
         self._open_end = f"\ue000{number}end\ue001"
+        self._cut = f"\ue000{number}cut\ue001"  # on both sides of what an assistant's runtime inserted
         self._mark = re.compile(f"(\ue000{number}[0-9]+\ue001)")
         self._spelled = re.compile("|".join(map(re.escape, names)))
         self._marker = re.compile("|".join(map(re.escape, tokenizer.markers)) or "(?!)")
@@ -92,6 +95,8 @@ class ChatTemplate:
         asked = (add_generation_prompt and not continue_final_message, add_vision_id)
         text = self._write(given, where, *asked)
         self._check_complete(text, parts, given, where, *asked)
+        marked = self._marked_insertions(turns, given, text, where, *asked)
+        text = text if marked is None else marked
         if continue_final_message:
             text, found, _ = text.partition(self._open_end)
             if not found:
@@ -104,25 +109,21 @@ class ChatTemplate:
         """As :func:`qwen2vl.prompt.chatml.render_spans`, by this template.
 
         Taught is what the template writes of an assistant's turn behind the opening that it gives to a model, up to the
-        last control token of the turn; images, videos and their marks are not.
+        last control token of the turn; images, videos and their marks are not, nor are items with `"loss": False`.
 
         Raises:
             PromptError: also where that cannot be told: the template writes a turn differently when others follow, or
-                an item of an assistant's turn has `"loss": False`.
+                changes texts by what stands beside them (trims them, say) where items have `"loss": False`.
         """
         turns, parts, given = self._read(messages, where)
         whole = self._write(given, where, add_vision_id=add_vision_id)
         self._check_complete(whole, parts, given, where, False, add_vision_id)
+        inserted = self._insertions(turns, given, whole, where, False, add_vision_id)
         pieces: list[tuple[str, bool]] = []
         begin = 0
         for n, turn in enumerate(turns):
             if turn.role != "assistant" or not turn.loss:
                 continue
-            if not all(part.loss for part in turn.parts):
-                raise PromptError(
-                    f"{where}[{n}]: items with 'loss': False cannot be told apart in what the checkpoint's own chat "
-                    "template writes"
-                )
             opened = self._write(given[:n], where, True, add_vision_id=add_vision_id)
             closed = self._write(given[: n + 1], where, add_vision_id=add_vision_id)
             if not (whole.startswith(closed) and closed.startswith(opened) and len(opened) >= begin):
@@ -137,7 +138,22 @@ class ChatTemplate:
             begin = end
         pieces.append((whole[begin:], False))
         left = _media(parts)
+        pieces = list(_without(pieces, inserted))
         return [span for text, taught in pieces for span in _spans(self._segments(text, left, where), taught)]
+
+    @cached_property
+    def default_system_prompt(self) -> str:
+        """The system prompt that it writes where the messages hold none; "" where it writes none, or none as text."""
+        user = {"role": "user", "content": "x"}
+        try:
+            with_one = self._write([{"role": "system", "content": self._cut}, user], "messages")
+            without = self._write([user], "messages")
+        except PromptError:  # it takes no system turn, or no plain text: nothing can be put into its place
+            return ""
+        before, _, after = with_one.partition(self._cut)
+        inside = without[len(before) : len(without) - len(after)]
+        whole = with_one.count(self._cut) == 1 and before + inside + after == without
+        return inside if whole and not self._mark.search(inside) else ""
 
     def _read(self, messages: Any, where: str) -> tuple[list[Message], list[Part], list[dict[str, Any]]]:
         """The turns, none where there are items alone; all items; and what the template is given of them."""
@@ -152,6 +168,49 @@ class ChatTemplate:
             content = items[0]["text"] if isinstance(message["content"], str) else items
             given.append({"role": turn.role, "content": content})
         return turns, [part for turn in turns for part in turn.parts], given
+
+    def _marked_insertions(
+        self, turns: Sequence[Message], given: Sequence[Mapping[str, Any]], text: str, where: str, *asked: bool
+    ) -> str | None:
+        """What is written with cuts around the items of assistants' turns that have `"loss": False`.
+
+        Their texts are tokenised by themselves, as where they were inserted while a model wrote. None where there are
+        no such items, or the template writes something else than `text` around the cuts.
+        """
+        cut = [dict(message) for message in given]
+        found = False
+        for turn, message in zip(turns, cut, strict=False):
+            if turn.role != "assistant" or all(part.loss for part in turn.parts):
+                continue
+            items = [dict(item) for item in message["content"]]
+            for part, item in zip(turn.parts, items, strict=False):
+                if not part.loss and item.get("text"):
+                    item["text"] = f"{self._cut}{item['text']}{self._cut}"
+                    found = True
+            message["content"] = items
+        marked = self._write(cut, where, *asked) if found else None
+        return None if marked is None or marked.replace(self._cut, "") != text else marked
+
+    def _insertions(
+        self, turns: Sequence[Message], given: Sequence[Mapping[str, Any]], text: str, where: str, *asked: bool
+    ) -> list[tuple[int, int]]:
+        """Begin and end in `text` of the texts in assistants' turns that have `"loss": False`."""
+        inserting = [
+            n
+            for n, turn in enumerate(turns)
+            if turn.role == "assistant"
+            and turn.loss
+            and any(not p.loss and isinstance(p.item, Text) and p.item.text for p in turn.parts)
+        ]
+        marked = self._marked_insertions(turns, given, text, where, *asked)
+        pieces = [] if marked is None else marked.split(self._cut)
+        if inserting and len(pieces) % 2 == 0:
+            raise PromptError(
+                f"{where}[{inserting[0]}]: items with 'loss': False cannot be told apart in what the checkpoint's own "
+                "chat template writes, as it changes texts by what stands beside them"
+            )
+        bounds = [0, *itertools.accumulate(map(len, pieces))]
+        return [(bounds[n], bounds[n + 1]) for n in range(1, len(pieces), 2)]
 
     def _item(self, part: Part, written: bool) -> dict[str, str]:
         if isinstance(part.item, Media):
@@ -196,8 +255,7 @@ class ChatTemplate:
     def _segments(self, text: str, media: Iterator[Media], where: str) -> Iterator[Segment]:
         for n, piece in enumerate(self._mark.split(text)):
             if n % 2 == 0:
-                if piece:
-                    yield Text(piece)
+                yield from (Text(text) for text in piece.split(self._cut) if text)
             elif (name := self._names[piece]) in (IMAGE_PAD, VIDEO_PAD):
                 item = next(media, None)
                 if item is None or item.pad != name:
@@ -237,6 +295,19 @@ def _longer(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _media(parts: Sequence[Part]) -> Iterator[Media]:
     return (part.item for part in parts if isinstance(part.item, Media))
+
+
+def _without(pieces: Sequence[tuple[str, bool]], inserted: Sequence[tuple[int, int]]) -> Iterator[tuple[str, bool]]:
+    """The pieces of a text, taught or not, cut at the bounds of what was inserted, none of which is taught."""
+    start = 0
+    for text, taught in pieces:
+        end, at = start + len(text), start
+        for first, last in ((max(a, start), min(b, end)) for a, b in inserted if a < end and b > start):
+            yield text[at - start : first - start], taught
+            yield text[first - start : last - start], False
+            at = last
+        yield text[at - start :], taught
+        start = end
 
 
 def _spans(segments: Iterator[Segment], taught: bool) -> Iterator[Span]:

@@ -18,6 +18,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.fx.experimental._config
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint
@@ -118,11 +119,15 @@ def wrap_blocks(model: Qwen2VL, *, checkpoint_activations: bool, compiled: bool,
     """Compile each block's forward, keep only its inputs for the backward, or both.
 
     The forward alone is changed, so that what a sharded block does around it (gathering parameters) stays outside.
+    Blocks are compiled for packs of any size from the first: twice in each tower, as the first block gets no residual.
     """
+    if compiled:
+        # Sizes that happen to be equal in the first pack (segments and a width) need not be in the next.
+        torch.fx.experimental._config.use_duck_shape = False
     for block in blocks(model):
         forward = block.forward
         if compiled:
-            forward = torch.compile(forward, backend=backend)
+            forward = torch.compile(forward, backend=backend, dynamic=True)
         if checkpoint_activations:
             forward = functools.partial(checkpoint, forward, use_reentrant=False)
         block.forward = forward  # type: ignore[method-assign]

@@ -237,8 +237,9 @@ class Trainer:
         )  # fmt: skip
 
     def _mean_epoch(self) -> float | None:
-        """Of all ranks, so that they end in the same step."""
-        epoch = self.packer.epoch()
+        """Of all ranks, so that they end in the same step; None where what gives the packs counts no passes."""
+        count = getattr(self.packer, "epoch", None)
+        epoch = None if count is None else count()
         (total,) = self.parallel.sum(math.nan if epoch is None else epoch)
         return None if math.isnan(total) else total / self.parallel.data_size
 

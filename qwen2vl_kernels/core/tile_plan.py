@@ -352,7 +352,8 @@ def check_tiles(check: Checker, tiles: object, q, k, bounds, longest, packed: bo
         f"{'none' if packed else 'some'}",
     )
     have, want = tiles.cu_seqlens.shape[0], bounds.shape[0]
-    check.require(have == want, f"tiles are planned for {have - 1} segments, but cu_seqlens has {want - 1}")
+    if have != want:  # words only then: a compiler that writes a number into them compiles for that number
+        check.require(False, f"tiles are planned for {have - 1} segments, but cu_seqlens has {want - 1}")
     if traced:  # not to be compiled in: code for one number of rows would serve no other
         return
     check.require(tiles.device == q.device, f"tiles must be on {q.device} like q, got {tiles.device}")

@@ -228,7 +228,7 @@ def _backward_of_op(ctx, dout, dlse):
 
 
 _PACK = "Tensor cu_seqlens, Tensor? cu_seqlens_k"
-_OPTIONS = "int max_seqlen_q, int max_seqlen_k, bool causal, float softmax_scale, bool fused"
+_OPTIONS = "SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal, float softmax_scale, bool fused"
 register_opaque(
     f"varlen_attention(Tensor q, Tensor k, Tensor v, {_PACK}, Tensor? cos, Tensor? sin, {_OPTIONS}, bool with_lse,"
     " str backend) -> (Tensor, Tensor)",

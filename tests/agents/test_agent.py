@@ -1,5 +1,7 @@
 """The agent's loop with a scripted model: what is carried out, what refused, what the model is shown, and the end."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,8 @@ from qwen2vl.agents.actions import STYLES
 from qwen2vl.agents.function_calls import Action, Call, Result, declare_actions, render_call, render_turn
 from qwen2vl.agents.loop import model_writer, run_agent
 from qwen2vl.errors import ContextLengthError, FunctionCallError, PromptError
+from qwen2vl.prompt.template import ChatTemplate
+from qwen2vl.training.data import read_examples
 from tests.prompt.prompt_text import segments_to_text
 
 WALK = Action("Walk", "Take steps.", [{"name": "by", "description": "how many", "required": True}])
@@ -250,6 +254,40 @@ def test_a_turn_left_open_is_the_beginning_of_what_was_trained(checkpoint, style
     for wrong in (before, [*before, {"role": "system", "content": "x"}]):
         with pytest.raises(PromptError, match="continue_final_message wants an assistant's"):
             processor(wrong, continue_final_message=True)
+
+
+@pytest.mark.parametrize("sentence", ["You are the helper of ACME.", ""])
+@pytest.mark.parametrize("style", STYLES)
+def test_an_agent_begins_with_the_sentence_of_the_checkpoints_template(checkpoint, tmp_path, style, sentence):
+    """In what it is asked, and in what it is trained on where a record has tools."""
+    model, standard = checkpoint
+    opening = f"<|im_start|>system\n{sentence}<|im_end|>\n" if sentence else ""
+    source = (
+        "{% if messages[0].role != 'system' %}"
+        + opening
+        + "{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.content is string %}{{ m.content }}{% else %}{% for i in m.content %}{% if i.type == 'image' %}"
+        "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ i.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>"
+        "\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    own = Processor(standard.tokenizer, chat_template=ChatTemplate(source, standard.tokenizer))
+    declared = {}
+    for processor in (own, standard):
+        write = model_writer(model, processor, style=style, config=GenerationConfig(max_new_tokens=2))
+        episode = run_agent(write, Corridor(), style=style, max_steps=1)
+        declared[processor] = episode.messages[0]["content"]
+    want = declare_actions([WALK, LOOK], style, system=sentence)
+    assert declared[own] == want and want.startswith(sentence or "# ")
+    assert declared[standard] == declare_actions([WALK, LOOK], style)
+    given = run_agent(write, Corridor(), style=style, max_steps=1, system="Mine.").messages[0]["content"]
+    assert given == declare_actions([WALK, LOOK], style, system="Mine.")
+
+    tools = [{"name": "Walk", "description": "Take steps.", "parameters": WALK.parameters}]
+    record = {"messages": [{"role": "user", "content": "Go"}, {"role": "assistant", "content": "No"}], "tools": tools}
+    (tmp_path / "x.jsonl").write_text(json.dumps(record))
+    (example,) = read_examples(str(tmp_path / "x.jsonl"), own, format="sharegpt", agent=style)
+    begin = declare_actions([WALK], style, system=sentence)
+    assert own.decode(example.input_ids, skip_special_tokens=False).startswith(f"<|im_start|>system\n{begin}<|im_end|>")
 
 
 def test_a_checkpoint_as_the_writer(checkpoint):

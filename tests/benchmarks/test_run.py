@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from benchmarks.cases._worker import in_subprocess
 from benchmarks.lines import write
 from benchmarks.random_checkpoint import write_random_checkpoint
 from benchmarks.run import GateError, case_names, load_case, run_case
-from benchmarks.timing import Ceilings, Clock, floor_s, measure, ratio, spread
+from benchmarks.timing import Ceilings, Clock, floor_s, is_wide, measure, ratio, spread
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -234,6 +235,26 @@ def test_nothing_has_no_ratio_to_something():
     contenders = [Provider("ours", lambda: {"copies": 0}), Provider("x", lambda: {"copies": 3}, peer=True)]
     ours, _ = run_case(case(workload(providers=contenders, units={"copies": "s"})), QUICK)["rows"]
     assert ours["ratios"] == {}
+
+
+@pytest.mark.parametrize(
+    ("samples", "wide"),
+    [
+        ([1.0, 1.01, 1.02, 1.03, 1.04, 1.05, 1.06, 9.0], False),  # one disturbed round
+        ([1.0, 1.0, 1.0, 1.3, 1.3, 1.3], True),
+        ([4.0, 1.0, 3.0, 2.0], True),
+        ([1.0, 1.0, 1.0, 1.0], False),
+        ([1.0, 9.0, 5.0], False),  # too few to tell
+    ],
+)
+def test_a_busy_machine_is_told(samples, wide):
+    result = run_case(case(workload()), QUICK)
+    for row in result["rows"][:1]:
+        row.update(spread(samples))
+    console = Console(record=True, width=300, file=io.StringIO())
+    report.show(result, console)
+    told = f"wide: shape 3, ours, time: the middle half of {len(samples)} rounds spans more than 20% of the median"
+    assert (told in console.export_text()) == is_wide(samples) == wide
 
 
 def test_spread_and_ratio():

@@ -170,6 +170,24 @@ def test_images_and_videos_have_their_places(folder):
         assert all(torch.equal(expected[key], inputs[key]) for key in expected if "pixel" in key or "grid" in key)
 
 
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        (RELEASED, "You are a helpful assistant."),
+        (CHAT_TEMPLATE, "You are a helpful assistant."),
+        (OWN["another sentence"], "You are the helper of ACME."),
+        (OWN["other marks"], "You are a helpful assistant."),
+        (OWN["none by default"], ""),
+        (BASE, ""),
+        (AS_JSON, ""),
+        ("{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ messages[0].content }}", ""),
+        ("Always. {% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}", ""),
+    ],
+)
+def test_the_system_prompt_of_a_template(folder, source, sentence):
+    assert with_template(folder, source).default_system_prompt == sentence
+
+
 def test_base_templates_take_items_with_or_without_turns(folder):
     items = [{"image": picture()}, {"text": "A picture of"}]
     processor = with_template(folder, BASE)
@@ -237,6 +255,36 @@ def test_labels_are_the_assistants_turns(folder, name):
     assert torch.equal(again[again != IGNORED], labels[labels != IGNORED])
 
 
+#: Texts of an assistant's turn, and whether its runtime inserted them.
+_ITEMS = st.lists(
+    st.tuples(st.sampled_from(["a", " b", "\n", "c ", "", "<|box_start|>", "<|im_end|>"]) | TEXTS, st.booleans()),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(_ITEMS, _ITEMS)
+def test_what_was_inserted_is_not_taught(tokenizer, first, second):
+    """Under a template of the checkpoint's own as in the standard layout, in prompts, ids and labels."""
+    standard, processor = Processor(tokenizer), Processor(tokenizer, chat_template=ChatTemplate(RELEASED, tokenizer))
+    own = ChatTemplate(OWN["another sentence"], tokenizer)
+    turns = [[{"text": text, "loss": not inserted} for text, inserted in items] for items in (first, second)]
+    messages = [
+        CHAT[0],
+        {"role": "assistant", "content": turns[0]},
+        CHAT[2],
+        {"role": "assistant", "content": turns[1]},
+    ]
+    processor._render_spans = processor.chat_template.render_spans
+    processor._render = processor.chat_template.render
+    expected, got = standard.supervised(messages), processor.supervised(messages)
+    assert all(torch.equal(got[key], expected[key]) for key in expected)
+    for options in ({}, {"continue_final_message": True}):
+        assert torch.equal(processor(messages, **options)["input_ids"], standard(messages, **options)["input_ids"])
+    labels = Processor(tokenizer, chat_template=own).supervised(messages)["labels"][0]
+    assert torch.equal(labels[labels != IGNORED], expected["labels"][0][expected["labels"][0] != IGNORED])
+
+
 def test_labels_equal_those_of_the_standard_layout(tokenizer, folder):
     """Grounding markers in an answer are control tokens; pictures in it are not taught."""
     answer = [{"text": "<|box_start|>(1,2),(3,4)<|box_end|> and "}, {"image": picture()}, {"text": "that"}]
@@ -255,9 +303,10 @@ def test_what_cannot_be_taught_or_continued_is_refused(folder):
     )
     with pytest.raises(PromptError, match=r"messages\[1\]: .* differently when a model is to write it, or when others"):
         with_template(folder, last_only).supervised(CHAT)
-    inserted = {"role": "assistant", "content": [{"text": "a"}, {"text": "b", "loss": False}]}
-    with pytest.raises(PromptError, match=r"messages\[1\]: items with 'loss': False"):
-        with_template(folder, OWN["another sentence"]).supervised([CHAT[0], inserted])
+    inserted = {"role": "assistant", "content": [{"text": "a"}, {"text": " b", "loss": False}]}
+    trimmed = RELEASED.replace("{{ content['text'] }}", "{{ content['text'] | trim }}")
+    with pytest.raises(PromptError, match=r"messages\[1\]: items with 'loss': False .* changes texts by what stands"):
+        with_template(folder, trimmed).supervised([CHAT[0], inserted])
 
 
 def test_an_answer_is_continued(folder):

@@ -95,22 +95,12 @@ def test_what_is_frozen_stays_bitwise_and_what_is_not_moves(folder, tmp_path, st
     assert {e.name for e in trainer.optimizer.entries} == learns, "no optimiser state for what is frozen"
 
 
-class _Given(list):
-    """Packs in the place of a packer."""
-
-    def __next__(self):
-        return self.pop(0)
-
-    def epoch(self):
-        return None
-
-
 def test_accumulated_packs_are_the_mean_over_all_their_tokens(folder, tmp_path):
     """Two packs of different numbers of supervised tokens: gradients of one pack of both, not the mean of two means."""
     trainer = runs.make(folder, tmp_path, optimizer={"clip": 1e9})
     packs = [next(trainer.packer) for _ in range(2)]
     assert packs[0].supervised != packs[1].supervised
-    trainer.packer = _Given(packs)
+    trainer.packer = iter(packs)
     trainer.optimizer.step = lambda factor: torch.zeros(())
     record = trainer.train_step()
     got = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
@@ -123,7 +113,8 @@ def test_accumulated_packs_are_the_mean_over_all_their_tokens(folder, tmp_path):
 
 
 def test_checkpointed_activations_and_compiled_blocks_change_nothing(folder, tmp_path, monkeypatch):
-    """The compiler sees packs of one to several samples and compiles each block for few of them."""
+    """Packs of any number of samples, of any lengths: each tower's block is compiled once with a residual and once
+    without."""
     compiled = []
 
     def backend(graph, inputs):
@@ -143,7 +134,11 @@ def test_checkpointed_activations_and_compiled_blocks_change_nothing(folder, tmp
     _same(runs.weights(kept), runs.weights(plain))
     for a, b in zip(fast.records, plain.records, strict=True):
         assert math.isclose(a.loss, b.loss, rel_tol=1e-5)
-    assert 2 <= len(compiled) <= 12, f"8 packs, 4 blocks: compiled {len(compiled)} times"
+    for trainer in (kept, fast):
+        for _ in range(10):
+            trainer.train_step()
+    torch.testing.assert_close(runs.weights(fast), runs.weights(kept), rtol=1e-2, atol=1e-3)
+    assert len(compiled) == 4, f"28 packs: compiled {len(compiled)} times"
 
 
 def test_checkpointed_activations_keep_less(folder, tmp_path):

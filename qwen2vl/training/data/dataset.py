@@ -228,7 +228,7 @@ class TrainingData(IterableDataset[Example]):
             raise RuntimeError(f"{raw.source}: {type(error).__name__}: {error}") from error
 
     def _example(self, entry: DataEntry, raw: Raw) -> Example:
-        kind, content = read_record(raw, entry)
+        kind, content = read_record(raw, entry, self.processor.default_system_prompt)
         if kind == "conversation":
             inputs = self.processor.supervised(content, add_vision_id=entry.add_vision_id, **entry.options)
         else:

@@ -48,8 +48,12 @@ _VIDEOS = ("mp4", "m4v", "mkv", "webm", "mov", "avi")
 _SCHEME = re.compile(r"(?:data:|[A-Za-z][A-Za-z0-9+.-]+://)")
 
 
-def read_record(raw: Raw, entry: DataEntry) -> tuple[Literal["conversation", "document"], list[Item]]:
+def read_record(
+    raw: Raw, entry: DataEntry, system: str = DEFAULT_SYSTEM_PROMPT
+) -> tuple[Literal["conversation", "document"], list[Item]]:
     """The kind of a sample, and its messages or its items.
+
+    `system`: what stands before its `tools` where it has no system prompt of its own.
 
     Raises:
         DataError, PromptError, FunctionCallError, GroundingError: it is malformed; none names its position.
@@ -76,7 +80,7 @@ def read_record(raw: Raw, entry: DataEntry) -> tuple[Literal["conversation", "do
         _check_grounding(items, "text")
         media.check_all_used()
         return "document", items
-    messages = _messages(record, held[0], media, entry)
+    messages = _messages(record, held[0], media, entry, system)
     media.check_all_used()
     return "conversation", messages
 
@@ -217,7 +221,7 @@ def _is_media(name: str) -> bool:
 # ---- conversations ----
 
 
-def _messages(record: Mapping[str, Any], key: str, media: _Media, entry: DataEntry) -> list[Item]:
+def _messages(record: Mapping[str, Any], key: str, media: _Media, entry: DataEntry, system: str) -> list[Item]:
     turns = record[key]
     if not isinstance(turns, list) or not turns:
         raise DataError(f"{key}: wants a list of turns, got {turns!r}"[:200])
@@ -242,7 +246,7 @@ def _messages(record: Mapping[str, Any], key: str, media: _Media, entry: DataEnt
                 turn = {**turn, "content": [_with_markers(item) for item in content] if media.qwen_vl else content}
             messages.append(turn)
     if record.get("tools") is not None:
-        _declare(messages, record["tools"], style or "qwen")
+        _declare(messages, record["tools"], style or "qwen", system)
     for n, message in enumerate(messages):
         if message["role"] == "assistant":
             _check_grounding(message["content"], f"messages[{n}].content")
@@ -351,7 +355,7 @@ def _calls(text: str) -> list[Step]:
     return read
 
 
-def _declare(messages: list[Item], tools: Any, style: Any) -> None:
+def _declare(messages: list[Item], tools: Any, style: Any, system: str) -> None:
     """Put the actions into the system prompt."""
     if isinstance(tools, str):
         try:
@@ -362,7 +366,6 @@ def _declare(messages: list[Item], tools: Any, style: Any) -> None:
         raise DataError(f"tools: wants a list, got {type(tools).__name__}")
     if not tools:  # tables say so of records without
         return
-    system = DEFAULT_SYSTEM_PROMPT
     if messages[0]["role"] == "system":
         content = messages.pop(0)["content"]
         system = content if isinstance(content, str) else "".join(item.get("text", "") for item in content)
