@@ -69,13 +69,15 @@ def character_error_rate(answer: str, reference: str) -> float:
 def anls(answer: str, references: Sequence[str], *, threshold: float = 0.5) -> float:
     """Similarity to the closest reference, 1 - distance / length of the longer; 0 where it is below ``threshold``.
 
-    Texts are compared in lower case and with single spaces, as by the benchmark's script: "ß" is not "ss".
+    As by the benchmark's script, distances are of texts in lower case with single spaces ("ß" is not "ss"), and lengths
+    are those of the texts as they came, in upper case.
     """
     best, given = 0.0, _plain(check_text("answer", answer))
     check_number("threshold", threshold)
-    for reference in map(_plain, check_texts("references", references)):
-        longest = max(len(given), len(reference))
-        best = max(best, 1.0 - edit_distance(given, reference) / longest if longest else 1.0)
+    for reference in check_texts("references", references):
+        longest = max(len(answer.upper()), len(reference.upper()))
+        distance = edit_distance(given, _plain(reference))
+        best = max(best, 1.0 - distance / longest if longest else 1.0)
     return best if best >= threshold else 0.0
 
 

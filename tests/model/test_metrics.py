@@ -107,6 +107,8 @@ def test_anls_is_that_of_the_benchmark():
     assert anls("a", ["abcd"], threshold=0.0) == 0.25
     # Lower case, and nothing that goes beyond it.
     assert anls("Straße 5", ["STRASSE 5"]) == pytest.approx(7 / 9) and anls("ﬁ", ["fi"]) == 0
+    # The length is that of the text with all its blanks.
+    assert anls("a  bd", ["a bc"]) == pytest.approx(4 / 5) and anls("abd", ["abc      "]) == pytest.approx(8 / 9)
 
 
 NUMBERS = (
