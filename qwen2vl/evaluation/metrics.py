@@ -10,7 +10,7 @@ relaxed accuracy    ChartQA (Masry et al. 2022, section 5.1), by the function th
 IoU, recall         of boxes, for grounding
 RefCOCO accuracy    IoU of at least 0.5 in pixels of the picture (Yu et al. 2016, section 5)
 
-Scores of other benchmarks are in `qwen2vl.evaluation.vqa`, `.choices` and `.agents`.
+VQA accuracy, inclusion, VCR's scores and MME's are in `qwen2vl.evaluation.vqa`.
 """
 
 from __future__ import annotations
