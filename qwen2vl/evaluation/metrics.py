@@ -43,7 +43,8 @@ def exact_match(answer: str, references: Sequence[str]) -> float:
 
 def edit_distance(a: str, b: str) -> int:
     """Levenshtein distance: the fewest characters inserted, deleted or replaced that make ``b`` of ``a``."""
-    check_text("a", a), check_text("b", b)
+    check_text("a", a)
+    check_text("b", b)
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         diagonal, row[0] = row[0], i
@@ -55,8 +56,8 @@ def edit_distance(a: str, b: str) -> int:
 def character_edits(answer: str, reference: str) -> tuple[int, int]:
     """Edits that make the answer of the reference, and the reference's characters; spaces and case count, both in NFC.
     Over many answers the sum of the first by the sum of the second is their character error rate."""
-    check_text("answer", answer), check_text("reference", reference)
-    answer, reference = (unicodedata.normalize("NFC", text).strip() for text in (answer, reference))
+    texts = check_text("answer", answer), check_text("reference", reference)
+    answer, reference = (unicodedata.normalize("NFC", text).strip() for text in texts)
     return edit_distance(reference, answer), len(reference)
 
 

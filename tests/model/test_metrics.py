@@ -67,7 +67,7 @@ def test_what_is_no_text_is_named(wrong):
     for score in (exact_match, anls, relaxed_accuracy):
         for references in (None, 5, "5", []):
             with pytest.raises(Qwen2VLError, match="references: wants a list of at least one text, got"):
-                score("5", references)
+                score("5", references)  # pyright: ignore[reportArgumentType]
     for score in (character_error_rate, character_edits):
         with pytest.raises(Qwen2VLError, match="answer: wants a text"):
             score(wrong, "5")
@@ -85,7 +85,7 @@ def test_what_is_no_box_is_named(wrong):
             call()
     for threshold in (None, "0.5", float("nan"), -1):
         with pytest.raises(Qwen2VLError, match="threshold: wants a finite number"):
-            recall([good], [good], threshold=threshold)
+            recall([good], [good], threshold=threshold)  # pyright: ignore[reportArgumentType]
 
 
 def test_character_error_rate():
