@@ -3,10 +3,14 @@
 exact match         1 where the answer is one of the references, up to case, spaces and what ends a sentence
 character error rate    edits from the reference to the answer, by characters of the reference; over several answers,
                     all edits by all characters. 0 is best, and it may pass 1, as no other score does.
-ANLS                average normalised Levenshtein similarity of DocVQA (Biten et al. 2019, equation 1), where a
-                    similarity of exactly the threshold counts, as in the benchmark's own script
-relaxed accuracy    ChartQA (Masry et al. 2022, section 5.1): numbers within 5 %, other answers exact
-IoU, recall         of boxes, for grounding; with one box wanted and one given, recall at 0.5 is RefCOCO's accuracy
+ANLS                average normalised Levenshtein similarity of DocVQA (Biten et al. 2019, equation 1), where
+                    a similarity of exactly the threshold counts, as in the benchmark's own script
+relaxed accuracy    ChartQA (Masry et al. 2022, section 5.1), by the function that its published numbers were made with:
+                    numbers within 5 %, other answers equal but for case. `lenient_relaxed_accuracy` reads more.
+IoU, recall         of boxes, for grounding
+RefCOCO accuracy    IoU of at least 0.5 in pixels of the picture (Yu et al. 2016, section 5)
+
+VQA accuracy, inclusion, VCR's scores and MME's are in `qwen2vl.evaluation.vqa`.
 """
 
 from __future__ import annotations
@@ -39,7 +43,8 @@ def exact_match(answer: str, references: Sequence[str]) -> float:
 
 def edit_distance(a: str, b: str) -> int:
     """Levenshtein distance: the fewest characters inserted, deleted or replaced that make ``b`` of ``a``."""
-    check_text("a", a), check_text("b", b)
+    check_text("a", a)
+    check_text("b", b)
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         diagonal, row[0] = row[0], i
@@ -51,8 +56,8 @@ def edit_distance(a: str, b: str) -> int:
 def character_edits(answer: str, reference: str) -> tuple[int, int]:
     """Edits that make the answer of the reference, and the reference's characters; spaces and case count, both in NFC.
     Over many answers the sum of the first by the sum of the second is their character error rate."""
-    check_text("answer", answer), check_text("reference", reference)
-    answer, reference = (unicodedata.normalize("NFC", text).strip() for text in (answer, reference))
+    texts = check_text("answer", answer), check_text("reference", reference)
+    answer, reference = (unicodedata.normalize("NFC", text).strip() for text in texts)
     return edit_distance(reference, answer), len(reference)
 
 
@@ -63,17 +68,42 @@ def character_error_rate(answer: str, reference: str) -> float:
 
 
 def anls(answer: str, references: Sequence[str], *, threshold: float = 0.5) -> float:
-    """Similarity to the closest reference, 1 - distance / length of the longer; 0 where it is below ``threshold``."""
+    """Similarity to the closest reference, 1 - distance / length of the longer; 0 where it is below ``threshold``.
+
+    As by the benchmark's script, distances are of texts in lower case with single spaces ("ß" is not "ss"), and lengths
+    are those of the texts as they came, in upper case.
+    """
     best, given = 0.0, _plain(check_text("answer", answer))
     check_number("threshold", threshold)
-    for reference in map(_plain, check_texts("references", references)):
-        longest = max(len(given), len(reference))
-        best = max(best, 1.0 - edit_distance(given, reference) / longest if longest else 1.0)
+    for reference in check_texts("references", references):
+        longest = max(len(answer.upper()), len(reference.upper()))
+        distance = edit_distance(given, _plain(reference))
+        best = max(best, 1.0 - distance / longest if longest else 1.0)
     return best if best >= threshold else 0.0
 
 
 def relaxed_accuracy(answer: str, references: Sequence[str], *, tolerance: float = 0.05) -> float:
-    """1.0 where the answer is a reference, or a number within ``tolerance`` of one; per cent signs count."""
+    """1.0 where the answer is a number within ``tolerance`` of a reference, or else equal to one but for case.
+
+    Numbers are what Python's ``float`` reads, with per cent signs behind; "1,000" and "$3" are none, and a reference of
+    0 is compared as text (Qwen-VL, eval_mm/evaluate_vqa.py; pix2struct, metrics.py).
+    """
+    given = _float(check_text("answer", answer))
+    check_number("tolerance", tolerance)
+    for reference in check_texts("references", references):
+        wanted = _float(reference)
+        if given is None or not wanted:
+            right = answer.lower() == reference.lower()
+        else:
+            right = abs(given - wanted) / abs(wanted) <= tolerance
+        if right:
+            return 1.0
+    return 0.0
+
+
+def lenient_relaxed_accuracy(answer: str, references: Sequence[str], *, tolerance: float = 0.05) -> float:
+    """Relaxed accuracy that reads "12,000", "$3" and "4.5%" as numbers, and compares other answers as `exact_match`
+    does. No published number is made with it."""
     given = _number(check_text("answer", answer))
     check_number("tolerance", tolerance)
     for reference in check_texts("references", references):
@@ -124,8 +154,36 @@ def recall(
     return sum(value >= threshold for value in match_boxes(found, wanted)) / len(wanted)
 
 
+def refcoco_accuracy(
+    found: Box | None, wanted: Sequence[float], *, width: float, height: float, threshold: float = 0.5
+) -> float:
+    """1.0 where a model's box has an IoU of at least ``threshold`` with the annotated one.
+
+    Args:
+        found: the first box of the answer, in thousandths; None where there is none, which is wrong.
+        wanted: the annotation, (x1, y1, x2, y2) in pixels of the picture, never rounded: COCO's (x, y, w, h) is
+            (x, y, x + w, y + h).
+        width, height: of the picture, in pixels.
+    """
+    corners = check_box("wanted", wanted)
+    check_number("threshold", threshold)
+    if found is not None and not isinstance(found, Box):
+        raise Qwen2VLError(f"found: wants a Box or None, got {found!r}")
+    if found is None:
+        return 0.0
+    return float(iou(found.to_pixels(width=width, height=height), corners) >= threshold)
+
+
 def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
+    return " ".join(text.lower().split())
+
+
+def _float(text: str) -> float | None:
+    """The number that the published function reads; None for any other text."""
+    try:
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
 
 
 def _number(text: str) -> float | None:

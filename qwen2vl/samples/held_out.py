@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from ..agents.grounding import Box, Grounded, parse_grounding
 from ..agents.loop import model_writer, run_agent
 from ..errors import Qwen2VLError
-from ..evaluation.metrics import anls, character_edits, exact_match, match_boxes, recall, relaxed_accuracy
+from ..evaluation.metrics import anls, character_edits, exact_match, lenient_relaxed_accuracy, match_boxes, recall
 from ..generation import GenerationConfig, generate
 from .sample import Sample
 from .skills import LEVELS, SKILLS, play
@@ -130,7 +130,7 @@ def score(sample: Sample, answer: str) -> Scored:
         edits, characters = character_edits(text, sample.answer)
         scores |= {"edits": edits, "characters": characters, "ANLS": anls(text, [sample.answer])}
     if sample.skill == "count":
-        scores["relaxed accuracy"] = relaxed_accuracy(text, [sample.answer])
+        scores["relaxed accuracy"] = lenient_relaxed_accuracy(text, [sample.answer])
     prompt = sample.record["messages"][0]["content"]
     asked = (sample.skill, sample.difficulty, sample.language, sample.size, prompt)
     return Scored(*asked, sample.answer, text, scores)

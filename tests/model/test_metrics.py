@@ -1,6 +1,9 @@
 """Metrics against hand-made cases, a recursive distance and areas counted by pixels."""
 
 import functools
+import math
+import random
+from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
@@ -15,8 +18,10 @@ from qwen2vl.evaluation.metrics import (
     edit_distance,
     exact_match,
     iou,
+    lenient_relaxed_accuracy,
     match_boxes,
     recall,
+    refcoco_accuracy,
     relaxed_accuracy,
 )
 
@@ -62,7 +67,7 @@ def test_what_is_no_text_is_named(wrong):
     for score in (exact_match, anls, relaxed_accuracy):
         for references in (None, 5, "5", []):
             with pytest.raises(Qwen2VLError, match="references: wants a list of at least one text, got"):
-                score("5", references)
+                score("5", references)  # pyright: ignore[reportArgumentType]
     for score in (character_error_rate, character_edits):
         with pytest.raises(Qwen2VLError, match="answer: wants a text"):
             score(wrong, "5")
@@ -80,7 +85,7 @@ def test_what_is_no_box_is_named(wrong):
             call()
     for threshold in (None, "0.5", float("nan"), -1):
         with pytest.raises(Qwen2VLError, match="threshold: wants a finite number"):
-            recall([good], [good], threshold=threshold)
+            recall([good], [good], threshold=threshold)  # pyright: ignore[reportArgumentType]
 
 
 def test_character_error_rate():
@@ -100,16 +105,81 @@ def test_anls_is_that_of_the_benchmark():
     assert anls("ab", ["abcd"]) == 0.5 and anls("a", ["abcd"]) == 0
     assert anls("10  march", ["10 March"]) == 1 and anls("", [""]) == 1
     assert anls("a", ["abcd"], threshold=0.0) == 0.25
+    # Lower case, and nothing that goes beyond it.
+    assert anls("Straße 5", ["STRASSE 5"]) == pytest.approx(7 / 9) and anls("ﬁ", ["fi"]) == 0
+    # The length is that of the text with all its blanks.
+    assert anls("a  bd", ["a bc"]) == pytest.approx(4 / 5) and anls("abd", ["abc      "]) == pytest.approx(8 / 9)
 
 
-def test_relaxed_accuracy():
+NUMBERS = (
+    *(
+        "0",
+        "00",
+        "0.0",
+        "-0",
+        "0%",
+        "%",
+        "",
+        " ",
+        "1",
+        "1.0",
+        "100",
+        "95",
+        "105",
+        "106",
+        "94.9",
+        "-100",
+        "1,000",
+        "1000",
+    ),
+    *("1 000", "1_000", "1e3", "1E-2", "$3", "3", "3 ", " 3", "3.", ".5", "50%", "50 %", "0.5", "5%%", "105%"),
+    *("nan", "NaN", "inf", "-inf", "Infinity", "1e999", "٣", "½", "Yes", "yes", "Yes.", "YES", "no", "twelve"),
+    *("12 million", "Straße", "STRASSE", "İ", "i̇", "3\n", "+3", "--3", "0x10", "2019-20", "(5)", "€4", "4€"),
+)
+
+
+def published_relaxed(answer, reference):
+    """Section 5.1 of the paper, written anew, in exact arithmetic on what `float` reads."""
+
+    def number(text):
+        stripped = text.rstrip("%")
+        try:
+            return float(stripped) / (100 if stripped != text else 1)
+        except ValueError:
+            return None
+
+    a, b = number(answer), number(reference)
+    if a is None or b is None or b == 0:
+        return float(answer.lower() == reference.lower())
+    if not math.isfinite(a) or not math.isfinite(b):
+        return 0.0
+    return float(abs(Fraction(a) - Fraction(b)) * 20 <= abs(Fraction(b)))
+
+
+def test_relaxed_accuracy_is_the_published_function():
+    """On all pairs of edge cases, and on 500 random pairs of numbers as charts have them."""
+    rng = random.Random(0)
+    pairs = [(a, b) for a in NUMBERS for b in NUMBERS]
+    for _ in range(500):
+        value = rng.choice((rng.uniform(-1e4, 1e4), rng.randint(-200, 3000), rng.random()))
+        near = value * rng.uniform(0.9, 1.1)
+        pairs.append((rng.choice(("{:.2f}", "{:.0f}", "{:,.1f}", "{:.3e}", "{:.1f}%")).format(near), f"{value:.2f}"))
+    assert len(pairs) > 3000
+    for answer, reference in pairs:
+        assert relaxed_accuracy(answer, [reference]) == published_relaxed(answer, reference), (answer, reference)
+    for answer, reference in (("1,000", "1000"), ("$3", "3"), ("Yes.", "Yes"), ("0", "0.0")):
+        assert relaxed_accuracy(answer, [reference]) == 0 and relaxed_accuracy(answer, ["x", answer.upper()]) == 1
+    assert relaxed_accuracy("1e3", ["1000"]) == 1
+
+
+def test_lenient_relaxed_accuracy():
     for answer, reference, value in (
         ("105", "100", 1), ("95", "100", 1), ("106", "100", 0), ("94.9", "100", 0), ("-100", "100", 0),
         ("12,000", "12000", 1), ("50%", "0.5", 1), ("50", "0.5", 0), ("$3", "3", 1), ("0", "0", 1), ("0.01", "0", 0),
         ("Spain", "spain", 1), ("Spain", "France", 0), ("12", "twelve", 0), (".5", "0.5", 1), ("1,2", "12", 0),
     ):  # fmt: skip
-        assert relaxed_accuracy(answer, [reference]) == value, (answer, reference)
-    assert relaxed_accuracy("7", ["Seven", "7.1"]) == 1
+        assert lenient_relaxed_accuracy(answer, [reference]) == value, (answer, reference)
+    assert lenient_relaxed_accuracy("7", ["Seven", "7.1"]) == 1
 
 
 @settings(deadline=None)
@@ -129,6 +199,34 @@ def test_matching_uses_each_box_once_and_takes_the_best_pair(found, wanted):
     assert len(got) == len(wanted) and max(got) == best
     assert sum(value > 0 for value in got) <= len(found)
     assert recall(found, wanted) == sum(value >= 0.5 for value in got) / len(wanted)
+
+
+def test_refcoco_is_decided_in_pixels():
+    """As if by areas of pixels: 2,000 boxes around the threshold, whose annotations are no thousandths."""
+    rng, flips = random.Random(1), 0
+    for _ in range(2000):
+        width, height = rng.randint(300, 640), rng.randint(300, 640)
+        x, y = rng.uniform(0, width * 0.6), rng.uniform(0, height * 0.6)
+        w, h = rng.uniform(8, width * 0.3), rng.uniform(8, height * 0.3)
+        wanted = (x, y, x + w, y + h)
+        shift = rng.uniform(0.25, 0.42) * w
+        found = Box.from_pixels(x + shift, y, x + w + shift, y + h, width=width, height=height)
+        fx1, fy1, fx2, fy2 = (
+            found.x1 * width / 1000,
+            found.y1 * height / 1000,
+            found.x2 * width / 1000,
+            found.y2 * height / 1000,
+        )
+        over = max(0.0, min(fx2, x + w) - max(fx1, x)) * max(0.0, min(fy2, y + h) - max(fy1, y))
+        share = over / ((fx2 - fx1) * (fy2 - fy1) + w * h - over)
+        assert refcoco_accuracy(found, wanted, width=width, height=height) == float(share >= 0.5)
+        flips += (iou(found, Box.from_pixels(*wanted, width=width, height=height)) >= 0.5) != (share >= 0.5)
+    assert flips > 5  # boxes that rounding decides are among them
+    assert refcoco_accuracy(None, (0.0, 0.0, 1.5, 1.5), width=10, height=10) == 0
+    with pytest.raises(Qwen2VLError, match="found: wants a Box or None"):
+        refcoco_accuracy((1, 2, 3, 4), (0, 0, 1, 1), width=10, height=10)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(Qwen2VLError, match="width"):
+        refcoco_accuracy(Box(0, 0, 1, 1), (0, 0, 1, 1), width=0, height=10)
 
 
 def test_recall_counts_a_box_for_one_object_only():
