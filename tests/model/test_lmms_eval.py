@@ -137,10 +137,6 @@ def test_answers_are_those_of_generate_in_the_order_of_the_requests(adapter, fol
     assert sorted(text for _, _, text in kept) == sorted(answer.text for answer in answers)
 
 
-def one(adapter, folder, settings, **arguments):
-    """The config that a task's generation_kwargs lead to."""
-    return adapter.LmmsEvalModel(str(folder), device="cpu", **arguments)._config(settings)
-
 
 def test_a_task_says_how_to_answer(adapter, folder):
     model = adapter.LmmsEvalModel(str(folder), device="cpu", max_new_tokens=9)
