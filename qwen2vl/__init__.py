@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     )
     from .generation import GenerationConfig, GenerationResult, generate, stream
     from .model import Qwen2VL
-    from .prompt.processor import Inputs, Processor
+    from .prompt.inputs import Inputs
+    from .prompt.processor import Processor
 
 __all__ = [
     "Action",
@@ -83,7 +84,8 @@ _MODULES = {
     "agents.grounding": ("Box", "Grounded", "Quad", "draw_grounding", "parse_grounding", "render_grounding"),
     "agents.loop": ("run_agent",),
     "model": ("Qwen2VL",),
-    "prompt.processor": ("Inputs", "Processor"),
+    "prompt.inputs": ("Inputs",),
+    "prompt.processor": ("Processor",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -15,9 +15,11 @@ from ..errors import PromptError, Qwen2VLError
 from ..generation import GenerationConfig
 from ..model import Qwen2VL
 from ..prompt.processor import Processor
+from .common import describe_places
 
 MAX_LINE = 64 << 20  # bytes; pictures stand in a line as base64
 _KEYS = ("messages", "prompt", "image", "images", "video", "videos", "system", "id")
+_ENDS = ("text", "error")
 
 
 def answer_file(
@@ -34,9 +36,9 @@ def answer_file(
 ) -> tuple[int, int]:
     """Answer every line of ``source`` into ``out``, a line for a line, in order; see :func:`read_line` for their form.
 
-    A line of ``out`` is ``{"index", "id", "text", "finish_reason", "tokens": {"prompt", "generated"}}``, or
-    ``{"index", "id", "error"}``; "id" where the line of ``source`` has one. What ``out`` holds already is not asked
-    again; a line that was cut off is taken off it.
+    A line of ``out`` is ``{"index", "id", "text", "finish_reason", "tokens": {"prompt", "generated"}, "boxes"}``, or
+    ``{"index", "id", "error"}``; "id" where the line of ``source`` has one, "boxes" where the answer has some. What
+    ``out`` holds already is not asked again; a line that was cut off is taken off it.
 
     Args:
         progress: called with (lines answered, lines).
@@ -179,4 +181,5 @@ def _written(answer: Answer, identity: Any) -> dict[str, Any]:
     if answer.error is not None:
         return found | {"error": str(answer.error)}
     tokens = {"prompt": answer.prompt_tokens, "generated": len(answer.token_ids)}
-    return found | {"text": answer.text, "finish_reason": answer.finish_reason, "tokens": tokens}
+    boxes = {"boxes": describe_places(answer.places)} if answer.places else {}
+    return found | {"text": answer.text, "finish_reason": answer.finish_reason, "tokens": tokens} | boxes

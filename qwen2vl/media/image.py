@@ -175,9 +175,6 @@ def open_image(stream: BinaryIO, label: str, max_source_pixels: int = MAX_SOURCE
     if size > MAX_IMAGE_BYTES:
         raise MediaError(f"{label} has {size} bytes, more than the limit of {MAX_IMAGE_BYTES}")
     Image.init()
-    format = picture_format(stream.read(64))
-    if format == "HEIF":
-        _register_heif(label)
     formats = [name for name in _FORMATS if name in Image.OPEN]
     try:
         file = without_metadata(stream)

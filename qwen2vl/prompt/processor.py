@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -34,52 +33,13 @@ from .files import (
     write_media_options,
     write_tokenizer_files,
 )
+from .inputs import Inputs, MediaInfo, joined, pad_rows
 from .template import ChatTemplate
 from .tokenizer import Tokenizer
 
 IGNORED = -100  # the label of what is not taught, cross_entropy's default
-_MEDIA_KEYS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
-
 Messages = Sequence[Mapping[str, Any]]
 Roots = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | None
-
-
-@dataclass(frozen=True)
-class MediaInfo:
-    """What became of one image or video; sizes are (height, width) in pixels, times in seconds, and `row` is its
-    conversation's place in the batch."""
-
-    kind: Literal["image", "video"]
-    where: str
-    source_size: tuple[int, int]
-    resized_size: tuple[int, int]
-    grid_thw: tuple[int, int, int]
-    num_tokens: int
-    duration: float | None = None
-    native_fps: float | None = None
-    frame_times: tuple[float, ...] = ()
-    row: int = 0
-
-
-class Inputs(dict[str, torch.Tensor]):
-    """The keyword arguments of one call of the model.
-
-    Keys: `input_ids` and `attention_mask` (B, L) int64; where there are images `pixel_values` (patches, 588) uint8, one
-    of their two equal frames, and `image_grid_thw` (images, 3) int64; where there are videos `pixel_values_videos`
-    (patches, 1176) uint8 and `video_grid_thw` likewise. Images are concatenated in order of appearance over the whole
-    batch; videos are too, apart from them. `Processor.supervised` adds `labels` (B, L) int64.
-
-    Attributes:
-        media: one `MediaInfo` per image or video, in order of appearance.
-    """
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor], media: Iterable[MediaInfo] = ()):
-        super().__init__(tensors)
-        self.media = list(media)
-
-    def to(self, device: torch.device | str) -> "Inputs":
-        """A copy whose tensors are on `device`."""
-        return Inputs({name: tensor.to(device) for name, tensor in self.items()}, self.media)
 
 
 class Processor:
@@ -312,11 +272,11 @@ class Processor:
         pads = iter([patches.num_tokens for _, patches in loaded])
         rows = [self._encode(as_flagged(spans, self.tokenizer.flagged), pads) for spans in prompts]
 
-        ids = _pad_rows([row for row, _ in rows], self.tokenizer.pad_id, padding_side)
-        present = _pad_rows([[1] * len(row) for row, _ in rows], 0, padding_side)
+        ids = pad_rows([row for row, _ in rows], self.tokenizer.pad_id, padding_side)
+        present = pad_rows([[1] * len(row) for row, _ in rows], 0, padding_side)
         tensors = {"input_ids": ids, "attention_mask": present}
         if labels:
-            tensors["labels"] = _pad_rows([row for _, row in rows], IGNORED, padding_side)
+            tensors["labels"] = pad_rows([row for _, row in rows], IGNORED, padding_side)
         for kind, pixels, grid in (
             ("image", "pixel_values", "image_grid_thw"),
             ("video", "pixel_values_videos", "video_grid_thw"),
@@ -345,19 +305,7 @@ class Processor:
         for n, one in enumerate(inputs):
             if "labels" in one or not bool(one["attention_mask"].all()):
                 raise PromptError(f"inputs[{n}]: wants rows without padding and without labels")
-        rows = [row for one in inputs for row in one["input_ids"].tolist()]
-        tensors = {
-            "input_ids": _pad_rows(rows, self.tokenizer.pad_id, padding_side),
-            "attention_mask": _pad_rows([[1] * len(row) for row in rows], 0, padding_side),
-        }
-        for name in _MEDIA_KEYS:
-            if parts := [one[name] for one in inputs if name in one]:
-                tensors[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
-        media, row = [], 0
-        for one in inputs:
-            media += [replace(item, row=row + item.row) for item in one.media]
-            row += len(one["input_ids"])
-        return Inputs(tensors, media)
+        return joined(inputs, self.tokenizer.pad_id, padding_side)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of one sequence; see `Tokenizer.decode`."""
@@ -435,16 +383,6 @@ def _conversations(messages: Any) -> list[tuple[Any, str]]:
     if isinstance(messages, (list, tuple)) and messages and isinstance(messages[0], (list, tuple)):
         return [(chat, f"messages[{n}]") for n, chat in enumerate(messages)]
     return [(messages, "messages")]
-
-
-def _pad_rows(rows: Sequence[Sequence[int]], value: int, side: str) -> torch.Tensor:
-    """(B, L) int64, shorter rows filled with `value` on that side."""
-    length = max(map(len, rows))
-    padded = torch.full((len(rows), length), value, dtype=torch.int64)
-    for n, row in enumerate(rows):
-        place = slice(length - len(row), length) if side == "left" else slice(0, len(row))
-        padded[n, place] = torch.tensor(row, dtype=torch.int64)
-    return padded
 
 
 def _describe(item: Media, patches: ImagePatches | VideoPatches, row: int) -> MediaInfo:
