@@ -102,7 +102,7 @@ def read_line(line: bytes, where: str, system: str | None = None) -> list[Any]:
     value = {name: given for name, given in value.items() if given is not None}
     if unknown := [name for name in value if name not in _KEYS]:
         raise PromptError(f"{where}: wants {', '.join(_KEYS)}, got {', '.join(map(repr, unknown[:5]))}")
-    system = value.pop("system", system)
+    instruction = value.pop("system", system)
     value.pop("id", None)
     if "messages" in value:
         if len(value) > 1:
@@ -124,8 +124,8 @@ def read_line(line: bytes, where: str, system: str | None = None) -> list[Any]:
             raise PromptError(f"{where}: wants messages or a prompt")
         messages = [{"role": "user", "content": content}]
     begins = messages and isinstance(messages[0], dict) and messages[0].get("role") == "system"
-    if system is not None and not begins:
-        messages = [{"role": "system", "content": system}, *messages]
+    if instruction is not None and not begins:
+        messages = [{"role": "system", "content": instruction}, *messages]
     return messages
 
 

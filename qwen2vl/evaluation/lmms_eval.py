@@ -228,7 +228,7 @@ def _unit(box: Box) -> str:
 def _strings(arguments: Mapping[str, Any], name: str) -> list[str]:
     """A string or several, as a list."""
     given = arguments.get(name) or ()
-    texts = [given] if isinstance(given, str) else list(given)
+    texts: list[Any] = [given] if isinstance(given, str) else list(given)
     if not all(isinstance(text, str) for text in texts):
         raise Qwen2VLError(f"generation_kwargs: {name} wants strings, got {given!r}")
     return texts
