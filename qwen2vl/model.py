@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from qwen2vl_kernels import mrope_positions
+from qwen2vl_kernels.core.matmul import linear
 
 from . import weights
 from .adapter import adapted, adapter_parameters, load_adapter, merge_layers, write_adapter
@@ -310,7 +310,7 @@ class Qwen2VL(nn.Module):
         return self.model.embed_tokens.weight if self.config.text.tie_word_embeddings else self.lm_head.weight
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        return F.linear(hidden, self.head_weight)
+        return linear(hidden, self.head_weight)
 
     def _embed(self, ids: torch.Tensor, features: Features) -> torch.Tensor:
         """``(T, C)`` embeddings of packed ids on the model's device, features in the places of placeholders."""
