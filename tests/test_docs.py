@@ -32,6 +32,7 @@ from qwen2vl_kernels.integrations import sglang, transformers, vllm
 from qwen2vl_kernels.integrations._switch import STACKS, VARIABLE, parse
 from tests.integrations.fakes.sglang import install_sglang
 from tests.integrations.fakes.vllm import install_vllm
+from tests.integrations.fakes.vlmeval import install_vlmeval
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -79,7 +80,7 @@ def folder(tmp_path, monkeypatch):
     versions = {"vllm": "0.33.0", "sglang": "0.5.23"}
     found = stack.installed_version
     monkeypatch.setattr(stack, "installed_version", lambda name: versions.get(name) or found(name))
-    install_vllm(monkeypatch), install_sglang(monkeypatch)
+    install_vllm(monkeypatch), install_sglang(monkeypatch), install_vlmeval(monkeypatch)
     for adapter in (vllm, sglang):
         adapter._patches.cache_clear()
     monkeypatch.chdir(tmp_path)

@@ -121,6 +121,19 @@ LogprobsOption = Annotated[
         rich_help_panel=_SAMPLING,
     ),
 ]
+#: The panel of what files of prompts are answered by.
+MANY_PROMPTS = "Many prompts"
+BATCH_TOKENS = 8192
+BatchTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-tokens",
+        metavar="N",
+        min=1,
+        help=f"Most tokens that are answered at once. Default: {BATCH_TOKENS}.",
+        rich_help_panel=MANY_PROMPTS,
+    ),
+]
 _MEDIA = "Media"
 MinPixelsOption = Annotated[
     int | None,

@@ -15,8 +15,11 @@ from rich.markup import escape
 from ..assets import FOLDER
 from ..media.options import MediaOptions
 from .common import (
+    BATCH_TOKENS,
+    MANY_PROMPTS,
     AdapterOption,
     AllowRemoteOption,
+    BatchTokensOption,
     DeviceOption,
     DTypeOption,
     FpsOption,
@@ -50,9 +53,6 @@ from .common import (
     video_options,
 )
 
-_FILE = "Many prompts"
-BATCH_TOKENS = 8192
-
 if TYPE_CHECKING:
     from ..agents.answers import Located
     from ..generation import GenerationResult
@@ -81,7 +81,7 @@ def generate(
             exists=True,
             dir_okay=False,
             help="In place of a prompt: one a line, as JSON; relative paths begin at its folder.",
-            rich_help_panel=_FILE,
+            rich_help_panel=MANY_PROMPTS,
         ),
     ] = None,
     out: Annotated[
@@ -91,19 +91,10 @@ def generate(
             metavar="FILE",
             dir_okay=False,
             help="The answers, a line for a line; one that is there is gone on with.",
-            rich_help_panel=_FILE,
+            rich_help_panel=MANY_PROMPTS,
         ),
     ] = None,
-    batch_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--batch-tokens",
-            metavar="N",
-            min=1,
-            help=f"Most tokens that are answered at once. Default: {BATCH_TOKENS}.",
-            rich_help_panel=_FILE,
-        ),
-    ] = None,
+    batch_tokens: BatchTokensOption = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object: sizes are (height, width), times in seconds.")
     ] = False,

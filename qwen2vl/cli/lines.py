@@ -6,7 +6,7 @@ A run that was stopped goes on behind the last answer that was written; nothing 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,6 +33,7 @@ def answer_file(
     progress: Callable[[int, int], None],
     system: str | None = None,
     options: Mapping[str, Any] | None = None,
+    keys: Collection[str] = (),
 ) -> tuple[int, int]:
     """Answer every line of ``source`` into ``out``, a line for a line, in order; see :func:`read_line` for their form.
 
@@ -44,6 +45,7 @@ def answer_file(
         progress: called with (lines answered, lines).
         system: for conversations that begin with no system message.
         options: of media, as in a call of the processor.
+        keys: what lines have beside a prompt, as in :func:`read_line`.
 
     Returns:
         How many lines there are, and how many of them have an error.
@@ -63,7 +65,7 @@ def answer_file(
             for n, line in enumerate(given, done):
                 ids[n] = _identity(line)
                 try:
-                    yield read_line(line, f"{source.name}:{n + 1}", system)
+                    yield read_line(line, f"{source.name}:{n + 1}", system, keys)
                 except PromptError as error:
                     yield error
 
@@ -82,9 +84,22 @@ def answer_file(
     return total, failed
 
 
-def read_line(line: bytes, where: str, system: str | None = None) -> list[Any]:
+def read_beside(source: Path, keys: Collection[str]) -> Iterator[dict[str, Any]]:
+    """What each line of a file has under ``keys``, of which no prompt consists. Raises PromptError where a line is no
+    prompt with these beside it."""
+    with source.open("rb") as lines:
+        for n, line in enumerate(_lines(lines), 1):
+            read_line(line, f"{source.name}:{n}", None, keys)
+            value = json.loads(line)
+            yield {key: value[key] for key in keys if key in value} if isinstance(value, dict) else {}
+
+
+def read_line(line: bytes, where: str, system: str | None = None, keys: Collection[str] = ()) -> list[Any]:
     """The messages of a line: a list of messages, or an object with "messages", or one with "prompt" and
     the pictures and videos before it ("image", "images", "video", "videos": one or a list), "system" and "id".
+
+    Args:
+        keys: further keys that an object may have, and that are passed over.
 
     Raises:
         PromptError: the line is none of these.
@@ -99,9 +114,9 @@ def read_line(line: bytes, where: str, system: str | None = None) -> list[Any]:
         value = {"messages": value}
     if not isinstance(value, dict):
         raise PromptError(f"{where}: wants a list of messages or an object, got {type(value).__name__}")
-    value = {name: given for name, given in value.items() if given is not None}
+    value = {name: given for name, given in value.items() if given is not None and name not in keys}
     if unknown := [name for name in value if name not in _KEYS]:
-        raise PromptError(f"{where}: wants {', '.join(_KEYS)}, got {', '.join(map(repr, unknown[:5]))}")
+        raise PromptError(f"{where}: wants {', '.join((*_KEYS, *keys))}, got {', '.join(map(repr, unknown[:5]))}")
     instruction = value.pop("system", system)
     value.pop("id", None)
     if "messages" in value:
