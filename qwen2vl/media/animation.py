@@ -12,6 +12,7 @@ from PIL import Image
 from qwen2vl.errors import MediaError
 from qwen2vl.media.decoding import KeptFrame, Timeline
 from qwen2vl.media.image import check_source_size, decode_image
+from qwen2vl.media.strictness import strict_pillow
 
 
 class Animation:
@@ -41,7 +42,8 @@ class Animation:
             raise MediaError(f"{self._label} was not decoded within timeout = {self._timeout:g} s")
         label = f"frame {index} of {self._label}"
         try:
-            self._image.seek(index)
+            with strict_pillow():  # seeking reads what stands before the frame
+                self._image.seek(index)
         except Exception as error:  # decoders meet hostile bytes with many types of error
             raise MediaError(f"{label} is damaged: {error}") from error
         check_source_size(self._image, label)  # pages may have a size each

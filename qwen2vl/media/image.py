@@ -36,6 +36,7 @@ from qwen2vl.media.options import (
 )
 from qwen2vl.media.png import without_metadata
 from qwen2vl.media.sources import describe_source, open_source, unwrap_source
+from qwen2vl.media.strictness import strict_pillow
 from qwen2vl_kernels import image_to_patches
 
 MAX_SOURCE_PIXELS = 178_956_970  # where Pillow, too, calls an image a decompression bomb
@@ -151,7 +152,7 @@ def count_frames(image: Image.Image) -> int:
     if image.format == "MPO":
         return 1
     try:
-        with _without_warnings():
+        with _without_warnings(), strict_pillow():
             return getattr(image, "n_frames", 1)
     except Exception:  # what lies behind the first frame may be damaged in many ways, and is not read
         return 1
@@ -181,7 +182,7 @@ def open_image(stream: BinaryIO, label: str, max_source_pixels: int = MAX_SOURCE
     formats = [name for name in _FORMATS if name in Image.OPEN]
     try:
         file = without_metadata(stream)
-        with _without_warnings():
+        with _without_warnings(), strict_pillow():
             return Image.open(file, formats=formats)
     except Image.DecompressionBombError as error:
         raise MediaError(
@@ -234,7 +235,8 @@ def check_source_size(image: Image.Image, label: str, max_source_pixels: int = M
 def decode_image(image: Image.Image, label: str) -> np.ndarray:
     """The current frame of an open file as ``load_image`` returns it. Raises MediaError."""
     try:
-        image.load()
+        with strict_pillow():
+            image.load()
         orientation = _orientation(image)  # after load: PNG may carry EXIF behind its pixels
         upright = _to_rgb(image, label)
         if orientation in _UPRIGHT:
