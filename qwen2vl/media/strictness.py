@@ -7,6 +7,7 @@ Pillow then gives black where a file has no more pixels: a picture that nobody t
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Iterator
 
@@ -37,3 +38,15 @@ def strict_pillow() -> Iterator[None]:
             _inside -= 1
             if not _inside:
                 ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES or _outside
+
+
+def _leave_all() -> None:
+    """In a child of a fork, where the threads that were inside are not."""
+    global _lock, _inside
+    if _inside:
+        ImageFile.LOAD_TRUNCATED_IMAGES = _outside
+    _lock, _inside = threading.Lock(), 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_all)

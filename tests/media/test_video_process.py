@@ -18,7 +18,8 @@ from PIL import Image
 import qwen2vl.media.process
 import qwen2vl.media.video
 from qwen2vl.errors import MediaError
-from qwen2vl.media.image import PatchBuffer
+from qwen2vl.media.options import Access, Limits
+from qwen2vl.media.patches import PatchBuffer
 from qwen2vl.media.video import preprocess_video
 from tests.media.media_fixtures import encode_image, noise, numbered, video_bytes
 
@@ -69,12 +70,12 @@ def test_a_crash_in_the_middle(large, number):
 def test_a_hang_ends_with_the_time(child_says, large):
     child_says("import time; time.sleep(100)  # qwen2vl.media.process")
     begin = time.monotonic()
-    with pytest.raises(MediaError, match=r"was not decoded within timeout = 0.3 s"):
-        preprocess_video(large, timeout=0.3)
+    with pytest.raises(MediaError, match=r"was not decoded within video_timeout = 0.3 s"):
+        preprocess_video(large, access=Access(limits=Limits(video_timeout=0.3)))
     assert time.monotonic() - begin < 30 and not children()
     for wrong in (0, -1, float("nan"), "1"):
-        with pytest.raises(MediaError, match="timeout must be a finite number > 0"):
-            preprocess_video(large, timeout=wrong)
+        with pytest.raises(MediaError, match="video_timeout must be a finite number > 0"):
+            Limits(video_timeout=wrong)
 
 
 def test_an_early_end_is_told(child_says, large):
@@ -117,7 +118,7 @@ LIES = [
 def test_what_is_no_frame_is_refused(child_says, large, lie):
     child_says(f"import sys; sys.stdout.buffer.write({lie!r}); sys.stdout.flush(); sys.stdin.read()")
     with pytest.raises(MediaError, match="the decoder sent something that is no frame"):
-        preprocess_video(large, timeout=60)
+        preprocess_video(large, access=Access(limits=Limits(video_timeout=60)))
     assert not children()
 
 
