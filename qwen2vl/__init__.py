@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         Qwen2VLError,
     )
     from .generation import GenerationConfig, GenerationResult, generate, stream
+    from .media.options import Limits
     from .model import Qwen2VL
     from .prompt.inputs import Inputs
     from .prompt.processor import Processor
@@ -43,6 +44,7 @@ __all__ = [
     "Grounded",
     "GroundingError",
     "Inputs",
+    "Limits",
     "Located",
     "MediaError",
     "MediaWarning",
@@ -83,6 +85,7 @@ _MODULES = {
     "generation": ("GenerationConfig", "GenerationResult", "generate", "stream"),
     "agents.grounding": ("Box", "Grounded", "Quad", "draw_grounding", "parse_grounding", "render_grounding"),
     "agents.loop": ("run_agent",),
+    "media.options": ("Limits",),
     "model": ("Qwen2VL",),
     "prompt.inputs": ("Inputs",),
     "prompt.processor": ("Processor",),

@@ -11,7 +11,10 @@ from PIL import Image
 
 from qwen2vl.errors import MediaError
 from qwen2vl.media.decoding import KeptFrame, Timeline
-from qwen2vl.media.image import check_source_size, decode_image
+from qwen2vl.media.effort import PIXEL_BUDGET
+from qwen2vl.media.image import check_source_size, decode_image, without_warnings
+from qwen2vl.media.options import Limits
+from qwen2vl.media.strictness import strict_pillow
 
 
 class Animation:
@@ -20,13 +23,34 @@ class Animation:
     Args:
         image: with more than one frame.
         label: its name in messages.
-        timeout: seconds for all of its frames, looked at between two of them; ``None`` for no limit.
+        limits: what it may cost; the time is looked at between two frames.
+
+    Raises:
+        MediaError: it is a TIFF of more pages than frames may be kept.
     """
 
-    def __init__(self, image: Image.Image, label: str, timeout: float | None = None):
-        self._image, self._label, self._timeout = image, label, timeout
-        self._deadline = math.inf if timeout is None else time.monotonic() + timeout
-        self._count: int = getattr(image, "n_frames", 1)
+    def __init__(self, image: Image.Image, label: str, limits: Limits):
+        self._image, self._label, self._limits = image, label, limits
+        self._timeout = limits.video_timeout
+        self._deadline = math.inf if self._timeout is None else time.monotonic() + self._timeout
+        self._count: int = self._count_pages() if image.format == "TIFF" else getattr(image, "n_frames", 1)
+
+    def _count_pages(self) -> int:
+        """The pages of a TIFF, which says nowhere how many they are: each names the next one."""
+        for index in range(self._limits.max_item_frames + 1):
+            self._check_time()
+            try:
+                with without_warnings(), strict_pillow():
+                    self._image.seek(index)
+            except EOFError:
+                return index
+            except Exception as error:
+                raise MediaError(f"frame {index} of {self._label} is damaged: {error}") from error
+        raise MediaError(f"{self._label} has more pages than max_item_frames = {self._limits.max_item_frames}")
+
+    def _check_time(self) -> None:
+        if time.monotonic() > self._deadline:
+            raise MediaError(f"{self._label} was not decoded within video_timeout = {self._timeout:g} s")
 
     def __len__(self) -> int:
         return self._count
@@ -37,15 +61,16 @@ class Animation:
         Raises:
             MediaError: it is damaged or too large, or the time is up.
         """
-        if time.monotonic() > self._deadline:
-            raise MediaError(f"{self._label} was not decoded within timeout = {self._timeout:g} s")
+        self._check_time()
         label = f"frame {index} of {self._label}"
         try:
-            self._image.seek(index)
+            with without_warnings(), strict_pillow():  # seeking reads what stands before the frame
+                self._image.seek(index)
         except Exception as error:  # decoders meet hostile bytes with many types of error
             raise MediaError(f"{label} is damaged: {error}") from error
-        check_source_size(self._image, label)  # pages may have a size each
-        return decode_image(self._image, label)
+        check_source_size(self._image, label, self._limits)  # pages may have a size each
+        with PIXEL_BUDGET.hold(self._image.width * self._image.height, self._limits.max_source_pixels):
+            return decode_image(self._image, label, self._limits)
 
     def timeline(self) -> Timeline:
         """When each frame is shown, in milliseconds; a frame without a duration has one of a millisecond."""

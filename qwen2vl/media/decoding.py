@@ -26,7 +26,8 @@ _CONTAINERS = "mov,matroska,avi,gif,apng,mpegts,mpeg,flv,ogg,asf,mxf,ivf,wav,mp3
 _TIME_SLACK = 1e-3  # seconds: Matroska and FLV round timestamps to milliseconds
 
 
-def _import_av() -> Any:
+def import_av() -> Any:
+    """PyAV. Raises MediaError where it is not installed."""
     try:
         import av
     except ImportError as error:
@@ -109,7 +110,7 @@ class KeptFrame(NamedTuple):
 @contextmanager
 def _open_video(file: BinaryIO, label: str) -> Iterator[tuple[Any, Any]]:
     """Open the container from its beginning; yields it and its first video stream. ``file`` stays open."""
-    av = _import_av()
+    av = import_av()
     file.seek(0)
     try:
         container = av.open(
@@ -213,7 +214,7 @@ def kept_frames(file: BinaryIO, label: str, timeline: Timeline, wanted: np.ndarr
 
 def _presented_frames(file: BinaryIO, label: str, timeline: Timeline, first: int) -> Iterator[tuple[int, Any, float]]:
     """(tick, frame, pixel aspect as coded) in order of presentation, beginning at or before tick ``first``."""
-    av = _import_av()
+    av = import_av()
     if first > timeline.origin and not timeline.numbered:
         with _open_video(file, label) as (container, stream):
             frames = _ticked_frames(container, stream, label, timeline)
@@ -240,7 +241,7 @@ def _ticked_frames(container: Any, stream: Any, label: str, timeline: Timeline) 
 
 
 def _kept(slots: range, tick: int, frame: Any, aspect: float, label: str, timeline: Timeline) -> KeptFrame:
-    av = _import_av()
+    av = import_av()
     _check_frame_size(frame.width, frame.height, label)
     has_alpha = any(component.is_alpha for component in frame.format.components)
     try:

@@ -13,47 +13,43 @@ import math
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 from PIL import Image, features
 
 import qwen2vl_kernels
 from qwen2vl.config import MAX_PIXELS, MIN_PIXELS
 from qwen2vl.errors import MediaError, MediaWarning, install_hint
+from qwen2vl.media.effort import PIXEL_BUDGET, check_effort
 from qwen2vl.media.kinds import picture_format, video_container
 from qwen2vl.media.options import (
     ANYWHERE,
     DEFAULTS,
     RELEASED_SHAPE,
     Access,
+    Limits,
     MediaOptions,
     PatchShape,
-    check_positive_int,
+    shown,
 )
+from qwen2vl.media.patches import check_patch_bytes
 from qwen2vl.media.png import without_metadata
 from qwen2vl.media.sources import describe_source, open_source, unwrap_source
+from qwen2vl.media.strictness import strict_pillow
 from qwen2vl_kernels import image_to_patches
 
-MAX_SOURCE_PIXELS = 178_956_970  # where Pillow, too, calls an image a decompression bomb
-MAX_PATCH_BYTES = 4 << 30  # of one image or video; whoever asks for more made a slip or attacks
 MAX_IMAGE_BYTES = 1 << 30  # some decoders read the whole file before they look at it
 
 # Only formats that Pillow or pillow-heif decodes by itself: EPS, for one, would run an interpreter on the file.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "HEIF")
+_STRIP_PIXELS = 1 << 19  # converted at a time, so that no second copy of a picture is made
 _ORIENTATION_TAG = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_TRANSPOSED = (5, 6, 7, 8)  # orientations whose rows are the upright picture's columns
+_MIRRORED = {2: (1, -1), 3: (-1, -1), 4: (-1, 1), 6: (-1, 1), 7: (-1, -1), 8: (1, -1)}  # steps along rows and columns
+_DEPTH = 5  # calls from where a file is read up to who called `load_image` or `preprocess_image`
 _warnings_lock = threading.RLock()
 # Pillow has errors of its own about damaged files: its log lines go where a program sends them, or nowhere.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
@@ -91,12 +87,14 @@ def smart_resize(
         return qwen2vl_kernels.smart_resize(height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
     except ValueError as error:
         raise MediaError(str(error)) from None
+    except OverflowError:
+        raise MediaError(f"sides of {shown(height)} and {shown(width)} pixels are beyond any picture") from None
 
 
 _ALSO = ", a PIL image or a numpy array (uint8 or uint16)"
 
 
-def load_image(source: object, *, access: Access = ANYWHERE, max_source_pixels: int = MAX_SOURCE_PIXELS) -> np.ndarray:
+def load_image(source: object, *, access: Access = ANYWHERE) -> np.ndarray:
     """Read an image as upright 8-bit RGB.
 
     Args:
@@ -106,8 +104,8 @@ def load_image(source: object, *, access: Access = ANYWHERE, max_source_pixels: 
             TIFF, PPM, AVIF or, where pillow-heif is installed, HEIC and HEIF; the first of several frames or pages, a
             HEIF file's main picture, is taken, with a MediaWarning. Pixels are squares, whatever a file says of its
             resolution: Pillow, browsers and the released processor take them as that, too.
-        access: which files and URLs may be opened.
-        max_source_pixels: larger images are refused from their header, before any pixel is decoded.
+        access: which files and URLs may be opened, and ``access.limits``: larger pictures, and those that take more
+            work, are refused from their headers, before any pixel is decoded.
 
     Returns:
         (H, W, 3) uint8. EXIF orientation is applied, transparency composited over white, 16-bit values scaled
@@ -117,48 +115,90 @@ def load_image(source: object, *, access: Access = ANYWHERE, max_source_pixels: 
         MediaError: the source is forbidden, cannot be read or decoded, is too large, or has an unsupported type, shape
             or dtype.
     """
+    with _pixels(source, access) as pixels:
+        return pixels
+
+
+@contextlib.contextmanager
+def _pixels(
+    source: object, access: Access, expect: Callable[[int, int], object] = lambda height, width: None
+) -> Iterator[np.ndarray]:
+    """What ``load_image`` returns, for a block in which its pixels count among those held. ``expect`` is called with
+    the sides before anything is decoded, turned or not, and may refuse."""
     source = unwrap_source(source)
     if isinstance(source, np.ndarray):
-        return _array_to_rgb(source)
-    label = describe_source(source)
-    if isinstance(source, Image.Image):
-        check_source_size(source, label, max_source_pixels)
-        return decode_image(source, label)
+        _check_array(source)
+        expect(*source.shape[:2])
+        yield _array_to_rgb(source)
+        return
+    with contextlib.ExitStack() as held:
+        label = describe_source(source)
+        if isinstance(source, Image.Image):
+            _admit(source, label, access.limits, expect, held)
+            pixels = decode_image(source, label, access.limits)
+        else:
+            pixels = _read_file(source, label, access, expect, held)
+        yield pixels
+
+
+def _read_file(
+    source: object, label: str, access: Access, expect: Callable[[int, int], object], held: contextlib.ExitStack
+) -> np.ndarray:
     with (
         open_source(source, max_bytes=MAX_IMAGE_BYTES, access=access, also=_ALSO) as stream,
-        open_image(stream, label, max_source_pixels) as image,
+        open_image(stream, label, access.limits) as image,
     ):
-        check_source_size(image, label, max_source_pixels)
-        pixels = decode_image(image, label)
+        _admit(image, label, access.limits, expect, held)
+        pixels = decode_image(image, label, access.limits)
         count = count_frames(image)
         if count > 1 and image.format == "HEIF":
-            warn(f"{label} holds {count} pictures, of which the main one is read")
+            warn(f"{label} holds {count} pictures, of which the main one is read", _DEPTH)
         elif count > 1:
             warn(
-                f"{label} holds {count} frames or pages, of which the first is read: give it as a video for all of them"
+                f"{label} holds several frames or pages, of which the first is read: give it as a video for all of "
+                "them",
+                _DEPTH,
             )
         return pixels
 
 
-def warn(message: str) -> None:
-    """Give a MediaWarning, which no other thread silences meanwhile."""
+def _admit(
+    image: Image.Image,
+    label: str,
+    limits: Limits,
+    expect: Callable[[int, int], object],
+    held: contextlib.ExitStack,
+) -> None:
+    """What is asked of a picture before it is decoded; then its pixels are held."""
+    check_source_size(image, label, limits)
+    expect(image.height, image.width)
+    held.enter_context(PIXEL_BUDGET.hold(image.width * image.height, limits.max_source_pixels))
+
+
+def warn(message: str, depth: int = 2) -> None:
+    """Give a MediaWarning, which no other thread silences meanwhile, of a place that many calls above this one."""
     with _warnings_lock:
-        warnings.warn(message, MediaWarning, stacklevel=3)
+        warnings.warn(message, MediaWarning, stacklevel=1 + depth)
 
 
 def count_frames(image: Image.Image) -> int:
-    """The frames or pages of an open file; 1 for a photo, whatever previews a camera put beside it."""
+    """The frames or pages of an open file; 1 for a photo, whatever previews a camera put beside it.
+
+    A GIF or TIFF of several counts 2: it would have to be read to its end to tell how many there are.
+    """
     if image.format == "MPO":
         return 1
     try:
-        with _without_warnings():
+        with without_warnings(), strict_pillow():
+            if image.format in ("GIF", "TIFF"):
+                return 1 + bool(getattr(image, "is_animated", False))
             return getattr(image, "n_frames", 1)
     except Exception:  # what lies behind the first frame may be damaged in many ways, and is not read
         return 1
 
 
 @contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
+def without_warnings() -> Iterator[None]:
     """Silence warnings while a header or metadata is read.
 
     Filters of warnings belong to the whole process, so one thread at a time may change them; headers take no time.
@@ -168,7 +208,7 @@ def _without_warnings() -> Iterator[None]:
         yield
 
 
-def open_image(stream: BinaryIO, label: str, max_source_pixels: int = MAX_SOURCE_PIXELS) -> Image.Image:
+def open_image(stream: BinaryIO, label: str, limits: Limits) -> Image.Image:
     """An image file whose header is read. Raises MediaError."""
     size = stream.seek(0, os.SEEK_END)
     stream.seek(0)
@@ -178,11 +218,11 @@ def open_image(stream: BinaryIO, label: str, max_source_pixels: int = MAX_SOURCE
     formats = [name for name in _FORMATS if name in Image.OPEN]
     try:
         file = without_metadata(stream)
-        with _without_warnings():
+        with without_warnings(), strict_pillow():
             return Image.open(file, formats=formats)
     except Image.DecompressionBombError as error:
         raise MediaError(
-            f"{label} was refused from its header, max_source_pixels is {max_source_pixels}: {error}"
+            f"{label} was refused from its header, max_source_pixels is {limits.max_source_pixels}: {error}"
         ) from error
     except Image.UnidentifiedImageError as error:
         stream.seek(0)
@@ -192,7 +232,7 @@ def open_image(stream: BinaryIO, label: str, max_source_pixels: int = MAX_SOURCE
             raise MediaError(f"{label} is a video ({container}), not an image: give it as a video") from error
         if format == "HEIF" and format not in Image.OPEN:
             _register_heif(label)
-            return open_image(stream, label, max_source_pixels)
+            return open_image(stream, label, limits)
         if format == "AVIF" and not _reads_avif():
             raise MediaError(f'{label} is an AVIF picture, for a newer Pillow: pip install "pillow>=11.3"') from error
         if format is not None:
@@ -212,49 +252,63 @@ def _register_heif(label: str) -> None:
 
 
 def _reads_avif() -> bool:
-    with _without_warnings():
+    with without_warnings():
         return features.check("avif") is True  # Pillow before 11.3 warns of a name that it does not know
 
 
-def check_source_size(image: Image.Image, label: str, max_source_pixels: int = MAX_SOURCE_PIXELS) -> None:
+def check_source_size(image: Image.Image, label: str, limits: Limits) -> None:
     """Refuse a picture without pixels or with too many, by its header. Raises MediaError."""
     width, height = image.size
     if width < 1 or height < 1:
         raise MediaError(f"{label} has no pixels: height {height}, width {width}")
-    if width * height > max_source_pixels:
+    if width * height > limits.max_source_pixels:
         raise MediaError(
-            f"{label} says it is {width} x {height} pixels, "
-            f"more than max_source_pixels = {max_source_pixels}: refused before decoding"
+            f"{label} says it is {width} x {height} pixels, more than max_source_pixels = {limits.max_source_pixels}: "
+            "refused before decoding; make it smaller, or raise that limit of the processor"
         )
 
 
-def decode_image(image: Image.Image, label: str) -> np.ndarray:
+def decode_image(image: Image.Image, label: str, limits: Limits) -> np.ndarray:
     """The current frame of an open file as ``load_image`` returns it. Raises MediaError."""
     try:
-        image.load()
+        check_effort(image, label, limits.max_decoded_pixels)
+        with strict_pillow():
+            image.load()
         orientation = _orientation(image)  # after load: PNG may carry EXIF behind its pixels
-        upright = _to_rgb(image, label)
-        if orientation in _UPRIGHT:
-            upright = upright.transpose(_UPRIGHT[orientation])
-        return np.array(upright)
+        width, height = image.size
+        turned = orientation in _TRANSPOSED
+        upright = np.empty((width, height, 3) if turned else (height, width, 3), np.uint8)
+        steps = _MIRRORED.get(orientation, (1, 1))
+        # The same memory, in the order of the file's rows.
+        rows = (upright.transpose(1, 0, 2) if turned else upright)[:: steps[0], :: steps[1]]
+        for top, bottom in _strips(height, width):
+            strip = image.crop((0, top, width, bottom)) if bottom - top < height else image
+            rows[top:bottom] = np.asarray(_to_rgb(strip, image.format, label))
+        return upright
     except MediaError:
         raise
     except Exception as error:  # decoders meet hostile bytes with many types of error
         raise MediaError(f"{label} is a damaged image: {error or type(error).__name__}") from error
 
 
+def _strips(height: int, width: int) -> Iterator[tuple[int, int]]:
+    """(from, to) of rows that are few enough to be converted at a time."""
+    step = max(1, _STRIP_PIXELS // width)
+    return ((top, min(height, top + step)) for top in range(0, height, step))
+
+
 def _orientation(image: Image.Image) -> int:
     """EXIF's orientation, 1 where there is none or its metadata is no EXIF."""
     try:
-        with _without_warnings():
+        with without_warnings():
             return image.getexif().get(_ORIENTATION_TAG, 1)
     except Exception:  # Pillow reads it in many ways, and meets damage with as many types of error
         return 1
 
 
-def _to_rgb(image: Image.Image, label: str) -> Image.Image:
+def _to_rgb(image: Image.Image, format: str | None, label: str) -> Image.Image:
     transparent = image.info.get("transparency")
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+    if image.mode.startswith("I;16") or (image.mode == "I" and format in ("PNG", "PPM")):
         values = np.asarray(image).astype(np.uint16)  # Pillow before 12 opens some 16-bit files as 32-bit "I"
         grey = _scale_16_bit(values)
         if isinstance(transparent, int):
@@ -282,7 +336,7 @@ def _scale_16_bit(values: np.ndarray) -> np.ndarray:
     return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
-def _array_to_rgb(array: np.ndarray) -> np.ndarray:
+def _check_array(array: np.ndarray) -> None:
     if array.dtype not in (np.uint8, np.uint16):
         raise MediaError(
             f"image array must have dtype uint8 or uint16, got {array.dtype} "
@@ -293,77 +347,22 @@ def _array_to_rgb(array: np.ndarray) -> np.ndarray:
             f"image array must have shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), got {array.shape} "
             "(channels come last)"
         )
-    if array.dtype == np.uint16:
-        array = _scale_16_bit(array)
-    if array.ndim == 2:
-        array = array[..., None]
-    if array.shape[2] == 1:
-        array = np.broadcast_to(array, (*array.shape[:2], 3))
-    if array.shape[2] == 4:
-        return np.array(composite_over_white(Image.fromarray(np.ascontiguousarray(array))))
-    return np.ascontiguousarray(array)
 
 
-def _check_patch_bytes(frames: int, height: int, width: int, size: int) -> None:
-    if size > MAX_PATCH_BYTES:
-        raise MediaError(
-            f"{frames} frames of {height} x {width} pixels make patches of {size} bytes, more than {MAX_PATCH_BYTES}; "
-            "lower min_pixels, max_pixels or the size asked for"
-        )
-
-
-class PatchBuffer:
-    """The uint8 patches of a clip, filled frame by frame, so that no frame needs to be kept.
-
-    Rows run over (time step, block row, block column, row in block, column in block), each row over (channel,
-    frame in step, patch row, patch column). Where the number of frames is no multiple of
-    ``temporal_patch_size``, the last one is repeated.
-
-    Args:
-        num_frames: frames that will be put.
-        height, width: what every frame is resized to, in pixels, multiples of ``shape.factor``.
-        shape: of the patches.
-    """
-
-    def __init__(self, num_frames: int, height: int, width: int, shape: PatchShape = RELEASED_SHAPE):
-        self.num_frames = check_positive_int("num_frames", num_frames)
-        if height % shape.factor or width % shape.factor or height < 1 or width < 1:
-            raise MediaError(f"frames must have sides that are multiples of {shape.factor}, got {height} x {width}")
-        self.height, self.width, self.shape = height, width, shape
-        steps, area = -(-num_frames // shape.temporal_patch_size), shape.patch_size**2
-        self.grid_thw = (steps, height // shape.patch_size, width // shape.patch_size)
-        _check_patch_bytes(num_frames, height, width, steps * height * width * 3 * shape.temporal_patch_size)
-        # (time step, patch, channel, frame in step, pixel)
-        self._rows = torch.empty(
-            (steps, height * width // area, 3, shape.temporal_patch_size, area), dtype=torch.uint8, device="cpu"
-        )
-
-    def put(self, index: int, frame: np.ndarray) -> None:
-        """Resize frame ``index``, (H, W, 3) or (H, W, 4) uint8 of any size, and write its patches to their place."""
-        step, slot = divmod(index, self._rows.shape[3])
-        image_to_patches(
-            _with_contiguous_pixels(frame),
-            self.height,
-            self.width,
-            patch_size=self.shape.patch_size,
-            merge_size=self.shape.merge_size,
-            out=self._rows[step, :, :, slot],
-        )
-        if index == self.num_frames - 1:
-            self._rows[step, :, :, slot + 1 :] = self._rows[step, :, :, slot : slot + 1]
-
-    @property
-    def patches(self) -> np.ndarray:
-        """(t * gh * gw, 3 * temporal_patch_size * patch_size**2) uint8, a view of the buffer."""
-        return self._rows.flatten(0, 1).flatten(1).numpy()
-
-
-def _with_contiguous_pixels(array: np.ndarray) -> np.ndarray:
-    """The array, copied only where its pixels do not lie side by side, as in a mirrored or rotated picture.
-
-    Its rows may lie anywhere.
-    """
-    return array if array.strides[1:] == (array.shape[2], 1) else np.ascontiguousarray(array)
+def _array_to_rgb(array: np.ndarray) -> np.ndarray:
+    array = array[..., None] if array.ndim == 2 else array
+    height, width, channels = array.shape
+    if channels == 3 and array.dtype == np.uint8:
+        return np.ascontiguousarray(array)
+    pixels = np.empty((height, width, 3), np.uint8)
+    for top, bottom in _strips(height, width):
+        strip = array[top:bottom]
+        if strip.dtype == np.uint16:
+            strip = _scale_16_bit(strip)
+        if channels == 4:
+            strip = np.asarray(composite_over_white(Image.fromarray(np.ascontiguousarray(strip))))
+        pixels[top:bottom] = strip  # one channel becomes three
+    return pixels
 
 
 def preprocess_image(
@@ -375,6 +374,7 @@ def preprocess_image(
     access: Access = ANYWHERE,
     shape: PatchShape = RELEASED_SHAPE,
     num_threads: int | None = None,
+    reserve: Callable[[int], object] | None = None,
     **given: Any,
 ) -> ImagePatches:
     """Read an image, resize it by ``smart_resize`` and cut it into patches.
@@ -384,9 +384,10 @@ def preprocess_image(
         options: ``min_pixels`` and ``max_pixels`` bound the resized image's area.
         resized_height, resized_width: ask for this size instead of the source's own (give both); it is rounded and
             held to the range like any other.
-        access: which files and URLs may be opened.
+        access: which files and URLs may be opened, and what a picture may cost.
         shape: of the patches.
         num_threads: at most this many for the resize; see ``image_to_patches``.
+        reserve: called with the number of tokens before the image is decoded; what it raises is passed on.
         given: options by name, over ``options``.
 
     Raises:
@@ -397,24 +398,31 @@ def preprocess_image(
         options = options.updated(given)
     if (resized_height is None) != (resized_width is None):
         raise MediaError(f"resized_height and resized_width go together, got {resized_height!r} and {resized_width!r}")
-    pixels = load_image(source, access=access)
-    source_size = (pixels.shape[0], pixels.shape[1])
-    wanted = source_size if resized_height is None or resized_width is None else (resized_height, resized_width)
+    asked = None if resized_height is None or resized_width is None else (resized_height, resized_width)
     patch = shape.patch_size
-    limits = {"min_pixels": options.min_pixels, "max_pixels": options.max_pixels}
-    try:
-        height, width = smart_resize(*wanted, factor=patch * shape.merge_size, **limits)
-        _check_patch_bytes(1, height, width, 3 * height * width)
-    except MediaError as error:
-        label = "image array" if isinstance(source, np.ndarray) else describe_source(source)
-        raise MediaError(f"{label}: {error}") from None
-    patches = image_to_patches(
-        _with_contiguous_pixels(pixels),
-        height,
-        width,
-        patch_size=patch,
-        merge_size=shape.merge_size,
-        num_threads=num_threads,
-    )
+
+    def resized(*size: int) -> tuple[int, int]:
+        limits = {"min_pixels": options.min_pixels, "max_pixels": options.max_pixels}
+        return smart_resize(*(asked or size), factor=shape.factor, **limits)
+
+    def expect(*size: int) -> None:
+        """Refuse what would become too much, before there is any of it; a turned picture becomes as much."""
+        try:
+            height, width = resized(*size)
+            tokens = (height // shape.factor) * (width // shape.factor)
+            access.limits.check_item(tokens)
+            check_patch_bytes(1, height, width, 3 * height * width)
+        except MediaError as error:
+            label = "image array" if isinstance(source, np.ndarray) else describe_source(source)
+            raise MediaError(f"{label}: {error}") from None
+        if reserve is not None:
+            reserve(tokens)
+
+    with _pixels(source, access, expect) as pixels:
+        source_size = (pixels.shape[0], pixels.shape[1])
+        height, width = resized(*source_size)
+        patches = image_to_patches(
+            pixels, height, width, patch_size=patch, merge_size=shape.merge_size, num_threads=num_threads
+        )
     grid_thw = (1, height // patch, width // patch)
     return ImagePatches(patches.numpy(), grid_thw, source_size, (height, width), shape.merge_size)

@@ -1,4 +1,5 @@
-"""How images and videos are preprocessed, and which sources may be opened: each option with its default and its check.
+"""How images and videos are preprocessed, which sources may be opened, and what they may cost: each option with its
+default and its check.
 
 Users give options as keywords (`processor(messages, fps=1.0)`), in messages and in tables of training data. They are
 gathered into one :class:`MediaOptions`, which travels from the prompt to the frames of a video. This module imports
@@ -23,12 +24,20 @@ _PAIRS = (("min_pixels", "max_pixels"), ("video_min_pixels", "video_max_pixels")
 
 
 def positive_int(value: object) -> int | None:
-    """``value`` as an int if it is a positive whole number (of Python or NumPy), else None."""
+    """``value`` as an int if it is a positive whole number (of Python or NumPy) below 2**63, else None."""
     try:
         number = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         return None
-    return number if number > 0 else None
+    return number if 0 < number < 1 << 63 else None
+
+
+def shown(value: object) -> str:
+    """``value`` for a message, in at most 100 characters."""
+    if isinstance(value, int) and value >= 1 << 63:  # Python writes no int of thousands of digits
+        return "one of 2**63 or more"
+    text = repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def finite_number(value: object, *, zero: bool = False) -> float | None:
@@ -43,14 +52,14 @@ def finite_number(value: object, *, zero: bool = False) -> float | None:
 def check_positive_int(name: str, value: object) -> int:
     """``value`` as an int if it is a positive whole number, else MediaError naming ``name``."""
     if (number := positive_int(value)) is None:
-        raise MediaError(f"{name} must be a positive integer, got {value!r}")
+        raise MediaError(f"{name} must be a positive integer, got {shown(value)}")
     return number
 
 
 def check_number(name: str, value: object, *, zero: bool = False) -> float:
     """``value`` as a float if it is what :func:`finite_number` takes, else MediaError naming ``name``."""
     if (number := finite_number(value, zero=zero)) is None:
-        raise MediaError(f"{name} must be a finite number {'>= 0' if zero else '> 0'}, got {value!r}")
+        raise MediaError(f"{name} must be a finite number {'>= 0' if zero else '> 0'}, got {shown(value)}")
     return number
 
 
@@ -94,7 +103,7 @@ class MediaOptions:
                 continue
             if (number := read_option(name, value)) is None:
                 kind = "finite number > 0" if name == "fps" else "positive integer"
-                raise MediaError(f"{name} must be a {kind}, got {value!r}")
+                raise MediaError(f"{name} must be a {kind}, got {shown(value)}")
             object.__setattr__(self, name, number)
 
     def updated(self, given: Mapping[str, Any]) -> MediaOptions:
@@ -155,8 +164,61 @@ RELEASED_SHAPE = PatchShape()
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What pictures and videos may cost. No option of a call, a message or a sample goes beyond them.
+
+    Attributes:
+        max_source_pixels: pixels of a picture, a page or a frame of an animation before resizing, by its header; and of
+            all that are held at one time, in this process: threads whose pictures do not fit wait.
+        max_decoded_pixels: pixels that decoding one picture may write, each as often as its file comes back to it: the
+            scans of a JPEG, the tiles of a TIFF.
+        max_item_tokens: tokens of one image or video.
+        max_item_frames: frames kept of one video.
+        max_prompt_tokens: tokens of all images and videos of one conversation.
+        max_call_tokens: tokens of all images and videos of one call of a processor.
+        video_timeout: seconds that decoding one video file may take; None for no limit.
+
+    Raises:
+        MediaError: a value is no positive integer, or no positive number for the timeout.
+    """
+
+    max_source_pixels: int = 8192 * 8192
+    max_decoded_pixels: int = 16 * 8192 * 8192
+    max_item_tokens: int = 32_768
+    max_item_frames: int = 4096
+    max_prompt_tokens: int = 131_072
+    max_call_tokens: int = 1 << 20
+    video_timeout: float | None = 600.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name != "video_timeout":
+                object.__setattr__(self, field.name, check_positive_int(field.name, value))
+            elif value is not None:
+                object.__setattr__(self, field.name, check_number(field.name, value))
+
+    def check_item(self, tokens: int) -> None:
+        """Raise MediaError where one image or video would become that many tokens."""
+        if tokens > self.max_item_tokens:
+            raise MediaError(
+                f"would be {tokens} tokens, more than max_item_tokens = {self.max_item_tokens}; lower the pixels or "
+                "frames asked for, or raise that limit of the processor"
+            )
+
+    def check_frames(self, frames: int) -> None:
+        """Raise MediaError where that many frames of one video would be kept."""
+        if frames > self.max_item_frames:
+            raise MediaError(
+                f"{frames} frames would be kept, more than max_item_frames = {self.max_item_frames}; ask for fewer, or "
+                "raise that limit of the processor"
+            )
+
+
+@dataclass(frozen=True)
 class Access:
-    """Which named sources may be opened. Bytes, arrays, images and open files that the program holds always may.
+    """Which named sources may be opened, and what any may cost. Bytes, arrays, images and open files that the program
+    holds may be opened always.
 
     Attributes:
         local_files: whether paths and ``file://`` URLs may be opened.
@@ -165,6 +227,7 @@ class Access:
         roots: folders below which local files must lie, after all symbolic links of both are followed; None means
             anywhere. They are resolved once, when this is made.
         base: the folder that relative paths of local files begin at; None means the process's working folder.
+        limits: what a picture or a video may cost.
 
     Raises:
         MediaError: a root, or the base, is no path, or no folder is there.
@@ -174,6 +237,7 @@ class Access:
     remote: bool = False
     roots: tuple[Path, ...] | None = None
     base: Path | None = None
+    limits: Limits = Limits()
 
     def __post_init__(self) -> None:
         if self.base is not None:

@@ -2,17 +2,25 @@
 
 The child imports neither PyTorch nor our kernels and is up in a third of a second. It inherits the open file, reads its
 timeline, is told which frames are wanted, and sends them through a pipe while the parent resizes the one before. The
-child sends numbers, which are checked, and pixels: a decoder that its input has taken over can send wrong pictures and
-do nothing else.
+child sends numbers, which are checked, and pixels.
+
+Against a decoder that its input has taken over: the child has none of the parent's environment, and no descriptors but
+its pipes and the video, read-only or a copy. Before it reads the video it gives up, for good, the opening of files and
+sockets, the writing of files, and more memory, time and processes than a video takes; its processes end with it. It
+runs as the same user and may make system calls that need no descriptor, such as signals to that user's processes. So it
+holds off accidents and simple attacks, and is no sandbox that filters system calls: no binding to libseccomp is kept
+up. Whoever decodes what enemies send runs the whole program in a container.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import math
 import os
+import pkgutil
 import queue
 import shutil
 import signal
@@ -34,18 +42,23 @@ from qwen2vl.media.decoding import (
     MAX_SOURCE_FRAMES,
     KeptFrame,
     Timeline,
+    import_av,
     kept_frames,
     read_timeline,
 )
 
 _LENGTH = struct.Struct("<I")  # of the JSON that begins a message; pixels and ticks follow it
 _MAX_JSON = 1 << 20
-_MEMORY = 16 << 30  # bytes of address space that the child may take
+_MEMORY = 8 << 30  # bytes of address space that the child may take
+_PROCESSES = 1024  # threads of the user that may be added while a child runs: other children's are among them
 _AHEAD = 2  # frames that wait in the parent, so that decoding goes on while one is resized
+#: What the loader of an executable reads to find libraries; nothing else of the parent's environment is passed on.
+_LOADER = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "DYLD_FALLBACK_LIBRARY_PATH", "SYSTEMROOT")
+_PIXEL = b"GIF89a\1\0\1\0\x80\0\0\0\0\0\xff\xff\xff,\0\0\0\0\1\0\1\0\0\2\2D\1\0;"  # a video of one
 _NO_FRAME = "the decoder sent something that is no frame"
 _CHILD = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from qwen2vl.media.process import serve; serve(int(sys.argv[2]))"
+    "from qwen2vl.media.process import serve; serve(int(sys.argv[2]), int(sys.argv[3]))"
 )
 
 
@@ -81,15 +94,18 @@ class Decoder:
         self._messages: queue.Queue[tuple[dict[str, Any], np.ndarray | None] | None] = queue.Queue(_AHEAD)
         paths = json.dumps([os.path.abspath(path) for path in sys.path])
         # One thread and one heap arena: more of either would reserve address space for every core, which is limited.
-        environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+        environment = {name: os.environ[name] for name in _LOADER if name in os.environ}
+        environment |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+        seconds = 0 if timeout is None else math.ceil(timeout * (os.cpu_count() or 1)) + 60
         with _as_real_file(file, label) as real:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-c", _CHILD, paths, str(real.fileno())],
+                [sys.executable, "-I", "-c", _CHILD, paths, str(real.fileno()), str(seconds)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 pass_fds=[real.fileno()],
                 env=environment,
+                start_new_session=True,  # so that all that it may start ends with it
             )
         self._reader = threading.Thread(target=self._read, name="qwen2vl video frames", daemon=True)
         self._reader.start()
@@ -99,6 +115,9 @@ class Decoder:
 
     def __exit__(self, *exception: object) -> None:
         self._stop.set()
+        if self._process.returncode is None:  # else its number may be another's by now
+            with contextlib.suppress(OSError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
         self._process.wait()
         self._reader.join()
@@ -144,7 +163,7 @@ class Decoder:
         try:
             received = self._messages.get(timeout=None if math.isinf(left) else max(left, 0.0))
         except queue.Empty:
-            raise MediaError(f"{self._label} was not decoded within timeout = {self._timeout:g} s") from None
+            raise MediaError(f"{self._label} was not decoded within video_timeout = {self._timeout:g} s") from None
         if received is None:
             raise MediaError(f"{self._label}: {self._ending()}")
         if "error" in received[0]:
@@ -189,9 +208,9 @@ class Decoder:
 
 @contextlib.contextmanager
 def _as_real_file(file: BinaryIO, label: str) -> Iterator[BinaryIO]:
-    """``file`` itself where it is one of the operating system's, else a temporary copy."""
+    """``file`` itself where it is one of the operating system's and cannot be written to, else a temporary copy."""
     raw = file.raw if isinstance(file, io.BufferedReader) else file
-    if isinstance(raw, io.FileIO):
+    if isinstance(raw, io.FileIO) and not raw.writable():
         yield file
         return
     with tempfile.TemporaryFile() as copy:
@@ -237,12 +256,18 @@ def _exactly(pipe: BinaryIO, size: int) -> memoryview:
 # ------------------------------------------------------------------------------------------------------------ child
 
 
-def serve(descriptor: int) -> None:
-    """Run by the child: serve one video, with requests on stdin and messages on what was stdout."""
+def serve(descriptor: int, seconds: int) -> None:
+    """Run by the child: serve one video, with requests on stdin and messages on what was stdout.
+
+    Args:
+        descriptor: of the video.
+        seconds: of all cores together that it may take, 0 for no limit.
+    """
     pipe = os.fdopen(os.dup(1), "wb", buffering=0)
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)  # whatever a library prints must not mix with frames
-    _limit_resources()
+    _import_all(import_av())
+    _limit_resources(seconds)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends the child
 
     def send(message: dict[str, Any], payload: Any = b"") -> None:
@@ -270,14 +295,48 @@ def serve(descriptor: int) -> None:
         pass  # the parent has seen enough
 
 
-def _limit_resources() -> None:
+def _import_all(package: Any) -> None:
+    """Import what decoding may need: later, no file can be opened.
+
+    PyAV and NumPy import parts of theirs when they are first called, PyAV some by the kinds of streams in a file.
+    """
+    for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        if not found.name.endswith(".__main__"):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(found.name)
+    clip = io.BytesIO(_PIXEL)
+    timeline = read_timeline(clip, "a pixel")
+    for _ in kept_frames(clip, "a pixel", timeline, timeline.ticks):
+        pass
+
+
+def _limit_resources(seconds: int) -> None:
+    """Give up what a decoder needs no more, for good: the hard limits fall, too."""
     try:
         import resource
     except ImportError:
         return
-    for name, most in (("RLIMIT_AS", _MEMORY), ("RLIMIT_CORE", 0)):
+    limits = {"RLIMIT_AS": _MEMORY, "RLIMIT_CORE": 0, "RLIMIT_FSIZE": 0, "RLIMIT_NOFILE": 0}
+    if seconds:
+        limits["RLIMIT_CPU"] = seconds
+    if (running := _threads_of_user()) is not None:
+        limits["RLIMIT_NPROC"] = running + _PROCESSES
+    for name, most in limits.items():
         with contextlib.suppress(OSError, ValueError, AttributeError):
             kind = getattr(resource, name)
             hard = resource.getrlimit(kind)[1]
             most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-            resource.setrlimit(kind, (most, hard))
+            resource.setrlimit(kind, (most, most))
+
+
+def _threads_of_user() -> int | None:
+    """How many threads this user runs, which is what a limit of processes counts; None where nothing tells."""
+    count, me = 0, os.getuid()
+    try:
+        for name in filter(str.isdecimal, os.listdir("/proc")):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                if os.stat(f"/proc/{name}").st_uid == me:
+                    count += len(os.listdir(f"/proc/{name}/task"))
+    except OSError:
+        return None
+    return count

@@ -20,26 +20,28 @@ from qwen2vl.errors import MediaError
 from qwen2vl.media.animation import Animation
 from qwen2vl.media.decoding import KeptFrame, kept_frames, read_timeline
 from qwen2vl.media.extent import extent
-from qwen2vl.media.image import PatchBuffer, count_frames, load_image, open_image, smart_resize, warn
+from qwen2vl.media.image import count_frames, load_image, open_image, smart_resize, warn
 from qwen2vl.media.kinds import picture_format
 from qwen2vl.media.options import (
     ANYWHERE,
     DEFAULTS,
     RELEASED_SHAPE,
     Access,
+    Limits,
     MediaOptions,
     PatchShape,
     check_number,
     check_positive_int,
 )
+from qwen2vl.media.patches import PatchBuffer
 from qwen2vl.media.process import Decoder
 from qwen2vl.media.sources import data_uri_frames, describe_source, open_source, unwrap_source
 
-DECODE_TIMEOUT = 600.0  # seconds
 MAX_VIDEO_BYTES = 4 << 30  # for what has to be downloaded or copied; a file on disk may be larger
 _ALSO = ", a list of frames or a numpy array of frames (n, height, width, 3)"
 _LATE = 1e-3  # seconds that a frame's time may differ from the one that was asked for, by rounding
 Progress = Callable[[int, int], object]
+Reserve = Callable[[int], object]
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,12 +155,18 @@ class _ClipWriter:
         shape: PatchShape,
         resized: tuple[int, int] | None,
         progress: Progress | None,
+        limits: Limits,
+        reserve: Reserve | None,
     ):
         self.label, self.count, self.options, self.shape = label, count, options, shape
-        self.resized, self.progress = resized, progress
+        self.resized, self.progress, self.limits, self.reserve = resized, progress, limits, reserve
         self.times: list[float] = []
         self.buffer: PatchBuffer | None = None
         self.source_size = (0, 0)
+        try:
+            limits.check_frames(count)
+        except MediaError as error:
+            raise MediaError(f"{label}: {error}") from None
         if progress is not None:
             progress(0, count)
 
@@ -175,8 +183,13 @@ class _ClipWriter:
         self.source_size = (height, max(1, round(width * kept.pixel_aspect)))
         try:
             height, width = frame_size(*(self.resized or self.source_size), self.count, self.options, self.shape)
+            steps = -(-self.count // self.shape.temporal_patch_size)
+            tokens = steps * (height // self.shape.factor) * (width // self.shape.factor)
+            self.limits.check_item(tokens)
         except MediaError as error:
             raise MediaError(f"{self.label}: {error}") from None
+        if self.reserve is not None:
+            self.reserve(tokens)
         self.buffer = PatchBuffer(self.count, height, width, self.shape)
         return self.buffer
 
@@ -205,7 +218,7 @@ def preprocess_video(
     access: Access = ANYWHERE,
     shape: PatchShape = RELEASED_SHAPE,
     progress: Progress | None = None,
-    timeout: float | None = DECODE_TIMEOUT,
+    reserve: Reserve | None = None,
     isolate: bool = True,
     **given: Any,
 ) -> VideoPatches:
@@ -221,10 +234,11 @@ def preprocess_video(
         options: which frames are kept, see ``frame_count``, and at which size, see ``frame_size``.
         start, end: seconds from the first frame of a file; frames within, ends included, are sampled.
         resized_height, resized_width: ask for this frame size instead of the source's own (give both).
-        access: which files and URLs may be opened, those of frames included.
+        access: which files and URLs may be opened, those of frames included, and what a video may cost; without
+            ``isolate`` the time that decoding takes is watched of animations only.
         shape: of the patches.
         progress: called as ``progress(kept frames done, kept frames in all)``, first with 0.
-        timeout: seconds that decoding a file may take, ``None`` for no limit. Without ``isolate`` it is not watched.
+        reserve: called with the number of tokens before there is room for them; what it raises is passed on.
         isolate: decode files in a process of their own, which costs a third of a second to start and lets decoding
             and resizing overlap; a file that crashes or hangs the decoder is then refused like any damaged one.
         given: options by name, over ``options``.
@@ -252,7 +266,7 @@ def preprocess_video(
     frame_size(100, 100, 2, options, shape)
     begin = 0.0 if start is None else check_number("start", start, zero=True)
     stop = math.inf if end is None else check_number("end", end)
-    timeout = None if timeout is None else check_number("timeout", timeout)
+    limits = access.limits
     if stop <= begin:
         raise MediaError(f"end must be after start, got start {begin:g} s and end {stop:g} s")
 
@@ -261,17 +275,17 @@ def preprocess_video(
     if isinstance(source, (list, tuple)) or (isinstance(source, np.ndarray) and source.ndim == 4):
         if start is not None or end is not None:
             raise MediaError("start and end apply to video files, not to a list of frames")
-        return _from_frames(source, options, shape, resized, progress, access)
+        return _from_frames(source, options, shape, resized, progress, access, reserve)
     if isinstance(source, (np.ndarray, Image.Image)):
         raise MediaError(f"{describe_source(source)} is one image: give a video or a list of frames")
     label = describe_source(source)
     with ExitStack() as stack:
         file = stack.enter_context(open_source(source, max_bytes=MAX_VIDEO_BYTES, access=access, also=_ALSO))
-        animation = _open_animation(file, label, timeout, stack)
+        animation = _open_animation(file, label, limits, stack)
         if animation is not None and picture_format(_head(file)) == "TIFF":
             if start is not None or end is not None:
                 raise MediaError(f"start and end apply to what has times, not to the pages of {label}")
-            return _from_frames(animation, options, shape, resized, progress, access)
+            return _from_frames(animation, options, shape, resized, progress, access, reserve)
         try:
             reach = extent(file)  # before a decoding process shares the file's position
         except Exception as error:  # a file object of the caller's may fail in its own ways
@@ -281,12 +295,12 @@ def preprocess_video(
                 f"{label} is two files joined byte by byte, the second from byte {reach.second} on, and would be seen "
                 "in part or wrongly: give them one by one, or join them with FFmpeg's concat"
             )
-        decoder = animation or (stack.enter_context(Decoder(file, label, timeout)) if isolate else None)
+        decoder = animation or (stack.enter_context(Decoder(file, label, limits.video_timeout)) if isolate else None)
         timeline = decoder.timeline() if decoder else read_timeline(file, label)
         timeline = timeline.between(begin, stop, label)
         count = frame_count(len(timeline.ticks), timeline.rate or 1.0, options)
         wanted = timeline.choose(frame_indices(len(timeline.ticks), count))
-        writer = _ClipWriter(label, count, options, shape, resized, progress)
+        writer = _ClipWriter(label, count, options, shape, resized, progress, limits, reserve)
         frames = decoder.kept_frames(wanted) if decoder else kept_frames(file, label, timeline, wanted)
         for kept in frames:
             writer.put(kept)
@@ -303,15 +317,15 @@ def _head(file: BinaryIO) -> bytes:
     return file.read(64)
 
 
-def _open_animation(file: BinaryIO, label: str, timeout: float | None, stack: ExitStack) -> Animation | None:
+def _open_animation(file: BinaryIO, label: str, limits: Limits, stack: ExitStack) -> Animation | None:
     """An animated WebP or a TIFF of several pages; None for what FFmpeg is to read. Refuses single pictures."""
     format = picture_format(_head(file))
     if format is None:
         return None
-    image = stack.enter_context(open_image(file, label))
+    image = stack.enter_context(open_image(file, label, limits))
     if count_frames(image) < 2 or format == "HEIF":  # of which FFmpeg would show the tiles
         raise MediaError(f"{label} is a picture ({format}), not a video: give it as an image, or several in a list")
-    return Animation(image, label, timeout) if format in ("WEBP", "TIFF") else None
+    return Animation(image, label, limits) if format in ("WEBP", "TIFF") else None
 
 
 def _from_frames(
@@ -321,6 +335,7 @@ def _from_frames(
     resized: tuple[int, int] | None,
     progress: Progress | None,
     access: Access,
+    reserve: Reserve | None,
 ) -> VideoPatches:
     total, fps = len(frames), options.fps
     if total == 0:
@@ -328,7 +343,7 @@ def _from_frames(
     kept = range(total)
     if options.num_frames is not None:
         kept = frame_indices(total, frame_count(total, fps, options)).tolist()
-    writer = _ClipWriter("list of frames", len(kept), options, shape, resized, progress)
+    writer = _ClipWriter("list of frames", len(kept), options, shape, resized, progress, access.limits, reserve)
     for slot, index in enumerate(kept):
         try:
             frame = load_image(frames[index], access=access)

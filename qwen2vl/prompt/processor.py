@@ -12,8 +12,9 @@ import torch
 from ..errors import MediaError, PromptError
 from ..hub import Checkpoint
 from ..media.image import ImagePatches, preprocess_image
-from ..media.options import DEFAULTS, OPTION_NAMES, Access, MediaOptions, PatchShape
+from ..media.options import DEFAULTS, OPTION_NAMES, Access, Limits, MediaOptions, PatchShape
 from ..media.video import Progress, VideoPatches, preprocess_video
+from .budget import TokenBudget
 from .chatml import (
     DEFAULT_SYSTEM_PROMPT,
     LOW_DETAIL_PIXELS,
@@ -57,6 +58,8 @@ class Processor:
         roots: a folder or several, below which local files must lie after symbolic links are followed; None means
             anywhere.
         base: the folder that relative paths begin at; None means the process's working folder.
+        limits: what pictures, videos and all of a call may cost, whatever messages and calls ask for; see
+            `qwen2vl.media.options.Limits`. Among them are the size of a picture and the time of a video.
         options: defaults of what `qwen2vl.media.options.MediaOptions` holds, by name, such as `max_pixels`.
 
     Attributes:
@@ -78,6 +81,7 @@ class Processor:
         allow_local_files: bool = True,
         roots: Roots = None,
         base: str | os.PathLike[str] | None = None,
+        limits: Limits | None = None,
         **options: Any,
     ):
         self.tokenizer = tokenizer
@@ -89,7 +93,7 @@ class Processor:
             self._render, self._render_spans = chat_template.render, chat_template.render_spans
         self.options = DEFAULTS.updated(options)
         self.shape = PatchShape(patch_size, merge_size, temporal_patch_size)
-        self.access = Access(allow_local_files, allow_remote, roots, base)  # type: ignore[arg-type]
+        self.access = Access(allow_local_files, allow_remote, roots, base, limits or Limits())  # type: ignore[arg-type]
 
     @property
     def default_system_prompt(self) -> str:
@@ -116,6 +120,7 @@ class Processor:
         allow_local_files: bool = True,
         roots: Roots = None,
         base: str | os.PathLike[str] | None = None,
+        limits: Limits | None = None,
         **options: Any,
     ) -> "Processor":
         """Read tokenizer.json, config.json and, where present, the limits of images and of videos of a checkpoint, see
@@ -123,8 +128,8 @@ class Processor:
 
         Args:
             name_or_path: a folder, a hub id such as "Qwen/Qwen2-VL-2B-Instruct", or a checkpoint that was found before.
-            allow_remote, allow_local_files, roots, base: what media may be named by messages, see the class. The
-                checkpoint itself is read in any case.
+            allow_remote, allow_local_files, roots, base, limits: what media may be named by messages, and what they
+                may cost, see the class. The checkpoint itself is read in any case.
             options: over the checkpoint's limits and the defaults, see the class.
 
         Raises:
@@ -143,7 +148,7 @@ class Processor:
         }
         access = {"allow_remote": allow_remote, "allow_local_files": allow_local_files, "roots": roots, "base": base}
         template = read_chat_template(folder, tokenizer)
-        return cls(tokenizer, **sizes, chat_template=template, **access, **vars(stated))
+        return cls(tokenizer, **sizes, chat_template=template, **access, limits=limits, **vars(stated))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write tokenizer.json, tokenizer_config.json, chat_template.json and, with this processor's limits,
@@ -194,9 +199,9 @@ class Processor:
                 video_max_pixels and max_video_tokens of videos.
 
         Raises:
-            PromptError: messages are malformed.
-            MediaError: an image or video cannot be used, and the message begins with its place; or an option
-                given here is out of range.
+            PromptError: messages are malformed, or their images and videos would be too many tokens.
+            MediaError: an image or video cannot be used or is too large, and the message begins with its place; or an
+                option given here is out of range.
             TypeError: an option is unknown; the message lists those that there are.
         """
         chosen = self.options.updated(options) if options else self.options
@@ -268,7 +273,7 @@ class Processor:
             if isinstance(item, Media)
         ]
         media = [item for _, item in found]
-        loaded = list(zip(media, self._load(media, options, progress), strict=True))
+        loaded = list(zip(media, self._load(found, options, progress), strict=True))
         pads = iter([patches.num_tokens for _, patches in loaded])
         rows = [self._encode(as_flagged(spans, self.tokenizer.flagged), pads) for spans in prompts]
 
@@ -316,21 +321,23 @@ class Processor:
         return self.tokenizer.batch_decode(sequences, skip_special_tokens=skip_special_tokens)
 
     def _load(
-        self, media: Sequence[Media], options: MediaOptions, progress: Progress | None
+        self, found: Sequence[tuple[int, Media]], options: MediaOptions, progress: Progress | None
     ) -> list[ImagePatches | VideoPatches]:
-        """All items in order. Several images are read side by side, the rest one after another.
+        """All items, each given with its row, in order. Several images are read side by side, the rest one by one.
 
         A file object or PIL image may stand in two places and must not be read from two threads at once.
         """
-        aside = [item.kind == "image" and isinstance(item.source, (str, bytes, os.PathLike)) for item in media]
+        aside = [item.kind == "image" and isinstance(item.source, (str, bytes, os.PathLike)) for _, item in found]
         cores = torch.get_num_threads()
         workers = max(1, min(cores, sum(aside)))
         threads = None if workers == 1 else cores // workers
+        budget = TokenBudget(self.access.limits)
 
-        def load(item: Media) -> ImagePatches | VideoPatches:
+        def load(row: int, item: Media) -> ImagePatches | VideoPatches:
             try:
                 own, others = self._item_options(item, options)
-                common = {"access": self.access, "shape": self.shape, **others}
+                reserve = partial(budget.reserve, row)
+                common = {"access": self.access, "shape": self.shape, "reserve": reserve, **others}
                 if item.kind == "video":
                     return preprocess_video(item.source, own, progress=progress, **common)
                 return preprocess_image(item.source, own, num_threads=threads, **common)
@@ -338,12 +345,13 @@ class Processor:
                 raise MediaError(f"{item.where}: {error}") from error
 
         if workers == 1:
-            return [load(item) for item in media]
+            return [load(*pair) for pair in found]
         with ThreadPoolExecutor(workers) as pool:
-            waiting = [pool.submit(load, item) if ahead else None for item, ahead in zip(media, aside, strict=True)]
+            waiting = [pool.submit(load, *pair) if ahead else None for pair, ahead in zip(found, aside, strict=True)]
             try:
                 return [
-                    load(i) if future is None else future.result() for i, future in zip(media, waiting, strict=True)
+                    load(*pair) if future is None else future.result()
+                    for pair, future in zip(found, waiting, strict=True)
                 ]
             finally:
                 pool.shutdown(cancel_futures=True)  # after an error nobody waits for the rest

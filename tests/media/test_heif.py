@@ -10,6 +10,7 @@ from PIL import Image, features
 from qwen2vl.errors import MediaError, MediaWarning
 from qwen2vl.media.image import load_image, preprocess_image
 from qwen2vl.media.kinds import picture_format, video_container
+from qwen2vl.media.options import Access, Limits
 from qwen2vl.media.video import preprocess_video
 from tests.media.media_fixtures import encode_image
 
@@ -93,7 +94,7 @@ def test_heic_is_no_video_and_damage_is_told(tmp_path):
         with pytest.raises(MediaError, match="is a damaged image"):
             load_image(whole[: int(len(whole) * share)])
     with pytest.raises(MediaError, match=r"160 x 96 pixels, more than max_source_pixels = 1000"):
-        load_image(whole, max_source_pixels=1000)
+        load_image(whole, access=Access(limits=Limits(max_source_pixels=1000)))
 
 
 def test_avif_is_read_or_what_is_missing_is_named(monkeypatch):

@@ -12,8 +12,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as their_smart_resize
 
 from qwen2vl.errors import MediaError, MediaWarning
-from qwen2vl.media.image import PatchBuffer, load_image, preprocess_image, smart_resize
-from qwen2vl.media.options import PatchShape
+from qwen2vl.media.image import load_image, preprocess_image, smart_resize
+from qwen2vl.media.options import Access, Limits, PatchShape
+from qwen2vl.media.patches import PatchBuffer
 from tests.media.media_fixtures import (
     encode_image,
     noise,
@@ -184,12 +185,15 @@ def test_patch_buffer_checks_its_size(height, width):
         PatchBuffer(1, height, width)
 
 
-@pytest.mark.parametrize("options", [{"min_pixels": 10**30}, {"min_pixels": 10**10}, {"resized_height": 10**6,
+@pytest.mark.parametrize("options", [{"min_pixels": 10**18}, {"min_pixels": 10**10}, {"resized_height": 10**6,
                                      "resized_width": 10**6, "max_pixels": 10**13}])  # fmt: skip
 def test_a_size_that_no_memory_holds_is_refused_before_it_is_asked_for(options):
     options.setdefault("max_pixels", options.get("min_pixels"))
-    with pytest.raises(MediaError, match=r"make patches of \d+ bytes, more than \d+; lower min_pixels"):
+    with pytest.raises(MediaError, match=r"would be \d+ tokens, more than max_item_tokens = 32768; lower the pixels"):
         preprocess_image(Image.new("RGB", (56, 56)), **options)
+    raised = Access(limits=Limits(max_item_tokens=10**18))
+    with pytest.raises(MediaError, match=r"make patches of \d+ bytes, more than \d+; lower min_pixels"):
+        preprocess_image(Image.new("RGB", (56, 56)), access=raised, **options)
 
 
 # -------------------------------------------------------------------------------------------------- formats
@@ -286,7 +290,7 @@ def test_first_frame_of_an_animation():
     first, second = (Image.new("RGB", (30, 20), colour) for colour in ("red", "blue"))
     for format in ("GIF", "WEBP", "TIFF"):
         options = {"lossless": True} if format == "WEBP" else {}
-        with pytest.warns(MediaWarning, match="holds 2 frames or pages"):
+        with pytest.warns(MediaWarning, match="holds several frames or pages"):
             got = load_image(encode_image(first, format, save_all=True, append_images=[second], **options))
         np.testing.assert_array_equal(got, np.asarray(first))
 

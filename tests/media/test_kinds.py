@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from qwen2vl.errors import MediaError, MediaWarning
-from qwen2vl.media.image import load_image
+from qwen2vl.media.image import load_image, preprocess_image
 from qwen2vl.media.kinds import picture_format, video_container
+from qwen2vl.media.options import Access, Limits
 from qwen2vl.media.video import preprocess_video
 from tests.media.media_fixtures import encode_image, noise, numbered, numbers, video_bytes
 
@@ -56,8 +57,11 @@ def test_a_picture_given_as_a_video_is_told(format, isolate):
 def test_an_animation_given_as_a_picture_says_that_one_frame_is_read(format, tmp_path, recwarn):
     path = tmp_path / "moving"
     path.write_bytes(animated(format, 5))
-    with pytest.warns(MediaWarning, match=r"moving' holds 5 frames or pages, of which the first is read.* as a video"):
+    match = r"moving' holds several frames or pages, of which the first is read.* as a video"
+    with pytest.warns(MediaWarning, match=match) as told:
         got = load_image(path)
+        preprocess_image(path)
+    assert {warning.filename for warning in told} == {__file__}
     assert np.abs(got.astype(int) - numbered(1)[0]).max() <= 1
     recwarn.clear()
     load_image(encode_image(numbered(1)[0], format))
@@ -97,8 +101,8 @@ def test_pages_given_as_a_video_are_its_frames(count):
 @pytest.mark.parametrize("format", ["WEBP", "TIFF"])
 def test_animations_are_held_to_the_limits_of_pictures_and_videos(format):
     data = animated(format, 4)
-    with pytest.raises(MediaError, match="was not decoded within timeout = 1e-09 s"):
-        preprocess_video(data, timeout=1e-9)
+    with pytest.raises(MediaError, match="was not decoded within video_timeout = 1e-09 s"):
+        preprocess_video(data, access=Access(limits=Limits(video_timeout=1e-9)))
     for share in (0.5, 0.8):
         with pytest.raises(MediaError, match=r"damaged|is a picture"):
             preprocess_video(data[: int(len(data) * share)])

@@ -18,7 +18,8 @@ from PIL import Image
 import qwen2vl.media.process
 import qwen2vl.media.video
 from qwen2vl.errors import MediaError
-from qwen2vl.media.image import PatchBuffer
+from qwen2vl.media.options import Access, Limits
+from qwen2vl.media.patches import PatchBuffer
 from qwen2vl.media.video import preprocess_video
 from tests.media.media_fixtures import encode_image, noise, numbered, video_bytes
 
@@ -69,12 +70,12 @@ def test_a_crash_in_the_middle(large, number):
 def test_a_hang_ends_with_the_time(child_says, large):
     child_says("import time; time.sleep(100)  # qwen2vl.media.process")
     begin = time.monotonic()
-    with pytest.raises(MediaError, match=r"was not decoded within timeout = 0.3 s"):
-        preprocess_video(large, timeout=0.3)
+    with pytest.raises(MediaError, match=r"was not decoded within video_timeout = 0.3 s"):
+        preprocess_video(large, access=Access(limits=Limits(video_timeout=0.3)))
     assert time.monotonic() - begin < 30 and not children()
     for wrong in (0, -1, float("nan"), "1"):
-        with pytest.raises(MediaError, match="timeout must be a finite number > 0"):
-            preprocess_video(large, timeout=wrong)
+        with pytest.raises(MediaError, match="video_timeout must be a finite number > 0"):
+            Limits(video_timeout=wrong)
 
 
 def test_an_early_end_is_told(child_says, large):
@@ -117,7 +118,7 @@ LIES = [
 def test_what_is_no_frame_is_refused(child_says, large, lie):
     child_says(f"import sys; sys.stdout.buffer.write({lie!r}); sys.stdout.flush(); sys.stdin.read()")
     with pytest.raises(MediaError, match="the decoder sent something that is no frame"):
-        preprocess_video(large, timeout=60)
+        preprocess_video(large, access=Access(limits=Limits(video_timeout=60)))
     assert not children()
 
 
@@ -127,6 +128,93 @@ def test_messages_are_one_printable_line(child_says, large):
     with pytest.raises(MediaError) as caught:
         preprocess_video(large)
     assert str(caught.value).isprintable() and len(str(caught.value)) < 600
+
+
+# Runs in the child's place: what it finds, and what it still can when its limits are set, goes out as an error.
+PROBE = """
+import json, sys; sys.path[:] = json.loads(sys.argv[1])
+import ctypes, fcntl, os, resource, socket, struct
+from qwen2vl.media import process
+found = {"environment": sorted(os.environ), "leads a session": os.getsid(0) == os.getpid()}
+names = os.listdir("/proc/self/fd")  # one of them was of this list
+found["descriptors"] = sorted(int(name) for name in names if os.path.exists(f"/proc/self/fd/{name}"))
+video = int(sys.argv[2])
+found["video"] = fcntl.fcntl(video, fcntl.F_GETFL) & os.O_ACCMODE
+def attempts():
+    yield "open", lambda: open("/proc/self/environ")
+    yield "socket", socket.socket
+    yield "pipe", os.pipe
+    yield "memory", lambda: bytearray(9 << 30)
+    yield "more files", lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+def told(label):
+    if os.getuid() == 0:  # root may do all this: what is tried is what users may
+        libc = ctypes.CDLL(None)
+        assert libc.setgid(65534) == 0 and libc.setuid(65534) == 0
+    for name, attempt in attempts():
+        try:
+            attempt()
+            found[name] = "done"
+        except (OSError, MemoryError, ValueError) as error:
+            found[name] = type(error).__name__
+    found["processes"] = resource.getrlimit(resource.RLIMIT_NPROC)[0] < 2 ** 31
+    found["file size"] = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    raise process.MediaError(json.dumps(found))
+read = process.read_timeline
+process.read_timeline = lambda file, label: read(file, label) if label == "a pixel" else told(label)
+process.serve(video, int(sys.argv[3]))
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="reads what Linux tells of a process")
+def test_the_child_has_little_and_may_little(child_says, large, monkeypatch, tmp_path):
+    monkeypatch.setenv("A_TOKEN", "secret")
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(large)
+    secret = os.open(path, os.O_RDONLY)
+    os.set_inheritable(secret, True)
+    child_says(PROBE)
+    monkeypatch.setattr(qwen2vl.media.process, "_sanitised", str)
+    try:
+        for source, access in ((path, os.O_RDONLY), (large, os.O_RDWR)):
+            with pytest.raises(MediaError) as caught:
+                preprocess_video(source)
+            found = json.loads(str(caught.value))
+            loader = set(qwen2vl.media.process._LOADER)
+            own = {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MALLOC_ARENA_MAX", "LC_CTYPE"}
+            assert set(found["environment"]) <= loader | own
+            assert found["leads a session"] and found["processes"] and found["file size"] == 0
+            assert found["descriptors"][:3] == [0, 1, 2] and len(found["descriptors"]) == 4
+            assert found["video"] == access
+            refused = {found[name] for name in ("open", "socket", "pipe", "more files")}
+            assert refused <= {"OSError", "PermissionError", "ValueError"}, found
+            assert found["memory"] == "MemoryError"
+    finally:
+        os.close(secret)
+
+
+def test_a_file_that_could_be_written_is_copied(child_says, tmp_path):
+    path, clip = tmp_path / "clip.mp4", video_bytes(numbered(4))
+    path.write_bytes(clip)
+    child_says("import os, sys; os.ftruncate(int(sys.argv[2]), 0)")
+    with open(path, "r+b", buffering=0) as writable, pytest.raises(MediaError, match="the decoder ended early"):
+        preprocess_video(writable)
+    assert path.read_bytes() == clip
+
+
+def test_what_the_child_starts_ends_with_it(child_says, large, tmp_path):
+    """A taken-over decoder that has forked and then hangs."""
+    child_says(
+        f"import os, time; pid = os.fork(); open({str(tmp_path / 'pid')!r}, 'a').write(f'{{os.getpid()}} '); "
+        "time.sleep(100)  # qwen2vl.media.process"
+    )
+    with pytest.raises(MediaError, match="was not decoded within"):
+        preprocess_video(large, access=Access(limits=Limits(video_timeout=1.0)))
+    numbers = (tmp_path / "pid").read_text().split()
+    assert len(numbers) == 2
+    end = time.monotonic() + 30
+    while any(psutil.pid_exists(int(n)) and psutil.Process(int(n)).status() != "zombie" for n in numbers):
+        assert time.monotonic() < end, "a process is left"
+        time.sleep(0.01)
 
 
 def test_a_caller_that_gives_up_leaves_nothing(large):

@@ -312,7 +312,7 @@ def test_what_is_read_in_part_is_one_line(place):
     )
     assert result.returncode == 0
     assert result.stderr == (
-        "warning: '[b]ook.tiff' holds 2 frames or pages, of which the first is read: "
+        "warning: '[b]ook.tiff' holds several frames or pages, of which the first is read: "
         "give it as a video for all of them\n"
     )
 

@@ -1,0 +1,286 @@
+"""What pictures may cost: their work is counted from their headers, and threads share a budget of pixels."""
+
+import io
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from qwen2vl.errors import MediaError
+from qwen2vl.media.effort import PixelBudget, count_scans
+from qwen2vl.media.image import load_image, preprocess_image
+from qwen2vl.media.options import Access, Limits
+from qwen2vl.media.video import preprocess_video
+from tests.media.media_fixtures import encode_image, noise, numbered, png_with_header, video_bytes
+
+# ----------------------------------------------------------------------------------------------------- time
+
+
+class Decoded(BaseException):
+    """Pixels are decoded."""
+
+
+@pytest.fixture
+def undecoded(monkeypatch):
+    """Fail where a pixel would be decoded."""
+
+    def load(image):
+        raise Decoded
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+
+
+def progressive(height, width, repeats=0):
+    """A progressive JPEG, ten scans and its last one again."""
+    data = encode_image(Image.new("RGB", (width, height)), "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + repeats * last + data[-2:]
+
+
+def test_scans_are_counted_as_the_decoder_meets_them():
+    still = encode_image(noise(64, 64), "JPEG")
+    segment = b"\xff\xe1\0\x06\xff\xda\xff\xda"  # marks inside of a segment are data
+    for data, scans in (
+        (still, 1),
+        (progressive(64, 64), 10),
+        (progressive(64, 64, 30), 40),
+        (still[:2] + 20 * segment + still[2:], 1),
+        (still + progressive(64, 64), 1),  # what stands behind the end is not decoded
+        (still[:-2] + b"\xff" * 9 + b"\xda\0\x02" + still[-2:], 2),  # fill bytes
+        (still[:-2] + b"\xff\0\xff\xd0\xff\xda\0\x02" + still[-2:], 2),
+        (still[:2], 1),
+    ):
+        assert count_scans(io.BytesIO(data), "it", 1000) == scans
+    for gap in range(6):  # marks that lie over the border between two reads
+        filled = still[:2] + b"\xff\xe1" + (60_002).to_bytes(2, "big") + bytes(60_000)
+        filled = still[:2] + 17 * filled[2:] + still[2:-2] + bytes((1 << 20) - len(filled[2:]) * 17 - len(still) + gap)
+        assert count_scans(io.BytesIO(filled + b"\xff\xda\0\x02\xff\xd9"), "it", 1000) == 2
+    assert count_scans(io.BytesIO(progressive(64, 64, 5000)), "it", 7) == 8
+
+
+def test_a_scan_that_is_repeated_is_refused_before_decoding(undecoded):
+    data = progressive(800, 1000, 5000)
+    with pytest.raises(MediaError, match=r"\d+ scans or more of 1000 x 800 pixels, .*max_decoded_pixels = 1073741824"):
+        load_image(data)
+    with (
+        Image.open(io.BytesIO(data)) as image,
+        pytest.raises(MediaError, match="max_decoded_pixels"),
+    ):
+        load_image(image)
+    with pytest.raises(MediaError, match="more than 65536 segments"):
+        load_image(progressive(64, 64)[:-2] + 70_000 * b"\xff\xfe\0\x02" + data[-2:])
+
+
+def test_usual_photos_pass():
+    for data in (progressive(3000, 4000), encode_image(noise(300, 400), "JPEG", comment=b"\xff\xda" * 100)):
+        assert load_image(data).ndim == 3
+
+
+def test_a_tile_that_a_tiff_names_a_million_times(undecoded):
+    """Two tiles of a row, alternating, so that no two neighbours are alike."""
+    count, side = 40_000, 256
+    offset = 8
+    data = bytearray(b"II*\0" + (8 + side * side).to_bytes(4, "little") + bytes(side * side))
+    entries = [(256, 4, 1, 2 * side), (257, 4, 1, side), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1)]
+    entries += [(277, 3, 1, 1), (322, 3, 1, side), (323, 3, 1, side)]
+    behind = len(data) + 2 + 12 * (len(entries) + 2) + 4
+    entries += [(324, 4, count, behind), (325, 4, count, behind + 4 * count)]
+    data += len(entries).to_bytes(2, "little")
+    for tag, kind, number, value in entries:
+        data += tag.to_bytes(2, "little") + kind.to_bytes(2, "little")
+        data += number.to_bytes(4, "little") + value.to_bytes(4, "little")
+    data += bytes(4) + offset.to_bytes(4, "little") * count + (side * side).to_bytes(4, "little") * count
+    with pytest.raises(MediaError, match=r"40000 tiles of 512 x 256 pixels, together 2621440000 to decode"):
+        load_image(bytes(data))
+
+
+@pytest.mark.parametrize("head", [b"P3 5000 4000 255\n", b"P6 5000 4000 254\n"])
+def test_forms_that_decode_slowly_have_less_room(undecoded, head):
+    with pytest.raises(MediaError, match=r"in a form that decodes slowly .*more than max_decoded_pixels"):
+        load_image(head + bytes(100))
+
+
+def test_frames_and_pages_are_not_counted_to_the_end(monkeypatch):
+    """A file of a gigabyte holds a hundred million frames, and Pillow reads each to count them."""
+    frames = [Image.fromarray(noise(20, 20, seed=n)) for n in range(40)]
+    for format in ("GIF", "TIFF"):
+        data = encode_image(frames[0], format, save_all=True, append_images=frames[1:])
+        plugin = type(Image.open(io.BytesIO(data)))
+        seeks, seek = [], plugin._seek
+        monkeypatch.setattr(plugin, "_seek", lambda *given, seek=seek, seeks=seeks: (seeks.append(given), seek(*given)))
+        with pytest.warns(match="holds several frames or pages"):
+            load_image(data)
+        assert len(seeks) < 4
+    with pytest.raises(MediaError, match="more pages than max_item_frames = 16"):
+        preprocess_video(data, access=Access(limits=Limits(max_item_frames=16)))
+    assert len(seeks) < 30
+
+
+# --------------------------------------------------------------------------------------------------- memory
+
+PEAK = """
+import sys
+from pathlib import Path
+from qwen2vl.media.image import load_image
+def resident(what):
+    return 1024 * int(next(l for l in open("/proc/self/status") if l.startswith(what)).split()[1])
+load_image(sys.argv[1])
+for path in sys.argv[2:]:
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    load_image(path)
+    print(resident("VmHWM") - before)
+"""
+
+
+def test_conversions_hold_no_second_copy(tmp_path):
+    """The file's pixels as Pillow keeps them, three bytes of each in the end, and a strip at a time between."""
+    height, width = 2500, 4000
+    grey = np.zeros((height, width), np.uint8)
+    palette = Image.fromarray(grey).convert("P")
+    rgb = Image.fromarray(np.zeros((height, width, 3), np.uint8))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    cases = {  # bytes of a pixel in Pillow
+        "palette.png": (encode_image(palette, transparency=bytes([9, 8])), 1),
+        "alpha.png": (encode_image(rgb.convert("RGBA")), 4),
+        "deep.png": (encode_image(grey.astype(np.uint16)), 2),
+        "cmyk.jpg": (encode_image(rgb.convert("CMYK"), "JPEG"), 4),
+        "turned.jpg": (encode_image(rgb, "JPEG", exif=turned), 4),
+    }
+    for name, (data, _) in cases.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "small.png").write_bytes(encode_image(noise(50, 50)))
+    names = [str(tmp_path / name) for name in ("small.png", *cases)]
+    result = subprocess.run([sys.executable, "-c", PEAK, *names], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for name, peak in zip(cases, map(int, result.stdout.split()), strict=True):
+        most = (cases[name][1] + 3) * height * width + 30e6
+        assert peak < most, f"{name}: {peak} bytes, more than {most}"
+
+
+def test_every_mode_is_converted_as_in_one_piece(monkeypatch):
+    rgba = Image.fromarray(noise(50, 40, channels=4))
+    palette = rgba.convert("RGB").quantize(30)
+    see_through = palette.copy()
+    see_through.info["transparency"] = bytes(range(0, 240, 8))
+    key = rgba.convert("RGB")
+    key.info["transparency"] = key.getpixel((3, 3))
+    deep = Image.fromarray(noise(50, 40)[..., 0].astype(np.uint16) * 200)
+    pictures = [rgba, palette, see_through, key, deep, rgba.convert("RGB").convert("CMYK"), rgba.convert("LA")]
+    pictures += [rgba.convert("1"), rgba.convert("RGBa"), rgba.convert("RGB").convert("HSV")]
+    for orientation in range(1, 9):
+        for image in pictures:
+            image.getexif()[0x0112] = orientation
+        whole = [load_image(image) for image in pictures]
+        with monkeypatch.context() as patch:
+            patch.setattr("qwen2vl.media.image._STRIP_PIXELS", 280)
+            for image, wanted in zip(pictures, whole, strict=True):
+                np.testing.assert_array_equal(load_image(image), wanted)
+    arrays = [noise(50, 40, channels=4), noise(50, 40).astype(np.uint16) * 256, noise(50, 40)[..., 0]]
+    whole = [load_image(array) for array in arrays]
+    monkeypatch.setattr("qwen2vl.media.image._STRIP_PIXELS", 280)
+    for array, wanted in zip(arrays, whole, strict=True):
+        np.testing.assert_array_equal(load_image(array), wanted)
+
+
+def test_pictures_side_by_side_share_a_budget(monkeypatch):
+    """Eight threads, and never more than three pictures at one time."""
+    inside, most, lock = 0, 0, threading.Lock()
+    load = ImageFile.ImageFile.load
+    meet = threading.Barrier(3, timeout=30)  # three are let in together
+
+    def watched(image):
+        nonlocal inside, most
+        with lock:
+            inside += 1
+            most = max(most, inside)
+        meet.wait()
+        with lock:
+            inside -= 1
+        return load(image)
+
+    monkeypatch.setattr("qwen2vl.media.image.check_effort", lambda image, label, limit: watched(image))
+    data = encode_image(noise(50, 40))
+    access = Access(limits=Limits(max_source_pixels=6500))
+    with ThreadPoolExecutor(9) as pool:
+        sizes = list(pool.map(lambda _: preprocess_image(data, access=access).source_size, range(9)))
+    assert sizes == [(50, 40)] * 9 and most == 3
+
+
+def test_a_large_picture_is_not_passed_by_small_ones_for_ever():
+    budget, order = PixelBudget(), []
+
+    def enter(pixels):
+        with budget.hold(pixels, 10):
+            order.append(pixels)
+
+    with budget.hold(6, 10):
+        threads = []
+        for pixels in (9, 1, 2):
+            threads.append(threading.Thread(target=enter, args=(pixels,)))
+            threads[-1].start()
+            while len(budget._waiting) < len(threads):
+                threading.Event().wait(0.001)
+        assert order == []
+    for thread in threads:
+        thread.join(30)
+    assert order[0] == 9 and sorted(order) == [1, 2, 9]
+    enter(50)  # alone, whatever the budget says
+
+
+# -------------------------------------------------------------------------------------------------- options
+
+
+def test_a_photo_passes_and_a_panorama_by_a_setting(undecoded):
+    with pytest.raises(Decoded):
+        load_image(png_with_header(4000, 3000))
+    with pytest.raises(
+        MediaError, match=r"20000 x 5000 pixels, more than max_source_pixels = 67108864.* raise that limit"
+    ):
+        load_image(png_with_header(20_000, 5_000))
+    with pytest.raises(Decoded):
+        load_image(png_with_header(20_000, 5_000), access=Access(limits=Limits(max_source_pixels=100_000_000)))
+
+
+def test_no_option_goes_beyond_the_limits_of_an_item(undecoded):
+    clip, access = video_bytes(numbered(12)), Access(limits=Limits(max_item_frames=8))
+    tiny = png_with_header(56, 56)
+    for options in (
+        {"min_pixels": 1_400_000_000},
+        {"resized_height": 28_000, "resized_width": 28_000, "max_pixels": 10**9},
+    ):
+        with pytest.raises(MediaError, match=r"would be \d+ tokens, more than max_item_tokens = 32768"):
+            preprocess_image(tiny, **options)
+    with pytest.raises(MediaError, match=r"min_pixels must be a positive integer, got one of 2\*\*63 or more"):
+        preprocess_image(tiny, min_pixels=10**5000)
+    with pytest.raises(MediaError, match="pixels are beyond any picture"):
+        preprocess_image(tiny, resized_height=10**5000, resized_width=56)
+    with pytest.raises(MediaError, match="12 frames would be kept, more than max_item_frames = 8"):
+        preprocess_video(clip, num_frames=12, access=access)
+    with pytest.raises(MediaError, match="9 frames would be kept, more than max_item_frames = 8"):
+        preprocess_video([tiny] * 9, access=access)
+    with pytest.raises(MediaError, match=r"would be \d+ tokens, more than max_item_tokens = 32768"):
+        preprocess_video(clip, max_video_tokens=10**9, video_min_pixels=10**9)
+    with pytest.raises(MediaError, match=r"max_item_tokens must be a positive integer, got 0"):
+        Limits(max_item_tokens=0)
+
+
+def test_what_reserves_room_is_asked_before_there_is_any(undecoded):
+    class Enough(Exception):
+        pass
+
+    def refuse(tokens):
+        assert tokens == 4
+        raise Enough
+
+    with pytest.raises(Enough):
+        preprocess_image(png_with_header(56, 56), reserve=refuse)
+    with pytest.raises(Enough):
+        preprocess_image(np.zeros((56, 56, 3), np.uint8), reserve=refuse)
+    with pytest.raises(Enough):
+        preprocess_video([np.zeros((56, 56, 3), np.uint8)] * 2, reserve=refuse, video_max_pixels=56 * 56)
