@@ -299,10 +299,15 @@ def _media(parts: Sequence[Part]) -> Iterator[Media]:
 
 def _without(pieces: Sequence[tuple[str, bool]], inserted: Sequence[tuple[int, int]]) -> Iterator[tuple[str, bool]]:
     """The pieces of a text, taught or not, cut at the bounds of what was inserted, none of which is taught."""
-    start = 0
+    start = behind = 0  # where the piece starts; how many insertions ended before
     for text, taught in pieces:
         end, at = start + len(text), start
-        for first, last in ((max(a, start), min(b, end)) for a, b in inserted if a < end and b > start):
+        while behind < len(inserted) and inserted[behind][1] <= start:
+            behind += 1
+        for first, last in itertools.islice(inserted, behind, None):
+            if first >= end:
+                break
+            first, last = max(first, start), min(last, end)
             yield text[at - start : first - start], taught
             yield text[first - start : last - start], False
             at = last
