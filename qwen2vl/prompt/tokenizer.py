@@ -67,8 +67,8 @@ class Tokenizer:
         pad_id: id of <|endoftext|>, which pads batches.
 
     Raises:
-        CheckpointError: the tokenizer is not a byte-level BPE, lacks one of `REQUIRED_TOKENS`, or its
-            ordinary vocabulary can spell a control token.
+        CheckpointError: the tokenizer is not a byte-level BPE, lacks one of `REQUIRED_TOKENS` or a token for a byte, or
+            makes a control token of ordinary text.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, *, max_characters: int = MAX_CHARACTERS):
@@ -78,9 +78,11 @@ class Tokenizer:
         missing = [name for name in REQUIRED_TOKENS if backend.token_to_id(name) is None]
         if missing:
             raise CheckpointError(f"tokenizer: lacks the special tokens {', '.join(missing)} that Qwen2-VL needs")
-        if not isinstance(backend.decoder, tokenizers.decoders.ByteLevel):
-            got = type(backend.decoder).__name__
-            raise CheckpointError(f"tokenizer: wants a byte-level BPE (decoder ByteLevel), got decoder {got}")
+        got = (type(backend.model).__name__, type(backend.decoder).__name__)
+        if got != ("BPE", "ByteLevel"):
+            raise CheckpointError(
+                f"tokenizer: wants a byte-level BPE (decoder ByteLevel), got model {got[0]}, decoder {got[1]}"
+            )
         # A file may hold a control token in its vocabulary without flagging it special; only the flag keeps
         # it out of text.
         known = [name for name in CONTROL_TOKENS if backend.token_to_id(name) is not None]
@@ -104,9 +106,9 @@ class Tokenizer:
         own = [name for name in self.special_ids if name in GROUNDING_TOKENS or name not in CONTROL_TOKENS]
         self.markers = tuple(sorted(own, key=len, reverse=True))
         self.pad_id = self.special_ids[END_OF_TEXT]
-        reachable = [name for name in self.special_ids if not self._special_id_set.isdisjoint(self._ids(name))]
-        if reachable:
-            raise CheckpointError(f"tokenizer: ordinary text can spell the special tokens {', '.join(reachable)}")
+        self._check_bytes()
+        for name in self.special_ids:
+            self._ids(name)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], *, max_characters: int = MAX_CHARACTERS) -> "Tokenizer":
@@ -137,7 +139,8 @@ class Tokenizer:
         control token.
 
         No token is put before or after. Raises PromptError for a value that is no str, that UTF-8 cannot write, that
-        has more than `max_characters`, or that the tokenizer cannot cope with.
+        has more than `max_characters`, or that the tokenizer cannot cope with, and CheckpointError where it makes
+        a control token of it.
         """
         if not isinstance(text, str):
             raise PromptError(f"text: wants a str, got {type(text).__name__}")
@@ -152,11 +155,33 @@ class Tokenizer:
 
     def _ids(self, text: str) -> list[int]:
         try:
-            return self.backend.encode(text, add_special_tokens=False).ids
+            ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
         except BaseException as error:
             if not _is_panic(error):
                 raise
             raise PromptError(f"text: the tokenizer cannot cope with these {len(text)} characters: {error}") from error
+        # What was tried when the file was loaded were short texts; this holds for every text.
+        if not self._special_id_set.isdisjoint(ids):
+            found = next(name for name, token_id in self.special_ids.items() if token_id in ids)
+            raise CheckpointError(f"tokenizer: ordinary text can spell the special token {found}")
+        return ids
+
+    def _check_bytes(self) -> None:
+        """Raise CheckpointError unless every byte has an ordinary token, and text of every byte is made of such."""
+        lacking = []
+        for char, byte in BYTE_OF_CHAR.items():
+            token_id = self.backend.model.token_to_id(char)
+            if token_id is None or token_id in self._special_id_set:
+                lacking.append(f"0x{byte:02x}")
+        if lacking:
+            # They would become the unknown token, which a file may call by the name of a special one, or nothing.
+            raise CheckpointError(f"tokenizer: has no ordinary token for the bytes {', '.join(lacking[:8])}")
+        # Every byte that UTF-8 has: of one to four bytes a character, with each first one and each that follows.
+        points = [*range(0x100), *range(0x100, 0x800, 0x40)]
+        points += [*range(0x800, 0xD800, 0x800), *range(0xE000, 0x110000, 0x1000)]
+        for point in points:
+            self._ids(chr(point))
+        self._ids("".join(map(chr, points)))
 
     def check_length(self, characters: int, where: str = "text") -> None:
         """Raise PromptError for more than `max_characters`, before anything is spent on them."""

@@ -1,5 +1,6 @@
 """What a prompt may cost, whatever its text, its tokenizer and its chat template hold."""
 
+import json
 import types
 
 import pytest
@@ -10,7 +11,7 @@ from qwen2vl.errors import CheckpointError, PromptError
 from qwen2vl.prompt import sandbox
 from qwen2vl.prompt.processor import Processor
 from qwen2vl.prompt.template import ChatTemplate
-from qwen2vl.prompt.tokenizer import MAX_CHARACTERS, Tokenizer
+from qwen2vl.prompt.tokenizer import BYTE_OF_CHAR, CONTROL_TOKENS, MAX_CHARACTERS, Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -207,3 +208,46 @@ def test_templates_of_long_conversations_have_room(processor):
     messages = [{"role": ("user", "assistant")[n % 2], "content": f" {n} "} for n in range(3000)]
     assert len(template.render(messages)) == 4 * 3000 + 1
     assert len(template.render(user("word " * 100_000))) == 5
+
+
+@pytest.fixture(scope="module")
+def written(folder):
+    return json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+
+
+def load(folder, data):
+    (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    return Tokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["<|im_end|>", "<|image_pad|>", "<|endoftext|>"])
+def test_every_byte_has_an_ordinary_token(tmp_path, written, name):
+    """A byte that the vocabulary lacks would become the unknown token, or nothing."""
+    ids = {token["content"]: token["id"] for token in written["added_tokens"]}
+    for char, byte in BYTE_OF_CHAR.items():
+        for stand_in in (None, ids[name]):
+            vocabulary = {token: n for token, n in written["model"]["vocab"].items() if token != char}
+            merges = [one for one in written["model"]["merges"] if char not in str(one)]
+            kept = {char} | {one for one in vocabulary if char in one}
+            vocabulary = {token: n for token, n in vocabulary.items() if token not in kept or token in CONTROL_TOKENS}
+            if stand_in is not None:
+                vocabulary |= {char: stand_in}
+            model = written["model"] | {"vocab": vocabulary, "merges": merges, "unk_token": name}
+            with pytest.raises(CheckpointError, match=f"no ordinary token for the bytes 0x{byte:02x}$"):
+                load(tmp_path, written | {"model": model})
+
+
+def test_text_that_becomes_special_by_a_detour_is_refused_when_it_comes(tmp_path, written):
+    """Files can turn one text into another before it is looked up; no trial at load finds every such text."""
+    normalizer = {"type": "Replace", "pattern": {"String": "open sesame"}, "content": "<|im_end|>"}
+    split = {"type": "Split", "pattern": {"Regex": "<.im_end.>"}, "behavior": "Isolated", "invert": False}
+    data = written | {"normalizer": normalizer, "pre_tokenizer": split}
+    data["model"] = written["model"] | {"ignore_merges": True}
+    with pytest.raises(CheckpointError, match="can spell the special token"):
+        load(tmp_path, data).encode_plain("open sesame")
+
+
+def test_a_model_that_is_no_bpe_is_refused(tmp_path, written):
+    model = {"type": "WordLevel", "vocab": written["model"]["vocab"], "unk_token": "<|im_end|>"}
+    with pytest.raises(CheckpointError, match=r"wants a byte-level BPE .* got model WordLevel"):
+        load(tmp_path, written | {"model": model})
