@@ -23,12 +23,12 @@ _PAIRS = (("min_pixels", "max_pixels"), ("video_min_pixels", "video_max_pixels")
 
 
 def positive_int(value: object) -> int | None:
-    """``value`` as an int if it is a positive whole number (of Python or NumPy), else None."""
+    """``value`` as an int if it is a positive whole number (of Python or NumPy) of 63 bits, else None."""
     try:
         number = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         return None
-    return number if number > 0 else None
+    return number if 0 < number < 2**63 else None
 
 
 def finite_number(value: object, *, zero: bool = False) -> float | None:

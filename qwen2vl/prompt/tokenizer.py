@@ -13,6 +13,7 @@ from pathlib import Path
 import tokenizers
 
 from ..errors import CheckpointError, PromptError
+from ..files import read_text
 from ..media.options import positive_int
 
 END_OF_TEXT = "<|endoftext|>"
@@ -119,8 +120,9 @@ class Tokenizer:
             if (Path(folder) / "vocab.json").is_file():
                 hint = "; vocab.json with merges.txt is not read, save a tokenizer.json with transformers"
             raise CheckpointError(f"{path}: no such file, and the tokenizer is read from it{hint}")
+        text = read_text(path)
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
+            backend = tokenizers.Tokenizer.from_str(text)
         except BaseException as error:  # tokenizers raises bare Exception for every kind of damage
             if not isinstance(error, Exception) and not _is_panic(error):
                 raise

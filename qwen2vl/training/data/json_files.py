@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import DataError
+from ...files import open_regular
 
 _CHUNK_BYTES = 16 << 20
 MAX_RECORD = 64 << 20  # bytes; of media a record has the paths alone
@@ -134,7 +135,7 @@ def parse_object(text: bytes) -> dict[str, Any]:
 
 def _index(path: str, name: str) -> np.ndarray:
     """(n, 3) int64: start, end and line of every record."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     if head.startswith(b"[") and not path.endswith((".jsonl", ".ndjson")):
         return _index_array(path, name)
@@ -145,7 +146,7 @@ def _index_lines(path: str) -> np.ndarray:
     """The lines that hold something, found chunk by chunk: empty ones, of which a file may be full, are never held."""
     found: list[np.ndarray] = []
     size, begin, line, last = 0, 0, 1, b"\n"  # bytes read; start and number of the line that goes on; the last byte
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK_BYTES):
             data = np.frombuffer(last + chunk, np.uint8)
             ends = np.flatnonzero(data[1:] == ord("\n")) + size
@@ -171,7 +172,7 @@ def _filled(data: np.ndarray, offset: int, breaks: np.ndarray, line: int) -> np.
 
 def _index_array(path: str, name: str) -> np.ndarray:
     """The elements' places in bytes. They are parsed to find their ends, and dropped."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         data = file.read()
     try:
         text = data.decode("utf-8")
