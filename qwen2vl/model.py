@@ -79,6 +79,7 @@ class Qwen2VL(nn.Module):
         if config.text.tie_word_embeddings and weights.holds_own_head(folder):
             # Its own head is what was trained, by a writer that left the flag of the base model as it was.
             config = replace(config, text=replace(config.text, tie_word_embeddings=False))
+        weights.check_sizes(config, folder)
         with torch.device("meta"):
             model = cls(config)
         weights.load_weights(

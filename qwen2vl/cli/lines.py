@@ -161,15 +161,15 @@ def _take_up(out: Path, given: Iterator[bytes]) -> tuple[int, int]:
         return 0, 0
     done = failed = whole = 0
     with out.open("r+b") as file:
-        for line in iter(file.readline, b""):
-            if not line.endswith(b"\n"):
+        while line := file.readline(MAX_LINE + 1):
+            if not line.endswith(b"\n") and len(line) <= MAX_LINE:
                 break
             try:
                 answer = json.loads(line)
                 held = (
                     isinstance(answer, dict) and answer.get("index") == done and ("text" in answer or "error" in answer)
                 )
-            except ValueError:
+            except (ValueError, RecursionError):
                 held = False
             asked = next(given, None)
             if not held or asked is None or answer.get("id") != _identity(asked):

@@ -36,7 +36,7 @@ from .files import (
 )
 from .inputs import Inputs, MediaInfo, joined, pad_rows
 from .template import ChatTemplate
-from .tokenizer import Tokenizer
+from .tokenizer import MAX_CHARACTERS, Tokenizer
 
 IGNORED = -100  # the label of what is not taught, cross_entropy's default
 Messages = Sequence[Mapping[str, Any]]
@@ -121,6 +121,7 @@ class Processor:
         roots: Roots = None,
         base: str | os.PathLike[str] | None = None,
         limits: Limits | None = None,
+        max_characters: int = MAX_CHARACTERS,
         **options: Any,
     ) -> "Processor":
         """Read tokenizer.json, config.json and, where present, the limits of images and of videos of a checkpoint, see
@@ -130,6 +131,7 @@ class Processor:
             name_or_path: a folder, a hub id such as "Qwen/Qwen2-VL-2B-Instruct", or a checkpoint that was found before.
             allow_remote, allow_local_files, roots, base, limits: what media may be named by messages, and what they
                 may cost, see the class. The checkpoint itself is read in any case.
+            max_characters: of text in one conversation, see `Tokenizer`.
             options: over the checkpoint's limits and the defaults, see the class.
 
         Raises:
@@ -138,7 +140,7 @@ class Processor:
         """
         checkpoint = Checkpoint.find(name_or_path, with_weights=False)
         folder, vision = checkpoint.folder, checkpoint.config.vision
-        tokenizer = Tokenizer.from_pretrained(folder)
+        tokenizer = Tokenizer.from_pretrained(folder, max_characters=max_characters)
         check_token_ids(checkpoint.config, tokenizer, folder)
         stated = read_media_options(folder, vision).updated(options)
         sizes = {
@@ -265,6 +267,9 @@ class Processor:
     ) -> Inputs:
         if padding_side not in ("left", "right"):
             raise PromptError(f"padding_side: wants 'left' or 'right', got {padding_side!r}")
+        for spans in prompts:  # before any media are read
+            texts = (len(one.text) for span in spans for one in span.segments if isinstance(one, Text))
+            self.tokenizer.check_length(sum(texts), "messages: characters of text")
         found = [
             (row, item)
             for row, spans in enumerate(prompts)
