@@ -7,8 +7,10 @@ import pickle
 import pytest
 import torch
 
+from qwen2vl import CheckpointError
 from qwen2vl.training import checkpoint
 from qwen2vl.training.errors import TrainingConfigError
+from tests.model.test_saving import file_size_limit
 from tests.training import runs
 
 
@@ -102,3 +104,14 @@ def test_a_rank_s_own_state_is_checked(saved_run):
             runs.make(folder, output, resume=True)
     torch.save(own, path)
     assert runs.make(folder, output, resume=True).step == 1
+
+
+def test_a_full_disk_leaves_the_steps_before(folder, tmp_path):
+    trainer = runs.make(folder, tmp_path, run={"steps": 2}, optimizer={"warmup_steps": 0})
+    trainer.train_step()
+    trainer._save()
+    trainer.train_step()
+    with file_size_limit(10_000), pytest.raises(CheckpointError, match=r"step-00000002: cannot be written: .*earlier"):
+        trainer._save()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+    assert runs.make(folder, tmp_path, run={"steps": 2}, resume=True).step == 1
