@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from safetensors import SafetensorError
+
 from .errors import CheckpointError
 
 MAX_BYTES = 256 << 20  # of a file that is read whole; a tokenizer.json has some 10 MB
@@ -65,7 +67,9 @@ def write_text(path: Path, text: str) -> None:
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """``write`` a file beside ``path`` and move it there, so that readers, maps of the old file included, see no half.
 
-    The file gets the permissions that the umask allows, whatever ``write`` chose (safetensors: the owner alone).
+    It is on the disk before it has its name. The file gets the permissions that the umask allows, whatever ``write``
+    chose (safetensors: the owner alone). Raises :class:`CheckpointError` naming ``path`` when it cannot be written, as
+    on a full disk; what was there is there then.
     """
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -73,6 +77,23 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         mode = scratch.stat().st_mode
         write(scratch)
         scratch.chmod(mode)
+        with scratch.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(scratch, path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be written: {error}") from error
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def withdraw_json(path: Path, data: Any) -> None:
+    """Remove the JSON file at ``path`` unless it holds ``data``, before what belongs with ``data`` is put beside it.
+
+    Where the writing of ``data`` is not reached a file is missing then, and nothing old is read with what is new.
+    """
+    try:
+        same = read_json(path) == json.loads(json.dumps(data))
+    except CheckpointError:
+        same = False
+    if not same:
+        path.unlink(missing_ok=True)

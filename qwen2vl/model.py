@@ -19,7 +19,7 @@ from .cache import KVCache
 from .checks import Call, Features, Patches, check_call, check_features, check_media, placeholders
 from .config import Qwen2VLConfig
 from .errors import CheckpointError, PromptError
-from .files import read_json, write_json
+from .files import read_json, withdraw_json, write_json
 from .hub import Checkpoint
 from .layers import Linear
 from .text import Decoder, Pack
@@ -144,15 +144,17 @@ class Qwen2VL(nn.Module):
     ) -> None:
         """Write config.json, generation_config.json and safetensors in the released layout into ``folder``.
 
-        ``metadata``: for the header of the safetensors files. Raises :class:`CheckpointError` for a model with an
-        adapter that is not merged.
+        ``metadata``: for the header of the safetensors files. A save over another checkpoint that is cut short leaves
+        that one, or what is refused when it is loaded, never some tensors of each. Raises :class:`CheckpointError` for
+        a model with an adapter that is not merged, and where a file cannot be written.
         """
         if adapted(self):
             raise CheckpointError("save_pretrained: the model has an adapter; merge_adapter() first, or save_adapter()")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {**self.config.to_dict(), "torch_dtype": str(self.dtype).removeprefix("torch.")}
-        weights.save_weights(self, folder, max_shard_bytes, metadata)
+        before = lambda: withdraw_json(folder / "config.json", config)  # noqa: E731
+        weights.save_weights(self, folder, max_shard_bytes, metadata, before=before)
         write_json(folder / "config.json", config)
         if self.generation_defaults:
             write_json(folder / "generation_config.json", self.generation_defaults)

@@ -6,7 +6,9 @@ identity and loading only rewrites prefixes. Nothing is unpickled.
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -35,6 +37,7 @@ PREFIXES = (
 #: Buffers that some writers store and that are computed here.
 _DERIVED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
 _MISSING = ": missing"
+_SHARD = re.compile(r"model-(?:\d+-)?\d{5}-of-\d{5}\.safetensors")
 _QUANTISED = (".qweight", ".qzeros", ".scales", ".g_idx", ".weight_scale", ".absmax")
 
 Progress = Callable[[int, int], None]
@@ -259,33 +262,69 @@ def _listing(folder: Path, problems: list[str], most: int = 20) -> str:
 
 
 def save_weights(
-    model: nn.Module, folder: Path, max_shard_bytes: int, metadata: Mapping[str, str] | None = None
+    model: nn.Module,
+    folder: Path,
+    max_shard_bytes: int,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    before: Callable[[], object] = lambda: None,
 ) -> None:
     """Write ``model``'s parameters under the released names, sharded when larger than ``max_shard_bytes``.
 
-    ``metadata``: for the header of every file, beside the format.
+    ``metadata``: for the header of every file, beside the format. ``before``: called when everything is on the disk and
+    nothing of it has taken the place of what was there.
 
-    Files are written beside their place and moved in whole, because the parameters being saved may be maps of the
-    very files they replace.
+    Shards get names that no file of the folder has, then the index its place, then shards that it does not list go:
+    whenever this is cut short, the folder is read as it was or as it is to be. (Where one file takes the place of
+    shards or shards that of one file, it may be refused: both are there for a moment.) The parameters being saved may
+    be maps of the very files that they replace.
+
+    Raises :class:`CheckpointError` where a file cannot be written, as on a full disk; what was there is there then.
     """
     groups = list(_shard(dict(model.named_parameters()), max_shard_bytes))
-    names = [SINGLE_NAME] if len(groups) == 1 else [
-        f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)
-    ]  # fmt: skip
-    index = folder / INDEX_NAME
-    stale = _shards_of(index) | {SINGLE_NAME}
-    weight_map: dict[str, str] = {}
+    index, single = folder / INDEX_NAME, folder / SINGLE_NAME
     header = {"format": "pt", **(metadata or {})}
-    for name, group in zip(names, groups, strict=True):
-        write_whole(folder / name, lambda path, group=group: save_file(group, path, metadata=header))
-        weight_map.update(dict.fromkeys(group, name))
-    if len(groups) > 1:
-        total = sum(p.numel() * p.element_size() for p in model.parameters())
-        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    else:
+    stale = _own_shards(folder)
+    if len(groups) == 1:
+
+        def write(path: Path) -> None:
+            save_file(groups[0], path, metadata=header)
+            before()
+
+        write_whole(single, write)
         index.unlink(missing_ok=True)
-    for name in stale - set(names):
-        (folder / name).unlink(missing_ok=True)
+    else:
+        names = _free_names(folder, len(groups))
+        try:
+            for name, group in zip(names, groups, strict=True):
+                write_whole(folder / name, lambda path, group=group: save_file(group, path, metadata=header))
+            before()
+            total = sum(p.numel() * p.element_size() for p in model.parameters())
+            where = {key: name for name, group in zip(names, groups, strict=True) for key in group}
+            write_json(index, {"metadata": {"total_size": total}, "weight_map": where})
+        except BaseException:
+            for name in set(names) - _shards_of(index):  # Ctrl-C may come when the index has its place
+                (folder / name).unlink(missing_ok=True)
+            raise
+        stale.add(single)
+    for path in stale:
+        path.unlink(missing_ok=True)
+
+
+def _free_names(folder: Path, count: int) -> list[str]:
+    """Names of shards, the usual ones unless a file has one of them."""
+    for prefix in itertools.chain([""], (f"{number}-" for number in itertools.count(2))):
+        names = [f"model-{prefix}{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        if not any((folder / name).exists() for name in names):
+            return names
+    raise AssertionError  # there is always another number
+
+
+def _own_shards(folder: Path) -> set[Path]:
+    """Shards that a save may have left here: those that the index lists, and those with names of :func:`_free_names`,
+    which a save that was killed leaves unlisted."""
+    left = (path for path in folder.glob("model-*.safetensors") if _SHARD.fullmatch(path.name))
+    return {*(folder / name for name in _shards_of(folder / INDEX_NAME)), *left}
 
 
 def _shards_of(index: Path) -> set[str]:
