@@ -180,7 +180,8 @@ class ChatTemplate:
                     item["text"] = f"{self._cut}{item['text']}{self._cut}"
                     found = True
             message["content"] = items
-        marked = self._write(cut, where, *asked) if found else None
+        # What was inserted side by side is one text, as in the standard layout.
+        marked = self._write(cut, where, *asked).replace(2 * self._cut, "") if found else None
         return None if marked is None or marked.replace(self._cut, "") != text else marked
 
     def _insertions(
