@@ -2,9 +2,29 @@
 
 import re
 
+MAX_MESSAGE = 4000  # characters of an error's text, whatever it quotes
+#: Control characters but for tab and line end, marks that turn the direction of text, and halves of surrogate pairs.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def readable(text: str, most: int = MAX_MESSAGE) -> str:
+    """What others wrote as people can read it in a terminal or a log: of at most ``most`` characters (200 or more), of
+    longer texts the beginning and the end, and with control characters as escapes."""
+    head, tail = _escaped(text[:most]), _escaped(text[-most:])
+    if len(text) <= most and len(head) <= most:
+        return head
+    return f"{head[: most // 2]} ... ({len(text)} characters) ... {tail[-(most // 5) :]}"
+
+
+def _escaped(text: str) -> str:
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+
 
 class Qwen2VLError(ValueError):
-    """Base of every error that this package raises about what it was given."""
+    """Base of every error that this package raises about what it was given. Its text is :func:`readable`."""
+
+    def __init__(self, *args: object):
+        super().__init__(*(readable(one) if isinstance(one, str) else one for one in args))
 
 
 class MediaError(Qwen2VLError):
@@ -35,6 +55,9 @@ class FunctionCallError(Qwen2VLError):
     """A function call of a model is malformed, or names what was not declared."""
 
 
+MAX_SOURCE = 300  # characters of a sample's place in a text
+
+
 class DataError(Qwen2VLError):
     """A training sample, or the description of a set of them, cannot be used.
 
@@ -43,6 +66,7 @@ class DataError(Qwen2VLError):
     """
 
     def __init__(self, message: str, source: str = ""):
+        source = readable(source, MAX_SOURCE)
         super().__init__(f"{source}: {message}" if source else message)
         self.source = source
 

@@ -234,8 +234,9 @@ def _spool() -> IO[bytes]:
     return cast("IO[bytes]", tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES))
 
 
-def _copy(read: Callable[[int], bytes], target: Any, label: str, max_bytes: int) -> None:
-    """Copy all that ``read`` gives to ``target`` and rewind the latter; refuse more than ``max_bytes``."""
+def _copy(read: Callable[[int], bytes], target: Any, label: str, max_bytes: int) -> int:
+    """Copy all that ``read`` gives to ``target``, rewind the latter and return the number of bytes; refuse more than
+    ``max_bytes``."""
     total = 0
     while chunk := read(_CHUNK_BYTES):
         total += len(chunk)
@@ -243,6 +244,7 @@ def _copy(read: Callable[[int], bytes], target: Any, label: str, max_bytes: int)
             raise MediaError(f"{label} holds more than the limit of {max_bytes} bytes")
         target.write(chunk)
     target.seek(0)
+    return total
 
 
 class _CheckedRedirects(urllib.request.HTTPRedirectHandler):
@@ -349,7 +351,9 @@ def _download(url: str, label: str, max_bytes: int, stack: contextlib.ExitStack)
             if declared.isdigit() and int(declared) > max_bytes:
                 raise MediaError(f"{label} declares {declared} bytes, more than the limit of {max_bytes}")
             # read1 gives what has arrived: read would wait for a whole chunk.
-            _copy(response.read1, spool, label, max_bytes)
+            total = _copy(response.read1, spool, label, max_bytes)
+            if declared.isdigit() and not response.chunked and total < int(declared):
+                raise MediaError(f"{label} breaks off after {total} of {declared} bytes")
     except MediaError:
         raise
     except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors

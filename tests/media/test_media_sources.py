@@ -392,14 +392,19 @@ def server(monkeypatch):
                 self.send_header("Location", target[self.path])
                 self.end_headers()
                 return
+            if self.path == "/rude":
+                self.send_error(404, "\x1b[2J\x1b]0;gone\x07")
+                return
             if self.path == "/slow-headers":
                 self.trickle(b"HTTP/1.0 200 OK\r\nX: ")
                 return
             self.send_response(404 if self.path == "/missing" else 200)
+            if self.path == "/short":
+                self.send_header("Content-Length", str(len(data) + 1))
             if self.path == "/large":
                 self.send_header("Content-Length", str(1 << 40))
             self.end_headers()
-            if self.path in ("/ok", "/missing"):
+            if self.path in ("/ok", "/missing", "/short"):
                 self.wfile.write(data)
             if self.path == "/video":
                 self.wfile.write(video)
@@ -423,6 +428,19 @@ def server(monkeypatch):
         yield f"http://127.0.0.1:{httpd.server_address[1]}", seen
         httpd.shutdown()
         thread.join()
+
+
+def test_a_body_shorter_than_its_length_is_refused(server):
+    address, _ = server
+    with pytest.raises(MediaError, match=r"/short' breaks off after \d+ of \d+ bytes"):
+        load_image(f"{address}/short", access=Access(remote=True))
+
+
+def test_what_a_server_says_has_no_control_characters(server):
+    address, _ = server
+    with pytest.raises(MediaError, match="gone") as caught:
+        load_image(f"{address}/rude", access=Access(remote=True))
+    assert str(caught.value).isprintable()
 
 
 def test_remote_images(server):

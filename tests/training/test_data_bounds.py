@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen2vl.errors import DataError
-from qwen2vl.training.data import json_files, read_examples
+from qwen2vl.training.data import build_dataset, json_files, read_examples
 from qwen2vl.training.data.records import _in_order_of_calls, _tagged
 from tests.steps import assert_linear
-from tests.training.data_files import chat, make_processor, numbers
+from tests.training.data_files import chat, make_processor, numbers, write_tar
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +89,14 @@ def test_results_find_their_calls_in_one_pass():
     run = [{"role": "call", "ids": ids}, *({"role": "result", "answers": Id(n)} for n in reversed(range(400)))]
     assert [turn["answers"] for turn in _in_order_of_calls(run)[1:]] == ids
     assert Id.compared <= 5000
+
+
+def test_names_in_a_shard_are_printable_in_what_is_told(tmp_path, processor):
+    rude = "\x1b[2Jkey"
+    path = write_tar(tmp_path / "a.tar", [(f"{rude}.json", chat(1)), (f"{rude}.json", chat(2)), ("b.json", chat(3))])
+    data = build_dataset(
+        [{"path": str(path), "format": "webdataset", "shuffle": False}], processor, max_tokens=999, epochs=1
+    )
+    assert numbers(processor, data) == [3]
+    (problem,) = data.report.problems
+    assert problem.message.isprintable() and "\\x1b[2Jkey" in problem.message

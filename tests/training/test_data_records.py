@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from qwen2vl.errors import DataError, Qwen2VLError
+from qwen2vl.prompt.processor import Processor
 from qwen2vl.training.data import build_dataset, read_examples
 from qwen2vl.training.data.entry import DataEntry
 from qwen2vl.training.data.json_files import Raw
@@ -38,7 +39,7 @@ def image(path):
 def test_tags_take_media_in_order_and_paths_start_from_the_folder():
     record = {
         "id": 7,
-        "image": ["a.jpg", {"image": "/abs/b.jpg", "max_pixels": 3136}],
+        "image": ["a.jpg", {"image": "/media/b.jpg", "max_pixels": 3136}],
         "videos": ["c.mp4", ["1.png", "2.png"]],
         "conversations": [
             {"from": "human", "value": "<image>\nand <video>, <image>?"},
@@ -55,7 +56,7 @@ def test_tags_take_media_in_order_and_paths_start_from_the_folder():
                 text("\nand "),
                 {"type": "video", "video": "/media/c.mp4"},
                 text(", "),
-                {"type": "image", "image": "/abs/b.jpg", "max_pixels": 3136},
+                {"type": "image", "image": "/media/b.jpg", "max_pixels": 3136},
                 text("?"),
             ],
         },
@@ -66,6 +67,58 @@ def test_tags_take_media_in_order_and_paths_start_from_the_folder():
     ]
     assert read({**record, "image": ["https://x/y.jpg", "data:,"]})[1][0]["content"][0] == image("https://x/y.jpg")
     assert read(record, media_root="/else")[1] == messages  # the reader of files puts it in place of the folder
+
+
+OUTSIDE = (
+    "/etc/hostname",
+    "../a.jpg",
+    "b/../../a.jpg",
+    "/media",
+    "/media-of-others/a.jpg",
+    "file:///media/a.jpg",
+    "FILE:///a",
+)
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_records_name_files_of_their_folder_alone(name):
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}]
+    items = [{"type": "image_url", "image_url": {"url": name}}]
+    for record in (
+        {"image": name, "conversations": turns},
+        {"image": [{"path": name}], "conversations": turns},
+        {"video": [[name, "a.png"]], "text": "<video>"},
+        {"text": f"<img>{name}</img>"},
+        {"conversations": [{"from": "human", "value": items}, turns[1]]},
+    ):
+        with pytest.raises(DataError, match="media_root"):
+            read(record)
+        # A shard's sample takes what is called so among its own members, and no file.
+        shard = Raw("x:1", json.dumps(record).encode(), None, {"b.png": b"", "a.png": b""})
+        with pytest.raises(DataError, match=r"media_root|is no member of the sample"):
+            read_record(shard, DataEntry.from_config({"path": "x", "format": "webdataset"}))
+    # With roots of its own the processor says what may be opened.
+    entry = DataEntry.from_config({"path": "x", "format": "conversations"})
+    raw = Raw("x:1", json.dumps({"image": name, "conversations": turns}).encode(), "/media")
+    assert read_record(raw, entry, anywhere=True)[1][0]["content"]
+
+
+def test_a_media_root_lets_records_name_files_below_it(tmp_path, processor):
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "records").mkdir()
+    record = chat(1, image="../a.png")
+    record["conversations"][0]["value"] = "<image>"
+    path = write_jsonl(tmp_path / "records" / "a.jsonl", [record | {"image": str(tmp_path / "a.png")}])
+    with pytest.raises(DataError, match=r"a.jsonl:1: .*a.png' lies outside of"):
+        list(read_examples(str(path), processor))
+    (example,) = read_examples(str(path), processor, media_root=str(tmp_path))
+    assert example.pixel_values is not None
+    rooted = Processor(processor.tokenizer, roots=tmp_path)
+    (example,) = read_examples(str(path), rooted)
+    assert example.pixel_values is not None
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(DataError, match="outside of the roots"):
+        list(read_examples(str(path), Processor(processor.tokenizer, roots=tmp_path / "elsewhere")))
 
 
 def test_qwen_vl_markup():

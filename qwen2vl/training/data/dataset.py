@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ...errors import DataError, MediaError, Qwen2VLError
+from ...errors import MAX_SOURCE, DataError, MediaError, Qwen2VLError, readable
 from ...media.options import Access
 from ...prompt.processor import IGNORED, Processor
 from ..example import Example
@@ -215,21 +215,24 @@ class TrainingData(IterableDataset[Example]):
 
     def _prepare(self, n: int, raw: Raw) -> Example | Problem:
         """The example of a sample, or what is wrong with it."""
+        source = readable(raw.source, MAX_SOURCE)
         if raw.error:
-            return Problem(raw.source, "media", f"{raw.source}: {raw.error}")
+            return Problem(raw.source, "media", readable(f"{source}: {raw.error}"))
         try:
             return self._example(self.entries[n], raw)
         except _TooLong as error:
-            return Problem(raw.source, "too long", f"{raw.source}: {error}")
+            return Problem(raw.source, "too long", f"{source}: {error}")
         except MediaError as error:
-            return Problem(raw.source, "media", f"{raw.source}: {error}")
+            return Problem(raw.source, "media", f"{source}: {error}")
         except Qwen2VLError as error:
-            return Problem(raw.source, "malformed", f"{raw.source}: {error}")
+            return Problem(raw.source, "malformed", f"{source}: {error}")
         except Exception as error:
-            raise RuntimeError(f"{raw.source}: {type(error).__name__}: {error}") from error
+            raise RuntimeError(readable(f"{source}: {type(error).__name__}: {error}")) from error
 
     def _example(self, entry: DataEntry, raw: Raw) -> Example:
-        kind, content = read_record(raw, entry, self.processor.default_system_prompt)
+        # With roots the processor says what may be opened; else a record names files of its own folder.
+        anywhere = self.processor.access.roots is not None
+        kind, content = read_record(raw, entry, self.processor.default_system_prompt, anywhere=anywhere)
         if kind == "conversation":
             inputs = self.processor.supervised(content, add_vision_id=entry.add_vision_id, **entry.options)
         else:
@@ -248,7 +251,7 @@ class TrainingData(IterableDataset[Example]):
         if self.report.add(problem):
             logger.warning("sample skipped (%s): %s", problem.reason, problem.message)
         if self.max_bad is not None and self.report.bad > self.max_bad:
-            text = problem.message.removeprefix(f"{problem.source}: ")
+            text = problem.message.removeprefix(f"{readable(problem.source, MAX_SOURCE)}: ")
             if self.max_bad:
                 text += f" (this is bad sample {self.report.bad}, and max_bad is {self.max_bad})"
             raise DataError(text, problem.source)

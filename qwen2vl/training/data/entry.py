@@ -30,8 +30,9 @@ class DataEntry:
             JSONL of `messages` with `role` and `content`; "webdataset", tar files; "generated", samples made on the
             spot.
         weight: samples drawn from it in proportion to those from the other entries.
-        media_root: folder that the paths of images and videos start from; default the folder of the file. Media of
-            shards are in the shards.
+        media_root: folder that the paths of images and videos start from, and that they must lie in, by name; default
+            the folder of the file. A processor with `roots` decides by those instead. Media of shards are in the
+            shards.
         shuffle: read in another order each epoch, of samples or of shards and the samples inside each.
         max_sample_bytes: for shards: the most bytes of one sample's members, which are held at once.
         agent: "paper" or "qwen" where assistants' turns hold function calls in that form as text; "qwen" is the form

@@ -49,16 +49,18 @@ _SCHEME = re.compile(r"(?:data:|[A-Za-z][A-Za-z0-9+.-]+://)")
 
 
 def read_record(
-    raw: Raw, entry: DataEntry, system: str = DEFAULT_SYSTEM_PROMPT
+    raw: Raw, entry: DataEntry, system: str = DEFAULT_SYSTEM_PROMPT, *, anywhere: bool = False
 ) -> tuple[Literal["conversation", "document"], list[Item]]:
     """The kind of a sample, and its messages or its items.
 
-    `system`: what stands before its `tools` where it has no system prompt of its own.
+    Args:
+        system: what stands before its `tools` where it has no system prompt of its own.
+        anywhere: let it name files outside of its folder, or, in a shard, files at all: the processor has roots.
 
     Raises:
         DataError, PromptError, FunctionCallError, GroundingError: it is malformed; none names its position.
     """
-    resolve: Resolve = _member_of(raw.members) if raw.folder is None else _path_in(raw.folder)
+    resolve: Resolve = _member_of(raw.members, anywhere) if raw.folder is None else _path_in(raw.folder, anywhere)
     if entry.format == "webdataset" and ("txt" in raw.members or not raw.text):
         record = _pair(raw)
     else:
@@ -205,13 +207,33 @@ def _tagged(text: str) -> Iterator[tuple[bool, str]]:
         yield False, "".join(pending)
 
 
-def _path_in(folder: str) -> Resolve:
-    return lambda name: name if _SCHEME.match(name) else os.path.join(folder, name)
+def _path_in(folder: str, anywhere: bool) -> Resolve:
+    base = os.path.join(os.path.abspath(folder), "")
+
+    def resolve(name: str) -> str:
+        if _is_address(name, anywhere):
+            return name
+        path = os.path.join(folder, name)
+        # By name: links that lie in the folder are the operator's, as those of the hub's cache.
+        if not anywhere and not os.path.abspath(path).startswith(base):
+            raise DataError(f"{name!r} lies outside of {folder!r}, the folder of its files: see media_root")
+        return path
+
+    return resolve
 
 
-def _member_of(members: Mapping[str, Any]) -> Resolve:
+def _is_address(name: str, anywhere: bool) -> bool:
+    """Whether a name is a URL that the processor decides about. Raises DataError for one of a local file."""
+    if not _SCHEME.match(name):
+        return False
+    if not anywhere and name[:5].lower() == "file:":
+        raise DataError(f"{name!r} is the address of a local file, which records do not name: see media_root")
+    return True
+
+
+def _member_of(members: Mapping[str, Any], anywhere: bool) -> Resolve:
     def resolve(name: str) -> Any:
-        if _SCHEME.match(name):
+        if _is_address(name, anywhere):
             return name
         extension = os.path.basename(name).lower()
         # By the extension that follows the sample's key, or by the whole name, key included.
