@@ -12,6 +12,7 @@
 #   TRANSFORMERS="5.6.0 5.24.0", TRANSFORMERS_SRC=...    make test-stacks: versions of transformers; a checkout of the one
 #                               that .venv has, whose own tests run stock and switched on (without it those that its
 #                               source distribution has)
+#   ATTACK_SECONDS=60, ATTACK_SEED=0    make attack: its time, and the seed that its cases come from
 #   QWEN2VL_BUILD_CUDA=0|1|auto, QWEN2VL_SM90=0|all|auto, MAX_JOBS, TORCH_CUDA_ARCH_LIST    the build of the extensions, see setup.py
 
 PYTHON ?= python3
@@ -25,7 +26,7 @@ FORMATTED := $(CSRC) $(FUZZ) $(shell find tests/kernels/host benchmarks/cuda -ty
 # The versions of Triton that PyTorch's builds for CUDA bring: 2.10 and 2.11, 2.12, 2.13, 2.14.
 TRITONS := 3.6.0 3.7.0 3.7.1 3.8.0
 
-.PHONY: help install demo check test test-long aot sm90-cubins lint format dist fuzz gpu gpu-wheels hub test-stacks test-transformers test-trainers \
+.PHONY: help install demo check test test-long aot sm90-cubins lint format dist fuzz attack gpu gpu-wheels hub test-stacks test-transformers test-trainers \
 	signatures test-oldest resolve clean
 .DEFAULT_GOAL := help
 
@@ -33,12 +34,13 @@ help:
 	@echo "make demo    the small trained model reads, compares, points, follows videos and plays, beside the truth"
 	@echo "make check   a checkpoint with random weights here and in transformers: logits and greedy tokens compared"
 	@echo "make test    the test suite, at its end the files that take the most CPU time"
-	@echo "make test-long    before a release: what is too slow for each commit, then fuzz, test-oldest and test-stacks"
+	@echo "make test-long    before a release: what is too slow for each commit, then fuzz, attack (an hour), test-oldest and test-stacks"
 	@echo "make aot     every Triton kernel compiled for every GPU with every compiler that PyTorch brings, and its gates;"
 	@echo "             attention for Hopper by three versions of ptxas;  make sm90-cubins  keeps what the tuner tries"
 	@echo "make lint    ruff, pyright, clang-format;  make format  rewrites what they can"
 	@echo "make dist    the sdist and the wheel in build/dist, checked, installed into an empty environment and asked there"
 	@echo "make fuzz    the C++ of the CPU on random input, under the address and undefined behaviour sanitizers"
+	@echo "make attack  damaged files, messages and archives for ATTACK_SECONDS=60, and what became of them"
 	@echo "make gpu     on a machine with a GPU: build, test, measure and tune within BUDGET=480 seconds, with its own"
 	@echo "             python3, no network;  make gpu DEVICE=cpu  rehearses it at small sizes;  QWEN2VL_COMMIT=...  is the"
 	@echo "             commit that results name where there is no .git"
@@ -105,6 +107,7 @@ test: .venv/install.stamp | build/triton/3.6.0 build/cutlass/4.2.0.0
 test-long: .venv/install.stamp
 	@$(PYTEST) -m long $(PYTEST_ARGS)
 	@$(MAKE) fuzz FUZZ_SECONDS=20
+	@$(MAKE) attack ATTACK_SECONDS=3600
 	@$(MAKE) test-oldest PYTEST_ARGS=
 	@$(MAKE) test-stacks
 
@@ -150,6 +153,12 @@ fuzz: $(FUZZ_TARGETS)
 		echo "$$target for $(FUZZ_SECONDS) s"; \
 		$$target -max_total_time=$(FUZZ_SECONDS) $(if $(filter libfuzzer,$(FUZZER)),-len_control=0 -max_len=320) -artifact_prefix=$$target- || exit 1; \
 	done
+
+# Damaged files, messages of any shape and forged archives; a line names the seed of each that is answered badly.
+ATTACK_SECONDS ?= 60
+ATTACK_SEED ?= 0
+attack: .venv/install.stamp
+	@OMP_NUM_THREADS=1 $(RUN) -m tests.attack --seconds $(ATTACK_SECONDS) --seed $(ATTACK_SEED)
 
 # Phases under one budget, the most telling first; see benchmarks/gpu/. What does not fit is named in the end. Its last
 # line of each part is printed, and $(OUT)/logs.tgz holds logs and results after each, whatever ends it.
