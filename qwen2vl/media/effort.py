@@ -25,6 +25,8 @@ _CHUNK_BYTES = 1 << 20
 # Fill bytes are taken in; a zero stands for a byte of data, and restart marks and 01 have no length.
 _MARK = re.compile(rb"\xff+([^\x00\x01\xd0-\xd7\xff])")
 _SCAN, _END = b"\xda", b"\xd9"
+_PROGRESSIVE = b"\xff\xc2"  # begins the header of a JPEG with scans of parts of the bits, which are as many as it likes
+_TIFF_SCANS = 100  # of each JPEG inside of a TIFF, after which libtiff gives up
 
 
 def check_effort(image: Image.Image, label: str, most: int) -> None:
@@ -43,6 +45,8 @@ def check_effort(image: Image.Image, label: str, most: int) -> None:
     if image.format in ("JPEG", "MPO"):
         scans = count_scans(file, label, most // max(_LEAST, pixels))
         pixels, what = pixels * scans, f"{scans} scans or more"
+    elif image.format == "TIFF" and "jpeg" in str(image.info.get("compression")) and _holds(file, _PROGRESSIVE):
+        pixels, what = pixels * _TIFF_SCANS, f"up to {_TIFF_SCANS} scans"
     elif any(tile[0] in Image.DECODERS for tile in tiles):
         size = file.seek(0, os.SEEK_END)
         pixels, what = _SLOW * max(pixels, size), f"{size} bytes in a form that decodes slowly"
@@ -52,6 +56,17 @@ def check_effort(image: Image.Image, label: str, most: int) -> None:
             f"{label} has {what} of {image.width} x {image.height} pixels, together {pixels} to decode, "
             f"more than max_decoded_pixels = {most}: refused before decoding"
         )
+
+
+def _holds(file: BinaryIO, mark: bytes) -> bool:
+    """Whether the two bytes of a mark stand anywhere in a file."""
+    file.seek(0)
+    last = b""
+    while chunk := file.read(_CHUNK_BYTES):
+        if mark in last + chunk:
+            return True
+        last = chunk[-1:]
+    return False
 
 
 def count_scans(file: BinaryIO, label: str, most: int) -> int:

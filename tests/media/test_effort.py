@@ -1,19 +1,25 @@
 """What pictures may cost: their work is counted from their headers, and threads share a budget of pixels."""
 
 import io
+import os
+import signal
 import subprocess
 import sys
 import threading
+import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
 from qwen2vl.errors import MediaError
-from qwen2vl.media.effort import PixelBudget, count_scans
+from qwen2vl.media.effort import PIXEL_BUDGET, PixelBudget, count_scans
 from qwen2vl.media.image import load_image, preprocess_image
 from qwen2vl.media.options import Access, Limits
+from qwen2vl.media.strictness import strict_pillow
 from qwen2vl.media.video import preprocess_video
 from tests.media.media_fixtures import encode_image, noise, numbered, png_with_header, video_bytes
 
@@ -98,6 +104,16 @@ def test_a_tile_that_a_tiff_names_a_million_times(undecoded):
         load_image(bytes(data))
 
 
+def test_scans_inside_of_a_tiff_count(undecoded):
+    """libtiff takes up to a hundred of each strip, wherever those strips are in the file."""
+    usual = encode_image(Image.new("RGB", (4000, 3000)), "TIFF", compression="jpeg")
+    with pytest.raises(Decoded):
+        load_image(usual)
+    assert usual.count(b"\xff\xc0")
+    with pytest.raises(MediaError, match="scans of 4000 x 3000 pixels, together 1200000000 to decode"):
+        load_image(usual.replace(b"\xff\xc0", b"\xff\xc2"))
+
+
 @pytest.mark.parametrize("head", [b"P3 5000 4000 255\n", b"P6 5000 4000 254\n"])
 def test_forms_that_decode_slowly_have_less_room(undecoded, head):
     with pytest.raises(MediaError, match=r"in a form that decodes slowly .*more than max_decoded_pixels"):
@@ -109,7 +125,7 @@ def test_frames_and_pages_are_not_counted_to_the_end(monkeypatch):
     frames = [Image.fromarray(noise(20, 20, seed=n)) for n in range(40)]
     for format in ("GIF", "TIFF"):
         data = encode_image(frames[0], format, save_all=True, append_images=frames[1:])
-        plugin = type(Image.open(io.BytesIO(data)))
+        plugin: Any = type(Image.open(io.BytesIO(data)))
         seeks, seek = [], plugin._seek
         monkeypatch.setattr(plugin, "_seek", lambda *given, seek=seek, seeks=seeks: (seeks.append(given), seek(*given)))
         with pytest.warns(match="holds several frames or pages"):
@@ -139,7 +155,7 @@ for path in sys.argv[2:]:
 
 def test_conversions_hold_no_second_copy(tmp_path):
     """The file's pixels as Pillow keeps them, three bytes of each in the end, and a strip at a time between."""
-    height, width = 2500, 4000
+    height, width = 2000, 3000
     grey = np.zeros((height, width), np.uint8)
     palette = Image.fromarray(grey).convert("P")
     rgb = Image.fromarray(np.zeros((height, width, 3), np.uint8))
@@ -233,6 +249,31 @@ def test_a_large_picture_is_not_passed_by_small_ones_for_ever():
     enter(50)  # alone, whatever the budget says
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_of_a_fork_waits_for_no_thread_of_its_parent(monkeypatch):
+    """The parent holds all pixels, and Pillow's flag, while it forks."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    data, free = encode_image(noise(50, 40)), ImageFile.LOAD_TRUNCATED_IMAGES
+    with PIXEL_BUDGET.hold(10**9, 10**9), strict_pillow(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Python 3.12, about forks beside threads
+        child = os.fork()
+        if not child:
+            try:
+                load_image(data)
+                os._exit(7 if ImageFile.LOAD_TRUNCATED_IMAGES is free else 1)
+            finally:
+                os._exit(2)
+        end = time.monotonic() + 30
+        ended = (0, 0)
+        while not ended[0] and time.monotonic() < end:
+            ended = os.waitpid(child, os.WNOHANG)
+            time.sleep(0.01)
+    if not ended[0]:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended[0] and os.waitstatus_to_exitcode(ended[1]) == 7
+
+
 # -------------------------------------------------------------------------------------------------- options
 
 
@@ -250,10 +291,11 @@ def test_a_photo_passes_and_a_panorama_by_a_setting(undecoded):
 def test_no_option_goes_beyond_the_limits_of_an_item(undecoded):
     clip, access = video_bytes(numbered(12)), Access(limits=Limits(max_item_frames=8))
     tiny = png_with_header(56, 56)
-    for options in (
+    asked: list[dict[str, Any]] = [
         {"min_pixels": 1_400_000_000},
         {"resized_height": 28_000, "resized_width": 28_000, "max_pixels": 10**9},
-    ):
+    ]
+    for options in asked:
         with pytest.raises(MediaError, match=r"would be \d+ tokens, more than max_item_tokens = 32768"):
             preprocess_image(tiny, **options)
     with pytest.raises(MediaError, match=r"min_pixels must be a positive integer, got one of 2\*\*63 or more"):
