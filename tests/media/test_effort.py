@@ -86,7 +86,7 @@ def test_usual_photos_pass():
         assert load_image(data).ndim == 3
 
 
-def tiff(tiles, *, order="little", big=False, side=256):
+def tiff(tiles, *, order: Any = "little", big=False, side=256):
     """A TIFF of two tiles in a row, named again and again in turn, so that no two neighbours are alike."""
     word, size = (8, 8) if big else (4, 2)
     start = 16 if big else 8
