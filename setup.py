@@ -38,11 +38,14 @@ CPU = Extension(
     "qwen2vl_kernels._cpu",
     [
         "csrc/bind_cpu.cpp",
+        "csrc/cpu/few_rows.cpp",
+        "csrc/cpu/few_rows_x86.cpp",
         "csrc/cpu/image_to_patches.cpp",
         "csrc/cpu/mrope_positions.cpp",
         "csrc/cpu/resample.cpp",
         "csrc/cpu/resample_x86.cpp",
         "csrc/cpu/vision_positions.cpp",
+        "csrc/cpu/workers.cpp",
     ],
 )
 CUDA = Extension(

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from .generation import GenerationConfig, GenerationResult, generate, stream
     from .media.options import Limits
     from .model import Qwen2VL
-    from .prompt.processor import Inputs, Processor
+    from .prompt.inputs import Inputs
+    from .prompt.processor import Processor
 
 __all__ = [
     "Action",
@@ -86,7 +87,8 @@ _MODULES = {
     "agents.loop": ("run_agent",),
     "media.options": ("Limits",),
     "model": ("Qwen2VL",),
-    "prompt.processor": ("Inputs", "Processor"),
+    "prompt.inputs": ("Inputs",),
+    "prompt.processor": ("Processor",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -23,7 +23,7 @@ from torch import nn
 
 from . import hub
 from .errors import CheckpointError, install_hint
-from .files import read_json, write_json, write_whole
+from .files import read_json, withdraw_json, write_json, write_whole
 from .weights import our_name
 
 if TYPE_CHECKING:
@@ -236,7 +236,12 @@ def write_adapter(model: Qwen2VL, folder: Path, tensors: dict[str, torch.Tensor]
     }
     folder.mkdir(parents=True, exist_ok=True)
     held = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    write_whole(folder / WEIGHTS_NAME, lambda path: save_file(held, path, metadata={"format": "pt"}))
+
+    def write(path: Path) -> None:
+        save_file(held, path, metadata={"format": "pt"})
+        withdraw_json(folder / CONFIG_NAME, config)  # its scale is not that of other weights
+
+    write_whole(folder / WEIGHTS_NAME, write)
     write_json(folder / CONFIG_NAME, config)
 
 

@@ -9,10 +9,12 @@ from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
+from .agents.answers import Located
 from .errors import ContextLengthError, Qwen2VLError
 from .generation import GenerationConfig, generate
 from .model import Qwen2VL
-from .prompt.processor import Inputs, Processor
+from .prompt.inputs import Inputs
+from .prompt.processor import Processor
 
 #: Conversations are read this many at a time, so that among them those of like length stand in one batch.
 _WINDOW = 64
@@ -24,7 +26,7 @@ class Answer:
 
     Attributes:
         index: its number, from 0.
-        text, token_ids, finish_reason, prompt_tokens: as in :class:`qwen2vl.generation.GenerationResult`.
+        text, token_ids, finish_reason, prompt_tokens, places: as in :class:`qwen2vl.generation.GenerationResult`.
         error: why there is no answer; the rest is then empty.
     """
 
@@ -33,6 +35,7 @@ class Answer:
     token_ids: tuple[int, ...] = ()
     finish_reason: str = ""
     prompt_tokens: int = 0
+    places: tuple[Located, ...] = ()
     error: Qwen2VLError | None = None
 
 
@@ -123,7 +126,8 @@ def _answers(
                 for row, n in enumerate(batch):
                     ids = tuple(result.sequences[row])
                     reason, count = result.finish_reasons[row], result.prompt_tokens[row]
-                    found[n] = Answer(first + n, result.texts[row], ids, reason, count)
+                    places = tuple(result.places(row))
+                    found[n] = Answer(first + n, result.texts[row], ids, reason, count, places)
                 while due < bad and due in found:
                     yield found.pop(due)
                     due += 1

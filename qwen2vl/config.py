@@ -259,6 +259,9 @@ def _check_fields(config: VisionConfig | TextConfig, prefix: str) -> None:
             raise CheckpointError(f"{prefix}{f.name} must be a positive integer, got {value!r}")
         if f.type == "float" and not (real and 0 < value < float("inf")):
             raise CheckpointError(f"{prefix}{f.name} must be a positive number, got {value!r}")
+        most = _LARGEST.get(f.name, 2**31 - 1 if f.type == "int" else 10**15)
+        if real and value > most:
+            raise CheckpointError(f"{prefix}{f.name} must be at most {most}, got {value!r}")
         if f.name == "mrope_section" and not (
             isinstance(value, tuple) and len(value) == 3 and all(isinstance(n, int) and n >= 0 for n in value)
         ):
@@ -277,6 +280,15 @@ def _stated(data: dict[str, Any]) -> dict[str, Any]:
     """What an object says: its values that are not null."""
     return {key: value for key, value in data.items() if value is not None}
 
+
+#: What no model has, and building one, or cutting pictures for it, would not end with.
+_LARGEST = {
+    "num_hidden_layers": 10_000,
+    "depth": 10_000,
+    "patch_size": 256,
+    "spatial_merge_size": 32,
+    "temporal_patch_size": 32,
+}
 
 _TOKEN_IDS = (
     "image_token_id",

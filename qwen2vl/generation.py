@@ -18,7 +18,7 @@ from .model import Qwen2VL
 
 if TYPE_CHECKING:
     from .agents.answers import Located
-    from .prompt.processor import MediaInfo
+    from .prompt.inputs import MediaInfo
     from .prompt.tokenizer import Tokenizer
 
 

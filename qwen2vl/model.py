@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from qwen2vl_kernels import mrope_positions
+from qwen2vl_kernels.core.matmul import linear
 
 from . import weights
 from .adapter import adapted, adapter_parameters, load_adapter, merge_layers, write_adapter
@@ -19,7 +19,7 @@ from .cache import KVCache
 from .checks import Call, Features, Patches, check_call, check_features, check_media, placeholders
 from .config import Qwen2VLConfig
 from .errors import CheckpointError, PromptError
-from .files import read_json, write_json
+from .files import read_json, withdraw_json, write_json
 from .hub import Checkpoint
 from .layers import Linear
 from .text import Decoder, Pack
@@ -79,6 +79,7 @@ class Qwen2VL(nn.Module):
         if config.text.tie_word_embeddings and weights.holds_own_head(folder):
             # Its own head is what was trained, by a writer that left the flag of the base model as it was.
             config = replace(config, text=replace(config.text, tie_word_embeddings=False))
+        weights.check_sizes(config, folder)
         with torch.device("meta"):
             model = cls(config)
         weights.load_weights(
@@ -143,15 +144,17 @@ class Qwen2VL(nn.Module):
     ) -> None:
         """Write config.json, generation_config.json and safetensors in the released layout into ``folder``.
 
-        ``metadata``: for the header of the safetensors files. Raises :class:`CheckpointError` for a model with an
-        adapter that is not merged.
+        ``metadata``: for the header of the safetensors files. A save over another checkpoint that is cut short leaves
+        that one, or what is refused when it is loaded, never some tensors of each. Raises :class:`CheckpointError` for
+        a model with an adapter that is not merged, and where a file cannot be written.
         """
         if adapted(self):
             raise CheckpointError("save_pretrained: the model has an adapter; merge_adapter() first, or save_adapter()")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {**self.config.to_dict(), "torch_dtype": str(self.dtype).removeprefix("torch.")}
-        weights.save_weights(self, folder, max_shard_bytes, metadata)
+        before = lambda: withdraw_json(folder / "config.json", config)  # noqa: E731
+        weights.save_weights(self, folder, max_shard_bytes, metadata, before=before)
         write_json(folder / "config.json", config)
         if self.generation_defaults:
             write_json(folder / "generation_config.json", self.generation_defaults)
@@ -310,7 +313,7 @@ class Qwen2VL(nn.Module):
         return self.model.embed_tokens.weight if self.config.text.tie_word_embeddings else self.lm_head.weight
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        return F.linear(hidden, self.head_weight)
+        return linear(hidden, self.head_weight)
 
     def _embed(self, ids: torch.Tensor, features: Features) -> torch.Tensor:
         """``(T, C)`` embeddings of packed ids on the model's device, features in the places of placeholders."""

@@ -6,6 +6,9 @@ identity and loading only rewrites prefixes. Nothing is unpickled.
 
 from __future__ import annotations
 
+import itertools
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from .config import Qwen2VLConfig
 from .errors import CheckpointError
 from .files import read_json, write_json, write_whole
 
@@ -33,6 +37,7 @@ PREFIXES = (
 #: Buffers that some writers store and that are computed here.
 _DERIVED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
 _MISSING = ": missing"
+_SHARD = re.compile(r"model-(?:\d+-)?\d{5}-of-\d{5}\.safetensors")
 _QUANTISED = (".qweight", ".qzeros", ".scales", ".g_idx", ".weight_scale", ".absmax")
 
 Progress = Callable[[int, int], None]
@@ -139,6 +144,44 @@ def holds_own_head(folder: Path) -> bool:
             return False
 
 
+def check_sizes(config: Qwen2VLConfig, folder: Path) -> None:
+    """Hold a config's sizes to what the headers of the files say, before a module is built of them.
+
+    This refuses what could not be built at all; every shape that differs is listed by :func:`load_weights`.
+
+    Raises:
+        CheckpointError: there are fewer tensors than layers, or a matrix would be larger than all tensors together.
+    """
+    count = total = 0
+    for path in shards(folder):
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118  (not a dict)
+                    count, total = count + 1, total + math.prod(file.get_slice(name).get_shape())
+        except (SafetensorError, OSError):  # listed with all else by the loading; any model may have been in it
+            count, total = max(count, 1000), max(total, 2**36)
+    text, vision = config.text, config.vision
+    layers = text.num_hidden_layers + vision.depth
+    if layers > count:
+        raise CheckpointError(
+            f"{folder}: num_hidden_layers and depth make {layers} layers, but the files hold {count} tensors"
+        )
+    merged = vision.embed_dim * vision.spatial_merge_size**2
+    for name, values in (
+        ("vocab_size", text.vocab_size * text.hidden_size),
+        ("hidden_size", text.hidden_size**2),
+        ("intermediate_size", text.intermediate_size * text.hidden_size),
+        ("vision_config.embed_dim", 3 * vision.embed_dim**2),
+        ("vision_config.mlp_ratio", vision.embed_dim * int(vision.embed_dim * vision.mlp_ratio)),
+        ("vision_config.patch_size", vision.embed_dim * vision.patch_values),
+        ("vision_config.spatial_merge_size", merged**2),
+    ):
+        if values > total:
+            raise CheckpointError(
+                f"{folder}: {name} asks for a matrix of {values} values, but the files hold {total} in all"
+            )
+
+
 def load_weights(
     model: nn.Module,
     folder: Path,
@@ -219,33 +262,69 @@ def _listing(folder: Path, problems: list[str], most: int = 20) -> str:
 
 
 def save_weights(
-    model: nn.Module, folder: Path, max_shard_bytes: int, metadata: Mapping[str, str] | None = None
+    model: nn.Module,
+    folder: Path,
+    max_shard_bytes: int,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    before: Callable[[], object] = lambda: None,
 ) -> None:
     """Write ``model``'s parameters under the released names, sharded when larger than ``max_shard_bytes``.
 
-    ``metadata``: for the header of every file, beside the format.
+    ``metadata``: for the header of every file, beside the format. ``before``: called when everything is on the disk and
+    nothing of it has taken the place of what was there.
 
-    Files are written beside their place and moved in whole, because the parameters being saved may be maps of the
-    very files they replace.
+    Shards get names that no file of the folder has, then the index its place, then shards that it does not list go:
+    whenever this is cut short, the folder is read as it was or as it is to be. (Where one file takes the place of
+    shards or shards that of one file, it may be refused: both are there for a moment.) The parameters being saved may
+    be maps of the very files that they replace.
+
+    Raises :class:`CheckpointError` where a file cannot be written, as on a full disk; what was there is there then.
     """
     groups = list(_shard(dict(model.named_parameters()), max_shard_bytes))
-    names = [SINGLE_NAME] if len(groups) == 1 else [
-        f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)
-    ]  # fmt: skip
-    index = folder / INDEX_NAME
-    stale = _shards_of(index) | {SINGLE_NAME}
-    weight_map: dict[str, str] = {}
+    index, single = folder / INDEX_NAME, folder / SINGLE_NAME
     header = {"format": "pt", **(metadata or {})}
-    for name, group in zip(names, groups, strict=True):
-        write_whole(folder / name, lambda path, group=group: save_file(group, path, metadata=header))
-        weight_map.update(dict.fromkeys(group, name))
-    if len(groups) > 1:
-        total = sum(p.numel() * p.element_size() for p in model.parameters())
-        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    else:
+    stale = _own_shards(folder)
+    if len(groups) == 1:
+
+        def write(path: Path) -> None:
+            save_file(groups[0], path, metadata=header)
+            before()
+
+        write_whole(single, write)
         index.unlink(missing_ok=True)
-    for name in stale - set(names):
-        (folder / name).unlink(missing_ok=True)
+    else:
+        names = _free_names(folder, len(groups))
+        try:
+            for name, group in zip(names, groups, strict=True):
+                write_whole(folder / name, lambda path, group=group: save_file(group, path, metadata=header))
+            before()
+            total = sum(p.numel() * p.element_size() for p in model.parameters())
+            where = {key: name for name, group in zip(names, groups, strict=True) for key in group}
+            write_json(index, {"metadata": {"total_size": total}, "weight_map": where})
+        except BaseException:
+            for name in set(names) - _shards_of(index):  # Ctrl-C may come when the index has its place
+                (folder / name).unlink(missing_ok=True)
+            raise
+        stale.add(single)
+    for path in stale:
+        path.unlink(missing_ok=True)
+
+
+def _free_names(folder: Path, count: int) -> list[str]:
+    """Names of shards, the usual ones unless a file has one of them."""
+    for prefix in itertools.chain([""], (f"{number}-" for number in itertools.count(2))):
+        names = [f"model-{prefix}{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        if not any((folder / name).exists() for name in names):
+            return names
+    raise AssertionError  # there is always another number
+
+
+def _own_shards(folder: Path) -> set[Path]:
+    """Shards that a save may have left here: those that the index lists, and those with names of :func:`_free_names`,
+    which a save that was killed leaves unlisted."""
+    left = (path for path in folder.glob("model-*.safetensors") if _SHARD.fullmatch(path.name))
+    return {*(folder / name for name in _shards_of(folder / INDEX_NAME)), *left}
 
 
 def _shards_of(index: Path) -> set[str]:

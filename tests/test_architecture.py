@@ -20,6 +20,7 @@ OPTIONAL = {
     "lmms_eval",
     "peft",
     "pillow_heif",
+    "spacy",
     "tensorboard",
     "av",
     "matplotlib",

@@ -1,8 +1,9 @@
 """README and docs: their code and commands run, their links lead somewhere, and their GPU numbers are the results'.
 
 A fenced block of ``bash`` or ``python`` has a comment before it: ``<!-- run -->``, or ``<!-- not run: REASON -->`` for
-what needs a GPU, a download, a server or hours. What is run finds ``photo.jpg`` and ``clip.mp4`` in its folder, and the
-small model of the package stands in for the released checkpoint. The Python of one page shares its names.
+what needs a GPU, a download, a server or hours. What is run finds ``photo.jpg``, ``clip.mp4`` and ``asked.jsonl`` in
+its folder, and the small model of the package stands in for the released checkpoint. The Python of one page shares its
+names.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from qwen2vl_kernels.integrations import sglang, transformers, vllm
 from qwen2vl_kernels.integrations._switch import STACKS, VARIABLE, parse
 from tests.integrations.fakes.sglang import install_sglang
 from tests.integrations.fakes.vllm import install_vllm
+from tests.integrations.fakes.vlmeval import install_vlmeval
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -78,12 +80,13 @@ def folder(tmp_path, monkeypatch):
     versions = {"vllm": "0.33.0", "sglang": "0.5.23"}
     found = stack.installed_version
     monkeypatch.setattr(stack, "installed_version", lambda name: versions.get(name) or found(name))
-    install_vllm(monkeypatch), install_sglang(monkeypatch)
+    install_vllm(monkeypatch), install_sglang(monkeypatch), install_vlmeval(monkeypatch)
     for adapter in (vllm, sglang):
         adapter._patches.cache_clear()
     monkeypatch.chdir(tmp_path)
     ramp = np.linspace(0, 255, 112 * 84 * 3).astype(np.uint8).reshape(84, 112, 3)
     Image.fromarray(ramp).save("photo.jpg")
+    Path("asked.jsonl").write_text('{"id": 1, "image": "photo.jpg", "prompt": "What is it?"}\n')
     write_clip("clip.mp4", [np.roll(ramp, 12 * n, axis=1) for n in range(8)])
     yield tmp_path
     for adapter in (vllm, sglang, transformers):

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     import torch
 
     from qwen2vl.model import Qwen2VL
-    from qwen2vl.prompt.processor import Inputs, Processor
+    from qwen2vl.prompt.inputs import Inputs
+    from qwen2vl.prompt.processor import Processor
 
 _NEW_TOKENS = 64
 _LOGIT_TOLERANCE = 1e-4  # of the largest logit, in float32

@@ -27,10 +27,14 @@ class Keywords:
     back: str
     before_args: str
 
+    @property
+    def all(self) -> tuple[str, str, str, str]:
+        return self.function, self.args, self.result, self.back
+
     @cached_property
     def pattern(self) -> re.Pattern[str]:
         """Any of them."""
-        return re.compile("(" + "|".join(map(re.escape, (self.function, self.args, self.result, self.back))) + ")")
+        return re.compile("(" + "|".join(map(re.escape, self.all)) + ")")
 
 
 _KEYWORDS = {

@@ -10,7 +10,7 @@ from ..errors import GroundingError
 from .grounding import Box, Quad, parse_grounding
 
 if TYPE_CHECKING:
-    from ..prompt.processor import MediaInfo
+    from ..prompt.inputs import MediaInfo
 
 
 @dataclass(frozen=True)

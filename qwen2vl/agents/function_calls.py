@@ -98,13 +98,19 @@ def render_turn(steps: Iterable[Step], style: Style = "qwen") -> list[dict[str, 
     """
     words = keywords(style)
     items: list[dict[str, Any]] = []
+    pieces: list[str] = []  # of the text that is the last item, joined when another follows
     pending, answered = 0, False  # calls without a result; whether the last step was a result
 
+    def close() -> None:
+        if pieces:
+            items[-1]["text"] = "".join(pieces)
+            pieces.clear()
+
     def put(text: str, loss: bool = True) -> None:
-        if items and items[-1].get("type") == "text" and items[-1].get("loss", True) == loss:
-            items[-1]["text"] += text
-        else:
-            items.append({"type": "text", "text": text} | ({} if loss else {"loss": False}))
+        if not pieces or items[-1].get("loss", True) != loss:
+            close()
+            items.append({"type": "text"} | ({} if loss else {"loss": False}))
+        pieces.append(text)
 
     def go_on() -> None:
         put(f"\n{words.back}", False)
@@ -122,6 +128,7 @@ def render_turn(steps: Iterable[Step], style: Style = "qwen") -> list[dict[str, 
                 if is_text:  # all at once: a keyword may be spread over items
                     put(defuse("".join(item["text"] for item in run), style), False)
                 else:
+                    close()
                     items += [{**item, "loss": False} for item in run]
             pending, answered = pending - 1, True
             continue
@@ -140,6 +147,7 @@ def render_turn(steps: Iterable[Step], style: Style = "qwen") -> list[dict[str, 
         answered = False
     if answered:
         put(f"\n{words.back}", False)
+    close()
     return [item for item in items if item.get("text") != ""]
 
 
@@ -209,34 +217,50 @@ def mark_results(items: Iterable[Mapping[str, Any]], style: Style) -> list[dict[
     """
     words = keywords(style)
     marked: list[dict[str, Any]] = []
-    written = ""  # what the model wrote, results left empty
+    written: list[str] = []  # what the model wrote, results left empty
     inside = False
     for item in items:
         if not isinstance(item.get("text"), str):
             marked.append({**item, "loss": False} if inside else dict(item))
             continue
-        rest: str = item["text"]
-        while rest:
-            end = rest.find(words.back if inside else words.result)
-            cut = len(rest) if end < 0 else end + len(words.back if inside else words.result)
-            marked.append({"type": "text", "text": rest[:cut]} | ({"loss": False} if inside else {}))
-            written += "" if inside else rest[:cut]
+        text: str = item["text"]
+        at = 0
+        while at < len(text):
+            word = words.back if inside else words.result
+            end = text.find(word, at)
+            cut = len(text) if end < 0 else end + len(word)
+            marked.append({"type": "text", "text": text[at:cut]} | ({"loss": False} if inside else {}))
+            if not inside:
+                written.append(text[at:cut])
             if end >= 0:
-                written += words.back if inside else ""
+                written += [word] if inside else []
                 inside = not inside
-            rest = rest[cut:]
+            at = cut
     if inside:
         raise FunctionCallError(f"{words.result}: wants {words.back} before the turn ends")
-    parse_turn(written, style)
+    parse_turn("".join(written), style)
     return marked
 
 
 def defuse(text: str, style: Style) -> str:
     """Text of others with every keyword robbed of its marks, `✿RESULT✿` becomes `RESULT`."""
-    pattern = keywords(style).pattern
-    while pattern.search(text):
-        text = pattern.sub(lambda match: match[0][1:-1], text)
-    return text
+    words = keywords(style)
+    mark, bare = words.function[0], {word[1:-1] for word in words.all}
+    longest = max(map(len, bare))
+    first, *rest = text.split(mark)
+    # Texts between marks that stay, each as its pieces and its length. Where a mark closes a keyword, what stands
+    # before, the bare word and what follows become one such text, which another mark may make a keyword again.
+    kept: list[list[str]] = [[first]]
+    lengths = [len(first)]
+    for piece in rest:
+        if len(kept) > 1 and lengths[-1] <= longest and "".join(kept[-1]) in bare:
+            word = "".join(kept.pop())
+            kept[-1] += [word, piece] if piece else [word]
+            lengths[-2:] = [lengths[-2] + len(word) + len(piece)]
+        else:
+            kept.append([piece])
+            lengths.append(len(piece))
+    return mark.join(map("".join, kept))
 
 
 def _after_colon(text: str) -> str:
@@ -279,10 +303,10 @@ def _write(value: Any, points: bool, depth: int = 0) -> str:
     return to_json(value)
 
 
-# A string, to be passed over, or a point outside of strings. JSON has no word for a point: it is read as an object
-# with this one key.
+# A string, to be passed over, or a point outside of strings; a string that nothing ends is passed over, too, or each of
+# its quotes would be tried to the end. JSON has no word for a point: it is read as an object with this one key.
 _NUMBER = r"\s*(-?[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)\s*"
-_POINT = re.compile(rf'"(?:[^"\\]|\\.)*"|\({_NUMBER},{_NUMBER}\)')
+_POINT = re.compile(rf'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|\({_NUMBER},{_NUMBER}\)', re.DOTALL)
 _POINT_KEY = "\x00point"
 _DEEPEST = 32  # levels of arguments: models write ever more brackets, and JSON's own limit is Python's stack
 

@@ -157,7 +157,6 @@ _STRICT = {
     QUAD_START: re.compile(rf"{_WHOLE_POINT}(?:,{_WHOLE_POINT}){{3}}"),
 }
 _END = {REF_START: REF_END, BOX_START: BOX_END, QUAD_START: QUAD_END}
-_PLACE = re.compile("|".join(rf"{re.escape(s)}.*?{re.escape(_END[s])}" for s in (BOX_START, QUAD_START)), re.DOTALL)
 
 
 def parse_grounding(text: str, *, strict: bool = False) -> list[Grounded]:
@@ -224,7 +223,17 @@ def _read_places(marker: str, inside: str, strict: bool, position: int) -> list[
 
 def strip_grounding(text: str) -> str:
     """The answer as prose: phrases stay, places and markers go."""
-    return _MARKER.sub("", _PLACE.sub("", text))
+    pieces = _MARKER.split(text)  # markers are at the odd places
+    last = {marker: n for n, marker in enumerate(pieces) if n % 2}
+    kept, n = [pieces[0]], 1
+    while n < len(pieces):
+        end = _END.get(pieces[n]) if pieces[n] != REF_START else None
+        if end is not None and last.get(end, 0) > n:  # what no marker ends is no place
+            while pieces[n] != end:
+                n += 2
+        kept.append(pieces[n + 1])
+        n += 2
+    return "".join(kept)
 
 
 def parse_point(value: object) -> Point:

@@ -23,10 +23,14 @@ from ..errors import MediaError, MediaWarning, Qwen2VLError
 from . import threads
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ..agents.answers import Located
     from ..generation import GenerationConfig
     from ..hub import Checkpoint
     from ..model import Qwen2VL
-    from ..prompt.processor import MediaInfo, Processor
+    from ..prompt.inputs import MediaInfo
+    from ..prompt.processor import Processor
 
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 #: What is said on stderr beside the answer; --quiet makes it silent, and leaves errors and warnings.
@@ -115,6 +119,19 @@ LogprobsOption = Annotated[
         min=0,
         help="With --json: the log-probability of every token, and of the K likeliest in its place.",
         rich_help_panel=_SAMPLING,
+    ),
+]
+#: The panel of what files of prompts are answered by.
+MANY_PROMPTS = "Many prompts"
+BATCH_TOKENS = 8192
+BatchTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-tokens",
+        metavar="N",
+        min=1,
+        help=f"Most tokens that are answered at once. Default: {BATCH_TOKENS}.",
+        rich_help_panel=MANY_PROMPTS,
     ),
 ]
 _MEDIA = "Media"
@@ -286,8 +303,32 @@ def check_pixels(min_pixels: int | None, max_pixels: int | None) -> None:
         raise typer.BadParameter(f"{min_pixels} is more than --max-pixels {max_pixels}", param_hint="--min-pixels")
 
 
+def describe_places(found: Sequence[Located]) -> list[dict[str, Any]]:
+    """The boxes of an answer as they stand in JSON."""
+    return [
+        {
+            "label": one.label,
+            "points": one.place.points,
+            "pixels": one.pixels and corners(one.pixels),
+            "media": one.media,
+        }
+        for one in found
+    ]
+
+
+def corners(pixels: Any) -> list[tuple[float, float]]:
+    """A place's corners, of which a box has two."""
+    points = pixels if isinstance(pixels[0], tuple) else (pixels[:2], pixels[2:])
+    return [(round(x, 2), round(y, 2)) for x, y in points]
+
+
 def load_processor(
-    model: str | Checkpoint | None, *, min_pixels: int | None, max_pixels: int | None, allow_remote: bool
+    model: str | Checkpoint | None,
+    *,
+    min_pixels: int | None,
+    max_pixels: int | None,
+    allow_remote: bool,
+    base: Path | None = None,
 ) -> Processor:
     """The processor of --model, or for None of the small model that comes with the package."""
     check_pixels(min_pixels, max_pixels)
@@ -298,6 +339,7 @@ def load_processor(
         min_pixels=min_pixels,
         max_pixels=max_pixels,
         allow_remote=allow_remote,
+        base=base,
     )
 
 
@@ -311,6 +353,7 @@ def load(
     allow_remote: bool,
     max_vision_patches: int | None,
     adapter: str | None = None,
+    base: Path | None = None,
 ) -> tuple[Qwen2VL, Processor]:
     """Model, with the adapter if one is given, and processor of --model; for None those of the small model that comes
     with the package."""
@@ -326,7 +369,9 @@ def load(
         except (RuntimeError, AssertionError) as error:  # torch's ways of saying that it has no such device
             raise Qwen2VLError(f"--device {device}: {str(error).splitlines()[0]}") from error
     checkpoint = Checkpoint.find(assets.folder() if model is None else model)
-    processor = load_processor(checkpoint, min_pixels=min_pixels, max_pixels=max_pixels, allow_remote=allow_remote)
+    processor = load_processor(
+        checkpoint, min_pixels=min_pixels, max_pixels=max_pixels, allow_remote=allow_remote, base=base
+    )
     with progress_bar("loading tensors") as report:
         loaded = Qwen2VL.from_pretrained(
             checkpoint,

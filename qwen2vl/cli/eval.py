@@ -1,33 +1,54 @@
-"""``qwen2vl eval``: accuracy on held-out generated samples."""
+"""``qwen2vl eval``: accuracy on held-out generated samples, or a published metric on a file of questions."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import islice, product
 from pathlib import Path
-from typing import Annotated, Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import install_hint
+from ..errors import Qwen2VLError, install_hint
+from ..media.options import MediaOptions
 from .common import (
+    BATCH_TOKENS,
+    MANY_PROMPTS,
     AdapterOption,
+    BatchTokensOption,
     DeviceOption,
     DTypeOption,
+    FpsOption,
+    MaxNewTokensOption,
     MaxPixelsOption,
     MinPixelsOption,
     ModelOption,
     QuietOption,
+    SystemOption,
     load,
+    longest_answer,
     notes,
     printable,
     progress_bar,
+    tell_who_answers,
+    video_options,
 )
+
+if TYPE_CHECKING:
+    from ..model import Qwen2VL
+    from ..prompt.processor import Processor
+    from ..samples.held_out import Scored
 
 _PLOTS = (".png", ".svg")
 _COUNT, _QUICK = 50, 4  # samples of a skill and difficulty
+_BATCH_SIZE = 16
 
 
 def evaluate(
@@ -43,27 +64,68 @@ def evaluate(
         int | None, typer.Option("--count", min=1, help=f"Samples of each skill and difficulty. Default: {_COUNT}.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help=f"Only {_QUICK} of each.")] = False,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Which samples.")] = 0,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Samples answered at once.")] = 16,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Which samples. Default: 0.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, help=f"Samples answered at once. Default: {_BATCH_SIZE}.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object in place of tables.")] = False,
     answers: Annotated[
-        Path | None, typer.Option("--answers", metavar="FILE", help="Save every question and answer, one JSON a line.")
+        Path | None,
+        typer.Option(
+            "--answers",
+            metavar="FILE",
+            dir_okay=False,
+            help="Write every answer as it comes, one JSON a line; a file that is there is gone on with.",
+        ),
     ] = None,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the accuracies (PNG, SVG).")] = None,
+    task: Annotated[
+        Path | None,
+        typer.Option(
+            "--task",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="In place of samples: a question with its answer a line, as JSON; relative paths begin at its folder.",
+            rich_help_panel=MANY_PROMPTS,
+        ),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option("--metric", metavar="NAME", help="What --task is scored by.", rich_help_panel=MANY_PROMPTS),
+    ] = None,
+    system: SystemOption = None,
+    max_new_tokens: MaxNewTokensOption = None,
+    batch_tokens: BatchTokensOption = None,
+    fps: FpsOption = MediaOptions.fps,
     min_pixels: MinPixelsOption = None,
     max_pixels: MaxPixelsOption = None,
     device: DeviceOption = None,
     dtype: DTypeOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure what a model makes of held-out generated samples: reading, shapes, counts, boxes, clips, screens.
+    """Measure a model on generated samples, or with --task on a file of questions by a published metric.
 
-    They are simple pictures, made on the spot, for small models trained on their like; for public benchmarks of
-    released checkpoints see qwen2vl.evaluation.lmms_eval.
+    The samples are simple pictures (reading, shapes, counts, boxes, clips, screens), made on the spot and held out, for
+    small models trained on their like. Benchmarks of released checkpoints are files for --task, or run in lmms-eval
+    (qwen2vl.evaluation.lmms_eval).
     """
+    from ..evaluation.tasks import METRICS
     from ..samples import LEVELS, SKILLS, held_out
 
     notes.quiet = quiet
+    for_samples = {"--skill": skill, "--difficulty": difficulty, "--count": count, "--quick": quick or None,
+                   "--seed": seed, "--batch-size": batch_size, "--plot": plot}  # fmt: skip
+    for_tasks = {"--metric": metric, "--system": system, "--max-new-tokens": max_new_tokens,
+                 "--batch-tokens": batch_tokens, "--fps": None if fps == MediaOptions.fps else fps}  # fmt: skip
+    for name, given in (for_tasks if task is None else for_samples).items():
+        if given is not None:
+            raise typer.BadParameter("wants --task" if task is None else "does not go with --task", param_hint=name)
+    if task is not None and metric not in METRICS:
+        got = "" if metric is None else f", got {metric!r}"
+        raise typer.BadParameter(f"wants one of {', '.join(METRICS)}{got}", param_hint="--metric")
+    if task is not None and answers is not None and answers.exists() and answers.samefile(task):
+        raise typer.BadParameter("is the file of the questions", param_hint="--answers")
     for name, given, known in (("--skill", skill, tuple(SKILLS)), ("--difficulty", difficulty, LEVELS)):
         if wrong := [one for one in given or () if one not in known]:
             raise typer.BadParameter(f"{wrong[0]!r} is none of {', '.join(map(str, known))}", param_hint=name)
@@ -77,6 +139,7 @@ def evaluate(
     for name, path in (("--answers", answers), ("--plot", plot)):
         if path is not None and not path.absolute().parent.is_dir():
             raise typer.BadParameter(f"no folder {path.parent}", param_hint=name)
+    rows = [] if task is None or metric is None else _read_task(task, metric)
     loaded, processor = load(
         model,
         device=device,
@@ -86,27 +149,166 @@ def evaluate(
         allow_remote=False,
         max_vision_patches=None,
         adapter=adapter,
+        base=None if task is None else task.absolute().parent,
     )
-    with progress_bar("answering") as progress:
-        scored = held_out.evaluate(
-            loaded,
-            processor,
-            skills=tuple(dict.fromkeys(skill or SKILLS)),
-            difficulties=tuple(dict.fromkeys(difficulty or LEVELS)),
-            count=_QUICK if quick else count or _COUNT,
-            seed=seed,
-            batch_size=batch_size,
-            progress=progress,
+    if task is not None and metric is not None:
+        from ..generation import GenerationConfig
+
+        tell_who_answers(model)
+        config = GenerationConfig.from_model(
+            loaded, max_new_tokens=longest_answer(model, max_new_tokens), do_sample=False
         )
+        asked = {"config": config, "batch_tokens": batch_tokens or BATCH_TOKENS, "system": system,
+                 "options": video_options(min_pixels, max_pixels, fps)}  # fmt: skip
+        with TemporaryDirectory() as folder:
+            out = answers or Path(folder) / "answers.jsonl"
+            found = _run_task(loaded, processor, task, out, metric, rows, asked)
+        print(json.dumps(found, indent=2, ensure_ascii=False)) if as_json else _print_task(found)
+        if found["errors"]:
+            notes.print(f"{found['errors']} of {found['questions']} questions have an error and count as unanswered")
+            raise typer.Exit(1)
+        return
+    which = _Which(
+        tuple(dict.fromkeys(skill or SKILLS)),
+        tuple(dict.fromkeys(difficulty or LEVELS)),
+        _QUICK if quick else count or _COUNT,
+        seed or 0,
+    )
+    scored = _run_samples(loaded, processor, which, batch_size or _BATCH_SIZE, answers)
     report = held_out.report(scored)
     if as_json:
         print(json.dumps(report, indent=2, ensure_ascii=False))
     else:
         _print(report)
-    if answers is not None:
-        answers.write_text("".join(json.dumps(vars(one), ensure_ascii=False) + "\n" for one in scored), "utf-8")
     if plot is not None:
         held_out.draw(scored, plot)
+
+
+@dataclass(frozen=True)
+class _Which:
+    """The samples of a run, in their order."""
+
+    skills: Sequence[str]
+    difficulties: Sequence[int]
+    count: int
+    seed: int
+
+    def places(self) -> Iterator[dict[str, Any]]:
+        """What tells each sample from all others; it stands in its line of --answers."""
+        for skill, difficulty, index in product(self.skills, self.difficulties, range(self.count)):
+            yield {"skill": skill, "difficulty": difficulty, "seed": self.seed, "index": index}
+
+    def take_up(self, answers: Path) -> list[Scored]:
+        """The samples that a file holds already; a line that was cut off is taken off it. Raises Qwen2VLError for one
+        that holds anything but the first samples of this run."""
+        from ..samples.held_out import Scored
+
+        if not answers.exists():
+            return []
+        found, whole = [], 0
+        places = self.places()
+        with answers.open("r+b") as file:
+            for line in iter(file.readline, b""):
+                if not line.endswith(b"\n"):
+                    break
+                place = next(places, None)
+                try:
+                    held = json.loads(line)
+                    where = {name: held[name] for name in ("skill", "difficulty", "seed", "index")}
+                    del held["seed"], held["index"]
+                    one = Scored(**held | {"size": tuple(held["size"])})
+                except (ValueError, TypeError, KeyError):
+                    where, one = None, None
+                if one is None or where != place:
+                    raise Qwen2VLError(
+                        f"{answers}: line {len(found) + 1} is no answer to that sample of this run: name another file, "
+                        "or the options that it was begun with"
+                    )
+                found.append(one)
+                whole = file.tell()
+            file.truncate(whole)
+        return found
+
+
+def _run_samples(
+    model: Qwen2VL, processor: Processor, which: _Which, batch_size: int, answers: Path | None
+) -> list[Scored]:
+    """Ask the samples that have no answer in a file yet, and write each there as it comes."""
+    from ..samples import held_out
+
+    known = [] if answers is None else which.take_up(answers)
+    places = islice(which.places(), len(known), None)
+    with ExitStack() as stack:
+        progress = stack.enter_context(progress_bar("answering"))
+        file = None if answers is None else stack.enter_context(answers.open("a", encoding="utf-8"))
+
+        def write(one: Scored) -> None:
+            if file is not None:
+                file.write(json.dumps(next(places) | vars(one), ensure_ascii=False) + "\n")
+                file.flush()  # so that a kill loses no answer
+
+        return held_out.evaluate(
+            model,
+            processor,
+            skills=which.skills,
+            difficulties=which.difficulties,
+            count=which.count,
+            seed=which.seed,
+            batch_size=batch_size,
+            progress=progress,
+            known=known,
+            on_scored=write,
+        )
+
+
+def _read_task(task: Path, metric: str) -> list[dict[str, Any]]:
+    """What each line has for the metric. Raises Qwen2VLError for what would make a line, or all together, no score."""
+    from ..evaluation.tasks import check_row, metric_keys, score_answers
+    from .lines import read_beside
+
+    rows = []
+    for n, row in enumerate(read_beside(task, metric_keys(metric)), 1):
+        try:
+            check_row(metric, row)
+        except Qwen2VLError as error:
+            raise Qwen2VLError(f"{task.name}:{n}: {error}") from error
+        rows.append(row)
+    if not rows:
+        raise Qwen2VLError(f"{task.name}: wants at least one question")
+    score_answers(metric, rows, [{"text": ""}] * len(rows))
+    return rows
+
+
+def _run_task(
+    model: Qwen2VL,
+    processor: Processor,
+    task: Path,
+    out: Path,
+    metric: str,
+    rows: Sequence[dict[str, Any]],
+    asked: dict[str, Any],
+) -> dict[str, Any]:
+    """Ask what has no answer in ``out`` yet, and score all that is there."""
+    from ..evaluation.tasks import metric_keys, score_answers
+    from .lines import answer_file
+
+    with progress_bar("answering") as progress:
+        _, failed = answer_file(model, processor, task, out, progress=progress, keys=metric_keys(metric), **asked)
+    with out.open(encoding="utf-8") as file:
+        found = score_answers(metric, rows, [json.loads(line) for line in file])
+    return {"task": str(task), "metric": metric, "questions": len(rows), "errors": failed, **found}
+
+
+def _print_task(found: dict[str, Any]) -> None:
+    table = Table(title=None)
+    table.add_column(printable(found["metric"]))
+    names = list(found["scores"])
+    for name in ("questions", *names):
+        table.add_column(name, justify="right")
+    rows = {"all": {"questions": found["questions"], **found["scores"]}, **found.get("by_category", {})}
+    for title, scores in rows.items():
+        table.add_row(printable(title), str(scores["questions"]), *(f"{scores[name]:.4f}" for name in names))
+    Console(highlight=False).print(table)
 
 
 def _print(report: dict[str, Any]) -> None:

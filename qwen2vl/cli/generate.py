@@ -15,8 +15,11 @@ from rich.markup import escape
 from ..assets import FOLDER
 from ..media.options import MediaOptions
 from .common import (
+    BATCH_TOKENS,
+    MANY_PROMPTS,
     AdapterOption,
     AllowRemoteOption,
+    BatchTokensOption,
     DeviceOption,
     DTypeOption,
     FpsOption,
@@ -36,7 +39,9 @@ from .common import (
     TopKOption,
     TopPOption,
     check_stdin,
+    corners,
     describe_media,
+    describe_places,
     generation_config,
     load,
     longest_answer,
@@ -68,8 +73,30 @@ def generate(
         list[str] | None, typer.Option("--video", metavar="FILE", help="May be repeated; - is stdin.")
     ] = None,
     system: SystemOption = None,
+    jsonl: Annotated[
+        Path | None,
+        typer.Option(
+            "--jsonl",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="In place of a prompt: one a line, as JSON; relative paths begin at its folder.",
+            rich_help_panel=MANY_PROMPTS,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            dir_okay=False,
+            help="The answers, a line for a line; one that is there is gone on with.",
+            rich_help_panel=MANY_PROMPTS,
+        ),
+    ] = None,
+    batch_tokens: BatchTokensOption = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object: sizes are [height, width], times in seconds.")
+        bool, typer.Option("--json", help="Print one JSON object: sizes are (height, width), times in seconds.")
     ] = False,
     boxes: Annotated[
         bool, typer.Option("--boxes", help="Print the boxes of the answer below it, in thousandths and in pixels.")
@@ -96,7 +123,7 @@ def generate(
     max_vision_patches: MaxVisionPatchesOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Answer one prompt about images and videos.
+    """Answer one prompt about images and videos, or every line of a file.
 
     Media come before the prompt, in the order given. The answer streams to stdout; several come when all are there,
     with a blank line between them.
@@ -107,8 +134,12 @@ def generate(
     max_new_tokens = longest_answer(model, max_new_tokens)
     sources = {"image": iter(image or ()), "video": iter(video or ())}
     media = [(kind, next(sources[kind])) for kind in ctx.meta["media_order"]]
-    if not prompt and not media:
-        raise typer.BadParameter("give a prompt, an image or a video", param_hint="--prompt")
+    if jsonl is not None or out is not None or batch_tokens is not None:
+        beside = {"--prompt": prompt, "--image or --video": media, "--json": as_json, "--boxes": boxes, "--draw": draw,
+                  "--num-return-sequences": num_return_sequences > 1}  # fmt: skip
+        _check_files(jsonl, out, [name for name, given in beside.items() if given])
+    elif not prompt and not media:
+        raise typer.BadParameter("give a prompt, an image or a video, or --jsonl", param_hint="--prompt")
     check_stdin([prompt, *(source for _, source in media)])
     if prompt == "-":
         prompt = sys.stdin.read().strip()
@@ -127,6 +158,7 @@ def generate(
         allow_remote=allow_remote,
         max_vision_patches=max_vision_patches,
         adapter=adapter,
+        base=None if jsonl is None else jsonl.absolute().parent,
     )
     load_seconds = time.perf_counter() - begin
     config = generation_config(
@@ -141,6 +173,27 @@ def generate(
         num_return_sequences=num_return_sequences,
         logprobs=logprobs,
     )
+    if jsonl is not None and out is not None:
+        from .lines import answer_file
+
+        tell_who_answers(model)
+        with progress_bar("answering") as report:
+            total, failed = answer_file(
+                loaded,
+                processor,
+                jsonl,
+                out,
+                config=config,
+                batch_tokens=batch_tokens or BATCH_TOKENS,
+                progress=report,
+                system=system,
+                options=video_options(min_pixels, max_pixels, fps),
+            )
+        notes.print(f"{total - failed} of {total} lines answered" + (f", {failed} have an error" if failed else ""))
+        print(out)
+        if failed:
+            raise typer.Exit(1)
+        return
 
     content: list[dict[str, Any]] = [
         {"type": kind, kind: read_stdin() if source == "-" else source} for kind, source in media
@@ -217,6 +270,20 @@ def generate(
     print(json.dumps(answer, ensure_ascii=False))
 
 
+def _check_files(jsonl: Path | None, out: Path | None, beside: list[str]) -> None:
+    """A usage error where a file cannot be answered: half of the pair, or what belongs to one prompt beside it."""
+    for name, path in (("--jsonl", jsonl), ("--out", out)):
+        if path is None:
+            raise typer.BadParameter("wants both --jsonl and --out", param_hint=name)
+    assert jsonl is not None and out is not None
+    if beside:
+        raise typer.BadParameter(f"has every prompt in the file; take away {', '.join(beside)}", param_hint="--jsonl")
+    if not out.absolute().parent.is_dir():
+        raise typer.BadParameter(f"no folder {out.parent}", param_hint="--out")
+    if out.exists() and out.samefile(jsonl):
+        raise typer.BadParameter("is the file of the prompts", param_hint="--out")
+
+
 def _check_drawing(path: Path, kinds: Sequence[str], answers: int) -> None:
     """A usage error where nothing could be drawn: not one image, or a file that cannot be a picture."""
     from PIL import Image
@@ -249,18 +316,12 @@ def _print_places(found: Sequence[Located], sources: Sequence[str]) -> None:
         label = "" if one.label is None else f"{one.label}: "
         line = f"{label}{type(one.place).__name__.lower()} {_written(one.place.points)}"
         if one.pixels is not None and one.media is not None:
-            line += f", pixels {_written(_points(one.pixels))} of {sources[one.media]}"
+            line += f", pixels {_written(corners(one.pixels))} of {sources[one.media]}"
         print(" ".join(printable(line).split("\n")), flush=True)
     if not found:
         notes.print("[dim]the answer has no boxes[/]")
     elif found[0].media is None and sources:
         notes.print(f"[dim]no pixels: the answer does not say which of the {len(sources)} files a box is in[/]")
-
-
-def _points(pixels: Any) -> list[tuple[float, float]]:
-    """A place's corners, of which a box has two."""
-    corners = pixels if isinstance(pixels[0], tuple) else (pixels[:2], pixels[2:])
-    return [(round(x, 2), round(y, 2)) for x, y in corners]
 
 
 def _written(points: Sequence[tuple[float, float]]) -> str:
@@ -273,15 +334,7 @@ def _answer(processor: Processor, result: GenerationResult, index: int) -> dict[
         "text": result.texts[index],
         "token_ids": result.sequences[index],
         "finish_reason": result.finish_reasons[index],
-        "boxes": [
-            {
-                "label": one.label,
-                "points": one.place.points,
-                "pixels": one.pixels and _points(one.pixels),
-                "media": one.media,
-            }
-            for one in result.places(index)
-        ],
+        "boxes": describe_places(result.places(index)),
     }
     if result.logprobs:
         answer["logprobs"] = [

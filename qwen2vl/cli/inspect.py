@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ..media.options import PatchShape
-    from ..prompt.processor import Inputs, Processor
+    from ..prompt.inputs import Inputs
+    from ..prompt.processor import Processor
 
 # Containers that not every system's table of media types knows.
 _VIDEO_SUFFIXES = (
@@ -73,7 +74,7 @@ def inspect(
     ] = None,
     kind: Annotated[Kind | None, typer.Option("--as", help="Read files so; default by their names' endings.")] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print a JSON list, one object per file; sizes are [height, width].")
+        bool, typer.Option("--json", help="Print a JSON list, one object per file; sizes are (height, width).")
     ] = False,
     min_pixels: MinPixelsOption = None,
     max_pixels: MaxPixelsOption = None,

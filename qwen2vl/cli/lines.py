@@ -6,7 +6,7 @@ A run that was stopped goes on behind the last answer that was written; nothing 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,9 +15,11 @@ from ..errors import PromptError, Qwen2VLError
 from ..generation import GenerationConfig
 from ..model import Qwen2VL
 from ..prompt.processor import Processor
+from .common import describe_places
 
 MAX_LINE = 64 << 20  # bytes; pictures stand in a line as base64
 _KEYS = ("messages", "prompt", "image", "images", "video", "videos", "system", "id")
+_ENDS = ("text", "error")
 
 
 def answer_file(
@@ -31,17 +33,19 @@ def answer_file(
     progress: Callable[[int, int], None],
     system: str | None = None,
     options: Mapping[str, Any] | None = None,
+    keys: Collection[str] = (),
 ) -> tuple[int, int]:
     """Answer every line of ``source`` into ``out``, a line for a line, in order; see :func:`read_line` for their form.
 
-    A line of ``out`` is ``{"index", "id", "text", "finish_reason", "tokens": {"prompt", "generated"}}``, or
-    ``{"index", "id", "error"}``; "id" where the line of ``source`` has one. What ``out`` holds already is not asked
-    again; a line that was cut off is taken off it.
+    A line of ``out`` is ``{"index", "id", "text", "finish_reason", "tokens": {"prompt", "generated"}, "boxes"}``, or
+    ``{"index", "id", "error"}``; "id" where the line of ``source`` has one, "boxes" where the answer has some. What
+    ``out`` holds already is not asked again; a line that was cut off is taken off it.
 
     Args:
         progress: called with (lines answered, lines).
         system: for conversations that begin with no system message.
         options: of media, as in a call of the processor.
+        keys: what lines have beside a prompt, as in :func:`read_line`.
 
     Returns:
         How many lines there are, and how many of them have an error.
@@ -61,7 +65,7 @@ def answer_file(
             for n, line in enumerate(given, done):
                 ids[n] = _identity(line)
                 try:
-                    yield read_line(line, f"{source.name}:{n + 1}", system)
+                    yield read_line(line, f"{source.name}:{n + 1}", system, keys)
                 except PromptError as error:
                     yield error
 
@@ -80,9 +84,22 @@ def answer_file(
     return total, failed
 
 
-def read_line(line: bytes, where: str, system: str | None = None) -> list[Any]:
+def read_beside(source: Path, keys: Collection[str]) -> Iterator[dict[str, Any]]:
+    """What each line of a file has under ``keys``, of which no prompt consists. Raises PromptError where a line is no
+    prompt with these beside it."""
+    with source.open("rb") as lines:
+        for n, line in enumerate(_lines(lines), 1):
+            read_line(line, f"{source.name}:{n}", None, keys)
+            value = json.loads(line)
+            yield {key: value[key] for key in keys if key in value} if isinstance(value, dict) else {}
+
+
+def read_line(line: bytes, where: str, system: str | None = None, keys: Collection[str] = ()) -> list[Any]:
     """The messages of a line: a list of messages, or an object with "messages", or one with "prompt" and
     the pictures and videos before it ("image", "images", "video", "videos": one or a list), "system" and "id".
+
+    Args:
+        keys: further keys that an object may have, and that are passed over.
 
     Raises:
         PromptError: the line is none of these.
@@ -97,10 +114,10 @@ def read_line(line: bytes, where: str, system: str | None = None) -> list[Any]:
         value = {"messages": value}
     if not isinstance(value, dict):
         raise PromptError(f"{where}: wants a list of messages or an object, got {type(value).__name__}")
-    value = {name: given for name, given in value.items() if given is not None}
+    value = {name: given for name, given in value.items() if given is not None and name not in keys}
     if unknown := [name for name in value if name not in _KEYS]:
-        raise PromptError(f"{where}: wants {', '.join(_KEYS)}, got {', '.join(map(repr, unknown[:5]))}")
-    system = value.pop("system", system)
+        raise PromptError(f"{where}: wants {', '.join((*_KEYS, *keys))}, got {', '.join(map(repr, unknown[:5]))}")
+    instruction = value.pop("system", system)
     value.pop("id", None)
     if "messages" in value:
         if len(value) > 1:
@@ -122,8 +139,8 @@ def read_line(line: bytes, where: str, system: str | None = None) -> list[Any]:
             raise PromptError(f"{where}: wants messages or a prompt")
         messages = [{"role": "user", "content": content}]
     begins = messages and isinstance(messages[0], dict) and messages[0].get("role") == "system"
-    if system is not None and not begins:
-        messages = [{"role": "system", "content": system}, *messages]
+    if instruction is not None and not begins:
+        messages = [{"role": "system", "content": instruction}, *messages]
     return messages
 
 
@@ -144,15 +161,15 @@ def _take_up(out: Path, given: Iterator[bytes]) -> tuple[int, int]:
         return 0, 0
     done = failed = whole = 0
     with out.open("r+b") as file:
-        for line in iter(file.readline, b""):
-            if not line.endswith(b"\n"):
+        while line := file.readline(MAX_LINE + 1):
+            if not line.endswith(b"\n") and len(line) <= MAX_LINE:
                 break
             try:
                 answer = json.loads(line)
                 held = (
                     isinstance(answer, dict) and answer.get("index") == done and ("text" in answer or "error" in answer)
                 )
-            except ValueError:
+            except (ValueError, RecursionError):
                 held = False
             asked = next(given, None)
             if not held or asked is None or answer.get("id") != _identity(asked):
@@ -179,4 +196,5 @@ def _written(answer: Answer, identity: Any) -> dict[str, Any]:
     if answer.error is not None:
         return found | {"error": str(answer.error)}
     tokens = {"prompt": answer.prompt_tokens, "generated": len(answer.token_ids)}
-    return found | {"text": answer.text, "finish_reason": answer.finish_reason, "tokens": tokens}
+    boxes = {"boxes": describe_places(answer.places)} if answer.places else {}
+    return found | {"text": answer.text, "finish_reason": answer.finish_reason, "tokens": tokens} | boxes

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ..agents.grounding import SCALE, Box
 from ..errors import Qwen2VLError
 from ..generation import GenerationConfig, generate
 from ..hub import Checkpoint
@@ -69,6 +70,9 @@ class ChatModel:
         device, dtype: where and as what; by default a GPU if there is one (of several processes, each takes that of
             its LOCAL_RANK), and the checkpoint's.
         max_new_tokens: where a task does not say.
+        boxes: "unit" writes an answer that has boxes as these alone, ``[left, top, right, bottom]`` in shares of width
+            and height, which the tasks of RefCOCO and ScreenSpot look for; by default answers are the model's words,
+            whose boxes stand between control tokens that a text does not show.
         options: how images and videos are taken, under the names of ``qwen2vl.media.options.MediaOptions``
             (``max_pixels``, ``fps``, ``max_frames``, ``max_video_tokens`` ...); what is left out is as the checkpoint's
             preprocessor_config.json says. ``min_pixels`` and ``max_pixels`` bound the frames of videos, too, as in
@@ -92,6 +96,7 @@ class ChatModel:
         device: str | None = None,
         dtype: str | None = None,
         max_new_tokens: int = 128,
+        boxes: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -100,7 +105,9 @@ class ChatModel:
             raise Qwen2VLError(f"model_args: unknown {', '.join(map(repr, unknown))}")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:  # lmms-eval's "auto" too: nothing is tried out
             raise Qwen2VLError(f"batch_size: wants at least 1, got {batch_size!r}")
-        self.batch_size = int(batch_size)
+        if boxes not in (None, "unit"):
+            raise Qwen2VLError(f"boxes: wants 'unit' or nothing, got {boxes!r}")
+        self.batch_size, self.boxes = int(batch_size), boxes
         if device is None and torch.cuda.is_available():
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         for name in ("min_pixels", "max_pixels"):
@@ -150,13 +157,15 @@ class ChatModel:
             if isinstance(config.seed, int):  # of every document, so that none depends on its place in a batch
                 config = replace(config, seed=[config.seed] * len(fits))
             result = generate(self.model, inputs, tokenizer=self.processor.tokenizer, config=config)
-            for n, text, ids in zip(fits, result.texts, result.sequences, strict=True):
-                texts[n], lengths[n] = text, len(ids)
-        found = []
+            for row, n in enumerate(fits):
+                texts[n], lengths[n] = result.texts[row], len(result.sequences[row])
+                if self.boxes and (found := [p.place for p in result.places(row) if isinstance(p.place, Box)]):
+                    texts[n] = " ".join(map(_unit, found))
+        given = []
         for request, text, length in zip(requests, texts, lengths, strict=True):
             self.cache_hook.add_partial("generate_until", (request.args[0], arguments), text)
-            found.append(GenerationResult(text=text, token_counts=TokenCounts(output_tokens=length)))
-        return found
+            given.append(GenerationResult(text=text, token_counts=TokenCounts(output_tokens=length)))
+        return given
 
     def _fitting(self, requests: Sequence[Any], chats: list[Any]) -> tuple[list[int], Any]:
         """Which conversations leave room for an answer, and the model's inputs for these."""
@@ -212,10 +221,14 @@ class ChatModel:
         raise Qwen2VLError("generate_until_multi_round: wants a task of one round")
 
 
+def _unit(box: Box) -> str:
+    return "[" + ", ".join(f"{x / SCALE:g}" for x in (box.x1, box.y1, box.x2, box.y2)) + "]"
+
+
 def _strings(arguments: Mapping[str, Any], name: str) -> list[str]:
     """A string or several, as a list."""
     given = arguments.get(name) or ()
-    texts = [given] if isinstance(given, str) else list(given)
+    texts: list[Any] = [given] if isinstance(given, str) else list(given)
     if not all(isinstance(text, str) for text in texts):
         raise Qwen2VLError(f"generation_kwargs: {name} wants strings, got {given!r}")
     return texts

@@ -10,7 +10,8 @@ relaxed accuracy    ChartQA (Masry et al. 2022, section 5.1), by the function th
 IoU, recall         of boxes, for grounding
 RefCOCO accuracy    IoU of at least 0.5 in pixels of the picture (Yu et al. 2016, section 5)
 
-VQA accuracy, inclusion, VCR's scores and MME's are in `qwen2vl.evaluation.vqa`.
+VQA accuracy, inclusion, VCR's scores and MME's are in `qwen2vl.evaluation.vqa`, multiple choice is in `.choices`, what
+agents are measured by in `.calls`, and `.tasks` makes the numbers of whole files.
 """
 
 from __future__ import annotations

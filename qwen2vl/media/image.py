@@ -216,9 +216,6 @@ def open_image(stream: BinaryIO, label: str, limits: Limits) -> Image.Image:
     if size > MAX_IMAGE_BYTES:
         raise MediaError(f"{label} has {size} bytes, more than the limit of {MAX_IMAGE_BYTES}")
     Image.init()
-    format = picture_format(stream.read(64))
-    if format == "HEIF":
-        _register_heif(label)
     formats = [name for name in _FORMATS if name in Image.OPEN]
     try:
         check_structure(stream, label, limits)

@@ -27,6 +27,7 @@ from typing import IO, Any, BinaryIO, cast
 from PIL import Image
 
 from qwen2vl.errors import MediaError
+from qwen2vl.files import open_regular
 from qwen2vl.media.options import ANYWHERE, Access
 
 REMOTE_TIMEOUT = 30.0  # seconds, for one socket operation
@@ -154,7 +155,7 @@ def _open_path(path: str | os.PathLike[str], label: str) -> BinaryIO:
             raise MediaError(f"no such file: {label}")
         if not os.path.isfile(path):
             raise MediaError(f"{label} is not a regular file")
-        return Path(path).open("rb")
+        return open_regular(path)
     except OSError as error:  # no permission, or vanished in between
         raise MediaError(f"{label} cannot be read: {error.strerror or error}") from error
 

@@ -194,12 +194,14 @@ def as_flagged(spans: Sequence[Span], flagged: Mapping[str, AddedToken]) -> Sequ
     pieces = [(n, segment) for n, span in enumerate(spans) for segment in span.segments]
     spelled = [segment.text if isinstance(segment, Text) else _last_name(segment) for _, segment in pieces]
     words = set()  # that became text
+    before = ""  # the last character
     for at, (n, segment) in enumerate(pieces):
         if isinstance(segment, Control) and segment.name in flagged and flagged[segment.name].single_word:
-            before, after = "".join(spelled[:at])[-1:], "".join(spelled[at + 1 : at + 2])[:1]
+            after = "".join(spelled[at + 1 : at + 2])[:1]
             if _in_word(before) or _in_word(after):
                 pieces[at] = (n, Text(segment.name))
                 words.add(at)
+        before = spelled[at][-1:] or before
     for at, (_, segment) in enumerate(pieces):
         if not isinstance(segment, Control) or segment.name not in flagged:
             continue
@@ -207,14 +209,17 @@ def as_flagged(spans: Sequence[Span], flagged: Mapping[str, AddedToken]) -> Sequ
             _strip(pieces, range(at - 1, -1, -1), str.rstrip)
         if flagged[segment.name].rstrip:
             _strip(pieces, range(at + 1, len(pieces)), str.lstrip)
-    kept: list[list[Segment]] = [[] for _ in spans]
+    kept: list[list[Control | Media | list[str]]] = [[] for _ in spans]  # a list is one text
     for at, (n, segment) in enumerate(pieces):
         last = kept[n][-1] if kept[n] else None
-        if isinstance(segment, Text) and isinstance(last, Text) and words & {at - 1, at}:
-            kept[n][-1] = Text(last.text + segment.text)
-        elif segment != Text(""):
+        if not isinstance(segment, Text):
             kept[n].append(segment)
-    return [Span(tuple(segments), span.taught) for segments, span in zip(kept, spans, strict=True) if segments]
+        elif isinstance(last, list) and words & {at - 1, at}:
+            last.append(segment.text)
+        elif segment.text:
+            kept[n].append([segment.text])
+    joined = (tuple(Text("".join(one)) if isinstance(one, list) else one for one in run) for run in kept)
+    return [Span(segments, span.taught) for segments, span in zip(joined, spans, strict=True) if segments]
 
 
 #: Unicode's property of that name, which Python's own idea of white space is a little wider than.

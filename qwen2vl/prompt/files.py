@@ -6,7 +6,7 @@ from typing import Any
 
 from ..config import IMAGE_MEAN, IMAGE_STD, MAX_PIXELS, MIN_PIXELS, Qwen2VLConfig, VisionConfig
 from ..errors import CheckpointError
-from ..files import read_json, write_json, write_text
+from ..files import read_json, read_text, write_json, write_text
 from ..media.options import DEFAULTS, MediaOptions, PatchShape, positive_int
 from .chatml import CHAT_TEMPLATE
 from .template import ChatTemplate
@@ -136,10 +136,7 @@ def read_chat_template(folder: Path, tokenizer: Tokenizer) -> ChatTemplate | Non
     jinja = folder / "chat_template.jinja"
     found = _read_object(folder / "chat_template.json").get("chat_template")
     if found is None and jinja.is_file():
-        try:
-            found = jinja.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{jinja}: cannot be read: {error}") from error
+        found = read_text(jinja)
     if found is None:
         found = config.get("chat_template")
     if isinstance(found, list):

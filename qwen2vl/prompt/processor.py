@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -35,13 +34,11 @@ from .files import (
     write_media_options,
     write_tokenizer_files,
 )
-from .inputs import Inputs, MediaInfo
+from .inputs import Inputs, MediaInfo, joined, pad_rows
 from .template import ChatTemplate
-from .tokenizer import Tokenizer
+from .tokenizer import MAX_CHARACTERS, Tokenizer
 
 IGNORED = -100  # the label of what is not taught, cross_entropy's default
-_MEDIA_KEYS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
-
 Messages = Sequence[Mapping[str, Any]]
 Roots = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | None
 
@@ -124,6 +121,7 @@ class Processor:
         roots: Roots = None,
         base: str | os.PathLike[str] | None = None,
         limits: Limits | None = None,
+        max_characters: int = MAX_CHARACTERS,
         **options: Any,
     ) -> "Processor":
         """Read tokenizer.json, config.json and, where present, the limits of images and of videos of a checkpoint, see
@@ -133,6 +131,7 @@ class Processor:
             name_or_path: a folder, a hub id such as "Qwen/Qwen2-VL-2B-Instruct", or a checkpoint that was found before.
             allow_remote, allow_local_files, roots, base, limits: what media may be named by messages, and what they
                 may cost, see the class. The checkpoint itself is read in any case.
+            max_characters: of text in one conversation, see `Tokenizer`.
             options: over the checkpoint's limits and the defaults, see the class.
 
         Raises:
@@ -141,7 +140,7 @@ class Processor:
         """
         checkpoint = Checkpoint.find(name_or_path, with_weights=False)
         folder, vision = checkpoint.folder, checkpoint.config.vision
-        tokenizer = Tokenizer.from_pretrained(folder)
+        tokenizer = Tokenizer.from_pretrained(folder, max_characters=max_characters)
         check_token_ids(checkpoint.config, tokenizer, folder)
         stated = read_media_options(folder, vision).updated(options)
         sizes = {
@@ -268,6 +267,9 @@ class Processor:
     ) -> Inputs:
         if padding_side not in ("left", "right"):
             raise PromptError(f"padding_side: wants 'left' or 'right', got {padding_side!r}")
+        for spans in prompts:  # before any media are read
+            texts = (len(one.text) for span in spans for one in span.segments if isinstance(one, Text))
+            self.tokenizer.check_length(sum(texts), "messages: characters of text")
         found = [
             (row, item)
             for row, spans in enumerate(prompts)
@@ -280,11 +282,11 @@ class Processor:
         pads = iter([patches.num_tokens for _, patches in loaded])
         rows = [self._encode(as_flagged(spans, self.tokenizer.flagged), pads) for spans in prompts]
 
-        ids = _pad_rows([row for row, _ in rows], self.tokenizer.pad_id, padding_side)
-        present = _pad_rows([[1] * len(row) for row, _ in rows], 0, padding_side)
+        ids = pad_rows([row for row, _ in rows], self.tokenizer.pad_id, padding_side)
+        present = pad_rows([[1] * len(row) for row, _ in rows], 0, padding_side)
         tensors = {"input_ids": ids, "attention_mask": present}
         if labels:
-            tensors["labels"] = _pad_rows([row for _, row in rows], IGNORED, padding_side)
+            tensors["labels"] = pad_rows([row for _, row in rows], IGNORED, padding_side)
         for kind, pixels, grid in (
             ("image", "pixel_values", "image_grid_thw"),
             ("video", "pixel_values_videos", "video_grid_thw"),
@@ -313,19 +315,7 @@ class Processor:
         for n, one in enumerate(inputs):
             if "labels" in one or not bool(one["attention_mask"].all()):
                 raise PromptError(f"inputs[{n}]: wants rows without padding and without labels")
-        rows = [row for one in inputs for row in one["input_ids"].tolist()]
-        tensors = {
-            "input_ids": _pad_rows(rows, self.tokenizer.pad_id, padding_side),
-            "attention_mask": _pad_rows([[1] * len(row) for row in rows], 0, padding_side),
-        }
-        for name in _MEDIA_KEYS:
-            if parts := [one[name] for one in inputs if name in one]:
-                tensors[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
-        media, row = [], 0
-        for one in inputs:
-            media += [replace(item, row=row + item.row) for item in one.media]
-            row += len(one["input_ids"])
-        return Inputs(tensors, media)
+        return joined(inputs, self.tokenizer.pad_id, padding_side)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of one sequence; see `Tokenizer.decode`."""
@@ -406,16 +396,6 @@ def _conversations(messages: Any) -> list[tuple[Any, str]]:
     if isinstance(messages, (list, tuple)) and messages and isinstance(messages[0], (list, tuple)):
         return [(chat, f"messages[{n}]") for n, chat in enumerate(messages)]
     return [(messages, "messages")]
-
-
-def _pad_rows(rows: Sequence[Sequence[int]], value: int, side: str) -> torch.Tensor:
-    """(B, L) int64, shorter rows filled with `value` on that side."""
-    length = max(map(len, rows))
-    padded = torch.full((len(rows), length), value, dtype=torch.int64)
-    for n, row in enumerate(rows):
-        place = slice(length - len(row), length) if side == "left" else slice(0, len(row))
-        padded[n, place] = torch.tensor(row, dtype=torch.int64)
-    return padded
 
 
 def _describe(item: Media, patches: ImagePatches | VideoPatches, row: int) -> MediaInfo:

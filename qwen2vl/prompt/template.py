@@ -2,26 +2,20 @@
 
 Control tokens come from the template alone. Before it is compiled, every control token in its literals becomes a mark
 that holds a random number, and only marks are read as control tokens in what it writes. A text of a message that spells
-a control token stays text, whatever the template does with it. The template runs in Jinja's sandbox.
+a control token stays text, whatever the template does with it. `qwen2vl.prompt.sandbox` is where the template runs.
 """
 
 import itertools
-import json
 import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
 from functools import cached_property
 from typing import Any
 
-from jinja2 import Environment, TemplateError, nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.visitor import NodeTransformer
+from jinja2 import TemplateError
 
 from ..errors import CheckpointError, PromptError
-from . import chatml
+from . import chatml, sandbox
 from .chatml import Control, Media, Segment, Span, Text
 from .messages import Message, Part, read_content, read_messages
 from .tokenizer import CONTROL_TOKENS, GROUNDING_TOKENS, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, Tokenizer
@@ -54,11 +48,9 @@ class ChatTemplate:
         self._spelled = re.compile("|".join(map(re.escape, names)))
         self._marker = re.compile("|".join(map(re.escape, tokenizer.markers)) or "(?!)")
         self._grounding = re.compile("|".join(map(re.escape, GROUNDING_TOKENS)))
-        environment = _environment()
         try:
-            tree = _Marking(self._marked).visit(environment.parse(source))
-            self._template = environment.from_string(tree)
-        except TemplateError as error:
+            self._template = sandbox.compile_template(source, self._marked)
+        except (TemplateError, RecursionError, SyntaxError, ValueError, MemoryError) as error:
             raise CheckpointError(f"chat template: is no readable Jinja template ({error})") from error
         self.standard = self._is_standard(tokenizer.markers)
 
@@ -230,8 +222,12 @@ class ChatTemplate:
     ) -> str:
         own = {name: self._marks[token] for name, token in self.variables.items()}
         try:
-            return self._template.render(
-                **own, messages=given, add_generation_prompt=add_generation_prompt, add_vision_id=add_vision_id
+            return sandbox.render(
+                self._template,
+                given,
+                **own,
+                add_generation_prompt=add_generation_prompt,
+                add_vision_id=add_vision_id,
             )
         except Exception as error:  # whatever an expression of the template raises, of Python's own types too
             told = self._mark.sub(lambda mark: self._names[mark[0]], str(error))
@@ -276,7 +272,9 @@ class ChatTemplate:
                     options: dict[str, Any] = {"add_generation_prompt": opened, "add_vision_id": numbered}
                     try:
                         segments = self.render(messages, **options)
-                    except PromptError:
+                    except PromptError as error:
+                        if isinstance(error.__cause__, sandbox.Exhausted):  # which it would be every time
+                            return False
                         same = False
                         continue
                     if any(isinstance(one, Text) and "<|im_" in one.text for one in segments):
@@ -299,10 +297,15 @@ def _media(parts: Sequence[Part]) -> Iterator[Media]:
 
 def _without(pieces: Sequence[tuple[str, bool]], inserted: Sequence[tuple[int, int]]) -> Iterator[tuple[str, bool]]:
     """The pieces of a text, taught or not, cut at the bounds of what was inserted, none of which is taught."""
-    start = 0
+    start = behind = 0  # where the piece starts; how many insertions ended before
     for text, taught in pieces:
         end, at = start + len(text), start
-        for first, last in ((max(a, start), min(b, end)) for a, b in inserted if a < end and b > start):
+        while behind < len(inserted) and inserted[behind][1] <= start:
+            behind += 1
+        for first, last in itertools.islice(inserted, behind, None):
+            if first >= end:
+                break
+            first, last = max(first, start), min(last, end)
             yield text[at - start : first - start], taught
             yield text[first - start : last - start], False
             at = last
@@ -341,44 +344,3 @@ _TRIED: tuple[list[dict[str, Any]], ...] = (
     ],
     [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>\nb\n</think>\n\nc"}],
 )
-
-
-def _environment() -> Environment:
-    """What transformers gives to templates: https://huggingface.co/docs/transformers/chat_templating_writing."""
-    extensions = ["jinja2.ext.loopcontrols", _Generation]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-
-def _refuse(message: str) -> None:
-    raise TemplateError(message)
-
-
-class _Marking(NodeTransformer):
-    """Puts marks into a template's literals."""
-
-    def __init__(self, marked: Any):
-        self._marked = marked
-
-    def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Node:
-        return nodes.TemplateData(self._marked(node.data), lineno=node.lineno)
-
-    def visit_Const(self, node: nodes.Const) -> nodes.Node:
-        return nodes.Const(self._marked(node.value), lineno=node.lineno) if isinstance(node.value, str) else node
-
-
-class _Generation(Extension):
-    """`{% generation %}`, by which templates say what is taught: its body is written as it stands."""
-
-    tags = {"generation"}  # noqa: RUF012  (jinja2's own way)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)

@@ -13,6 +13,8 @@ from pathlib import Path
 import tokenizers
 
 from ..errors import CheckpointError, PromptError
+from ..files import read_text
+from ..media.options import positive_int
 
 END_OF_TEXT = "<|endoftext|>"
 IM_START = "<|im_start|>"
@@ -32,6 +34,10 @@ GROUNDING_TOKENS = (
 )
 REQUIRED_TOKENS = (END_OF_TEXT, IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
 
+#: The most characters that are tokenised at once, by default: 32 for each token of the released context. Each costs
+#: some 0.5 kB and 1 us, and far behind this number tokenizers aborts the process.
+MAX_CHARACTERS = 1 << 20
+
 # In the order of the released ids, 151643 to 151656.
 CONTROL_TOKENS = (
     END_OF_TEXT,
@@ -49,6 +55,10 @@ CONTROL_TOKENS = (
 class Tokenizer:
     """A `tokenizers.Tokenizer` read from tokenizer.json.
 
+    Args:
+        max_characters: the most characters of a text, and of all texts of a conversation together. More are refused
+            before anything is tokenised.
+
     Attributes:
         special_ids: name -> id of every control token that the file has.
         markers: names of the control tokens that an assistant writes as part of its text, the longest first: the
@@ -58,17 +68,22 @@ class Tokenizer:
         pad_id: id of <|endoftext|>, which pads batches.
 
     Raises:
-        CheckpointError: the tokenizer is not a byte-level BPE, lacks one of `REQUIRED_TOKENS`, or its
-            ordinary vocabulary can spell a control token.
+        CheckpointError: the tokenizer is not a byte-level BPE, lacks one of `REQUIRED_TOKENS` or a token for a byte, or
+            makes a control token of ordinary text.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer):
+    def __init__(self, backend: tokenizers.Tokenizer, *, max_characters: int = MAX_CHARACTERS):
+        if (limit := positive_int(max_characters)) is None:
+            raise ValueError(f"max_characters: wants a positive int, got {max_characters!r}")
+        self.max_characters = limit
         missing = [name for name in REQUIRED_TOKENS if backend.token_to_id(name) is None]
         if missing:
             raise CheckpointError(f"tokenizer: lacks the special tokens {', '.join(missing)} that Qwen2-VL needs")
-        if not isinstance(backend.decoder, tokenizers.decoders.ByteLevel):
-            got = type(backend.decoder).__name__
-            raise CheckpointError(f"tokenizer: wants a byte-level BPE (decoder ByteLevel), got decoder {got}")
+        got = (type(backend.model).__name__, type(backend.decoder).__name__)
+        if got != ("BPE", "ByteLevel"):
+            raise CheckpointError(
+                f"tokenizer: wants a byte-level BPE (decoder ByteLevel), got model {got[0]}, decoder {got[1]}"
+            )
         # A file may hold a control token in its vocabulary without flagging it special; only the flag keeps
         # it out of text.
         known = [name for name in CONTROL_TOKENS if backend.token_to_id(name) is not None]
@@ -92,12 +107,12 @@ class Tokenizer:
         own = [name for name in self.special_ids if name in GROUNDING_TOKENS or name not in CONTROL_TOKENS]
         self.markers = tuple(sorted(own, key=len, reverse=True))
         self.pad_id = self.special_ids[END_OF_TEXT]
-        reachable = [name for name in self.special_ids if not self._special_id_set.isdisjoint(self.encode_plain(name))]
-        if reachable:
-            raise CheckpointError(f"tokenizer: ordinary text can spell the special tokens {', '.join(reachable)}")
+        self._check_bytes()
+        for name in self.special_ids:
+            self._ids(name)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> "Tokenizer":
+    def from_pretrained(cls, folder: str | os.PathLike[str], *, max_characters: int = MAX_CHARACTERS) -> "Tokenizer":
         """Read `folder`/tokenizer.json. Raises CheckpointError where it is missing or unreadable."""
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
@@ -105,11 +120,14 @@ class Tokenizer:
             if (Path(folder) / "vocab.json").is_file():
                 hint = "; vocab.json with merges.txt is not read, save a tokenizer.json with transformers"
             raise CheckpointError(f"{path}: no such file, and the tokenizer is read from it{hint}")
+        text = read_text(path)
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception for every kind of damage
+            backend = tokenizers.Tokenizer.from_str(text)
+        except BaseException as error:  # tokenizers raises bare Exception for every kind of damage
+            if not isinstance(error, Exception) and not _is_panic(error):
+                raise
             raise CheckpointError(f"{path}: not a readable tokenizer ({error})") from error
-        return cls(backend)
+        return cls(backend, max_characters=max_characters)
 
     def id(self, name: str) -> int:
         """Id of the control token `name`. Raises CheckpointError where the tokenizer has none such."""
@@ -122,18 +140,55 @@ class Tokenizer:
         """Token ids of `text` as ordinary text: "<|im_end|>" becomes the pieces of its spelling, never the
         control token.
 
-        No token is put before or after. Raises PromptError for a value that is no str, or that UTF-8 cannot
-        write.
+        No token is put before or after. Raises PromptError for a value that is no str, that UTF-8 cannot write, that
+        has more than `max_characters`, or that the tokenizer cannot cope with, and CheckpointError where it makes
+        a control token of it.
         """
         if not isinstance(text, str):
             raise PromptError(f"text: wants a str, got {type(text).__name__}")
+        self.check_length(len(text))
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise PromptError(
                 f"text: holds a lone surrogate at character {error.start}, which no UTF-8 text can"
             ) from error
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self._ids(text)
+
+    def _ids(self, text: str) -> list[int]:
+        try:
+            ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        except BaseException as error:
+            if not _is_panic(error):
+                raise
+            raise PromptError(f"text: the tokenizer cannot cope with these {len(text)} characters: {error}") from error
+        # What was tried when the file was loaded were short texts; this holds for every text.
+        if not self._special_id_set.isdisjoint(ids):
+            found = next(name for name, token_id in self.special_ids.items() if token_id in ids)
+            raise CheckpointError(f"tokenizer: ordinary text can spell the special token {found}")
+        return ids
+
+    def _check_bytes(self) -> None:
+        """Raise CheckpointError unless every byte has an ordinary token, and text of every byte is made of such."""
+        lacking = []
+        for char, byte in BYTE_OF_CHAR.items():
+            token_id = self.backend.model.token_to_id(char)
+            if token_id is None or token_id in self._special_id_set:
+                lacking.append(f"0x{byte:02x}")
+        if lacking:
+            # They would become the unknown token, which a file may call by the name of a special one, or nothing.
+            raise CheckpointError(f"tokenizer: has no ordinary token for the bytes {', '.join(lacking[:8])}")
+        # Every byte that UTF-8 has: of one to four bytes a character, with each first one and each that follows.
+        points = [*range(0x100), *range(0x100, 0x800, 0x40)]
+        points += [*range(0x800, 0xD800, 0x800), *range(0xE000, 0x110000, 0x1000)]
+        for point in points:
+            self._ids(chr(point))
+        self._ids("".join(map(chr, points)))
+
+    def check_length(self, characters: int, where: str = "text") -> None:
+        """Raise PromptError for more than `max_characters`, before anything is spent on them."""
+        if characters > self.max_characters:
+            raise PromptError(f"{where}: wants at most max_characters = {self.max_characters}, got {characters}")
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `ids` (any iterable of ints, a 1-D tensor included); ids without a token, such as padding
@@ -188,6 +243,11 @@ class StreamDecoder:
         rest = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return rest
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether Rust code gave up. The class can be imported from nowhere, and is no Exception."""
+    return type(error).__name__ == "PanicException"
 
 
 def _to_ints(ids: Iterable[int]) -> list[int]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +69,8 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
+    known: Sequence[Scored] = (),
+    on_scored: Callable[[Scored], None] | None = None,
 ) -> list[Scored]:
     """Ask a model ``count`` held-out samples of every skill and difficulty, and decode its answers greedily.
 
@@ -76,6 +78,8 @@ def evaluate(
         skills, difficulties, seed: which samples, see `qwen2vl.samples.generate`.
         batch_size: how many samples are answered at once.
         progress: called after every sample with (samples done, samples in all).
+        known: the first of them, as an earlier call with the same arguments scored them; they are not asked again.
+        on_scored: called with every other sample when it has been answered.
 
     Raises:
         Qwen2VLError: an unknown skill or difficulty, or a count that is not positive.
@@ -83,20 +87,24 @@ def evaluate(
     for name, value in (("count", count), ("batch_size", batch_size)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise Qwen2VLError(f"{name}: wants a positive integer, got {value!r}")
-    total, found = len(skills) * len(difficulties) * count, []
-    for skill in skills:
-        for difficulty in difficulties:
-            for one in _ask(model, processor, skill, difficulty, count, seed, batch_size):
-                found.append(one)
-                if progress is not None:
-                    progress(len(found), total)
+    total, found = len(skills) * len(difficulties) * count, list(known)
+    if len(found) > total:
+        raise Qwen2VLError(f"known: wants at most {total} samples, got {len(found)}")
+    for n, (skill, difficulty) in enumerate(product(skills, difficulties)):
+        begin = min(max(len(known) - n * count, 0), count)
+        for one in _ask(model, processor, skill, difficulty, range(begin, count), seed, batch_size):
+            found.append(one)
+            if on_scored is not None:
+                on_scored(one)
+            if progress is not None:
+                progress(len(found), total)
     return found
 
 
 def _ask(
-    model: Qwen2VL, processor: Processor, skill: str, difficulty: int, count: int, seed: int, batch_size: int
+    model: Qwen2VL, processor: Processor, skill: str, difficulty: int, which: range, seed: int, batch_size: int
 ) -> Iterator[Scored]:
-    indices = iter(range(count))
+    indices = iter(which)
     config = GenerationConfig.from_model(model, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False)
     if skill == "screen":
         write = model_writer(model, processor, style="paper", config=config)

@@ -1,14 +1,16 @@
 """Checkpoints of a run, written whole or not at all, and the released layout at its end.
 
-    output/checkpoints/step-00000500/      torch.distributed.checkpoint: parameters and optimiser, any number of ranks
+    output/checkpoints/step-00000500/      parameters and optimiser of any number of ranks: see storage.py
         rank-00000.pt                      a rank's own: where its data stands, its random generators
         run.json                           the step and how many ranks wrote it; written last
 
-A folder gets its name only when every rank has finished, so the latest one is always complete.
+A folder gets its name only when every rank has finished, so the latest one is always complete. Reading one runs nothing
+that it holds.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import re
@@ -27,15 +29,18 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 
 from ..adapter import adapted, adapter_parameters, merged_parameters, write_adapter
+from ..errors import CheckpointError
 from ..files import read_json, write_json
 from ..hub import Checkpoint
 from ..model import Qwen2VL
 from ..prompt.processor import Processor
 from .errors import TrainingConfigError
 from .parallel import Parallel, whole
+from .storage import TensorReader, TensorWriter
+
+logger = logging.getLogger("qwen2vl.training")
 
 _NAME = re.compile(r"step-(\d{8})")
 #: Copied beside exported weights as they are; tokenizer and image settings are written as the processor has them.
@@ -69,6 +74,9 @@ def save(
         own: this rank's, of what ``torch.load(weights_only=True)`` reads.
         facts: for run.json.
         keep: the latest checkpoints that stay.
+
+    Raises :class:`CheckpointError` on every rank where one of them cannot write, as on a full disk; earlier steps'
+    checkpoints are as they were then.
     """
     final = folder_of(output, step)
     partial = final.with_name(f".{final.name}.partial")
@@ -78,17 +86,25 @@ def save(
                 shutil.rmtree(left, ignore_errors=True)
             partial.mkdir(parents=True)
         parallel.barrier()
-        with _alone_or_together() as no_dist:
-            state_dict_saver.save(tensors, storage_writer=FileSystemWriter(partial), no_dist=no_dist)
-        torch.save({**own, "random": random_state()}, partial / f"rank-{parallel.rank:05d}.pt")
-        parallel.barrier()
-        if parallel.rank == 0:
+        problem = ""
+        try:
+            with _alone_or_together() as no_dist:
+                state_dict_saver.save(tensors, storage_writer=TensorWriter(partial), no_dist=no_dist)
+            torch.save({**own, "random": random_state()}, partial / f"rank-{parallel.rank:05d}.pt")
+        except (CheckpointException, CheckpointError, OSError, RuntimeError) as error:  # as on a full disk
+            problem = _last_line(error)
+        problems = parallel.everywhere(problem)
+        if parallel.rank == 0 and not any(problems):
             write_json(partial / "run.json", {**facts, "step": step, "world": parallel.world})
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
             for old in steps_saved(output)[:-keep]:
                 shutil.rmtree(folder_of(output, old), ignore_errors=True)
+        elif parallel.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
         parallel.barrier()
+    if any(problems):
+        raise CheckpointError(f"{final}: cannot be written: {next(filter(None, problems))}; earlier steps are there")
     return final
 
 
@@ -100,27 +116,41 @@ def load(output: Path, step: int, tensors: dict[str, Any], facts: dict[str, Any]
     """
     folder = folder_of(output, step)
     have = read_json(folder / "run.json")
+    if not isinstance(have, dict):
+        raise TrainingConfigError(f"resume: {folder / 'run.json'} must hold a JSON object, got {type(have).__name__}")
     for key, want in {**facts, "world": parallel.world}.items():
         if have.get(key) != want:
-            raise TrainingConfigError(f"resume: {folder} has {key} {have.get(key)!r}, this run has {want!r}")
+            raise TrainingConfigError(f"resume: {folder} has {key} {have.get(key)!r:.200}, this run has {want!r}")
     try:
         with _alone_or_together() as no_dist:
-            state_dict_loader.load(tensors, storage_reader=FileSystemReader(folder), no_dist=no_dist)
-        return torch.load(folder / f"rank-{parallel.rank:05d}.pt", weights_only=True)
-    except (CheckpointException, OSError, EOFError, RuntimeError, UnpicklingError) as error:
-        # The exception of torch.distributed.checkpoint lists every rank's traceback; the last line says what it was.
-        last = [line for line in str(error).splitlines() if line.strip()][-1:]
-        raise TrainingConfigError(f"resume: {folder} is damaged or of another model: {''.join(last)}") from error
+            state_dict_loader.load(tensors, storage_reader=TensorReader(folder), no_dist=no_dist)
+        own = torch.load(folder / f"rank-{parallel.rank:05d}.pt", map_location="cpu", weights_only=True)
+        if not isinstance(own, dict) or not own.keys() >= {"data", "random"}:
+            raise CheckpointError(f"rank-{parallel.rank:05d}.pt holds no state of data and generators")
+        return own
+    except (CheckpointException, CheckpointError, OSError, EOFError, RuntimeError, UnpicklingError) as error:
+        raise TrainingConfigError(f"resume: {folder} is damaged or of another model: {_last_line(error)}") from error
+
+
+def _last_line(error: BaseException) -> str:
+    """What it was: an exception of torch.distributed.checkpoint lists every rank's traceback."""
+    return "".join([line for line in str(error).splitlines() if line.strip()][-1:])[:1000] or repr(error)[:1000]
 
 
 @contextmanager
 def _interrupts_wait() -> Iterator[None]:
-    """Ctrl-C counts when this is over: in the middle it would leave ranks waiting and half a checkpoint."""
+    """Ctrl-C is told and counts when this is over: in the middle it would leave ranks waiting and half a checkpoint."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+
+    def keep(number: int, frame: Any) -> None:
+        if not came:
+            logger.warning("interrupted: the checkpoint that is being written is finished first")
+        came.append(number)
+
+    before = signal.signal(signal.SIGINT, keep)
     try:
         yield
     finally:

@@ -63,6 +63,14 @@ class Parallel:
         dist.all_gather_object(found, thing, group=self.data_group)
         return [item for one in found for item in one]
 
+    def everywhere(self, text: str) -> list[str]:
+        """The texts of all ranks, those that split the decoder's layers included, in their order."""
+        if self.mesh is None:
+            return [text]
+        found = [""] * self.world
+        dist.all_gather_object(found, text)
+        return found
+
     def agree(self, number: int) -> bool:
         """Whether the ranks that split the decoder's layers all pass the same number, of 63 bits."""
         if self.mesh is None or self.tensor == 1:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..errors import DataError
+from ..errors import DataError, Qwen2VLError
 from ..hub import Checkpoint
 from . import checkpoint
 from .config import TrainingConfig
@@ -315,8 +315,16 @@ class Trainer:
 
     def _load(self, step: int) -> None:
         own = checkpoint.load(self.output, step, self._tensors(), self._facts(), self.parallel)
-        self.packer.load_state_dict(own["data"])
-        checkpoint.set_random_state(own["random"])  # drawing the waiting samples again may have used some
+        try:
+            self.packer.load_state_dict(own["data"])
+            checkpoint.set_random_state(own["random"])  # drawing the waiting samples again may have used some
+        except Qwen2VLError:
+            raise
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            folder = checkpoint.folder_of(self.output, step)
+            raise TrainingConfigError(
+                f"resume: {folder} holds no state of these data and generators: {error!r:.200}"
+            ) from error
         self.step = step
 
 

@@ -63,7 +63,8 @@ _WHY = {
     "eager": "the formula in PyTorch's operations",
 }
 
-_forced: dict[str, str] = {}  # op -> backend, set by use_backend
+_EVERYTHING = ""
+_forced: dict[str, str] = {}  # op, or _EVERYTHING -> backend, set by use_backend
 
 
 class BackendError(ValueError):
@@ -96,6 +97,11 @@ def _no_device() -> str | None:
 def forced(op: str) -> str | None:
     """The backend that :func:`use_backend` names for ``op`` now."""
     return _forced.get(op)
+
+
+def forced_everywhere() -> str | None:
+    """The backend that :func:`use_backend` names for all ops now, and for what is no op but has forms, too."""
+    return _forced.get(_EVERYTHING)
 
 
 def resolve(op: str, device_type: str, requested: str | None, prefer: str | None = None) -> str:
@@ -137,6 +143,8 @@ def use_backend(name: str | None = None, **per_op: str) -> Iterator[None]:
             raise BackendError(f"use_backend: {op} has no backend {backend!r}; it has {', '.join(have)}")
     saved = dict(_forced)
     _forced.update(wanted)  # type: ignore[arg-type]
+    if name is not None:
+        _forced[_EVERYTHING] = name
     try:
         yield
     finally:

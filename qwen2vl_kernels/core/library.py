@@ -42,21 +42,33 @@ def register_opaque(
     schema: str,
     *,
     fake: Callable,
+    check: Callable,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
     **kernels: Callable,
 ) -> None:
     """Register ``schema`` with a fake and one kernel per dispatch key, e.g. ``CPU=run_native, CUDA=run_cuda``.
 
+    ``check(*arguments)`` raises where a kernel would leave the memory of its arguments. It is asked when the op is
+    called by its name in ``torch.ops``, where nobody else has checked.
     ``setup_context(ctx, inputs, output)`` and ``backward(ctx, *grads)`` are ``torch.library.register_autograd``'s.
     """
     name = f"{NAMESPACE}::{_name(schema)}"
     _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
     for key, kernel in kernels.items():
-        _LIBRARY.impl(_name(schema), kernel, key)
+        _LIBRARY.impl(_name(schema), _checked(check, kernel), key)
     torch.library.register_fake(name, fake, lib=_LIBRARY)
     if backward is not None:
         torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def _checked(check: Callable, kernel: Callable) -> Callable:
+    @wraps(kernel)
+    def run(*arguments: Any, **named: Any) -> Any:
+        check(*arguments, **named)
+        return kernel(*arguments, **named)
+
+    return run
 
 
 class _FirstOrder(torch.autograd.Function):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .checks import Checker
+from .checks import EAGER_FLOATS, INTS, Checker
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -75,3 +75,25 @@ def check_angles(check: Checker, x, inv_freq, section, interleaved, cos_sin_cach
     if interleaved:
         highest = max(3 * section[1] - 2, 3 * section[2] - 1)
         check.require(highest < pairs, f"section {tuple(section)} does not fit {pairs} pairs when interleaved")
+
+
+def check_rotation(op, q, k, positions, inv_freq, cos, sin, section, interleaved, inverse) -> None:
+    """Refuse what the op of a rotation, called by its name, would read or write beyond: ``positions (3, T)`` choose
+    among frequencies, or among the rows of ``cos`` and ``sin``; without them row t of these is token t's."""
+    check = Checker(op)
+    check.tensor("q", q, ("T", "Hq", "D"), contiguous_last=op == "rotate_")
+    check.tensor("k", k, ("T", "Hk", "D"), contiguous_last=op == "rotate_")
+    if positions is not None:
+        check.tensor("positions", positions, (3, "T"), dtypes=INTS)
+    if inv_freq is not None:
+        check.require(positions is not None, "positions must be given with inv_freq")
+        check.tensor("inv_freq", inv_freq, ("R/2",))
+    if inv_freq is None or cos is not None or sin is not None:
+        rows = "T" if positions is None else "P"
+        for name, table in (("cos", cos), ("sin", sin)):
+            check.tensor(name, table, (rows, "R/2"), dtypes=EAGER_FLOATS)
+        check.require(positions is None or cos.shape[0] > 0, "cos and sin must have a row at least, got none")
+    pairs = check.sizes["R/2"]
+    check.require(2 * pairs <= q.shape[2], f"{pairs} pairs do not fit q's head_dim {q.shape[2]}")
+    ok = positions is None or (len(section) == 3 and min(section) >= 0 and sum(section) == pairs)
+    check.require(ok, f"section must be three numbers that sum to {pairs} pairs, got {list(section)}")

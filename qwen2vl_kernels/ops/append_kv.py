@@ -67,11 +67,37 @@ def _run(
     _BACKENDS[backend](k, v, k_cache, v_cache, slots, q, positions, inv_freq, *settings)
 
 
+def _check(
+    k, v, k_cache, v_cache, slots, q, positions, inv_freq, section, interleaved, cos_sin_cache, overwrite_k, backend
+) -> str:
+    """Refuse what does not fit; returns the backend that serves."""
+    check = Checker("append_kv")
+    check.tensor("k", k, ("T", "Hk", "D"), contiguous_last=True)
+    check.tensor("v", v, ("T", "Hk", "Dv"), like=k, contiguous_last=True)
+    check.tensor("k_cache", k_cache, ("blocks", "block_size", "Hk", "D"), like=k, contiguous_last=True)
+    check.tensor("v_cache", v_cache, ("blocks", "block_size", "Hk", "Dv"), like=k, contiguous_last=True)
+    check.tensor("slots", slots, ("T",), dtypes=INTS)
+    if q is not None:
+        check.tensor("q", q, ("T", "Hq", "D"), like=k, contiguous_last=True)
+    if positions is not None:
+        check.tensor("positions", positions, (3, "T"), dtypes=INTS)
+        check_angles(check, k, inv_freq, section, interleaved, cos_sin_cache)
+    else:
+        for name, value in (("q", q), ("inv_freq", inv_freq), ("cos_sin_cache", cos_sin_cache)):
+            check.require(value is None, f"positions must be given with {name}")
+        check.require(not overwrite_k, "positions must be given with overwrite_k")
+    if k.device.type == "cpu" and slots.numel() and not torch.compiler.is_compiling():
+        most, places = int(slots.max()), k_cache.shape[0] * k_cache.shape[1]
+        check.require(most < places, f"slots must be below {places}, the cache's number of slots, got {most}")
+    return resolve("append_kv", k.device.type, backend)
+
+
 register_opaque(
     "append_kv(Tensor(a!) k, Tensor v, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor slots, Tensor(d!)? q,"
     " Tensor? positions, Tensor? inv_freq, int[] section, bool interleaved, Tensor? cos_sin_cache, bool overwrite_k,"
     " str backend) -> ()",
     fake=lambda *arguments: None,
+    check=_check,
     CPU=_run,
     CUDA=_run,
 )
@@ -111,29 +137,12 @@ def append_kv(
     Raises ``TypeError``/``ValueError`` naming the argument that does not fit; ``ValueError`` when q, k or v requires
     grad, when what is written shares memory with another argument, and on the CPU for slots beyond the cache.
     """
-    check = Checker("append_kv")
-    check.tensor("k", k, ("T", "Hk", "D"), contiguous_last=True)
-    check.tensor("v", v, ("T", "Hk", "Dv"), like=k, contiguous_last=True)
-    check.tensor("k_cache", k_cache, ("blocks", "block_size", "Hk", "D"), like=k, contiguous_last=True)
-    check.tensor("v_cache", v_cache, ("blocks", "block_size", "Hk", "Dv"), like=k, contiguous_last=True)
-    check.tensor("slots", slots, ("T",), dtypes=INTS)
-    if q is not None:
-        check.tensor("q", q, ("T", "Hq", "D"), like=k, contiguous_last=True)
-    if positions is not None:
-        check.tensor("positions", positions, (3, "T"), dtypes=INTS)
-        check_angles(check, k, inv_freq, section, interleaved, cos_sin_cache)
-    else:
-        for name, value in (("q", q), ("inv_freq", inv_freq), ("cos_sin_cache", cos_sin_cache)):
-            check.require(value is None, f"positions must be given with {name}")
-        check.require(not overwrite_k, "positions must be given with overwrite_k")
+    angles = (positions, inv_freq, section, interleaved, cos_sin_cache)
+    chosen = _check(k, v, k_cache, v_cache, slots, q, *angles, overwrite_k, backend)
     no_grad_through("append_kv", "mrope and append_kv on detached tensors", k=k, v=v, **({} if q is None else {"q": q}))
     written = {"k_cache": k_cache, "v_cache": v_cache, "q": q, **({"k": k} if overwrite_k else {})}
     read = {"v": v, "slots": slots, "positions": positions, "inv_freq": inv_freq, "cos_sin_cache": cos_sin_cache}
     no_overlap("append_kv", written, read if overwrite_k else {"k": k, **read})
-    if k.device.type == "cpu" and slots.numel() and not torch.compiler.is_compiling():
-        most, places = int(slots.max()), k_cache.shape[0] * k_cache.shape[1]
-        check.require(most < places, f"slots must be below {places}, the cache's number of slots, got {most}")
-    chosen = resolve("append_kv", k.device.type, backend)
     tensors = (k, v, k_cache, v_cache, slots, q, positions, inv_freq)
     settings = (list(section), interleaved, cos_sin_cache, overwrite_k)
     if direct(*tensors, cos_sin_cache):

@@ -30,11 +30,15 @@ import torch
 
 from ..core import native
 from ..core.backends import resolve
+from ..core.checks import no_overlap
 from ..core.library import register_opaque
 from ..core.namespace import torch_ops
 
 _DTYPES = (torch.uint8, torch.float32, torch.bfloat16)  # in the order of PatchType in csrc/cpu/image_to_patches.h
 _WEIGHT_BITS = 22
+MAX_SIDE = (2**31 - 1) // 4  # of an image, before and after: what csrc/bind_frames.h takes
+_MAX_PATCH = 1024  # likewise
+_MAX_THREADS = 1024  # bands of work are made for each thread that is asked for
 _PIXELS_PER_THREAD = 1 << 21  # in and out: about 2 ms; for less, waiting for a thread on a busy machine costs more
 
 #: What the pixels of an image may come as.
@@ -188,6 +192,13 @@ def _run_cuda(frames: Sequence[_Frame], options: _Options) -> None:
 _BACKENDS = {"eager": _run_eager, "native": _run_native, "cuda": _run_cuda}
 
 
+def _check_op(image, height, width, patch_size, merge_size, mean, std, dtype, backend) -> None:
+    options = _options("image_to_patches", patch_size, merge_size, mean, std, dtype, None)
+    device = _check_pixels(options, "image", image)
+    _check_size(options, ("height", height), ("width", width))
+    resolve("image_to_patches", device.type, backend)
+
+
 def _run_op(image, height, width, patch_size, merge_size, mean, std, dtype, backend) -> torch.Tensor:
     options = _options("image_to_patches", patch_size, merge_size, mean, std, dtype, None)
     out = _packed(options, height // patch_size * (width // patch_size), 1, image.device)
@@ -204,6 +215,7 @@ register_opaque(
     "image_to_patches(Tensor image, int height, int width, int patch_size, int merge_size, float[]? mean, "
     "float[]? std, ScalarType? dtype, str backend) -> Tensor",
     fake=_fake,
+    check=_check_op,
     CPU=_run_op,
     CUDA=_run_op,
 )
@@ -233,7 +245,8 @@ def image_to_patches(
         out: written and returned instead of a new tensor: ``(gh * gw, 3 * p * p)`` with contiguous rows, or
             ``(gh * gw, 3, p * p)`` with contiguous last dimension, so that a frame can go straight into its slot of
             a video's rows. Pinned memory is welcome.
-        num_threads: at most so many threads; default up to ``torch.get_num_threads()``, by size. The GIL is released.
+        num_threads: at most so many threads, never more than 1024; default up to ``torch.get_num_threads()``, by size.
+            The GIL is released.
         backend: ``None`` (choose), ``"eager"``, ``"native"`` (CPU) or ``"cuda"``.
 
     Pixels on a GPU are resized there, by ``"cuda"`` on the current stream: nothing waits for the device, so that
@@ -330,13 +343,15 @@ def _traced(image: torch.Tensor) -> bool:
     return torch.compiler.is_compiling() or type(image) is not torch.Tensor or image.is_meta
 
 
-def _positive(op: str, name: str, value: object) -> int:
+def _positive(op: str, name: str, value: object, most: int | None = None) -> int:
     try:
         number = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         number = -1
     if number < 1:
         raise ValueError(f"{op}: {name} must be a positive integer, got {value!r}")
+    if most is not None and number > most:
+        raise ValueError(f"{op}: {name} must be at most {most}, got {number}")
     return number
 
 
@@ -356,12 +371,12 @@ def _options(op, patch_size, merge_size, mean, std, dtype, num_threads) -> _Opti
         raise TypeError(f"{op}: dtype must be {wanted}, got {dtype}")
     return _Options(
         op,
-        _positive(op, "patch_size", patch_size),
-        _positive(op, "merge_size", merge_size),
+        _positive(op, "patch_size", patch_size, _MAX_PATCH),
+        _positive(op, "merge_size", merge_size, _MAX_PATCH),
         dtype,
         None if mean is None else tuple(float(v) for v in mean),
         None if std is None else tuple(float(v) for v in std),
-        None if num_threads is None else _positive(op, "num_threads", num_threads),
+        None if num_threads is None else min(_positive(op, "num_threads", num_threads), _MAX_THREADS),
     )
 
 
@@ -373,6 +388,8 @@ def _check_pixels(options: _Options, name: str, image: object) -> torch.device:
     shape = tuple(image.shape)
     if len(shape) != 3 or shape[2] not in (1, 3, 4) or 0 in shape:
         raise ValueError(f"{options.op}: {name} must have shape (H, W, C), C = 1, 3 or 4, no side 0, got {shape}")
+    if max(shape) > MAX_SIDE:
+        raise ValueError(f"{options.op}: {name} must have sides of at most {MAX_SIDE}, got {shape}")
     strides = image.stride() if isinstance(image, torch.Tensor) else image.strides
     if (strides[2] != 1 and shape[2] > 1) or (strides[1] != shape[2] and shape[1] > 1):
         raise ValueError(f"{options.op}: {name} must have contiguous pixels in each row, got strides {tuple(strides)}")
@@ -383,6 +400,8 @@ def _check_size(options: _Options, *sides: tuple[str, object]) -> list[int]:
     block, checked = options.patch * options.merge, []
     for name, value in sides:
         side = _positive(options.op, name, value)
+        if side > MAX_SIDE:
+            raise ValueError(f"{options.op}: {name} must be at most {MAX_SIDE}, got {side}")
         if side % block:
             raise ValueError(
                 f"{options.op}: {name} must be a multiple of patch_size * merge_size = {block}, got {side}"
@@ -406,3 +425,4 @@ def _check_out(options: _Options, out: object, shape: tuple[int, ...], device: t
         raise ValueError(f"{options.op}: out must be on {device} like the pixels, got {out.device}")
     if out.stride(-1) != 1:
         raise ValueError(f"{options.op}: out must be contiguous in its last dimension, got strides {out.stride()}")
+    no_overlap(options.op, {"out": out}, {})

@@ -102,10 +102,34 @@ def _run(q, k_cache, v_cache, new_tokens, cache_seqlens, softmax_scale, backend)
     return _BACKENDS[backend](q, k_cache, v_cache, new_tokens, cache_seqlens, softmax_scale)
 
 
+def _check(q, k_cache, v_cache, new_tokens, cache_seqlens, softmax_scale, backend) -> str:
+    """Refuse what does not fit; returns the backend that serves."""
+    check = Checker("kvcache_attention")
+    check.tensor("q", q, ("T", "Hq", "D"), contiguous_last=True)
+    check.tensor("k_cache", k_cache, ("B", "capacity", "Hk", "D"), like=q, contiguous_last=True)
+    check.tensor("v_cache", v_cache, ("B", "capacity", "Hk", "Dv"), like=q, contiguous_last=True)
+    heads, (batch, capacity, kv_heads) = q.shape[1], k_cache.shape[:3]
+    check.require(
+        kv_heads > 0 and heads % kv_heads == 0, f"q's {heads} heads must be a multiple of k_cache's {kv_heads}"
+    )
+    for name, values in (("new_tokens", new_tokens), ("cache_seqlens", cache_seqlens)):
+        check.require(len(values) == batch, f"{name} must have one entry for each of {batch} rows, got {len(values)}")
+    ok = min(new_tokens, default=0) >= 0 and sum(new_tokens) == q.shape[0]
+    check.require(ok, f"new_tokens must be non-negative and sum to q's {q.shape[0]} rows, got {list(new_tokens)}")
+    ok = all(new <= total <= capacity for new, total in zip(new_tokens, cache_seqlens, strict=True))
+    check.require(
+        ok,
+        f"cache_seqlens must be at least new_tokens {list(new_tokens)} and at most the capacity {capacity}, "
+        f"got {list(cache_seqlens)}",
+    )
+    return resolve("kvcache_attention", q.device.type, backend)
+
+
 register_opaque(
     "kvcache_attention(Tensor q, Tensor k_cache, Tensor v_cache, SymInt[] new_tokens, SymInt[] cache_seqlens,"
     " float softmax_scale, str backend) -> Tensor",
     fake=lambda q, k_cache, v_cache, *_: q.new_empty((q.shape[0], q.shape[1], v_cache.shape[3])),
+    check=_check,
     CPU=_run,
     CUDA=_run,
 )
@@ -138,27 +162,12 @@ def kvcache_attention(
     input requires grad.
     """
     q, k_cache, v_cache = in_autocast_dtype(q, k_cache, v_cache)
-    check = Checker("kvcache_attention")
-    check.tensor("q", q, ("T", "Hq", "D"), contiguous_last=True)
-    check.tensor("k_cache", k_cache, ("B", "capacity", "Hk", "D"), like=q, contiguous_last=True)
-    check.tensor("v_cache", v_cache, ("B", "capacity", "Hk", "Dv"), like=q, contiguous_last=True)
-    heads, (batch, capacity, kv_heads) = q.shape[1], k_cache.shape[:3]
-    check.require(
-        kv_heads > 0 and heads % kv_heads == 0, f"q's {heads} heads must be a multiple of k_cache's {kv_heads}"
-    )
-    for name, values in (("new_tokens", new_tokens), ("cache_seqlens", cache_seqlens)):
-        check.require(len(values) == batch, f"{name} must have one entry for each of {batch} rows, got {len(values)}")
-    ok = min(new_tokens, default=0) >= 0 and sum(new_tokens) == q.shape[0]
-    check.require(ok, f"new_tokens must be non-negative and sum to q's {q.shape[0]} rows, got {list(new_tokens)}")
-    ok = all(new <= total <= capacity for new, total in zip(new_tokens, cache_seqlens, strict=True))
-    check.require(
-        ok,
-        f"cache_seqlens must be at least new_tokens {list(new_tokens)} and at most the capacity {capacity}, "
-        f"got {list(cache_seqlens)}",
-    )
+    name = _check(q, k_cache, v_cache, new_tokens, cache_seqlens, softmax_scale, backend)
     tracked = torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad)
-    check.require(not tracked, "q, k_cache and v_cache must not require grad; call it under torch.no_grad()")
-    name = resolve("kvcache_attention", q.device.type, backend)
+    if tracked:
+        raise ValueError(
+            "kvcache_attention: q, k_cache and v_cache must not require grad; call it under torch.no_grad()"
+        )
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     run = torch_ops.kvcache_attention if torch.compiler.is_compiling() else _run
     return run(q, k_cache, v_cache, new_tokens, cache_seqlens, scale, name)

@@ -284,11 +284,39 @@ def _times(x: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.T
     return torch.mul(x, factor, out=x if in_place else torch.empty_like(x, dtype=dtype))
 
 
+def _check(op: str, hidden, weight, target, bias, reduction, label_smoothing, chunk_rows) -> Checker:
+    """Refuse what does not fit."""
+    check = Checker(op)
+    check.tensor("hidden", hidden, (..., "C"))
+    check.tensor("weight", weight, ("V", "C"), like=hidden)
+    check.tensor("target", target, tuple(hidden.shape[:-1]), dtypes=(torch.int64,))
+    if bias is not None:
+        check.tensor("bias", bias, ("V",), like=hidden)
+    check.require(weight.shape[0] > 0, "weight must have a row at least, got none")
+    check.require(reduction in REDUCTIONS, f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    check.require(0 <= label_smoothing <= 1, f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    check.require(chunk_rows is None or chunk_rows > 0, f"chunk_rows must be positive, got {chunk_rows}")
+    return check
+
+
+def _check_forward(hidden, weight, target, bias, ignore_index, reduction, smoothing, chunk_rows, triton, wants) -> None:
+    op = "linear_cross_entropy_forward"
+    check = _check(op, hidden, weight, target, bias, reduction, smoothing, chunk_rows)
+    check.require(len(wants) == 3, f"wants must have three entries, got {len(wants)}")
+
+
+def _check_backward(grad, hidden, weight, target, bias, ignore_index, smoothing, chunk_rows, triton, wants) -> None:
+    check = _check("linear_cross_entropy_backward", hidden, weight, target, bias, "none", smoothing, chunk_rows)
+    check.tensor("grad", grad, tuple(target.shape))
+    check.require(len(wants) == 3, f"wants must have three entries, got {len(wants)}")
+
+
 _OPTIONS = "int ignore_index, str reduction, float smoothing, int? chunk_rows, bool triton, bool[] wants"
 register_opaque(
     f"linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_forward,
+    check=_check_forward,
     setup_context=_setup_context,
     backward=_backward,
     CPU=_forward,
@@ -297,6 +325,7 @@ register_opaque(
 register_opaque(
     "linear_cross_entropy_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor target, Tensor? bias,"
     f" {_OPTIONS.replace(' str reduction,', '')}) -> (Tensor, Tensor, Tensor)",
+    check=_check_backward,
     fake=lambda grad, hidden, weight, target, bias, *options: _fake_gradients(hidden, weight, options[-1]),
     CPU=_run_backward,
     CUDA=_run_backward,
@@ -335,7 +364,6 @@ def linear_cross_entropy(
     Raises ``TypeError``/``ValueError`` naming the argument that does not fit; on the CPU also for targets that name no
     column, which on a GPU, where nobody reads them on the host, make the loss and its gradients NaN.
     """
-    check = Checker("linear_cross_entropy")
     for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if type(x).__name__ == "DTensor":
             raise TypeError(
@@ -343,15 +371,7 @@ def linear_cross_entropy(
                 "forward gathers it, or give its full_tensor()"
             )
     hidden, weight, bias = in_autocast_dtype(hidden, weight, bias)
-    check.tensor("hidden", hidden, (..., "C"))
-    check.tensor("weight", weight, ("V", "C"), like=hidden)
-    check.tensor("target", target, tuple(hidden.shape[:-1]), dtypes=(torch.int64,))
-    if bias is not None:
-        check.tensor("bias", bias, ("V",), like=hidden)
-    check.require(weight.shape[0] > 0, "weight must have a row at least, got none")
-    check.require(reduction in REDUCTIONS, f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    check.require(0 <= label_smoothing <= 1, f"label_smoothing must be in [0, 1], got {label_smoothing}")
-    check.require(chunk_rows is None or chunk_rows > 0, f"chunk_rows must be positive, got {chunk_rows}")
+    _check("linear_cross_entropy", hidden, weight, target, bias, reduction, label_smoothing, chunk_rows)
     chosen = resolve("linear_cross_entropy", hidden.device.type, backend)
     if chosen == "eager":
         return linear_cross_entropy_ref(hidden, weight, target, bias, ignore_index, reduction, label_smoothing)

@@ -269,12 +269,14 @@ _SETTINGS = "int image_token_id, int video_token_id, int spatial_merge_size, str
 register_opaque(
     f"mrope_positions({_TENSORS}, {_SETTINGS}) -> (Tensor positions, Tensor delta)",
     fake=lambda ids, image, video, mask, cu_seqlens, *settings: _outputs(ids, cu_seqlens, None),
+    check=lambda *arguments: _check("mrope_positions", *arguments[:5], None, *arguments[5:]),
     CPU=_run,
     CUDA=_run,
 )
 register_opaque(
     f"mrope_positions_chunk({_TENSORS}, Tensor state, {_SETTINGS}) -> (Tensor positions, Tensor delta, Tensor state)",
     fake=lambda ids, image, video, mask, cu_seqlens, state, *settings: _outputs(ids, cu_seqlens, state),
+    check=lambda *arguments: _check("mrope_positions_chunk", *arguments),
     CPU=_run_chunk,
     CUDA=_run_chunk,
 )

@@ -7,6 +7,8 @@ The kernels are in ``triton.elementwise``, which swiglu shares.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from ..core.backends import resolve
@@ -79,9 +81,19 @@ def _backward(ctx, dy):
     return dx, None if bias is None else dbias
 
 
+def _check(op: str, x, bias, dy=None) -> None:
+    check = Checker(op)
+    check.tensor("x", x, (..., "F"))
+    if bias is not None:
+        check.tensor("bias", bias, ("F",), like=x)
+    if dy is not None:
+        check.tensor("dy", dy, tuple(x.shape))
+
+
 register_opaque(
     "quick_gelu_forward(Tensor x, Tensor? bias) -> Tensor",
     fake=lambda x, bias: like(x)[0],
+    check=partial(_check, "quick_gelu_forward"),
     setup_context=_setup_context,
     backward=_backward,
     CPU=_forward,
@@ -90,12 +102,14 @@ register_opaque(
 register_opaque(
     "quick_gelu_forward_(Tensor(a!) x, Tensor? bias) -> ()",
     fake=lambda x, bias: None,
+    check=partial(_check, "quick_gelu_forward_"),
     CPU=_forward_in_place,
     CUDA=_forward_in_place,
 )
 register_opaque(
     "quick_gelu_backward(Tensor dy, Tensor x, Tensor? bias) -> (Tensor, Tensor)",
     fake=_fake_backward,
+    check=lambda dy, x, bias: _check("quick_gelu_backward", x, bias, dy),
     CPU=_run_backward,
     CUDA=_run_backward,
 )
@@ -131,13 +145,6 @@ def quick_gelu_(x: torch.Tensor, bias: torch.Tensor | None = None, *, backend: s
     else:
         torch_ops.quick_gelu_forward_(x, bias)
     return x
-
-
-def _check(op: str, x, bias) -> None:
-    check = Checker(op)
-    check.tensor("x", x, (..., "F"))
-    if bias is not None:
-        check.tensor("bias", bias, ("F",), like=x)
 
 
 register_composite("quick_gelu(Tensor x, Tensor? bias=None) -> Tensor", quick_gelu)

@@ -6,6 +6,8 @@ The kernels are in ``triton.elementwise``, which quick_gelu shares.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -83,9 +85,23 @@ def _backward(ctx, dy):
     return dgate, None if up is None else dup
 
 
+def _check(op: str, gate, up, dy=None) -> None:
+    check = Checker(op)
+    check.tensor("gate", gate, (..., "F"))
+    shape = tuple(gate.shape)
+    if up is None:
+        check.require(shape[-1] % 2 == 0, f"packed gate must have an even last size, got {shape[-1]}")
+        shape = (*shape[:-1], shape[-1] // 2)
+    else:
+        check.tensor("up", up, shape, like=gate)
+    if dy is not None:
+        check.tensor("dy", dy, shape)
+
+
 register_opaque(
     "swiglu_forward(Tensor gate, Tensor? up) -> Tensor",
     fake=_fake_forward,
+    check=partial(_check, "swiglu_forward"),
     setup_context=_setup_context,
     backward=_backward,
     CPU=_forward,
@@ -94,12 +110,14 @@ register_opaque(
 register_opaque(
     "swiglu_forward_(Tensor(a!) gate, Tensor up) -> ()",
     fake=lambda gate, up: None,
+    check=partial(_check, "swiglu_forward_"),
     CPU=_forward_in_place,
     CUDA=_forward_in_place,
 )
 register_opaque(
     "swiglu_backward(Tensor dy, Tensor gate, Tensor? up) -> (Tensor, Tensor)",
     fake=_fake_backward,
+    check=lambda dy, gate, up: _check("swiglu_backward", gate, up, dy),
     CPU=_run_backward,
     CUDA=_run_backward,
 )
@@ -115,12 +133,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor | None = None, *, backend: str |
 
     Returns ``(..., F)``. Raises ``TypeError``/``ValueError`` naming the argument that does not fit.
     """
-    check = Checker("swiglu")
-    check.tensor("gate", gate, (..., "F"))
-    if up is None:
-        check.require(gate.shape[-1] % 2 == 0, f"packed gate must have an even last size, got {gate.shape[-1]}")
-    else:
-        check.tensor("up", up, tuple(gate.shape), like=gate)
+    _check("swiglu", gate, up)
     if resolve("swiglu", gate.device.type, backend) == "eager":
         return swiglu_ref(gate, up)
     return (_forward if direct(gate, up) else torch_ops.swiglu_forward)(gate, up)
@@ -129,9 +142,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor | None = None, *, backend: str |
 def swiglu_(gate: torch.Tensor, up: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
     """:func:`swiglu` of split tensors in place: ``gate`` is overwritten and returned. Refused when it requires grad,
     or shares memory with ``up`` or, like an expanded tensor, with itself."""
-    check = Checker("swiglu_")
-    check.tensor("gate", gate, (..., "F"))
-    check.tensor("up", up, tuple(gate.shape), like=gate)
+    _check("swiglu_", gate, up)
     no_grad_through("swiglu_", "swiglu", gate=gate, up=up)
     no_overlap("swiglu_", {"gate": gate}, {"up": up})
     if resolve("swiglu", gate.device.type, backend) == "eager":

@@ -37,6 +37,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core import attention_calls, attention_sm90
+from ..core.attention_checks import check_boundaries, check_rope, check_rows, split_boundaries
 from ..core.attention_choice import OURS, chosen
 from ..core.attention_cpu import blocked, joined, keeps_statistics, sdpa, sdpa_backward, segments_of
 from ..core.attention_cpu import sdpa_with_statistics as sdpa_and_lse
@@ -227,12 +228,39 @@ def _backward_of_op(ctx, dout, dlse):
     return *grads, *[None] * 11
 
 
+def _check_op(q, k, v, bounds, of_keys, cos, sin, most_q, most_k, *rest) -> Checker:
+    """As for the public function: the boundaries' contents where reading them costs no wait."""
+    check, packed = Checker("varlen_attention"), of_keys is None
+    check_rows(check, q, k, v, packed)
+    for side, x, rows, most in (("", bounds, q, most_q), ("_k", of_keys, k, most_k)):
+        if x is not None:
+            check_boundaries(check, q, x, most, side)
+            if x.device.type == "cpu":
+                check_bounds(check, x.tolist(), rows.shape[0], most, side)
+    if cos is not None or sin is not None:
+        check_rope(check, q, (cos, sin))
+    if rest[-1] == "triton":  # the others look where tensors are
+        resolve("varlen_attention", q.device.type, rest[-1])
+    return check
+
+
+def _check_backward(dout, dlse, q, k, v, out, lse, cos, sin, bounds, of_keys, *options) -> None:
+    check = _check_op(q, k, v, bounds, of_keys, cos, sin, *options)
+    for name, x in (("dout", dout), ("out", out)):
+        check.tensor(name, x, ("T", "Hq", "Dv"))
+    rows = q.shape[0] * q.shape[1]  # of the statistics, in the layout of whoever made them
+    for name, x in (("lse", lse), ("dlse", dlse)):
+        if x is not None and (options[-1] in _WITH_PLAN or x.numel()):
+            check.require(x.numel() == rows, f"{name} must have {rows} values, got shape {tuple(x.shape)}")
+
+
 _PACK = "Tensor cu_seqlens, Tensor? cu_seqlens_k"
 _OPTIONS = "SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal, float softmax_scale, bool fused"
 register_opaque(
     f"varlen_attention(Tensor q, Tensor k, Tensor v, {_PACK}, Tensor? cos, Tensor? sin, {_OPTIONS}, bool with_lse,"
     " str backend) -> (Tensor, Tensor)",
     fake=_fake,
+    check=_check_op,
     setup_context=_setup_context,
     backward=_backward_of_op,
     CPU=_run,
@@ -242,6 +270,7 @@ register_opaque(
     "varlen_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
     f" Tensor? cos, Tensor? sin, {_PACK}, {_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor)",
     fake=lambda dout, dlse, q, k, v, *_: like(q, k, v),
+    check=_check_backward,
     CPU=_run_backward,
     CUDA=_run_backward,
 )
@@ -322,22 +351,17 @@ def varlen_attention(
     q, k, v = in_autocast_dtype(q, k, v)
     check = Checker("varlen_attention")
     lengths = cu_seqlens, max_seqlen, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    bounds, of_keys, longest = _boundaries(*lengths)
+    bounds, of_keys, longest = split_boundaries(*lengths)
     packed = of_keys is None
-    rows_of_keys = "T" if packed else "Tk"
-    check.tensor("q", q, ("T", "Hq", "D"), contiguous_last=True)
-    check.tensor("k", k, (rows_of_keys, "Hk", "D"), like=q, contiguous_last=True)
-    check.tensor("v", v, (rows_of_keys, "Hk", "Dv"), like=q, contiguous_last=True)
-    heads, kv_heads = q.shape[1], k.shape[1]
-    check.require(kv_heads > 0 and heads % kv_heads == 0, f"q's {heads} heads must be a multiple of k's {kv_heads}")
-    _check_boundaries(check, q, bounds, longest[0], "" if packed else "_q")
+    check_rows(check, q, k, v, packed)
+    check_boundaries(check, q, bounds, longest[0], "" if packed else "_q")
     if not packed:
-        _check_boundaries(check, q, of_keys, longest[1], "_k")
+        check_boundaries(check, q, of_keys, longest[1], "_k")
     ok = softmax_scale is None or softmax_scale > 0
     check.require(ok, f"softmax_scale must be positive, got {softmax_scale!r}")
     if rope is not None:
         check.require(packed, "rope is for packed sequences, where queries and keys share their rows' angles")
-        _check_rope(check, q, rope)
+        check_rope(check, q, rope)
     traced = torch.compiler.is_compiling() or type(q) is not torch.Tensor or q.is_meta
     if tiles is not None:
         check_tiles(check, tiles, q, k, bounds, longest, packed, traced)
@@ -399,39 +423,3 @@ def _rotated(q, k, rope, name) -> tuple[torch.Tensor, torch.Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
     cos, sin = cos.to(wide), sin.to(wide)
     return rotate(q, cos, sin), rotate(k, cos, sin)
-
-
-def _check_rope(check: Checker, q: torch.Tensor, rope: object) -> None:
-    ok = isinstance(rope, (tuple, list)) and len(rope) == 2
-    check.require(ok, f"rope must be a pair of tensors (cos, sin), got {type(rope).__name__}")
-    columns = q.shape[2]
-    check.require(columns % 2 == 0, f"rope rotates pairs of columns, but q's head_dim is {columns}")
-    for name, table in zip(("rope's cos", "rope's sin"), rope, strict=True):  # pyright: ignore[reportArgumentType]
-        check.tensor(name, table, ("T", columns // 2))
-        check.require(not table.requires_grad, f"{name} must not require grad: it is given none")
-
-
-def _boundaries(*values: Any) -> tuple[Any, Any, tuple[Any, Any]]:
-    """Boundaries of queries and of keys (``None`` where these share them) and the bounds of both lengths;
-    ``TypeError`` unless one of both forms is given whole."""
-    pack, own = ("cu_seqlens", "max_seqlen"), ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-    given = tuple(name for name, value in zip((*pack, *own), values, strict=True) if value is not None)
-    if given not in (pack, own):
-        raise TypeError(
-            "varlen_attention: takes either cu_seqlens and max_seqlen, or cu_seqlens_q, cu_seqlens_k, max_seqlen_q and "
-            f"max_seqlen_k, got {', '.join(given) or 'none of them'}"
-        )
-    cu_seqlens, max_seqlen, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = values
-    if given == pack:
-        return cu_seqlens, None, (max_seqlen, max_seqlen)
-    return cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k)
-
-
-def _check_boundaries(check: Checker, q: torch.Tensor, cu_seqlens: Any, max_seqlen: Any, suffix: str) -> None:
-    name = f"cu_seqlens{suffix}"
-    check.tensor(name, cu_seqlens, ("S+1",), dtypes=(torch.int32,), any_device=True)
-    check.require(cu_seqlens.shape[0] >= 1, f"{name} must have at least one entry, got shape (0,)")
-    ok = cu_seqlens.device.type == "cpu" or cu_seqlens.device == q.device
-    check.require(ok, f"{name} must be on {q.device} or cpu, got {cu_seqlens.device}")
-    if not (isinstance(max_seqlen, int) and max_seqlen >= 0):  # words only then: a compiler has no number to put in
-        check.require(False, f"max_seqlen{suffix} must be a non-negative int, got {max_seqlen!r}")

@@ -110,9 +110,22 @@ def _fake(grid_thw: torch.Tensor, merge_size: int, num_patches: int | None, back
     return torch.empty((patches, 2), dtype=torch.int64, device=grid_thw.device)
 
 
+def _check(grid_thw: torch.Tensor, merge_size: int, num_patches: int | None, backend: str | None) -> str:
+    """Refuse what is refused whatever the contents; returns the backend that serves."""
+    check = Checker("vision_positions")
+    check.tensor("grid_thw", grid_thw, ("n", 3), dtypes=INTS)
+    check.require(1 <= merge_size < 2**15, f"merge_size must be in [1, 2^15), got {merge_size}")
+    check.require(
+        num_patches is None or 0 <= num_patches <= MAX_PATCHES,
+        f"num_patches must be in [0, {MAX_PATCHES}], got {num_patches}",
+    )
+    return resolve("vision_positions", grid_thw.device.type, backend)
+
+
 register_opaque(
     "vision_positions(Tensor grid_thw, int merge_size, SymInt? num_patches, str backend) -> Tensor",
     fake=_fake,
+    check=_check,
     CPU=_run,
     CUDA=_run,
 )
@@ -136,14 +149,7 @@ def vision_positions(
     ``TypeError``/``ValueError`` naming ``grid_thw``, ``merge_size`` or ``num_patches`` for wrong types, shapes or
     contents; ``ValueError`` too where ``num_patches`` is given, on the CPU, and not what the grids hold.
     """
-    check = Checker("vision_positions")
-    check.tensor("grid_thw", grid_thw, ("n", 3), dtypes=INTS)
-    check.require(1 <= merge_size < 2**15, f"merge_size must be in [1, 2^15), got {merge_size}")
-    check.require(
-        num_patches is None or 0 <= num_patches <= MAX_PATCHES,
-        f"num_patches must be in [0, {MAX_PATCHES}], got {num_patches}",
-    )
-    chosen = resolve("vision_positions", grid_thw.device.type, backend)
+    chosen = _check(grid_thw, merge_size, num_patches, backend)
     if torch.compiler.is_compiling() or type(grid_thw) is not torch.Tensor or grid_thw.is_meta:
         return torch_ops.vision_positions(grid_thw, merge_size, num_patches, chosen)
     return _run(grid_thw, merge_size, num_patches, chosen)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..core.checks import EAGER_FLOATS, Checker
 from ..core.launching import Target, accumulator, cdiv, jit, launch, target_of, tl
 from ..core.library import direct, register_opaque
 from ..core.namespace import torch_ops
@@ -169,9 +170,18 @@ def _backward(ctx, dy, _):
     return dx, dweight, dy.sum(0) if ctx.biased else None, None, None
 
 
+def _check(x, weight, bias, gelu, keep) -> None:
+    check = Checker("gemm_forward")
+    check.tensor("x", x, ("M", "K"), dtypes=(torch.uint8, *EAGER_FLOATS))
+    check.tensor("weight", weight, ("N", "K"))
+    if bias is not None:
+        check.tensor("bias", bias, ("N",))
+
+
 register_opaque(
     "gemm_forward(Tensor x, Tensor weight, Tensor? bias, bool gelu, bool keep) -> (Tensor, Tensor)",
     fake=_fake,
+    check=_check,
     setup_context=_setup_context,
     backward=_backward,
     CPU=launch_gemm,

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..core.checks import INTS, Checker
 from ..core.launching import Target, accumulator, cdiv, jit, launch, next_power_of_2, strides, target_of, tl
 from ..core.library import direct, first_order, register_opaque
 from ..core.namespace import torch_ops
@@ -290,10 +291,46 @@ def _backward(ctx, dy, dtotal, _dmean, _drstd):
     return ds, ds if ctx.added else None, dweight, dbias if ctx.biased else None, None, None, None
 
 
+def _check_order(check: Checker, rows: int, order: torch.Tensor | None) -> None:
+    """Refuse another number of rows, and on the CPU, where reading them costs no wait, rows that are not there."""
+    if order is None:
+        return
+    check.tensor("order", order, (rows,), dtypes=INTS)
+    if order.device.type == "cpu" and rows:
+        low, high = int(order.min()), int(order.max())
+        check.require(low >= 0 and high < rows, f"order must be in [0, {rows}), got {low} to {high}")
+
+
+def _check_forward(x, residual, weight, bias, eps, centred, order) -> None:
+    check = Checker("norm_forward")
+    check.tensor("x", x, (..., "N"))
+    check.tensor("weight", weight, ("N",))
+    if residual is not None:
+        check.tensor("residual", residual, tuple(x.shape))
+    if bias is not None:
+        check.tensor("bias", bias, ("N",))
+    _check_order(check, x[..., 0].numel() if x.shape[-1] else 0, order)
+
+
+def _check_backward(dy, s, dtotal, weight, mean, rstd, centred, biased, order) -> None:
+    check = Checker("norm_backward")
+    check.tensor("s", s, (..., "N"))
+    check.tensor("weight", weight, ("N",))
+    rows = s[..., 0].numel() if s.shape[-1] else 0
+    for name, x in (("dy", dy), ("dtotal", dtotal)):
+        if x is not None:
+            check.tensor(name, x, tuple(s.shape))
+    for name, x in (("rstd", rstd), *((("mean", mean),) if centred else ())):
+        check.tensor(name, x, (rows,))
+        check.require(x.is_contiguous(), f"{name} must be contiguous, got strides {x.stride()}")
+    _check_order(check, rows, order)
+
+
 register_opaque(
     "norm_forward(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool centred, Tensor? order)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_forward,
+    check=_check_forward,
     setup_context=_setup_context,
     backward=_backward,
     CPU=launch_forward,
@@ -303,6 +340,7 @@ register_opaque(
     "norm_backward(Tensor dy, Tensor s, Tensor? dtotal, Tensor weight, Tensor mean, Tensor rstd, bool centred,"
     " bool biased, Tensor? order) -> (Tensor, Tensor, Tensor)",
     fake=_fake_backward,
+    check=_check_backward,
     CPU=launch_backward,
     CUDA=launch_backward,
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from ..core.checks import EAGER_FLOATS, INTS, Checker
 from ..core.launching import accumulator, cdiv, jit, launch, next_power_of_2, strides, target_of, tl
 from ..core.library import direct, register_opaque
 from ..core.namespace import torch_ops
@@ -86,9 +87,16 @@ def _fake_tables(positions, inv_freq):
     return positions.new_empty(shape, dtype=inv_freq.dtype), positions.new_empty(shape, dtype=inv_freq.dtype)
 
 
+def _check(positions, inv_freq) -> None:
+    check = Checker("rope_tables")
+    check.tensor("positions", positions, ("T", 2), dtypes=(*INTS, *EAGER_FLOATS))
+    check.tensor("inv_freq", inv_freq, ("F",))
+
+
 register_opaque(
     "rope_tables(Tensor positions, Tensor inv_freq) -> (Tensor, Tensor)",
     fake=_fake_tables,
+    check=_check,
     CPU=launch_tables,
     CUDA=launch_tables,
 )

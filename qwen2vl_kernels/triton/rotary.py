@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from ..core.launching import Target, accumulator, cdiv, jit, launch, like, next_power_of_2, strides, target_of, tl
 from ..core.library import direct, mark_written, register_opaque
 from ..core.namespace import torch_ops
+from ..core.rotation import check_rotation
 
 
 @dataclass(frozen=True)
@@ -390,6 +392,7 @@ _ANGLES = "Tensor? positions, Tensor? inv_freq, Tensor? cos, Tensor? sin, int[] 
 register_opaque(
     f"rotate(Tensor q, Tensor k, {_ANGLES}) -> (Tensor, Tensor)",
     fake=lambda q, k, *_: like(q, k),
+    check=partial(check_rotation, "rotate"),
     setup_context=_setup_context,
     backward=_backward,
     CPU=_rotate,
@@ -398,6 +401,7 @@ register_opaque(
 register_opaque(
     f"rotate_(Tensor(a!) q, Tensor(b!) k, {_ANGLES}) -> ()",
     fake=lambda *arguments: None,
+    check=partial(check_rotation, "rotate_"),
     CPU=_rotate_in_place,
     CUDA=_rotate_in_place,
 )

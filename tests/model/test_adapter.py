@@ -241,3 +241,20 @@ def test_commands(folder, adapter, tmp_path):
     assert again.exit_code == 2 and "whole is there and not" in " ".join(again.stderr.replace("│", " ").split())
     wrong = run("generate", "--model", folder, "--adapter", folder, *ask)
     assert wrong.exit_code == 1 and "holds no adapter_config.json" in wrong.stderr
+
+
+def test_a_save_over_another_scale_that_is_cut_short_is_refused(folder, tmp_path, monkeypatch):
+    """The tensors are the new ones then, and the old configuration would scale them otherwise."""
+    for alpha in (8, 64):
+        make(folder, tmp_path / str(alpha), lora_alpha=alpha, target_modules=["q_proj"])
+    old, new = (Qwen2VL.from_pretrained(folder, device="cpu", adapter=tmp_path / str(alpha)) for alpha in (8, 64))
+    old.save_adapter(tmp_path / "saved")
+
+    def cut(path, data):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qwen2vl.adapter.write_json", cut)
+    with pytest.raises(KeyboardInterrupt):
+        new.save_adapter(tmp_path / "saved")
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
+        Qwen2VL.from_pretrained(folder, device="cpu", adapter=tmp_path / "saved")

@@ -22,7 +22,9 @@ from PIL import Image
 import qwen2vl_kernels
 from qwen2vl import Box, GenerationConfig, Grounded, Processor, Quad, Qwen2VL, draw_grounding, generate
 from qwen2vl.choosing import Choice
+from qwen2vl.cli import lines
 from qwen2vl.cli.common import printable
+from qwen2vl.errors import Qwen2VLError
 from qwen2vl.media.image import load_image
 from qwen2vl_kernels.core import attention_choice, backends
 from qwen2vl_kernels.core.matmul import cpu_vendor, slow_on_cpu
@@ -545,3 +547,12 @@ def test_info(run):
         assert row["op"] in text and (row["measured"] or "not measured") in text
     for reason in facts["unavailable"].values():
         assert reason in text.replace("\n", " ")
+
+
+def test_a_file_of_answers_with_a_line_without_bound_is_left_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(lines, "MAX_LINE", 1000)
+    out = tmp_path / "answers.jsonl"
+    out.write_bytes(b"x" * 100_000)
+    with pytest.raises(Qwen2VLError, match="line 1 is no answer"):
+        lines._take_up(out, iter([b'{"prompt": "a"}']))
+    assert out.stat().st_size == 100_000

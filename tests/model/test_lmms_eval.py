@@ -4,6 +4,7 @@ import abc
 import importlib.util
 import json
 import pickle
+import re
 import shutil
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -16,6 +17,7 @@ from PIL import Image
 from benchmarks.random_checkpoint import write_random_checkpoint
 from examples.demo.media import write_video
 from qwen2vl import GenerationConfig, Processor, Qwen2VL, generate
+from qwen2vl.choosing import Choice, Chooser
 from qwen2vl.errors import Qwen2VLError
 from tests.integrations.fakes.modules import install
 
@@ -137,7 +139,6 @@ def test_answers_are_those_of_generate_in_the_order_of_the_requests(adapter, fol
     assert sorted(text for _, _, text in kept) == sorted(answer.text for answer in answers)
 
 
-
 def test_a_task_says_how_to_answer(adapter, folder):
     model = adapter.LmmsEvalModel(str(folder), device="cpu", max_new_tokens=9)
     greedy = GenerationConfig(max_new_tokens=9, do_sample=False)
@@ -227,6 +228,29 @@ def test_answers_do_not_depend_on_the_rest_of_their_batch_and_what_is_too_long_h
     assert found[0] == found[1]
     assert found[0][3] == found[0][4] != found[0][0]
     assert found[0][2] == ("", 0) and 0 < found[0][1][1] < 40 == found[0][0][1]
+
+
+def test_boxes_in_the_form_that_tasks_parse(adapter, folder, monkeypatch):
+    """lmms-eval's tasks of RefCOCO look for the first four numbers in brackets, in shares of the picture."""
+    box = "<|object_ref_start|>the cat<|object_ref_end|><|box_start|>(100,250),(500,999)<|box_end|>"
+    for given, wanted in (
+        ({}, ["the cat(100,250),(500,999)", "no box"]),
+        ({"boxes": "unit"}, ["[0.1, 0.25, 0.5, 0.999]", "no box"]),
+    ):
+        model = adapter.LmmsEvalModel(str(folder), device="cpu", batch_size=2, **given)
+        tokenizer = model.processor.tokenizer
+        rows = []
+        for text in (box, "no box"):
+            pieces = [piece for piece in re.split(r"(<\|\w+\|>)", text) if piece]
+            rows.append([i for p in pieces for i in ([tokenizer.id(p)] if p[0] == "<" else tokenizer.encode_plain(p))])
+        end = tokenizer.id("<|im_end|>")
+        steps = zip(*[row + [end] * (len(rows[0]) + 1 - len(row)) for row in rows], strict=True)
+        monkeypatch.setattr(Chooser, "__call__", lambda *_, steps=steps: Choice(torch.tensor(next(steps))))
+        model.task_dict = {"vqa": {"test": [[{"type": "image", "url": Image.new("RGB", (56, 56))}]] * 2}}
+        answers = model.generate_until(requests([0, 0], [{"max_new_tokens": 90, "until": []}] * 2))
+        assert [answer.text for answer in answers] == wanted
+    with pytest.raises(Qwen2VLError, match="boxes: wants 'unit' or nothing, got 'pixels'"):
+        adapter.LmmsEvalModel(str(folder), boxes="pixels")
 
 
 def test_the_class_has_a_name_and_can_be_pickled(adapter, folder):

@@ -111,6 +111,34 @@ def test_anls_is_that_of_the_benchmark():
     assert anls("a  bd", ["a bc"]) == pytest.approx(4 / 5) and anls("abd", ["abc      "]) == pytest.approx(8 / 9)
 
 
+def other_anls(answer, references, threshold):
+    """By a table of distances from back to front, each reference by itself."""
+    scores = [0.0]
+    for reference in references:
+        a, b = (" ".join(text.strip().lower().split()) for text in (answer, reference))
+        table = {(i, j): len(a) - i + len(b) - j for i in range(len(a) + 1) for j in range(len(b) + 1)}
+        for i in reversed(range(len(a))):
+            for j in reversed(range(len(b))):
+                steps = (table[i + 1, j] + 1, table[i, j + 1] + 1, table[i + 1, j + 1] + (a[i] != b[j]))
+                table[i, j] = min(steps)
+        longer = max(len(answer.upper()), len(reference.upper()))
+        distance = table[0, 0] / longer if longer else 0.0
+        scores.append(1 - distance if 1 - distance >= threshold else 0.0)
+    return max(scores)
+
+
+def test_anls_is_the_formula():
+    rng, seen = random.Random(3), []
+    for _ in range(600):
+        references = ["".join(rng.choices("aAbß \nİ1", k=rng.randint(0, 9))) for _ in range(rng.randint(1, 3))]
+        near = [rng.choice((c, c, c, c.upper(), "x", "", " ")) for c in rng.choice(references)]
+        answer, threshold = "".join(near), rng.choice((0.5, 0.5, 0.0, 0.8))
+        got = anls(answer, references, threshold=threshold)
+        assert got == pytest.approx(other_anls(answer, references, threshold)), (answer, references)
+        seen.append(got)
+    assert seen.count(0) > 50 and seen.count(1) > 50 and sum(0 < one < 1 for one in seen) > 200
+
+
 NUMBERS = (
     *(
         "0",

@@ -26,7 +26,8 @@ from qwen2vl.media.image import preprocess_image
 from qwen2vl.media.video import preprocess_video
 from qwen2vl.model import Qwen2VL
 from qwen2vl.prompt.chatml import LOW_DETAIL_PIXELS, render
-from qwen2vl.prompt.processor import MediaInfo, Processor
+from qwen2vl.prompt.inputs import MediaInfo
+from qwen2vl.prompt.processor import Processor
 from tests.prompt.prompt_text import segments_to_text
 
 IMAGE_PAD, VIDEO_PAD = 151655, 151656

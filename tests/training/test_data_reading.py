@@ -192,7 +192,7 @@ def test_damaged_shards_and_limits(processor, tmp_path):
     entry = {"path": str(tmp_path / "*.tar"), "format": "webdataset", "shuffle": False}
     data = build_dataset([entry], processor, max_tokens=99, epochs=1)
     assert numbers(processor, data) == [1, 2]
-    assert data.report.skipped["media"] >= 2 and "c.tar: is a damaged tar file" in data.report.summary()
+    assert data.report.skipped["media"] >= 2 and "c.tar: is in a damaged tar file" in data.report.summary()
     with pytest.raises(DataError, match=r"max_bad is 1"):
         list(build_dataset([entry], processor, max_tokens=99, epochs=1, max_bad=1))
     only = {**entry, "path": str(tmp_path / "c.tar")}

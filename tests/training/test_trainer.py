@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemReader
 
 from qwen2vl import Qwen2VL
 from qwen2vl.training import checkpoint
@@ -18,6 +17,7 @@ from qwen2vl.training.logs import draw_loss
 from qwen2vl.training.optim import lr_factor
 from qwen2vl.training.packing import Batch
 from qwen2vl.training.stages import STAGES, part_of
+from qwen2vl.training.storage import TensorReader
 from tests.training import runs
 from tests.training.samples import InMemory, mixed, tiny_model
 
@@ -311,7 +311,7 @@ def test_adapters_train_alone_and_merge_into_the_export(folder, tmp_path):
     assert config["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
     resumed = runs.make(folder, tmp_path, "instruct", resume=True, **tables)
     _same(runs.weights(resumed), runs.weights(trainer))
-    saved = FileSystemReader(checkpoint.folder_of(tmp_path, 2)).read_metadata().state_dict_metadata
+    saved = TensorReader(checkpoint.folder_of(tmp_path, 2)).read_metadata().state_dict_metadata
     assert {name.removeprefix("model.") for name in saved if name.startswith("model.")} == learns, "nothing frozen"
 
 

@@ -161,7 +161,8 @@ class TrainingData(IterableDataset[Example]):
         seed = [self.seed, n] if entry.shuffle else None
         if entry.format == "webdataset":
             # Where files may lie is said of what samples name, and the configuration names the shards.
-            return Shards(entry.paths, seed=seed, access=Access(remote=self.processor.access.remote))
+            access = Access(remote=self.processor.access.remote)
+            return Shards(entry.paths, seed=seed, access=access, max_bytes=entry.max_sample_bytes)
         return JsonFiles(expand(entry.paths), media_root=entry.media_root, seed=seed)
 
     def __iter__(self) -> Generator[Example, None, None]:

@@ -33,6 +33,7 @@ class DataEntry:
         media_root: folder that the paths of images and videos start from; default the folder of the file. Media of
             shards are in the shards.
         shuffle: read in another order each epoch, of samples or of shards and the samples inside each.
+        max_sample_bytes: for shards: the most bytes of one sample's members, which are held at once.
         agent: "paper" or "qwen" where assistants' turns hold function calls in that form as text; "qwen" is the form
             that structured calls (`function_call`, `observation`, `tools`) are written in where this is not given.
         add_vision_id: number pictures and videos in the text.
@@ -49,6 +50,7 @@ class DataEntry:
     weight: float = 1.0
     media_root: str | None = None
     shuffle: bool = True
+    max_sample_bytes: int = 2 << 30
     agent: Style | None = None
     add_vision_id: bool = False
     difficulty: tuple[int, ...] = (0,)
@@ -87,6 +89,9 @@ class DataEntry:
             weight=_number(table.get("weight", 1.0), f"{where}.weight"),
             media_root=_path(table.get("media_root"), f"{where}.media_root"),
             shuffle=_flag(table.get("shuffle", True), f"{where}.shuffle"),
+            max_sample_bytes=check_count(
+                table.get("max_sample_bytes", cls.max_sample_bytes), f"{where}.max_sample_bytes"
+            ),
             agent=None if table.get("agent") is None else _one_of(table["agent"], STYLES, f"{where}.agent"),
             add_vision_id=_flag(table.get("add_vision_id", False), f"{where}.add_vision_id"),
             **generated,

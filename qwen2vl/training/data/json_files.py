@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from ...errors import DataError
+from ...files import open_regular
 
 _CHUNK_BYTES = 16 << 20
+MAX_RECORD = 64 << 20  # bytes; of media a record has the paths alone
 State = dict[str, int]
 
 
@@ -109,6 +111,8 @@ class JsonFiles:
         start, end, line = self._spans[which][index - int(self._ends[which])].tolist()
         source = f"{self.names[which]}:{line}"
         folder = self.media_root or os.path.dirname(self.paths[which])
+        if end - start > MAX_RECORD:
+            return Raw(source, error=f"wants a record of at most {MAX_RECORD >> 20} MB, got {end - start} bytes")
         try:
             if which not in files:
                 files[which] = os.open(self.paths[which], os.O_RDONLY)
@@ -131,7 +135,7 @@ def parse_object(text: bytes) -> dict[str, Any]:
 
 def _index(path: str, name: str) -> np.ndarray:
     """(n, 3) int64: start, end and line of every record."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     if head.startswith(b"[") and not path.endswith((".jsonl", ".ndjson")):
         return _index_array(path, name)
@@ -139,25 +143,36 @@ def _index(path: str, name: str) -> np.ndarray:
 
 
 def _index_lines(path: str) -> np.ndarray:
-    breaks = [np.array([-1])]
-    size = 0
-    with open(path, "rb") as file:
+    """The lines that hold something, found chunk by chunk: empty ones, of which a file may be full, are never held."""
+    found: list[np.ndarray] = []
+    size, begin, line, last = 0, 0, 1, b"\n"  # bytes read; start and number of the line that goes on; the last byte
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK_BYTES):
-            breaks.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + size)
-            size += len(chunk)
-        ends = np.concatenate([*breaks, [size]]).astype(np.int64)
-        spans = np.stack([ends[:-1] + 1, ends[1:], np.arange(1, len(ends))], 1)
-        length = spans[:, 1] - spans[:, 0]
-        keep = length > 0
-        for row in np.flatnonzero(length == 1):  # a Windows line end, perhaps
-            file.seek(int(spans[row, 0]))
-            keep[row] = file.read(1) != b"\r"
-    return spans[keep]
+            data = np.frombuffer(last + chunk, np.uint8)
+            ends = np.flatnonzero(data[1:] == ord("\n")) + size
+            found.append(_filled(data, size - 1, np.concatenate([[begin - 1], ends]), line))
+            size, last = size + len(chunk), chunk[-1:]
+            if len(ends):
+                begin, line = int(ends[-1]) + 1, line + len(ends)
+        found.append(_filled(np.frombuffer(last, np.uint8), size - 1, np.array([begin - 1, size]), line))
+    return np.concatenate(found)
+
+
+def _filled(data: np.ndarray, offset: int, breaks: np.ndarray, line: int) -> np.ndarray:
+    """(n, 3) int64: start, end and number of the lines between neighbouring `breaks`, the first of which is `line`,
+    without those that are empty or hold but the first half of a Windows line end.
+
+    `data`: bytes from `offset` on; a line of one byte lies in them."""
+    starts, ends = breaks[:-1] + 1, breaks[1:]
+    rows = np.flatnonzero(ends > starts)
+    single = rows[ends[rows] - starts[rows] == 1]
+    rows = np.setdiff1d(rows, single[data[starts[single] - offset] == ord("\r")], assume_unique=True)
+    return np.stack([starts[rows], ends[rows], rows + line], 1).astype(np.int64)
 
 
 def _index_array(path: str, name: str) -> np.ndarray:
     """The elements' places in bytes. They are parsed to find their ends, and dropped."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         data = file.read()
     try:
         text = data.decode("utf-8")

@@ -42,7 +42,7 @@ _ROLES = {
     "observation": "result",
     "tool": "result",
 }
-_TAG = re.compile(r"(<image>|<video>|<img>.*?</img>)", re.DOTALL)
+_TAG = re.compile(r"(<image>|<video>|<img>|</img>)")
 _IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif")
 _VIDEOS = ("mp4", "m4v", "mkv", "webm", "mov", "avi")
 _SCHEME = re.compile(r"(?:data:|[A-Za-z][A-Za-z0-9+.-]+://)")
@@ -116,10 +116,9 @@ class _Media:
     def items(self, text: str) -> list[Item]:
         """Text and media in order; a text with none is one item."""
         found: list[Item] = []
-        for n, piece in enumerate(_TAG.split(text)):
-            if n % 2 == 0:
-                if piece:
-                    found.append({"type": "text", "text": piece})
+        for is_tag, piece in _tagged(text):
+            if not is_tag:
+                found.append({"type": "text", "text": piece})
             elif piece in ("<image>", "<video>"):
                 kind = piece[1:-1]
                 self.used[kind] += 1
@@ -182,6 +181,30 @@ class _Media:
         raise DataError(f"{where}: wants a path, got {source!r}"[:200])
 
 
+def _tagged(text: str) -> Iterator[tuple[bool, str]]:
+    """The tags of a text, "<image>", "<video>" and whole "<img>path</img>", and the texts beside them, none empty."""
+    pieces = _TAG.split(text)  # what looks like a part of a tag is at the odd places
+    last_end = max((n for n in range(1, len(pieces), 2) if pieces[n] == "</img>"), default=0)
+    pending, n = [pieces[0]], 1  # text; the place of the next part
+    while n < len(pieces):
+        begin = n
+        if pieces[n] == "<img>" and last_end > n:
+            while pieces[n] != "</img>":
+                n += 2
+        tag = "".join(pieces[begin : n + 1])
+        if n > begin or tag in ("<image>", "<video>"):
+            if any(pending):
+                yield False, "".join(pending)
+            pending.clear()
+            yield True, tag
+        else:
+            pending.append(tag)
+        pending.append(pieces[n + 1])
+        n += 2
+    if any(pending):
+        yield False, "".join(pending)
+
+
 def _path_in(folder: str) -> Resolve:
     return lambda name: name if _SCHEME.match(name) else os.path.join(folder, name)
 
@@ -208,7 +231,7 @@ def _pair(raw: Raw) -> dict[str, Any]:
         text = raw.members["txt"].decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"member txt is no UTF-8 text: {error.reason} at byte {error.start}") from None
-    if not _TAG.search(text):
+    if not any(is_tag for is_tag, _ in _tagged(text)):
         kinds = [(name.rpartition(".")[2] in _VIDEOS) for name in raw.members if _is_media(name)]
         text = "".join("<video>" if video else "<image>" for video in kinds) + text
     return {"text": text}
@@ -312,7 +335,8 @@ def _in_order_of_calls(run: list[Item]) -> list[Item]:
         elif named := [turn["answers"] for turn in turns if "answers" in turn]:
             if len(named) < len(turns) or sorted(map(str, named)) != sorted(map(str, ids)):
                 raise FunctionCallError(f"tool_call_id: wants one result for each of the calls {ids}, got {named}")
-            turns.sort(key=lambda turn: ids.index(turn["answers"]))
+            places = {str(one): n for n, one in reversed(list(enumerate(ids)))}
+            turns.sort(key=lambda turn: places[str(turn["answers"])])
         ordered += turns
     return ordered
 

@@ -22,9 +22,11 @@ import numpy as np
 from ...errors import DataError, MediaError
 from ...media.options import ANYWHERE, Access
 from ...media.sources import open_source
+from .entry import DataEntry
 from .json_files import Raw, State
 
 MAX_SHARD_BYTES = 64 << 30  # of a shard that has to be fetched
+_MAX_HEADER_BYTES = 64 << 10  # what a header is followed by, such as a long name: it is read, and copied, for each
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -71,15 +73,27 @@ class Shards:
         paths: see :func:`expand`.
         seed: of the order of shards, and of samples in each; any ints. None reads in the order given.
         access: whether http(s) addresses may be fetched.
+        max_bytes: the most of one sample.
+
+    What a forged shard says of itself is not believed: a member must lie in the shard, and what is wrong is a sample
+    with an error.
 
     Raises:
         DataError: no shard, or one that is not there.
     """
 
-    def __init__(self, paths: Sequence[str], *, seed: Sequence[int] | None = None, access: Access = ANYWHERE):
+    def __init__(
+        self,
+        paths: Sequence[str],
+        *,
+        seed: Sequence[int] | None = None,
+        access: Access = ANYWHERE,
+        max_bytes: int = DataEntry.max_sample_bytes,
+    ):
         self.shards = expand(paths)
         self.seed = seed
         self.access = access
+        self.max_bytes = max_bytes
 
     def read(self, consumer: int, consumers: int, epochs: int | None, state: State) -> Iterator[tuple[Raw, State]]:
         """The samples of one of several consumers, each with the state that continues behind it.
@@ -116,7 +130,7 @@ class Shards:
                     if whole or (passed + n) % consumers == consumer:
                         after = {"visit": visit, "sample": n + 1, "passed": passed, "shards": total}
                         after["samples"] = len(samples)  # of this shard
-                        yield _read(stream, self.shards[shard], samples[order[n]]), after
+                        yield _read(stream, self.shards[shard], samples[order[n]], self.max_bytes), after
             passed, first = passed + len(samples), 0
             visit += consumers if whole else 1
 
@@ -136,17 +150,56 @@ class Shards:
         except MediaError as error:
             return None, [_Sample("", error=str(error))]
         samples: list[_Sample] = []
+        headers = _Headers(stream)
         try:
-            with tarfile.open(fileobj=stream, mode="r:") as archive:
+            with tarfile.open(fileobj=headers, mode="r:") as archive:  # type: ignore[call-overload]
                 for member in archive:
                     if member.isfile():
                         _add(samples, member)
+                    headers.check(member)
                     # The archive would keep every header, and shards have many.
                     archive.members = []  # type: ignore[attr-defined]
-        except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
-            samples.append(_Sample("", error=f"is a damaged tar file, or a compressed one: {error}"))
-            return stream, samples
+                headers.check_end(archive.offset)  # type: ignore[attr-defined]
+        except Exception as error:  # tarfile trips over what is forged in many ways, RecursionError among them
+            # The last sample may be without members that it had.
+            samples = samples or [_Sample("")]
+            text = str(error) or type(error).__name__
+            samples[-1].error = f"is in a damaged tar file, or a compressed one: {text:.200}"
         return stream, samples or [_Sample("", error="holds no sample")]
+
+
+class _Headers:
+    """A shard while its headers are read, in steps that are small and lead forward."""
+
+    def __init__(self, stream: BinaryIO):
+        self._stream = stream
+        stream.seek(0, os.SEEK_END)
+        self._bytes = stream.tell()
+        stream.seek(0)
+        self._last = -1  # where the header before begins
+        self.seek, self.tell = stream.seek, stream.tell
+
+    def read(self, count: int) -> bytes:
+        if not 0 <= count <= _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {count} bytes, want at most {_MAX_HEADER_BYTES}")
+        return self._stream.read(count)
+
+    def check(self, member: tarfile.TarInfo) -> None:
+        """Refuse a member that is not in the shard, or whose header is not behind the header before."""
+        if member.offset <= self._last:
+            raise tarfile.ReadError(f"the header of {member.name!r:.80} leads back")
+        self._last = member.offset
+        if member.isfile() and not 0 <= member.size <= self._bytes - member.offset_data and not member.issparse():
+            raise tarfile.ReadError(
+                f"{member.name!r:.80} breaks off: {member.size} bytes are said to follow, "
+                f"{max(0, self._bytes - member.offset_data)} do"
+            )
+
+    def check_end(self, offset: int) -> None:
+        """Refuse an end that is none: tarfile stops at a header that it cannot read, as at the end."""
+        self._stream.seek(offset)
+        if any(self._stream.read(tarfile.BLOCKSIZE)):
+            raise tarfile.ReadError(f"no header at byte {offset}")
 
 
 def _add(samples: list[_Sample], member: tarfile.TarInfo) -> None:
@@ -157,16 +210,20 @@ def _add(samples: list[_Sample], member: tarfile.TarInfo) -> None:
         samples.append(_Sample(key))
     sample, extension = samples[-1], extension.lower()
     if not dot or not extension:
-        sample.error = f"member {member.name!r} wants an extension"
+        sample.error = f"member {member.name!r:.80} wants an extension"
     elif extension in {name for name, _, _ in sample.members}:
-        sample.error = f"has two members named {extension!r}"
+        sample.error = f"has two members named {extension!r:.80}"
+    elif member.issparse():
+        sample.error = f"member {member.name!r:.80} is sparse, want it written in full"
     sample.members.append((extension, member.offset_data, member.size))
 
 
-def _read(stream: BinaryIO | None, path: str, sample: _Sample) -> Raw:
-    source = f"{path}:{sample.key}" if sample.key else path
+def _read(stream: BinaryIO | None, path: str, sample: _Sample, max_bytes: int) -> Raw:
+    source = f"{path}:{sample.key:.200}" if sample.key else path
     if sample.error or stream is None:
         return Raw(source, error=sample.error)
+    if (total := sum(size for _, _, size in sample.members)) > max_bytes:
+        return Raw(source, error=f"has {total} bytes, more than max_sample_bytes, {max_bytes}")
     members: dict[str, bytes] = {}
     for name, offset, size in sample.members:
         try:

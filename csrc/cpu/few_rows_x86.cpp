@@ -1,0 +1,148 @@
+// For x86: AVX-512 with its products of bf16 pairs, and AVX2. Function attributes choose the instructions, as in
+// resample_x86.cpp.
+#include "few_rows.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+
+// GCC 12's own headers leave a value undefined on purpose and then warn about it.
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+#include <immintrin.h>
+
+#include <algorithm>
+
+#define QWEN2VL_AVX2 __attribute__((target("avx2,fma")))
+#define QWEN2VL_AVX512 __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512bf16")))
+
+namespace qwen2vl {
+namespace {
+
+// How far ahead of the products a weight is asked for, in elements: the processor's own prefetching ends at pages.
+constexpr int64_t kAhead = 1024;
+
+// ---- AVX-512: an instruction multiplies 32 pairs and adds two products to each of 16 sums.
+
+template <int M, int N>
+QWEN2VL_AVX512 inline void block512(const FewRows& p, int64_t row, int64_t output) {
+  const uint16_t* x = p.x + row * p.x_stride;
+  const uint16_t* w = p.w + output * p.w_stride;
+  __m512 sums[M][N];
+  for (int m = 0; m < M; ++m) {
+    for (int n = 0; n < N; ++n) sums[m][n] = _mm512_setzero_ps();
+  }
+  for (int64_t k = 0; k < p.width; k += 32) {
+    const __mmask32 held = p.width - k < 32 ? (1u << (p.width - k)) - 1 : ~0u;
+    __m512i weights[N];
+    for (int n = 0; n < N; ++n) {
+      weights[n] = _mm512_maskz_loadu_epi16(held, w + n * p.w_stride + k);
+      _mm_prefetch(reinterpret_cast<const char*>(w + n * p.w_stride + k + kAhead), _MM_HINT_T0);
+    }
+    for (int m = 0; m < M; ++m) {
+      const __m512bh values = (__m512bh)_mm512_maskz_loadu_epi16(held, x + m * p.x_stride + k);
+      for (int n = 0; n < N; ++n) sums[m][n] = _mm512_dpbf16_ps(sums[m][n], values, (__m512bh)weights[n]);
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int n = 0; n < N; ++n) store(p, row + m, output + n, _mm512_reduce_add_ps(sums[m][n]));
+  }
+}
+
+// Four rows of x and four of w have 16 sums, as many as hide the latency of a product.
+template <int N>
+QWEN2VL_AVX512 inline void rows512(const FewRows& p, int64_t output) {
+  for (int64_t m = 0; m < p.rows; m += 4) {
+    switch (p.rows - m) {
+      case 1:
+        block512<1, N>(p, m, output);
+        break;
+      case 2:
+        block512<2, N>(p, m, output);
+        break;
+      case 3:
+        block512<3, N>(p, m, output);
+        break;
+      default:
+        block512<4, N>(p, m, output);
+    }
+  }
+}
+
+QWEN2VL_AVX512 void avx512(const FewRows& p, int64_t begin, int64_t end) {
+  int64_t n = begin;
+  for (; n + 4 <= end; n += 4) rows512<4>(p, n);
+  for (; n < end; ++n) rows512<1>(p, n);
+}
+
+// ---- AVX2: the halves of a 32-bit word are two bf16, of which each is the upper half of a float32.
+
+QWEN2VL_AVX2 inline __m256 even(__m256i words) { return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16)); }
+
+QWEN2VL_AVX2 inline __m256 odd(__m256i words) {
+  return _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+
+QWEN2VL_AVX2 inline float total(__m256 sums) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
+}
+
+template <int M, int N>
+QWEN2VL_AVX2 inline void block256(const FewRows& p, int64_t row, int64_t output) {
+  const uint16_t* x = p.x + row * p.x_stride;
+  const uint16_t* w = p.w + output * p.w_stride;
+  __m256 low[M][N], high[M][N];
+  for (int m = 0; m < M; ++m) {
+    for (int n = 0; n < N; ++n) low[m][n] = high[m][n] = _mm256_setzero_ps();
+  }
+  int64_t k = 0;
+  for (; k + 16 <= p.width; k += 16) {
+    __m256i values[M];
+    for (int m = 0; m < M; ++m) {
+      values[m] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + m * p.x_stride + k));
+    }
+    for (int n = 0; n < N; ++n) {
+      const uint16_t* at = w + n * p.w_stride + k;
+      const __m256i weights = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+      _mm_prefetch(reinterpret_cast<const char*>(at + kAhead), _MM_HINT_T0);
+      for (int m = 0; m < M; ++m) {
+        low[m][n] = _mm256_fmadd_ps(even(values[m]), even(weights), low[m][n]);
+        high[m][n] = _mm256_fmadd_ps(odd(values[m]), odd(weights), high[m][n]);
+      }
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int n = 0; n < N; ++n) {
+      float sum = total(_mm256_add_ps(low[m][n], high[m][n]));
+      for (int64_t rest = k; rest < p.width; ++rest) {
+        sum += from_bf16(x[m * p.x_stride + rest]) * from_bf16(w[n * p.w_stride + rest]);
+      }
+      store(p, row + m, output + n, sum);
+    }
+  }
+}
+
+template <int M>
+QWEN2VL_AVX2 inline void outputs256(const FewRows& p, int64_t row, int64_t begin, int64_t end) {
+  int64_t n = begin;
+  for (; n + 2 <= end; n += 2) block256<M, 2>(p, row, n);
+  for (; n < end; ++n) block256<M, 1>(p, row, n);
+}
+
+QWEN2VL_AVX2 void avx2(const FewRows& p, int64_t begin, int64_t end) {
+  // A piece of work stays in the caches, so that pairs of rows may each pass over it.
+  int64_t m = 0;
+  for (; m + 2 <= p.rows; m += 2) outputs256<2>(p, m, begin, end);
+  if (m < p.rows) outputs256<1>(p, m, begin, end);
+}
+
+}  // namespace
+
+const FewRowsKernel kAvx512Bf16FewRows{"avx512_bf16", avx512}, kAvx2FewRows{"avx2", avx2};
+
+}  // namespace qwen2vl
+
+#endif

@@ -1,0 +1,90 @@
+#include "workers.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+namespace qwen2vl {
+namespace {
+
+class Workers {
+ public:
+  void run(int64_t threads, int64_t pieces, const std::function<void(int64_t)>& work) {
+    threads = std::min(threads, pieces);
+    const std::unique_lock<std::mutex> only(calls_, std::try_to_lock);
+    if (threads <= 1 || !only.owns_lock()) {
+      for (int64_t piece = 0; piece < pieces; ++piece) work(piece);
+      return;
+    }
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      grow(threads - 1);
+      work_ = &work;
+      next_ = 0;
+      pieces_ = pieces;
+      seats_ = std::min(threads - 1, made_);
+    }
+    for (int64_t n = 1; n < threads; ++n) wake_.notify_one();
+    take();
+    // Who has not woken by now finds no seat; who has is waited for.
+    std::unique_lock<std::mutex> lock(mutex_);
+    seats_ = 0;
+    done_.wait(lock, [this] { return busy_ == 0; });
+  }
+
+ private:
+  void grow(int64_t wanted) {
+    try {
+      for (; made_ < wanted; ++made_) std::thread([this] { serve(); }).detach();
+    } catch (const std::system_error&) {
+      // No more threads to be had: those that run share the work.
+    }
+  }
+
+  void serve() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [this] { return seats_ > 0; });
+      --seats_;
+      ++busy_;
+      lock.unlock();
+      take();
+      lock.lock();
+      if (--busy_ == 0) done_.notify_one();
+    }
+  }
+
+  void take() {
+    for (int64_t piece = next_++; piece < pieces_; piece = next_++) (*work_)(piece);
+  }
+
+  std::mutex calls_;  // held by the call that the threads work for
+  std::mutex mutex_;  // of all that follows
+  std::condition_variable wake_, done_;
+  const std::function<void(int64_t)>* work_ = nullptr;
+  std::atomic<int64_t> next_{0};
+  int64_t pieces_ = 0, seats_ = 0, busy_ = 0, made_ = 0;
+};
+
+// Never destroyed: the threads may wait in it when the process ends.
+Workers* workers = nullptr;
+std::once_flag begun;
+
+void begin_anew() { workers = new Workers; }
+
+}  // namespace
+
+void run_pieces(int64_t threads, int64_t pieces, const std::function<void(int64_t)>& work) {
+  std::call_once(begun, [] {
+    begin_anew();
+    pthread_atfork(nullptr, nullptr, begin_anew);  // what another thread held in the parent stays held in the child
+  });
+  workers->run(threads, pieces, work);
+}
+
+}  // namespace qwen2vl
