@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import struct
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from qwen2vl.errors import MediaError
+from qwen2vl.media.options import Limits
 
 _LEAST = 4096  # pixels that a scan or a tile counts as at least: going to it costs time of its own
 _SLOW = 64  # times a decoder of Pillow's that is written in Python takes what one in C takes
@@ -25,6 +27,12 @@ _CHUNK_BYTES = 1 << 20
 # Fill bytes are taken in; a zero stands for a byte of data, and restart marks and 01 have no length.
 _MARK = re.compile(rb"\xff+([^\x00\x01\xd0-\xd7\xff])")
 _SCAN, _END = b"\xda", b"\xd9"
+_PROGRESSIVE = b"\xff\xc2"  # begins the header of a JPEG with scans of parts of the bits, which are as many as it likes
+_TIFF = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+")  # all that Pillow takes for one
+_MAX_TAGS = 1 << 18  # of all pages of a TIFF, which have some twenty each
+_PLAIN_KINDS = (1, 2, 7)  # bytes and text, which are kept as they are
+_SUBDIRECTORIES = (0x8769, 0x8825, 0xA005)  # of EXIF, GPS and interoperability
+_TIFF_SCANS = 100  # of each JPEG inside of a TIFF, after which libtiff gives up
 
 
 def check_effort(image: Image.Image, label: str, most: int) -> None:
@@ -43,6 +51,8 @@ def check_effort(image: Image.Image, label: str, most: int) -> None:
     if image.format in ("JPEG", "MPO"):
         scans = count_scans(file, label, most // max(_LEAST, pixels))
         pixels, what = pixels * scans, f"{scans} scans or more"
+    elif image.format == "TIFF" and "jpeg" in str(image.info.get("compression")) and _holds(file, _PROGRESSIVE):
+        pixels, what = pixels * _TIFF_SCANS, f"up to {_TIFF_SCANS} scans"
     elif any(tile[0] in Image.DECODERS for tile in tiles):
         size = file.seek(0, os.SEEK_END)
         pixels, what = _SLOW * max(pixels, size), f"{size} bytes in a form that decodes slowly"
@@ -52,6 +62,17 @@ def check_effort(image: Image.Image, label: str, most: int) -> None:
             f"{label} has {what} of {image.width} x {image.height} pixels, together {pixels} to decode, "
             f"more than max_decoded_pixels = {most}: refused before decoding"
         )
+
+
+def _holds(file: BinaryIO, mark: bytes) -> bool:
+    """Whether the two bytes of a mark stand anywhere in a file."""
+    file.seek(0)
+    last = b""
+    while chunk := file.read(_CHUNK_BYTES):
+        if mark in last + chunk:
+            return True
+        last = chunk[-1:]
+    return False
 
 
 def count_scans(file: BinaryIO, label: str, most: int) -> int:
@@ -83,6 +104,60 @@ def count_scans(file: BinaryIO, label: str, most: int) -> int:
     else:
         raise MediaError(f"{label} has more than {_MAX_SEGMENTS} segments, as no photo has")
     return max(1, scans)
+
+
+def check_structure(file: BinaryIO, label: str, limits: Limits) -> None:
+    """Refuse a JPEG or TIFF whose parts are so many that Pillow, which keeps each in Python, takes a second for a
+    megabyte and a hundred bytes of memory for one. To be called before it is opened.
+
+    Raises:
+        MediaError: a JPEG has more than 65,536 segments, a TIFF more than 262,144 tags, or one of these more values
+            than tiles could be decoded.
+    """
+    file.seek(0)
+    head = file.read(16)
+    if head.startswith(b"\xff\xd8"):
+        count_scans(file, label, 0)  # up to the first: behind it, Pillow's parser does not go
+    elif head[:4] in _TIFF:
+        order, large = "<" if head[:2] == b"II" else ">", b"+" in head[:4]
+        # Pillow 13 reads a large file of big-endian numbers in the form of small ones, others may not.
+        for big in (False, True) if large and order == ">" else (large,):
+            _check_directories(file, label, order, big, limits)
+    file.seek(0)
+
+
+def _check_directories(file: BinaryIO, label: str, order: str, big: bool, limits: Limits) -> None:
+    """Look at the tags of every page, and of the metadata beside it, without reading their values."""
+    most = limits.max_decoded_pixels // _LEAST
+    word = struct.Struct(order + ("Q" if big else "I"))
+    length = struct.Struct(order + ("Q" if big else "H"))
+    entry = struct.Struct(order + ("HHQQ" if big else "HHII"))
+    end = file.seek(0, os.SEEK_END)
+    file.seek(8 if big else 4)
+    waiting, seen, total = [_number(file, word)], set(), 0
+    while waiting and len(seen) <= 4 * limits.max_item_frames:  # more pages than that are not read
+        offset = waiting.pop()
+        if not offset or offset in seen or offset >= 1 << 63:
+            continue
+        seen.add(offset)
+        file.seek(offset)
+        count = _number(file, length)
+        total += count
+        if total > _MAX_TAGS:
+            raise MediaError(f"{label} has more than {_MAX_TAGS} tags: refused before decoding")
+        tags = file.read(entry.size * count)
+        for tag, kind, values, value in entry.iter_unpack(tags[: len(tags) // entry.size * entry.size]):
+            if kind not in _PLAIN_KINDS and most < values <= end:  # what the file cannot hold is skipped by Pillow
+                raise MediaError(f"{label} has {values} values in tag {tag}, more than {most}: refused before decoding")
+            if tag in _SUBDIRECTORIES:
+                waiting.append(value)
+        waiting.append(_number(file, word))
+
+
+def _number(file: BinaryIO, form: struct.Struct) -> int:
+    """The next number of a file, 0 at its end."""
+    data = file.read(form.size)
+    return form.unpack(data)[0] if len(data) == form.size else 0
 
 
 class PixelBudget:

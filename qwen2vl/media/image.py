@@ -23,7 +23,7 @@ from PIL import Image, features
 import qwen2vl_kernels
 from qwen2vl.config import MAX_PIXELS, MIN_PIXELS
 from qwen2vl.errors import MediaError, MediaWarning, install_hint
-from qwen2vl.media.effort import PIXEL_BUDGET, check_effort
+from qwen2vl.media.effort import PIXEL_BUDGET, check_effort, check_structure
 from qwen2vl.media.kinds import picture_format, video_container
 from qwen2vl.media.options import (
     ANYWHERE,
@@ -42,6 +42,7 @@ from qwen2vl.media.strictness import strict_pillow
 from qwen2vl_kernels import image_to_patches
 
 MAX_IMAGE_BYTES = 1 << 30  # some decoders read the whole file before they look at it
+MAX_EXIF_BYTES = 4 << 20  # those of a camera fit into 65,533, and each may become an object in memory
 
 # Only formats that Pillow or pillow-heif decodes by itself: EPS, for one, would run an interpreter on the file.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "HEIF")
@@ -217,9 +218,12 @@ def open_image(stream: BinaryIO, label: str, limits: Limits) -> Image.Image:
     Image.init()
     formats = [name for name in _FORMATS if name in Image.OPEN]
     try:
+        check_structure(stream, label, limits)
         file = without_metadata(stream)
         with without_warnings(), strict_pillow():
             return Image.open(file, formats=formats)
+    except MediaError:
+        raise
     except Image.DecompressionBombError as error:
         raise MediaError(
             f"{label} was refused from its header, max_source_pixels is {limits.max_source_pixels}: {error}"
@@ -274,6 +278,8 @@ def decode_image(image: Image.Image, label: str, limits: Limits) -> np.ndarray:
         check_effort(image, label, limits.max_decoded_pixels)
         with strict_pillow():
             image.load()
+        if len(image.info.get("exif") or b"") > MAX_EXIF_BYTES:
+            raise MediaError(f"{label} has EXIF metadata of more than {MAX_EXIF_BYTES} bytes")
         orientation = _orientation(image)  # after load: PNG may carry EXIF behind its pixels
         width, height = image.size
         turned = orientation in _TRANSPOSED

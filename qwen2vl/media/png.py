@@ -14,6 +14,7 @@ _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _HEAD = struct.Struct(">I4s")  # length and kind; behind the data stand four bytes of checksum
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 _ORIENTING = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # the texts in which Pillow looks for an orientation
+_MAX_CHUNKS = 65_536  # half a gigabyte in the pieces that most writers make
 _LONGEST = max(map(len, _ORIENTING))
 
 
@@ -25,12 +26,18 @@ def without_metadata(file: BinaryIO) -> BinaryIO:
 
     Returns:
         ``file`` itself where there is nothing to leave out, else a copy in memory; at position 0.
+
+    Raises:
+        ValueError: it has more than 65,536 chunks, each of which costs Pillow some microseconds.
     """
     kept: list[tuple[int, int]] = []  # from, to
     begin, position = 0, len(_SIGNATURE)
     file.seek(0)
     is_png = file.read(position) == _SIGNATURE
+    count = 0
     while is_png and len(head := file.read(_HEAD.size)) == _HEAD.size:
+        if (count := count + 1) > _MAX_CHUNKS:
+            raise ValueError(f"it has more than {_MAX_CHUNKS} chunks")
         length, kind = _HEAD.unpack(head)
         end = position + _HEAD.size + length + 4
         if kind == b"iCCP" or (kind in _TEXTS and not file.read(min(length, _LONGEST)).startswith(_ORIENTING)):

@@ -310,8 +310,9 @@ def _join_text(segments: Sequence[Segment]) -> Iterator[Segment]:
 
 
 def _split_markers(text: str, markers: Sequence[str]) -> list[Segment]:
+    """Text and markers in order. An empty text is none, so that what stands around it is neighbours."""
     if not markers:
-        return [Text(text)]
+        return [Text(text)] if text else []
     # re.split with one group puts the markers at the odd places; re compiles a pattern once.
     pieces = re.split("(" + "|".join(map(re.escape, markers)) + ")", text)
-    return [Control(piece) if n % 2 else Text(piece) for n, piece in enumerate(pieces)]
+    return [Control(piece) if n % 2 else Text(piece) for n, piece in enumerate(pieces) if piece]

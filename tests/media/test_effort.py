@@ -1,21 +1,27 @@
 """What pictures may cost: their work is counted from their headers, and threads share a budget of pixels."""
 
 import io
+import os
+import signal
 import subprocess
 import sys
 import threading
+import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
 from qwen2vl.errors import MediaError
-from qwen2vl.media.effort import PixelBudget, count_scans
+from qwen2vl.media.effort import PIXEL_BUDGET, PixelBudget, count_scans
 from qwen2vl.media.image import load_image, preprocess_image
 from qwen2vl.media.options import Access, Limits
+from qwen2vl.media.strictness import strict_pillow
 from qwen2vl.media.video import preprocess_video
-from tests.media.media_fixtures import encode_image, noise, numbered, png_with_header, video_bytes
+from tests.media.media_fixtures import encode_image, noise, numbered, png_chunk, png_with_header, video_bytes
 
 # ----------------------------------------------------------------------------------------------------- time
 
@@ -80,22 +86,81 @@ def test_usual_photos_pass():
         assert load_image(data).ndim == 3
 
 
-def test_a_tile_that_a_tiff_names_a_million_times(undecoded):
-    """Two tiles of a row, alternating, so that no two neighbours are alike."""
-    count, side = 40_000, 256
-    offset = 8
-    data = bytearray(b"II*\0" + (8 + side * side).to_bytes(4, "little") + bytes(side * side))
+def tiff(tiles, *, order: Any = "little", big=False, side=256):
+    """A TIFF of two tiles in a row, named again and again in turn, so that no two neighbours are alike."""
+    word, size = (8, 8) if big else (4, 2)
+    start = 16 if big else 8
+    data = {"little": b"II", "big": b"MM"}[order] + (43 if big else 42).to_bytes(2, order)
+    data += (b"\x08\0\0\0" if order == "little" else b"\0\x08\0\0") if big else b""
+    data += (start + side * side).to_bytes(word, order) + bytes(side * side)
     entries = [(256, 4, 1, 2 * side), (257, 4, 1, side), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1)]
     entries += [(277, 3, 1, 1), (322, 3, 1, side), (323, 3, 1, side)]
-    behind = len(data) + 2 + 12 * (len(entries) + 2) + 4
-    entries += [(324, 4, count, behind), (325, 4, count, behind + 4 * count)]
-    data += len(entries).to_bytes(2, "little")
+    behind = len(data) + size + (20 if big else 12) * (len(entries) + 2) + word
+    entries += [(324, 4, tiles, behind), (325, 4, tiles, behind)]
+    data += len(entries).to_bytes(size, order)
     for tag, kind, number, value in entries:
-        data += tag.to_bytes(2, "little") + kind.to_bytes(2, "little")
-        data += number.to_bytes(4, "little") + value.to_bytes(4, "little")
-    data += bytes(4) + offset.to_bytes(4, "little") * count + (side * side).to_bytes(4, "little") * count
+        data += tag.to_bytes(2, order) + kind.to_bytes(2, order) + number.to_bytes(word, order)
+        value = value.to_bytes(2 if kind == 3 else 4, order)
+        data += value + bytes(word - len(value))
+    return data + bytes(word) + start.to_bytes(4, order) * tiles
+
+
+def test_a_tile_that_a_tiff_names_again_and_again(undecoded):
     with pytest.raises(MediaError, match=r"40000 tiles of 512 x 256 pixels, together 2621440000 to decode"):
-        load_image(bytes(data))
+        load_image(tiff(40_000))
+
+
+@pytest.mark.parametrize(("order", "big"), [("little", False), ("big", False), ("little", True)])
+def test_parts_that_pillow_would_keep_in_python_are_counted_before(monkeypatch, order, big):
+    """A million tiles took 290 MB and four seconds."""
+    assert load_image(tiff(4, order=order, big=big)).shape == (256, 512, 3)
+    exif = Image.Exif()
+    exif[0x010E] = "text" * 200_000  # which is one value
+    assert load_image(encode_image(noise(40, 40), "TIFF", exif=exif)).shape == (40, 40, 3)
+
+    def refuse(*given, **named):
+        raise AssertionError("Pillow parses it")
+
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(MediaError, match="has 300000 values in tag 324, more than 262144"):
+        load_image(tiff(300_000, order=order, big=big))
+
+
+def test_the_tags_of_all_pages_are_counted():
+    """Pages that name one another may lie in one another, so that a small file has any number of tags."""
+    size = 2 + 12 * 60_000 + 4
+    data = b"II*\0\x08\0\0\0"
+    for _ in range(5):
+        data += (60_000).to_bytes(2, "little") + bytes(size - 6) + (len(data) + size).to_bytes(4, "little")
+    with pytest.raises(MediaError, match="has more than 262144 tags: refused before decoding"):
+        load_image(data)
+
+
+def test_chunks_and_segments_are_counted_before(monkeypatch):
+    png, jpeg = png_with_header(8, 8), encode_image(noise(40, 40), "JPEG")
+    data = png[:33] + 70_000 * png_chunk(b"abCd", b"") + png[33:]
+    with pytest.raises(MediaError, match="more than 65536 chunks"):
+        load_image(data)
+    monkeypatch.setattr(Image, "open", None)
+    with pytest.raises(MediaError, match="more than 65536 segments"):
+        load_image(jpeg[:2] + 70_000 * b"\xff\xfe\0\x02" + jpeg[2:])
+
+
+def test_metadata_is_not_taken_at_any_size():
+    data = encode_image(noise(40, 40))
+    exif = png_chunk(b"eXIf", b"MM\0*" + bytes(5 << 20))
+    with pytest.raises(MediaError, match="has EXIF metadata of more than 4194304 bytes"):
+        load_image(data[:33] + exif + data[33:])
+
+
+def test_scans_inside_of_a_tiff_count(undecoded):
+    """libtiff takes up to a hundred of each strip, wherever those strips are in the file."""
+    usual = encode_image(Image.new("RGB", (4000, 3000)), "TIFF", compression="jpeg")
+    with pytest.raises(Decoded):
+        load_image(usual)
+    assert usual.count(b"\xff\xc0")
+    with pytest.raises(MediaError, match="scans of 4000 x 3000 pixels, together 1200000000 to decode"):
+        load_image(usual.replace(b"\xff\xc0", b"\xff\xc2"))
 
 
 @pytest.mark.parametrize("head", [b"P3 5000 4000 255\n", b"P6 5000 4000 254\n"])
@@ -109,7 +174,7 @@ def test_frames_and_pages_are_not_counted_to_the_end(monkeypatch):
     frames = [Image.fromarray(noise(20, 20, seed=n)) for n in range(40)]
     for format in ("GIF", "TIFF"):
         data = encode_image(frames[0], format, save_all=True, append_images=frames[1:])
-        plugin = type(Image.open(io.BytesIO(data)))
+        plugin: Any = type(Image.open(io.BytesIO(data)))
         seeks, seek = [], plugin._seek
         monkeypatch.setattr(plugin, "_seek", lambda *given, seek=seek, seeks=seeks: (seeks.append(given), seek(*given)))
         with pytest.warns(match="holds several frames or pages"):
@@ -139,7 +204,7 @@ for path in sys.argv[2:]:
 
 def test_conversions_hold_no_second_copy(tmp_path):
     """The file's pixels as Pillow keeps them, three bytes of each in the end, and a strip at a time between."""
-    height, width = 2500, 4000
+    height, width = 2000, 3000
     grey = np.zeros((height, width), np.uint8)
     palette = Image.fromarray(grey).convert("P")
     rgb = Image.fromarray(np.zeros((height, width, 3), np.uint8))
@@ -233,6 +298,31 @@ def test_a_large_picture_is_not_passed_by_small_ones_for_ever():
     enter(50)  # alone, whatever the budget says
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_of_a_fork_waits_for_no_thread_of_its_parent(monkeypatch):
+    """The parent holds all pixels, and Pillow's flag, while it forks."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    data, free = encode_image(noise(50, 40)), ImageFile.LOAD_TRUNCATED_IMAGES
+    with PIXEL_BUDGET.hold(10**9, 10**9), strict_pillow(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Python 3.12, about forks beside threads
+        child = os.fork()
+        if not child:
+            try:
+                load_image(data)
+                os._exit(7 if ImageFile.LOAD_TRUNCATED_IMAGES is free else 1)
+            finally:
+                os._exit(2)
+        end = time.monotonic() + 30
+        ended = (0, 0)
+        while not ended[0] and time.monotonic() < end:
+            ended = os.waitpid(child, os.WNOHANG)
+            time.sleep(0.01)
+    if not ended[0]:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended[0] and os.waitstatus_to_exitcode(ended[1]) == 7
+
+
 # -------------------------------------------------------------------------------------------------- options
 
 
@@ -250,10 +340,11 @@ def test_a_photo_passes_and_a_panorama_by_a_setting(undecoded):
 def test_no_option_goes_beyond_the_limits_of_an_item(undecoded):
     clip, access = video_bytes(numbered(12)), Access(limits=Limits(max_item_frames=8))
     tiny = png_with_header(56, 56)
-    for options in (
+    asked: list[dict[str, Any]] = [
         {"min_pixels": 1_400_000_000},
         {"resized_height": 28_000, "resized_width": 28_000, "max_pixels": 10**9},
-    ):
+    ]
+    for options in asked:
         with pytest.raises(MediaError, match=r"would be \d+ tokens, more than max_item_tokens = 32768"):
             preprocess_image(tiny, **options)
     with pytest.raises(MediaError, match=r"min_pixels must be a positive integer, got one of 2\*\*63 or more"):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import av
 import numpy as np
@@ -73,6 +74,7 @@ def test_a_hang_ends_with_the_time(child_says, large):
     with pytest.raises(MediaError, match=r"was not decoded within video_timeout = 0.3 s"):
         preprocess_video(large, access=Access(limits=Limits(video_timeout=0.3)))
     assert time.monotonic() - begin < 30 and not children()
+    wrong: Any
     for wrong in (0, -1, float("nan"), "1"):
         with pytest.raises(MediaError, match="video_timeout must be a finite number > 0"):
             Limits(video_timeout=wrong)
