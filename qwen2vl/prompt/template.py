@@ -181,7 +181,9 @@ class ChatTemplate:
                     found = True
             message["content"] = items
         marked = self._write(cut, where, *asked) if found else None
-        return None if marked is None or marked.replace(self._cut, "") != text else marked
+        if marked is None or marked.replace(self._cut, "") != text:
+            return None
+        return marked.replace(self._cut * 2, "")  # what was inserted side by side is one text
 
     def _insertions(
         self, turns: Sequence[Message], given: Sequence[Mapping[str, Any]], text: str, where: str, *asked: bool

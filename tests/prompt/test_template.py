@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoTokenizer
@@ -264,6 +264,9 @@ _ITEMS = st.lists(
 
 
 @given(_ITEMS, _ITEMS)
+@example([("a", False)], [("c ", False), ("", True), ("a", False)])
+@example([("a", False)], [("", True), ("\n", False)])
+@example([("a", False)], [("\n", True), ("\n", True)])
 def test_what_was_inserted_is_not_taught(tokenizer, first, second):
     """Under a template of the checkpoint's own as in the standard layout, in prompts, ids and labels."""
     standard, processor = Processor(tokenizer), Processor(tokenizer, chat_template=ChatTemplate(RELEASED, tokenizer))
