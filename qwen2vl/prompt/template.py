@@ -180,9 +180,10 @@ class ChatTemplate:
                     item["text"] = f"{self._cut}{item['text']}{self._cut}"
                     found = True
             message["content"] = items
-        # What was inserted side by side is one text, as in the standard layout.
-        marked = self._write(cut, where, *asked).replace(2 * self._cut, "") if found else None
-        return None if marked is None or marked.replace(self._cut, "") != text else marked
+        marked = self._write(cut, where, *asked) if found else None
+        if marked is None or marked.replace(self._cut, "") != text:
+            return None
+        return marked.replace(self._cut * 2, "")  # what was inserted side by side is one text
 
     def _insertions(
         self, turns: Sequence[Message], given: Sequence[Mapping[str, Any]], text: str, where: str, *asked: bool

@@ -264,8 +264,9 @@ _ITEMS = st.lists(
 
 
 @given(_ITEMS, _ITEMS)
-@example([("a", False)], [("\n", True), ("", True), ("\n", True)])
+@example([("a", False)], [("c ", False), ("", True), ("a", False)])
 @example([("a", False)], [("", True), ("\n", False)])
+@example([("a", False)], [("\n", True), ("\n", True)])
 def test_what_was_inserted_is_not_taught(tokenizer, first, second):
     """Under a template of the checkpoint's own as in the standard layout, in prompts, ids and labels."""
     standard, processor = Processor(tokenizer), Processor(tokenizer, chat_template=ChatTemplate(RELEASED, tokenizer))
