@@ -29,6 +29,17 @@ _NONE: Features = (None, None)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def _compute_alone() -> None:
+    """In a forked process, which has its parent's pool of OpenMP's threads without the threads: the first operation
+    that shares its work would wait for them without end."""
+    if torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_compute_alone)
+
+
 class Qwen2VL(nn.Module):
     """The thin model. Parameter names are those of the released checkpoints.
 

@@ -292,8 +292,7 @@ def _part_pieces(part: Part, written: bool, taught: bool, markers: Sequence[str]
         segments = _split_markers(part.item.text, own)
         taught = taught and part.loss
     for segment in segments:
-        if segment != Text(""):  # which would part the texts beside it
-            yield _Piece(segment, taught, inserted)
+        yield _Piece(segment, taught, inserted)
 
 
 def _join_text(segments: Sequence[Segment]) -> Iterator[Segment]:

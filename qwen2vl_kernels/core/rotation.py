@@ -92,7 +92,8 @@ def check_rotation(op, q, k, positions, inv_freq, cos, sin, section, interleaved
         rows = "T" if positions is None else "P"
         for name, table in (("cos", cos), ("sin", sin)):
             check.tensor(name, table, (rows, "R/2"), dtypes=EAGER_FLOATS)
-        check.require(positions is None or cos.shape[0] > 0, "cos and sin must have a row at least, got none")
+        ok = positions is None or check.sizes[rows] > 0
+        check.require(ok, "cos and sin must have a row at least, got none")
     pairs = check.sizes["R/2"]
     check.require(2 * pairs <= q.shape[2], f"{pairs} pairs do not fit q's head_dim {q.shape[2]}")
     ok = positions is None or (len(section) == 3 and min(section) >= 0 and sum(section) == pairs)

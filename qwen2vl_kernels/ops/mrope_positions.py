@@ -261,6 +261,10 @@ def _check_boundaries(cu_seqlens: list[int], length: int) -> None:
         )
 
 
+def _check_op(input_ids, image_grid_thw, video_grid_thw, attention_mask, cu_seqlens, *settings) -> None:
+    _check("mrope_positions", input_ids, image_grid_thw, video_grid_thw, attention_mask, cu_seqlens, None, *settings)
+
+
 _TENSORS = (
     "Tensor input_ids, Tensor? image_grid_thw, Tensor? video_grid_thw, Tensor? attention_mask, Tensor? cu_seqlens"
 )
@@ -269,7 +273,7 @@ _SETTINGS = "int image_token_id, int video_token_id, int spatial_merge_size, str
 register_opaque(
     f"mrope_positions({_TENSORS}, {_SETTINGS}) -> (Tensor positions, Tensor delta)",
     fake=lambda ids, image, video, mask, cu_seqlens, *settings: _outputs(ids, cu_seqlens, None),
-    check=lambda *arguments: _check("mrope_positions", *arguments[:5], None, *arguments[5:]),
+    check=_check_op,
     CPU=_run,
     CUDA=_run,
 )

@@ -327,7 +327,7 @@ def test_adapters_of_the_tower_when_asked_and_a_target_that_is_none(folder, tmp_
         runs.make(folder, tmp_path / "b", "instruct", lora={"targets": ["qkv"]})
 
 
-def test_ctrl_c_in_the_middle_of_a_save_counts_when_it_is_over(folder, tmp_path, monkeypatch):
+def test_ctrl_c_in_the_middle_of_a_save_is_told_and_counts_when_it_is_over(folder, tmp_path, monkeypatch, caplog):
     trainer = runs.make(folder, tmp_path, run={"steps": 2})
     (tmp_path / "checkpoints" / ".step-00000099.partial").mkdir(parents=True)  # left by a kill
     save = torch.save
@@ -339,6 +339,8 @@ def test_ctrl_c_in_the_middle_of_a_save_counts_when_it_is_over(folder, tmp_path,
     monkeypatch.setattr(torch, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
+    told = [record.getMessage() for record in caplog.records if record.name == "qwen2vl.training"]
+    assert told == ["interrupted: the checkpoint that is being written is finished first"]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
     monkeypatch.setattr(torch, "save", save)
     assert runs.make(folder, tmp_path, resume=True, run={"steps": 2}).step == 1
