@@ -102,8 +102,8 @@ def _has_few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
         return False
     # Autocast may want another dtype; modes and transforms are to see PyTorch's operation.
     watched = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    return not (watched or transformed or torch.is_autocast_enabled("cpu"))
+    transforms = torch._C._functorch.peek_interpreter_stack()  # pyright: ignore[reportAttributeAccessIssue]
+    return not (watched or transforms is not None or torch.is_autocast_enabled("cpu"))
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)

@@ -12,7 +12,7 @@ from pathlib import Path
 OUTCOMES = ("ok", "typed", "untyped", "crash", "hang", "memory")
 BAD = OUTCOMES[2:]
 SECONDS = 20.0  # of one case
-CHARACTERS = 1 << 16  # of an error's message
+CHARACTERS = 4_000  # of an error's message
 BYTES = 512 << 20  # that one case may add to the process's memory
 _ROOM = 4 << 30  # of addresses, behind which an allocation fails instead of taking the machine's memory
 #: How often a kind has its turn; a clip is decoded in a process that has to start.
