@@ -11,7 +11,7 @@ The number of splits follows from the capacity alone: a captured graph serves al
 other rows. Of S splits, split s takes the blocks s, s + S, s + 2 S ... of BLOCK_N keys, so that also a row much shorter
 than the capacity keeps all of them at work. The sums over splits have one order.
 
-Lengths are clamped to [0, capacity], and no slot behind a row's length is read: what stands there cannot matter.
+A length counts as one in [0, capacity], and no slot behind it is read: what stands there cannot matter.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ def splits_of(capacity: int, block_n: int) -> int:
 
 
 @jit
-def _seen(cache_seqlens, row, seqlens_row, capacity):
-    """How many keys of the row there are, whatever its length says."""
-    return tl.minimum(tl.maximum(tl.load(cache_seqlens + row * seqlens_row), 0), capacity)
+def _end(cache_seqlens, row, seqlens_row, capacity):
+    """The end of the row's keys, whatever its length says: one below 0 ends what has not begun, as 0 does."""
+    return tl.minimum(tl.load(cache_seqlens + row * seqlens_row), capacity)
 
 
 _STRIDES = ["seqlens_row", "q_row", "q_head", "k_batch", "k_row", "k_head", "v_batch", "v_row", "v_head"]
@@ -123,7 +123,7 @@ def _attend_kernel(
     member = tl.program_id(1) % PARTS * BLOCK_M + tl.arange(0, BLOCK_M)
     live = member < GROUP
     head = kv_head * GROUP + member
-    end = _seen(cache_seqlens, row, seqlens_row, capacity)
+    end = _end(cache_seqlens, row, seqlens_row, capacity)
     # Strides come in units, as in head_strides, and are wide before they are whole again.
     q += row * q_row * UNIT
     k_cache += (row * k_batch + kv_head * k_head) * UNIT
@@ -177,7 +177,7 @@ def _combine_kernel(
         gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     at = row * HEADS + tl.program_id(1)
-    end = _seen(cache_seqlens, row, seqlens_row, capacity)
+    end = _end(cache_seqlens, row, seqlens_row, capacity)
     split = tl.arange(0, SPLITS)
     live = split * BLOCK_N < end
     column = tl.arange(0, BLOCK_V)

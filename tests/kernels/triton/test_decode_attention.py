@@ -63,7 +63,7 @@ def test_widths(columns, v_columns, dtype):
     assert got[0].count_nonzero() == 0
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 1), (12, 2), (7, 1), (16, 2), (17, 1), (70, 1)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 1), (12, 2), (7, 1), (16, 2), (17, 1), (100, 1)])
 def test_groups_of_query_heads(heads, kv_heads):
     """Of fewer than a matrix instruction has rows, of more, and of more than one program takes."""
     _compare(*_inputs([CAPACITY, 33], heads, kv_heads, 16, 16), 4 * torch.finfo(torch.float32).eps)
