@@ -115,9 +115,7 @@ class Ours:
         """Forget what was decoded after the prompt."""
         cache = self.cache
         assert cache is not None, "prefill comes first"
-        decoded = cache.lengths[0] - prompt.tokens
-        cache.lengths = [prompt.tokens]
-        cache.next_position = cache.next_position - decoded
+        cache.forget(cache.lengths[0] - prompt.tokens)
 
     def decode(self, prompt: Prompt) -> torch.Tensor:
         """Feed ``next_ids`` one by one, choosing greedily each time; logits of the last, ``(1, vocab)``."""
