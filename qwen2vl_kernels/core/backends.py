@@ -24,6 +24,8 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
         "cuda": ("torch", "triton", "sdpa", "flash", "cudnn", "sm90", "eager"),
     },
     "kvcache_attention": {"cpu": ("varlen", "sdpa", "eager"), "cuda": ("varlen", "sdpa", "eager")},
+    # kvcache_attention with lengths on the device.
+    "kvcache_attention_decode": {"cpu": ("eager",), "cuda": ("eager",)},
     "patch_embed": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
     "patch_merge": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
     "rms_norm": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},

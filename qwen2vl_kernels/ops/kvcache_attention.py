@@ -11,6 +11,9 @@ the causal mask aligned at the bottom right, as in FlashAttention's ``flash_attn
 
 Shapes: q ``(T, Hq, D)`` packed row after row, k_cache ``(B, capacity, Hk, D)``, v_cache ``(B, capacity, Hk, Dv)``, Hq a
 multiple of Hk. dtypes: float32, bfloat16, float16. Inference only.
+
+Where ``cache_seqlens`` is a tensor, every row has one new token, T = B, and no length comes to the host: the registered
+op ``kvcache_attention_decode``, which a captured graph can replay while its rows grow.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from ..core.attention_choice import chosen
 from ..core.attention_cpu import sdpa
 from ..core.backends import resolve
 from ..core.checks import Checker
-from ..core.library import register_opaque
+from ..core.library import direct, register_opaque
 from ..core.matmul import in_autocast_dtype
 from ..core.namespace import torch_ops
 
@@ -51,6 +54,25 @@ def kvcache_attention_ref(
         weights = scores.masked_fill(future, float("-inf")).softmax(-1).to(values.dtype)
         parts.append((weights @ values).transpose(0, 1))
     return torch.cat(parts)
+
+
+def kvcache_attention_decode_ref(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    softmax_scale: float,
+) -> torch.Tensor:
+    """The formula for one new token a row, over the whole capacity behind a mask; zeros in a row without tokens."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    seen = torch.arange(k_cache.shape[1], device=q.device) < cache_seqlens[:, None]  # (B, capacity)
+    queries = (q * softmax_scale).unflatten(1, (k_cache.shape[2], -1))  # (B, Hk, Hq / Hk, D)
+    scores = (queries @ k_cache.permute(0, 2, 3, 1)).to(wide)
+    future = ~seen[:, None, None]
+    weights = scores.masked_fill(future, float("-inf")).softmax(-1).masked_fill(future, 0)
+    # What lies behind a row's end may be no number, and a weight of zero would not hide that.
+    values = v_cache.masked_fill(~seen[:, :, None, None], 0)
+    return (weights.to(values.dtype) @ values.transpose(1, 2)).flatten(1, 2)
 
 
 def _by_rows(prompt: Callable, q, k_cache, v_cache, new_tokens, cache_seqlens, softmax_scale) -> torch.Tensor:
@@ -102,16 +124,22 @@ def _run(q, k_cache, v_cache, new_tokens, cache_seqlens, softmax_scale, backend)
     return _BACKENDS[backend](q, k_cache, v_cache, new_tokens, cache_seqlens, softmax_scale)
 
 
-def _check(q, k_cache, v_cache, new_tokens, cache_seqlens, softmax_scale, backend) -> str:
-    """Refuse what does not fit; returns the backend that serves."""
+def _check_tensors(q, k_cache, v_cache, rows: str) -> Checker:
     check = Checker("kvcache_attention")
-    check.tensor("q", q, ("T", "Hq", "D"), contiguous_last=True)
+    check.tensor("q", q, (rows, "Hq", "D"), contiguous_last=True)
     check.tensor("k_cache", k_cache, ("B", "capacity", "Hk", "D"), like=q, contiguous_last=True)
     check.tensor("v_cache", v_cache, ("B", "capacity", "Hk", "Dv"), like=q, contiguous_last=True)
-    heads, (batch, capacity, kv_heads) = q.shape[1], k_cache.shape[:3]
+    heads, kv_heads = q.shape[1], k_cache.shape[2]
     check.require(
         kv_heads > 0 and heads % kv_heads == 0, f"q's {heads} heads must be a multiple of k_cache's {kv_heads}"
     )
+    return check
+
+
+def _check(q, k_cache, v_cache, new_tokens, cache_seqlens, softmax_scale, backend) -> str:
+    """Refuse what does not fit; returns the backend that serves."""
+    check = _check_tensors(q, k_cache, v_cache, rows="T")
+    batch, capacity = k_cache.shape[:2]
     for name, values in (("new_tokens", new_tokens), ("cache_seqlens", cache_seqlens)):
         check.require(len(values) == batch, f"{name} must have one entry for each of {batch} rows, got {len(values)}")
     ok = min(new_tokens, default=0) >= 0 and sum(new_tokens) == q.shape[0]
@@ -135,12 +163,36 @@ register_opaque(
 )
 
 
+_DECODE = {"eager": kvcache_attention_decode_ref}
+
+
+def _run_decode(q, k_cache, v_cache, cache_seqlens, softmax_scale, backend) -> torch.Tensor:
+    return _DECODE[backend](q, k_cache, v_cache, cache_seqlens, softmax_scale)
+
+
+def _check_decode(q, k_cache, v_cache, cache_seqlens, softmax_scale, backend) -> str:
+    """Refuse what does not fit by what the host knows; returns the backend that serves."""
+    check = _check_tensors(q, k_cache, v_cache, rows="B")
+    check.tensor("cache_seqlens", cache_seqlens, ("B",), dtypes=(torch.int32,))
+    return resolve("kvcache_attention_decode", q.device.type, backend)
+
+
+register_opaque(
+    "kvcache_attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, float softmax_scale,"
+    " str backend) -> Tensor",
+    fake=lambda q, k_cache, v_cache, *_: q.new_empty((q.shape[0], q.shape[1], v_cache.shape[3])),
+    check=_check_decode,
+    CPU=_run_decode,
+    CUDA=_run_decode,
+)
+
+
 def kvcache_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    new_tokens: Sequence[int],
-    cache_seqlens: Sequence[int],
+    new_tokens: Sequence[int] | None,
+    cache_seqlens: Sequence[int] | torch.Tensor,
     *,
     softmax_scale: float | None = None,
     backend: str | None = None,
@@ -150,11 +202,16 @@ def kvcache_attention(
     Args:
         q: ``(T, Hq, D)``, the new tokens of all rows, row after row; last dimension contiguous.
         k_cache: ``(B, capacity, Hk, D)``, v_cache: ``(B, capacity, Hk, Dv)``, q's dtype, last dimension contiguous.
-        new_tokens: B integers on the host, the new tokens of each row, summing to T.
-        cache_seqlens: B integers on the host, the tokens in each row with the new ones; at most capacity.
+        new_tokens: B integers on the host, the new tokens of each row, summing to T; ``None`` where ``cache_seqlens``
+            is a tensor, which goes with one new token a row: q ``(B, Hq, D)``.
+        cache_seqlens: B integers on the host, the tokens in each row with the new ones; at most capacity. Or ``(B,)``
+            int32 on q's device, which no host reads: a length of 0 or less gives zeros, one beyond the capacity counts
+            as the capacity, and nothing in the cache behind a row's length reaches its result.
         softmax_scale: default ``D ** -0.5``.
         backend: ``None`` (choose), ``"varlen"`` (row by row, single tokens by PyTorch's fused attention and several by
-            what ``varlen_attention`` chooses), ``"sdpa"`` (PyTorch's fused attention for both), ``"eager"``.
+            what ``varlen_attention`` chooses), ``"sdpa"`` (PyTorch's fused attention for both), ``"eager"``. With
+            lengths on the device ``None``, ``"triton"`` or ``"eager"``; ``use_backend`` names them for the op
+            ``kvcache_attention_decode``.
 
     Under autocast the tensors are taken in its dtype, as PyTorch does for matrix products.
 
@@ -162,12 +219,23 @@ def kvcache_attention(
     input requires grad.
     """
     q, k_cache, v_cache = in_autocast_dtype(q, k_cache, v_cache)
-    name = _check(q, k_cache, v_cache, new_tokens, cache_seqlens, softmax_scale, backend)
+    decodes = isinstance(cache_seqlens, torch.Tensor)
+    if decodes != (new_tokens is None):
+        wanted = "None with lengths in a tensor" if decodes else "a sequence with lengths in a sequence"
+        got = new_tokens if new_tokens is None else type(new_tokens).__name__
+        raise TypeError(f"kvcache_attention: new_tokens must be {wanted}, got {got}")
+    if decodes:
+        name = _check_decode(q, k_cache, v_cache, cache_seqlens, softmax_scale, backend)
+    else:
+        name = _check(q, k_cache, v_cache, new_tokens, cache_seqlens, softmax_scale, backend)
     tracked = torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad)
     if tracked:
         raise ValueError(
             "kvcache_attention: q, k_cache and v_cache must not require grad; call it under torch.no_grad()"
         )
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    if decodes:
+        run = _run_decode if direct(q, k_cache, v_cache, cache_seqlens) else torch_ops.kvcache_attention_decode
+        return run(q, k_cache, v_cache, cache_seqlens, scale, name)
     run = torch_ops.kvcache_attention if torch.compiler.is_compiling() else _run
     return run(q, k_cache, v_cache, new_tokens, cache_seqlens, scale, name)

@@ -46,6 +46,8 @@ def test_every_table_entry_has_an_implementation(module):
         assert modules <= implemented
         implemented = implemented - modules | {"flash"}
     assert {name for row in PREFERENCE[op].values() for name in row} == implemented
+    if op == "kvcache_attention":
+        assert {n for row in PREFERENCE["kvcache_attention_decode"].values() for n in row} == set(module._DECODE)
 
 
 def _image_prompt(config):

@@ -18,6 +18,7 @@ def _x(*shape):
 CU = torch.tensor([0, 2, 4], dtype=torch.int32)
 POSITIONS = torch.arange(12).view(3, 4)
 TARGET = torch.arange(4)
+LENGTHS = torch.tensor([3, 5], dtype=torch.int32)  # of a cache's rows, on the device
 INV_FREQ = torch.tensor([1.0, 0.1, 0.01, 0.001])
 #: Of attention: neither keys' boundaries nor angles; lengths, causal, scale, neither fused nor with lse, backend.
 SETTINGS = (None, None, None, 2, 2, True, 0.35, False, False, "sdpa")
@@ -42,6 +43,7 @@ CALLS = {
     "varlen_attention": lambda: (_x(4, 2, 8), _x(4, 1, 8), _x(4, 1, 8), CU, *SETTINGS),
     "image_to_patches": lambda: (torch.randint(0, 256, (30, 40, 3)).byte(), 28, 56, 14, 2, None, None, None, "native"),
     "kvcache_attention": lambda: (torch.randn(3, 2, 8), *torch.randn(2, 2, 5, 1, 8), [1, 2], [3, 5], 0.35, "sdpa"),
+    "kvcache_attention_decode": lambda: (torch.randn(2, 2, 8), *torch.randn(2, 2, 5, 1, 8), LENGTHS, 0.35, "eager"),
 }
 
 
@@ -58,6 +60,9 @@ def _public(name):
         if name == "kvcache_attention":
             *arguments, scale, backend = arguments
             return K.kvcache_attention(*arguments, softmax_scale=scale, backend=backend)
+        if name == "kvcache_attention_decode":
+            *tensors, lengths, scale, backend = arguments
+            return K.kvcache_attention(*tensors, None, lengths, softmax_scale=scale, backend=backend)
         if name == "image_to_patches":
             return K.image_to_patches(*arguments[:3])
         return getattr(K, name)(*arguments)
@@ -127,7 +132,32 @@ def _kvcache(q=None, new=(1, 2), total=(3, 5), kv_heads=1):
     return K.kvcache_attention(q, *torch.randn(2, 2, 5, kv_heads, 8), list(new), list(total))
 
 
+def _decode(new=None, lengths=LENGTHS, q=None, backend=None):
+    q = torch.randn(2, 2, 8) if q is None else q
+    return K.kvcache_attention(q, *torch.randn(2, 2, 5, 1, 8), new, lengths, backend=backend)
+
+
 REFUSALS = [
+    (
+        lambda: _decode([1, 1]),
+        TypeError,
+        "kvcache_attention: new_tokens must be None with lengths in a tensor, got list",
+    ),
+    (lambda: _decode(None, [3, 5]), TypeError, "kvcache_attention: new_tokens must be a sequence .*, got None"),
+    (lambda: _decode(lengths=LENGTHS.long()), TypeError, "cache_seqlens must have one of the dtypes int32"),
+    (lambda: _decode(lengths=LENGTHS[:1]), ValueError, r"cache_seqlens must have shape \(B\) with B=2, got \(1,\)"),
+    (lambda: _decode(lengths=LENGTHS.to("meta")), ValueError, "cache_seqlens must be on cpu like q, got meta"),
+    (lambda: _decode(q=torch.randn(3, 2, 8)), ValueError, r"k_cache must have shape \(B, capacity, .* B=3, D=8"),
+    (
+        lambda: _decode(q=torch.randn(2, 2, 8, requires_grad=True)),
+        ValueError,
+        "q, k_cache and v_cache must not require",
+    ),
+    (
+        lambda: _decode(backend="sdpa"),
+        ValueError,
+        "kvcache_attention_decode: backend 'sdpa' does not serve cpu tensors",
+    ),
     (lambda: K.rms_norm([1.0], _x(8)), TypeError, "rms_norm: x must be a torch.Tensor, got list"),
     (
         lambda: K.rms_norm(_x(4, 8), _x(9)),

@@ -10,6 +10,8 @@ from qwen2vl_kernels.ops.kvcache_attention import kvcache_attention_ref
 from tests.conftest import DEVICE, assert_two_times
 
 BACKENDS = ["eager", "sdpa", "varlen"]
+ON_DEVICE = ["eager"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def _exact(q, k_cache, v_cache, new, total):
@@ -64,6 +66,53 @@ def test_a_row_is_bitwise_the_same_in_any_batch(dtype, backend):
             q.split(new)[row], k[row : row + 1], v[row : row + 1], [new[row]], [total[row]], backend=backend
         )
         assert torch.equal(alone, part)
+
+
+# --------------------------------------------------------------------------------- one new token, lengths on the device
+
+
+def _lengths(*values):
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def _serves(backend):
+    if (reason := unavailable(backend, DEVICE)) is not None:
+        pytest.skip(f"{backend}: {reason}")
+
+
+@pytest.mark.parametrize("backend", ON_DEVICE)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lengths_on_the_device_against_float64(dtype, backend):
+    """Of all sizes, behind which nothing is a number; a row without tokens is zero, and no row sees another's."""
+    _serves(backend)
+    total = [1, 70, 0, 64, 700, 65, 333]
+    q, k, v = _inputs([1] * len(total), total, dtype)
+    kept = [row for row, seen in enumerate(total) if seen]
+    exact = torch.zeros(q.shape, dtype=torch.float64)
+    exact[kept] = _exact(q[kept], k[kept], v[kept], [1] * len(kept), [total[row] for row in kept])
+    q, k, v = q.to(DEVICE), k.to(DEVICE), v.to(DEVICE)
+    got = kvcache_attention(q, k, v, None, _lengths(*total), backend=backend)
+    assert got.dtype == dtype and got[2].count_nonzero() == 0
+    eager = kvcache_attention(q, k, v, None, _lengths(*total), backend="eager")
+    floor = max(torch.finfo(dtype).eps, 4 * torch.finfo(torch.float32).eps)
+    assert_two_times(eager.cpu(), exact.to(dtype), exact, floor)
+    assert_two_times(got.cpu(), eager.cpu(), exact, torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("backend", ON_DEVICE)
+def test_lengths_outside_of_the_cache_count_as_its_ends(backend):
+    _serves(backend)
+    q, k, v = (x.to(DEVICE) for x in _inputs([1, 1], [100, 100], torch.float32, capacity=100))
+    got = kvcache_attention(q, k, v, None, _lengths(-3, 2**31 - 1), backend=backend)
+    want = kvcache_attention(q, k, v, None, _lengths(0, 100), backend=backend)
+    assert torch.equal(got, want) and want[0].count_nonzero() == 0
+
+
+def test_the_host_reads_no_length():
+    """On tensors without memory there is nothing that could be read."""
+    q, k, v = (x.to("meta") for x in _inputs([1, 1], [3, 9], torch.bfloat16, capacity=20))
+    got = kvcache_attention(q, k, v, None, torch.empty(2, dtype=torch.int32, device="meta"), backend="eager")
+    assert got.is_meta and got.shape == q.shape and got.dtype == torch.bfloat16
 
 
 @pytest.mark.skipif(unavailable("triton", DEVICE) is not None, reason=f"triton: {unavailable('triton', DEVICE)}")

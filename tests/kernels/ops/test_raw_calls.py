@@ -86,6 +86,10 @@ CALLS = {
         {0: floats(4, 2, 1).expand(4, 2, 8), 2: floats(1, 6, 1, 8), 4: ints(0, 1, 2, 6), 12: "cuda"},
     ),
     "kvcache_attention": ((*KV, [1, 1], [2, 7 - 1], 0.3, "eager"), {3: [1, 2], 4: [2, 7], 1: floats(2, 6, 2, 7)}),
+    "kvcache_attention_decode": (
+        (*KV, ints(2, 6, dtype=torch.int32), 0.3, "eager"),
+        {0: floats(3, 2, 8), 1: floats(2, 6, 3, 8), 2: floats(2, 5, 2, 8), 3: ints(2, 6), 5: "varlen"},
+    ),
     "linear_cross_entropy_forward": (
         (*LOSS, "mean", 0.0, None, False, [False] * 3),
         {1: floats(6, 9), 2: ints(0, 1), 3: floats(5), 5: "all", 7: 0, 9: [True]},
