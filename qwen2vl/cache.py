@@ -31,10 +31,10 @@ class KVCache:
     ) -> None:
         self.config, self.capacity = config, capacity
         shape = (config.num_hidden_layers, batch, capacity, config.num_key_value_heads, config.head_dim)
-        # Attention over lengths on the device may multiply slots behind a length by zero, which NaN survives.
-        make = torch.zeros if self.asynchronous(device) else torch.empty
-        self.k = make(shape, device=device, dtype=dtype)
-        self.v = make(shape, device=device, dtype=dtype)
+        self.k = torch.empty(shape, device=device, dtype=dtype)
+        self.v = torch.empty(shape, device=device, dtype=dtype)
+        # Made once: a step has an operation less for each of them.
+        self.layers = [(self.k.select(0, n), self.v.select(0, n)) for n in range(config.num_hidden_layers)]
         self.lengths = [0] * batch
         self.held: set[int] = set()
         self.seqlens = torch.zeros(batch, dtype=torch.int32, device=device)
@@ -46,8 +46,11 @@ class KVCache:
 
     @staticmethod
     def asynchronous(device: torch.device) -> bool:
-        """Whether the host goes on while ``device`` works: a step then reads lengths there, and nothing on the host."""
-        return device.type != "cpu"
+        """Whether the host goes on while ``device`` works: then a step reads nothing on the host, lengths included.
+
+        Elsewhere attention takes them from the host, sequence by sequence, which is faster on a CPU.
+        """
+        return device.type == "cuda"
 
     def repeated(self, times: int, capacity: int) -> KVCache:
         """Each row ``times`` times, one copy behind the other, with room for ``capacity`` tokens a row."""
@@ -57,21 +60,23 @@ class KVCache:
         return new
 
     def load(self, other: KVCache, times: int = 1) -> None:
-        """Take over the rows of ``other``, each ``times`` times, in place; rows beyond them idle, with one token that
-        nobody reads."""
-        count, idle = other.batch * times, self.batch - other.batch * times
-        held, batch = max(other.lengths), other.batch
+        """Take over the rows of ``other``, each ``times`` times, in place. Rows beyond them idle."""
+        count, batch, used = other.batch * times, other.batch, max(other.lengths)
         for old, new in ((other.k, self.k), (other.v, self.v)):
-            new[:, :count].unflatten(1, (batch, times))[:, :, :, :held] = old[:, :, None, :held]
-        self.lengths = [have for have in other.lengths for _ in range(times)] + [1] * idle
-        self.held = set(range(count, self.batch))
-        for old, new, filler in (
-            (other.seqlens, self.seqlens, 1),
-            (other.growth, self.growth, 0),
-            (other.next_position, self.next_position, 0),
-        ):
-            new[:count].unflatten(0, (batch, times)).copy_(old.unsqueeze(1))
-            new[count:].fill_(filler)
+            new[:, :count].unflatten(1, (batch, times))[:, :, :, :used] = old[:, :, None, :used]
+        for name in ("seqlens", "growth", "next_position"):
+            getattr(self, name)[:count].unflatten(0, (batch, times)).copy_(getattr(other, name).unsqueeze(1))
+        self.lengths[:count] = [have for have in other.lengths for _ in range(times)]
+        self.held = {row * times + n for row in other.held for n in range(times)}
+        self.idle(range(count, self.batch))
+
+    def idle(self, rows: range) -> None:
+        """These rows hold one token that nobody reads, and do not grow."""
+        begin, end = rows.start, rows.stop
+        for name, value in (("seqlens", 1), ("growth", 0), ("next_position", 0)):
+            getattr(self, name)[begin:end].fill_(value)
+        self.lengths[begin:end] = [1] * len(rows)
+        self.held.update(rows)
 
     @property
     def batch(self) -> int:
@@ -109,10 +114,10 @@ class KVCache:
         seqlens = self.seqlens + self.growth
         return self._before + seqlens, seqlens
 
-    def commit_step(self, seqlens: torch.Tensor) -> None:
+    def commit_step(self) -> None:
         """The tokens of a step are stored in every layer: count them on the device. The host's ``lengths`` are set by
         the caller, as a step that is replayed on the device runs nothing here."""
-        self.seqlens.copy_(seqlens)
+        self.seqlens.add_(self.growth)
         self.next_position.add_(1)
 
     def hold(self, rows: Iterable[int]) -> None:
@@ -121,12 +126,12 @@ class KVCache:
         for row in rows:
             if row not in self.held:
                 self.held.add(row)
-                self.growth[row].zero_()
+                self.growth.select(0, row).zero_()
 
     def forget(self, tokens: int) -> None:
-        """Drop the last ``tokens`` of every row, all of them plain text."""
-        self.lengths = [have - tokens for have in self.lengths]
-        self.seqlens.sub_(tokens)
+        """Drop the last ``tokens`` of every row that is not held, all of them plain text."""
+        self.lengths = [have - (0 if row in self.held else tokens) for row, have in enumerate(self.lengths)]
+        self.seqlens.sub_(self.growth * tokens)
         self.next_position.sub_(tokens)
 
     def _room(self, after: Iterable[int]) -> None:

@@ -315,7 +315,7 @@ class Qwen2VL(nn.Module):
         else:
             pack.totals = totals
         hidden = self.model(self.model.embed_tokens(ids.flatten()), pack)
-        cache.commit_step(seqlens)
+        cache.commit_step()
         return self._head(hidden).unsqueeze(1)
 
     def hidden_states(

@@ -89,17 +89,16 @@ class Attention(nn.Module):
                 raise ValueError("tokens in a cache get no gradients: call the model under torch.no_grad()")
             q, k = mrope(q, k, **angles)
             if cache is not None and pack.slots is not None:
-                append_kv(k.detach(), v.detach(), cache.k[self.layer], cache.v[self.layer], pack.slots)
+                append_kv(k.detach(), v.detach(), *cache.layers[self.layer], pack.slots)
         elif cache is not None and pack.slots is not None:
-            layer = (cache.k[self.layer], cache.v[self.layer])
             # The attention of a prefill reads k itself.
-            append_kv(k, v, *layer, pack.slots, q=q, overwrite_k=not pack.resumed, **angles)
+            append_kv(k, v, *cache.layers[self.layer], pack.slots, q=q, overwrite_k=not pack.resumed, **angles)
         else:
             q, k = mrope_(q, k, **angles)
         if cache is not None and pack.seqlens is not None:
-            out = kvcache_attention(q, cache.k[self.layer], cache.v[self.layer], None, pack.seqlens)
+            out = kvcache_attention(q, *cache.layers[self.layer], None, pack.seqlens)
         elif cache is not None and pack.totals is not None and pack.resumed:
-            out = kvcache_attention(q, cache.k[self.layer], cache.v[self.layer], pack.counts, pack.totals)
+            out = kvcache_attention(q, *cache.layers[self.layer], pack.counts, pack.totals)
         else:
             out = varlen_attention(q, k, v, pack.cu_seqlens, pack.max_seqlen, causal=True, tiles=pack.tiles)
         return self.o_proj(out.flatten(1))
@@ -156,4 +155,5 @@ class Decoder(nn.Module):
             pack.tiles = plan_tiles(pack.cu_seqlens, x.shape[0], device=x.device)
         for layer in self.layers:
             x, residual = layer(x, residual, pack)
-        return self.norm(x, residual)[0][:tokens]
+        x, _ = self.norm(x, residual)
+        return x if x.shape[0] == tokens else x[:tokens]
