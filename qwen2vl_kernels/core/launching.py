@@ -33,6 +33,12 @@ except ImportError as error:
     INTERPRETED = False
 
 
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # no Triton, or one without NVIDIA's part, where no target is ``dependent``
+    gdc_launch_dependents = gdc_wait = None
+
+
 def jit(function: Callable | None = None, **options: Any) -> Any:
     """``triton.jit``, with or without options."""
     if _missing is not None:
@@ -65,6 +71,11 @@ class Target:
 
     backend: str  # "cuda" or "hip"
     capability: int  # 80, 86, 90, 100, 120, ... on NVIDIA's cards, 0 on others
+
+    @property
+    def dependent(self) -> bool:
+        """Whether kernels can be launched while the one before them ends (programmatic dependent launch)."""
+        return self.backend == "cuda" and self.capability >= 90 and not INTERPRETED
 
     def warps(self, threads: int) -> int:
         """``num_warps`` of a program of about ``threads`` threads: AMD's warps have 64."""
@@ -136,16 +147,21 @@ def launch(
     *,
     num_warps: int,
     num_stages: int = 1,
+    dependent: bool = False,
     **arguments: Any,
 ) -> None:
     """Run ``kernel`` with ``arguments`` on ``device``'s current stream; nothing runs when a dimension of ``grid`` is 0.
 
     All arguments of the kernel go by name: its tensors, their strides (:func:`strides`), numbers and constexprs.
+    ``dependent``: it may start before the kernel ahead of it in the stream has ended, and every program of it calls
+    ``gdc_wait`` before it reads or writes memory that another kernel writes. For targets that are ``dependent``.
     """
     if 0 in grid:
         return
     # Contraction to FMA is said, not left to the version's default, which changes in Triton 3.10.
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    if dependent:
+        options["launch_pdl"] = True
     if collected(Launch(kernel, grid, arguments, options)):
         return
     if device.type == "cuda" and device.index != torch.cuda.current_device():

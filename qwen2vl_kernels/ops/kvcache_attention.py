@@ -31,6 +31,7 @@ from ..core.checks import Checker
 from ..core.library import direct, register_opaque
 from ..core.matmul import in_autocast_dtype
 from ..core.namespace import torch_ops
+from ..triton.attention_decode import launch_decode
 
 
 def kvcache_attention_ref(
@@ -163,7 +164,7 @@ register_opaque(
 )
 
 
-_DECODE = {"eager": kvcache_attention_decode_ref}
+_DECODE = {"eager": kvcache_attention_decode_ref, "triton": launch_decode}
 
 
 def _run_decode(q, k_cache, v_cache, cache_seqlens, softmax_scale, backend) -> torch.Tensor:

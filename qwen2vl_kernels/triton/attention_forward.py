@@ -28,6 +28,7 @@ from .attention_head import (
     head_strides,
     load_block,
     load_head,
+    softmax_step,
     store_head,
     tile_bounds,
     zeros_head,
@@ -68,15 +69,6 @@ def forward_config(dtype: torch.dtype, columns: int, max_seqlen: int, target: Ta
 
 
 @jit
-def _softmax_step(qk, m_i, l_i, scale):
-    """The scores' weights by the largest score so far, and by how much what was summed with the last one shrinks."""
-    m_new = tl.maximum(m_i, tl.max(qk, 1) * scale)
-    p = tl.exp2(qk * scale - m_new[:, None])  # one multiply-add an element; scale is in powers of two
-    alpha = tl.exp2(m_i - m_new)
-    return p, alpha, m_new, l_i * alpha + tl.sum(p, 1)
-
-
-@jit
 def _attend(
     q0,
     q1,
@@ -113,7 +105,7 @@ def _attend(
             seen = tl.minimum(seen, last - start + 1)[:, None]
         # Not arange < seen: the compiler would keep every column's number in a register through the loop.
         qk = tl.where(seen - tl.arange(0, BLOCK_N)[None, :] > 0, qk, float("-inf"))
-    p, alpha, m_i, l_i = _softmax_step(qk, m_i, l_i, scale)
+    p, alpha, m_i, l_i = softmax_step(qk, m_i, l_i, scale)
     p = p.to(v.dtype.element_ty)
     # One block of v at a time: both together cost registers that some targets do not have.
     v0 = load_block(v, key, there, v_row, 0, V_HEAD[1], V_HEAD[0])

@@ -1,4 +1,5 @@
-"""What the attention kernels share: one head's columns as two blocks, loaded, rotated, multiplied and stored.
+"""What the attention kernels share: one head's columns as two blocks, loaded, rotated, multiplied and stored, and a
+step of the softmax.
 
 A head of D columns is two blocks, the largest power of two and the rest (80 = 64 + 16), so that the matrix units do
 62.5 % of the work that padding to 128 costs. ``HEAD`` is (D, width of the first block, width of the second or 0).
@@ -194,3 +195,12 @@ def dot_heads(a0, a1, b0, b1, HEAD: tl.constexpr, ACC: tl.constexpr):
     if HEAD[2] > 0:
         out = tl.dot(a1, tl.trans(b1), out, input_precision="ieee", out_dtype=ACC)
     return out
+
+
+@jit
+def softmax_step(qk, m_i, l_i, scale):
+    """The scores' weights by the largest score so far, and by how much what was summed with the last one shrinks."""
+    m_new = tl.maximum(m_i, tl.max(qk, 1) * scale)
+    p = tl.exp2(qk * scale - m_new[:, None])  # one multiply-add an element; scale is in powers of two
+    alpha = tl.exp2(m_i - m_new)
+    return p, alpha, m_new, l_i * alpha + tl.sum(p, 1)

@@ -45,6 +45,12 @@ def main(device: str = "cuda") -> list[str]:
         K.append_kv(k.detach(), v.detach(), *caches, slots, **given, backend=backend)
         K.append_kv(k.detach(), v.detach(), *caches, slots - 40, backend=backend)
 
+    def decode(backend: str) -> None:
+        lengths = torch.tensor([37, 0, 99], dtype=torch.int32, device=device)
+        for heads, columns in ((6, 128), (2, 80)):
+            caches = [random(3, 90, 2, columns).detach() for _ in range(2)]
+            K.kvcache_attention(random(3, heads, columns).detach(), *caches, None, lengths, backend=backend)
+
     def norms(backend: str) -> None:
         backward(K.rms_norm(x, weight, backend=backend), *K.add_rms_norm(x, x, weight, backend=backend))
 
@@ -95,6 +101,7 @@ def main(device: str = "cuda") -> list[str]:
         "vision_rope": vision_rope,
         "append_kv": append_kv,
         "varlen_attention": attention,
+        "kvcache_attention_decode": decode,
         "rms_norm": norms,
         "layer_norm": layer_norms,
         "quick_gelu": activations,

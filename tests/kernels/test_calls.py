@@ -32,6 +32,12 @@ def _linear_cross_entropy():
     return K.linear_cross_entropy(_x(5, 64), _x(9, 64), torch.arange(5), backend="triton")
 
 
+def _decode():
+    caches = [_x(3, 90, 2, 128) for _ in range(2)]
+    lengths = torch.tensor([37, 0, 90], dtype=torch.int32)
+    return K.kvcache_attention(_x(3, 6, 128), *caches, None, lengths, backend="triton")
+
+
 MERGER = [_x(*s) for s in ((1280,), (1280,), (128, 5120), (128,), (72, 128), (72,))]
 #: (name of the public function, a call of it, the calls to its launches that were counted when this was written)
 CALLS = [
@@ -54,6 +60,7 @@ CALLS = [
     ("patch_embed", lambda: K.patch_embed(_x(37, 588), _x(72, 588), _x(72), backend="triton"), {3}),
     ("patch_merge", lambda: K.patch_merge(_x(36, 1280), *MERGER, order="raster", grid_thw=GRID, backend="triton"), {3}),
     ("linear_cross_entropy", _linear_cross_entropy, {3}),
+    ("kvcache_attention", _decode, {3}),
     ("varlen_attention", _attention, {2}),
     ("varlen_attention", lambda: _attention(rope=(TABLE, TABLE)), {2}),  # rotated on the way in
     ("varlen_attention", lambda: _attention(rope=(TABLE, TABLE), tiles=K.plan_tiles(CU, 37, padded=True)), {2, 3}),

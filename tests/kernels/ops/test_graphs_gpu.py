@@ -62,6 +62,30 @@ def test_a_decoder_layer():
             assert torch.equal(one, two)
 
 
+def test_decoding_while_rows_grow():
+    """Lengths change from replay to replay, to those of empty and of full rows."""
+    q = torch.randn(4, 12, 128, device="cuda").bfloat16()
+    caches = [torch.randn(4, 9000, 2, 128, device="cuda").bfloat16() for _ in range(2)]
+    lengths = torch.ones(4, dtype=torch.int32, device="cuda")
+
+    def run():
+        return K.kvcache_attention(q, *caches, None, lengths, backend="triton")
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for values in ([1, 64, 65, 4097], [0, 9000, 8999, 1]):
+        lengths.copy_(torch.tensor(values))
+        q.copy_(torch.randn(q.shape))
+        graph.replay()
+        got = captured.clone()
+        assert torch.equal(got, run())
+        want = K.kvcache_attention(q.double(), *(x.double() for x in caches), None, lengths, backend="eager")
+        torch.testing.assert_close(got.double(), want, rtol=0.02, atol=0.01)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("backend", ["triton", "chunked"])
 def test_the_loss_and_its_gradients(backend, reduction):

@@ -10,7 +10,7 @@ from qwen2vl_kernels.ops.kvcache_attention import kvcache_attention_ref
 from tests.conftest import DEVICE, assert_two_times
 
 BACKENDS = ["eager", "sdpa", "varlen"]
-ON_DEVICE = ["eager"]
+ON_DEVICE = ["eager", "triton"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

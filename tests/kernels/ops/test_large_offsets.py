@@ -12,6 +12,7 @@ import torch
 
 from qwen2vl_kernels import (
     append_kv,
+    kvcache_attention,
     layer_norm,
     mrope,
     mrope_,
@@ -132,3 +133,13 @@ def test_attention(memory, far):
             out = varlen_attention(rows, rows, rows, cu, 3, rope=rope, backend="triton")
             results.append((out, *torch.autograd.grad(out.float().square().sum(), rows)))
         assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("far", [0, 1, 2], ids=["rows", "slots", "heads"])
+def test_a_cache(memory, far):
+    """Of one that is read by its lengths on the device."""
+    cache = _spread(memory, *[4 if d == far else 2 for d in range(3)], 16, far=far)
+    q = torch.randn(cache.shape[0], 2 * cache.shape[2], 16, device=DEVICE).bfloat16()
+    lengths = torch.full((len(q),), cache.shape[1], dtype=torch.int32, device=DEVICE)
+    got, want = (kvcache_attention(q, x, x, None, lengths, backend="triton") for x in (cache, cache.contiguous()))
+    assert torch.equal(got, want) and want.count_nonzero() > 0
