@@ -241,6 +241,8 @@ def generate(
                 notes.print(f"[dim](stopped {ends[reason]})[/]")
         return
 
+    from ..speed import decoding
+
     counts = {"image": 0, "video": 0}
     for item in inputs.media:
         counts[item.kind] += item.num_tokens
@@ -248,6 +250,7 @@ def generate(
         "load": load_seconds,
         "prepare": prepare_seconds,
         **{name: result.timings[name] for name in ("vision", "prefill", "decode")},
+        "first_token": prepare_seconds + result.timings["vision"] + result.timings["prefill"],
         "total": time.perf_counter() - begin,
     }
     answers = [_answer(processor, result, index) for index in range(num_return_sequences)]
@@ -263,6 +266,7 @@ def generate(
             for item, (_, source) in zip(inputs.media, media, strict=True)
         ],
         "timings": timings,
+        "decoding": decoding(loaded, result),
         "model": str(FOLDER) if model is None else model,
         "device": str(loaded.device),
         "dtype": str(loaded.dtype).removeprefix("torch."),

@@ -65,8 +65,11 @@ def test_json_describes_the_answer(run):
     assert counts["image"] == 6 and counts["video"] == video["tokens"] == height * width * 2 // 784
     assert counts["prompt"] == text + counts["image"] + counts["video"] + 4  # two marks around each
     assert counts["generated"] == len(got["token_ids"]) == 12
-    assert set(got["timings"]) == {"load", "prepare", "vision", "prefill", "decode", "total"}
-    parts = {name: seconds for name, seconds in got["timings"].items() if name != "total"}
+    timings = got["timings"]
+    assert set(timings) == {"load", "prepare", "vision", "prefill", "decode", "first_token", "total"}
+    assert timings["first_token"] == pytest.approx(timings["prepare"] + timings["vision"] + timings["prefill"])
+    assert set(got["decoding"]) == {"tokens_per_s", "step_bytes", "copy_bytes_per_s", "share_of_copy"}
+    parts = {name: seconds for name, seconds in timings.items() if name not in ("first_token", "total")}
     assert all(seconds > 0 for seconds in parts.values()) and sum(parts.values()) <= got["timings"]["total"]
     assert (got["model"], got["device"], got["dtype"]) == ("model", "cpu", "float32")
 
