@@ -17,6 +17,7 @@ from qwen2vl import GenerationConfig, Qwen2VL, Qwen2VLError, decoding, generate,
 from qwen2vl.cache import KVCache
 from qwen2vl.choosing import Chooser
 from qwen2vl_kernels import use_backend
+from qwen2vl_kernels.core.backends import unavailable
 
 ENDLESS = (10**6,)
 STATE = ("k", "v", "seqlens", "growth", "next_position")
@@ -244,6 +245,15 @@ def test_rows_end_on_their_own(model, processor, inputs, ahead, monkeypatch, gra
     assert "".join(pieces) == expected.texts[0]
 
 
+@pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason=f"triton: {unavailable('triton', 'cpu')}")
+def test_the_kernel_for_lengths_on_the_device(model, inputs, ahead, monkeypatch):
+    """Over a cache without more room than it needs: the interpreter is slow."""
+    one = {name: value[:1] for name, value in inputs.items()}
+    expected = _on_host(monkeypatch, model, one, max_new_tokens=4).sequences
+    with use_backend(kvcache_attention_decode="triton"):
+        assert _run(model, one, graphs=False, max_new_tokens=4).sequences == expected
+
+
 def test_logits_processors_see_every_answer(model, inputs, ahead, monkeypatch):
     """Then the host reads each token before the next choice."""
     seen = []
@@ -339,7 +349,7 @@ def test_an_answer_that_is_left_gives_its_graph_back(model, processor, inputs, a
     for _ in range(3):
         pieces = stream(model, one, tokenizer=processor.tokenizer, config=config)
         next(pieces)
-        pieces.close()
+        del pieces
     assert len(ahead) == 1
 
 
