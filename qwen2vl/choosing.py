@@ -138,9 +138,10 @@ class Chooser:
             rows = zip(chances, self.generators, strict=True)
             return torch.cat([torch.multinomial(p, 1, generator=g) for p, g in rows])
         at, self.chosen = self.uniforms.narrow(1, self.chosen, 1), self.chosen + 1
-        # In float64 a number below one times the sum stays below the sum, so that what has no chance is never drawn.
-        reached = chances.double().cumsum(-1)
-        return torch.searchsorted(reached, at * reached.narrow(1, -1, 1), right=True).squeeze(1)
+        # Whole numbers add up to the same in any order, which a GPU's scan of floats does not promise. A number below
+        # one times their sum stays below it in float64, so that what has no chance is never drawn.
+        reached = (chances.double() * 2**52).long().cumsum(-1)
+        return torch.searchsorted(reached, (at * reached.narrow(1, -1, 1)).long(), right=True).squeeze(1)
 
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
         """``(B, vocab)`` float32 with the repetition penalty, minus infinity at what is never generated."""

@@ -2,9 +2,11 @@
 
 import gc
 import weakref
+from bisect import bisect_right
 from collections import Counter
 from copy import deepcopy
 from functools import cache as once
+from itertools import accumulate
 
 import numpy as np
 import pytest
@@ -183,8 +185,8 @@ def _on_host(monkeypatch, *arguments, **options):
                 generators.extend(np.random.Generator(np.random.Philox(key=seed)) for seed in seeds)
             tokens = []
             for row, generator in zip(chances.double().numpy(), generators, strict=True):
-                reached = np.cumsum(row)
-                tokens.append(int(np.searchsorted(reached, generator.random() * reached[-1], side="right")))
+                reached = list(accumulate(int(chance * 2**52) for chance in row))
+                tokens.append(bisect_right(reached, int(generator.random() * reached[-1])))
             return torch.tensor(tokens)
 
         patch.setattr(Chooser, "draw", draw)
@@ -273,6 +275,19 @@ def test_a_row_draws_the_same_whatever_is_beside_it(model, inputs, ahead):
     whole = _run(model, inputs, temperature=1.5, max_new_tokens=20)
     alone = {name: value[1:2] for name, value in inputs.items()}
     assert _run(model, alone, temperature=1.5, seed=6, max_new_tokens=7).sequences[0] == whole.sequences[1][:7]
+
+
+def test_what_has_no_chance_is_not_drawn(model, ahead):
+    """At the ends of the numbers that are drawn, and where a chance is next to nothing."""
+    chooser = Chooser(model, {"input_ids": torch.tensor([[3]])}, GenerationConfig(do_sample=True, seed=3))
+    for chances, least, most in (
+        ([0, 0.25, 0, 0.75, 0], 1, 3),
+        ([0, 1, 0, 0, 0], 1, 1),
+        ([1e-30, 0.3, 1e-9, 0.1, 1e-30], 1, 3),
+        ([0, 0, 0, 0, 0.7], 4, 4),
+    ):
+        chooser.uniforms, chooser.chosen = torch.tensor([[0.0, 1 - 2**-53]], dtype=torch.float64), 0
+        assert [chooser.draw(torch.tensor([chances])).item() for _ in range(2)] == [least, most]
 
 
 def test_draws_by_numbers_fall_by_the_distribution(model, ahead):
