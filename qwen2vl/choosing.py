@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 
+from .cache import KVCache
 from .errors import Qwen2VLError
 from .model import Qwen2VL
 
@@ -61,6 +63,10 @@ class Choice(NamedTuple):
 class Chooser:
     """Chooses for a batch. What it keeps between tokens are tensors on the model's device.
 
+    On a CPU each row draws from a generator of its own. On a device that the host does not wait for, token n of a row
+    falls by the n-th number of a counter-based generator (Philox 4x64, Salmon et al. 2011) with the row's seed as its
+    key; they are made before the first, ``steps`` of them for each row (default ``max_new_tokens``).
+
     Raises :class:`Qwen2VLError` for a logits processor that cannot be called.
     """
 
@@ -70,6 +76,7 @@ class Chooser:
         inputs: Mapping[str, torch.Tensor],
         config: GenerationConfig,
         processors: Sequence[LogitsProcessor] = (),
+        steps: int | None = None,
     ) -> None:
         if callable(processors) or not all(map(callable, processors)):
             raise Qwen2VLError(f"logits_processors: wants a sequence of callables, got {processors!r}")
@@ -86,6 +93,8 @@ class Chooser:
             self.seen = torch.zeros((ids.shape[0], c.text.vocab_size), dtype=torch.int64, device=model.device)
             self.seen = self.seen.scatter_add_(1, ids.long(), real.long()).repeat_interleave(answers, 0)
         self.generators: list[torch.Generator] = []
+        self.uniforms: torch.Tensor | None = None
+        self.chosen = 0
         if config.samples:
             # The seed is drawn from PyTorch's generator, so that torch.manual_seed repeats an answer and nothing is
             # reseeded.
@@ -94,7 +103,10 @@ class Chooser:
             if len(rows) != ids.shape[0]:
                 raise Qwen2VLError(f"seed: wants one for each of {ids.shape[0]} prompts, got {len(rows)}")
             seeds = [row + _STRIDE * answer for row in rows for answer in range(answers)]
-            self.generators = [torch.Generator(model.device).manual_seed(one % 2**63) for one in seeds]
+            if KVCache.asynchronous(model.device):
+                self.uniforms = uniforms(seeds, steps or config.max_new_tokens).to(model.device)
+            else:
+                self.generators = [torch.Generator(model.device).manual_seed(one % 2**63) for one in seeds]
 
     def __call__(self, logits: torch.Tensor, answers: list[list[int]], ended: Sequence[bool]) -> Choice:
         """Of ``(B, vocab)`` logits.
@@ -107,8 +119,7 @@ class Chooser:
             scores = self.processed(scores, answers, ended)
         if self.config.samples:
             chances = self.probabilities(scores)
-            rows = zip(chances, self.generators, strict=True)
-            tokens = torch.cat([torch.multinomial(p, 1, generator=g) for p, g in rows])
+            tokens = self.draw(chances)
         else:
             chances = None
             tokens = scores.argmax(-1)
@@ -120,6 +131,17 @@ class Chooser:
         processed = scores.log_softmax(-1) if chances is None else (chances / chances.sum(-1, keepdim=True)).log()
         both = torch.stack([of.gather(1, tokens.unsqueeze(1)).squeeze(1) for of in (by_model, processed)], 1)
         return Choice(tokens, both, *by_model.topk(min(self.config.logprobs, by_model.shape[1]), -1))
+
+    def draw(self, chances: torch.Tensor) -> torch.Tensor:
+        """``(B,)`` tokens that fall by the rows of ``chances (B, vocab)``."""
+        if self.uniforms is None:
+            rows = zip(chances, self.generators, strict=True)
+            return torch.cat([torch.multinomial(p, 1, generator=g) for p, g in rows])
+        at, self.chosen = self.uniforms.narrow(1, self.chosen, 1), self.chosen + 1
+        # Whole numbers add up to the same in any order, which a GPU's scan of floats does not promise. A number below
+        # one times their sum stays below it in float64, so that what has no chance is never drawn.
+        reached = (chances.double() * 2**52).long().cumsum(-1)
+        return torch.searchsorted(reached, (at * reached.narrow(1, -1, 1)).long(), right=True).squeeze(1)
 
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
         """``(B, vocab)`` float32 with the repetition penalty, minus infinity at what is never generated."""
@@ -154,13 +176,19 @@ class Chooser:
         if config.temperature is not None:
             scores = scores / config.temperature
         if config.top_k:
-            kth = scores.topk(min(config.top_k, scores.shape[-1]), -1).values[:, -1:]
+            kth = scores.topk(min(config.top_k, scores.shape[-1]), -1).values.narrow(1, -1, 1)
             scores = scores.masked_fill(scores < kth, float("-inf"))
         probabilities = scores.softmax(-1)
         if config.top_p is not None and config.top_p < 1:
             ordered, order = probabilities.sort(-1, descending=True)
             # Keep the smallest set that reaches top_p: drop what begins after it is reached.
             beyond = ordered.cumsum(-1) - ordered >= config.top_p
-            beyond[:, 0] = False
+            beyond.select(1, 0).fill_(False)
             probabilities = probabilities.masked_fill(beyond.gather(1, order.argsort(-1)), 0)
         return probabilities
+
+
+def uniforms(seeds: Sequence[int], count: int) -> torch.Tensor:
+    """``(seeds, count)`` float64 numbers in [0, 1): row b's n-th depends on ``seeds[b]`` and n alone."""
+    rows = [np.random.Generator(np.random.Philox(key=seed % 2**63)).random(count) for seed in seeds]
+    return torch.from_numpy(np.stack(rows))

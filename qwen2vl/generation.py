@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
@@ -13,8 +14,10 @@ import torch
 from .cache import KVCache
 from .checks import Call, check_call
 from .choosing import Chooser, LogitsProcessor, TokenLogprobs
+from .decoding import Mark, Steps, Underway, begin_steps, wants_graphs
 from .errors import CheckpointError, ContextLengthError, PromptError, Qwen2VLError
 from .model import Qwen2VL
+from .progress import Row
 
 if TYPE_CHECKING:
     from .agents.answers import Located
@@ -36,8 +39,8 @@ class GenerationConfig:
         repetition_penalty: divides positive and multiplies negative scores of every id seen in prompt or answer
             (Keskar et al. 2019, section 4.1).
         seed: row b of a batch draws with ``seed + b``, or with ``seed[b]``; ``None`` takes a fresh one. A row's draws
-            do not depend on the rest of its batch, nor an answer's on how many are asked for. It does not ask for draws
-            by itself.
+            do not depend on the rest of its batch, nor an answer's on how many are asked for; a GPU's are not a CPU's
+            (see :class:`qwen2vl.choosing.Chooser`). It does not ask for draws by itself.
         stop: texts at which a sequence ends; they are not part of the result. One may be a control token, such as
             ``"<|object_ref_end|>"``, which a text leaves out and an answer may hold.
         eos_token_ids: ids at which a sequence ends; empty takes the checkpoint's.
@@ -172,7 +175,8 @@ class GenerationResult:
     ``sequences``: new ids, without the id that ended them. ``texts``: decoded, empty without a tokenizer.
     ``finish_reasons``: ``"stop"`` (an end id), ``"stop_string"`` (its text, or its control token), ``"length"``
     (``max_new_tokens``) or ``"context"`` (prompt and answer fill the model's context). ``timings`` in seconds:
-    ``vision``, ``prefill``, ``decode``, and ``decode_steps``, the number of steps after the first token.
+    ``vision``, ``prefill``, ``decode`` (the model's steps, without choosing; on a GPU by its own clock), and
+    ``decode_steps``, the number of steps after the first token.
     ``raw_texts``: all that was generated, with the control tokens that ``texts`` leave out and with what ended it;
     empty without a tokenizer. ``media``: the images and videos of each prompt, empty where the inputs came from no
     processor. ``logprobs``: for each id of ``sequences``, empty unless the configuration asks for them.
@@ -208,50 +212,6 @@ class GenerationResult:
         return locate(self.raw_texts[row], self.media[row], media)
 
 
-@dataclass
-class _Row:
-    """One sequence in progress: its ids, its text, and the tail held back while it may begin a stop string."""
-
-    decoder: Any
-    stop: tuple[str, ...]
-    ids: list[int] = field(default_factory=list)
-    text: str = ""
-    shown: int = 0
-    reason: str = ""
-    end: list[int] = field(default_factory=list)  # the id that ended it, where one did
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-
-    def push(self, token: int, ends: Mapping[int, str], budget: int) -> str:
-        """Take a token; returns the text that is now certain to be part of the answer.
-
-        ``ends``: ids that end the sequence, each with the reason that is then given.
-        """
-        if token in ends:
-            self.reason, self.end = ends[token], [token]
-        else:
-            self.ids.append(token)
-            if self.decoder is not None:
-                self.text += self.decoder.push(token)
-            if len(self.ids) >= budget:
-                self.reason = "length"
-        if self.reason and self.decoder is not None:
-            self.text += self.decoder.finish()
-        hits = [at for s in self.stop if (at := self.text.find(s)) >= 0]
-        if hits:
-            self.text, self.reason = self.text[: min(hits)], "stop_string"
-        certain = len(self.text) if self.reason else len(self.text) - self._held()
-        piece, self.shown = self.text[self.shown : certain], max(self.shown, certain)
-        return piece
-
-    def _held(self) -> int:
-        """Length of the longest tail of the text that begins a stop string."""
-        longest = max(map(len, self.stop), default=1) - 1
-        for length in range(min(longest, len(self.text)), 0, -1):
-            if any(s.startswith(self.text[-length:]) for s in self.stop):
-                return length
-        return 0
-
-
 class _Run:
     """A batch in progress; iterating gives ``(row, token id, new text)`` for every token chosen."""
 
@@ -262,6 +222,7 @@ class _Run:
         tokenizer: Tokenizer | None,
         config: GenerationConfig,
         logits_processors: Sequence[LogitsProcessor],
+        graphs: bool | None,
     ) -> None:
         if tokenizer is not None and not hasattr(tokenizer, "stream_decoder"):
             raise TypeError(f"tokenizer must be a processor's tokenizer, got {type(tokenizer).__name__}")
@@ -273,58 +234,84 @@ class _Run:
         self.prompt_tokens = [count for count in call.counts for _ in range(config.num_return_sequences)]
         budgets = _budgets(model, call.counts, config.max_new_tokens)
         self.budgets = [budget for budget in budgets for _ in range(config.num_return_sequences)]
-        self.rows = [_Row(tokenizer and tokenizer.stream_decoder(), config.stop) for _ in self.prompt_tokens]
+        self.rows = [Row(tokenizer and tokenizer.stream_decoder(), config.stop) for _ in self.prompt_tokens]
         self.timings: dict[str, float] = {"vision": 0.0, "prefill": 0.0, "decode": 0.0, "decode_steps": 0}
         self.ends = _end_ids(model, config)
         if tokenizer is not None:
             self.ends = _stop_ids(tokenizer, config.stop) | self.ends
-        self.choose = Chooser(model, inputs, config, logits_processors)
+        self.choose = Chooser(model, inputs, config, logits_processors, steps=max(budgets))
+        self.graphs = wants_graphs(model, graphs)
+        # Where the host need not wait it reads a token while the next step runs. Logits processors want every answer so
+        # far before the next choice.
+        self.ahead = KVCache.asynchronous(model.device) and not logits_processors
 
     # inference_mode is entered around each forward and not around a yield: it is a state of the thread, and must not
     # reach the consumer between two tokens.
-    def __iter__(self) -> Iterator[tuple[int, int, str]]:
-        model = self.model
+    def __iter__(self) -> Generator[tuple[int, int, str], None, None]:
         with torch.inference_mode():
-            cache, logits = self._prefill()
-        while True:
-            with torch.inference_mode():
-                answers, ended = [row.ids for row in self.rows], [bool(row.reason) for row in self.rows]
-                choice = self.choose(logits[:, 0], answers, ended)
-            told = choice.told()
-            for index, (row, token) in enumerate(zip(self.rows, choice.tokens.tolist(), strict=True)):
-                if not row.reason:
-                    piece = row.push(token, self.ends, self.budgets[index])
-                    if told and token not in self.ends:
-                        row.logprobs.append(told[index])
-                    yield index, token, piece
-            if all(row.reason for row in self.rows):
-                return
-            with torch.inference_mode():
+            steps, logits = self._prefill()
+            underway = self._chosen(logits)
+        try:
+            while True:
+                following = self._step(steps, underway) if self.ahead and not self._last(1) else None
+                choice = underway.wait()
+                told = choice.told()
+                for index, (row, token) in enumerate(zip(self.rows, choice.tokens.tolist(), strict=True)):
+                    if not row.reason:
+                        piece = row.push(token, self.ends, self.budgets[index])
+                        if told and token not in self.ends:
+                            row.logprobs.append(told[index])
+                        yield index, token, piece
+                if self._last(0):
+                    return  # the step that follows, where one does, went too far: nobody reads it
                 # Rows that have ended keep their place, with a token nobody reads.
-                cache.hold([index for index, row in enumerate(self.rows) if row.reason])
-                logits = self._timed("decode", model.step, choice.tokens.unsqueeze(1), cache)
-            self.timings["decode_steps"] += 1
+                with torch.inference_mode():
+                    steps.cache.hold(index for index, row in enumerate(self.rows) if row.reason)
+                following = following or self._step(steps, underway)
+                underway, took = following
+                self.timings["decode"] += took()
+                self.timings["decode_steps"] += 1
+        finally:
+            steps.close()
+
+    def _last(self, unread: int) -> bool:
+        """Whether all rows have ended, or will have by their budgets with ``unread`` more tokens."""
+        rows = zip(self.rows, self.budgets, strict=True)
+        return all(row.reason or len(row.ids) + unread >= budget for row, budget in rows)
+
+    def _step(self, steps: Steps, underway: Underway) -> tuple[Underway, Callable[[], float]]:
+        """What follows the tokens underway, and what tells the seconds that the step took."""
+        device = self.model.device
+        with torch.inference_mode():
+            begin = Mark.now(device)
+            logits = steps(underway.tokens)
+            end = Mark.now(device)
+            return self._chosen(logits), lambda: end.since(begin)
+
+    def _chosen(self, logits: torch.Tensor) -> Underway:
+        answers, ended = [row.ids for row in self.rows], [bool(row.reason) for row in self.rows]
+        return Underway(self.choose(logits, answers, ended))
 
     @property
     def finish_reasons(self) -> list[str]:
         most = self.config.max_new_tokens
         return ["context" if row.reason == "length" and len(row.ids) < most else row.reason for row in self.rows]
 
-    def _prefill(self) -> tuple[KVCache, torch.Tensor]:
+    def _prefill(self) -> tuple[Steps, torch.Tensor]:
+        """Steps behind the prompts, and the logits ``(rows, vocab)`` at their ends."""
         if self.call is None:
             raise RuntimeError("a run can be iterated once")
         model, call, self.call = self.model, self.call, None
         answers = self.config.num_return_sequences
         capacity = max(map(sum, zip(self.prompt_tokens, self.budgets, strict=True)))
-        first = capacity if answers == 1 else max(call.counts)
+        first = capacity if answers == 1 and not self.graphs else max(call.counts)
         cache = KVCache(model.config.text, len(call.counts), first, device=model.device, dtype=model.dtype)
         features = call.features
         if features is None:
             features = self._timed("vision", model.encode_patches, call.media)
         logits = self._timed("prefill", model.prefill, call, features, cache, last_only=True)
-        if answers > 1:
-            cache, logits = cache.repeated(answers, capacity), logits.repeat_interleave(answers, 0)
-        return cache, logits
+        steps = begin_steps(model, cache, answers, capacity, self.graphs)
+        return steps, logits[:, 0].repeat_interleave(answers, 0)
 
     def _timed(self, name: str, call: Callable, *args: Any, **kwargs: Any) -> Any:
         begin = time.perf_counter()
@@ -343,6 +330,7 @@ def generate(
     config: GenerationConfig | None = None,
     logits_processors: Sequence[LogitsProcessor] = (),
     on_token: Callable[[int, int, str], None] | None = None,
+    graphs: bool | None = None,
 ) -> GenerationResult:
     """Continue every sequence of a batch.
 
@@ -352,17 +340,22 @@ def generate(
         config: default :meth:`GenerationConfig.from_model`.
         logits_processors: called in turn as ``processor(answers, scores)`` before each choice, see
             :data:`qwen2vl.choosing.LogitsProcessor`; after the repetition penalty, before temperature, top_k and top_p.
-        on_token: called with (index of the sequence, token id, new text) as tokens are chosen.
+        on_token: called with (index of the sequence, token id, new text) as tokens are chosen; on a GPU, where no
+            logits processor is given, while the next step runs.
+        graphs: capture a step of decoding as a CUDA graph at the first use of a number of rows, and replay it (see
+            :mod:`qwen2vl.decoding`); default where the model is on CUDA, unless ``QWEN2VL_GRAPHS=0`` is set.
 
     No sequence depends on the others of its batch, the room for its answer included.
 
     Raises :class:`ContextLengthError` before anything runs when a prompt leaves no room for an answer, and
-    :class:`Qwen2VLError` for logits processors that leave a row nothing to choose from.
+    :class:`Qwen2VLError` for logits processors that leave a row nothing to choose from, and for graphs of a model that
+    is on no CUDA device, or has an adapter or hooks.
     """
-    run = _Run(model, inputs, tokenizer, config or GenerationConfig.from_model(model), logits_processors)
-    for row, token, piece in run:
-        if on_token is not None:
-            on_token(row, token, piece)
+    run = _Run(model, inputs, tokenizer, config or GenerationConfig.from_model(model), logits_processors, graphs)
+    with closing(iter(run)) as chosen:
+        for row, token, piece in chosen:
+            if on_token is not None:
+                on_token(row, token, piece)
     return GenerationResult(
         sequences=[row.ids for row in run.rows],
         texts=[row.text for row in run.rows] if tokenizer is not None else [],
@@ -385,6 +378,7 @@ def stream(
     tokenizer: Tokenizer,
     config: GenerationConfig | None = None,
     logits_processors: Sequence[LogitsProcessor] = (),
+    graphs: bool | None = None,
 ) -> Iterator[str]:
     """Text of one sequence in pieces as they become certain; joined they are :func:`generate`'s text.
 
@@ -395,7 +389,7 @@ def stream(
     config = config or GenerationConfig.from_model(model)
     if config.num_return_sequences != 1:
         raise PromptError(f"config: stream gives one answer, got num_return_sequences={config.num_return_sequences}")
-    run = _Run(model, inputs, tokenizer, config, logits_processors)
+    run = _Run(model, inputs, tokenizer, config, logits_processors, graphs)
     return (piece for _, _, piece in run if piece)
 
 

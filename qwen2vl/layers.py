@@ -10,6 +10,8 @@ from torch import nn
 from qwen2vl_kernels import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from qwen2vl_kernels.core.matmul import linear
 
+from .config import TextConfig
+
 
 def idle_rows(x: torch.Tensor) -> int:
     """Rows to append to packed ``x (T, C)`` for the sake of the matrix products; nothing attends to them.
@@ -26,6 +28,12 @@ def length_bound(lengths: Sequence[int]) -> int:
     """An upper bound of the lengths, a power of two: layers compiled for it serve packs of many lengths, and what
     kernels choose by it changes at powers of two only."""
     return 1 << (max(lengths) - 1).bit_length()
+
+
+def inverse_frequencies(config: TextConfig, device: torch.device) -> torch.Tensor:
+    """``theta^(-2j/D)`` for the D/2 pairs, float32 whatever the model's dtype (a buffer would be cast)."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    return 1.0 / config.rope_theta**exponent
 
 
 class Linear(nn.Linear):

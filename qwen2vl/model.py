@@ -296,12 +296,26 @@ class Qwen2VL(nn.Module):
         """Logits ``(B, 1, vocab)`` that follow one more token of every sequence in ``cache``.
 
         ``ids (B, 1)`` on the model's device were chosen from this model's logits, so that nothing is checked, and
-        nothing is read back from a device. They must be no placeholders.
+        nothing is read back from a device. They must be no placeholders. Raises :class:`ContextLengthError` when the
+        cache has too little room.
         """
-        counts, bounds = [1] * cache.batch, torch.arange(cache.batch + 1, dtype=torch.int32)
-        positions, following = self._next_positions(cache, 1)
-        hidden = self.model.embed_tokens(ids.flatten())
-        hidden = self._decode(hidden, positions, following, counts, bounds, cache, cache.slots(counts))
+        after = cache.lengths_after_step()
+        logits = self.step_on_device(ids, cache, None if cache.asynchronous(self.device) else after)
+        cache.lengths = after
+        return logits
+
+    def step_on_device(self, ids: torch.Tensor, cache: KVCache, totals: list[int] | None = None) -> torch.Tensor:
+        """As :meth:`step`, without the host's part: operations on tensors that stay where they are, whatever the
+        lengths, so that they may be captured once and replayed. ``totals``: the tokens of each row with the new one,
+        for attention that reads them on the host."""
+        slots, seqlens = cache.step_slots()
+        pack = Pack(cache.next_position.expand(3, -1), cache.inv_freq, [1] * cache.batch, cache.bounds, cache, slots)
+        if totals is None:
+            pack.seqlens = seqlens
+        else:
+            pack.totals = totals
+        hidden = self.model(self.model.embed_tokens(ids.flatten()), pack)
+        cache.commit_step()
         return self._head(hidden).unsqueeze(1)
 
     def hidden_states(

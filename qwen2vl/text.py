@@ -20,7 +20,7 @@ from qwen2vl_kernels import (
 
 from .cache import KVCache
 from .config import TextConfig
-from .layers import Embedding, Linear, RMSNorm, idle_rows, length_bound
+from .layers import Embedding, Linear, RMSNorm, idle_rows, inverse_frequencies, length_bound
 
 
 class Pack:
@@ -28,8 +28,9 @@ class Pack:
 
     ``positions (3, T)``; ``inv_freq (D/2,)`` float32; ``counts``: tokens of each sequence; ``cu_seqlens (B + 1,)``
     int32, their bounds. With a cache, ``slots (T,)`` says where the tokens' keys go (nowhere, where negative), and
-    ``totals`` how many tokens each sequence then has. ``tiles``: the bounds' plan for the attention's kernels, made by
-    the decoder.
+    ``totals`` how many tokens each sequence then has; a step of one token a sequence has them as ``seqlens (B,)`` int32
+    on the device instead, and reads nothing on the host. ``tiles``: the bounds' plan for the attention's kernels, made
+    by the decoder.
 
     It is no dataclass on purpose: FSDP casts the tensors of those that a layer is called with to the dtype of its
     parameters, and frequencies in 16 bits turn far tokens by wrong angles.
@@ -45,9 +46,11 @@ class Pack:
         slots: torch.Tensor | None = None,
         totals: list[int] | None = None,
         tiles: TilePlan | None = None,
+        seqlens: torch.Tensor | None = None,
     ) -> None:
         self.positions, self.inv_freq, self.counts, self.cu_seqlens = positions, inv_freq, counts, cu_seqlens
         self.cache, self.slots, self.totals, self.tiles = cache, slots, totals, tiles
+        self.seqlens = seqlens
         # One number for the layers to read: compiled for the list of counts, they would be compiled for each pack.
         self.max_seqlen = length_bound(counts)
 
@@ -60,7 +63,7 @@ class Pack:
     @property
     def resumed(self) -> bool:
         """Whether some sequence had tokens before these."""
-        return self.totals is not None and self.totals != self.counts
+        return self.seqlens is not None or (self.totals is not None and self.totals != self.counts)
 
 
 class Attention(nn.Module):
@@ -86,15 +89,16 @@ class Attention(nn.Module):
                 raise ValueError("tokens in a cache get no gradients: call the model under torch.no_grad()")
             q, k = mrope(q, k, **angles)
             if cache is not None and pack.slots is not None:
-                append_kv(k.detach(), v.detach(), cache.k[self.layer], cache.v[self.layer], pack.slots)
+                append_kv(k.detach(), v.detach(), *cache.layers[self.layer], pack.slots)
         elif cache is not None and pack.slots is not None:
-            layer = (cache.k[self.layer], cache.v[self.layer])
             # The attention of a prefill reads k itself.
-            append_kv(k, v, *layer, pack.slots, q=q, overwrite_k=not pack.resumed, **angles)
+            append_kv(k, v, *cache.layers[self.layer], pack.slots, q=q, overwrite_k=not pack.resumed, **angles)
         else:
             q, k = mrope_(q, k, **angles)
-        if cache is not None and pack.totals is not None and pack.resumed:
-            out = kvcache_attention(q, cache.k[self.layer], cache.v[self.layer], pack.counts, pack.totals)
+        if cache is not None and pack.seqlens is not None:
+            out = kvcache_attention(q, *cache.layers[self.layer], None, pack.seqlens)
+        elif cache is not None and pack.totals is not None and pack.resumed:
+            out = kvcache_attention(q, *cache.layers[self.layer], pack.counts, pack.totals)
         else:
             out = varlen_attention(q, k, v, pack.cu_seqlens, pack.max_seqlen, causal=True, tiles=pack.tiles)
         return self.o_proj(out.flatten(1))
@@ -139,10 +143,8 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def inv_freq(self, device: torch.device) -> torch.Tensor:
-        """``theta^(-2j/D)`` for the D/2 pairs, float32 whatever the model's dtype (a buffer would be cast)."""
-        width = self.config.head_dim
-        exponent = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
-        return 1.0 / self.config.rope_theta**exponent
+        """What :class:`Pack` holds, see :func:`qwen2vl.layers.inverse_frequencies`."""
+        return inverse_frequencies(self.config, device)
 
     def forward(self, embeddings: torch.Tensor, pack: Pack) -> torch.Tensor:
         """``(T, C)`` packed embeddings to ``(T, C)`` normed hidden states."""
@@ -153,4 +155,5 @@ class Decoder(nn.Module):
             pack.tiles = plan_tiles(pack.cu_seqlens, x.shape[0], device=x.device)
         for layer in self.layers:
             x, residual = layer(x, residual, pack)
-        return self.norm(x, residual)[0][:tokens]
+        x, _ = self.norm(x, residual)
+        return x if x.shape[0] == tokens else x[:tokens]

@@ -14,6 +14,7 @@ import torch
 from qwen2vl import Qwen2VL, Qwen2VLConfig
 from qwen2vl.cache import KVCache
 from qwen2vl.config import IMAGE_MEAN, IMAGE_STD, TextConfig, VisionConfig
+from qwen2vl.decoding import Steps, begin_steps, wants_graphs
 
 from ..case import Context
 from ..random_checkpoint import small_config, write_random_checkpoint
@@ -87,12 +88,12 @@ def make_prompt(config: Qwen2VLConfig, side: int, text: int, steps: int, device:
 
 
 class Ours:
-    """Our model; the cache is made as :func:`qwen2vl.generate` makes it."""
+    """Our model; cache and steps are made as :func:`qwen2vl.generate` makes them."""
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
         self.model = Qwen2VL.from_pretrained(folder, device=device, dtype=dtype)
         self.config = self.model.config
-        self.cache: KVCache | None = None
+        self.steps: Steps | None = None
 
     def vision(self, rows: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
         return self.model.visual(rows, grid)
@@ -101,31 +102,31 @@ class Ours:
         """Logits of the last token, ``(1, vocab)``."""
         model = self.model
         capacity = prompt.tokens + len(prompt.next_ids)
-        self.cache = KVCache(model.config.text, 1, capacity, device=model.device, dtype=model.dtype)
+        if self.steps is not None:
+            self.steps.close()
+        cache = KVCache(model.config.text, 1, capacity, device=model.device, dtype=model.dtype)
         logits = model(
             prompt.ids,
             image_grid_thw=prompt.grid,
             features=(features, None),
-            cache=self.cache,
+            cache=cache,
             last_only=True,
         )
+        self.steps = begin_steps(model, cache, 1, capacity, wants_graphs(model, None))
         return logits[:, -1]
 
     def rewind(self, prompt: Prompt) -> None:
         """Forget what was decoded after the prompt."""
-        cache = self.cache
-        assert cache is not None, "prefill comes first"
-        decoded = cache.lengths[0] - prompt.tokens
-        cache.lengths = [prompt.tokens]
-        cache.next_position = cache.next_position - decoded
+        assert self.steps is not None, "prefill comes first"
+        self.steps.cache.forget(self.steps.cache.lengths[0] - prompt.tokens)
 
     def decode(self, prompt: Prompt) -> torch.Tensor:
         """Feed ``next_ids`` one by one, choosing greedily each time; logits of the last, ``(1, vocab)``."""
-        assert self.cache is not None, "prefill comes first"
+        assert self.steps is not None, "prefill comes first"
         for step in prompt.next_ids:
-            logits = self.model.step(step, self.cache)[:, -1]
+            logits = self.steps(step.flatten())
             logits.argmax(-1)
-        return logits
+        return logits.clone()  # the next step may be a replay, which overwrites them
 
 
 class Transformers:

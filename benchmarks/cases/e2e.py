@@ -29,8 +29,8 @@ from ._qwen2vl import Ours, Transformers, checkpoint, wide_config
 QUESTION = "What is in this picture?"
 PATCHED, STOCK = "transformers, patched", "transformers"
 UNITS = {"picture to rows": "s", "first token": "s", "each token after it": "s"}
-#: No id: nothing ends a sequence.
-_NEVER = -1
+#: An id that no vocabulary has: nothing ends a sequence.
+_NEVER = 10**9
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from qwen2vl import (
 )
 from qwen2vl.cache import KVCache
 from qwen2vl.choosing import Choice, Chooser
-from qwen2vl.generation import _Row
+from qwen2vl.progress import Row
 
 ENDLESS = (10**6,)
 
@@ -314,7 +314,7 @@ class _Letters:
     ],
 )
 def test_text_that_may_begin_a_stop_string_is_held_back(stop, text, pieces, reason):
-    row = _Row(_Letters(), stop)
+    row = Row(_Letters(), stop)
     got = []
     for letter in text:
         got.append(row.push(ord(letter), {}, 99))
@@ -327,12 +327,12 @@ def test_text_that_may_begin_a_stop_string_is_held_back(stop, text, pieces, reas
 
 
 def test_text_held_back_is_released_at_the_end():
-    row = _Row(_Letters(tail="!"), ("abc",))
+    row = Row(_Letters(tail="!"), ("abc",))
     assert [row.push(ord(x), {0: "stop"}, 99) for x in "ab"] == ["", ""]
     assert row.push(0, {0: "stop"}, 99) == "ab!" and row.reason == "stop" and row.ids == [97, 98]
-    row = _Row(_Letters(), ("abc",))
+    row = Row(_Letters(), ("abc",))
     assert [row.push(ord(x), {}, 2) for x in "ab"] == ["", "ab"] and row.reason == "length"
-    row = _Row(_Letters(tail="c"), ("abc",))  # a stop string that the decoder's last characters complete
+    row = Row(_Letters(tail="c"), ("abc",))  # a stop string that the decoder's last characters complete
     assert [row.push(ord(x), {}, 2) for x in "ab"] == ["", ""] and row.reason == "stop_string"
 
 

@@ -1,0 +1,447 @@
+"""Steps of decoding where the host goes on while the device works: nothing is read there, whatever runs next."""
+
+import gc
+import weakref
+from bisect import bisect_right
+from collections import Counter
+from copy import deepcopy
+from functools import cache as once
+from itertools import accumulate
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from qwen2vl import GenerationConfig, Qwen2VL, Qwen2VLError, decoding, generate, stream
+from qwen2vl.cache import KVCache
+from qwen2vl.choosing import Chooser
+from qwen2vl_kernels import use_backend
+from qwen2vl_kernels.core.backends import unavailable
+
+ENDLESS = (10**6,)
+STATE = ("k", "v", "seqlens", "growth", "next_position")
+SETTINGS = {
+    "greedy": {},
+    "penalised": {"repetition_penalty": 1.4},
+    "warm": {"temperature": 1.4},
+    "top_k": {"top_k": 9},
+    "top_p": {"top_p": 0.8},
+    "all": {"temperature": 1.5, "top_k": 60, "top_p": 0.9, "repetition_penalty": 1.2, "logprobs": 2},
+    "several": {"temperature": 1.5, "num_return_sequences": 3},
+}
+
+# ---- what a step launches ----
+
+#: They launch nothing.
+VIEWS = {"unflatten", "flatten", "expand", "unsqueeze", "squeeze", "narrow", "select", "slice", "device"}
+
+
+class OnDevice(TorchDispatchMode):
+    """Refuses tensors on the host, and counts what is launched. Over fake tensors, which refuse to give values."""
+
+    def __init__(self):
+        super().__init__()
+        self.launched = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        for one in tree_leaves((args, kwargs, result)):
+            assert not isinstance(one, torch.Tensor) or one.device.type == "cuda", f"{func}: a tensor on the host"
+        name = func.name().partition("::")[2].partition(".")[0]
+        if name not in VIEWS:
+            self.launched[name] += 1
+        return result
+
+
+@once
+def _absent():
+    """The 2B on a CUDA device that is not there."""
+    model = Qwen2VL.from_config("2b", device="meta")
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        model.init_weights(torch.device("cuda"))
+    return model, mode
+
+
+@pytest.mark.parametrize(
+    "forbidden",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.tolist(),
+        lambda x: bool((x > 0).any()),
+        lambda x: x.nonzero(),
+        lambda x: x.cpu(),
+        lambda x: torch.arange(3),
+        lambda x: x + torch.arange(3),
+        lambda x: x + torch.tensor([1, 2, 3]),
+    ],
+    ids=["item", "tolist", "bool", "nonzero", "cpu", "arange", "operand", "tensor"],
+)
+def test_what_a_step_may_not_do_is_seen(forbidden):
+    with FakeTensorMode():
+        x = torch.ones(3, device="cuda")
+        with pytest.raises((AssertionError, RuntimeError)), OnDevice():
+            forbidden(x)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_step_and_a_choice_stay_on_the_device(rows, setting):
+    """A step of the 2B is 343 operators whatever the batch, a greedy choice 3."""
+    model, fake = _absent()
+    with torch.inference_mode(), fake:
+        cache = KVCache(model.config.text, rows, 4096, device=model.device, dtype=model.dtype)
+        state = [(getattr(cache, name), getattr(cache, name).untyped_storage()._cdata) for name in STATE]
+        ids = torch.zeros(rows, 1, dtype=torch.int64, device="cuda")
+        options = SETTINGS[setting] | {"num_return_sequences": 1}
+        choose = Chooser(model, {"input_ids": ids}, GenerationConfig(seed=3, **options))
+        with OnDevice() as step:
+            logits = model.step(ids, cache).squeeze(1)
+        with OnDevice() as choice:
+            choose(logits, [[]] * rows, [False] * rows)
+        for name, (tensor, storage) in zip(STATE, state, strict=True):
+            assert getattr(cache, name) is tensor and tensor.untyped_storage()._cdata == storage
+    layers = model.config.text.num_hidden_layers
+    assert step.launched == {
+        "linear": 7 * layers + 1,
+        "norm_forward": 2 * layers + 1,
+        "append_kv": layers,
+        "kvcache_attention_decode": layers,
+        "swiglu_forward_": layers,
+        "embedding": 1,
+        "add": 2,  # lengths with the new token, and slots
+        "add_": 2,  # lengths and positions, in place
+    }
+    assert step.launched.total() == 343
+    if setting == "greedy":
+        assert choice.launched.total() == 3, choice.launched
+
+
+# ---- the same tokens ----
+
+
+@pytest.fixture
+def inputs(processor):
+    return processor([[{"role": "user", "content": text}] for text in ("a", "Tell me more than that, please.", "12?")])
+
+
+@pytest.fixture
+def ahead(monkeypatch):
+    """The CPU as a device that the host does not wait for; a list with what was captured."""
+    captured = []
+
+    class Recorder(TorchDispatchMode):
+        """What a graph holds: calls, with the tensors that they read and the places of what they made."""
+
+        def __init__(self):
+            super().__init__()
+            self.calls, self.replays = [], 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **kwargs or {})
+            self.calls.append((func, args, kwargs or {}, result))
+            return result
+
+        def replay(self):
+            self.replays += 1
+            for func, args, kwargs, made in self.calls:
+                for old, new in zip(tree_leaves(made), tree_leaves(func(*args, **kwargs)), strict=True):
+                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
+    def capture(run, device, pool):
+        for _ in range(2):
+            run()
+        with Recorder() as recorder:
+            result = run()
+        captured.append(recorder)
+        return recorder.replay, result
+
+    monkeypatch.setattr(decoding, "_of_models", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(decoding, "capture", capture)
+    monkeypatch.setattr(decoding, "new_pool", object)
+    monkeypatch.setattr(KVCache, "asynchronous", staticmethod(lambda device: True))
+    return captured
+
+
+def _run(model, inputs, processor=None, graphs=None, on_token=None, processors=(), **options):
+    config = GenerationConfig(**{"max_new_tokens": 12, "eos_token_ids": ENDLESS, "seed": 5, **options})
+    tokenizer = processor and processor.tokenizer
+    given = {"config": config, "tokenizer": tokenizer, "on_token": on_token, "logits_processors": processors}
+    return generate(model, inputs, **given, graphs=graphs)
+
+
+def _on_host(monkeypatch, *arguments, **options):
+    """What the host makes of it step by step, each draw from the generator's definition."""
+    with monkeypatch.context() as patch:
+        patch.setattr(KVCache, "asynchronous", staticmethod(lambda device: False))
+        config, generators = GenerationConfig(**{"seed": 5, **options.get("draws", {})}), []
+
+        def draw(chooser, chances):
+            if not generators:
+                times = config.num_return_sequences
+                seeds = [5 + n // times + 0x9E3779B1 * (n % times) for n in range(len(chances))]
+                generators.extend(np.random.Generator(np.random.Philox(key=seed)) for seed in seeds)
+            tokens = []
+            for row, generator in zip(chances.double().numpy(), generators, strict=True):
+                reached = list(accumulate(int(chance * 2**52) for chance in row))
+                tokens.append(bisect_right(reached, int(generator.random() * reached[-1])))
+            return torch.tensor(tokens)
+
+        patch.setattr(Chooser, "draw", draw)
+        draws = options.pop("draws", {})
+        return _run(*arguments, graphs=False, **draws, **options)
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["steps", "graphs"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_tokens_are_those_of_the_host(model, processor, inputs, ahead, monkeypatch, setting, graphs):
+    """Rows of different lengths, three of them on a graph of four, or nine on one of sixteen."""
+    shown = {True: [], False: []}
+    expected = _on_host(
+        monkeypatch, model, inputs, processor, draws=SETTINGS[setting], on_token=lambda *a: shown[False].append(a)
+    )
+    got = _run(model, inputs, processor, graphs, on_token=lambda *a: shown[True].append(a), **SETTINGS[setting])
+    assert got.sequences == expected.sequences and got.texts == expected.texts
+    assert got.finish_reasons == expected.finish_reasons == ["length"] * len(got.sequences)
+    assert shown[True] == shown[False] and got.timings["decode_steps"] == 11
+    for some, others in zip(got.logprobs, expected.logprobs, strict=True):
+        torch.testing.assert_close([one.logprob for one in some], [one.logprob for one in others], atol=1e-4, rtol=0)
+    assert [recorder.replays for recorder in ahead] == [11] * graphs
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["steps", "graphs"])
+def test_rows_end_on_their_own(model, processor, inputs, ahead, monkeypatch, graphs):
+    """By an id, a stop string, their budget; the step that went too far changes nothing and is not counted."""
+    free = _on_host(monkeypatch, model, inputs, processor, max_new_tokens=30)
+    assert len(set(map(tuple, free.sequences))) == 3
+    options = {"eos_token_ids": (free.sequences[0][3],), "stop": (free.texts[1][9:13],), "max_new_tokens": 30}
+    expected = _on_host(monkeypatch, model, inputs, processor, **options)
+    assert expected.finish_reasons[:2] == ["stop", "stop_string"]
+    taken, call = [], decoding.CapturedSteps.__call__ if graphs else decoding.Steps.__call__
+    owner = decoding.CapturedSteps if graphs else decoding.Steps
+
+    def counted(steps, tokens):
+        addresses = tuple(getattr(steps.cache, name).data_ptr() for name in STATE)
+        taken.append((addresses, list(steps.cache.lengths), steps.cache.seqlens.tolist()))
+        return call(steps, tokens)
+
+    monkeypatch.setattr(owner, "__call__", counted)
+    for row in (slice(0, 3), slice(0, 2), slice(0, 1)):
+        some = {name: value[row] for name, value in inputs.items()}
+        taken.clear()
+        got = _run(model, some, processor, graphs, **options)
+        assert got.sequences == expected.sequences[row] and got.texts == expected.texts[row]
+        assert got.finish_reasons == expected.finish_reasons[row] and got.raw_texts == expected.raw_texts[row]
+        assert len({addresses for addresses, _, _ in taken}) == 1
+        assert all(lengths == seqlens for _, lengths, seqlens in taken)
+        assert len(taken) - got.timings["decode_steps"] == ("length" not in got.finish_reasons)
+    pieces = stream(
+        model,
+        some,
+        tokenizer=processor.tokenizer,
+        config=GenerationConfig(seed=5, **options),
+        graphs=graphs,
+    )
+    assert "".join(pieces) == expected.texts[0]
+
+
+@pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason=f"triton: {unavailable('triton', 'cpu')}")
+def test_the_kernel_for_lengths_on_the_device(model, inputs, ahead, monkeypatch):
+    """Over a cache without more room than it needs: the interpreter is slow."""
+    one = {name: value[:1] for name, value in inputs.items()}
+    expected = _on_host(monkeypatch, model, one, max_new_tokens=4).sequences
+    with use_backend(kvcache_attention_decode="triton"):
+        assert _run(model, one, graphs=False, max_new_tokens=4).sequences == expected
+
+
+def test_logits_processors_see_every_answer(model, inputs, ahead, monkeypatch):
+    """Then the host reads each token before the next choice."""
+    seen = []
+
+    def count(answers, scores):
+        seen.append([list(answer) for answer in answers])
+        return scores.index_fill(1, torch.tensor([len(answers[0]) + 40]), 1e6)
+
+    expected = _on_host(monkeypatch, model, inputs, processors=[count], max_new_tokens=4).sequences
+    before = seen.copy()
+    seen.clear()
+    assert _run(model, inputs, graphs=True, processors=[count], max_new_tokens=4).sequences == expected
+    assert seen == before and expected == [[40, 41, 42, 43]] * 3
+
+
+def test_a_row_draws_the_same_whatever_is_beside_it(model, inputs, ahead):
+    whole = _run(model, inputs, temperature=1.5, max_new_tokens=20)
+    alone = {name: value[1:2] for name, value in inputs.items()}
+    assert _run(model, alone, temperature=1.5, seed=6, max_new_tokens=7).sequences[0] == whole.sequences[1][:7]
+
+
+def test_what_has_no_chance_is_not_drawn(model, ahead):
+    """At the ends of the numbers that are drawn, and where a chance is next to nothing."""
+    chooser = Chooser(model, {"input_ids": torch.tensor([[3]])}, GenerationConfig(do_sample=True, seed=3))
+    for chances, least, most in (
+        ([0, 0.25, 0, 0.75, 0], 1, 3),
+        ([0, 1, 0, 0, 0], 1, 1),
+        ([1e-30, 0.3, 1e-9, 0.1, 1e-30], 1, 3),
+        ([0, 0, 0, 0, 0.7], 4, 4),
+    ):
+        chooser.uniforms, chooser.chosen = torch.tensor([[0.0, 1 - 2**-53]], dtype=torch.float64), 0
+        assert [chooser.draw(torch.tensor([chances])).item() for _ in range(2)] == [least, most]
+
+
+def test_draws_by_numbers_fall_by_the_distribution(model, ahead):
+    logits = torch.randn(1, 512, generator=torch.Generator().manual_seed(1))
+    config = GenerationConfig(top_k=8, seed=3, max_new_tokens=4000)
+    chooser = Chooser(model, {"input_ids": torch.tensor([[3]])}, config)
+    expected = chooser.probabilities(chooser.scores(logits))[0]
+    counts = torch.bincount(torch.cat([chooser(logits, [[]], [False]).tokens for _ in range(4000)]), minlength=512)
+    assert torch.count_nonzero(counts[expected == 0]) == 0
+    torch.testing.assert_close(counts / 4000, expected, rtol=0, atol=0.04)  # five standard deviations
+
+
+# ---- graphs ----
+
+
+def test_a_step_is_captured_once_for_a_number_of_rows(model, inputs, ahead, monkeypatch):
+    model = deepcopy(model)
+    one = {name: value[:1] for name, value in inputs.items()}
+    for given, tokens in ((inputs, 4), (one, 30), (inputs, 40), (one, 3), (inputs, 9)):
+        got = _run(model, given, max_new_tokens=tokens).sequences
+        assert got == _on_host(monkeypatch, model, given, max_new_tokens=tokens).sequences
+    assert len(ahead) == 2
+    monkeypatch.setattr(decoding, "LEAST_CAPACITY", 8)
+    fresh = deepcopy(model)
+    for tokens, captures in ((8, 3), (7, 3), (60, 4), (8, 4)):
+        assert len(_run(fresh, one, max_new_tokens=tokens).sequences[0]) == tokens
+        assert len(ahead) == captures, "a capacity that does not suffice is captured anew, and then it does"
+
+
+@pytest.mark.parametrize(
+    ("rows", "wanted"), [(1, 1), (2, 2), (3, 4), (5, 8), (8, 8), (9, 16), (16, 16), (17, 24), (100, 104)]
+)
+def test_rows_of_a_graph(rows, wanted):
+    assert decoding.graph_rows(rows) == wanted
+
+
+def test_capacities_of_a_graph():
+    assert [decoding.graph_capacity(n) for n in (1, 256, 257, 384, 385, 513, 768, 769, 32768, 32769)] == [
+        *(256, 256, 384, 384, 512, 768, 768, 1024),
+        *(32768, 49152),
+    ]
+
+
+def test_answers_at_the_same_time_do_not_share_a_cache(model, processor, inputs, ahead, monkeypatch):
+    given = [{name: value[n : n + 1] for name, value in inputs.items()} for n in (0, 1)]
+    alone = [_on_host(monkeypatch, model, one, processor).texts[0] for one in given]
+    config = GenerationConfig(max_new_tokens=12, eos_token_ids=ENDLESS)
+    _run(model, given[0])  # leaves one for the next
+    running = [stream(model, one, tokenizer=processor.tokenizer, config=config, graphs=True) for one in given]
+    texts = ["", ""]
+    while any(pieces := [next(one, "") for one in running]):
+        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+    assert texts == alone and alone[0] != alone[1] and len(ahead) == 2
+
+
+def test_a_graph_is_used_in_whatever_mode(model, inputs, ahead):
+    """Captured under inference mode, where generate runs, and replayed under no_grad."""
+    made = []
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            cache = KVCache(model.config.text, 1, 100, device=model.device, dtype=model.dtype)
+            model(inputs["input_ids"][1:2, -20:], cache=cache)
+            steps = decoding.begin_steps(model, cache, 1, 100, graphs=True)
+            made.append(steps(torch.tensor([7])).clone())
+            assert steps.cache.lengths == [21] == steps.cache.seqlens.tolist()
+            steps.cache.forget(1)
+            assert torch.equal(steps(torch.tensor([7])), made[-1]), "the position is the same again"
+            steps.close()
+    assert torch.equal(*made) and len(ahead) == 1
+
+
+def test_an_answer_that_is_left_gives_its_graph_back(model, processor, inputs, ahead):
+    model, one = deepcopy(model), {name: value[:1] for name, value in inputs.items()}
+    config = GenerationConfig(max_new_tokens=12, eos_token_ids=ENDLESS)
+    for _ in range(3):
+        pieces = stream(model, one, tokenizer=processor.tokenizer, config=config)
+        next(pieces)
+        del pieces
+    with pytest.raises(ZeroDivisionError) as raised:  # whose traceback keeps the run alive
+        _run(model, one, on_token=lambda *a: 1 / 0)
+    assert len(_run(model, one).sequences[0]) == 12 and len(ahead) == 1, raised
+
+
+def test_a_conversation_keeps_one_graph_as_it_grows(model, ahead):
+    """A turn longer than what was captured takes its place, with room for those that follow."""
+    model, ids = deepcopy(model), torch.arange(400)[None] % 256
+    for turn in range(1, 21):
+        _run(model, {"input_ids": ids[:, : 20 * turn]}, max_new_tokens=2)
+        assert len(decoding._of_models[model].captured) == 1
+    assert len(ahead) == 3
+
+
+def test_other_weights_and_backends_are_captured_anew(model, inputs, ahead, monkeypatch):
+    """A replay reads weights where they were."""
+    model = deepcopy(model)
+    before = _run(model, inputs).sequences
+    with use_backend("eager"):
+        _run(model, inputs)
+    assert len(ahead) == 2
+    with torch.no_grad():
+        model.model.norm.weight.mul_(torch.linspace(-1, 1, model.config.text.hidden_size))
+    changed = _run(model, inputs).sequences
+    assert len(ahead) == 2 and changed == _on_host(monkeypatch, model, inputs).sequences != before
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone().neg()
+    moved = _run(model, inputs).sequences
+    assert len(ahead) == 3 and moved == _on_host(monkeypatch, model, inputs).sequences != changed
+
+
+def test_what_is_kept_is_bounded_and_ends_with_the_model(model, inputs, ahead, monkeypatch):
+    model = deepcopy(model)
+    for rows in (1, 2, 1):
+        _run(model, {name: value[:rows] for name, value in inputs.items()})
+    assert len(ahead) == 2
+    monkeypatch.setattr(decoding, "KEPT_BYTES", decoding._of_models[model].captured[0].bytes)
+    _run(model, {name: value[:1] for name, value in inputs.items()})
+    assert [one.cache.batch for one in decoding._of_models[model].captured] == [1]
+    gone = weakref.ref(model)
+    del model
+    ahead.clear()
+    gc.collect()
+    assert gone() is None
+
+
+def test_graphs_that_cannot_be_are_refused(model, inputs, ahead, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setenv("QWEN2VL_GRAPHS", "0")
+        _run(model, inputs)
+        assert not ahead
+    for layer, name, reason in ((0, "lora_A", "the model has an adapter"), (1, "hook", "the model has hooks")):
+        module = deepcopy(model)
+        place = module.model.layers[layer].self_attn.q_proj
+        if name == "hook":
+            place.register_forward_hook(lambda *a: None)
+        else:
+            place.lora_A = place.get_delta_weight = 1
+        with pytest.raises(Qwen2VLError, match=f"graphs: {reason}"):
+            _run(module, inputs, graphs=True)
+        assert _run(module, inputs).sequences == _run(model, inputs, graphs=False).sequences
+        assert not ahead
+    monkeypatch.setattr(KVCache, "asynchronous", staticmethod(lambda device: False))
+    with pytest.raises(Qwen2VLError, match="graphs: wants a model on a CUDA device, it is on cpu"):
+        _run(model, inputs, graphs=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")
+def test_a_captured_step_on_a_gpu(folder, inputs):
+    """Tokens of captured steps are those of steps; a conversation's turns replay what the first captured."""
+    model = Qwen2VL.from_pretrained(folder, device="cuda", dtype=torch.float32)
+    for setting in SETTINGS.values():
+        for tokens in (12, 30):
+            expected = _run(model, inputs, graphs=False, max_new_tokens=tokens, **setting)
+            got = _run(model, inputs, graphs=True, max_new_tokens=tokens, **setting)
+            assert got.sequences == expected.sequences and got.timings["decode"] > 0
+    assert len(decoding._of_models[model].captured) == 2
