@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from qwen2vl_kernels.ops import quick_gelu
+from qwen2vl_kernels.ops.kvcache_attention import kvcache_attention_decode_ref
 from qwen2vl_kernels.ops.layer_norm import layer_norm_ref
 from qwen2vl_kernels.ops.mrope import mrope_ref
 from qwen2vl_kernels.ops.patch_embed import patch_embed_ref
 from qwen2vl_kernels.ops.rms_norm import rms_norm_ref
 from qwen2vl_kernels.ops.swiglu import swiglu_ref
 from qwen2vl_kernels.ops.vision_rope import vision_rope_ref
-from qwen2vl_kernels.triton import cross_entropy, elementwise, gemm, norm, rotary
+from qwen2vl_kernels.triton import attention_decode, cross_entropy, elementwise, gemm, norm, rotary
 
 from . import attention
 from .subject import Subject, Tensors, Work, checked, random_of
@@ -29,6 +30,7 @@ def subjects(quick: bool = False) -> list[Subject]:
     """All of them; with ``quick`` at tiny shapes, with two values to try of two fields and one of the others."""
     found = [
         *attention.subjects(quick),
+        *_decoding(quick),
         *_rotations(quick),
         *_norms(quick),
         *_activations(quick),
@@ -42,6 +44,25 @@ def subjects(quick: bool = False) -> list[Subject]:
 
 def _ends(grid: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     return {name: (v[0], v[-1]) if place < 2 else (v[0],) for place, (name, v) in enumerate(grid.items())}
+
+
+def _decoding(quick: bool) -> Iterator[Subject]:
+    capacity, lengths = (300, (270, 300, 9)) if quick else (32_768, (2048, 16_384))
+    grid = {"block_n": (32, 64, 128), "num_warps": (2, 4, 8), "num_stages": (2, 3, 4)}
+
+    def work(heads: int, kv_heads: int, seen: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Work:
+        random, rows = random_of(device, dtype), len(seen)
+        q, k, v = random(rows, heads, 128), *(random(rows, capacity, kv_heads, 128) for _ in range(2))
+        end, scale = torch.tensor(seen, dtype=torch.int32, device=device), 128**-0.5
+        formula = lambda q, k, v: kvcache_attention_decode_ref(q, k, v, end, scale)  # noqa: E731
+        return Work(lambda: (attention_decode.launch_decode(q, k, v, end, scale),), checked(formula, (q, k, v)))
+
+    for heads, kv_heads in ((12, 2), (28, 4)):
+        for seen in (lengths,) if quick else ((one,) for one in lengths):
+            yield Subject(
+                f"decode {heads}/{kv_heads}x128", f"{'+'.join(map(str, seen))} of {capacity}", "_attend_kernel",
+                attention_decode, "decode_config", grid, partial(work, heads, kv_heads, seen), fixed=("block_n",),
+            )  # fmt: skip
 
 
 def _rotations(quick: bool) -> Iterator[Subject]:

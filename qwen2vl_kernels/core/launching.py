@@ -147,20 +147,19 @@ def launch(
     *,
     num_warps: int,
     num_stages: int = 1,
-    dependent: bool = False,
     **arguments: Any,
 ) -> None:
     """Run ``kernel`` with ``arguments`` on ``device``'s current stream; nothing runs when a dimension of ``grid`` is 0.
 
     All arguments of the kernel go by name: its tensors, their strides (:func:`strides`), numbers and constexprs.
-    ``dependent``: it may start before the kernel ahead of it in the stream has ended, and every program of it calls
-    ``gdc_wait`` before it reads or writes memory that another kernel writes. For targets that are ``dependent``.
+    With a constexpr ``DEPENDENT`` that is true, on targets that are, it starts while the kernel ahead of it in the
+    stream ends; every program of it must call ``gdc_wait`` before it reads or writes memory that others write.
     """
     if 0 in grid:
         return
     # Contraction to FMA is said, not left to the version's default, which changes in Triton 3.10.
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    if dependent:
+    if arguments.get("DEPENDENT"):
         options["launch_pdl"] = True
     if collected(Launch(kernel, grid, arguments, options)):
         return

@@ -242,7 +242,6 @@ def launch_decode(
         ACC=accumulator(q.dtype),
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
-        dependent=target.dependent,
     )
     launch(
         _combine_kernel,
@@ -253,6 +252,5 @@ def launch_decode(
         V=v_columns,
         BLOCK_V=next_power_of_2(v_columns),
         num_warps=target.warps(128),
-        dependent=target.dependent,
     )
     return out
