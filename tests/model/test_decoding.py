@@ -33,6 +33,12 @@ SETTINGS = {
     "several": {"temperature": 1.5, "num_return_sequences": 3},
 }
 
+
+@pytest.fixture(autouse=True)
+def asked_for(monkeypatch):
+    monkeypatch.setenv("QWEN2VL_GRAPHS", "1")
+
+
 # ---- what a step launches ----
 
 #: They launch nothing.
@@ -442,9 +448,8 @@ def test_graphs_that_cannot_be_are_refused(model, inputs, ahead, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")
-def test_a_captured_step_on_a_gpu(folder, inputs, monkeypatch):
+def test_a_captured_step_on_a_gpu(folder, inputs):
     """Tokens of captured steps are those of steps; a conversation's turns replay what the first captured."""
-    monkeypatch.setenv("QWEN2VL_GRAPHS", "1")
     model = Qwen2VL.from_pretrained(folder, device="cuda", dtype=torch.float32)
     for setting in SETTINGS.values():
         for tokens in (12, 30):
