@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 import torch
@@ -48,9 +49,10 @@ class KVCache:
     def asynchronous(device: torch.device) -> bool:
         """Whether the host goes on while ``device`` works: then a step reads nothing on the host, lengths included.
 
-        Elsewhere attention takes them from the host, sequence by sequence, which is faster on a CPU.
+        Elsewhere attention takes them from the host, sequence by sequence, which is faster on a CPU. No GPU has run the
+        other way yet, so that it is taken where ``QWEN2VL_GRAPHS=1`` asks for it, and by itself once one has.
         """
-        return device.type == "cuda"
+        return device.type == "cuda" and os.environ.get("QWEN2VL_GRAPHS") == "1"
 
     def repeated(self, times: int, capacity: int) -> KVCache:
         """Each row ``times`` times, one copy behind the other, with room for ``capacity`` tokens a row."""

@@ -9,7 +9,6 @@ pool of memory.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from threading import Lock
@@ -134,15 +133,13 @@ def begin_steps(model: Qwen2VL, prompts: KVCache, times: int, capacity: int, gra
 
 
 def wants_graphs(model: Qwen2VL, asked: bool | None) -> bool:
-    """Whether steps are captured: as asked for, and where nobody asks, on CUDA unless ``QWEN2VL_GRAPHS=0`` is set.
+    """Whether steps are captured: where ``QWEN2VL_GRAPHS=1`` is set, on CUDA, unless ``asked`` is False.
 
     Raises :class:`Qwen2VLError` where they are asked for and cannot be captured.
     """
-    if asked is None and os.environ.get("QWEN2VL_GRAPHS") == "0":
-        return False
     unfit = ""
     if not KVCache.asynchronous(model.device):
-        unfit = f"wants a model on a CUDA device, it is on {model.device}"
+        unfit = f"wants a model on a CUDA device, and QWEN2VL_GRAPHS=1 in the environment, it is on {model.device}"
     elif adapted(model):
         unfit = "the model has an adapter, which may be switched without notice; merge_adapter() first"
     elif any(one._forward_hooks or one._forward_pre_hooks for one in model.model.modules()):

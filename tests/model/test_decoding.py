@@ -413,11 +413,17 @@ def test_what_is_kept_is_bounded_and_ends_with_the_model(model, inputs, ahead, m
     assert gone() is None
 
 
+def test_a_gpu_takes_them_where_they_are_asked_for(monkeypatch):
+    """No GPU has run them: without a word all is as it was."""
+    for value, wanted in (("", False), ("0", False), ("1", True)):
+        monkeypatch.setenv("QWEN2VL_GRAPHS", value)
+        assert KVCache.asynchronous(torch.device("cuda")) is wanted
+        assert not KVCache.asynchronous(torch.device("cpu"))
+
+
 def test_graphs_that_cannot_be_are_refused(model, inputs, ahead, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setenv("QWEN2VL_GRAPHS", "0")
-        _run(model, inputs)
-        assert not ahead
+    _run(model, inputs, graphs=False)
+    assert not ahead
     for layer, name, reason in ((0, "lora_A", "the model has an adapter"), (1, "hook", "the model has hooks")):
         module = deepcopy(model)
         place = module.model.layers[layer].self_attn.q_proj
@@ -430,14 +436,15 @@ def test_graphs_that_cannot_be_are_refused(model, inputs, ahead, monkeypatch):
         assert _run(module, inputs).sequences == _run(model, inputs, graphs=False).sequences
         assert not ahead
     monkeypatch.setattr(KVCache, "asynchronous", staticmethod(lambda device: False))
-    with pytest.raises(Qwen2VLError, match="graphs: wants a model on a CUDA device, it is on cpu"):
+    with pytest.raises(Qwen2VLError, match="graphs: wants a model on a CUDA device, and QWEN2VL_GRAPHS=1 in the envir"):
         _run(model, inputs, graphs=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")
-def test_a_captured_step_on_a_gpu(folder, inputs):
+def test_a_captured_step_on_a_gpu(folder, inputs, monkeypatch):
     """Tokens of captured steps are those of steps; a conversation's turns replay what the first captured."""
+    monkeypatch.setenv("QWEN2VL_GRAPHS", "1")
     model = Qwen2VL.from_pretrained(folder, device="cuda", dtype=torch.float32)
     for setting in SETTINGS.values():
         for tokens in (12, 30):
