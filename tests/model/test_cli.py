@@ -88,7 +88,7 @@ def grounded(monkeypatch):
     ids = [i for p in pieces for i in ([tokenizer.id(p)] if p[0] == "<" else tokenizer.encode_plain(p))]
 
     class Fixed:
-        def __init__(self, *_):
+        def __init__(self, *_, **__):
             self.left = iter([*ids, 999])  # the id that ends an answer of this checkpoint
 
         def __call__(self, *_):

@@ -94,8 +94,9 @@ def test_what_a_step_may_not_do_is_seen(forbidden):
 
 @pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_a_step_and_a_choice_stay_on_the_device(rows, setting):
+def test_a_step_and_a_choice_stay_on_the_device(rows, setting, monkeypatch):
     """A step of the 2B is 343 operators whatever the batch, a greedy choice 3."""
+    monkeypatch.setenv("QWEN2VL_GRAPHS", "1")
     model, fake = _absent()
     with torch.inference_mode(), fake:
         cache = KVCache(model.config.text, rows, 4096, device=model.device, dtype=model.dtype)
