@@ -16,6 +16,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from qwen2vl.errors import MediaError
+from qwen2vl.media import effort
 from qwen2vl.media.effort import PIXEL_BUDGET, PixelBudget, count_scans
 from qwen2vl.media.image import load_image, preprocess_image
 from qwen2vl.media.options import Access, Limits
@@ -66,6 +67,20 @@ def test_scans_are_counted_as_the_decoder_meets_them():
         filled = still[:2] + 17 * filled[2:] + still[2:-2] + bytes((1 << 20) - len(filled[2:]) * 17 - len(still) + gap)
         assert count_scans(io.BytesIO(filled + b"\xff\xda\0\x02\xff\xd9"), "it", 1000) == 2
     assert count_scans(io.BytesIO(progressive(64, 64, 5000)), "it", 7) == 8
+
+
+def test_a_photo_whose_first_scan_holds_all_is_not_searched_for_others():
+    """As decoders do, which call a second scan broken data without looking at it."""
+    still = encode_image(noise(64, 64), "JPEG")
+    scan = still.rindex(b"\xff\xda")
+    apart = still[: scan + 4] + b"\x01" + still[scan + 5 :]  # its first scan is said to have one component
+    for data, one in ((still, True), (apart, False), (progressive(64, 64), False), (still[:2], False)):
+        assert effort._has_one_scan(io.BytesIO(data), "it") is one
+    repeated = still[:-2] + 5000 * still[scan:-2] + still[-2:]
+    with Image.open(io.BytesIO(repeated)) as image:
+        effort.check_effort(image, "it", 64 * 64)
+        with strict_pillow(), pytest.raises(OSError, match="broken data stream"):
+            image.load()
 
 
 def test_a_scan_that_is_repeated_is_refused_before_decoding(undecoded):
