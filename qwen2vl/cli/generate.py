@@ -226,8 +226,6 @@ def generate(
         config=config,
         on_token=None if as_json or num_return_sequences > 1 else show,
     )
-    if draw is not None:
-        _draw(draw, content[0]["image"], result.places())
     if not as_json:
         for index, text in enumerate(result.texts):
             if num_return_sequences > 1:
@@ -235,10 +233,15 @@ def generate(
             print(flush=True)
             if boxes:
                 _print_places(result.places(index), [source for _, source in media])
+            elif draw is not None and not result.places(index):
+                notes.print("[dim]the answer has no boxes[/]")
         ends = {"length": f"at --max-new-tokens {max_new_tokens}", "context": "where the model's context is full"}
         for reason in dict.fromkeys(result.finish_reasons):
             if reason in ends and notes.is_terminal:
                 notes.print(f"[dim](stopped {ends[reason]})[/]")
+    if draw is not None:
+        _draw(draw, content[0]["image"], result.places())
+    if not as_json:
         return
 
     from ..speed import decoding
@@ -311,7 +314,7 @@ def _draw(path: Path, pixels: Any, found: Sequence[Located]) -> None:
 
     draw_grounding(pixels, [Grounded(one.label, (one.place,)) for one in found]).save(path)
     if not found:
-        notes.print(f"[dim]the answer has no boxes: {escape(str(path))} shows none[/]")
+        notes.print(f"[dim]{escape(str(path))} shows no box[/]")
 
 
 def _print_places(found: Sequence[Located], sources: Sequence[str]) -> None:

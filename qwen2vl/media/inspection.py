@@ -198,7 +198,7 @@ def plot_positions(path: Path, kind: str, grid_thw: Sequence[int], *, title: str
         axes.annotate(text, (at, high + 0.07 * (high - low)), ha="center", va="center", fontsize=10)
     axes.set_xlabel("index in the sequence")
     axes.set_ylabel("position id")
-    axes.set_title(title, fontsize=11)
+    axes.set_title(title, fontsize=11, parse_math=False)  # it holds the name of a file
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25, linewidth=0.6)

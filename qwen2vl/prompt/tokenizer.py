@@ -34,9 +34,10 @@ GROUNDING_TOKENS = (
 )
 REQUIRED_TOKENS = (END_OF_TEXT, IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
 
-#: The most characters that are tokenised at once, by default: 32 for each token of the released context. Each costs
-#: some 0.5 kB and 1 us, and far behind this number tokenizers aborts the process.
-MAX_CHARACTERS = 1 << 20
+#: The most characters that are tokenised at once, by default: 16 for each token of the released context, 4 for each of
+#: a context of 131,072. Each costs some 0.5 kB and 1.4 us, during which tokenizers lets no other thread run and Ctrl-C
+#: waits: less than a second in all. Far behind this number it aborts the process.
+MAX_CHARACTERS = 1 << 19
 
 # In the order of the released ids, 151643 to 151656.
 CONTROL_TOKENS = (

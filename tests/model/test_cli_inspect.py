@@ -103,6 +103,15 @@ def test_inspect_options(run, place):
     assert result.exit_code == 1 and "balloon.mp4" in result.stderr
 
 
+def test_names_of_files_are_no_formulas(run, place, tmp_path):
+    """matplotlib reads what stands between dollars as one, and fails on what is none."""
+    for name in ("cost $5$ {x} \\frac.png", "a$b_{$.png"):
+        Image.open(place / "day.png").save(tmp_path / name)
+        result = run("inspect", tmp_path / name, "--out", tmp_path / "seen")
+        assert result.exit_code == 0, result.stderr
+    assert len(list((tmp_path / "seen").glob("*-positions.png"))) == 2
+
+
 def test_pictures_of_files_with_one_stem(run, place, tmp_path):
     (tmp_path / "day.png").write_bytes((place / "a night.jpg").read_bytes())
     reports = json.loads(run("inspect", "day.png", tmp_path / "day.png", "--out", tmp_path, "--json").stdout)
