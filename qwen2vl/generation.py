@@ -308,7 +308,7 @@ class _Run:
         cache = KVCache(model.config.text, len(call.counts), first, device=model.device, dtype=model.dtype)
         features = call.features
         if features is None:
-            features = self._timed("vision", model.encode_patches, call.media)
+            features = self._timed("vision", model.encode_patches, call.media, None if self.graphs else False)
         logits = self._timed("prefill", model.prefill, call, features, cache, last_only=True)
         steps = begin_steps(model, cache, answers, capacity, self.graphs)
         return steps, logits[:, 0].repeat_interleave(answers, 0)

@@ -46,7 +46,7 @@ def vision_positions_scan(grid_thw: torch.Tensor, merge_size: int, num_patches: 
     m, room, grids = merge_size, MAX_PATCHES + 1, grid_thw.long()
     if not grids.shape[0]:
         return grids.new_zeros((num_patches, 2))
-    good = (grids.amin(1) > 0) & (grids[:, 1:] % m == 0).all(1)
+    good = (grids.amin(1) > 0) & (grids.narrow(1, 1, 2) % m == 0).all(1)
     grids = grids.clamp(0, room)  # no product of two passes an int64, and nothing that has a place changes
     t, height, width = grids.unbind(1)
     area = (height * width).clamp(max=room)
@@ -54,11 +54,14 @@ def vision_positions_scan(grid_thw: torch.Tensor, merge_size: int, num_patches: 
     ends = sizes.cumsum(0)
     patch = torch.arange(num_patches, device=grids.device)
     item = torch.searchsorted(ends, patch, right=True).clamp(max=grids.shape[0] - 1)
-    inside = (patch - (ends - sizes)[item]) % area.clamp(min=1)[item]
-    block, place, across = inside // (m * m), inside % (m * m), (width // m).clamp(min=1)[item]
+    start, frame, across = (
+        x.index_select(0, item) for x in (ends - sizes, area.clamp(min=1), (width // m).clamp(min=1))
+    )
+    inside = (patch - start) % frame
+    block, place = inside // (m * m), inside % (m * m)
     row = block // across * m + place // m
     column = block % across * m + place % m
-    return torch.stack((row, column), 1) * (patch < ends[-1]).unsqueeze(1)
+    return torch.stack((row, column), 1) * (patch < sizes.sum()).unsqueeze(1)
 
 
 def _held(grid_thw: torch.Tensor, merge_size: int) -> int:
