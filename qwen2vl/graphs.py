@@ -31,9 +31,14 @@ def unfit(model: Qwen2VL, part: nn.Module) -> str:
         return f"wants a model on a CUDA device, and QWEN2VL_GRAPHS=1 in the environment, it is on {model.device}"
     if adapted(model):
         return "the model has an adapter, which may be switched without notice; merge_adapter() first"
-    if any(one._forward_hooks or one._forward_pre_hooks for one in part.modules()):
+    if hooked(part):
         return "the model has hooks, which a replay would not call"
     return ""
+
+
+def hooked(part: nn.Module) -> bool:
+    """Whether a call of ``part`` runs hooks, which may change what it gives."""
+    return any(one._forward_hooks or one._forward_pre_hooks for one in part.modules())
 
 
 def weights_of(part: nn.Module) -> tuple:

@@ -19,6 +19,7 @@ from .cache import KVCache
 from .checks import Call, Features, Patches, check_call, check_features, check_media, placeholders
 from .config import Qwen2VLConfig
 from .errors import CheckpointError, PromptError
+from .features import KeptFeatures
 from .files import read_json, withdraw_json, write_json
 from .hub import Checkpoint
 from .layers import Linear
@@ -56,6 +57,8 @@ class Qwen2VL(nn.Module):
         if not config.text.tie_word_embeddings:
             self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         self.max_vision_patches: int | None = None
+        #: Where set, an image or video that comes again is not encoded again; see :mod:`qwen2vl.features`.
+        self.kept_features: KeptFeatures | None = None
         #: generation_config.json as read, for :meth:`qwen2vl.generation.GenerationConfig.from_model`.
         self.generation_defaults: dict = {}
 
@@ -215,7 +218,11 @@ class Qwen2VL(nn.Module):
         """As :meth:`encode_media`, of patches that :mod:`qwen2vl.checks` has checked."""
         if not media:
             return None, None
-        tokens = self.visual(media, max_patches=self.max_vision_patches, encode=replayed(self, graphs))
+
+        def encode(media: Sequence[Patches]) -> torch.Tensor:
+            return self.visual(media, max_patches=self.max_vision_patches, encode=replayed(self, graphs))
+
+        tokens = encode(media) if self.kept_features is None else self.kept_features.encode(self, media, encode)
         parts = tokens.split([one.tokens for one in media])
         found = {one.kind: part for one, part in zip(media, parts, strict=True)}
         return found.get("image"), found.get("video")
