@@ -236,7 +236,8 @@ def test_a_graph_serves_every_mix(model, ahead, monkeypatch):
             if sum(one.replays for one in ahead) == 1:
                 assert _encode(model, grids, torch.full((24, 1176), torch.nan)).isnan().all()
         assert relative_error(got, _encode(model, grids, graphs=False)) < 1e-6
-    assert [one.replays for one in ahead] == [4]
+    (captured,) = tower_graph._of_models[model].captured
+    assert [one.replays for one in ahead] == [4] and captured.x[:4].any() and not captured.x[4:].any()
 
 
 def test_a_shape_is_captured_once(model, rerun):
