@@ -17,7 +17,7 @@ from qwen2vl import GenerationConfig, Qwen2VL, Qwen2VLConfig, Qwen2VLError, deco
 from qwen2vl.cache import KVCache
 from qwen2vl.layers import length_bound
 from qwen2vl.tower_graph import Shape, device_pack, encode_padded
-from qwen2vl.vision import Pack
+from qwen2vl.vision import Pack, frame_bounds
 from qwen2vl_kernels import plan_tiles, use_backend, vision_positions
 from qwen2vl_kernels.core import launching
 from qwen2vl_kernels.core.backends import unavailable
@@ -82,6 +82,13 @@ def test_the_plan_is_the_hosts(tower, grids, room):
     for rows in (4, 32, 128):
         want, got = host.tiles(rows), make_tiles(pack.cu_seqlens, rows, shape.patches, exact=False)
         assert torch.equal(got[: len(want)], want) and not got[len(want) :].any()
+
+
+def test_grids_of_zeros_hold_no_frame():
+    """Wherever they stand, as for positions."""
+    grids = torch.tensor([[0, 0, 0], [2, 2, 4], [0, 0, 0], [1, 2, 2]])
+    assert frame_bounds(grids).tolist() == [0, 8, 16, 20, 20]
+    assert vision_positions(grids, num_patches=24, backend="scan")[20:].tolist() == [[0, 0]] * 4
 
 
 @pytest.mark.parametrize(
