@@ -308,7 +308,7 @@ class _Run:
         cache = KVCache(model.config.text, len(call.counts), first, device=model.device, dtype=model.dtype)
         features = call.features
         if features is None:
-            features = self._timed("vision", model.encode_patches, call.media)
+            features = self._timed("vision", model.encode_patches, call.media, None if self.graphs else False)
         logits = self._timed("prefill", model.prefill, call, features, cache, last_only=True)
         steps = begin_steps(model, cache, answers, capacity, self.graphs)
         return steps, logits[:, 0].repeat_interleave(answers, 0)
@@ -343,8 +343,8 @@ def generate(
         on_token: called with (index of the sequence, token id, new text) as tokens are chosen; on a GPU, where no
             logits processor is given, while the next step runs.
         graphs: capture a step of decoding as a CUDA graph at the first use of a number of rows, and replay it (see
-            :mod:`qwen2vl.decoding`); default where the model is on CUDA and ``QWEN2VL_GRAPHS=1`` is set, as no GPU has
-            run them yet.
+            :mod:`qwen2vl.decoding`), and the vision tower likewise (:mod:`qwen2vl.tower_graph`); default where the
+            model is on CUDA and ``QWEN2VL_GRAPHS=1`` is set, as no GPU has run them yet.
 
     No sequence depends on the others of its batch, the room for its answer included.
 

@@ -19,10 +19,12 @@ from .cache import KVCache
 from .checks import Call, Features, Patches, check_call, check_features, check_media, placeholders
 from .config import Qwen2VLConfig
 from .errors import CheckpointError, PromptError
+from .features import KeptFeatures
 from .files import read_json, withdraw_json, write_json
 from .hub import Checkpoint
 from .layers import Linear
 from .text import Decoder, Pack
+from .tower_graph import replayed
 from .vision import VisionTower
 
 _NONE: Features = (None, None)
@@ -55,6 +57,8 @@ class Qwen2VL(nn.Module):
         if not config.text.tie_word_embeddings:
             self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         self.max_vision_patches: int | None = None
+        #: Where set, an image or video that comes again is not encoded again; see :mod:`qwen2vl.features`.
+        self.kept_features: KeptFeatures | None = None
         #: generation_config.json as read, for :meth:`qwen2vl.generation.GenerationConfig.from_model`.
         self.generation_defaults: dict = {}
 
@@ -198,19 +202,27 @@ class Qwen2VL(nn.Module):
         image_grid_thw: torch.Tensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
         video_grid_thw: torch.Tensor | None = None,
+        *,
+        graphs: bool | None = None,
     ) -> Features:
         """Vision features of all images and of all videos, ``(tokens, hidden)`` each, from one packed tower call.
 
-        The arguments are those of the model's call. Raises :class:`PromptError` when patches and grids disagree.
+        The arguments are those of the model's call. ``graphs``: replay the tower as a CUDA graph, see
+        :mod:`qwen2vl.tower_graph`; default where ``QWEN2VL_GRAPHS=1`` is set and it can be. Raises :class:`PromptError`
+        when patches and grids disagree, and :class:`Qwen2VLError` for graphs that are asked for and cannot be.
         """
         given = (pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
-        return self.encode_patches(check_media(self.config.vision, *given))
+        return self.encode_patches(check_media(self.config.vision, *given), graphs)
 
-    def encode_patches(self, media: Sequence[Patches]) -> Features:
+    def encode_patches(self, media: Sequence[Patches], graphs: bool | None = None) -> Features:
         """As :meth:`encode_media`, of patches that :mod:`qwen2vl.checks` has checked."""
         if not media:
             return None, None
-        tokens = self.visual(media, max_patches=self.max_vision_patches)
+
+        def encode(media: Sequence[Patches]) -> torch.Tensor:
+            return self.visual(media, max_patches=self.max_vision_patches, encode=replayed(self, graphs))
+
+        tokens = encode(media) if self.kept_features is None else self.kept_features.encode(self, media, encode)
         parts = tokens.split([one.tokens for one in media])
         found = {one.kind: part for one, part in zip(media, parts, strict=True)}
         return found.get("image"), found.get("video")

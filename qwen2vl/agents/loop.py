@@ -262,14 +262,18 @@ def model_writer(
     config: GenerationConfig | None = None,
     **options: Any,
 ) -> ModelWriter:
-    """A checkpoint as the one who writes.
+    """A checkpoint as the one who writes. Pictures that it was shown before are not encoded again: the model is given
+    :class:`qwen2vl.features.KeptFeatures` unless it has some.
 
     Args:
         style: whose stop words end what is written; that of :func:`run_agent`.
         config: default :meth:`GenerationConfig.from_model` with 512 new tokens; its ``stop`` is added to.
         options: of the processor, for images.
     """
+    from ..features import KeptFeatures
     from ..generation import GenerationConfig
 
+    if model.kept_features is None:
+        model.kept_features = KeptFeatures()
     config = config or GenerationConfig.from_model(model, max_new_tokens=512)
     return ModelWriter(model, processor, replace(config, stop=(*config.stop, *stop_words(style))), options)

@@ -83,6 +83,8 @@ def chat(
 
     Lines may also come through a pipe, one message or command each; an error then ends the program.
     """
+    from ..features import KeptFeatures
+
     notes.quiet = quiet
     max_new_tokens = longest_answer(model, max_new_tokens)
     loaded, processor = load(
@@ -95,6 +97,7 @@ def chat(
         max_vision_patches=max_vision_patches,
         adapter=adapter,
     )
+    loaded.kept_features = KeptFeatures()  # every turn shows the pictures of those before it
     config = generation_config(
         loaded,
         max_new_tokens=max_new_tokens,

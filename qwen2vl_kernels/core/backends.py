@@ -35,7 +35,7 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "quick_gelu": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
     # No GPU has run the kernel yet. Once one has, it comes first: between the products it moves a seventh of the bytes.
     "linear_cross_entropy": {"cpu": ("chunked", "triton", "eager"), "cuda": ("chunked", "triton", "eager")},
-    "vision_positions": {"cpu": ("native", "eager"), "cuda": ("cuda", "eager")},
+    "vision_positions": {"cpu": ("native", "eager", "scan"), "cuda": ("cuda", "scan", "eager")},
     "mrope_positions": {"cpu": ("native", "eager"), "cuda": ("cuda", "eager")},
     "image_to_patches": {"cpu": ("native", "eager"), "cuda": ("cuda", "eager")},
 }
@@ -59,6 +59,7 @@ _WHY = {
     "native": "one pass in C++, where PyTorch's operations take many",
     "cuda": "one launch and nothing read by the host, where PyTorch's operations take many",
     "triton": "one pass over the memory, where PyTorch's operations take several",
+    "scan": "nothing read by the host, which PyTorch's formula does grid by grid",
     "chunked": "logits of a few rows at a time, where PyTorch's operations hold all of them",
     "sdpa": "PyTorch's fused attention",
     "varlen": "single tokens by PyTorch's fused attention, prompts by what serves varlen_attention",

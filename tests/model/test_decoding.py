@@ -3,7 +3,6 @@
 import gc
 import weakref
 from bisect import bisect_right
-from collections import Counter
 from copy import deepcopy
 from functools import cache as once
 from itertools import accumulate
@@ -12,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from qwen2vl import GenerationConfig, Qwen2VL, Qwen2VLError, decoding, generate, stream
+from qwen2vl import graphs as graphs_of_models
 from qwen2vl.cache import KVCache
 from qwen2vl.choosing import Chooser
 from qwen2vl_kernels import use_backend
 from qwen2vl_kernels.core.backends import unavailable
+
+from .graph_stand_in import OnDevice, Recorder, capture_into
 
 ENDLESS = (10**6,)
 STATE = ("k", "v", "seqlens", "growth", "next_position")
@@ -40,26 +40,6 @@ def asked_for(monkeypatch):
 
 
 # ---- what a step launches ----
-
-#: They launch nothing.
-VIEWS = {"unflatten", "flatten", "expand", "unsqueeze", "squeeze", "narrow", "select", "slice", "device"}
-
-
-class OnDevice(TorchDispatchMode):
-    """Refuses tensors on the host, and counts what is launched. Over fake tensors, which refuse to give values."""
-
-    def __init__(self):
-        super().__init__()
-        self.launched = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **kwargs or {})
-        for one in tree_leaves((args, kwargs, result)):
-            assert not isinstance(one, torch.Tensor) or one.device.type == "cuda", f"{func}: a tensor on the host"
-        name = func.name().partition("::")[2].partition(".")[0]
-        if name not in VIEWS:
-            self.launched[name] += 1
-        return result
 
 
 @once
@@ -137,38 +117,10 @@ def inputs(processor):
 @pytest.fixture
 def ahead(monkeypatch):
     """The CPU as a device that the host does not wait for; a list with what was captured."""
-    captured = []
-
-    class Recorder(TorchDispatchMode):
-        """What a graph holds: calls, with the tensors that they read and the places of what they made."""
-
-        def __init__(self):
-            super().__init__()
-            self.calls, self.replays = [], 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **kwargs or {})
-            self.calls.append((func, args, kwargs or {}, result))
-            return result
-
-        def replay(self):
-            self.replays += 1
-            for func, args, kwargs, made in self.calls:
-                for old, new in zip(tree_leaves(made), tree_leaves(func(*args, **kwargs)), strict=True):
-                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                        old.copy_(new)
-
-    def capture(run, device, pool):
-        for _ in range(2):
-            run()
-        with Recorder() as recorder:
-            result = run()
-        captured.append(recorder)
-        return recorder.replay, result
-
+    captured: list[Recorder] = []
+    monkeypatch.setattr(decoding, "capture", capture_into(captured))
     monkeypatch.setattr(decoding, "_of_models", weakref.WeakKeyDictionary())
-    monkeypatch.setattr(decoding, "capture", capture)
-    monkeypatch.setattr(decoding, "new_pool", object)
+    monkeypatch.setattr(graphs_of_models, "new_pool", object)
     monkeypatch.setattr(KVCache, "asynchronous", staticmethod(lambda device: True))
     return captured
 
