@@ -6,9 +6,10 @@ With n = rms_norm(x) = x / sqrt(mean(x^2) + eps) * norm_weight:
     rms_norm_swiglu   y = silu(n G^T) * (n U^T)                      (the first half of an MLP, Shazeer 2020)
     linear_add_       residual += x W^T                              (what ends attention and the MLP)
 
-Shapes: x ``(R, K)``, weights ``(N, K)``, residual ``(R, N)``. dtypes: float32, bfloat16, float16. A step of decoding has
-one row a sequence, and reading the weights is all the work there is: the kernel (``triton.few_rows``) takes up to 8 rows
-of bfloat16 and reads each weight once. Other rows and dtypes are the formula's, of PyTorch's operations. Inference only.
+Shapes: x ``(R, K)``, weights ``(N, K)``, residual ``(R, N)``. dtypes: float32, bfloat16, float16. A step of decoding
+has one row a sequence, and reading the weights is all the work there is: the kernel (``triton.few_rows``) takes up to 8
+rows of bfloat16 and reads each weight once. Other rows and dtypes are the formula's, of PyTorch's operations. Inference
+only.
 """
 
 from __future__ import annotations
