@@ -36,6 +36,17 @@ def inverse_frequencies(config: TextConfig, device: torch.device) -> torch.Tenso
     return 1.0 / config.rope_theta**exponent
 
 
+def untouched(module: nn.Module) -> bool:
+    """Whether a module's parts are those of this package, with no hook on any and no other forward: what they compute
+    may then be computed without calling them."""
+    return all(
+        type(one).__module__.startswith(("qwen2vl.", "torch.nn."))
+        and not (one._forward_hooks or one._forward_pre_hooks or "forward" in one.__dict__)
+        and (not isinstance(one, nn.Linear) or type(one) is Linear)
+        for one in module.modules()
+    )
+
+
 class Linear(nn.Linear):
     """PyTorch's, with values left to a checkpoint or :meth:`qwen2vl.Qwen2VL.from_config`.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qwen2vl_kernels import mrope_positions
+from qwen2vl_kernels import mrope_positions, rms_norm_linear
 from qwen2vl_kernels.core.matmul import linear
 
 from . import weights
@@ -320,13 +320,22 @@ class Qwen2VL(nn.Module):
         """As :meth:`step`, without the host's part: operations on tensors that stay where they are, whatever the
         lengths, so that they may be captured once and replayed. ``totals``: the tokens of each row with the new one,
         for attention that reads them on the host."""
-        slots, seqlens = cache.step_slots()
+        seqlens = cache.step_seqlens()
+        x = self.model.embed_tokens(ids.flatten())
+        if totals is None and self.model.steps(x):
+            # The embedding was an ordinary launch, so that the chain of those that read ahead begins behind it.
+            self.model.step(x, cache, seqlens)
+            norm = self.model.norm
+            logits = rms_norm_linear(x, norm.weight, [self.head_weight], eps=norm.eps, prefetch=True)
+            cache.commit_step()
+            return logits.unsqueeze(1)
+        slots = cache.step_slots(seqlens)
         pack = Pack(cache.next_position.expand(3, -1), cache.inv_freq, [1] * cache.batch, cache.bounds, cache, slots)
         if totals is None:
             pack.seqlens = seqlens
         else:
             pack.totals = totals
-        hidden = self.model(self.model.embed_tokens(ids.flatten()), pack)
+        hidden = self.model(x, pack)
         cache.commit_step()
         return self._head(hidden).unsqueeze(1)
 

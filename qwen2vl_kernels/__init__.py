@@ -5,6 +5,8 @@ from typing import Any
 from .core.backends import BackendError, use_backend
 from .core.tile_plan import TilePlan, plan_tiles
 from .ops.append_kv import append_kv
+from .ops.decode_attention import decode_attention_
+from .ops.few_rows import linear_add_, rms_norm_linear, rms_norm_swiglu
 from .ops.image_to_patches import image_to_patches, images_to_patches
 from .ops.kvcache_attention import kvcache_attention
 from .ops.layer_norm import add_layer_norm, layer_norm
@@ -27,11 +29,13 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "append_kv",
+    "decode_attention_",
     "fold_patch_embed",
     "image_to_patches",
     "images_to_patches",
     "kvcache_attention",
     "layer_norm",
+    "linear_add_",
     "linear_cross_entropy",
     "mrope",
     "mrope_",
@@ -43,6 +47,8 @@ __all__ = [
     "quick_gelu",
     "quick_gelu_",
     "rms_norm",
+    "rms_norm_linear",
+    "rms_norm_swiglu",
     "smart_resize",
     "swiglu",
     "swiglu_",

@@ -51,6 +51,22 @@ def main(device: str = "cuda") -> list[str]:
             caches = [random(3, 90, 2, columns).detach() for _ in range(2)]
             K.kvcache_attention(random(3, heads, columns).detach(), *caches, None, lengths, backend=backend)
 
+    def step_attention(backend: str) -> None:
+        lengths, given = torch.tensor([37, 0, 90], dtype=torch.int32, device=device), (random(3, 10, 128).detach(),)
+        q, k, v = given[0].split([6, 2, 2], 1)
+        caches, counts = [random(3, 90, 2, 128).detach() for _ in range(2)], torch.zeros(3, 2, device=device).int()
+        for prefetch in (False, True):
+            given = (lengths, positions[0, :3], inv_freq, counts)
+            K.decode_attention_(q, k, v, *caches, *given, prefetch=prefetch, backend=backend)
+
+    def few_rows(backend: str) -> None:
+        rows, wide = random(5, 1280).detach(), [random(n, 1280).detach() for n in (1280, 37)]
+        for prefetch in (False, True):
+            given = {"prefetch": prefetch, "backend": backend}
+            K.rms_norm_linear(rows, weight.detach(), wide, [bias.detach(), None], **given)
+            K.rms_norm_swiglu(rows, weight.detach(), wide[1], wide[1], **given)
+            K.linear_add_(rows, rows.clone(), wide[0], **given)
+
     def norms(backend: str) -> None:
         backward(K.rms_norm(x, weight, backend=backend), *K.add_rms_norm(x, x, weight, backend=backend))
 
@@ -102,6 +118,10 @@ def main(device: str = "cuda") -> list[str]:
         "append_kv": append_kv,
         "varlen_attention": attention,
         "kvcache_attention_decode": decode,
+        "decode_attention": step_attention,
+        "rms_norm_linear": few_rows,
+        "rms_norm_swiglu": few_rows,
+        "linear_add": few_rows,
         "rms_norm": norms,
         "layer_norm": layer_norms,
         "quick_gelu": activations,

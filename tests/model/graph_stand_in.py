@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 #: They launch nothing.
 VIEWS = {"unflatten", "flatten", "expand", "unsqueeze", "squeeze", "narrow", "select", "slice", "device"}
-VIEWS |= {"unbind", "view", "detach"}
+VIEWS |= {"unbind", "view", "detach", "split_with_sizes"}
 
 
 class OnDevice(TorchDispatchMode):

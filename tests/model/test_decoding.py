@@ -17,6 +17,7 @@ from qwen2vl import graphs as graphs_of_models
 from qwen2vl.cache import KVCache
 from qwen2vl.choosing import Chooser
 from qwen2vl_kernels import use_backend
+from qwen2vl_kernels.core import launching
 from qwen2vl_kernels.core.backends import unavailable
 
 from .graph_stand_in import OnDevice, Recorder, capture_into
@@ -104,6 +105,80 @@ def test_a_step_and_a_choice_stay_on_the_device(rows, setting, monkeypatch):
     assert step.launched.total() == 343
     if setting == "greedy":
         assert choice.launched.total() == 3, choice.launched
+
+
+#: Where a step's own kernels come first.
+FUSED = dict.fromkeys(("rms_norm_linear", "rms_norm_swiglu", "linear_add", "decode_attention"), "triton")
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9])
+def test_a_step_of_few_rows_is_five_launches_a_layer(rows, monkeypatch):
+    """With a greedy choice 148 in all for the 2B; more rows take PyTorch's matrix products."""
+    monkeypatch.setattr(launching, "reason", lambda device: None)
+    model, fake = _absent()
+    with torch.inference_mode(), fake, use_backend(**FUSED):
+        cache = KVCache(model.config.text, rows, 4096, device=model.device, dtype=model.dtype)
+        ids = torch.zeros(rows, 1, dtype=torch.int64, device="cuda")
+        choose = Chooser(model, {"input_ids": ids}, GenerationConfig())
+        with OnDevice() as step:
+            choose(model.step(ids, cache).squeeze(1), [[]] * rows, [False] * rows)
+    layers, choice = model.config.text.num_hidden_layers, step.launched.total()
+    if rows > 8:
+        assert step.launched["decode_attention_"] == layers and step.launched["linear"] == 7 * layers + 1
+        assert not step.launched["append_kv"] and not step.launched["rms_norm_linear"]
+        return
+    got = {name: step.launched.pop(name) for name in ("rms_norm_linear", "rms_norm_swiglu", "linear_add_")}
+    assert got == {"rms_norm_linear": layers + 1, "rms_norm_swiglu": layers, "linear_add_": 2 * layers}
+    assert step.launched.pop("decode_attention_") == layers
+    assert step.launched.total() == 7, step.launched  # embedding, lengths, two to count the token, the choice
+    assert choice == 148
+
+
+@pytest.fixture
+def halved(model):
+    return deepcopy(model).bfloat16()
+
+
+@pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason=f"triton: {unavailable('triton', 'cpu')}")
+@pytest.mark.parametrize("fused", [FUSED, {"decode_attention": "triton"}], ids=["all", "attention"])
+def test_a_step_by_its_own_kernels_is_the_usual_one(halved, inputs, monkeypatch, fused):
+    """Three rows, one of them held, over a cache whose other slots are no numbers; what is stored is equal."""
+    monkeypatch.setattr(KVCache, "asynchronous", staticmethod(lambda device: True))
+    caches = []
+    with torch.inference_mode():
+        for backends in ({}, fused):
+            cache = KVCache(halved.config.text, 3, 60, device=halved.device, dtype=halved.dtype)
+            cache.k.fill_(float("nan"))
+            cache.v.fill_(float("nan"))
+            halved(**inputs, cache=cache, last_only=True)
+            cache.hold([1])
+            with use_backend(**backends):
+                logits = halved.step(torch.tensor([[7], [8], [9]]), cache)
+            caches.append((cache, logits.float()))
+    (usual, expected), (own, got) = caches
+    assert own.lengths == usual.lengths and own.seqlens.tolist() == own.lengths and own.arrived.count_nonzero() == 0
+    for some, others in ((own.k, usual.k), (own.v, usual.v)):
+        assert torch.equal(some.isnan(), others.isnan())
+        torch.testing.assert_close(some, others, rtol=0.05, atol=0.05, equal_nan=True)
+    assert (got - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize("change", ["hook", "forward", "layer", "dtype"])
+def test_a_changed_layer_is_called(halved, change):
+    x = torch.zeros(1, halved.config.text.hidden_size, dtype=torch.bfloat16)
+    decoder, first = halved.model, halved.model.layers[0]
+    with (
+        torch.inference_mode(),
+        use_backend(**FUSED) if unavailable("triton", "cpu") is None else pytest.skip("triton"),
+    ):
+        assert decoder.steps(x)
+        if change == "hook":
+            first.mlp.register_forward_hook(lambda *_: None)
+        elif change == "forward":
+            first.mlp.up_proj.forward = lambda x: x
+        elif change == "layer":
+            first.self_attn.q_proj = torch.nn.Linear(x.shape[1], x.shape[1])
+        assert not decoder.steps(x.float() if change == "dtype" else x)
 
 
 # ---- the same tokens ----

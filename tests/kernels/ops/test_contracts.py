@@ -44,6 +44,29 @@ CALLS = {
     "image_to_patches": lambda: (torch.randint(0, 256, (30, 40, 3)).byte(), 28, 56, 14, 2, None, None, None, "native"),
     "kvcache_attention": lambda: (torch.randn(3, 2, 8), *torch.randn(2, 2, 5, 1, 8), [1, 2], [3, 5], 0.35, "sdpa"),
     "kvcache_attention_decode": lambda: (torch.randn(2, 2, 8), *torch.randn(2, 2, 5, 1, 8), LENGTHS, 0.35, "eager"),
+    "decode_attention_": lambda: (
+        torch.randn(2, 2, 8),
+        *torch.randn(2, 2, 1, 8),
+        *torch.randn(2, 2, 5, 1, 8),
+        LENGTHS,
+        POSITIONS[0, :2],
+        INV_FREQ,
+        torch.zeros(2, 1, dtype=torch.int32),
+        0.35,
+        False,
+        "eager",
+    ),
+    "rms_norm_linear": lambda: (
+        torch.randn(4, 8),
+        torch.randn(8),
+        list(torch.randn(2, 3, 8)),
+        [None, torch.randn(3)],
+        0.1,
+        False,
+        "eager",
+    ),
+    "rms_norm_swiglu": lambda: (torch.randn(4, 8), torch.randn(8), *torch.randn(2, 6, 8), 0.1, False, "eager"),
+    "linear_add_": lambda: (torch.randn(4, 6), torch.randn(4, 8), torch.randn(6, 8), False, "eager"),
 }
 
 
@@ -63,6 +86,15 @@ def _public(name):
         if name == "kvcache_attention_decode":
             *tensors, lengths, scale, backend = arguments
             return K.kvcache_attention(*tensors, None, lengths, softmax_scale=scale, backend=backend)
+        if name == "decode_attention_":
+            *tensors, scale, prefetch, backend = arguments
+            return K.decode_attention_(*tensors, softmax_scale=scale, prefetch=prefetch, backend=backend)
+        if name in ("rms_norm_linear", "rms_norm_swiglu"):
+            *tensors, eps, prefetch, backend = arguments
+            return getattr(K, name)(*tensors, eps=eps, prefetch=prefetch, backend=backend)
+        if name == "linear_add_":
+            *tensors, prefetch, backend = arguments
+            return K.linear_add_(*tensors, prefetch=prefetch, backend=backend)
         if name == "image_to_patches":
             return K.image_to_patches(*arguments[:3])
         return getattr(K, name)(*arguments)
@@ -137,6 +169,16 @@ def _decode(new=None, lengths=LENGTHS, q=None, backend=None):
     return K.kvcache_attention(q, *torch.randn(2, 2, 5, 1, 8), new, lengths, backend=backend)
 
 
+def _step(rows, weights, biases=None):
+    return K.rms_norm_linear(torch.zeros(rows, 4), torch.zeros(4), weights, biases)
+
+
+def _append(**other):
+    names = ("q", "k", "v", "k_cache", "v_cache", "cache_seqlens", "positions", "inv_freq", "arrived")
+    given = dict(zip(names, CALLS["decode_attention_"](), strict=False))
+    return K.decode_attention_(**(given | other))
+
+
 REFUSALS = [
     (
         lambda: _decode([1, 1]),
@@ -158,6 +200,31 @@ REFUSALS = [
         ValueError,
         "kvcache_attention_decode: backend 'sdpa' does not serve cpu tensors",
     ),
+    (lambda: _step(2, [torch.zeros(2, 8)]), ValueError, r"weights\[0\] must have shape \(N0, K\) with .*K=4"),
+    (lambda: _step(2, []), ValueError, "rms_norm_linear: weights must be one to three, got 0"),
+    (
+        lambda: _step(2, [torch.zeros(3, 4)], biases=[]),
+        ValueError,
+        "biases must be one for each weight, None too, got 0",
+    ),
+    (
+        lambda: _step(2, [torch.zeros(3, 4)], biases=[torch.zeros(4)]),
+        ValueError,
+        r"biases\[0\] must have shape \(N0\) with N0=3",
+    ),
+    (lambda: _step(2, [_x(3, 4)]), ValueError, "rms_norm_linear: no argument may require grad"),
+    (lambda: K.rms_norm_swiglu(*torch.zeros(4, 4, 4)), ValueError, r"norm_weight must have shape \(K\) with K=4"),
+    (
+        lambda: K.linear_add_(torch.zeros(1, 4).expand(4, 4), *torch.zeros(2, 4, 4)),
+        ValueError,
+        "residual is overwritten",
+    ),
+    (lambda: _append(cache_seqlens=LENGTHS.long()), TypeError, "cache_seqlens must have one of the dtypes int32"),
+    (lambda: _append(arrived=torch.zeros(2, 2, dtype=torch.int32)), ValueError, "arrived must have shape .* Hk=1"),
+    (lambda: _append(arrived=torch.zeros(2, 2, dtype=torch.int32)[:, :1]), ValueError, "arrived must be contiguous"),
+    (lambda: _append(inv_freq=INV_FREQ[:3]), ValueError, r"inv_freq must have shape \(4\), got \(3,\)"),
+    (lambda: _append(k_cache=torch.zeros(1, 5, 1, 8).expand(2, 5, 1, 8)), ValueError, "k_cache is overwritten"),
+    (lambda: _append(q=_x(2, 2, 8)), ValueError, "decode_attention_: q requires grad"),
     (lambda: K.rms_norm([1.0], _x(8)), TypeError, "rms_norm: x must be a torch.Tensor, got list"),
     (
         lambda: K.rms_norm(_x(4, 8), _x(9)),

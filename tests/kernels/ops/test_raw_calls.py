@@ -90,6 +90,33 @@ CALLS = {
         (*KV, ints(2, 6, dtype=torch.int32), 0.3, "eager"),
         {0: floats(3, 2, 8), 1: floats(2, 6, 3, 8), 2: floats(2, 5, 2, 8), 3: ints(2, 6), 5: "varlen"},
     ),
+    "decode_attention_": (
+        (
+            *(floats(2, 2, 8), floats(2, 1, 8), floats(2, 1, 8), floats(2, 6, 1, 8), floats(2, 6, 1, 8)),
+            *(ints(2, 6, dtype=torch.int32), ints(1, 5), floats(4), ints([0], [0], dtype=torch.int32)),
+            *(0.3, False, "eager"),
+        ),
+        {
+            1: floats(1, 1, 8),
+            3: floats(1, 6, 1, 8),
+            4: floats(2, 5, 1, 8),
+            5: ints(2, 6),
+            7: floats(3),
+            8: ints([0], [0]),
+        },
+    ),
+    "rms_norm_linear": (
+        (floats(2, 4), floats(4), [floats(3, 4)], [floats(3)], 1e-6, False, "eager"),
+        {1: floats(3), 2: [floats(3, 5)], 3: [floats(2)], 6: "cuda"},
+    ),
+    "rms_norm_swiglu": (
+        (floats(2, 4), floats(4), floats(3, 4), floats(3, 4), 1e-6, False, "eager"),
+        {1: floats(5), 2: floats(3, 3), 3: floats(2, 4)},
+    ),
+    "linear_add_": (
+        (floats(2, 3), floats(2, 4), floats(3, 4), False, "eager"),
+        {0: floats(2, 4), 1: floats(1, 4), 2: floats(3, 5)},
+    ),
     "linear_cross_entropy_forward": (
         (*LOSS, "mean", 0.0, None, False, [False] * 3),
         {1: floats(6, 9), 2: ints(0, 1), 3: floats(5), 5: "all", 7: 0, 9: [True]},
