@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
 from qwen2vl_kernels.core.backends import PREFERENCE, forced, forced_everywhere
 
@@ -39,6 +40,10 @@ class Steps:
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.model.step(tokens.unsqueeze(1), self.cache).squeeze(1)
+
+    def serves(self, capacity: int) -> bool:
+        """Whether they can be gone on with, up to ``capacity`` tokens a row."""
+        return self.cache.capacity >= capacity
 
     def close(self) -> None:
         """No more tokens are wanted."""
@@ -118,6 +123,11 @@ class CapturedSteps(Steps):
         self.cache.lengths = after
         return self._captured.logits.narrow(0, 0, self.rows).squeeze(1)
 
+    def serves(self, capacity: int) -> bool:
+        one = self._captured
+        now = _weights(self.model), self.cache.batch, capacity, _setting(self.model)
+        return one is not None and one.weights == now[0] and one.serves(*now[1:])
+
     def close(self) -> None:
         captured, self._captured = self._captured, None
         if captured is not None:
@@ -137,16 +147,21 @@ def wants_graphs(model: Qwen2VL, asked: bool | None) -> bool:
 
     Raises :class:`Qwen2VLError` where they are asked for and cannot be captured.
     """
-    unfit = ""
+    unfit = unfit_for_keeping(model, model.model)
     if not KVCache.asynchronous(model.device):
         unfit = f"wants a model on a CUDA device, and QWEN2VL_GRAPHS=1 in the environment, it is on {model.device}"
-    elif adapted(model):
-        unfit = "the model has an adapter, which may be switched without notice; merge_adapter() first"
-    elif any(one._forward_hooks or one._forward_pre_hooks for one in model.model.modules()):
-        unfit = "the model has hooks, which a replay would not call"
     if asked and unfit:
         raise Qwen2VLError(f"graphs: {unfit}")
     return not unfit and asked is not False
+
+
+def unfit_for_keeping(model: Qwen2VL, part: nn.Module) -> str:
+    """Why what ``part`` of the model does may not be kept of one answer for the next, "" where it may."""
+    if adapted(model):
+        return "the model has an adapter, which may be switched without notice; merge_adapter() first"
+    if any(one._forward_hooks or one._forward_pre_hooks for one in part.modules()):
+        return "the model has hooks, which a replay would not call"
+    return ""
 
 
 def graph_rows(rows: int) -> int:
@@ -163,6 +178,13 @@ def graph_capacity(tokens: int) -> int:
 def _weights(model: Qwen2VL) -> tuple:
     """Where the parameters lie that a captured step reads; values may change there."""
     return tuple((one.data_ptr(), one.dtype, one.shape) for one in model.parameters())
+
+
+def kept_weights(model: Qwen2VL) -> tuple:
+    """What changes with any parameter or buffer, as far as PyTorch counts changes: of those made in inference mode, and
+    of what is reached through ``Tensor.data``, it does not."""
+    held = (*model.parameters(), *model.buffers())
+    return tuple((one.data_ptr(), one.dtype, one.shape, None if one.is_inference() else one._version) for one in held)
 
 
 def _setting(model: Qwen2VL) -> tuple:

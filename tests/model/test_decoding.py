@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qwen2vl import GenerationConfig, Qwen2VL, Qwen2VLError, decoding, generate, stream
+from qwen2vl import Conversation, GenerationConfig, Qwen2VL, Qwen2VLError, decoding, generate, stream
 from qwen2vl.cache import KVCache
 from qwen2vl.choosing import Chooser
 from qwen2vl_kernels import use_backend
@@ -386,6 +386,43 @@ def test_a_conversation_keeps_one_graph_as_it_grows(model, ahead):
         _run(model, {"input_ids": ids[:, : 20 * turn]}, max_new_tokens=2)
         assert len(decoding._of_models[model].captured) == 1
     assert len(ahead) == 3
+
+
+def test_a_conversation_goes_on_in_the_cache_of_its_graph(model, processor, ahead, monkeypatch):
+    """Nothing is read twice or copied but where a capacity is outgrown; its graph is then let go of. Another backend
+    takes another graph, with what was kept, and one that is let go of serves the next answer."""
+    model, conversation, text = deepcopy(model), Conversation(), ""
+    loads = []
+    load = KVCache.load
+    monkeypatch.setattr(KVCache, "load", lambda *a: loads.append(1) or load(*a))
+    config = GenerationConfig(max_new_tokens=3, eos_token_ids=ENDLESS)
+
+    def ask(text):
+        inputs = processor([{"role": "user", "content": text}])
+        got = generate(model, inputs, config=config, conversation=conversation)
+        assert got.sequences == _on_host(monkeypatch, model, inputs, max_new_tokens=3).sequences
+        return got.prompt_tokens[0], got.cached_tokens[0]
+
+    monkeypatch.setattr(decoding, "LEAST_CAPACITY", 64)
+    steps, last, capacities = None, 0, set()
+    for _ in range(14):
+        text += " and so on, and on"
+        tokens, kept = ask(text)
+        assert tokens > kept >= last - 6
+        capacity = None if steps is None else steps.cache.capacity
+        assert (steps is conversation._held.steps) == (conversation._held.steps.cache.capacity == capacity)
+        steps, last = conversation._held.steps, tokens
+        capacities.add(steps.cache.capacity)
+        assert not decoding._of_models[model].captured, "it is the conversation's"
+    assert sorted(capacities) == [64, 96, 128, 192] and len(ahead) == len(loads) == 4
+    assert sum(one.replays for one in ahead) == 14 * 2
+    with use_backend("eager"):
+        assert ask(text) == (last, last - 1)
+    assert len(ahead) == len(loads) == 5
+    conversation.forget()
+    assert len(decoding._of_models[model].captured) == 1
+    with use_backend("eager"):
+        assert ask(text) == (last, 0) and len(ahead) == 5
 
 
 def test_other_weights_and_backends_are_captured_anew(model, inputs, ahead, monkeypatch):
