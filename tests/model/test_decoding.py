@@ -94,9 +94,8 @@ def test_what_a_step_may_not_do_is_seen(forbidden):
 
 @pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_a_step_and_a_choice_stay_on_the_device(rows, setting, monkeypatch):
+def test_a_step_and_a_choice_stay_on_the_device(rows, setting):
     """A step of the 2B is 343 operators whatever the batch, a greedy choice 3."""
-    monkeypatch.setenv("QWEN2VL_GRAPHS", "1")
     model, fake = _absent()
     with torch.inference_mode(), fake:
         cache = KVCache(model.config.text, rows, 4096, device=model.device, dtype=model.dtype)
@@ -124,6 +123,78 @@ def test_a_step_and_a_choice_stay_on_the_device(rows, setting, monkeypatch):
     assert step.launched.total() == 343
     if setting == "greedy":
         assert choice.launched.total() == 3, choice.launched
+
+
+class FromOutside(TorchDispatchMode):
+    """Collects the memory that is read or written and was not made inside, which a replay finds where it was."""
+
+    def __init__(self):
+        super().__init__()
+        self.addresses, self.made = set(), {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {_storage(one) for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)}
+        self.addresses |= given - self.made.keys()
+        result = func(*args, **kwargs or {})
+        made = [one for one in tree_leaves(result) if isinstance(one, torch.Tensor)]
+        # Kept, so that no address is given out twice.
+        self.made |= {_storage(one): one for one in made if _storage(one) not in given}
+        return result
+
+
+def _storage(tensor):
+    return tensor.untyped_storage().data_ptr()
+
+
+def _addresses(run, times=3):
+    found = []
+    for _ in range(times):
+        with FromOutside() as mode:
+            run()
+        found.append(mode.addresses)
+    return found
+
+
+def test_an_address_that_moves_is_seen():
+    x = {"fixed": torch.ones(3)}
+    x["moves"] = x["fixed"]
+    for still in (lambda: x["fixed"].add_(1), lambda: x["fixed"] * torch.arange(3), lambda: x["fixed"][1:] + 1):
+        first, *others = _addresses(still)
+        assert first == {_storage(x["fixed"])} and others == [first] * 2
+
+    def replaced():
+        x["moves"] = x["moves"] + 1
+
+    for moving in (replaced, lambda: x["fixed"] + torch.tensor([1.0, 2.0, 3.0])):
+        first, *others = _addresses(moving)
+        assert first not in others
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_step_and_a_choice_find_everything_where_it_was(model, inputs, ahead, setting):
+    """A step reads the weights, the cache and the ids; a choice the logits and what it keeps. Nothing of it moves."""
+    with torch.inference_mode():
+        cache = KVCache(model.config.text, 3, 96, device=model.device, dtype=model.dtype)
+        model(**inputs, cache=cache)
+        ids, logits = torch.zeros(3, 1, dtype=torch.int64), torch.zeros(3, model.config.text.vocab_size)
+        choose = Chooser(model, inputs, GenerationConfig(seed=3, **SETTINGS[setting] | {"num_return_sequences": 1}))
+
+        def step():
+            logits.copy_(model.step_on_device(ids, cache).squeeze(1))
+
+        def choice():
+            ids.copy_(choose(logits, [[]] * 3, [False] * 3).tokens.unsqueeze(1))
+
+        steps, choices = [], []
+        for _ in range(3):
+            steps += _addresses(step, 1)
+            choices += _addresses(choice, 1)
+    weights = {_storage(one) for one in (*model.model.parameters(), model.head_weight)}
+    state = {_storage(getattr(cache, name)) for name in (*STATE, "_before", "inv_freq", "bounds")}
+    known = weights | state | {_storage(ids), _storage(logits)}
+    assert steps[0] <= known and weights <= steps[0] and steps == [steps[0]] * 3
+    kept = {_storage(one) for one in vars(choose).values() if isinstance(one, torch.Tensor)}
+    assert choices[0] <= kept | {_storage(ids), _storage(logits)} and choices == [choices[0]] * 3
 
 
 # ---- the same tokens ----

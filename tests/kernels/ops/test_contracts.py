@@ -127,11 +127,6 @@ def test_no_mutation_of_inputs_by_name():
         assert ("!" in schema) == name.endswith("_"), schema
 
 
-def _kvcache(q=None, new=(1, 2), total=(3, 5), kv_heads=1):
-    q = torch.randn(3, 2, 8) if q is None else q
-    return K.kvcache_attention(q, *torch.randn(2, 2, 5, kv_heads, 8), list(new), list(total))
-
-
 def _decode(new=None, lengths=LENGTHS, q=None, backend=None):
     q = torch.randn(2, 2, 8) if q is None else q
     return K.kvcache_attention(q, *torch.randn(2, 2, 5, 1, 8), new, lengths, backend=backend)
