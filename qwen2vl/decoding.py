@@ -37,6 +37,10 @@ class Steps:
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.model.step(tokens.unsqueeze(1), self.cache).squeeze(1)
 
+    def serves(self, capacity: int) -> bool:
+        """Whether they can be gone on with, up to ``capacity`` tokens a row."""
+        return self.cache.capacity >= capacity
+
     def close(self) -> None:
         """No more tokens are wanted."""
 
@@ -110,6 +114,11 @@ class CapturedSteps(Steps):
         self._captured.replay()
         self.cache.lengths = after
         return self._captured.logits.narrow(0, 0, self.rows).squeeze(1)
+
+    def serves(self, capacity: int) -> bool:
+        one = self._captured
+        now = weights_of(self.model), self.cache.batch, capacity, setting_of(self.model.device)
+        return one is not None and one.weights == now[0] and one.serves(*now[1:])
 
     def close(self) -> None:
         captured, self._captured = self._captured, None

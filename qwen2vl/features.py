@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from .adapter import adapted
 from .checks import Grid, Patches
-from .graphs import hooked, setting_of, weights_of
+from .graphs import setting_of, unfit_for_keeping, versions_of
 
 if TYPE_CHECKING:
     from .model import Qwen2VL
@@ -114,9 +113,9 @@ def _state(model: Qwen2VL, media: Sequence[Patches]) -> tuple | None:
     if torch.compiler.is_compiling() or not all(rows is not None and rows.device.type == "cpu" for rows in given):
         return None
     tracked = torch.is_grad_enabled() and any(one.requires_grad for one in [*parameters, *given] if one is not None)
-    if tracked or adapted(model) or hooked(model.visual) or any(one.is_inference() for one in parameters):
+    if tracked or unfit_for_keeping(model, model.visual) or any(one.is_inference() for one in parameters):
         return None
-    return weights_of(model.visual), tuple(one._version for one in parameters), setting_of(model.device)[1:]
+    return versions_of(model.visual), setting_of(model.device)[1:]
 
 
 def _items(media: Sequence[Patches], merge_size: int) -> Iterator[_Item]:

@@ -127,6 +127,11 @@ class _Chat:
     turns: list[dict[str, Any]] = field(default_factory=list)
     attached: list[dict[str, Any]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        from ..conversation import Conversation
+
+        self.conversation = Conversation()
+
     def run(self) -> None:
         interactive = sys.stdin.isatty()
         for line in _lines(interactive):
@@ -156,6 +161,7 @@ class _Chat:
         elif command == "/reset":
             self.turns.clear()
             self.attached.clear()
+            self.conversation.forget()
         elif command == "/help":
             stderr.print(_HELP)
         elif command.startswith("/"):
@@ -214,7 +220,14 @@ class _Chat:
         stopped = False
         try:
             inputs = self.processor(messages, **self.options)
-            generate(self.model, inputs, tokenizer=self.processor.tokenizer, config=self.config, on_token=show)
+            generate(
+                self.model,
+                inputs,
+                tokenizer=self.processor.tokenizer,
+                config=self.config,
+                on_token=show,
+                conversation=self.conversation,
+            )
         except KeyboardInterrupt:
             stopped = True
         print(flush=True)

@@ -49,7 +49,10 @@ def main(device: str = "cuda") -> list[str]:
         lengths = torch.tensor([37, 0, 99], dtype=torch.int32, device=device)
         for heads, columns in ((6, 128), (2, 80)):
             caches = [random(3, 90, 2, columns).detach() for _ in range(2)]
-            K.kvcache_attention(random(3, heads, columns).detach(), *caches, None, lengths, backend=backend)
+            q, table = random(3, heads, columns).detach(), torch.arange(6, dtype=torch.int32, device=device).view(3, 2)
+            K.kvcache_attention(q, *caches, None, lengths, backend=backend)
+            pages = (cache.view(6, 45, 2, columns) for cache in caches)
+            K.kvcache_attention(q, *pages, None, lengths, block_table=table, backend=backend)
 
     def step_attention(backend: str) -> None:
         lengths, given = torch.tensor([37, 0, 90], dtype=torch.int32, device=device), (random(3, 10, 128).detach(),)

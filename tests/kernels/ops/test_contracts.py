@@ -159,11 +159,6 @@ def test_no_mutation_of_inputs_by_name():
         assert ("!" in schema) == name.endswith("_"), schema
 
 
-def _kvcache(q=None, new=(1, 2), total=(3, 5), kv_heads=1):
-    q = torch.randn(3, 2, 8) if q is None else q
-    return K.kvcache_attention(q, *torch.randn(2, 2, 5, kv_heads, 8), list(new), list(total))
-
-
 def _decode(new=None, lengths=LENGTHS, q=None, backend=None):
     q = torch.randn(2, 2, 8) if q is None else q
     return K.kvcache_attention(q, *torch.randn(2, 2, 5, 1, 8), new, lengths, backend=backend)
@@ -179,7 +174,28 @@ def _append(**other):
     return K.decode_attention_(**(given | other))
 
 
+def _paged(table, lengths=LENGTHS, pages=4):
+    return K.kvcache_attention(torch.randn(2, 2, 8), *torch.randn(2, pages, 3, 1, 8), None, lengths, block_table=table)
+
+
+TABLE = torch.tensor([[0, 99], [3, 1]], dtype=torch.int32)  # of pages of 3 slots; the first row holds 3 tokens
 REFUSALS = [
+    (lambda: _paged([[0]]), TypeError, "block_table must be a torch.Tensor, got list"),
+    (lambda: _paged(TABLE.long()), TypeError, "block_table must have one of the dtypes int32"),
+    (lambda: _paged(TABLE[:1]), ValueError, r"block_table must have shape \(B, blocks\) with B=2, got \(1, 2\)"),
+    (lambda: _paged(TABLE.t().contiguous().t()), ValueError, "block_table must be contiguous in its last dimension"),
+    (lambda: _paged(TABLE.to("meta")), ValueError, "block_table must be on cpu like q, got meta"),
+    (lambda: _paged(TABLE, pages=3), ValueError, r"block_table must hold pages in \[0, 3\) .*, got 3"),
+    (lambda: _paged(TABLE, LENGTHS + 1), ValueError, r"block_table must hold pages in \[0, 4\) .*, got 99"),
+    (lambda: _paged(TABLE - 1), ValueError, r"block_table must hold pages in \[0, 4\) .*, got -1"),
+    (lambda: _paged(TABLE, [3, 5]), TypeError, "new_tokens must be a sequence .*, got None"),
+    (
+        lambda: K.kvcache_attention(
+            torch.randn(3, 2, 8), *torch.randn(2, 2, 5, 1, 8), [1, 2], [3, 5], block_table=TABLE
+        ),
+        TypeError,
+        "block_table must be None with lengths in a sequence, got a tensor",
+    ),
     (
         lambda: _decode([1, 1]),
         TypeError,

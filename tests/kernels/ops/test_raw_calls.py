@@ -44,6 +44,7 @@ LOSS = (floats(4, 8), floats(6, 8), ints(0, 1, 2, 3), floats(6), -100)
 APPEND = (floats(4, 2, 8), floats(4, 2, 8), floats(1, 6, 2, 8), floats(1, 6, 2, 8), ints(0, 1, 2, 3), None, None, None)
 IMAGE = (torch.zeros(30, 31, 3, dtype=torch.uint8), 28, 28, 14, 2, None, None, None)
 POSITIONS = (ints([1, 9, 1]), GRID, None, None, None)
+TABLE = ints([1], [0], dtype=torch.int32)
 KV = (floats(2, 2, 8), floats(2, 6, 2, 8), floats(2, 6, 2, 8))
 #: Arguments that each op takes, and others by their places that it must refuse.
 CALLS = {
@@ -87,8 +88,8 @@ CALLS = {
     ),
     "kvcache_attention": ((*KV, [1, 1], [2, 7 - 1], 0.3, "eager"), {3: [1, 2], 4: [2, 7], 1: floats(2, 6, 2, 7)}),
     "kvcache_attention_decode": (
-        (*KV, ints(2, 6, dtype=torch.int32), 0.3, "eager"),
-        {0: floats(3, 2, 8), 1: floats(2, 6, 3, 8), 2: floats(2, 5, 2, 8), 3: ints(2, 6), 5: "varlen"},
+        (*KV, ints(2, 6, dtype=torch.int32), 0.3, "eager", TABLE),
+        {0: floats(3, 2, 8), 1: floats(2, 6, 3, 8), 2: floats(2, 5, 2, 8), 3: ints(2, 6), 5: "varlen", 6: TABLE + 1},
     ),
     "decode_attention_": (
         (
