@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
+from . import interrupts
 from .errors import CheckpointError
 
 MAX_BYTES = 256 << 20  # of a file that is read whole; a tokenizer.json has some 10 MB
@@ -73,13 +74,14 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        scratch.touch()
-        mode = scratch.stat().st_mode
-        write(scratch)
-        scratch.chmod(mode)
-        with scratch.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
+        with interrupts.scratch(scratch):
+            scratch.touch()
+            mode = scratch.stat().st_mode
+            write(scratch)
+            scratch.chmod(mode)
+            with scratch.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(scratch, path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be written: {error}") from error
     finally:

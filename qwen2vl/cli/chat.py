@@ -5,12 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
+from ..interrupts import caught_by_caller
 from ..media.options import MediaOptions
 from .common import (
     AdapterOption,
@@ -126,10 +128,18 @@ class _Chat:
 
     def run(self) -> None:
         interactive = sys.stdin.isatty()
+        with caught_by_caller() if interactive else nullcontext():
+            self._take_all(interactive)
+
+    def _take_all(self, interactive: bool) -> None:
         for line in _lines(interactive):
             try:
                 if not self.take(line.strip()):
                     return
+            except KeyboardInterrupt:
+                if not interactive:
+                    raise
+                notes.print("[dim](stopped)[/]")
             except Exception as error:
                 message = explain(error)
                 if message is None or not interactive:
@@ -213,6 +223,8 @@ class _Chat:
             inputs = self.processor(messages, **self.options)
             generate(self.model, inputs, tokenizer=self.processor.tokenizer, config=self.config, on_token=show)
         except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
             stopped = True
         print(flush=True)
         if stopped:
