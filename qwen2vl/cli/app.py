@@ -39,7 +39,7 @@ class _Commands(PlainFlags, TyperGroup):
             interrupts.say()
             raise typer.Exit(interrupts.EXIT_CODE) from None
         except Exception as error:
-            message = explain(error)
+            message = explain(error, flags=ctx.invoked_subcommand != "train")
             if message is None:  # a usage error, which typer reports, or a bug
                 raise
             print_error(message)

@@ -45,6 +45,7 @@ from .common import (
     tell_who_answers,
     video_options,
 )
+from .limits import LimitOption
 
 if TYPE_CHECKING:
     from ..generation import GenerationConfig
@@ -76,6 +77,7 @@ def chat(
     max_pixels: MaxPixelsOption = None,
     fps: FpsOption = MediaOptions.fps,
     allow_remote: AllowRemoteOption = False,
+    limit: LimitOption = None,
     device: DeviceOption = None,
     dtype: DTypeOption = None,
     max_vision_patches: MaxVisionPatchesOption = None,
@@ -95,6 +97,7 @@ def chat(
         max_pixels=max_pixels,
         allow_remote=allow_remote,
         max_vision_patches=max_vision_patches,
+        limit=limit,
         adapter=adapter,
     )
     config = generation_config(

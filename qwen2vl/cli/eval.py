@@ -40,6 +40,7 @@ from .common import (
     tell_who_answers,
     video_options,
 )
+from .limits import LimitOption
 
 if TYPE_CHECKING:
     from ..model import Qwen2VL
@@ -100,6 +101,7 @@ def evaluate(
     fps: FpsOption = MediaOptions.fps,
     min_pixels: MinPixelsOption = None,
     max_pixels: MaxPixelsOption = None,
+    limit: LimitOption = None,
     device: DeviceOption = None,
     dtype: DTypeOption = None,
     quiet: QuietOption = False,
@@ -148,6 +150,7 @@ def evaluate(
         max_pixels=max_pixels,
         allow_remote=False,
         max_vision_patches=None,
+        limit=limit,
         adapter=adapter,
         base=None if task is None else task.absolute().parent,
     )

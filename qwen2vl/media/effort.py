@@ -63,7 +63,7 @@ def check_effort(image: Image.Image, label: str, most: int) -> None:
     if pixels > most:
         raise MediaError(
             f"{label} has {what} of {image.width} x {image.height} pixels, together {pixels} to decode, "
-            f"more than max_decoded_pixels = {most}: refused before decoding"
+            f"more than max_decoded_pixels = {most}: refused before decoding; raise limits.max_decoded_pixels"
         )
 
 

@@ -226,7 +226,8 @@ def open_image(stream: BinaryIO, label: str, limits: Limits) -> Image.Image:
         raise
     except Image.DecompressionBombError as error:
         raise MediaError(
-            f"{label} was refused from its header, max_source_pixels is {limits.max_source_pixels}: {error}"
+            f"{label} was refused from its header, max_source_pixels is {limits.max_source_pixels}: {error}; "
+            "raise limits.max_source_pixels"
         ) from error
     except Image.UnidentifiedImageError as error:
         stream.seek(0)
@@ -268,7 +269,7 @@ def check_source_size(image: Image.Image, label: str, limits: Limits) -> None:
     if width * height > limits.max_source_pixels:
         raise MediaError(
             f"{label} says it is {width} x {height} pixels, more than max_source_pixels = {limits.max_source_pixels}: "
-            "refused before decoding; make it smaller, or raise that limit of the processor"
+            "refused before decoding; make it smaller, or raise limits.max_source_pixels"
         )
 
 

@@ -203,7 +203,7 @@ class Limits:
         if tokens > self.max_item_tokens:
             raise MediaError(
                 f"would be {tokens} tokens, more than max_item_tokens = {self.max_item_tokens}; lower the pixels or "
-                "frames asked for, or raise that limit of the processor"
+                "frames asked for, or raise limits.max_item_tokens"
             )
 
     def check_frames(self, frames: int) -> None:
@@ -211,7 +211,7 @@ class Limits:
         if frames > self.max_item_frames:
             raise MediaError(
                 f"{frames} frames would be kept, more than max_item_frames = {self.max_item_frames}; ask for fewer, or "
-                "raise that limit of the processor"
+                "raise limits.max_item_frames"
             )
 
 

@@ -163,7 +163,9 @@ class Decoder:
         try:
             received = self._messages.get(timeout=None if math.isinf(left) else max(left, 0.0))
         except queue.Empty:
-            raise MediaError(f"{self._label} was not decoded within video_timeout = {self._timeout:g} s") from None
+            raise MediaError(
+                f"{self._label} was not decoded within video_timeout = {self._timeout:g} s; raise limits.video_timeout"
+            ) from None
         if received is None:
             raise MediaError(f"{self._label}: {self._ending()}")
         if "error" in received[0]:
