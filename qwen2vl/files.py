@@ -40,15 +40,17 @@ def read_text(path: Path) -> str:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
 
 
-def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """A file for reading, if it is a regular one: a pipe may wait for ever, and a device have no end.
+def open_regular(path: str | os.PathLike[str], *, update: bool = False) -> BinaryIO:
+    """A file for reading, with ``update`` for writing, too, if it is a regular one: a pipe may wait for ever, and a
+    device have no end.
 
     One of 0 bytes is empty, whatever else /proc would make up or wait for. Raises OSError.
     """
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    access = os.O_RDWR if update else os.O_RDONLY
+    descriptor = os.open(path, access | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     status = os.fstat(descriptor)
-    if stat.S_ISREG(status.st_mode) and status.st_size:
-        return os.fdopen(descriptor, "rb")
+    if stat.S_ISREG(status.st_mode) and (status.st_size or update):
+        return os.fdopen(descriptor, "r+b" if update else "rb")
     os.close(descriptor)
     if not stat.S_ISREG(status.st_mode):
         raise OSError(None, "is not a regular file", os.fspath(path))

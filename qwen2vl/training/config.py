@@ -10,7 +10,8 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import Qwen2VLError
+from ..errors import CheckpointError, Qwen2VLError
+from ..files import read_text
 from ..prompt.limits import limit_keywords
 from .errors import TrainingConfigError
 from .loss import KINDS as LOSSES
@@ -126,8 +127,10 @@ class TrainingConfig:
         """Read a file. Raises :class:`TrainingConfigError` naming the file and the key."""
         path = Path(path)
         try:
-            tables = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            tables = tomllib.loads(read_text(path))
+        except CheckpointError as error:  # as of any file that is read whole
+            raise TrainingConfigError(str(error)) from error
+        except (ValueError, RecursionError) as error:  # a ValueError too for a number of thousands of digits
             raise TrainingConfigError(f"{path}: cannot be read as TOML: {error}") from error
         try:
             # Absolute, so that a run is the same from whatever folder it is resumed.
