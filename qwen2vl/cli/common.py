@@ -360,7 +360,8 @@ def load(
     check_pixels(min_pixels, max_pixels)
     if device is not None:
         try:
-            torch.empty(0, device=device)
+            if torch.empty(0, device=device).is_meta:
+                raise RuntimeError("it computes nothing")
         except (RuntimeError, AssertionError) as error:  # torch's ways of saying that it has no such device
             raise Qwen2VLError(f"--device {device}: {str(error).splitlines()[0]}") from error
     checkpoint = Checkpoint.find(assets.folder() if model is None else model)

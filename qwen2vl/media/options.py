@@ -36,7 +36,10 @@ def shown(value: object) -> str:
     """``value`` for a message, in at most 100 characters."""
     if isinstance(value, int) and value >= 1 << 63:  # Python writes no int of thousands of digits
         return "one of 2**63 or more"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # nor one in a list, nor one below zero
+        text = f"one of type {type(value).__name__} with a number of thousands of digits"
     return text if len(text) <= 100 else text[:97] + "..."
 
 
