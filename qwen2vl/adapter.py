@@ -148,7 +148,7 @@ def _read_config(folder: Path) -> tuple[LoraShape, list[str] | None]:
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise CheckpointError(f"{path}: r must be a positive integer, got {rank!r}")
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not abs(alpha) < 1e300:  # NaN neither
         raise CheckpointError(f"{path}: lora_alpha must be a number, got {alpha!r}")
     targets = config.get("target_modules")
     narrowed = any(config.get(key) is not None for key in ("layers_to_transform", "exclude_modules"))

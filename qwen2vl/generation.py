@@ -17,6 +17,7 @@ from .choosing import Chooser, LogitsProcessor, TokenLogprobs
 from .conversation import Conversation
 from .decoding import Mark, Steps, Underway, begin_steps, wants_graphs
 from .errors import CheckpointError, ContextLengthError, PromptError, Qwen2VLError
+from .media.options import shown
 from .model import Qwen2VL
 from .progress import Row, end_ids, stop_ids
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from .agents.answers import Located
     from .prompt.inputs import MediaInfo
     from .prompt.tokenizer import Tokenizer
+
+
+MAX_SEQUENCES = 65_536  # answers to one prompt
 
 
 @dataclass(frozen=True)
@@ -82,15 +86,15 @@ class GenerationConfig:
             ("stop", _non_empty_strings(self.stop), "a sequence of non-empty strings"),
             (
                 "num_return_sequences",
-                _integer(self.num_return_sequences) and self.num_return_sequences >= 1,
-                "an integer >= 1",
+                _integer(self.num_return_sequences) and 1 <= self.num_return_sequences <= MAX_SEQUENCES,
+                f"an integer in [1, {MAX_SEQUENCES}]",
             ),
             ("logprobs", self.logprobs is None or (_integer(self.logprobs) and self.logprobs >= 0), "an integer >= 0"),
             ("eos_token_ids", _token_ids(self.eos_token_ids), "a sequence of integers >= 0"),
         )
         for name, ok, want in checks:
             if not ok:
-                raise Qwen2VLError(f"{name} must be {want}, got {getattr(self, name)!r}")
+                raise Qwen2VLError(f"{name} must be {want}, got {shown(getattr(self, name))}")
         if self.do_sample is False:
             for name, neutral in _SHAPING.items():
                 if getattr(self, name) not in (None, neutral):
@@ -148,11 +152,16 @@ _SHAPING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
 def _number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int that no float holds
+        return False
 
 
 def _integer(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and -(1 << 63) <= value < 1 << 63
 
 
 def _non_empty_strings(values: object) -> bool:

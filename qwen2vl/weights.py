@@ -21,6 +21,7 @@ from torch import nn
 from .config import Qwen2VLConfig
 from .errors import CheckpointError
 from .files import read_json, write_json, write_whole
+from .interrupts import scratch
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -296,8 +297,9 @@ def save_weights(
     else:
         names = _free_names(folder, len(groups))
         try:
-            for name, group in zip(names, groups, strict=True):
-                write_whole(folder / name, lambda path, group=group: save_file(group, path, metadata=header))
+            with scratch(*(folder / name for name in names)):
+                for name, group in zip(names, groups, strict=True):
+                    write_whole(folder / name, lambda path, group=group: save_file(group, path, metadata=header))
             before()
             total = sum(p.numel() * p.element_size() for p in model.parameters())
             where = {key: name for name, group in zip(names, groups, strict=True) for key in group}
