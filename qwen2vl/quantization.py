@@ -316,7 +316,14 @@ def from_stored(layer: QuantLinear, tensors: Mapping[str, torch.Tensor]) -> dict
         order = None
     else:
         q = _unpack_rows(tensors["qweight"].T, bits)
-        zeros = (zeros + int(how.zeros_less_one)) & ((1 << bits) - 1)  # zero less one is stored as the largest
+        if how.zeros_less_one:
+            # Of a zero point of 0 some writers take one in its place, some in its word, and readers wrap it or do not.
+            if bool((zeros == (1 << bits) - 1).any()):
+                raise CheckpointError(
+                    f"qzeros: hold {(1 << bits) - 1}, a zero point of 0 less one, of which checkpoint_format gptq's "
+                    "writers make different things; save the checkpoint as gptq_v2"
+                )
+            zeros = zeros + 1
         order = _order(tensors["g_idx"], layer.block[1], how.act_order)
         q = q if order is None else q[:, order]
     same = bool((zeros == 1 << (bits - 1)).all())
@@ -351,7 +358,7 @@ def to_stored(layer: QuantLinear) -> Iterator[tuple[str, torch.Tensor]]:
     else:
         back = torch.argsort(order)
         yield "qweight", _pack_rows(q[:, back], bits).T.contiguous()
-        yield "qzeros", _pack_rows((zeros - int(how.zeros_less_one)) & ((1 << bits) - 1), bits)
+        yield "qzeros", _pack_rows(zeros - int(how.zeros_less_one), bits)
         yield "g_idx", (back // layer.block[1]).int()
     yield "scales", layer.scales.detach().T.contiguous()
 

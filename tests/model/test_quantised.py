@@ -92,7 +92,7 @@ def write_layer(weight, how, seed):
         else:
             scales[:, g] = (high - low) / top
             zeros[:, g] = np.clip(np.rint(-low / scales[:, g]), 0, top)
-            zeros[0, g] = 0 if method == "gptq" else zeros[0, g]  # stored as the largest by GPTQ's first format
+            zeros[0, g] = 0 if how.get("checkpoint_format") == "gptq_v2" else zeros[0, g]
         scales = scales.astype(np.float16).astype(np.float64)
         points = np.rint(part / scales[:, g : g + 1]) + zeros[:, g : g + 1]
         q[:, g_idx == g] = np.clip(points, 0, top)
@@ -263,6 +263,7 @@ TENSORS = [
     (_with(f"{_Q}.qweight", lambda t: t.long()), f"{_Q}.qweight: dtype I64 is not I32"),
     (_with(f"{_Q}.scales", lambda t: t.int()), f"{_Q}.scales: dtype I32 is not F32 or F16 or BF16"),
     (_with(f"{_Q}.scales", lambda t: t / 0), f"{_Q}.scales: some are no finite numbers"),
+    (_with(f"{_Q}.qzeros", lambda t: t | 15), f"{_Q}.qzeros: hold 15, a zero point of 0 less one"),
     (_with(f"{_Q}.g_idx", lambda t: t + 1), f"{_Q}.g_idx: must name each of 4 groups 64 times"),
     (_with(f"{_Q}.g_idx", lambda t: -t), f"{_Q}.g_idx: must name each of 4 groups 64 times"),
     (lambda t: t.update({"visual.merger.mlp.0.qweight": torch.zeros(1)}), "visual.merger.mlp.0: is quantised, and no"),
