@@ -202,6 +202,10 @@ class QuantLinear(nn.Linear):
     """
 
     weight: nn.Parameter
+    scales: nn.Parameter
+    zeros: nn.Parameter | None
+    order: nn.Parameter | None
+    input_scale: nn.Parameter | None
     bias: nn.Parameter | None  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, like: nn.Linear, how: Quantization) -> None:

@@ -223,7 +223,7 @@ def _add_parts_kernel(parts, bias, y, values, N: tl.constexpr, SPLIT: tl.constex
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < values
     total = tl.load(parts + at, mask=mask, other=0.0)
-    for part in tl.static_range(1, SPLIT):
+    for part in tl.static_range(1, SPLIT):  # pyright: ignore[reportGeneralTypeIssues]
         total += tl.load(parts + part * values.to(tl.int64) + at, mask=mask, other=0.0)
     if bias is not None:
         total += tl.load(bias + at % N, mask=mask, other=0.0).to(tl.float32)
