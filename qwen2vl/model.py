@@ -14,7 +14,7 @@ from qwen2vl_kernels import mrope_positions, rms_norm_linear
 from qwen2vl_kernels.core.matmul import linear
 
 from . import weights
-from .adapter import adapted, adapter_parameters, load_adapter, merge_layers, write_adapter
+from .adapter import adaptable, adapted, adapter_parameters, load_adapter, merge_layers, write_adapter
 from .cache import KVCache
 from .checks import Call, Features, Patches, check_call, check_features, check_media, placeholders
 from .config import Qwen2VLConfig
@@ -23,6 +23,7 @@ from .features import KeptFeatures
 from .files import read_json, withdraw_json, write_json
 from .hub import Checkpoint
 from .layers import Linear
+from .quantization import place
 from .text import Decoder, Pack
 from .tower_graph import replayed
 from .vision import VisionTower
@@ -97,6 +98,8 @@ class Qwen2VL(nn.Module):
         weights.check_sizes(config, folder)
         with torch.device("meta"):
             model = cls(config)
+            if config.quantization is not None:
+                place(model, adaptable(model), config.quantization, weights.stored_dtypes(folder))
         weights.load_weights(
             model,
             folder,
@@ -130,7 +133,7 @@ class Qwen2VL(nn.Module):
         config = Qwen2VLConfig.preset(config) if isinstance(config, str) else config
         dtype = _dtype(config.torch_dtype if dtype is None else dtype)
         with torch.device("meta"):
-            model = cls(config).to(dtype)
+            model = cls(replace(config, quantization=None)).to(dtype)
         device = _device(device)
         if device.type != "meta":
             model.init_weights(device, std)
