@@ -356,6 +356,7 @@ def load(
 
     from ..hub import Checkpoint
     from ..model import Qwen2VL
+    from ..quantization import parameter_count
 
     check_pixels(min_pixels, max_pixels)
     if device is not None:
@@ -378,7 +379,7 @@ def load(
         )
     loaded.max_vision_patches = max_vision_patches
     if loaded.device.type == "cpu":
-        threads.choose(sum(parameter.numel() for parameter in loaded.parameters()))
+        threads.choose(parameter_count(loaded))
     return loaded, processor
 
 

@@ -72,6 +72,7 @@ def test_json_describes_the_answer(run):
     parts = {name: seconds for name, seconds in timings.items() if name not in ("first_token", "total")}
     assert all(seconds > 0 for seconds in parts.values()) and sum(parts.values()) <= got["timings"]["total"]
     assert (got["model"], got["device"], got["dtype"]) == ("model", "cpu", "float32")
+    assert got["quantization"] is None
 
 
 ANSWER = (

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from benchmarks.random_checkpoint import small_config, write_random_checkpoint
 from qwen2vl import CheckpointError, Processor, PromptError, Qwen2VL, assets, awq
-from qwen2vl.cli import app
+from qwen2vl.cli import app, chat
 from qwen2vl.layers import RMSNorm
 from qwen2vl.quantising import _rounded, nearest, quantise, stated
 from qwen2vl.quantization import Quantization, quantised, to_stored
@@ -99,6 +99,19 @@ def test_the_command_writes_what_is_loaded(folder, tmp_path, form):
     assert Processor.from_pretrained(out).max_pixels == Processor.from_pretrained(folder).max_pixels
     again = CliRunner().invoke(app, command)
     assert again.exit_code == 2 and "out is there and not" in " ".join(again.stderr.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("form, label", [("awq", "awq int4, groups of 64"), ("fp8", "compressed-tensors fp8, rows")])
+def test_commands_name_what_is_quantised(folder, tmp_path, form, label):
+    """And count the parameters that integers stand for, not the bytes that hold them."""
+    plain = Qwen2VL.from_pretrained(folder, device="cpu")
+    size = f"{sum(p.numel() for p in plain.parameters()) / 1e6:.1f}M"
+    quantise(plain, form, 64).save_pretrained(tmp_path)
+    Processor.from_pretrained(folder).save_pretrained(tmp_path)
+    given = ["--model", str(tmp_path), "--max-new-tokens", "1", "--device", "cpu"]
+    done = CliRunner().invoke(app, ["generate", *given, "--prompt", "What?", "--json"])
+    assert json.loads(done.stdout)["quantization"] == label
+    assert chat._name("it", plain) == f"it: {size} parameters, {label}, bfloat16, on cpu"
 
 
 def test_refusals(folder, tmp_path):
