@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -98,6 +99,10 @@ class Activations:
         return torch.cat(self._rows)
 
 
+def _see(seen: Activations, _: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    seen.add(args[0])
+
+
 @torch.no_grad()
 def collect(model: Qwen2VL, calibration: Iterable[Mapping[str, torch.Tensor]]) -> list[list[Activations]]:
     """What the groups of every decoder layer read while the model reads conversations, given as
@@ -114,7 +119,7 @@ def collect(model: Qwen2VL, calibration: Iterable[Mapping[str, torch.Tensor]]) -
             for group in groups(layer):
                 seen = Activations()
                 found[-1].append(seen)
-                hooks.append(group.linears[0].register_forward_pre_hook(lambda _, args, seen=seen: seen.add(args[0])))
+                hooks.append(group.linears[0].register_forward_pre_hook(partial(_see, seen)))
         for inputs in calibration:
             model(**{name: tensor for name, tensor in inputs.items() if name != "labels"}, last_only=True)
     finally:

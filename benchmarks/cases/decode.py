@@ -275,13 +275,20 @@ class Contenders:
         yield BF16, None, partial(made, self.ours)
 
 
-def _part(name: str) -> dict[str, bool]:
-    """Whether a contender is a peer, or one whose failure costs no other its row."""
-    return {"peer": name == BF16 or not name.startswith("ours"), "trial": name.removeprefix("ours, ") in FORMS}
-
-
 def _provider(name: str, reason: str | None, make: Callable[[], Provider]) -> Provider:
-    return Provider(name, **({"make": make} if reason is None else {"skipped": reason}), **_part(name))
+    peer, trial = _is_peer(name), _is_trial(name)
+    if reason is not None:
+        return Provider(name, skipped=reason, peer=peer, trial=trial)
+    return Provider(name, make=make, peer=peer, trial=trial)
+
+
+def _is_peer(name: str) -> bool:
+    return name == BF16 or not name.startswith("ours")
+
+
+def _is_trial(name: str) -> bool:
+    """On a GPU, these kernels are taken by name."""
+    return name.removeprefix("ours, ") in FORMS
 
 
 def _filling(contenders: Contenders, rows: int) -> Iterator[Provider]:
@@ -299,7 +306,8 @@ def _decoding(contenders: Iterable[tuple[str, str | None, Callable[[], Contender
     def made(name: str, make: Callable[[], Contender]) -> Provider:
         contender = make()
         contender.fill()
-        return Provider(name, contender.decode, before=contender.rewind, **_part(name))
+        peer, trial = _is_peer(name), _is_trial(name)
+        return Provider(name, contender.decode, peer=peer, trial=trial, before=contender.rewind)
 
     for name, reason, make in contenders:
         yield _provider(name, reason, partial(made, name, make))
