@@ -120,7 +120,7 @@ def _steps(model: Qwen2VL, held: Steps | None, kept: int, capacity: int, graphs:
         source = held.cache
         source.rewind(kept)
     else:
-        source = KVCache(model.config.text, 1, 1, device=model.device, dtype=model.dtype)
+        source = KVCache(model.model.cache_config, 1, 1, device=model.device, dtype=model.dtype)
     if graphs:
         return CapturedSteps(model, source, 1, capacity)
     return Steps(model, source.repeated(1, graph_capacity(capacity)))

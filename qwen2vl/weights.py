@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +24,7 @@ from .config import Qwen2VLConfig
 from .errors import CheckpointError
 from .files import read_json, write_json, write_whole
 from .interrupts import scratch
+from .parallel import Slice
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -190,6 +193,7 @@ def load_weights(
     device: torch.device,
     dtype: torch.dtype,
     ignore: tuple[str, ...] = (),
+    cuts: Mapping[str, Slice] = MappingProxyType({}),
     progress: Progress | None = None,
 ) -> None:
     """Fill ``model``, built on the meta device, with the tensors of ``folder``.
@@ -200,6 +204,7 @@ def load_weights(
     Args:
         ignore: names that a file may hold and the model does not need (the head of a tied model, where it is a copy of
             the embedding: see :func:`holds_own_head`).
+        cuts: what ``model`` holds of tensors that are split over ranks; no more of them is read.
         progress: called with (tensors done, tensors in all).
 
     Raises:
@@ -226,19 +231,27 @@ def load_weights(
                     problems.append(f"{name}: stored twice, in {where[name][2]} and {path.name}")
                 where[name] = (file, stored, path.name)
         damaged = bool(problems)
-        problems += [one for one in _compare(wanted, where) if not (damaged and one.endswith(_MISSING))]
+        problems += [one for one in _compare(wanted, where, cuts) if not (damaged and one.endswith(_MISSING))]
         if problems:
             raise CheckpointError(_listing(folder, problems))
         for done, name in enumerate(wanted, 1):
             file, stored, _ = where[name]
             # Device first, then dtype: a conversion runs where it is fast and the host never holds a second copy.
-            found[name] = file.get_tensor(stored).to(device).to(dtype)
+            found[name] = _read(file, stored, cuts.get(name)).to(device).to(dtype)
             if progress is not None:
                 progress(done, len(wanted))
     model.load_state_dict(found, strict=True, assign=True)  # keeps each parameter's requires_grad
 
 
-def _compare(wanted: dict[str, nn.Parameter], where: dict[str, tuple]) -> list[str]:
+def _read(file: Any, stored: str, cut: Slice | None) -> torch.Tensor:
+    """A tensor, or what a rank holds of it, contiguous."""
+    if cut is None:
+        return file.get_tensor(stored)
+    view, rows = file.get_slice(stored), slice(cut.begin, cut.end)
+    return (view[rows] if cut.dim == 0 else view[:, rows]).contiguous()
+
+
+def _compare(wanted: dict[str, nn.Parameter], where: dict[str, tuple], cuts: Mapping[str, Slice]) -> list[str]:
     quantised = [name for name in where if name.endswith(_QUANTISED)]
     if quantised:
         return [f"quantised weights are not supported ({quantised[0]} and {len(quantised) - 1} more)"]
@@ -247,9 +260,11 @@ def _compare(wanted: dict[str, nn.Parameter], where: dict[str, tuple]) -> list[s
         if name not in wanted:
             problems.append(f"{name}: unexpected")
             continue
-        view = file.get_slice(stored)
-        if tuple(view.get_shape()) != tuple(wanted[name].shape):
-            problems.append(f"{name}: shape {tuple(view.get_shape())}, the config wants {tuple(wanted[name].shape)}")
+        view, shape = file.get_slice(stored), list(wanted[name].shape)
+        if name in cuts:
+            shape[cuts[name].dim] = cuts[name].whole
+        if view.get_shape() != shape:
+            problems.append(f"{name}: shape {tuple(view.get_shape())}, the config wants {tuple(shape)}")
         elif view.get_dtype() not in ("F64", "F32", "F16", "BF16"):
             problems.append(f"{name}: dtype {view.get_dtype()} is no float type")
     return problems
