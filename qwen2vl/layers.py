@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
@@ -36,13 +36,11 @@ def inverse_frequencies(config: TextConfig, device: torch.device) -> torch.Tenso
     return 1.0 / config.rope_theta**exponent
 
 
-def untouched(module: nn.Module) -> bool:
-    """Whether a module's parts are those of this package, with no hook on any and no other forward: what they compute
-    may then be computed without calling them."""
+def untouched(module: nn.Module, parts: Collection[type]) -> bool:
+    """Whether a module and all that it holds are of these classes, with no hook on any and no other forward: what they
+    compute may then be computed without calling them."""
     return all(
-        type(one).__module__.startswith(("qwen2vl.", "torch.nn."))
-        and not (one._forward_hooks or one._forward_pre_hooks or "forward" in one.__dict__)
-        and (not isinstance(one, nn.Linear) or type(one) is Linear)
+        type(one) in parts and not (one._forward_hooks or one._forward_pre_hooks or "forward" in one.__dict__)
         for one in module.modules()
     )
 

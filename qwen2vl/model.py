@@ -15,16 +15,17 @@ from qwen2vl_kernels import mrope_positions, rms_norm_linear
 from qwen2vl_kernels.core.matmul import linear
 
 from . import weights
-from .adapter import adapted, adapter_parameters, load_adapter, merge_layers, write_adapter
+from .adapter import adaptable, adapted, adapter_parameters, load_adapter, merge_layers, write_adapter
 from .cache import KVCache
 from .checks import Call, Features, Patches, check_call, check_features, check_media, placeholders
 from .config import Qwen2VLConfig
 from .errors import CheckpointError, PromptError
 from .features import KeptFeatures
-from .files import read_json, withdraw_json, write_json
+from .files import withdraw_json, write_json
 from .hub import Checkpoint
 from .layers import Linear
 from .parallel import TensorParallel, split
+from .quantization import place
 from .text import Decoder, Pack
 from .tower_graph import replayed
 from .vision import VisionTower
@@ -95,18 +96,22 @@ class Qwen2VL(nn.Module):
         whatever the checkpoint's says.
 
         Raises :class:`CheckpointError`, listing every tensor that does not fit, and :class:`Qwen2VLError` for a model
-        that cannot be split over the ranks, before its weights are read. What fails on one rank fails on all.
+        whose heads cannot be split over the ranks, before any is read. What fails on one rank fails on all.
         """
         device = _device(device) if parallel is None else parallel.check_place(device, adapter)
         with nullcontext() if parallel is None else parallel.together():
             checkpoint = Checkpoint.find(name_or_path)
             folder, config = checkpoint.folder, checkpoint.config
+            if parallel is not None:
+                parallel.check_heads(config.text)
             if config.text.tie_word_embeddings and weights.holds_own_head(folder):
                 # Its own head is what was trained, by a writer that left the flag of the base model as it was.
                 config = replace(config, text=replace(config.text, tie_word_embeddings=False))
             weights.check_sizes(config, folder)
             with torch.device("meta"):
                 model = cls(config)
+                if config.quantization is not None:
+                    place(model, adaptable(model), config.quantization, weights.stored_dtypes(folder))
             weights.load_weights(
                 model,
                 folder,
@@ -116,12 +121,7 @@ class Qwen2VL(nn.Module):
                 cuts={} if parallel is None else split(model, parallel),
                 progress=progress,
             )
-            path = folder / "generation_config.json"
-            if path.is_file():
-                defaults = read_json(path)
-                if not isinstance(defaults, dict):
-                    raise CheckpointError(f"{path}: must hold a JSON object, got {type(defaults).__name__}")
-                model.generation_defaults = defaults
+            model.generation_defaults = checkpoint.generation_defaults
         if adapter is not None:
             load_adapter(model, adapter)
         return model.eval()
@@ -141,7 +141,7 @@ class Qwen2VL(nn.Module):
         config = Qwen2VLConfig.preset(config) if isinstance(config, str) else config
         dtype = _dtype(config.torch_dtype if dtype is None else dtype)
         with torch.device("meta"):
-            model = cls(config).to(dtype)
+            model = cls(replace(config, quantization=None)).to(dtype)
         device = _device(device)
         if device.type != "meta":
             model.init_weights(device, std)

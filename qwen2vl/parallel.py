@@ -15,18 +15,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from qwen2vl_kernels.core.matmul import linear
-
 from .checks import Grid
 from .config import TextConfig
 from .errors import PromptError, Qwen2VLError
 from .layers import Embedding, Linear
+from .quantised_slices import Slice, check_cut
+from .quantization import QuantLinear
 from .vision import Encode, VisionTower, frame_pairs, rows_between
 
 if TYPE_CHECKING:
@@ -73,21 +73,8 @@ def rank_device() -> torch.device:
     return torch.device("cuda", local)
 
 
-class Slice(NamedTuple):
-    """``[begin, end)`` of dimension ``dim``, which has ``whole`` entries in the checkpoint."""
-
-    dim: int
-    begin: int
-    end: int
-    whole: int
-
-    @property
-    def count(self) -> int:
-        return self.end - self.begin
-
-
 def slices(text: TextConfig, rank: int, ranks: int) -> dict[str, Slice]:
-    """What a rank holds of every parameter that is split, by the parameter's name.
+    """What a rank holds of every weight and bias that is split, by the parameter's name.
 
     Raises :class:`Qwen2VLError` where heads or columns cannot be split evenly.
     """
@@ -107,7 +94,8 @@ def slices(text: TextConfig, rank: int, ranks: int) -> dict[str, Slice]:
             cut = cuts.get(name.partition(".")[2], mlp)
             found[f"model.layers.{layer}.{name}"] = Slice(0 if how == "columns" else 1, *cut)
     # Only what is cut by columns has a bias, which is cut with them.
-    return {f"{name}.{kind}": cut for name, cut in found.items() for kind in ("weight", "bias")}
+    biases = {f"{name}.bias": cut for name, cut in found.items() if cut.dim == 0}
+    return biases | {f"{name}.weight": cut for name, cut in found.items()}
 
 
 def _even(count: int, rank: int, ranks: int) -> tuple[int, int, int]:
@@ -159,6 +147,10 @@ class TensorParallel:
         if device is not None and torch.device(device) != self.device:
             raise Qwen2VLError(f"device: wants that of parallel, {self.device}, got {device}")
         return self.device
+
+    def check_heads(self, text: TextConfig) -> None:
+        """Raises :class:`Qwen2VLError` where a model of these sizes cannot be split over the ranks."""
+        slices(text, self.rank, self.ranks)
 
     # --------------------------------------------------------------------------------------------------- tensors
 
@@ -328,15 +320,21 @@ def _same(told: tuple[dict[str, Any], GenerationConfig], inputs: Mapping[str, An
 # -------------------------------------------------------------------------------------------------------- modules
 
 
-class RowParallelLinear(Linear):
-    """The columns of a weight that belong to this rank's inputs; its product is summed over the ranks."""
+class _RowParallel:
+    """Beside a linear layer that holds the columns of this rank's inputs: its product is summed over the ranks."""
 
-    def __init__(self, in_features: int, out_features: int, parallel: TensorParallel) -> None:
-        super().__init__(in_features, out_features, bias=False)
-        self.parallel = parallel
+    parallel: TensorParallel
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return self.parallel.sum(linear(input, self.weight))
+        return self.parallel.sum(super().forward(input))  # type: ignore[misc]
+
+
+class RowParallelLinear(_RowParallel, Linear):
+    pass
+
+
+class RowParallelQuantLinear(_RowParallel, QuantLinear):
+    pass
 
 
 class VocabParallelEmbedding(Embedding):
@@ -360,14 +358,9 @@ def split(model: Qwen2VL, parallel: TensorParallel) -> dict[str, Slice]:
     cuts = slices(text, parallel.rank, parallel.ranks)
     with torch.device("meta"):
         for n, layer in enumerate(model.model.layers):
-            for name, how in SPLIT.items():
-                whole, count = layer.get_submodule(name), cuts[f"model.layers.{n}.{name}.weight"].count
-                assert isinstance(whole, Linear)
-                if how == "columns":
-                    part = Linear(whole.in_features, count, bias=whole.bias is not None)
-                else:
-                    part = RowParallelLinear(count, whole.out_features, parallel)
-                layer.set_submodule(name, part)
+            for name in SPLIT:
+                path = f"model.layers.{n}.{name}"
+                layer.set_submodule(name, _part(layer.get_submodule(name), path, cuts[f"{path}.weight"], parallel))
         rows = cuts["model.embed_tokens.weight"]
         model.model.embed_tokens = VocabParallelEmbedding(rows.begin, rows.count, text.hidden_size, parallel)
         if not text.tie_word_embeddings:
@@ -375,6 +368,21 @@ def split(model: Qwen2VL, parallel: TensorParallel) -> dict[str, Slice]:
     model.requires_grad_(False)
     model.parallel = parallel
     return cuts
+
+
+def _part(whole: torch.nn.Module, path: str, cut: Slice, parallel: TensorParallel) -> torch.nn.Linear:
+    """This rank's part of a linear layer."""
+    assert isinstance(whole, (Linear, QuantLinear))
+    outputs, inputs = (cut.count if cut.dim == n else size for n, size in enumerate((whole.out_features,
+                                                                                    whole.in_features)))  # fmt: skip
+    summed = cut.dim == 1
+    part = (RowParallelLinear if summed else Linear)(inputs, outputs, bias=whole.bias is not None)
+    if isinstance(whole, QuantLinear):
+        check_cut(path, whole.how, cut)
+        part = (RowParallelQuantLinear if summed else QuantLinear)(part, whole.how)
+    if isinstance(part, _RowParallel):
+        part.parallel = parallel
+    return part
 
 
 def bytes_per_rank(model: Qwen2VL, ranks: int, tokens: int = 0) -> list[int]:
@@ -388,8 +396,9 @@ def bytes_per_rank(model: Qwen2VL, ranks: int, tokens: int = 0) -> list[int]:
         cuts = slices(text, rank, ranks)
         total = 0
         for name, parameter in model.named_parameters():
-            values, cut = parameter.numel(), cuts.get(name)
-            total += (values if cut is None else values // cut.whole * cut.count) * parameter.element_size()
+            prefix, _, kind = name.rpartition(".")
+            values, cut = parameter.numel(), cuts.get(name if kind == "bias" else f"{prefix}.weight")
+            total += (values if cut is None else values * cut.count // cut.whole) * parameter.element_size()
         keys = cuts["model.layers.0.self_attn.k_proj.weight"].count * text.num_hidden_layers
         found.append(total + 2 * keys * tokens * model.dtype.itemsize)
     return found

@@ -198,7 +198,7 @@ class Decoder(nn.Module):
         kernels = ("rms_norm_linear", "linear_add", "rms_norm_swiglu")
         fits = x.dtype == torch.bfloat16 and x.shape[0] <= MAX_ROWS and not torch.is_grad_enabled()
         fits = fits and all(layer.self_attn.appends(x) for layer in self.layers)
-        return fits and all(resolve(op, x.device.type, None) == "triton" for op in kernels) and untouched(self)
+        return fits and all(resolve(op, x.device.type, None) == "triton" for op in kernels) and untouched(self, _PARTS)
 
     def step(self, x: torch.Tensor, cache: KVCache, seqlens: torch.Tensor) -> None:
         """One token of each row, ``x (B, C)`` its embedding, which becomes the last layer's sum, not normed yet.
@@ -219,3 +219,7 @@ class Decoder(nn.Module):
             x, residual = layer(x, residual, pack)
         x, _ = self.norm(x, residual)
         return x if x.shape[0] == tokens else x[:tokens]
+
+
+#: What :meth:`Decoder.step` computes without calling it.
+_PARTS = (Decoder, nn.ModuleList, Layer, Attention, MLP, RMSNorm, Linear, Embedding)

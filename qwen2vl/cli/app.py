@@ -22,6 +22,7 @@ from .common import (
     media_warnings_as_lines,
     print_error,
 )
+from .convert import convert
 from .eval import evaluate
 from .generate import generate
 from .info import info
@@ -80,6 +81,7 @@ app.command(cls=Command)(inspect)
 app.command("eval", cls=Command)(evaluate)
 app.command(cls=Command)(train)
 app.command(cls=Command)(merge)
+app.command(cls=Command)(convert)
 
 
 def main() -> None:

@@ -274,5 +274,6 @@ def launch_step(
         CHUNK=min(8, splits),
         DEPENDENT=prefetch and target.dependent,
         num_warps=chosen.num_warps,
+        max_registers=255,
     )
     return out

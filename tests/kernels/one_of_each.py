@@ -111,6 +111,14 @@ def main(device: str = "cuda") -> list[str]:
             given = {"reduction": reduction, "label_smoothing": smoothing, "chunk_rows": 16, "backend": backend}
             backward(K.linear_cross_entropy(x, random(9001, 1280), target, random(9001), **given))
 
+    def quant_linear(backend: str) -> None:
+        fp8 = random(40, 256).detach().to(torch.float8_e4m3fn)
+        integers = torch.randint(0, 256, (40, 256), device=device).byte()
+        for weight, block in ((fp8, (16, 128)), (integers, (1, 128)), (integers[:, :128], (1, 128))):
+            scales = torch.rand(-(-40 // block[0]), 2, device=device)
+            for rows in (1, 5, 37):
+                backward(K.quant_linear(x[:rows, :256], weight, scales, block=block, backend=backend))
+
     def positions_of(backend: str) -> None:
         K.mrope_positions(ids, grid[:1], grid[1:], **tokens, backend=backend)
         K.mrope_positions_chunk(ids[:, :4], grid[:1], None, **tokens, backend=backend)
@@ -132,6 +140,7 @@ def main(device: str = "cuda") -> list[str]:
         "patch_embed": patch_embed,
         "patch_merge": patch_merge,
         "linear_cross_entropy": linear_cross_entropy,
+        "quant_linear": quant_linear,
         "mrope_positions": positions_of,
         "vision_positions": lambda backend: K.vision_positions(grid, num_patches=36, backend=backend),
         "image_to_patches": lambda backend: K.image_to_patches(photo, 56, 84, backend=backend),

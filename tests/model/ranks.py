@@ -125,6 +125,10 @@ def _rank(folder: Path, rank: int, ranks: int) -> None:
     # What follows needs ranks, not their number.
     if ranks == 2:
         found |= _together(model, folder, inputs, processor)
+        for form in given["quantised"]:
+            split = Qwen2VL.from_pretrained(folder / form, parallel=parallel)
+            with torch.no_grad():
+                found[form] = split(**inputs)
     torch.save(found, folder / f"found-{ranks}-{rank}.pt")
     dist.barrier()
 

@@ -17,10 +17,12 @@ from benchmarks.random_checkpoint import small_config, write_random_checkpoint
 from qwen2vl import Processor, Qwen2VL, Qwen2VLConfig, Qwen2VLError, TensorParallel
 from qwen2vl.cli import app
 from qwen2vl.parallel import bytes_per_rank, slices
+from qwen2vl.quantising import quantise
 from tests.model import ranks as worker
 
 ROOT = Path(__file__).parents[2]
 OF = {2: "untied", 4: "tied"}
+QUANTISED = ("awq", "gptq-int4", "fp8")
 GENERATE = ["generate", "-m", "untied", "-i", "seen.png", "-p", "-", "-n", "12", "--device", "cpu"]
 CHAT = ["chat", "-m", "untied", "-n", "8", "--temperature", "1", "--seed", "3", "--device", "cpu"]
 COMMANDS = {
@@ -40,6 +42,8 @@ def folder(tmp_path_factory):
         write_random_checkpoint(folder / name, config, dtype=torch.float32, std=0.08)
         path = folder / name / "generation_config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [999]}))
+    for form in QUANTISED:
+        quantise(Qwen2VL.from_pretrained(folder / "untied", device="cpu"), form, 64).save_pretrained(folder / form)
     return folder
 
 
@@ -53,7 +57,7 @@ def inputs(folder):
 @pytest.fixture(scope="module")
 def found(folder, inputs):
     """What every rank found, by (ranks, rank), and exit codes by what was run."""
-    torch.save({"inputs": inputs, "of": OF}, folder / "given.pt")
+    torch.save({"inputs": inputs, "of": OF, "quantised": QUANTISED}, folder / "given.pt")
     (folder / "commands.json").write_text(json.dumps(COMMANDS))
     (folder / "stdin").write_text(STDIN)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -79,6 +83,14 @@ def test_answers_of_one_process(folder, inputs, found, ranks):
         assert got["logprobs"] == pytest.approx(one["logprobs"], rel=1e-4, abs=1e-4)
         assert got["heads"] == max(1, one["heads"] // ranks)
     assert len(set(map(tuple, one["drawn"]))) == 3 and len(set(one["greedy"][0])) > 5
+
+
+@pytest.mark.parametrize("form", QUANTISED)
+def test_quantised_weights_are_split(folder, inputs, found, form):
+    with torch.no_grad():
+        one = Qwen2VL.from_pretrained(folder / form, device="cpu")(**inputs)
+    for rank in range(2):
+        torch.testing.assert_close(found[2, rank][form], one, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("ranks", OF)
@@ -144,7 +156,7 @@ def test_uneven_heads_are_refused(preset, ranks, reason):
 
 
 def test_processes_are_asked_for():
-    with pytest.raises(Qwen2VLError, match="TensorParallel.start"):
+    with pytest.raises(Qwen2VLError, match=r"TensorParallel\.start"):
         TensorParallel()
     with pytest.raises(Qwen2VLError, match="start with torchrun"):
         TensorParallel.start()

@@ -22,6 +22,7 @@ LENGTHS = torch.tensor([3, 5], dtype=torch.int32)  # of a cache's rows, on the d
 INV_FREQ = torch.tensor([1.0, 0.1, 0.01, 0.001])
 #: Of attention: neither keys' boundaries nor angles; lengths, causal, scale, neither fused nor with lse, backend.
 SETTINGS = (None, None, None, 2, 2, True, 0.35, False, False, "sdpa")
+QUANTISED = (torch.arange(192).byte().view(6, 32), torch.rand(6, 2), torch.arange(6).byte().unsqueeze(1))
 #: op under torch.ops -> arguments
 CALLS = {
     "rms_norm": lambda: (_x(4, 8), _x(8)),
@@ -40,6 +41,7 @@ CALLS = {
     "patch_embed": lambda: (torch.randn(4, 8), _x(6, 8), _x(6)),
     "patch_merge": lambda: (_x(8, 4), _x(4), _x(4), _x(16, 16), _x(16), _x(6, 16), _x(6)),
     "linear_cross_entropy": lambda: (_x(4, 8), _x(6, 8), torch.tensor([5, -100, 0, 3]), _x(6)),
+    "quant_linear": lambda: (_x(4, 64), *QUANTISED, _x(6), [1, 32], torch.arange(64).flip(0)),
     "varlen_attention": lambda: (_x(4, 2, 8), _x(4, 1, 8), _x(4, 1, 8), CU, *SETTINGS),
     "image_to_patches": lambda: (torch.randint(0, 256, (30, 40, 3)).byte(), 28, 56, 14, 2, None, None, None, "native"),
     "kvcache_attention": lambda: (torch.randn(3, 2, 8), *torch.randn(2, 2, 5, 1, 8), [1, 2], [3, 5], 0.35, "sdpa"),
@@ -95,6 +97,9 @@ def _public(name):
         if name == "linear_add_":
             *tensors, prefetch, backend = arguments
             return K.linear_add_(*tensors, prefetch=prefetch, backend=backend)
+        if name == "quant_linear":
+            *tensors, block, order = arguments
+            return K.quant_linear(*tensors, block=tuple(block), order=order)
         if name == "image_to_patches":
             return K.image_to_patches(*arguments[:3])
         return getattr(K, name)(*arguments)
