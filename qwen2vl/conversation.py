@@ -97,6 +97,8 @@ class Conversation:
             held = None
         items = _items(model.config, call)
         kept = 0 if held is None else _shared(held, call.packed, items)
+        if model.parallel is not None:
+            kept = model.parallel.least(kept)
         steps = _steps(model, None if held is None else held.steps, kept, capacity, graphs)
         steps.cache.rewind(kept)
         try:

@@ -328,7 +328,7 @@ class _Run:
         model, call, inputs = self.model, self.call, self.inputs
         self.call, self.inputs = None, {}  # pixels are large
         if model.parallel is not None:
-            model.parallel.begin(inputs, self.config, self.choose)
+            model.parallel.begin(inputs, self.config, self.choose, self.conversation is not None)
         answers = self.config.num_return_sequences
         capacity = max(map(sum, zip(self.prompt_tokens, self.budgets, strict=True)))
         steps = None

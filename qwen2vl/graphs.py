@@ -29,13 +29,13 @@ def unfit(model: Qwen2VL, part: nn.Module) -> str:
     """Why ``part`` of ``model`` cannot be captured, "" where it can."""
     if not KVCache.asynchronous(model.device):
         return f"wants a model on a CUDA device, and QWEN2VL_GRAPHS=1 in the environment, it is on {model.device}"
+    if model.parallel is not None:
+        return "the model is split over processes, whose sums no graph of ours holds"
     return unfit_for_keeping(model, part)
 
 
 def unfit_for_keeping(model: Qwen2VL, part: nn.Module) -> str:
     """Why what ``part`` of ``model`` does may not be kept from one call for the next, "" where it may."""
-    if model.parallel is not None:
-        return "the model is split over processes, which would have to keep the same"
     if adapted(model):
         return "the model has an adapter, which may be switched without notice; merge_adapter() first"
     if any(one._forward_hooks or one._forward_pre_hooks for one in part.modules()):

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -102,6 +102,14 @@ def _even(count: int, rank: int, ranks: int) -> tuple[int, int, int]:
     return rank * count // ranks, (rank + 1) * count // ranks, count
 
 
+class Asked(NamedTuple):
+    """What ``generate`` was given on rank 0; ``keeps``: with a conversation."""
+
+    inputs: dict[str, Any]
+    config: GenerationConfig
+    keeps: bool
+
+
 class TensorParallel:
     """This process among those that hold a model together, for ``Qwen2VL.from_pretrained(..., parallel=)``.
 
@@ -118,12 +126,12 @@ class TensorParallel:
     def __init__(self, group: dist.ProcessGroup | None = None, device: torch.device | str | None = None) -> None:
         if not dist.is_initialized():
             raise Qwen2VLError("parallel: wants torch.distributed; TensorParallel.start() joins torchrun's processes")
-        self.group = dist.group.WORLD if group is None else group
+        self.group = group
         self.device = rank_device() if device is None else torch.device(device)
         self.rank, self.ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
         members = dist.get_process_group_ranks(self.group)
         # What the hosts tell each other waits for people, and must not hold up a GPU.
-        self._hosts = dist.new_group(members, PATIENCE, "gloo", use_local_synchronization=True)
+        self._hosts: Any = dist.new_group(members, PATIENCE, "gloo", use_local_synchronization=True)
         self._busy = False
         self._follows = False
 
@@ -232,8 +240,8 @@ class TensorParallel:
         step, and no other can be made."""
         return self._busy
 
-    def begin(self, inputs: Mapping[str, Any], config: GenerationConfig, choose: Chooser) -> None:
-        """An answer begins, with rank 0's seed on all ranks.
+    def begin(self, inputs: Mapping[str, Any], config: GenerationConfig, choose: Chooser, keeps: bool) -> None:
+        """An answer begins, with rank 0's seed on all ranks. ``keeps``: whether it is one of a conversation.
 
         Raises :class:`PromptError` on all ranks where they were given different prompts or configurations, and
         :class:`Qwen2VLError` in the middle of another answer.
@@ -245,13 +253,14 @@ class TensorParallel:
             return
         given = None
         if self.rank == 0:
-            given = {name: _on_host(value) for name, value in inputs.items()}, replace(config, seed=choose.seeded)
-        told = self.share(given)
-        if not self._agree(self.rank == 0 or (told is not None and _same(told, inputs, config))):
+            tensors = {name: _on_host(value) for name, value in inputs.items()}
+            given = Asked(tensors, replace(config, seed=choose.seeded), keeps)
+        told: Asked = self.share(given)
+        if not self.least(self.rank == 0 or _same(told, inputs, config, keeps)):
             self._busy = False
             raise PromptError("generate: the ranks were given different prompts or configurations")
-        if told[1].samples:
-            choose.seed(told[1].seed)
+        if told.config.samples:
+            choose.seed(told.config.seed)
 
     def end_of_step(self, over: bool, rows: Sequence[Row]) -> bool:
         """Whether the answer is over, and in ``rows`` which of them have ended, by the word of rank 0, which alone may
@@ -270,13 +279,13 @@ class TensorParallel:
         self._busy = not said
         return said
 
-    def asked(self) -> Iterator[tuple[dict[str, Any], GenerationConfig]]:
-        """For other ranks than 0: inputs and configuration of every answer that rank 0 makes, until it calls
+    def asked(self) -> Iterator[Asked]:
+        """For other ranks than 0: every answer that rank 0 begins, to be made here as well, until it calls
         :meth:`end`."""
         self._follows = True
         try:
             while (told := self.share(None)) is not None:
-                self._agree(True)
+                self.least(True)
                 yield told
         finally:
             self._follows = False
@@ -285,10 +294,11 @@ class TensorParallel:
         """For rank 0: let those go that wait for the next answer."""
         self.share(None)
 
-    def _agree(self, ok: bool) -> bool:
-        every = torch.tensor(int(ok))
+    def least(self, number: int) -> int:
+        """The smallest of the ranks' numbers."""
+        every = torch.tensor(number, dtype=torch.int64)
         dist.all_reduce(every, op=dist.ReduceOp.MIN, group=self._hosts)
-        return bool(every)
+        return int(every)
 
 
 def _refuse_gradients(*tensors: torch.Tensor) -> None:
@@ -300,10 +310,10 @@ def _on_host(value: Any) -> Any:
     return value.cpu() if isinstance(value, torch.Tensor) else value
 
 
-def _same(told: tuple[dict[str, Any], GenerationConfig], inputs: Mapping[str, Any], config: GenerationConfig) -> bool:
+def _same(told: Asked, inputs: Mapping[str, Any], config: GenerationConfig, keeps: bool) -> bool:
     """Whether this rank was given what rank 0 was, but for the seed."""
-    theirs, settings = told
-    if theirs.keys() != inputs.keys():
+    theirs, settings, kept = told
+    if theirs.keys() != inputs.keys() or kept != keeps:
         return False
     for field in fields(config):
         one, other = getattr(settings, field.name), getattr(config, field.name)

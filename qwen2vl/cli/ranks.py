@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
+from .. import interrupts
 from ..errors import Qwen2VLError
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ def release() -> None:
 
 def follow(parallel: TensorParallel, load: Callable[[], Qwen2VL]) -> NoReturn:
     """On another rank: load its part of the model and compute with rank 0 until that has ended its command."""
+    interrupts.leave_word_to_another()
+    from ..conversation import Conversation
     from ..generation import generate
 
     try:
@@ -72,8 +75,10 @@ def follow(parallel: TensorParallel, load: Callable[[], Qwen2VL]) -> NoReturn:
         except Qwen2VLError:  # rank 0 raises it too, and says so before it ends
             parallel.share(None)
             raise typer.Exit(1) from None
-        for inputs, config in parallel.asked():
-            generate(model, inputs, config=replace(config, stop=(), logprobs=None))
+        conversation = Conversation()  # rank 0 may have several; what is not kept on all ranks is read again
+        for inputs, config, keeps in parallel.asked():
+            settings = replace(config, stop=(), logprobs=None)
+            generate(model, inputs, config=settings, conversation=conversation if keeps else None)
     except RuntimeError as error:
         if not tells_of_another(error):
             raise

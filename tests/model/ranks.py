@@ -20,7 +20,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qwen2vl import GenerationConfig, Processor, Qwen2VL, Qwen2VLError, TensorParallel, generate, stream, weights
+from qwen2vl import (
+    Conversation,
+    GenerationConfig,
+    Processor,
+    Qwen2VL,
+    TensorParallel,
+    generate,
+    stream,
+    weights,
+)
 from qwen2vl.cache import KVCache
 from qwen2vl.cli.app import main
 from qwen2vl_kernels import use_backend
@@ -50,6 +59,12 @@ def answers(model: Qwen2VL, inputs: dict[str, Any], processor: Processor) -> dic
     found["greedy"] = one.sequences
     stop = replace(config, stop=(one.texts[0][6:9],))
     found["stopped"] = generate(model, inputs, tokenizer=processor.tokenizer, config=stop).texts
+    # The second turn departs from the first one's answer.
+    conversation = Conversation()
+    for turn in (inputs, {**inputs, "input_ids": torch.cat([inputs["input_ids"], torch.tensor([[66, 67]])], 1)}):
+        turn = {**turn, "attention_mask": torch.ones_like(turn["input_ids"])}
+        last = generate(model, turn, config=config, conversation=conversation)
+        found["turns"] = [*found.get("turns", []), last.sequences, last.cached_tokens]
     drawn = replace(config, temperature=1.0, num_return_sequences=3, repetition_penalty=1.2, logprobs=2)
     several = generate(model, inputs, config=drawn)
     found["drawn"], found["logprobs"] = several.sequences, [t.logprob for row in several.logprobs for t in row]
@@ -106,7 +121,7 @@ _open = weights.safe_open
 def _refusal(call: Callable[[], object]) -> str:
     try:
         call()
-    except Qwen2VLError as error:
+    except ValueError as error:
         return str(error)
     return "nothing was refused"
 
@@ -144,6 +159,9 @@ def _together(model: Qwen2VL, folder: Path, inputs: dict[str, Any], processor: P
     found["saved"] = _refusal(lambda: model.save_pretrained(folder / "saved"))
     found["adapter"] = _refusal(lambda: Qwen2VL.from_pretrained(folder / "tied", parallel=parallel, adapter="x"))
     found["graphs"] = _refusal(lambda: generate(model, inputs, config=config, graphs=True))
+    whole = KVCache(model.config.text, 1, 256, device=model.device, dtype=model.dtype)
+    with torch.no_grad():
+        found["cache"] = _refusal(lambda: model(**inputs, cache=whole))
     # A file that one rank alone cannot read.
     place = folder / ("tied" if parallel.rank else "nowhere")
     found["unread"] = _refusal(lambda: Qwen2VL.from_pretrained(place, parallel=parallel))
@@ -156,7 +174,7 @@ def _together(model: Qwen2VL, folder: Path, inputs: dict[str, Any], processor: P
 
     # Rank 0 leads: it alone has a tokenizer, stop strings and a prompt.
     if parallel.rank:
-        taken = [generate(model, asked, config=replace(config, stop=())) for asked, config in parallel.asked()]
+        taken = [generate(model, asked, config=replace(config, stop=())) for asked, config, _ in parallel.asked()]
         found["followed"] = len(taken)
     else:
         stop = replace(config, stop=(processor.decode(generate(model, inputs, config=config).sequences[0])[6:9],))

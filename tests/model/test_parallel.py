@@ -31,7 +31,7 @@ COMMANDS = {
     "missing": [*GENERATE, "-i", "nowhere.png"],
     "alone": GENERATE,
 }
-STDIN = "What is this?\n/reset\nAnd this?\n"
+STDIN = "/image seen.png\nWhat is this?\nAnd else?\n/reset\nAnd this?\nMore?\n"
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +78,11 @@ def test_answers_of_one_process(folder, inputs, found, ranks):
         for name in ("logits", "step"):
             torch.testing.assert_close(got[name], one[name], rtol=1e-4, atol=1e-4)
             assert torch.equal(got[name], found[ranks, 0][name])
-        for name in ("greedy", "stopped", "drawn"):
+        for name in ("greedy", "stopped", "turns", "drawn"):
             assert got[name] == one[name], name
         assert got["logprobs"] == pytest.approx(one["logprobs"], rel=1e-4, abs=1e-4)
         assert got["heads"] == max(1, one["heads"] // ranks)
+    assert one["turns"][1] == [0] and one["turns"][3] == [inputs["input_ids"].shape[1]]
     assert len(set(map(tuple, one["drawn"]))) == 3 and len(set(one["greedy"][0])) > 5
 
 
@@ -111,6 +112,7 @@ def test_what_is_refused(folder, found):
         assert "each rank holds a part" in got["saved"]
         assert "wants a whole model" in got["adapter"]
         assert got["graphs"].startswith("graphs: ")
+        assert got["cache"].startswith("append_kv: ")
         assert "has no gradients" in got["gradients"]
         assert "nowhere" in got["unread"] and got["unread"].startswith("rank 0: ") == (rank == 1)
         assert not got["fused"]
