@@ -17,13 +17,14 @@ from .tokenizer import LANGUAGES
 
 #: The seed of the weights and the samples.
 SEED = 1
-#: Skill -> the levels that it is trained and measured on, the easiest first. It is shown with no others.
+#: Skill -> the levels that it is trained and measured on, in the order in which they open: the easiest first, as small
+#: models learn them. It is shown with no others.
 SCOPE: dict[str, tuple[int, ...]] = {
     "read": (0, 1, 2, 3),
     "colour_shape": (0, 1, 2, 3),
     "count": (0, 1, 2, 3),
-    "compare": (0, 1, 2, 3),
-    "point": (0, 1, 2, 3),
+    "compare": (0, 1, 3, 2),
+    "point": (0, 1, 3, 2),
     "video": (0, 1, 2, 3),
     "screen": (0, 1),
 }
