@@ -17,6 +17,8 @@ from .plan import SEED
 
 #: How many held-out samples of each level measure the model, a thousand of a skill at least, and their seed.
 _COUNT, _SEED = 250, 2026
+#: What was trained so far and is not yet better than what is embedded, at everything that it is shown with.
+LATEST = Path(__file__).parent / "latest"
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 
@@ -26,7 +28,9 @@ def train(
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="The sitting's own folder.")],
     begin: Annotated[
         str,
-        typer.Option("--from", metavar="DIR", help='Weights: a folder, "assets" for those embedded, "random".'),
+        typer.Option(
+            "--from", metavar="DIR", help='Weights: a folder, "latest" in this repository, "assets", or "random".'
+        ),
     ] = "random",
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of the sitting.")] = 20_000,
     lr: Annotated[float, typer.Option("--lr", min=0.0, help="The highest learning rate.")] = 5e-4,
@@ -52,11 +56,11 @@ def train(
                 f"fonts: only Pillow's own is there; matplotlib's are wanted: {install_hint('matplotlib')}"
             )
         torch.set_num_threads(threads)
-        source = {"random": None, "assets": assets.FOLDER}.get(begin, Path(begin))
+        source = {"random": None, "latest": LATEST, "assets": assets.FOLDER}.get(begin, Path(begin))
         before = [] if source is None else sittings_of(source)
         if not (output / "begin" / "preprocessor_config.json").is_file():
             write_beginning(output / "begin", seed=SEED, source=source)
-        named = begin if source in (None, assets.FOLDER) else "/".join(source.absolute().parts[-2:])
+        named = begin if source in (None, LATEST, assets.FOLDER) else "/".join(source.absolute().parts[-2:])
         sitting = Sitting(named, steps, lr=lr, end=end, seed=SEED + len(before))
         model = train(output, output / "begin", sitting, before=before, said=lambda line: print(line, file=sys.stderr))
     except (Qwen2VLError, OSError) as error:

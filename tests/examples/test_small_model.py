@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 from benchmarks.byte_tokenizer import write_byte_tokenizer
 from examples.small import plan, results
-from examples.small.__main__ import app
+from examples.small.__main__ import LATEST, app
 from examples.small.lessons import Lessons
 from examples.small.plan import REHEARSAL, SCOPE, SEED, WEIGHTS, open_levels, shares
-from examples.small.results import Goal, behind, error_rate, facts_of, mean, table
+from examples.small.results import GOALS, Goal, behind, error_rate, facts_of, mean, table
 from examples.small.shape import write_beginning
 from examples.small.sitting import CURVE, Sitting, sittings_of, train
 from qwen2vl import assets
@@ -235,6 +235,19 @@ def test_the_shipped_file_says_what_made_it():
     assert told["phases"] and (told["data_version"], told["count"]) == (1, 200)  # as the recipe was then
     assert len(told["typefaces"]) > 1 and told["goals"]
     assert min(row["samples"] for row in told["results"]["by_skill"].values()) >= 1000
+
+
+def test_the_latest_weights_are_of_this_recipe_and_can_be_gone_on_from(beginning):
+    told = facts_of(LATEST)
+    assert told["sittings"] == sittings_of(LATEST) and told["sittings"][-1]["curve"]
+    assert (told["data_version"], len(told["typefaces"]) > 1) == (DATA_VERSION, True)
+    assert set(told["goals"]) == {goal.name for goal in GOALS}
+    for goal in GOALS:
+        assert told["goals"][goal.name]["value"] == pytest.approx(goal.value(told["results"]))
+    assert (LATEST / "tokenizer.json").read_bytes() == (beginning / "tokenizer.json").read_bytes()
+    config, own = Qwen2VLConfig.from_pretrained(LATEST), Qwen2VLConfig.from_pretrained(beginning)
+    assert (config.text, config.vision) == (own.text, own.vision)
+    assert (LATEST / "model.safetensors").stat().st_size <= 12e6
 
 
 def test_the_docs_say_what_the_shipped_file_does():
