@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .agents.loop import run_agent
     from .choosing import TokenLogprobs
     from .config import Qwen2VLConfig, TextConfig, VisionConfig
+    from .conversation import Conversation
     from .errors import (
         CheckpointError,
         ContextLengthError,
@@ -37,6 +38,7 @@ __all__ = [
     "Call",
     "CheckpointError",
     "ContextLengthError",
+    "Conversation",
     "DataError",
     "FunctionCallError",
     "GenerationConfig",
@@ -68,6 +70,7 @@ __all__ = [
 
 _MODULES = {
     "choosing": ("TokenLogprobs",),
+    "conversation": ("Conversation",),
     "config": ("Qwen2VLConfig", "TextConfig", "VisionConfig"),
     "errors": (
         "CheckpointError",

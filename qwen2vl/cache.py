@@ -42,6 +42,8 @@ class KVCache:
         self.growth = torch.ones(batch, dtype=torch.int32, device=device)
         self.next_position = torch.zeros(batch, dtype=torch.int64, device=device)
         self._before = torch.arange(batch, device=device) * capacity - 1  # the slot before each row's first
+        # Programs of a step's attention count in it; zero between launches.
+        self.arrived = torch.zeros((batch, config.num_key_value_heads), dtype=torch.int32, device=device)
         self.inv_freq = inverse_frequencies(config, device)
         self.bounds = torch.arange(batch + 1, dtype=torch.int32)  # of one token a row, on the host
 
@@ -111,10 +113,13 @@ class KVCache:
         self._room(after)
         return after
 
-    def step_slots(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """``(slots, seqlens)`` of one more token a row, ``(B,)`` each on the device; a held row's last slot again."""
-        seqlens = self.seqlens + self.growth
-        return self._before + seqlens, seqlens
+    def step_seqlens(self) -> torch.Tensor:
+        """``(B,)`` int32 on the device: the tokens of each row with one more; a held row's number again."""
+        return self.seqlens + self.growth
+
+    def step_slots(self, seqlens: torch.Tensor) -> torch.Tensor:
+        """``(B,)`` on the device: the slots of the last tokens of rows of these lengths."""
+        return self._before + seqlens
 
     def commit_step(self) -> None:
         """The tokens of a step are stored in every layer: count them on the device. The host's ``lengths`` are set by
@@ -135,6 +140,12 @@ class KVCache:
         self.lengths = [have - (0 if row in self.held else tokens) for row, have in enumerate(self.lengths)]
         self.seqlens.sub_(self.growth * tokens)
         self.next_position.sub_(tokens)
+
+    def rewind(self, tokens: int) -> None:
+        """Keep the first ``tokens`` of every row. Where positions go on is not known then: the next call of the model
+        is to be given its ``position_ids``."""
+        self.lengths = [tokens] * self.batch
+        self.seqlens.fill_(tokens)
 
     def _room(self, after: Iterable[int]) -> None:
         if (most := max(after)) > self.capacity:

@@ -92,6 +92,8 @@ class Chooser:
             real = torch.ones_like(ids) if mask is None else mask.to(model.device)
             self.seen = torch.zeros((ids.shape[0], c.text.vocab_size), dtype=torch.int64, device=model.device)
             self.seen = self.seen.scatter_add_(1, ids.long(), real.long()).repeat_interleave(answers, 0)
+        changed = config.samples or processors or config.repetition_penalty != 1.0
+        self.plain = not changed and config.logprobs is None
         self.generators: list[torch.Generator] = []
         self.uniforms: torch.Tensor | None = None
         self.chosen = 0
@@ -114,6 +116,8 @@ class Chooser:
         ``answers``, ids so far, and ``ended``, of each row, are for logits processors; what is chosen for a row that
         has ended means nothing. Raises :class:`Qwen2VLError` for processors' scores from which nothing can be chosen.
         """
+        if self.plain:  # nothing but the order of the logits counts
+            return Choice(logits.index_fill(1, self.banned, float("-inf")).argmax(-1))
         scores = self.scores(logits)
         if self.processors:
             scores = self.processed(scores, answers, ended)

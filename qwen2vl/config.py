@@ -14,6 +14,7 @@ from typing import Any
 
 from .errors import CheckpointError
 from .files import read_json
+from .quantization import Quantization
 
 #: Mean and standard deviation of the channels R, G, B in [0, 1], by which every released checkpoint normalises pixels.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -95,6 +96,7 @@ class Qwen2VLConfig:
     eos_token_id: int = 151645
     pad_token_id: int = 151643
     torch_dtype: str = "bfloat16"
+    quantization: Quantization | None = None  # of the files' weights; see :mod:`qwen2vl.quantization`
 
     def __post_init__(self) -> None:
         t, v = self.text, self.vision
@@ -153,11 +155,7 @@ class Qwen2VLConfig:
         model_type = data.get("model_type", "qwen2_vl")
         if model_type != "qwen2_vl":
             raise CheckpointError(f"model_type is {model_type!r}; this package loads 'qwen2_vl'")
-        if data.get("quantization_config"):
-            method = _object(data, "quantization_config").get("quant_method", "unknown method")
-            raise CheckpointError(
-                f"quantised checkpoints ({method}) are not supported; load the bfloat16 release of the same model"
-            )
+        stated = _object(data, "quantization_config")
         vision = _object(data, "vision_config")
         if not vision:
             raise CheckpointError("vision_config is missing")
@@ -198,6 +196,7 @@ class Qwen2VLConfig:
                 **vision_values,
             ),
             torch_dtype=str(merged.get("dtype") or merged.get("torch_dtype") or "bfloat16").removeprefix("torch."),
+            quantization=Quantization.from_dict(stated) if stated else None,
             **{name: merged[name] for name in _TOKEN_IDS if name in merged},
         )
 
@@ -227,6 +226,7 @@ class Qwen2VLConfig:
             "use_sliding_window": False,
             "vocab_size": t.vocab_size,
             **{name: getattr(self, name) for name in _TOKEN_IDS},
+            **({} if self.quantization is None else {"quantization_config": dict(self.quantization.stated)}),
             "vision_config": {
                 "model_type": "qwen2_vl",
                 "depth": v.depth,

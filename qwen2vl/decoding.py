@@ -10,19 +10,16 @@ pool of memory.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from threading import Lock
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 
-from qwen2vl_kernels.core.backends import PREFERENCE, forced, forced_everywhere
-
-from .adapter import adapted
 from .cache import KVCache
 from .choosing import Choice
 from .errors import Qwen2VLError
+from .graphs import capture, pool_of, round_up, setting_of, unfit, weights_of
 from .model import Qwen2VL
 
 #: The caches of captured steps that are kept between answers take at most so many bytes, for each model.
@@ -40,6 +37,10 @@ class Steps:
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.model.step(tokens.unsqueeze(1), self.cache).squeeze(1)
 
+    def serves(self, capacity: int) -> bool:
+        """Whether they can be gone on with, up to ``capacity`` tokens a row."""
+        return self.cache.capacity >= capacity
+
     def close(self) -> None:
         """No more tokens are wanted."""
 
@@ -54,7 +55,7 @@ class _Captured:
         self.cache.idle(range(rows))  # what runs until the first prompt changes nothing
         self.ids = torch.zeros((rows, 1), dtype=torch.int64, device=model.device)
         self.replay, self.logits = capture(lambda: model.step_on_device(self.ids, self.cache), model.device, pool)
-        self.weights, self.setting = _weights(model), _setting(model)
+        self.weights, self.setting = weights_of(model), setting_of(model.device)
 
     def serves(self, rows: int, capacity: int, setting: tuple) -> bool:
         return self.cache.batch == rows and self.cache.capacity >= capacity and self.setting == setting
@@ -65,14 +66,13 @@ class _Captured:
 
 
 class _Kept:
-    """What a model has captured and nobody uses now, the one used last at the end; and the pools, by stream."""
+    """What a model has captured and nobody uses now, the one used last at the end."""
 
     def __init__(self) -> None:
         self.captured: list[_Captured] = []
-        self.pools: dict[Any, Any] = {}
 
     def take(self, model: Qwen2VL, rows: int, capacity: int) -> _Captured:
-        weights, setting = _weights(model), _setting(model)
+        weights, setting = weights_of(model), setting_of(model.device)
         with _lock:
             self.captured = [one for one in self.captured if one.weights == weights]
             for one in self.captured:
@@ -81,10 +81,7 @@ class _Kept:
                     return one
             # Those that are too small now will be so again.
             self.captured = [one for one in self.captured if not one.serves(rows, 0, setting)]
-            if setting[0] not in self.pools:
-                self.pools[setting[0]] = new_pool()
-            pool = self.pools[setting[0]]
-        return _Captured(model, rows, graph_capacity(capacity), pool)
+        return _Captured(model, rows, graph_capacity(capacity), pool_of(model, setting))
 
     def give(self, captured: _Captured) -> None:
         with _lock:
@@ -118,6 +115,11 @@ class CapturedSteps(Steps):
         self.cache.lengths = after
         return self._captured.logits.narrow(0, 0, self.rows).squeeze(1)
 
+    def serves(self, capacity: int) -> bool:
+        one = self._captured
+        now = weights_of(self.model), self.cache.batch, capacity, setting_of(self.model.device)
+        return one is not None and one.weights == now[0] and one.serves(*now[1:])
+
     def close(self) -> None:
         captured, self._captured = self._captured, None
         if captured is not None:
@@ -137,16 +139,10 @@ def wants_graphs(model: Qwen2VL, asked: bool | None) -> bool:
 
     Raises :class:`Qwen2VLError` where they are asked for and cannot be captured.
     """
-    unfit = ""
-    if not KVCache.asynchronous(model.device):
-        unfit = f"wants a model on a CUDA device, and QWEN2VL_GRAPHS=1 in the environment, it is on {model.device}"
-    elif adapted(model):
-        unfit = "the model has an adapter, which may be switched without notice; merge_adapter() first"
-    elif any(one._forward_hooks or one._forward_pre_hooks for one in model.model.modules()):
-        unfit = "the model has hooks, which a replay would not call"
-    if asked and unfit:
-        raise Qwen2VLError(f"graphs: {unfit}")
-    return not unfit and asked is not False
+    reason = unfit(model, model.model)
+    if asked and reason:
+        raise Qwen2VLError(f"graphs: {reason}")
+    return not reason and asked is not False
 
 
 def graph_rows(rows: int) -> int:
@@ -156,46 +152,7 @@ def graph_rows(rows: int) -> int:
 
 def graph_capacity(tokens: int) -> int:
     """A power of two or one and a half times one, so that few captures serve a conversation that grows."""
-    above = 1 << (tokens - 1).bit_length()
-    return max(LEAST_CAPACITY, above * 3 // 4 if tokens <= above * 3 // 4 else above)
-
-
-def _weights(model: Qwen2VL) -> tuple:
-    """Where the parameters lie that a captured step reads; values may change there."""
-    return tuple((one.data_ptr(), one.dtype, one.shape) for one in model.parameters())
-
-
-def _setting(model: Qwen2VL) -> tuple:
-    """What a captured step was captured under, beside its weights; first the stream on which it is replayed, as steps
-    that share memory must not run side by side."""
-    device = model.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    stream = torch.cuda.current_stream(model.device) if device == "cuda" else None
-    return stream, autocast, forced_everywhere(), *map(forced, PREFERENCE)
-
-
-def new_pool() -> Any:
-    """Memory that captured steps share."""
-    return torch.cuda.graph_pool_handle()
-
-
-def capture(
-    run: Callable[[], torch.Tensor], device: torch.device, pool: Any
-) -> tuple[Callable[[], None], torch.Tensor]:
-    """Run it twice, so that kernels are compiled and libraries have their workspaces, and capture it; returns what
-    replays it, and its result, which every replay overwrites."""
-    with torch.cuda.device(device):
-        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
-            for _ in range(2):
-                run()
-        here.wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, such as one that loads data, may allocate meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            result = run()
-    return graph.replay, result
+    return max(LEAST_CAPACITY, round_up(tokens))
 
 
 class Mark(NamedTuple):

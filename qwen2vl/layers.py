@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
@@ -34,6 +34,15 @@ def inverse_frequencies(config: TextConfig, device: torch.device) -> torch.Tenso
     """``theta^(-2j/D)`` for the D/2 pairs, float32 whatever the model's dtype (a buffer would be cast)."""
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     return 1.0 / config.rope_theta**exponent
+
+
+def untouched(module: nn.Module, parts: Collection[type]) -> bool:
+    """Whether a module and all that it holds are of these classes, with no hook on any and no other forward: what they
+    compute may then be computed without calling them."""
+    return all(
+        type(one) in parts and not (one._forward_hooks or one._forward_pre_hooks or "forward" in one.__dict__)
+        for one in module.modules()
+    )
 
 
 class Linear(nn.Linear):

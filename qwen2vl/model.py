@@ -10,19 +10,22 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qwen2vl_kernels import mrope_positions
+from qwen2vl_kernels import mrope_positions, rms_norm_linear
 from qwen2vl_kernels.core.matmul import linear
 
 from . import weights
-from .adapter import adapted, adapter_parameters, load_adapter, merge_layers, write_adapter
+from .adapter import adaptable, adapted, adapter_parameters, load_adapter, merge_layers, write_adapter
 from .cache import KVCache
 from .checks import Call, Features, Patches, check_call, check_features, check_media, placeholders
 from .config import Qwen2VLConfig
 from .errors import CheckpointError, PromptError
+from .features import KeptFeatures
 from .files import read_json, withdraw_json, write_json
 from .hub import Checkpoint
 from .layers import Linear
+from .quantization import place
 from .text import Decoder, Pack
+from .tower_graph import replayed
 from .vision import VisionTower
 
 _NONE: Features = (None, None)
@@ -55,6 +58,8 @@ class Qwen2VL(nn.Module):
         if not config.text.tie_word_embeddings:
             self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         self.max_vision_patches: int | None = None
+        #: Where set, an image or video that comes again is not encoded again; see :mod:`qwen2vl.features`.
+        self.kept_features: KeptFeatures | None = None
         #: generation_config.json as read, for :meth:`qwen2vl.generation.GenerationConfig.from_model`.
         self.generation_defaults: dict = {}
 
@@ -93,6 +98,8 @@ class Qwen2VL(nn.Module):
         weights.check_sizes(config, folder)
         with torch.device("meta"):
             model = cls(config)
+            if config.quantization is not None:
+                place(model, adaptable(model), config.quantization, weights.stored_dtypes(folder))
         weights.load_weights(
             model,
             folder,
@@ -126,7 +133,7 @@ class Qwen2VL(nn.Module):
         config = Qwen2VLConfig.preset(config) if isinstance(config, str) else config
         dtype = _dtype(config.torch_dtype if dtype is None else dtype)
         with torch.device("meta"):
-            model = cls(config).to(dtype)
+            model = cls(replace(config, quantization=None)).to(dtype)
         device = _device(device)
         if device.type != "meta":
             model.init_weights(device, std)
@@ -198,19 +205,27 @@ class Qwen2VL(nn.Module):
         image_grid_thw: torch.Tensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
         video_grid_thw: torch.Tensor | None = None,
+        *,
+        graphs: bool | None = None,
     ) -> Features:
         """Vision features of all images and of all videos, ``(tokens, hidden)`` each, from one packed tower call.
 
-        The arguments are those of the model's call. Raises :class:`PromptError` when patches and grids disagree.
+        The arguments are those of the model's call. ``graphs``: replay the tower as a CUDA graph, see
+        :mod:`qwen2vl.tower_graph`; default where ``QWEN2VL_GRAPHS=1`` is set and it can be. Raises :class:`PromptError`
+        when patches and grids disagree, and :class:`Qwen2VLError` for graphs that are asked for and cannot be.
         """
         given = (pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
-        return self.encode_patches(check_media(self.config.vision, *given))
+        return self.encode_patches(check_media(self.config.vision, *given), graphs)
 
-    def encode_patches(self, media: Sequence[Patches]) -> Features:
+    def encode_patches(self, media: Sequence[Patches], graphs: bool | None = None) -> Features:
         """As :meth:`encode_media`, of patches that :mod:`qwen2vl.checks` has checked."""
         if not media:
             return None, None
-        tokens = self.visual(media, max_patches=self.max_vision_patches)
+
+        def encode(media: Sequence[Patches]) -> torch.Tensor:
+            return self.visual(media, max_patches=self.max_vision_patches, encode=replayed(self, graphs))
+
+        tokens = encode(media) if self.kept_features is None else self.kept_features.encode(self, media, encode)
         parts = tokens.split([one.tokens for one in media])
         found = {one.kind: part for one, part in zip(media, parts, strict=True)}
         return found.get("image"), found.get("video")
@@ -308,13 +323,22 @@ class Qwen2VL(nn.Module):
         """As :meth:`step`, without the host's part: operations on tensors that stay where they are, whatever the
         lengths, so that they may be captured once and replayed. ``totals``: the tokens of each row with the new one,
         for attention that reads them on the host."""
-        slots, seqlens = cache.step_slots()
+        seqlens = cache.step_seqlens()
+        x = self.model.embed_tokens(ids.flatten())
+        if totals is None and self.model.steps(x):
+            # The embedding was an ordinary launch, so that the chain of those that read ahead begins behind it.
+            self.model.step(x, cache, seqlens)
+            norm = self.model.norm
+            logits = rms_norm_linear(x, norm.weight, [self.head_weight], eps=norm.eps, prefetch=True)
+            cache.commit_step()
+            return logits.unsqueeze(1)
+        slots = cache.step_slots(seqlens)
         pack = Pack(cache.next_position.expand(3, -1), cache.inv_freq, [1] * cache.batch, cache.bounds, cache, slots)
         if totals is None:
             pack.seqlens = seqlens
         else:
             pack.totals = totals
-        hidden = self.model(self.model.embed_tokens(ids.flatten()), pack)
+        hidden = self.model(x, pack)
         cache.commit_step()
         return self._head(hidden).unsqueeze(1)
 

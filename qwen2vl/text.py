@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -9,18 +11,25 @@ from torch import nn
 from qwen2vl_kernels import (
     TilePlan,
     append_kv,
+    decode_attention_,
     kvcache_attention,
+    linear_add_,
     mrope,
     mrope_,
     plan_tiles,
+    rms_norm_linear,
+    rms_norm_swiglu,
     swiglu,
     swiglu_,
     varlen_attention,
 )
+from qwen2vl_kernels.core.backends import resolve
+from qwen2vl_kernels.triton.attention_step import serves
+from qwen2vl_kernels.triton.few_rows import MAX_ROWS
 
 from .cache import KVCache
 from .config import TextConfig
-from .layers import Embedding, Linear, RMSNorm, idle_rows, inverse_frequencies, length_bound
+from .layers import Embedding, Linear, RMSNorm, idle_rows, inverse_frequencies, length_bound, untouched
 
 
 class Pack:
@@ -66,6 +75,11 @@ class Pack:
         return self.seqlens is not None or (self.totals is not None and self.totals != self.counts)
 
 
+def _place(cache: KVCache, seqlens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What decode_attention_ takes behind the caches."""
+    return seqlens, cache.next_position, cache.inv_freq, cache.arrived
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with M-RoPE."""
 
@@ -80,11 +94,21 @@ class Attention(nn.Module):
         self.v_proj = Linear(width, kv_width)
         self.o_proj = Linear(width, width, bias=False)
 
+    def appends(self, x: torch.Tensor) -> bool:
+        """Whether one launch rotates, stores and attends in a step: where it comes first and has a form."""
+        fits = x.dtype in (torch.bfloat16, torch.float16) and serves(
+            self.q_proj.out_features // self.head_dim, self.k_proj.out_features // self.head_dim, self.head_dim
+        )
+        return fits and not torch.is_grad_enabled() and resolve("decode_attention", x.device.type, None) == "triton"
+
     def forward(self, x: torch.Tensor, pack: Pack) -> torch.Tensor:
         heads = (-1, self.head_dim)
         q, k, v = (proj(x).unflatten(-1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (T, H, D)
         cache, angles = pack.cache, {"positions": pack.positions, "inv_freq": pack.inv_freq, "section": self.section}
-        if q.requires_grad or k.requires_grad or v.requires_grad:
+        appends = pack.seqlens is not None and self.appends(x)
+        if appends:
+            pass  # the attention rotates and stores on its way
+        elif q.requires_grad or k.requires_grad or v.requires_grad:
             if pack.resumed:
                 raise ValueError("tokens in a cache get no gradients: call the model under torch.no_grad()")
             q, k = mrope(q, k, **angles)
@@ -95,7 +119,9 @@ class Attention(nn.Module):
             append_kv(k, v, *cache.layers[self.layer], pack.slots, q=q, overwrite_k=not pack.resumed, **angles)
         else:
             q, k = mrope_(q, k, **angles)
-        if cache is not None and pack.seqlens is not None:
+        if cache is not None and pack.seqlens is not None and appends:
+            out = decode_attention_(q, k, v, *cache.layers[self.layer], *_place(cache, pack.seqlens))
+        elif cache is not None and pack.seqlens is not None:
             out = kvcache_attention(q, *cache.layers[self.layer], None, pack.seqlens)
         elif cache is not None and pack.totals is not None and pack.resumed:
             out = kvcache_attention(q, *cache.layers[self.layer], pack.counts, pack.totals)
@@ -131,6 +157,20 @@ class Layer(nn.Module):
         x, total = self.post_attention_layernorm(self.self_attn(x, pack), total)
         return self.mlp(x), total
 
+    def step(self, x: torch.Tensor, cache: KVCache, seqlens: torch.Tensor) -> None:
+        """One token of each row, in place in ``x (B, C)``, the residual stream, by five launches that read ahead."""
+        attention, mlp, norm = self.self_attn, self.mlp, self.input_layernorm
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        weights, biases = [one.weight for one in projections], [one.bias for one in projections]
+        qkv = rms_norm_linear(x, norm.weight, weights, biases, eps=norm.eps, prefetch=True)
+        heads = (-1, attention.head_dim)
+        q, k, v = (part.unflatten(1, heads) for part in qkv.split([one.shape[0] for one in weights], 1))
+        out = decode_attention_(q, k, v, *cache.layers[attention.layer], *_place(cache, seqlens), prefetch=True)
+        linear_add_(x, out.flatten(1), attention.o_proj.weight, prefetch=True)
+        norm = self.post_attention_layernorm
+        h = rms_norm_swiglu(x, norm.weight, mlp.gate_proj.weight, mlp.up_proj.weight, eps=norm.eps, prefetch=True)
+        linear_add_(x, h, mlp.down_proj.weight, prefetch=True)
+
 
 class Decoder(nn.Module):
     """Embeddings, layers and the final norm; the head belongs to the whole model."""
@@ -146,6 +186,22 @@ class Decoder(nn.Module):
         """What :class:`Pack` holds, see :func:`qwen2vl.layers.inverse_frequencies`."""
         return inverse_frequencies(self.config, device)
 
+    def steps(self, x: torch.Tensor) -> bool:
+        """Whether :meth:`step` serves rows ``x (B, C)``: few of them, where its kernels come first, and nobody has put
+        anything of theirs in a layer's place."""
+        kernels = ("rms_norm_linear", "linear_add", "rms_norm_swiglu")
+        fits = x.dtype == torch.bfloat16 and x.shape[0] <= MAX_ROWS and not torch.is_grad_enabled()
+        fits = fits and all(cast(Layer, layer).self_attn.appends(x) for layer in self.layers)
+        return fits and all(resolve(op, x.device.type, None) == "triton" for op in kernels) and untouched(self, _PARTS)
+
+    def step(self, x: torch.Tensor, cache: KVCache, seqlens: torch.Tensor) -> None:
+        """One token of each row, ``x (B, C)`` its embedding, which becomes the last layer's sum, not normed yet.
+
+        ``seqlens (B,)`` int32: tokens in each row of the cache with the new one.
+        """
+        for layer in self.layers:
+            cast(Layer, layer).step(x, cache, seqlens)
+
     def forward(self, embeddings: torch.Tensor, pack: Pack) -> torch.Tensor:
         """``(T, C)`` packed embeddings to ``(T, C)`` normed hidden states."""
         x, residual, tokens = embeddings, None, embeddings.shape[0]
@@ -157,3 +213,7 @@ class Decoder(nn.Module):
             x, residual = layer(x, residual, pack)
         x, _ = self.norm(x, residual)
         return x if x.shape[0] == tokens else x[:tokens]
+
+
+#: What :meth:`Decoder.step` computes without calling it.
+_PARTS = (Decoder, nn.ModuleList, Layer, Attention, MLP, RMSNorm, Linear, Embedding)

@@ -6,7 +6,7 @@ one frame pair, 2D rotary embedding, and the 2x2 merger (Qwen2-VL, arXiv 2409.12
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -31,6 +31,9 @@ from .checks import Grid, Patches, check_patches
 from .config import IMAGE_MEAN, IMAGE_STD, VisionConfig
 from .errors import PromptError
 from .layers import LayerNorm, Linear, idle_rows, length_bound
+
+#: Rows of each kind, one kind after the other, and the grids of all: to tokens.
+Encode = Callable[[list[torch.Tensor], list[Grid]], torch.Tensor]
 
 
 class Pack:
@@ -179,6 +182,7 @@ class VisionTower(nn.Module):
         grid_thw: torch.Tensor | Sequence[torch.Tensor] | None = None,
         *,
         max_patches: int | None = None,
+        encode: Encode | None = None,
     ) -> torch.Tensor:
         """Encode packed patches.
 
@@ -190,6 +194,7 @@ class VisionTower(nn.Module):
             grid_thw: ``(n, 3)`` integers, patches of each item in time, height and width; a sequence if pixel_values
                 is one.
             max_patches: encode at most this many patches at a time (at least one frame pair), to bound memory.
+            encode: what encodes those, as :mod:`qwen2vl.tower_graph` by replay; default :meth:`encode`.
 
         Returns ``(T / merge_size^2, hidden_size)``. Raises :class:`PromptError` when the rows and grids disagree.
         """
@@ -205,37 +210,61 @@ class VisionTower(nn.Module):
         parts, start = [], 0
         for group in _groups(items, limit):
             stop = start + sum(t * h * w for t, h, w in group)
-            parts.append(self._encode(_slice(kinds, start, stop), group))
+            parts.append((encode or self.encode)(_slice(kinds, start, stop), group))
             start = stop
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _encode(self, kinds: list[torch.Tensor], grids: list[Grid]) -> torch.Tensor:
+    def encode(self, kinds: list[torch.Tensor], grids: list[Grid]) -> torch.Tensor:
+        """Checked patches of all kinds, one after the other, to tokens; the plan is made by the host."""
+        return self.encode_embedded(self.embed(kinds), grids)
+
+    def embed(self, kinds: list[torch.Tensor]) -> torch.Tensor:
+        """Patches of all kinds to ``(T, C)`` on the tower's device."""
         device = self.patch_embed.proj.weight.device
-        count = sum(rows.shape[0] for rows in kinds)
+        embedded = [self.patch_embed(rows.to(device)) for rows in kinds]
+        return embedded[0] if len(embedded) == 1 else torch.cat(embedded)
+
+    def encode_embedded(self, x: torch.Tensor, grids: list[Grid]) -> torch.Tensor:
+        """As :meth:`encode`, behind :meth:`embed`."""
+        patches, device = x.shape[0], x.device
         # The grids are a few bytes to copy, the positions of a GPU's pack would be hundreds of kilobytes.
         grid_thw = torch.tensor(grids).to(device)
-        positions = vision_positions(grid_thw, self.config.spatial_merge_size, num_patches=count)
-        cos, sin = vision_rope_tables(positions, self._inv_freq(device))
+        positions = vision_positions(grid_thw, self.config.spatial_merge_size, num_patches=patches)
+        cos, sin = vision_rope_tables(positions, self.inv_freq(device))
         lengths = [h * w for t, h, w in grids for _ in range(t)]
         # The bounds stay on the host: attention that splits there need not wait for the device in every block.
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
-        embedded = [self.patch_embed(rows.to(device)) for rows in kinds]
-        x, residual = embedded[0] if len(embedded) == 1 else torch.cat(embedded), None
-        patches = x.shape[0]
         if idle := idle_rows(x):
             x, cos, sin = (F.pad(rows, (0, 0, 0, idle)) for rows in (x, cos, sin))
         tiles = plan_tiles(cu_seqlens, x.shape[0], device=device)
-        pack = Pack((cos, sin), cu_seqlens, length_bound(lengths), tiles)
-        for block in self.blocks:
-            x, residual = block(x, residual, pack)
-        x = x if residual is None else x + residual
+        x = self.run(x, Pack((cos, sin), cu_seqlens, length_bound(lengths), tiles))
         return self.merger(x[:patches])
 
-    def _inv_freq(self, device: torch.device) -> torch.Tensor:
+    def run(self, x: torch.Tensor, pack: Pack) -> torch.Tensor:
+        """Embedded patches ``(T, C)`` through all blocks."""
+        residual = None
+        for block in self.blocks:
+            x, residual = block(x, residual, pack)
+        return x if residual is None else x + residual
+
+    def inv_freq(self, device: torch.device) -> torch.Tensor:
         # Computed in float32 at every call: a buffer would be rounded by model.to(bfloat16).
         half = self.config.head_dim // 2
         exponent = torch.arange(0, half, 2, dtype=torch.float32, device=device) / half
         return 1.0 / self.config.rope_theta**exponent  # (D/4,)
+
+
+def frame_bounds(grid_thw: torch.Tensor) -> torch.Tensor:
+    """``(N + 1,)`` int32 bounds of all items' frames, of which there are at most N, where ``grid_thw (N, 3)`` is.
+
+    Nothing is read on the host. Grids of zeros hold no frame; frames that there are not are empty.
+    """
+    t, height, width = grid_thw.unbind(1)
+    ends = t.cumsum(0)
+    frame = torch.arange(grid_thw.shape[0], device=grid_thw.device)
+    item = torch.searchsorted(ends, frame, right=True).clamp(max=grid_thw.shape[0] - 1)
+    lengths = (height * width).index_select(0, item) * (frame < t.sum())
+    return F.pad(lengths.cumsum(0), (1, 0)).int()
 
 
 def _slice(kinds: list[torch.Tensor], start: int, stop: int) -> list[torch.Tensor]:

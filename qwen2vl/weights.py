@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -21,6 +21,8 @@ from torch import nn
 from .config import Qwen2VLConfig
 from .errors import CheckpointError
 from .files import read_json, write_json, write_whole
+from .interrupts import scratch
+from .quantization import QuantLinear, from_stored, quantised, to_stored
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -157,7 +159,9 @@ def check_sizes(config: Qwen2VLConfig, folder: Path) -> None:
         try:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118  (not a dict)
-                    count, total = count + 1, total + math.prod(file.get_slice(name).get_shape())
+                    view = file.get_slice(name)
+                    values = math.prod(view.get_shape()) * (8 if view.get_dtype() == "I32" else 1)  # of four bits
+                    count, total = count + 1, total + values
         except (SafetensorError, OSError):  # listed with all else by the loading; any model may have been in it
             count, total = max(count, 1000), max(total, 2**36)
     text, vision = config.text, config.vision
@@ -180,6 +184,16 @@ def check_sizes(config: Qwen2VLConfig, folder: Path) -> None:
             raise CheckpointError(
                 f"{folder}: {name} asks for a matrix of {values} values, but the files hold {total} in all"
             )
+
+
+def stored_dtypes(folder: Path) -> dict[str, str]:
+    """The model's name of every tensor in the files -> its dtype as safetensors calls it; what cannot be read is left
+    out, and reported when it is loaded. Raises :class:`CheckpointError` as :func:`shards`."""
+    found: dict[str, str] = {}
+    for path in shards(folder):
+        with suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
+            found |= {our_name(name): file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    return found
 
 
 def load_weights(
@@ -205,7 +219,8 @@ def load_weights(
         CheckpointError: one error that lists every missing, unexpected, mis-shaped or quantised tensor, or the files
             that cannot be read, behind which no tensor is missed. The model is not touched then.
     """
-    wanted = dict(model.named_parameters())
+    layers = quantised(model)
+    wanted, spare = _wanted(model, layers)
     found: dict[str, torch.Tensor] = {}
     problems: list[str] = []
     with ExitStack() as stack:
@@ -225,33 +240,89 @@ def load_weights(
                     problems.append(f"{name}: stored twice, in {where[name][2]} and {path.name}")
                 where[name] = (file, stored, path.name)
         damaged = bool(problems)
-        problems += [one for one in _compare(wanted, where) if not (damaged and one.endswith(_MISSING))]
+        problems += [one for one in _compare(wanted, spare, where) if not (damaged and one.endswith(_MISSING))]
         if problems:
             raise CheckpointError(_listing(folder, problems))
-        for done, name in enumerate(wanted, 1):
+        plain = [name for name in wanted if name.rpartition(".")[0] not in layers or name.endswith(".bias")]
+        count = len(plain) + len(layers)
+        for done, name in enumerate(plain, 1):
             file, stored, _ = where[name]
             # Device first, then dtype: a conversion runs where it is fast and the host never holds a second copy.
             found[name] = file.get_tensor(stored).to(device).to(dtype)
             if progress is not None:
-                progress(done, len(wanted))
+                progress(done, count)
+        for done, (prefix, layer) in enumerate(layers.items(), len(plain) + 1):
+            suffixes = [one for one in (*_stored(layer), *layer.how.may_be_stored) if f"{prefix}.{one}" in where]
+            tensors = {one: where[f"{prefix}.{one}"][0].get_tensor(where[f"{prefix}.{one}"][1]) for one in suffixes}
+            try:
+                parts = from_stored(layer, {one: tensor.to(device) for one, tensor in tensors.items()})
+            except CheckpointError as error:
+                raise CheckpointError(f"{folder}: {prefix}.{error}") from None
+            for one, tensor in parts.items():
+                layer.set(one, tensor)
+                if tensor is not None:
+                    found[f"{prefix}.{one}"] = tensor
+            if progress is not None:
+                progress(done, count)
     model.load_state_dict(found, strict=True, assign=True)  # keeps each parameter's requires_grad
 
 
-def _compare(wanted: dict[str, nn.Parameter], where: dict[str, tuple]) -> list[str]:
-    quantised = [name for name in where if name.endswith(_QUANTISED)]
-    if quantised:
-        return [f"quantised weights are not supported ({quantised[0]} and {len(quantised) - 1} more)"]
+_Fits = dict[str, tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]]
+
+
+def _stored(layer: QuantLinear) -> _Fits:
+    return layer.how.stored(layer.out_features, layer.in_features)
+
+
+def _wanted(model: nn.Module, layers: Mapping[str, QuantLinear]) -> tuple[_Fits, _Fits]:
+    """The shapes and dtypes of every tensor that a file must hold, and of those that it may."""
+    floats = ("F64", "F32", "F16", "BF16")
+    wanted: _Fits = {
+        name: ((tuple(parameter.shape),), floats)
+        for name, parameter in model.named_parameters()
+        if name.rpartition(".")[0] not in layers or name.endswith(".bias")
+    }
+    spare: _Fits = {}
+    for prefix, layer in layers.items():
+        wanted |= {f"{prefix}.{suffix}": fits for suffix, fits in _stored(layer).items()}
+        spare |= {f"{prefix}.{suffix}": fits for suffix, fits in layer.how.may_be_stored.items()}
+        if layer.bias is None:  # GPTQ's writers give every layer one, of zeros
+            spare[f"{prefix}.bias"] = (((layer.out_features,),), floats)
+    return wanted, spare
+
+
+def _compare(wanted: _Fits, spare: _Fits, where: dict[str, tuple]) -> list[str]:
+    known = wanted | spare
+    packed = [name for name in where if name not in known and name.endswith(_QUANTISED)]
+    if packed:
+        more = f" and {len(packed) - 1} more" if len(packed) > 1 else ""
+        return [f"quantised weights that config.json's quantization_config does not tell of ({packed[0]}{more})"]
     problems = [f"{name}{_MISSING}" for name in wanted if name not in where]
     for name, (file, stored, _) in where.items():
-        if name not in wanted:
+        if name not in known:
             problems.append(f"{name}: unexpected")
             continue
-        view = file.get_slice(stored)
-        if tuple(view.get_shape()) != tuple(wanted[name].shape):
-            problems.append(f"{name}: shape {tuple(view.get_shape())}, the config wants {tuple(wanted[name].shape)}")
-        elif view.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-            problems.append(f"{name}: dtype {view.get_dtype()} is no float type")
+        view, (shapes, dtypes) = file.get_slice(stored), known[name]
+        shape, dtype = tuple(view.get_shape()), view.get_dtype()
+        if shape not in shapes:
+            problems.append(f"{name}: shape {shape}, the config wants {' or '.join(map(str, shapes))}")
+        elif dtype not in dtypes:
+            kind = "no float type" if "F64" in dtypes else f"not {' or '.join(dtypes)}"
+            problems.append(f"{name}: dtype {dtype} is {kind}")
+        elif name in spare and name.endswith(".bias") and file.get_tensor(stored).any():
+            problems.append(f"{name}: unexpected, and not zero")
     return problems
+
+
+def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The model's parameters as files hold them: under their own names, quantised ones in their format's layout."""
+    layers = quantised(model)
+    for name, parameter in model.named_parameters():
+        prefix, _, suffix = name.rpartition(".")
+        if prefix not in layers or suffix == "bias":
+            yield name, parameter.detach()
+        elif suffix == "weight":
+            yield from ((f"{prefix}.{one}", tensor) for one, tensor in to_stored(layers[prefix]))
 
 
 def _listing(folder: Path, problems: list[str], most: int = 20) -> str:
@@ -281,7 +352,7 @@ def save_weights(
 
     Raises :class:`CheckpointError` where a file cannot be written, as on a full disk; what was there is there then.
     """
-    groups = list(_shard(dict(model.named_parameters()), max_shard_bytes))
+    groups = list(_shard(stored_tensors(model), max_shard_bytes))
     index, single = folder / INDEX_NAME, folder / SINGLE_NAME
     header = {"format": "pt", **(metadata or {})}
     stale = _own_shards(folder)
@@ -296,10 +367,11 @@ def save_weights(
     else:
         names = _free_names(folder, len(groups))
         try:
-            for name, group in zip(names, groups, strict=True):
-                write_whole(folder / name, lambda path, group=group: save_file(group, path, metadata=header))
+            with scratch(*(folder / name for name in names)):
+                for name, group in zip(names, groups, strict=True):
+                    write_whole(folder / name, lambda path, group=group: save_file(group, path, metadata=header))
             before()
-            total = sum(p.numel() * p.element_size() for p in model.parameters())
+            total = sum(tensor.nbytes for group in groups for tensor in group.values())
             where = {key: name for name, group in zip(names, groups, strict=True) for key in group}
             write_json(index, {"metadata": {"total_size": total}, "weight_map": where})
         except BaseException:
@@ -336,11 +408,10 @@ def _shards_of(index: Path) -> set[str]:
     return {name for name in names if isinstance(name, str) and Path(name).name == name}
 
 
-def _shard(parameters: dict[str, nn.Parameter], most: int) -> Iterator[dict[str, torch.Tensor]]:
+def _shard(tensors: Iterable[tuple[str, torch.Tensor]], most: int) -> Iterator[dict[str, torch.Tensor]]:
     group: dict[str, torch.Tensor] = {}
     size = 0
-    for name, parameter in parameters.items():
-        tensor = parameter.detach()
+    for name, tensor in tensors:
         bytes_ = tensor.numel() * tensor.element_size()
         if group and size + bytes_ > most:
             yield group

@@ -5,6 +5,8 @@ from typing import Any
 from .core.backends import BackendError, use_backend
 from .core.tile_plan import TilePlan, plan_tiles
 from .ops.append_kv import append_kv
+from .ops.decode_attention import decode_attention_
+from .ops.few_rows import linear_add_, rms_norm_linear, rms_norm_swiglu
 from .ops.image_to_patches import image_to_patches, images_to_patches
 from .ops.kvcache_attention import kvcache_attention
 from .ops.layer_norm import add_layer_norm, layer_norm
@@ -13,6 +15,7 @@ from .ops.mrope import mrope, mrope_
 from .ops.mrope_positions import mrope_positions, mrope_positions_chunk
 from .ops.patch_embed import fold_patch_embed, patch_embed
 from .ops.patch_merge import patch_merge
+from .ops.quant_linear import quant_linear
 from .ops.quick_gelu import quick_gelu, quick_gelu_
 from .ops.rms_norm import add_rms_norm, rms_norm
 from .ops.smart_resize import smart_resize
@@ -27,11 +30,13 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "append_kv",
+    "decode_attention_",
     "fold_patch_embed",
     "image_to_patches",
     "images_to_patches",
     "kvcache_attention",
     "layer_norm",
+    "linear_add_",
     "linear_cross_entropy",
     "mrope",
     "mrope_",
@@ -40,9 +45,12 @@ __all__ = [
     "patch_embed",
     "patch_merge",
     "plan_tiles",
+    "quant_linear",
     "quick_gelu",
     "quick_gelu_",
     "rms_norm",
+    "rms_norm_linear",
+    "rms_norm_swiglu",
     "smart_resize",
     "swiglu",
     "swiglu_",

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -15,8 +18,11 @@ from qwen2vl import Qwen2VL, Qwen2VLConfig
 from qwen2vl.cache import KVCache
 from qwen2vl.config import IMAGE_MEAN, IMAGE_STD, TextConfig, VisionConfig
 from qwen2vl.decoding import Steps, begin_steps, wants_graphs
+from qwen2vl.errors import Qwen2VLError
+from qwen2vl.tower_graph import replayed
+from qwen2vl.vision import Encode
 
-from ..case import Context
+from ..case import Check, Context, Provider, Skip, two_times
 from ..random_checkpoint import small_config, write_random_checkpoint
 
 
@@ -87,6 +93,37 @@ def make_prompt(config: Qwen2VLConfig, side: int, text: int, steps: int, device:
     )
 
 
+#: The tower as a captured graph: it has to be asked for, as no GPU has run it yet.
+BY_GRAPH = "ours, one graph"
+
+
+def by_graph(model: Callable[[], Ours], rows: torch.Tensor, grid: torch.Tensor) -> Provider:
+    """A trial of the tower as a captured graph, beside the eager one of the same model."""
+
+    def make() -> Provider:
+        ours = model()
+        try:
+            encode = ours.graph()
+        except Qwen2VLError as error:
+            raise Skip(str(error)) from None
+        return Provider(BY_GRAPH, lambda: ours.model.visual(rows, grid, encode=encode), trial=True)
+
+    return Provider(BY_GRAPH, make=make, trial=True)
+
+
+def graph_check(ours: Ours, rows: torch.Tensor, grid: torch.Tensor, low: torch.Tensor, exact: torch.Tensor) -> Check:
+    """The graph by the two-times rule; red, for it alone, where it cannot be run."""
+    name = f"bf16 {BY_GRAPH}, 2x the peer's error"
+    try:
+        got = ours.model.visual(rows, grid, encode=ours.graph()).float()
+    except Exception as error:
+        if "CUDA error" in str(error):
+            raise
+        traceback.print_exc()
+        return Check(name, float("inf"), 0.0, BY_GRAPH)
+    return two_times(name, got, low, exact, provider=BY_GRAPH)
+
+
 class Ours:
     """Our model; cache and steps are made as :func:`qwen2vl.generate` makes them."""
 
@@ -97,6 +134,13 @@ class Ours:
 
     def vision(self, rows: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
         return self.model.visual(rows, grid)
+
+    def graph(self) -> Encode:
+        """What encodes packs by captured graphs. Raises :class:`Qwen2VLError` where that cannot be."""
+        with patch.dict(os.environ, {"QWEN2VL_GRAPHS": "1"}):
+            encode = replayed(self.model, True)
+        assert encode is not None
+        return encode
 
     def prefill(self, prompt: Prompt, features: torch.Tensor) -> torch.Tensor:
         """Logits of the last token, ``(1, vocab)``."""

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import cast
 
 import torch
 
@@ -24,9 +25,11 @@ from ._qwen2vl import (
     MODELS,
     Ours,
     Transformers,
+    by_graph,
     checkpoint,
     decode_bytes,
     decode_flops,
+    graph_check,
     make_prompt,
     prefill_flops,
     unallocated,
@@ -80,8 +83,12 @@ def _gate_beside(context: Context) -> list[Check]:
     folder = checkpoint(context, "small" if context.quick else "2b-2-layers", wide)
     exact = _outputs(Transformers(folder, device, torch.float32), GATE, device)
     low = _outputs(Transformers(folder, device), GATE, device)
-    got = _outputs(Ours(folder, device), GATE, device)
+    ours = Ours(folder, device)
+    got = _outputs(ours, GATE, device)
     checks += [two_times(f"bf16 {k}, 2x transformers' error", got[k], low[k], exact[k]) for k in got]
+    if device.type == "cuda":
+        prompt, tower = make_prompt(ours.config, GATE.side, GATE.text, GATE.steps, device), "vision from bytes"
+        checks.append(graph_check(ours, prompt.pixels, prompt.grid, low[tower], exact[tower]))
     return checks
 
 
@@ -148,7 +155,11 @@ def workloads(context: Context) -> Iterator[Workload]:
     patches = prompt.rows.shape[0]
     yield Workload(
         name=f"{name}: vision tower, {patches} patches",
-        providers=[tower("ours", "pixels"), *_each(reason, lambda who: tower(who, "rows"))],
+        providers=[
+            tower("ours", "pixels"),
+            by_graph(lambda: cast(Ours, model("ours")), prompt.pixels, prompt.grid),
+            *_each(reason, lambda who: tower(who, "rows")),
+        ],
         flops=vision_flops(config.vision, patches),
         bytes=weight_bytes(unallocated(config).visual),
         dtype=torch.bfloat16,

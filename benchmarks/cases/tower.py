@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -23,7 +24,17 @@ from .. import providers
 from ..case import Case, Check, Context, Provider, Workload, relative_error, two_times
 from ..random_checkpoint import small_config
 from ._ops import MODELING
-from ._qwen2vl import Ours, Transformers, checkpoint, unallocated, vision_flops, weight_bytes, wide_config
+from ._qwen2vl import (
+    Ours,
+    Transformers,
+    by_graph,
+    checkpoint,
+    graph_check,
+    unallocated,
+    vision_flops,
+    weight_bytes,
+    wide_config,
+)
 from ._trace import LAYER, PARTS, Trace, trace
 
 FLOAT = torch.float32
@@ -107,6 +118,8 @@ def gate(context: Context) -> list[Check]:
     checks = [
         Check(f"float32 {who}", relative_error(run(c, small, FLOAT), want), 1e-5) for who, c in contenders.items()
     ]
+    if device.type == "cuda":
+        checks.append(graph_check(Ours(wide, device), rows, grid, low, exact))
     return checks + [
         two_times(f"bf16 {who}, 2x the peer's error", run(c, wide, torch.bfloat16), low, exact)
         for who, c in contenders.items()
@@ -162,7 +175,7 @@ def workloads(context: Context) -> Iterator[Workload]:
 
     yield Workload(
         f"tower, {title}",
-        [*(contender(who, call) for who in towers), *skipped],
+        [*(contender(who, call) for who in towers), by_graph(lambda: cast(Ours, model("ours")), rows, grid), *skipped],
         flops=vision_flops(config.vision, chosen.patches, sum((h * w) ** 2 for h, w in chosen.grids)),
         bytes=weight_bytes(unallocated(config).visual),
         dtype=torch.bfloat16,

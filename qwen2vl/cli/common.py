@@ -19,8 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from typer.core import TyperCommand
 
 from .. import assets
-from ..errors import MediaError, MediaWarning, Qwen2VLError
+from ..errors import MediaWarning, Qwen2VLError
 from . import threads
+from .limits import in_flags, read_limits
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -209,14 +210,18 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def explain(error: Exception) -> str | None:
-    """The message for an error that comes from what the user gave or from the machine; None for any other."""
+def explain(error: Exception, *, flags: bool = True) -> str | None:
+    """The message for an error that comes from what the user gave or from the machine; None for any other.
+
+    ``flags``: whether what it says about keywords is to be said of this command's flags.
+    """
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return "out of memory: lower --max-pixels, give fewer images, or take --dtype bfloat16"
     if isinstance(error, Qwen2VLError):
         # In the words of the command line: the file is named anyway, and nobody wrote messages.
-        return _PLACE.sub("", str(error)).replace("pass allow_remote=True", "give --allow-remote")
+        said = _PLACE.sub("", str(error))
+        return in_flags(said) if flags else said
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
         where = f"{error.filename}: " if error.filename is not None else ""
         return f"{where}{error.strerror or error}"
@@ -284,19 +289,6 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
             bar.stop()
 
 
-def read_stdin() -> bytes:
-    """All of standard input, for a file that is named -."""
-    if data := sys.stdin.buffer.read():
-        return data
-    raise MediaError("stdin is empty")
-
-
-def check_stdin(given: Sequence[str]) -> None:
-    """A usage error where more than one of what was given is -, as standard input can be read once."""
-    if given.count("-") > 1:
-        raise typer.BadParameter("stands for stdin, which can be read once; it was given more often", param_hint="-")
-
-
 def check_pixels(min_pixels: int | None, max_pixels: int | None) -> None:
     """A usage error where --min-pixels exceeds --max-pixels."""
     if min_pixels is not None and max_pixels is not None and min_pixels > max_pixels:
@@ -328,6 +320,7 @@ def load_processor(
     min_pixels: int | None,
     max_pixels: int | None,
     allow_remote: bool,
+    limit: Sequence[str] | None,
     base: Path | None = None,
 ) -> Processor:
     """The processor of --model, or for None of the small model that comes with the package."""
@@ -340,6 +333,7 @@ def load_processor(
         max_pixels=max_pixels,
         allow_remote=allow_remote,
         base=base,
+        **read_limits(limit),
     )
 
 
@@ -352,6 +346,7 @@ def load(
     max_pixels: int | None,
     allow_remote: bool,
     max_vision_patches: int | None,
+    limit: Sequence[str] | None = None,
     adapter: str | None = None,
     base: Path | None = None,
 ) -> tuple[Qwen2VL, Processor]:
@@ -365,12 +360,13 @@ def load(
     check_pixels(min_pixels, max_pixels)
     if device is not None:
         try:
-            torch.empty(0, device=device)
+            if torch.empty(0, device=device).is_meta:
+                raise RuntimeError("it computes nothing")
         except (RuntimeError, AssertionError) as error:  # torch's ways of saying that it has no such device
             raise Qwen2VLError(f"--device {device}: {str(error).splitlines()[0]}") from error
     checkpoint = Checkpoint.find(assets.folder() if model is None else model)
     processor = load_processor(
-        checkpoint, min_pixels=min_pixels, max_pixels=max_pixels, allow_remote=allow_remote, base=base
+        checkpoint, min_pixels=min_pixels, max_pixels=max_pixels, allow_remote=allow_remote, limit=limit, base=base
     )
     with progress_bar("loading tensors") as report:
         loaded = Qwen2VL.from_pretrained(

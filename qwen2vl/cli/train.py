@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .. import interrupts
 from ..errors import CheckpointError, Qwen2VLError
 from .common import stderr
 
@@ -72,6 +73,14 @@ def _train(config: TrainingConfig, stage: str, resume: bool) -> None:
     from ..training.trainer import Trainer
 
     output = Path(config.run.output)
+
+    def interrupted() -> str:
+        saved = steps_saved(output)
+        then = f"step {saved[-1]} is saved; --resume goes on from it" if saved else "no step was saved yet"
+        return f"interrupted: {then}"
+
+    if _rank() == 0:
+        interrupts.describe_end(interrupted)
     try:
         with _progress(config) if _rank() == 0 else nullcontext() as on_step:
             trainer = Trainer(config, stage, resume=resume, on_step=on_step)
@@ -86,12 +95,6 @@ def _train(config: TrainingConfig, stage: str, resume: bool) -> None:
     except RuntimeError as error:
         if torch.distributed.is_initialized() and _tells_of_another_rank(error):
             raise Qwen2VLError(f"rank {_rank()}: another rank stopped ({str(error).splitlines()[0]})") from error
-        raise
-    except KeyboardInterrupt:
-        if _rank() == 0:
-            saved = steps_saved(output)
-            then = f"step {saved[-1]} is saved; --resume goes on from it" if saved else "no step was saved yet"
-            stderr.print(f"interrupted: {then}")
         raise
     parallel = trainer.parallel
     reports = parallel.gather([trainer.packer.dataset.report.summary()])  # type: ignore[attr-defined]

@@ -27,15 +27,23 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     # kvcache_attention with lengths on the device. No GPU has run the kernels yet. Once one has, they come first: they
     # read the keys that there are, and once, where the formula reads and writes the whole capacity several times.
     "kvcache_attention_decode": {"cpu": ("eager", "triton"), "cuda": ("eager", "triton")},
+    # A step of decoding in five launches a layer. No GPU has run these either; until one has, a step is made of the ops
+    # above and PyTorch's matrix products.
+    "decode_attention": {"cpu": ("eager", "triton"), "cuda": ("eager", "triton")},
+    "rms_norm_linear": {"cpu": ("eager", "triton"), "cuda": ("eager", "triton")},
+    "rms_norm_swiglu": {"cpu": ("eager", "triton"), "cuda": ("eager", "triton")},
+    "linear_add": {"cpu": ("eager", "triton"), "cuda": ("eager", "triton")},
     "patch_embed": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
     "patch_merge": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
     "rms_norm": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
     "layer_norm": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
     "swiglu": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
     "quick_gelu": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
+    # No GPU has run the kernels yet. Once one has, they come first: eager writes and reads the whole weight in 16 bits.
+    "quant_linear": {"cpu": ("native", "eager", "triton"), "cuda": ("eager", "triton")},
     # No GPU has run the kernel yet. Once one has, it comes first: between the products it moves a seventh of the bytes.
     "linear_cross_entropy": {"cpu": ("chunked", "triton", "eager"), "cuda": ("chunked", "triton", "eager")},
-    "vision_positions": {"cpu": ("native", "eager"), "cuda": ("cuda", "eager")},
+    "vision_positions": {"cpu": ("native", "eager", "scan"), "cuda": ("cuda", "scan", "eager")},
     "mrope_positions": {"cpu": ("native", "eager"), "cuda": ("cuda", "eager")},
     "image_to_patches": {"cpu": ("native", "eager"), "cuda": ("cuda", "eager")},
 }
@@ -59,6 +67,7 @@ _WHY = {
     "native": "one pass in C++, where PyTorch's operations take many",
     "cuda": "one launch and nothing read by the host, where PyTorch's operations take many",
     "triton": "one pass over the memory, where PyTorch's operations take several",
+    "scan": "nothing read by the host, which PyTorch's formula does grid by grid",
     "chunked": "logits of a few rows at a time, where PyTorch's operations hold all of them",
     "sdpa": "PyTorch's fused attention",
     "varlen": "single tokens by PyTorch's fused attention, prompts by what serves varlen_attention",

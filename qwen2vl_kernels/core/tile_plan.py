@@ -308,25 +308,25 @@ def make_tiles(
     segments = lengths.shape[0]
     most = total // rows + min(segments, total) if segments else 0
     order = work.argsort(descending=True, stable=True)
-    begins, lengths, others, work = (x[order] for x in (begins, lengths, others, work))
+    begins, lengths, others, work = (x.index_select(0, order) for x in (begins, lengths, others, work))
     counts = (lengths + rows - 1) // rows
     ends = counts.cumsum(0)
     place = torch.arange(most, device=cu_seqlens.device)
     segment = torch.searchsorted(ends, place, right=True)
     real = segment < segments
     segment = segment.clamp(max=max(segments - 1, 0))
-    first = begins[segment] + (place - (ends - counts)[segment]) * rows
-    columns = [first, others[segment], (others + work)[segment]]
+    begin, before, other, end = (x.index_select(0, segment) for x in (begins, ends - counts, others, others + work))
+    columns = [begin + (place - before) * rows, other, end]
     if across is not None:
-        columns.append((begins + lengths)[segment])
+        columns.append((begins + lengths).index_select(0, segment))
     made = torch.stack(columns, 1)
-    return (made[real] if exact else made * real[:, None]).int()
+    return (made[real] if exact else made * real.unsqueeze(1)).int()
 
 
 def _segments(cu_seqlens: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
     """First row and length of each."""
     bounds = cu_seqlens.long().clamp(0, total)
-    return bounds[:-1], bounds.diff().clamp_min(0)
+    return bounds.narrow(0, 0, bounds.shape[0] - 1), bounds.diff().clamp_min(0)
 
 
 def check_bounds(

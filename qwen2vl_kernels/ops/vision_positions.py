@@ -26,14 +26,8 @@ MAX_PATCHES = 2**31 - 1  # of one call: 32 GB of positions
 
 def vision_positions_ref(grid_thw: torch.Tensor, merge_size: int = 2, num_patches: int | None = None) -> torch.Tensor:
     """Grid by grid: coordinates in raster order, regrouped into merge blocks, repeated t times."""
-    parts, total = [], 0
-    for item, (t, gh, gw) in enumerate(grid_thw.tolist()):
-        total += t * gh * gw
-        if min(t, gh, gw) < 1 or gh % merge_size or gw % merge_size:
-            _refuse(grid_thw, item, merge_size)
-    if total > MAX_PATCHES:
-        _refuse(grid_thw, -1, merge_size)
-    _check_count(total, num_patches)
+    parts = []
+    _check_count(_held(grid_thw, merge_size), num_patches)
     for t, gh, gw in grid_thw.tolist():
         blocks = (gh // merge_size, merge_size, gw // merge_size, merge_size)
         rows = torch.arange(gh, device=grid_thw.device).view(blocks[0], merge_size, 1, 1).expand(blocks)
@@ -42,6 +36,44 @@ def vision_positions_ref(grid_thw: torch.Tensor, merge_size: int = 2, num_patche
         frame = raster.transpose(1, 2).reshape(gh * gw, 2)
         parts.append(frame.repeat(t, 1))
     return torch.cat(parts) if parts else torch.empty((0, 2), dtype=torch.int64, device=grid_thw.device)
+
+
+def vision_positions_scan(grid_thw: torch.Tensor, merge_size: int, num_patches: int | None) -> torch.Tensor:
+    """Patch by patch: whose grid it lies in, by the running sum of the grids, and where in its frame. With
+    ``num_patches`` nothing is read on the host, and contents count as they do for the CUDA kernel."""
+    if num_patches is None:
+        num_patches = _held(grid_thw, merge_size)
+    m, room, grids = merge_size, MAX_PATCHES + 1, grid_thw.long()
+    if not grids.shape[0]:
+        return grids.new_zeros((num_patches, 2))
+    good = (grids.amin(1) > 0) & (grids.narrow(1, 1, 2) % m == 0).all(1)
+    grids = grids.clamp(0, room)  # no product of two passes an int64, and nothing that has a place changes
+    t, height, width = grids.unbind(1)
+    area = (height * width).clamp(max=room)
+    sizes = (t * area).clamp(max=room) * good
+    ends = sizes.cumsum(0)
+    patch = torch.arange(num_patches, device=grids.device)
+    item = torch.searchsorted(ends, patch, right=True).clamp(max=grids.shape[0] - 1)
+    start, frame, across = (
+        x.index_select(0, item) for x in (ends - sizes, area.clamp(min=1), (width // m).clamp(min=1))
+    )
+    inside = (patch - start) % frame
+    block, place = inside // (m * m), inside % (m * m)
+    row = block // across * m + place // m
+    column = block % across * m + place % m
+    return torch.stack((row, column), 1) * (patch < sizes.sum()).unsqueeze(1)
+
+
+def _held(grid_thw: torch.Tensor, merge_size: int) -> int:
+    """Patches of the grids, which are read on the host and must be good."""
+    total = 0
+    for item, (t, gh, gw) in enumerate(grid_thw.tolist()):
+        total += t * gh * gw
+        if min(t, gh, gw) < 1 or gh % merge_size or gw % merge_size:
+            _refuse(grid_thw, item, merge_size)
+    if total > MAX_PATCHES:
+        _refuse(grid_thw, -1, merge_size)
+    return total
 
 
 def _refuse(grid_thw: torch.Tensor, item: int, merge_size: int) -> None:
@@ -98,7 +130,12 @@ def _run_cuda(grid_thw: torch.Tensor, merge_size: int, num_patches: int | None) 
     return positions
 
 
-_BACKENDS = {"eager": vision_positions_ref, "native": _run_native, "cuda": _run_cuda}
+_BACKENDS = {
+    "eager": vision_positions_ref,
+    "native": _run_native,
+    "cuda": _run_cuda,
+    "scan": vision_positions_scan,
+}
 
 
 def _run(grid_thw: torch.Tensor, merge_size: int, num_patches: int | None, backend: str) -> torch.Tensor:
@@ -143,11 +180,13 @@ def vision_positions(
             the host, the call can be captured in a CUDA graph, and contents are not checked: a grid with an entry
             below 1 or sides that ``merge_size`` does not divide holds nothing, patches beyond the last grid are at
             (0, 0), and grids beyond T are left out.
-        backend: ``None`` (choose), ``"native"`` (CPU), ``"cuda"``, ``"eager"``.
+        backend: ``None`` (choose), ``"native"`` (CPU), ``"cuda"``, ``"scan"`` (PyTorch's operations, which read nothing
+            on the host of any device where ``num_patches`` is given: for a GPU without our extension), ``"eager"``.
 
     Returns ``(T, 2)`` int64 on grid_thw's device: the row and column of each patch within its frame. Raises
     ``TypeError``/``ValueError`` naming ``grid_thw``, ``merge_size`` or ``num_patches`` for wrong types, shapes or
-    contents; ``ValueError`` too where ``num_patches`` is given, on the CPU, and not what the grids hold.
+    contents; ``ValueError`` too where ``num_patches`` is given, on the CPU, and not what the grids hold, unless
+    ``"scan"`` is named.
     """
     chosen = _check(grid_thw, merge_size, num_patches, backend)
     if torch.compiler.is_compiling() or type(grid_thw) is not torch.Tensor or grid_thw.is_meta:

@@ -49,7 +49,26 @@ def main(device: str = "cuda") -> list[str]:
         lengths = torch.tensor([37, 0, 99], dtype=torch.int32, device=device)
         for heads, columns in ((6, 128), (2, 80)):
             caches = [random(3, 90, 2, columns).detach() for _ in range(2)]
-            K.kvcache_attention(random(3, heads, columns).detach(), *caches, None, lengths, backend=backend)
+            q, table = random(3, heads, columns).detach(), torch.arange(6, dtype=torch.int32, device=device).view(3, 2)
+            K.kvcache_attention(q, *caches, None, lengths, backend=backend)
+            pages = (cache.view(6, 45, 2, columns) for cache in caches)
+            K.kvcache_attention(q, *pages, None, lengths, block_table=table, backend=backend)
+
+    def step_attention(backend: str) -> None:
+        lengths, given = torch.tensor([37, 0, 90], dtype=torch.int32, device=device), (random(3, 10, 128).detach(),)
+        q, k, v = given[0].split([6, 2, 2], 1)
+        caches, counts = [random(3, 90, 2, 128).detach() for _ in range(2)], torch.zeros(3, 2, device=device).int()
+        for prefetch in (False, True):
+            given = (lengths, positions[0, :3], inv_freq, counts)
+            K.decode_attention_(q, k, v, *caches, *given, prefetch=prefetch, backend=backend)
+
+    def few_rows(backend: str) -> None:
+        rows, wide = random(5, 1280).detach(), [random(n, 1280).detach() for n in (1280, 37)]
+        for prefetch in (False, True):
+            given = {"prefetch": prefetch, "backend": backend}
+            K.rms_norm_linear(rows, weight.detach(), wide, [bias.detach(), None], **given)
+            K.rms_norm_swiglu(rows, weight.detach(), wide[1], wide[1], **given)
+            K.linear_add_(rows, rows.clone(), wide[0], **given)
 
     def norms(backend: str) -> None:
         backward(K.rms_norm(x, weight, backend=backend), *K.add_rms_norm(x, x, weight, backend=backend))
@@ -92,6 +111,14 @@ def main(device: str = "cuda") -> list[str]:
             given = {"reduction": reduction, "label_smoothing": smoothing, "chunk_rows": 16, "backend": backend}
             backward(K.linear_cross_entropy(x, random(9001, 1280), target, random(9001), **given))
 
+    def quant_linear(backend: str) -> None:
+        fp8 = random(40, 256).detach().to(torch.float8_e4m3fn)
+        integers = torch.randint(0, 256, (40, 256), device=device).byte()
+        for weight, block in ((fp8, (16, 128)), (integers, (1, 128)), (integers[:, :128], (1, 128))):
+            scales = torch.rand(-(-40 // block[0]), 2, device=device)
+            for rows in (1, 5, 37):
+                backward(K.quant_linear(x[:rows, :256], weight, scales, block=block, backend=backend))
+
     def positions_of(backend: str) -> None:
         K.mrope_positions(ids, grid[:1], grid[1:], **tokens, backend=backend)
         K.mrope_positions_chunk(ids[:, :4], grid[:1], None, **tokens, backend=backend)
@@ -102,6 +129,10 @@ def main(device: str = "cuda") -> list[str]:
         "append_kv": append_kv,
         "varlen_attention": attention,
         "kvcache_attention_decode": decode,
+        "decode_attention": step_attention,
+        "rms_norm_linear": few_rows,
+        "rms_norm_swiglu": few_rows,
+        "linear_add": few_rows,
         "rms_norm": norms,
         "layer_norm": layer_norms,
         "quick_gelu": activations,
@@ -109,6 +140,7 @@ def main(device: str = "cuda") -> list[str]:
         "patch_embed": patch_embed,
         "patch_merge": patch_merge,
         "linear_cross_entropy": linear_cross_entropy,
+        "quant_linear": quant_linear,
         "mrope_positions": positions_of,
         "vision_positions": lambda backend: K.vision_positions(grid, num_patches=36, backend=backend),
         "image_to_patches": lambda backend: K.image_to_patches(photo, 56, 84, backend=backend),

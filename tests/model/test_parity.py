@@ -262,9 +262,9 @@ def test_bounding_the_vision_batch_changes_nothing(model, processor, monkeypatch
     with torch.no_grad():
         expected = model(**inputs)
         seen = []
-        encode = model.visual._encode
+        encode = model.visual.encode
         monkeypatch.setattr(
-            model.visual, "_encode", lambda kinds, grids: seen.append(sum(map(len, kinds))) or encode(kinds, grids)
+            model.visual, "encode", lambda kinds, grids: seen.append(sum(map(len, kinds))) or encode(kinds, grids)
         )
         monkeypatch.setattr(model, "max_vision_patches", 40)
         got = model(**inputs)
@@ -390,7 +390,7 @@ def test_text_angles_stay_float32_in_a_bf16_model(folder):
 def test_vision_angles_stay_float32_in_a_bf16_model(folder):
     ours, theirs, exact = _angle_models(folder)
     pixels, grid = torch.randint(0, 256, (1200, 1176), dtype=torch.uint8), torch.tensor([[1, 2, 600]])
-    inv_freq = ours.visual._inv_freq(torch.device("cpu"))
+    inv_freq = ours.visual.inv_freq(torch.device("cpu"))
     assert inv_freq.dtype == torch.float32
     assert (
         relative_error(inv_freq, _frequencies(ours.config.vision.rope_theta, ours.config.vision.head_dim // 2)) < 1e-7

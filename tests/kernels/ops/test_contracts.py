@@ -22,6 +22,7 @@ LENGTHS = torch.tensor([3, 5], dtype=torch.int32)  # of a cache's rows, on the d
 INV_FREQ = torch.tensor([1.0, 0.1, 0.01, 0.001])
 #: Of attention: neither keys' boundaries nor angles; lengths, causal, scale, neither fused nor with lse, backend.
 SETTINGS = (None, None, None, 2, 2, True, 0.35, False, False, "sdpa")
+QUANTISED = (torch.arange(192).byte().view(6, 32), torch.rand(6, 2), torch.arange(6).byte().unsqueeze(1))
 #: op under torch.ops -> arguments
 CALLS = {
     "rms_norm": lambda: (_x(4, 8), _x(8)),
@@ -40,10 +41,34 @@ CALLS = {
     "patch_embed": lambda: (torch.randn(4, 8), _x(6, 8), _x(6)),
     "patch_merge": lambda: (_x(8, 4), _x(4), _x(4), _x(16, 16), _x(16), _x(6, 16), _x(6)),
     "linear_cross_entropy": lambda: (_x(4, 8), _x(6, 8), torch.tensor([5, -100, 0, 3]), _x(6)),
+    "quant_linear": lambda: (_x(4, 64), *QUANTISED, _x(6), [1, 32], torch.arange(64).flip(0)),
     "varlen_attention": lambda: (_x(4, 2, 8), _x(4, 1, 8), _x(4, 1, 8), CU, *SETTINGS),
     "image_to_patches": lambda: (torch.randint(0, 256, (30, 40, 3)).byte(), 28, 56, 14, 2, None, None, None, "native"),
     "kvcache_attention": lambda: (torch.randn(3, 2, 8), *torch.randn(2, 2, 5, 1, 8), [1, 2], [3, 5], 0.35, "sdpa"),
     "kvcache_attention_decode": lambda: (torch.randn(2, 2, 8), *torch.randn(2, 2, 5, 1, 8), LENGTHS, 0.35, "eager"),
+    "decode_attention_": lambda: (
+        torch.randn(2, 2, 8),
+        *torch.randn(2, 2, 1, 8),
+        *torch.randn(2, 2, 5, 1, 8),
+        LENGTHS,
+        POSITIONS[0, :2],
+        INV_FREQ,
+        torch.zeros(2, 1, dtype=torch.int32),
+        0.35,
+        False,
+        "eager",
+    ),
+    "rms_norm_linear": lambda: (
+        torch.randn(4, 8),
+        torch.randn(8),
+        list(torch.randn(2, 3, 8)),
+        [None, torch.randn(3)],
+        0.1,
+        False,
+        "eager",
+    ),
+    "rms_norm_swiglu": lambda: (torch.randn(4, 8), torch.randn(8), *torch.randn(2, 6, 8), 0.1, False, "eager"),
+    "linear_add_": lambda: (torch.randn(4, 6), torch.randn(4, 8), torch.randn(6, 8), False, "eager"),
 }
 
 
@@ -63,6 +88,18 @@ def _public(name):
         if name == "kvcache_attention_decode":
             *tensors, lengths, scale, backend = arguments
             return K.kvcache_attention(*tensors, None, lengths, softmax_scale=scale, backend=backend)
+        if name == "decode_attention_":
+            *tensors, scale, prefetch, backend = arguments
+            return K.decode_attention_(*tensors, softmax_scale=scale, prefetch=prefetch, backend=backend)
+        if name in ("rms_norm_linear", "rms_norm_swiglu"):
+            *tensors, eps, prefetch, backend = arguments
+            return getattr(K, name)(*tensors, eps=eps, prefetch=prefetch, backend=backend)
+        if name == "linear_add_":
+            *tensors, prefetch, backend = arguments
+            return K.linear_add_(*tensors, prefetch=prefetch, backend=backend)
+        if name == "quant_linear":
+            *tensors, block, order = arguments
+            return K.quant_linear(*tensors, block=tuple(block), order=order)
         if name == "image_to_patches":
             return K.image_to_patches(*arguments[:3])
         return getattr(K, name)(*arguments)
@@ -127,17 +164,43 @@ def test_no_mutation_of_inputs_by_name():
         assert ("!" in schema) == name.endswith("_"), schema
 
 
-def _kvcache(q=None, new=(1, 2), total=(3, 5), kv_heads=1):
-    q = torch.randn(3, 2, 8) if q is None else q
-    return K.kvcache_attention(q, *torch.randn(2, 2, 5, kv_heads, 8), list(new), list(total))
-
-
 def _decode(new=None, lengths=LENGTHS, q=None, backend=None):
     q = torch.randn(2, 2, 8) if q is None else q
     return K.kvcache_attention(q, *torch.randn(2, 2, 5, 1, 8), new, lengths, backend=backend)
 
 
+def _step(rows, weights, biases=None):
+    return K.rms_norm_linear(torch.zeros(rows, 4), torch.zeros(4), weights, biases)
+
+
+def _append(**other):
+    names = ("q", "k", "v", "k_cache", "v_cache", "cache_seqlens", "positions", "inv_freq", "arrived")
+    given = dict(zip(names, CALLS["decode_attention_"](), strict=False))
+    return K.decode_attention_(**(given | other))
+
+
+def _paged(table, lengths=LENGTHS, pages=4):
+    return K.kvcache_attention(torch.randn(2, 2, 8), *torch.randn(2, pages, 3, 1, 8), None, lengths, block_table=table)
+
+
+TABLE = torch.tensor([[0, 99], [3, 1]], dtype=torch.int32)  # of pages of 3 slots; the first row holds 3 tokens
 REFUSALS = [
+    (lambda: _paged([[0]]), TypeError, "block_table must be a torch.Tensor, got list"),
+    (lambda: _paged(TABLE.long()), TypeError, "block_table must have one of the dtypes int32"),
+    (lambda: _paged(TABLE[:1]), ValueError, r"block_table must have shape \(B, blocks\) with B=2, got \(1, 2\)"),
+    (lambda: _paged(TABLE.t().contiguous().t()), ValueError, "block_table must be contiguous in its last dimension"),
+    (lambda: _paged(TABLE.to("meta")), ValueError, "block_table must be on cpu like q, got meta"),
+    (lambda: _paged(TABLE, pages=3), ValueError, r"block_table must hold pages in \[0, 3\) .*, got 3"),
+    (lambda: _paged(TABLE, LENGTHS + 1), ValueError, r"block_table must hold pages in \[0, 4\) .*, got 99"),
+    (lambda: _paged(TABLE - 1), ValueError, r"block_table must hold pages in \[0, 4\) .*, got -1"),
+    (lambda: _paged(TABLE, [3, 5]), TypeError, "new_tokens must be a sequence .*, got None"),
+    (
+        lambda: K.kvcache_attention(
+            torch.randn(3, 2, 8), *torch.randn(2, 2, 5, 1, 8), [1, 2], [3, 5], block_table=TABLE
+        ),
+        TypeError,
+        "block_table must be None with lengths in a sequence, got a tensor",
+    ),
     (
         lambda: _decode([1, 1]),
         TypeError,
@@ -158,6 +221,31 @@ REFUSALS = [
         ValueError,
         "kvcache_attention_decode: backend 'sdpa' does not serve cpu tensors",
     ),
+    (lambda: _step(2, [torch.zeros(2, 8)]), ValueError, r"weights\[0\] must have shape \(N0, K\) with .*K=4"),
+    (lambda: _step(2, []), ValueError, "rms_norm_linear: weights must be one to three, got 0"),
+    (
+        lambda: _step(2, [torch.zeros(3, 4)], biases=[]),
+        ValueError,
+        "biases must be one for each weight, None too, got 0",
+    ),
+    (
+        lambda: _step(2, [torch.zeros(3, 4)], biases=[torch.zeros(4)]),
+        ValueError,
+        r"biases\[0\] must have shape \(N0\) with N0=3",
+    ),
+    (lambda: _step(2, [_x(3, 4)]), ValueError, "rms_norm_linear: no argument may require grad"),
+    (lambda: K.rms_norm_swiglu(*torch.zeros(4, 4, 4)), ValueError, r"norm_weight must have shape \(K\) with K=4"),
+    (
+        lambda: K.linear_add_(torch.zeros(1, 4).expand(4, 4), *torch.zeros(2, 4, 4)),
+        ValueError,
+        "residual is overwritten",
+    ),
+    (lambda: _append(cache_seqlens=LENGTHS.long()), TypeError, "cache_seqlens must have one of the dtypes int32"),
+    (lambda: _append(arrived=torch.zeros(2, 2, dtype=torch.int32)), ValueError, "arrived must have shape .* Hk=1"),
+    (lambda: _append(arrived=torch.zeros(2, 2, dtype=torch.int32)[:, :1]), ValueError, "arrived must be contiguous"),
+    (lambda: _append(inv_freq=INV_FREQ[:3]), ValueError, r"inv_freq must have shape \(4\), got \(3,\)"),
+    (lambda: _append(k_cache=torch.zeros(1, 5, 1, 8).expand(2, 5, 1, 8)), ValueError, "k_cache is overwritten"),
+    (lambda: _append(q=_x(2, 2, 8)), ValueError, "decode_attention_: q requires grad"),
     (lambda: K.rms_norm([1.0], _x(8)), TypeError, "rms_norm: x must be a torch.Tensor, got list"),
     (
         lambda: K.rms_norm(_x(4, 8), _x(9)),

@@ -15,7 +15,8 @@ from tests.kernels.on_host import SANITIZERS, build_on_host
 
 from .mrope_layouts import needs
 
-BACKENDS = st.sampled_from(["native", "eager"])
+NAMES = ["native", "eager", "scan"]
+BACKENDS = st.sampled_from(NAMES)
 
 
 def block_order(grids: list[list[int]], merge_size: int) -> list[list[int]]:
@@ -44,7 +45,7 @@ def test_block_order(merge_size, items, dtype, backend):
     assert positions.tolist() == block_order(grids, merge_size)
 
 
-@pytest.mark.parametrize("backend", ["native", "eager"])
+@pytest.mark.parametrize("backend", NAMES)
 def test_the_default_device_changes_nothing(backend):
     grids = torch.tensor([[1, 4, 6], [2, 2, 2]])
     want = vision_positions(grids, backend=backend)
@@ -52,7 +53,7 @@ def test_the_default_device_changes_nothing(backend):
         assert torch.equal(vision_positions(grids, backend=backend), want)
 
 
-@pytest.mark.parametrize("backend", ["native", "eager"])
+@pytest.mark.parametrize("backend", NAMES)
 def test_no_grids(backend):
     assert vision_positions(torch.empty(0, 3, dtype=torch.int64), backend=backend).shape == (0, 2)
 
@@ -80,7 +81,7 @@ def test_the_extension_never_writes_past_its_room(patches):
     assert (out == -7).all()
 
 
-@pytest.mark.parametrize("backend", ["native", "eager"])
+@pytest.mark.parametrize("backend", NAMES)
 def test_refusals(backend):
     grid = torch.tensor([[1, 4, 4]])
     with pytest.raises(TypeError, match=r"grid_thw must be a torch\.Tensor, got list"):
@@ -95,7 +96,7 @@ def test_refusals(backend):
         vision_positions(grid, 3, backend=backend)
     with pytest.raises(ValueError, match=r"merge_size must be in \[1, 2\^15\), got 0"):
         vision_positions(grid, 0)
-    for wrong in (0, 15, 17):
+    for wrong in (0, 15, 17) if backend != "scan" else ():
         with pytest.raises(ValueError, match=f"grid_thw must hold num_patches = {wrong} patches in all, got 16"):
             vision_positions(grid, num_patches=wrong, backend=backend)
     with pytest.raises(ValueError, match=r"num_patches must be in .*, got -1"):
@@ -110,7 +111,7 @@ def test_unknown_backend():
 
 
 @pytest.mark.parametrize("num_patches", [None, 52])
-@pytest.mark.parametrize("backend", ["native", "eager"])
+@pytest.mark.parametrize("backend", NAMES)
 def test_opcheck(backend, num_patches):
     arguments = (torch.tensor([[2, 4, 6], [1, 2, 2]]), 2, num_patches, backend)
     torch.library.opcheck(torch.ops.qwen2vl.vision_positions.default, arguments)
@@ -156,15 +157,32 @@ def test_cuda_kernels_on_host(on_host, merge_size, items, threads):
 )
 def test_cuda_kernels_stay_in_bounds(on_host, grids, merge_size, patches):
     """Of any contents: what the good grids hold, as far as there is room, then zeros."""
+    if (want := _padded(grids, merge_size, patches)) is not None:
+        assert _run_on_host(on_host, grids, merge_size, patches) == want
+
+
+@given(
+    grids=st.lists(st.tuples(entries, entries, entries), max_size=4),
+    merge_size=st.sampled_from([1, 2, 3, 2**15 - 1]),
+    patches=st.integers(0, 100),
+)
+def test_the_scan_stays_in_bounds(grids, merge_size, patches):
+    """The same by PyTorch's operations, none of which reads a grid on the host."""
+    if (want := _padded(grids, merge_size, patches)) is not None:
+        given = torch.tensor(grids, dtype=torch.int64).view(-1, 3)
+        assert vision_positions(given, merge_size, num_patches=patches, backend="scan").tolist() == want
+
+
+def _padded(grids, merge_size, patches):
+    """Positions of ``patches`` patches; None where they are too many to write down."""
     good = [g for g in grids if min(g) > 0 and g[1] % merge_size == 0 and g[2] % merge_size == 0]
     want = []
     for grid in good:
         if len(want) < patches and grid[0] * grid[1] * grid[2] <= 10**4:
             want += block_order([grid], merge_size)
         elif len(want) < patches:
-            return  # too long to write down
-    want = (want + [[0, 0]] * patches)[:patches]
-    assert _run_on_host(on_host, grids, merge_size, patches) == want
+            return None
+    return (want + [[0, 0]] * patches)[:patches]
 
 
 # ---------------------------------------------------------------------------------------------- on a GPU
@@ -187,7 +205,8 @@ def test_cuda(backend, merge_size, items, told):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", [needs("cuda")])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")
+@pytest.mark.parametrize("backend", [needs("cuda"), "scan"])
 def test_cuda_graph_replay(backend):
     grid_thw = torch.tensor([[1, 4, 6], [2, 2, 2]]).cuda()
     vision_positions(grid_thw, num_patches=40, backend=backend)
