@@ -129,7 +129,7 @@ def _items(media: Sequence[Patches], merge_size: int) -> Iterator[_Item]:
             rows = one.rows[start : start + t * h * w]
             start += t * h * w
             told = blake2b(f"{grid} {rows.dtype} {tuple(rows.shape)} ".encode(), digest_size=32)
-            told.update(memoryview(rows.detach().contiguous().view(torch.uint8).numpy()))
+            told.update(rows.detach().contiguous().view(torch.uint8).numpy().data)
             yield _Item(told.digest(), one.kind, rows, grid, t * h * w // merge_size**2)
 
 
