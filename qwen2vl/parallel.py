@@ -152,7 +152,8 @@ class TensorParallel:
         """Where a model is loaded. Raises :class:`Qwen2VLError` for another device, and for an adapter."""
         if adapter is not None:
             raise Qwen2VLError("adapter: wants a whole model; merge it (qwen2vl merge) and load the result in parallel")
-        if device is not None and torch.device(device) != self.device:
+        given = self.device if device is None else torch.device(device)
+        if given.type != self.device.type or given.index not in (None, self.device.index):
             raise Qwen2VLError(f"device: wants that of parallel, {self.device}, got {device}")
         return self.device
 
@@ -259,8 +260,8 @@ class TensorParallel:
         if not self.least(self.rank == 0 or _same(told, inputs, config, keeps)):
             self._busy = False
             raise PromptError("generate: the ranks were given different prompts or configurations")
-        if told.config.samples:
-            choose.seed(told.config.seed)
+        if (seed := told.config.seed) is not None:
+            choose.seed(seed)
 
     def end_of_step(self, over: bool, rows: Sequence[Row]) -> bool:
         """Whether the answer is over, and in ``rows`` which of them have ended, by the word of rank 0, which alone may

@@ -157,6 +157,27 @@ def test_uneven_heads_are_refused(preset, ranks, reason):
         slices(Qwen2VLConfig.preset(preset).text, 0, ranks)
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_frames_are_spread(folder, monkeypatch, ranks):
+    """Images and a video, cut between any two frame pairs: each rank's tokens, joined, are those of the tower, whether
+    some have nothing to encode or one has to do it in several goes."""
+    tower = Qwen2VL.from_pretrained(folder / "tied", device="cpu").visual
+    images, video = torch.tensor([[1, 4, 6], [1, 8, 4]]), torch.tensor([[3, 4, 4]])
+    random = torch.Generator().manual_seed(0)
+    rows = [torch.randint(0, 256, size, generator=random, dtype=torch.uint8) for size in ((56, 588), (48, 1176))]
+    wanted = tower(rows, [images, video])
+    found: list[list[torch.Tensor]] = []
+    monkeypatch.setattr(TensorParallel, "gather", lambda self, x, counts, dim: found[-1].append(x) or x)
+    for rank in range(ranks):
+        one = TensorParallel.__new__(TensorParallel)
+        one.rank, one.ranks, one.device = rank, ranks, torch.device("cpu")
+        found.append([])
+        tower(rows, [images, video], max_patches=60, encode=one.spread(tower))
+    assert len(found[0]) == 2 and (ranks < 8 or any(not len(part) for of_rank in found for part in of_rank))
+    got = torch.cat([torch.cat(parts) for parts in zip(*found, strict=True)])
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_processes_are_asked_for():
     with pytest.raises(Qwen2VLError, match=r"TensorParallel\.start"):
         TensorParallel()
