@@ -137,6 +137,9 @@ def _rank(folder: Path, rank: int, ranks: int) -> None:
     found = {"bytes": _Counted.bytes, "held": sum(p.nbytes for p in model.parameters()),
              **answers(model, inputs, processor)}  # fmt: skip
 
+    with torch.no_grad():
+        found["bfloat16"] = model.bfloat16()(**inputs)
+    model.float()  # rounded, on all ranks alike
     # What follows needs ranks, not their number.
     if ranks == 2:
         found |= _together(model, folder, inputs, processor)

@@ -18,6 +18,7 @@ from qwen2vl import Processor, Qwen2VL, Qwen2VLConfig, Qwen2VLError, TensorParal
 from qwen2vl.cli import app
 from qwen2vl.parallel import bytes_per_rank, slices
 from qwen2vl.quantising import quantise
+from tests.conftest import assert_two_times
 from tests.model import ranks as worker
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +85,16 @@ def test_answers_of_one_process(folder, inputs, found, ranks):
         assert got["heads"] == max(1, one["heads"] // ranks)
     assert one["turns"][1] == [0] and one["turns"][3] == [inputs["input_ids"].shape[1]]
     assert len(set(map(tuple, one["drawn"]))) == 3 and len(set(one["greedy"][0])) > 5
+
+
+@pytest.mark.parametrize("ranks", OF)
+def test_sums_of_16_bits(folder, inputs, found, ranks):
+    model = Qwen2VL.from_pretrained(folder / OF[ranks], device="cpu")
+    with torch.no_grad():
+        exact, one = model(**inputs), model.bfloat16()(**inputs)
+    for rank in range(ranks):
+        assert found[ranks, rank]["bfloat16"].dtype == torch.bfloat16
+        assert_two_times(found[ranks, rank]["bfloat16"], one, exact, floor=0)
 
 
 @pytest.mark.parametrize("form", QUANTISED)
