@@ -44,7 +44,7 @@ class _Commands(PlainFlags, TyperGroup):
             message = explain(error, flags=ctx.invoked_subcommand != "train")
             if message is None:  # a usage error, which typer reports, or a bug
                 raise
-            told = ctx.invoked_subcommand == "train" or not ranks.rank()
+            told = ctx.invoked_subcommand == "train" or not ranks.follows()
             print_error(message if told else f"rank {ranks.rank()}: {message}")
             raise typer.Exit(1) from None
 

@@ -26,8 +26,19 @@ _leads: TensorParallel | None = None  # rank 0's, where others wait for its answ
 
 
 def rank() -> int:
-    """Of this process, 0 where there is no other."""
+    """Of this process among all of a job."""
     return int(os.environ.get("RANK", 0))
+
+
+def launched() -> bool:
+    """Whether torchrun started several processes. A pod may have RANK and WORLD_SIZE in its environment for a training
+    job; a command that is typed there is one process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def follows() -> bool:
+    """Whether this process computes for a command that another one runs."""
+    return launched() and rank() > 0
 
 
 def join(device: str | None) -> TensorParallel | None:
@@ -40,7 +51,7 @@ def join(device: str | None) -> TensorParallel | None:
                 raise RuntimeError("it computes nothing")
         except (RuntimeError, AssertionError) as error:  # torch's ways of saying that it has no such device
             raise Qwen2VLError(f"--device {device}: {str(error).splitlines()[0]}") from error
-    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if not launched():
         return None
     from ..parallel import TensorParallel
 

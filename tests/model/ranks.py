@@ -221,7 +221,7 @@ def _fork(ranks: int, work: Callable[[int], None]) -> list[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "TORCHELASTIC_RUN_ID": "1"}
     pids = []
     for rank in range(ranks):
         if pid := os.fork():

@@ -144,6 +144,16 @@ def test_the_command_answers_as_one_process(folder, found, monkeypatch, name):
     assert (folder / f"{name}-1.out").read_text() == (folder / f"{name}-1.err").read_text() == ""
 
 
+def test_a_job_of_others_is_not_waited_for(folder, monkeypatch):
+    """RANK and WORLD_SIZE without torchrun: one process, which reads its standard input whatever its rank."""
+    monkeypatch.chdir(folder)
+    wanted = CliRunner().invoke(app, GENERATE, input=STDIN)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    got = CliRunner().invoke(app, GENERATE, input=STDIN)
+    assert (got.exit_code, got.stdout) == (0, wanted.stdout)
+
+
 def test_an_error_ends_all(folder, found):
     """That of the first rank is told once; one that fails alone says so, and nobody waits for it."""
     assert found["missing"] == [1, 0]
