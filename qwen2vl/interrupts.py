@@ -79,6 +79,11 @@ def say() -> None:
             print(_words(), file=sys.stderr, flush=True)
 
 
+def leave_word_to_another() -> None:
+    """This process, one of several that Ctrl-C ends, does not say that it was interrupted."""
+    _said.acquire(blocking=False)
+
+
 def describe_end(words: Callable[[], str]) -> None:
     """What the command says when it is interrupted, in place of the one word. Any thread may call ``words``."""
     global _words

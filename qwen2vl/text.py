@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -186,9 +187,15 @@ class Decoder(nn.Module):
         """What :class:`Pack` holds, see :func:`qwen2vl.layers.inverse_frequencies`."""
         return inverse_frequencies(self.config, device)
 
+    @property
+    def cache_config(self) -> TextConfig:
+        """What a :class:`KVCache` is made by: with the key-value heads that this process holds of the model's."""
+        held = cast(Layer, self.layers[0]).self_attn.k_proj.out_features
+        return replace(self.config, num_key_value_heads=held // self.config.head_dim)
+
     def steps(self, x: torch.Tensor) -> bool:
         """Whether :meth:`step` serves rows ``x (B, C)``: few of them, where its kernels come first, and nobody has put
-        anything of theirs in a layer's place."""
+        anything of theirs in a layer's place, nor another process holds a part of it."""
         kernels = ("rms_norm_linear", "linear_add", "rms_norm_swiglu")
         fits = x.dtype == torch.bfloat16 and x.shape[0] <= MAX_ROWS and not torch.is_grad_enabled()
         fits = fits and all(cast(Layer, layer).self_attn.appends(x) for layer in self.layers)
