@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .generation import GenerationConfig, GenerationResult, generate, stream
     from .media.options import Limits
     from .model import Qwen2VL
+    from .parallel import TensorParallel
     from .prompt.inputs import Inputs
     from .prompt.processor import Processor
 
@@ -57,6 +58,7 @@ __all__ = [
     "Qwen2VLConfig",
     "Qwen2VLError",
     "Result",
+    "TensorParallel",
     "TextConfig",
     "TokenLogprobs",
     "VisionConfig",
@@ -90,6 +92,7 @@ _MODULES = {
     "agents.loop": ("run_agent",),
     "media.options": ("Limits",),
     "model": ("Qwen2VL",),
+    "parallel": ("TensorParallel",),
     "prompt.inputs": ("Inputs",),
     "prompt.processor": ("Processor",),
 }

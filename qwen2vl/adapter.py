@@ -106,6 +106,8 @@ def load_adapter(model: Qwen2VL, name_or_path: str | os.PathLike[str]) -> None:
     linear layer of the decoder or of the tower's blocks (DoRA, ``modules_to_save``, biases, patterns of ranks ...), a
     model that has one already, or peft is missing.
     """
+    if model.parallel is not None:
+        raise CheckpointError("adapter: wants a whole model; merge it, then load the result in parallel")
     if adapted(model):
         raise CheckpointError("adapter: the model has one; merge it before another is added")
     folder = hub.resolve(name_or_path)

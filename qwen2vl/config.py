@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError
 from .files import read_json
-from .quantization import Quantization
+
+if TYPE_CHECKING:
+    from .quantization import Quantization
 
 #: Mean and standard deviation of the channels R, G, B in [0, 1], by which every released checkpoint normalises pixels.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -184,6 +186,8 @@ class Qwen2VLConfig:
         vision_values = {name: vision[name] for name in _VISION_FIELDS if name in vision}
         if "rope_theta" in (vision_rope := _stated(_object(vision, "rope_parameters"))):
             vision_values["rope_theta"] = vision_rope["rope_theta"]
+        from .quantization import Quantization  # which loads PyTorch: the command line reads constants of this module
+
         return cls(
             text=TextConfig(
                 mrope_section=tuple(section) if isinstance(section, list) else section,

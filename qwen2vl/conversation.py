@@ -97,6 +97,8 @@ class Conversation:
             held = None
         items = _items(model.config, call)
         kept = 0 if held is None else _shared(held, call.packed, items)
+        if model.parallel is not None:
+            kept = model.parallel.least(kept)
         steps = _steps(model, None if held is None else held.steps, kept, capacity, graphs)
         steps.cache.rewind(kept)
         try:
@@ -120,7 +122,7 @@ def _steps(model: Qwen2VL, held: Steps | None, kept: int, capacity: int, graphs:
         source = held.cache
         source.rewind(kept)
     else:
-        source = KVCache(model.config.text, 1, 1, device=model.device, dtype=model.dtype)
+        source = KVCache(model.model.cache_config, 1, 1, device=model.device, dtype=model.dtype)
     if graphs:
         return CapturedSteps(model, source, 1, capacity)
     return Steps(model, source.repeated(1, graph_capacity(capacity)))

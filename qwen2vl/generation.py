@@ -241,9 +241,9 @@ class _Run:
             raise TypeError(f"tokenizer must be a processor's tokenizer, got {type(tokenizer).__name__}")
         if config.stop and tokenizer is None:
             raise PromptError("stop strings need a tokenizer")
-        self.model, self.config = model, config
+        self.model, self.config, self.inputs = model, config, inputs
         call = check_call(model.config, **cast("dict[str, Any]", inputs))
-        self.call: Call | None = call  # let go after the prefill: pixels are large
+        self.call: Call | None = call
         self.conversation = conversation
         if conversation is not None and (len(call.counts), config.num_return_sequences) != (1, 1):
             got = f"{len(call.counts)} prompts with {config.num_return_sequences} answers each"
@@ -261,7 +261,7 @@ class _Run:
         self.graphs = wants_graphs(model, graphs)
         # Where the host need not wait it reads a token while the next step runs. Logits processors want every answer so
         # far before the next choice.
-        self.ahead = KVCache.asynchronous(model.device) and not logits_processors
+        self.ahead = KVCache.asynchronous(model.device) and not logits_processors and model.parallel is None
 
     # inference_mode is entered around each forward and not around a yield: it is a state of the thread, and must not
     # reach the consumer between two tokens.
@@ -274,13 +274,17 @@ class _Run:
                 following = self._step(steps, underway) if self.ahead and not self._last(1) else None
                 choice = underway.wait()
                 told = choice.told()
-                for index, (row, token) in enumerate(zip(self.rows, choice.tokens.tolist(), strict=True)):
-                    if not row.reason:
-                        piece = row.push(token, self.ends, self.budgets[index])
-                        if told and token not in self.ends:
-                            row.logprobs.append(told[index])
-                        yield index, token, piece
-                if self._last(0):
+                try:
+                    for index, (row, token) in enumerate(zip(self.rows, choice.tokens.tolist(), strict=True)):
+                        if not row.reason:
+                            piece = row.push(token, self.ends, self.budgets[index])
+                            if told and token not in self.ends:
+                                row.logprobs.append(told[index])
+                            yield index, token, piece
+                except BaseException:  # whoever reads wants no more
+                    self._over(True)
+                    raise
+                if self._over(self._last(0)):
                     return  # the step that follows, where one does, went too far: nobody reads it
                 # Rows that have ended keep their place, with a token nobody reads.
                 with torch.inference_mode():
@@ -289,6 +293,10 @@ class _Run:
                 underway, took = following
                 self.timings["decode"] += took()
                 self.timings["decode_steps"] += 1
+
+    def _over(self, over: bool) -> bool:
+        """Whether no more tokens are wanted; where the model is split, by rank 0's word."""
+        return over if self.model.parallel is None else self.model.parallel.end_of_step(over, self.rows)
 
     def _last(self, unread: int) -> bool:
         """Whether all rows have ended, or will have by their budgets with ``unread`` more tokens."""
@@ -306,7 +314,7 @@ class _Run:
 
     def _chosen(self, logits: torch.Tensor) -> Underway:
         answers, ended = [row.ids for row in self.rows], [bool(row.reason) for row in self.rows]
-        return Underway(self.choose(logits, answers, ended))
+        return Underway(self.choose(logits, answers, ended), self.model.parallel)
 
     @property
     def finish_reasons(self) -> list[str]:
@@ -317,7 +325,10 @@ class _Run:
         """Steps behind the prompts, which ``ending`` closes, and the logits ``(rows, vocab)`` at their ends."""
         if self.call is None:
             raise RuntimeError("a run can be iterated once")
-        model, call, self.call = self.model, self.call, None
+        model, call, inputs = self.model, self.call, self.inputs
+        self.call, self.inputs = None, {}  # pixels are large
+        if model.parallel is not None:
+            model.parallel.begin(inputs, self.config, self.choose, self.conversation is not None)
         answers = self.config.num_return_sequences
         capacity = max(map(sum, zip(self.prompt_tokens, self.budgets, strict=True)))
         steps = None
@@ -327,7 +338,7 @@ class _Run:
             self.cached_tokens, cache = [kept], steps.cache
         else:
             first = capacity if answers == 1 and not self.graphs else max(call.counts)
-            cache = KVCache(model.config.text, len(call.counts), first, device=model.device, dtype=model.dtype)
+            cache = KVCache(model.model.cache_config, len(call.counts), first, device=model.device, dtype=model.dtype)
         features = call.features
         if features is None:
             features = self._timed("vision", model.encode_patches, call.media, None if self.graphs else False)

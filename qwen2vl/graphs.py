@@ -29,6 +29,8 @@ def unfit(model: Qwen2VL, part: nn.Module) -> str:
     """Why ``part`` of ``model`` cannot be captured, "" where it can."""
     if not KVCache.asynchronous(model.device):
         return f"wants a model on a CUDA device, and QWEN2VL_GRAPHS=1 in the environment, it is on {model.device}"
+    if model.parallel is not None:
+        return "the model is split over processes, whose sums no graph of ours holds"
     return unfit_for_keeping(model, part)
 
 

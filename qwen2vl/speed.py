@@ -16,8 +16,8 @@ _COPIED = {"cpu": 1 << 27, "cuda": 1 << 29}
 
 def step_bytes(model: Qwen2VL, seen: float, rows: int = 1) -> float:
     """Bytes that a step of decoding reads at least: every weight of the decoder and the head once, and the keys and
-    values of ``seen`` tokens in each of ``rows`` rows."""
-    text, itemsize = model.config.text, model.head_weight.itemsize
+    values of ``seen`` tokens in each of ``rows`` rows; of a model that is split, what this rank holds of them."""
+    text, itemsize = model.model.cache_config, model.head_weight.itemsize
     weights = sum(p.nbytes for p in (*model.model.layers.parameters(), *model.model.norm.parameters()))
     cached = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * seen * rows * itemsize
     return weights + model.head_weight.nbytes + cached

@@ -9,9 +9,11 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +24,7 @@ from .config import Qwen2VLConfig
 from .errors import CheckpointError
 from .files import read_json, write_json, write_whole
 from .interrupts import scratch
+from .quantised_slices import Slice, stored_slices, with_own_groups
 from .quantization import QuantLinear, from_stored, quantised, to_stored
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -203,6 +206,7 @@ def load_weights(
     device: torch.device,
     dtype: torch.dtype,
     ignore: tuple[str, ...] = (),
+    cuts: Mapping[str, Slice] = MappingProxyType({}),
     progress: Progress | None = None,
 ) -> None:
     """Fill ``model``, built on the meta device, with the tensors of ``folder``.
@@ -213,6 +217,7 @@ def load_weights(
     Args:
         ignore: names that a file may hold and the model does not need (the head of a tied model, where it is a copy of
             the embedding: see :func:`holds_own_head`).
+        cuts: what ``model`` holds of tensors that are split over ranks; no more of them is read.
         progress: called with (tensors done, tensors in all).
 
     Raises:
@@ -220,7 +225,7 @@ def load_weights(
             that cannot be read, behind which no tensor is missed. The model is not touched then.
     """
     layers = quantised(model)
-    wanted, spare = _wanted(model, layers)
+    wanted, spare = _wanted(model, layers, cuts)
     found: dict[str, torch.Tensor] = {}
     problems: list[str] = []
     with ExitStack() as stack:
@@ -248,12 +253,15 @@ def load_weights(
         for done, name in enumerate(plain, 1):
             file, stored, _ = where[name]
             # Device first, then dtype: a conversion runs where it is fast and the host never holds a second copy.
-            found[name] = file.get_tensor(stored).to(device).to(dtype)
+            found[name] = _read(file, stored, cuts.get(name)).to(device).to(dtype)
             if progress is not None:
                 progress(done, count)
         for done, (prefix, layer) in enumerate(layers.items(), len(plain) + 1):
-            suffixes = [one for one in (*_stored(layer), *layer.how.may_be_stored) if f"{prefix}.{one}" in where]
-            tensors = {one: where[f"{prefix}.{one}"][0].get_tensor(where[f"{prefix}.{one}"][1]) for one in suffixes}
+            suffixes = (*_stored(layer, cuts.get(f"{prefix}.weight")), *layer.how.may_be_stored)
+            held = {one: where[f"{prefix}.{one}"] for one in suffixes if f"{prefix}.{one}" in where}
+            parts_of = stored_slices(layer.how, cuts.get(f"{prefix}.weight"))
+            tensors = {one: _read(file, stored, parts_of.get(one)) for one, (file, stored, _) in held.items()}
+            tensors = with_own_groups(layer.how, cuts.get(f"{prefix}.weight"), tensors)
             try:
                 parts = from_stored(layer, {one: tensor.to(device) for one, tensor in tensors.items()})
             except CheckpointError as error:
@@ -267,27 +275,41 @@ def load_weights(
     model.load_state_dict(found, strict=True, assign=True)  # keeps each parameter's requires_grad
 
 
+def _read(file: Any, stored: str, cut: Slice | None) -> torch.Tensor:
+    """A tensor, or what a rank holds of it, contiguous."""
+    if cut is None:
+        return file.get_tensor(stored)
+    view, rows = file.get_slice(stored), slice(cut.begin, cut.end)
+    return (view[rows] if cut.dim == 0 else view[:, rows]).contiguous()
+
+
 _Fits = dict[str, tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]]
 
 
-def _stored(layer: QuantLinear) -> _Fits:
-    return layer.how.stored(layer.out_features, layer.in_features)
+def _stored(layer: QuantLinear, cut: Slice | None) -> _Fits:
+    return layer.how.stored(*_whole((layer.out_features, layer.in_features), cut))
 
 
-def _wanted(model: nn.Module, layers: Mapping[str, QuantLinear]) -> tuple[_Fits, _Fits]:
+def _whole(shape: Sequence[int], cut: Slice | None) -> tuple[int, ...]:
+    """The shape in a file of what the model holds in ``shape``."""
+    return tuple(cut.whole if cut is not None and dim == cut.dim else size for dim, size in enumerate(shape))
+
+
+def _wanted(model: nn.Module, layers: Mapping[str, QuantLinear], cuts: Mapping[str, Slice]) -> tuple[_Fits, _Fits]:
     """The shapes and dtypes of every tensor that a file must hold, and of those that it may."""
     floats = ("F64", "F32", "F16", "BF16")
     wanted: _Fits = {
-        name: ((tuple(parameter.shape),), floats)
+        name: ((_whole(parameter.shape, cuts.get(name)),), floats)
         for name, parameter in model.named_parameters()
         if name.rpartition(".")[0] not in layers or name.endswith(".bias")
     }
     spare: _Fits = {}
     for prefix, layer in layers.items():
-        wanted |= {f"{prefix}.{suffix}": fits for suffix, fits in _stored(layer).items()}
+        cut = cuts.get(f"{prefix}.weight")
+        wanted |= {f"{prefix}.{suffix}": fits for suffix, fits in _stored(layer, cut).items()}
         spare |= {f"{prefix}.{suffix}": fits for suffix, fits in layer.how.may_be_stored.items()}
         if layer.bias is None:  # GPTQ's writers give every layer one, of zeros
-            spare[f"{prefix}.bias"] = (((layer.out_features,),), floats)
+            spare[f"{prefix}.bias"] = ((_whole((layer.out_features,), cut),), floats)
     return wanted, spare
 
 

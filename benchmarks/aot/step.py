@@ -27,13 +27,14 @@ def layer(rows: int, heads: int, kv_heads: int, inner: int, columns: int = 128, 
         qkv = launch_norm_linear(x, norm, weights, biases, 1e-6, prefetch)
     q, k, v = (part.unflatten(1, (-1, columns)) for part in qkv.split(counts, 1))
     cache, lengths = meta(rows, _CAPACITY, kv_heads, columns, dtype=bf16), meta(rows, dtype=torch.int32)
-    angles = meta(rows, dtype=torch.int64), meta(columns // 2, dtype=torch.float32)
+    positions, inv_freq = meta(rows, dtype=torch.int64), meta(columns // 2, dtype=torch.float32)
     arrived = meta(rows, kv_heads, dtype=torch.int32)
-    out = launch_step(q, k, v, cache, cache, lengths, *angles, arrived, columns**-0.5, prefetch)
+    out = launch_step(q, k, v, cache, cache, lengths, positions, inv_freq, arrived, columns**-0.5, prefetch)
     if not products:
         return
     launch_linear_add(x, out.flatten(1), meta(width, width, dtype=bf16), prefetch)
-    h = launch_norm_swiglu(x, norm, *(meta(inner, width, dtype=bf16) for _ in range(2)), 1e-6, prefetch)
+    gate, up = (meta(inner, width, dtype=bf16) for _ in range(2))
+    h = launch_norm_swiglu(x, norm, gate, up, 1e-6, prefetch)
     launch_linear_add(x, h, meta(width, inner, dtype=bf16), prefetch)
 
 

@@ -83,9 +83,10 @@ def _steps(quick: bool) -> Iterator[Subject]:
 
     def gated(rows: int, count: int, columns: int, device: torch.device, dtype: torch.dtype) -> Work:
         random = random_of(device, dtype)
-        given = random(rows, columns), random(columns), random(count, columns), random(count, columns)
-        run = lambda: (few_rows.launch_norm_swiglu(*given, 1e-6, False),)  # noqa: E731
-        return Work(run, checked(lambda *tensors: rms_norm_swiglu_ref(*tensors, 1e-6), given))
+        x, norm, gate, up = random(rows, columns), random(columns), random(count, columns), random(count, columns)
+        run = lambda: (few_rows.launch_norm_swiglu(x, norm, gate, up, 1e-6, False),)  # noqa: E731
+        formula = lambda x, norm, gate, up: rms_norm_swiglu_ref(x, norm, gate, up, 1e-6)  # noqa: E731
+        return Work(run, checked(formula, (x, norm, gate, up)))
 
     for rows, (counts, columns) in product((1, 8), (((1536, 256, 256), 1536), ((1536,), 8960), ((3584,), 18_944))):
         yield Subject(

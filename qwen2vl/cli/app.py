@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from .. import interrupts
+from . import ranks
 from .chat import chat
 from .common import (
     Command,
@@ -43,7 +44,8 @@ class _Commands(PlainFlags, TyperGroup):
             message = explain(error, flags=ctx.invoked_subcommand != "train")
             if message is None:  # a usage error, which typer reports, or a bug
                 raise
-            print_error(message)
+            told = ctx.invoked_subcommand == "train" or not ranks.follows()
+            print_error(message if told else f"rank {ranks.rank()}: {message}")
             raise typer.Exit(1) from None
 
 
@@ -95,5 +97,6 @@ def main() -> None:
             # One of torchrun's: a thread of gloo drops the tensors of a collective some time after the collective is
             # done, and needs the interpreter for it. Where the interpreter is being taken down by then, C++ ends the
             # process with SIGABRT, and torchrun calls the finished run failed.
+            ranks.release()
             interrupts.leave(end.code if isinstance(end.code, int) else int(end.code is not None))
         raise

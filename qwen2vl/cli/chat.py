@@ -139,8 +139,13 @@ class _Chat:
 
     def run(self) -> None:
         interactive = sys.stdin.isatty()
-        with caught_by_caller() if interactive else nullcontext():
+        with caught_by_caller() if self._stoppable else nullcontext():
             self._take_all(interactive)
+
+    @property
+    def _stoppable(self) -> bool:
+        """Whether Ctrl-C stops an answer and not the conversation: not where other processes compute it as well."""
+        return sys.stdin.isatty() and self.model.parallel is None
 
     def _take_all(self, interactive: bool) -> None:
         for line in _lines(interactive):
@@ -148,12 +153,12 @@ class _Chat:
                 if not self.take(line.strip()):
                     return
             except KeyboardInterrupt:
-                if not interactive:
+                if not self._stoppable:
                     raise
                 notes.print("[dim](stopped)[/]")
             except Exception as error:
-                message = explain(error)
-                if message is None or not interactive:
+                message, parallel = explain(error), self.model.parallel
+                if message is None or not interactive or (parallel is not None and parallel.busy):
                     raise
                 print_error(message)
 
@@ -242,7 +247,7 @@ class _Chat:
                 conversation=self.conversation,
             )
         except KeyboardInterrupt:
-            if not sys.stdin.isatty():
+            if not self._stoppable:
                 raise
             stopped = True
         print(flush=True)

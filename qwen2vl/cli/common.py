@@ -20,7 +20,7 @@ from typer.core import TyperCommand
 
 from .. import assets
 from ..errors import MediaWarning, Qwen2VLError
-from . import threads
+from . import ranks, threads
 from .limits import in_flags, read_limits
 
 if TYPE_CHECKING:
@@ -218,6 +218,8 @@ def explain(error: Exception, *, flags: bool = True) -> str | None:
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return "out of memory: lower --max-pixels, give fewer images, or take --dtype bfloat16"
+    if ranks.tells_of_another(error):
+        return f"another process stopped ({str(error).splitlines()[0]})"
     if isinstance(error, Qwen2VLError):
         # In the words of the command line: the file is named anyway, and nobody wrote messages.
         said = _PLACE.sub("", str(error))
@@ -351,35 +353,37 @@ def load(
     base: Path | None = None,
 ) -> tuple[Qwen2VL, Processor]:
     """Model, with the adapter if one is given, and processor of --model; for None those of the small model that comes
-    with the package."""
-    import torch
-
+    with the package. Of torchrun's processes only the first returns; see :mod:`qwen2vl.cli.ranks`."""
     from ..hub import Checkpoint
     from ..model import Qwen2VL
-    from ..quantization import parameter_count
 
     check_pixels(min_pixels, max_pixels)
-    if device is not None:
-        try:
-            if torch.empty(0, device=device).is_meta:
-                raise RuntimeError("it computes nothing")
-        except (RuntimeError, AssertionError) as error:  # torch's ways of saying that it has no such device
-            raise Qwen2VLError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    parallel = ranks.join(device)
+
+    def load_model() -> Qwen2VL:
+        with progress_bar("loading tensors") as report:
+            loaded = Qwen2VL.from_pretrained(
+                checkpoint,
+                device=device if parallel is None else None,
+                dtype=None if dtype is None else dtype.value,
+                progress=report,
+                adapter=adapter,
+                parallel=parallel,
+            )
+        loaded.max_vision_patches = max_vision_patches
+        threads.choose(loaded)
+        return loaded
+
     checkpoint = Checkpoint.find(assets.folder() if model is None else model)
+    if parallel is not None and parallel.rank:
+        notes.quiet = True
+        ranks.follow(parallel, load_model)
     processor = load_processor(
         checkpoint, min_pixels=min_pixels, max_pixels=max_pixels, allow_remote=allow_remote, limit=limit, base=base
     )
-    with progress_bar("loading tensors") as report:
-        loaded = Qwen2VL.from_pretrained(
-            checkpoint,
-            device=device,
-            dtype=None if dtype is None else dtype.value,
-            progress=report,
-            adapter=adapter,
-        )
-    loaded.max_vision_patches = max_vision_patches
-    if loaded.device.type == "cpu":
-        threads.choose(parameter_count(loaded))
+    loaded = load_model()
+    if parallel is not None:
+        ranks.lead(parallel)
     return loaded, processor
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import typer
 
 from ..errors import MediaError
+from .ranks import follows
 
 _MAX_PROMPT = 64 << 20  # characters; what a conversation may have is for the processor to say
 
@@ -31,7 +32,10 @@ def read_stdin() -> bytes:
 
 
 def read_prompt() -> str:
-    """All of standard input, for --prompt; a usage error where it is empty or without end."""
+    """All of standard input, for --prompt; a usage error where it is empty or without end. Of torchrun's processes,
+    which share it, the first one reads."""
+    if follows():
+        return "-"
     prompt = sys.stdin.read(_MAX_PROMPT + 1)
     if len(prompt) > _MAX_PROMPT:
         raise typer.BadParameter(f"stdin has more than {_MAX_PROMPT} characters", param_hint="--prompt")

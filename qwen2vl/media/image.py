@@ -314,7 +314,7 @@ def _orientation(image: Image.Image, label: str) -> int:
     with without_warnings() as kept, contextlib.suppress(Exception):
         found = image.getexif().get(_ORIENTATION_TAG, 1)
         if image.format in ("JPEG", "MPO"):  # read when the file was opened, for its resolution: once more, to be told
-            Image.Exif().load(image.info.get("exif"))
+            Image.Exif().load(image.info.get("exif") or b"")
     if kept:
         said = " ".join(str(kept[0].message).split())
         warn(f"{label} has damaged metadata, which is passed over: {said}", _DEPTH + 2)

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import Qwen2VLConfig
 from ..model import Qwen2VL
+from ..parallel import SPLIT, rank_device, undivided
 from .config import ParallelConfig
 from .errors import TrainingConfigError
 from .step import TrainingStep
@@ -100,12 +101,10 @@ def start(config: ParallelConfig, shape: Qwen2VLConfig) -> Parallel:
         raise TrainingConfigError(f"parallel.tensor: {config.tensor} does not divide the {world} processes")
     if mode == "ddp" and config.tensor > 1:
         raise TrainingConfigError("parallel.tensor: goes with mode 'fsdp', got 'ddp'")
-    text = shape.text
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        if getattr(text, name) % config.tensor:
-            raise TrainingConfigError(f"parallel.tensor: {config.tensor} does not divide {name}, {getattr(text, name)}")
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if reason := undivided(shape.text, config.tensor, repeat=False):
+        raise TrainingConfigError(f"parallel.tensor: {config.tensor} does not divide {reason}")
+    device = rank_device()
+    cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
     if mode == "none":
@@ -158,14 +157,8 @@ def split_decoder(model: Qwen2VL, mesh: DeviceMesh) -> None:
     whole = Replicate()
     plan = {
         "self_attn": PrepareModuleInput(input_layouts=(whole, None), desired_input_layouts=(whole, None)),
-        "self_attn.q_proj": ColwiseParallel(),
-        "self_attn.k_proj": ColwiseParallel(),
-        "self_attn.v_proj": ColwiseParallel(),
-        "self_attn.o_proj": RowwiseParallel(),
         "mlp": PrepareModuleInput(input_layouts=whole, desired_input_layouts=whole),
-        "mlp.gate_proj": ColwiseParallel(),
-        "mlp.up_proj": ColwiseParallel(),
-        "mlp.down_proj": RowwiseParallel(),
+        **{name: ColwiseParallel() if cut == "columns" else RowwiseParallel() for name, cut in SPLIT.items()},
     }
     for layer in model.model.layers:
         parallelize_module(layer, mesh, plan)  # type: ignore[arg-type]

@@ -40,11 +40,27 @@ def joined(parts: list[torch.Tensor], total: int, empty: torch.Tensor, fill: flo
 def sdpa(q, k, v, cu_seqlens, causal, scale, cu_seqlens_k=None) -> torch.Tensor:
     """PyTorch's fused attention, one call for each run of neighbours of one length: the frames of a video, say."""
     empty = q.new_empty((0, q.shape[1], v.shape[2]))
-    parts = [
-        _sdpa_equal(q[rows], k[keys], v[keys], count, causal, scale)
-        for rows, keys, count in _runs(cu_seqlens, cu_seqlens_k)
-    ]
+    runs = _runs(cu_seqlens, cu_seqlens_k)
+    of_keys = [keys for _, keys, _ in runs]
+    given = zip(_cut(q, [rows for rows, _, _ in runs]), _cut(k, of_keys), _cut(v, of_keys), runs, strict=True)
+    parts = [_sdpa_equal(qr, kr, vr, count, causal, scale) for qr, kr, vr, (_, _, count) in given]
     return joined(parts, q.shape[0], empty)
+
+
+def _cut(x: torch.Tensor, rows: list[slice]) -> list[torch.Tensor]:
+    """``x[rows[0]], x[rows[1]], ...`` of rows in order. The gradient of one split is one concatenation; that of every
+    slice would be zeros for all of ``x``, added up."""
+    sizes, kept, end = [], [], 0
+    for one in rows:
+        if one.start > end:  # keys of a segment without queries
+            sizes.append(one.start - end)
+        kept.append(len(sizes))
+        sizes.append(one.stop - one.start)
+        end = one.stop
+    if end < x.shape[0]:
+        sizes.append(x.shape[0] - end)
+    pieces = x.split_with_sizes(sizes)
+    return [pieces[n] for n in kept]
 
 
 def _runs(cu_seqlens: torch.Tensor, cu_seqlens_k: torch.Tensor | None = None) -> list[tuple[slice, slice, int]]:
