@@ -16,6 +16,7 @@ from benchmarks.random_checkpoint import small_config, write_random_checkpoint
 from qwen2vl import CheckpointError, Processor, PromptError, Qwen2VL, assets, awq
 from qwen2vl.cli import app, chat
 from qwen2vl.layers import RMSNorm
+from qwen2vl.parallel import TensorParallel
 from qwen2vl.quantising import _rounded, nearest, quantise, stated
 from qwen2vl.quantization import Quantization, quantised, to_stored
 from qwen2vl.samples import generate as make_sample
@@ -123,6 +124,10 @@ def test_refusals(folder, tmp_path):
     ):
         with pytest.raises(CheckpointError, match=words):
             quantise(model, form, group)
+    model.parallel = object.__new__(TensorParallel)
+    with pytest.raises(CheckpointError, match="quantise: wants a whole model; quantise it in one process"):
+        quantise(model, "awq", 64)
+    model.parallel = None
     assert not quantised(model) and model.config.quantization is None
     quantise(model, "gptq-int8", -1)
     with pytest.raises(CheckpointError, match="quantise: wants a model in 16 or 32 bits"):
