@@ -1,13 +1,17 @@
 """Quantising a model's decoder: the nearest integers of each group, or the nearest numbers in fp8, without training.
 
+With AWQ, activations of a calibration may choose which channels of the layers are rounded more finely; see ``awq``.
+
 Integers of a group of columns come from one scale, and with AWQ a zero point. Its range is that of the weights, or a
 little less where that makes their squared error smaller: most of a group then gets finer steps, and its largest weight
-is cut.
+is cut. With activations of a calibration at hand, the error of a column counts as much as these are large.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +19,12 @@ from torch import nn
 
 from qwen2vl_kernels.core.quant_layout import FP8, pack_columns, pack_zeros
 
+from . import awq
 from .adapter import adaptable, adapted
 from .errors import CheckpointError
 from .model import Qwen2VL
 from .quantization import Quantization, QuantLinear, quantised
+from .text import Layer
 from .weights import Progress
 
 #: What is kept in 16 bits, in the words of the released checkpoints' configs.
@@ -48,19 +54,35 @@ def stated(form: str, group_size: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def quantise(model: Qwen2VL, form: str, group_size: int = 128, progress: Progress | None = None) -> Qwen2VL:
+def quantise(
+    model: Qwen2VL,
+    form: str,
+    group_size: int = 128,
+    progress: Progress | None = None,
+    *,
+    calibration: Iterable[Mapping[str, torch.Tensor]] | None = None,
+) -> Qwen2VL:
     """Quantise the decoder's linear layers in place, and return the model, whose config then says so.
 
     Args:
         form, group_size: as :func:`stated`.
         progress: called with (layers done, layers in all).
+        calibration: for ``"awq"``: conversations as :class:`qwen2vl.Processor` gives them, read once before anything is
+            quantised, whose activations choose the scales of :mod:`qwen2vl.awq`.
 
-    Raises :class:`CheckpointError` for a model that is quantised or adapted, and where sizes do not allow the form;
-    the model is not touched then.
+    Raises :class:`CheckpointError` for a model that is quantised, adapted or held by several ranks, where sizes do not
+    allow the form, and for a calibration of another form; :class:`PromptError` for one without conversations. The
+    model is not touched then.
     """
     if quantised(model) or adapted(model):
         raise CheckpointError("quantise: wants a model in 16 or 32 bits without an adapter that is not merged")
+    if model.parallel is not None:
+        raise CheckpointError(
+            "quantise: wants a whole model; quantise it in one process, then load the result in parallel"
+        )
     how = Quantization.from_dict(stated(form, group_size))
+    if calibration is not None and how.method != "awq":
+        raise CheckpointError(f"calibration: is of form awq, which has scales to choose, got form {form!r}")
     layers = {name: one for name, one in adaptable(model).items() if name.startswith("model.layers.")}
     for name, layer in layers.items():
         try:
@@ -69,16 +91,27 @@ def quantise(model: Qwen2VL, form: str, group_size: int = 128, progress: Progres
                 raise CheckpointError(f"{layer.in_features} columns are no multiple of groups of {how.group}")
         except CheckpointError as error:
             raise CheckpointError(f"{name}: cannot be {how.label}: {error}") from None
-    for done, (name, layer) in enumerate(layers.items(), 1):
-        model.set_submodule(name, nearest(layer, how))
-        if progress is not None:
-            progress(done, len(layers))
+    seen = None if calibration is None else awq.collect(model, calibration)
+    done, squares = 0, {}
+    for n, decoder_layer in enumerate(model.model.layers):
+        within = [name for name in layers if name.startswith(f"model.layers.{n}.")]
+        if seen is not None:
+            for name in within:
+                layers[name].weight = nn.Parameter(layers[name].weight.float(), requires_grad=False)
+            assert isinstance(decoder_layer, Layer)
+            squares = awq.scale(decoder_layer, seen[n], partial(_rounded, how))
+        for name in within:
+            layer = layers.pop(name)
+            model.set_submodule(name, nearest(layer, how, squares.get(layer)))
+            done += 1
+            if progress is not None:
+                progress(done, done + len(layers))
     model.config = replace(model.config, quantization=how)
     return model
 
 
-def nearest(layer: nn.Linear, how: Quantization) -> QuantLinear:
-    """The layer with its weight rounded."""
+def nearest(layer: nn.Linear, how: Quantization, squares: torch.Tensor | None = None) -> QuantLinear:
+    """The layer with its weight rounded; ``squares (K,)``: how much the errors of a column's integers matter."""
     made, weight = QuantLinear(layer, how), layer.weight.detach().float()
     if not how.bits:
         scale = (weight.abs().amax(1, keepdim=True) / torch.finfo(FP8).max).clamp_min(1e-12)
@@ -86,15 +119,24 @@ def nearest(layer: nn.Linear, how: Quantization) -> QuantLinear:
         made.set("scales", scale)
         made.scale_shape = tuple(scale.shape)
         return made
-    q, zeros, scales = _integers(weight.unflatten(1, (-1, made.block[1])), how)
+    q, zeros, scales = _integers(weight.unflatten(1, (-1, made.block[1])), how, squares)
     made.set("weight", pack_columns(q.flatten(1), how.bits))
     made.set("scales", scales)
     made.set("zeros", pack_zeros(zeros, how.bits) if how.method == "awq" else None)
     return made
 
 
-def _integers(groups: torch.Tensor, how: Quantization) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _rounded(how: Quantization, weight: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+    """The values of the integers that :func:`nearest` makes of a float32 weight."""
+    q, zeros, scales = _integers(weight.unflatten(1, (-1, how.group or weight.shape[1])), how, squares)
+    return ((q.float() - zeros.unsqueeze(2)) * scales.float().unsqueeze(2)).flatten(1)
+
+
+def _integers(
+    groups: torch.Tensor, how: Quantization, squares: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``(N, G, columns)`` weights to integers of that shape, ``(N, G)`` zero points and ``(N, G)`` float16 scales."""
+    weighing = 1.0 if squares is None else squares.view(groups.shape[1:])
     top, best = (1 << how.bits) - 1, None
     low, high = groups.amin(2).clamp_max(0), groups.amax(2).clamp_min(0)
     if how.method != "awq":  # symmetric
@@ -107,7 +149,7 @@ def _integers(groups: torch.Tensor, how: Quantization) -> tuple[torch.Tensor, to
         middle = torch.full_like(low, (top + 1) // 2)
         zeros = (-low * share / scales).round().clamp(0, top) if how.method == "awq" else middle
         q = ((groups / scales.unsqueeze(2)).round() + zeros.unsqueeze(2)).clamp(0, top)
-        error = ((q - zeros.unsqueeze(2)) * scales.unsqueeze(2) - groups).square().sum(2)
+        error = ((q - zeros.unsqueeze(2)) * scales.unsqueeze(2) - groups).square().mul(weighing).sum(2)
         if best is None:
             best = [q, zeros, scales, error]
             continue

@@ -253,6 +253,14 @@ def quantised(model: nn.Module) -> dict[str, QuantLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
 
 
+def parameter_count(model: nn.Module) -> int:
+    """The values of all parameters, of quantised weights as many as they stand for."""
+    held = quantised(model).values()
+    stored = sum(p.numel() for one in held for p in one.parameters() if p is not one.bias)
+    values = sum(one.in_features * one.out_features for one in held)
+    return sum(p.numel() for p in model.parameters()) - stored + values
+
+
 def refuse_training(model: nn.Module) -> None:
     """Raises :class:`CheckpointError` for a model with quantised weights, which get no gradients."""
     if found := quantised(model):

@@ -26,6 +26,7 @@ from benchmarks import report
 from benchmarks.run import RESULTS
 from qwen2vl import assets
 from qwen2vl.cli import app, stack
+from qwen2vl.supported import SUPPORTED
 from qwen2vl_kernels import varlen_attention
 from qwen2vl_kernels.core.backends import PREFERENCE
 from qwen2vl_kernels.integrations import sglang, transformers, vllm
@@ -158,9 +159,18 @@ def test_links_lead_somewhere(page):
 
 def test_the_readme_is_read_in_a_minute_and_leads_to_every_page():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 130
+    assert len(text.splitlines()) <= 142
     for page in PAGES[1:]:
         assert f"]({page_names(page)})" in text
+
+
+def test_what_is_supported_is_in_the_readme_and_shown_by_tests():
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split("## What is supported")[1].split("\n## ")[0]
+    told = re.findall(r"^\| (\w.*) \| (.*) \| `(.*)` \|$", text, re.MULTILINE)
+    assert told == [tuple(row) for row in SUPPORTED]
+    for _, _, test in told:
+        file, _, name = test.partition("::")
+        assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(encoding="utf-8"), re.MULTILINE), test
 
 
 def test_modules_and_commands_that_are_named_exist():

@@ -5,13 +5,15 @@ token's share of the ceiling is that of the bytes that its step must read: each 
 for all rows, and the keys and values of every row. transformers runs by its forward, without what its ``generate``
 adds, over the cache that grows and over the static one, and compiled over the latter as its ``generate`` compiles. vLLM
 generates as many tokens behind a prompt that it has cached.
+
+Quantised weights, made of the same ones, are compared with them in workloads of their own.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -24,6 +26,7 @@ from qwen2vl import GenerationConfig, Qwen2VLConfig
 from qwen2vl.cache import KVCache
 from qwen2vl.choosing import Chooser
 from qwen2vl.decoding import Steps, Underway, begin_steps, wants_graphs
+from qwen2vl.quantising import quantise
 from qwen2vl_kernels import use_backend
 
 from .. import providers
@@ -37,6 +40,8 @@ VLLM = "vLLM"
 #: Steps by the kernels that come by name until a GPU has run them; for bfloat16, so that the gate's model has none.
 LAUNCHES = "ours, five launches a layer"
 _KERNELS = ("kvcache_attention_decode", "decode_attention", "rms_norm_linear", "rms_norm_swiglu", "linear_add")
+#: Quantised weights, and what they are compared with.
+FORMS, BF16 = ("awq", "gptq-int8", "fp8"), "ours in bf16"
 #: Seconds that compiling may take.
 COMPILES_S = {"cpu": 600, "cuda": 120}
 
@@ -228,6 +233,13 @@ class Contenders:
         self.ours = cache(lambda: Ours(folder, self.device, dtype))
         self.theirs = cache(lambda: Transformers(folder, self.device, dtype))
         self.engine = cache(self._engine)
+        self.quantised = cache(self._quantised)
+
+    def _quantised(self, form: str) -> Ours:
+        made, plain = Ours(self.folder, self.device, self.dtype), self.ours().model
+        made.model.visual, made.model.model.embed_tokens = plain.visual, plain.model.embed_tokens  # held once
+        quantise(made.model, form)
+        return made
 
     def _engine(self) -> Any:
         from vllm import LLM  # type: ignore[import-not-found]
@@ -249,10 +261,34 @@ class Contenders:
         reason = providers.why_not("vllm") if device.type == "cuda" else "the engine is measured on a GPU alone"
         yield VLLM, reason, lambda: VllmDecodes(self.engine(), ids, steps)
 
+    def formats(self, rows: int) -> Iterator[tuple[str, str | None, Callable[[], Contender]]]:
+        """Likewise: ours quantised, and as it is. On a GPU by the kernels that come by name until one has run them."""
+        ids, steps = prompts(rows, self.size.prompt, self.device), self.size.steps
+        kernels = ("quant_linear",) if self.device.type == "cuda" else ()
+
+        def made(make: Callable[[], Ours], *kernels: str) -> Contender:
+            ours = make()
+            return OursDecodes(ours, ids, steps, wants_graphs(ours.model, None), kernels)
+
+        for form in FORMS:
+            yield f"ours, {form}", None, partial(made, partial(self.quantised, form), *kernels)
+        yield BF16, None, partial(made, self.ours)
+
 
 def _provider(name: str, reason: str | None, make: Callable[[], Provider]) -> Provider:
-    peer = not name.startswith("ours")
-    return Provider(name, make=make, peer=peer) if reason is None else Provider(name, skipped=reason, peer=peer)
+    peer, trial = _is_peer(name), _is_trial(name)
+    if reason is not None:
+        return Provider(name, skipped=reason, peer=peer, trial=trial)
+    return Provider(name, make=make, peer=peer, trial=trial)
+
+
+def _is_peer(name: str) -> bool:
+    return name == BF16 or not name.startswith("ours")
+
+
+def _is_trial(name: str) -> bool:
+    """On a GPU, these kernels are taken by name."""
+    return name.removeprefix("ours, ") in FORMS
 
 
 def _filling(contenders: Contenders, rows: int) -> Iterator[Provider]:
@@ -266,13 +302,14 @@ def _filling(contenders: Contenders, rows: int) -> Iterator[Provider]:
             yield _provider(name, reason, partial(made, name, make))
 
 
-def _decoding(contenders: Contenders, rows: int) -> Iterator[Provider]:
+def _decoding(contenders: Iterable[tuple[str, str | None, Callable[[], Contender]]]) -> Iterator[Provider]:
     def made(name: str, make: Callable[[], Contender]) -> Provider:
         contender = make()
         contender.fill()
-        return Provider(name, contender.decode, peer=not name.startswith("ours"), before=contender.rewind)
+        peer, trial = _is_peer(name), _is_trial(name)
+        return Provider(name, contender.decode, peer=peer, trial=trial, before=contender.rewind)
 
-    for name, reason, make in contenders.each(rows):
+    for name, reason, make in contenders:
         yield _provider(name, reason, partial(made, name, make))
 
 
@@ -328,10 +365,22 @@ def workloads(context: Context) -> Iterator[Workload]:
         seen = rows * (size.prompt + (size.steps + 1) / 2)
         yield Workload(
             f"{size.name}, {rows} rows: a token after {size.prompt}",
-            list(_decoding(contenders, rows)),
+            list(_decoding(contenders.each(rows))),
             gate=all_there,
             flops=decode_flops(text, 0) + (decode_flops(text, round(seen)) - decode_flops(text, 0)) / rows,
             bytes=decode_bytes(text, round(seen), 2) / rows,
+            dtype=torch.bfloat16,
+            per_call=rows * size.steps,
+            unit="token",
+            min_rounds=3,
+            max_rounds=20,
+            budget_s=20.0,
+        )
+        # Without a ceiling: what a token must read differs from one to the other.
+        yield Workload(
+            f"{size.name}, {rows} rows: a token after {size.prompt}, quantised",
+            list(_decoding(contenders.formats(rows))),
+            gate=all_there,
             dtype=torch.bfloat16,
             per_call=rows * size.steps,
             unit="token",

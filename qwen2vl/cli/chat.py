@@ -260,11 +260,14 @@ class _Chat:
 
 
 def _name(model: str | None, loaded: Qwen2VL) -> str:
-    """Which model talks, for the banner: its name, parameters, dtype and device."""
-    count = sum(parameter.numel() for parameter in loaded.parameters())
+    """Which model talks, for the banner: its name, parameters, how they are quantised, dtype and device."""
+    from ..quantization import parameter_count
+
+    count, how = parameter_count(loaded), loaded.config.quantization
     size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
     dtype = str(loaded.dtype).removeprefix("torch.")
-    return f"{'the toy' if model is None else model}: {size} parameters, {dtype}, on {loaded.device}"
+    form = dtype if how is None else f"{how.label}, {dtype}"
+    return f"{'the toy' if model is None else model}: {size} parameters, {form}, on {loaded.device}"
 
 
 def _message(item: dict[str, Any]) -> list[dict[str, Any]]:

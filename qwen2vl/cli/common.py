@@ -371,8 +371,7 @@ def load(
                 parallel=parallel,
             )
         loaded.max_vision_patches = max_vision_patches
-        if loaded.device.type == "cpu":
-            threads.choose(sum(parameter.numel() for parameter in loaded.parameters()))
+        threads.choose(loaded)
         return loaded
 
     checkpoint = Checkpoint.find(assets.folder() if model is None else model)

@@ -255,6 +255,7 @@ def generate(
         "first_token": prepare_seconds + result.timings["vision"] + result.timings["prefill"],
         "total": time.perf_counter() - begin,
     }
+    how = loaded.config.quantization
     answers = [_answer(processor, result, index) for index in range(num_return_sequences)]
     answer = {
         **(answers[0] if num_return_sequences == 1 else {"answers": answers}),
@@ -272,6 +273,7 @@ def generate(
         "model": str(FOLDER) if model is None else model,
         "device": str(loaded.device),
         "dtype": str(loaded.dtype).removeprefix("torch."),
+        "quantization": how and how.label,
     }
     print(json.dumps(answer, ensure_ascii=False))
 

@@ -1,4 +1,4 @@
-"""``qwen2vl info``: versions, what serves each operation here, and why nothing better does."""
+"""``qwen2vl info``: versions, what is supported, what serves each operation here, and why nothing better does."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..supported import SUPPORTED
 from .common import installed_version
 from .stack import Stack
 from .stack import collect as collect_stack
@@ -53,7 +54,7 @@ def info(
         typer.Option(help="Instead: which functions of this stack these kernels replace here, and why not others."),
     ] = None,
 ) -> None:
-    """Versions, extensions, the backend of every operation, GPU and threads."""
+    """Versions, extensions, what is supported, the backend of every operation, GPU and threads."""
     facts, show = (collect(), _print) if stack is None else (collect_stack(stack), show_stack)
     if as_json:
         print(json.dumps(facts, ensure_ascii=False))
@@ -92,6 +93,7 @@ def collect() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         "threads": {"torch": torch.get_num_threads(), "cpus": os.cpu_count()},
+        "supported": [row._asdict() for row in SUPPORTED],
     }
 
 
@@ -114,6 +116,12 @@ def _print(facts: dict[str, Any]) -> None:
         table.add_row(f"{name} extension", state)
     for name, value in facts["build"].items():
         table.add_row(f"built: {name}", escape(value))
+    console.print(table)
+
+    console.print("\n[bold]What is supported[/]")
+    table = _table("", "")
+    for row in facts["supported"]:
+        table.add_row(row["what"], row["forms"])
     console.print(table)
 
     for device in _devices(facts):

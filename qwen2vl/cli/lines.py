@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -93,6 +94,15 @@ def read_beside(source: Path, keys: Collection[str]) -> Iterator[dict[str, Any]]
             read_line(line, f"{source.name}:{n}", None, keys)
             value = json.loads(line)
             yield {key: value[key] for key in keys if key in value} if isinstance(value, dict) else {}
+
+
+def read_conversations(source: Path, limit: int) -> Iterator[tuple[str, list[Any]]]:
+    """The place, "asked.jsonl:3", and the messages of each of the first lines of a file. Raises PromptError where one
+    is none of what :func:`read_line` reads."""
+    with open_regular(source) as lines:
+        for n, line in enumerate(islice(_lines(lines), limit), 1):
+            where = f"{source.name}:{n}"
+            yield where, read_line(line, where)
 
 
 def read_line(line: bytes, where: str, system: str | None = None, keys: Collection[str] = ()) -> list[Any]:

@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..model import Qwen2VL
 
 #: Where a second thread began to pay, on two cores: 4M parameters took 107 ms with one and 228 ms with two (40 tokens,
 #: float32), 36M took 734 and 728 ms, 168M 2.03 and 1.49 s.
@@ -34,11 +38,13 @@ def suitable(parameters: int, most: int) -> int:
     return max(1, min(most, parameters // PARAMETERS_PER_THREAD))
 
 
-def choose(parameters: int) -> None:
-    """Let PyTorch compute with as many threads as suit the model, in the command's process and where no variable of the
-    environment says how many."""
-    if not _process_is_ours or any(os.environ.get(name) for name in _NUMBERS):
+def choose(model: Qwen2VL) -> None:
+    """Let PyTorch compute with as many threads as suit a model on a CPU, in the command's process and where no variable
+    of the environment says how many."""
+    if not _process_is_ours or model.device.type != "cpu" or any(os.environ.get(name) for name in _NUMBERS):
         return
     import torch
 
-    torch.set_num_threads(suitable(parameters, torch.get_num_threads()))
+    from ..quantization import parameter_count
+
+    torch.set_num_threads(suitable(parameter_count(model), torch.get_num_threads()))

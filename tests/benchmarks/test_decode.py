@@ -29,6 +29,10 @@ def test_all_decode_the_same(tmp_path):
             assert rows[f"small, {batch} rows: first token after 24", who]["median"] > 0
             row = rows[f"small, {batch} rows: a token after 24", who]
             assert row["unit_of_work"] == "token" and 0 < row["units_per_s"] < 1e6 and row["of_ceiling"] > 0
+    for batch in (1, 8):
+        for form in decode.FORMS:
+            row = rows[f"small, {batch} rows: a token after 24, quantised", f"ours, {form}"]
+            assert 0 < row["units_per_s"] < 1e6 and row["ratios"].keys() == {decode.BF16}
     skipped = {skip["provider"]: skip["reason"] for skip in result["skipped"]}
     assert skipped == {decode.COMPILED: "left out by --without", decode.VLLM: "the engine is measured on a GPU alone"}
 

@@ -72,6 +72,7 @@ def test_json_describes_the_answer(run):
     parts = {name: seconds for name, seconds in timings.items() if name not in ("first_token", "total")}
     assert all(seconds > 0 for seconds in parts.values()) and sum(parts.values()) <= got["timings"]["total"]
     assert (got["model"], got["device"], got["dtype"]) == ("model", "cpu", "float32")
+    assert got["quantization"] is None
 
 
 ANSWER = (
@@ -548,6 +549,8 @@ def test_info(run):
     text = run("info").stdout
     assert "varlen_attention on cpu, by rows of the longest segment" in text and "64, 72, 80, 128" in text
     assert all(words in text for words in ("causal, grouped heads", "gradients", "1024 rows on", "sdpa ("))
+    for row in facts["supported"]:
+        assert row["what"] in text and row["forms"].split()[0] in text
     for row in facts["backends"]["cpu"]:
         assert row["op"] in text and (row["measured"] or "not measured") in text
     for reason in facts["unavailable"].values():

@@ -289,12 +289,10 @@ def test_one_frame_of_a_still_image_stands_for_both(model, processor):
             model.visual(wrong[:284], wrong_grid)
 
 
-def test_bf16_is_as_close_as_transformers(folder, theirs, processor):
-    """Error against float64 at most twice that of transformers in bf16, as chosen and in eager form."""
-    ours16, theirs16 = (
-        Qwen2VL.from_pretrained(folder, device="cpu", dtype="bfloat16"),
-        oracle.load(folder, torch.bfloat16),
-    )
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bits_are_as_close_as_transformers(folder, theirs, processor, dtype):
+    """Error against float64 at most twice that of transformers in that dtype, as chosen and in eager form."""
+    ours16, theirs16 = Qwen2VL.from_pretrained(folder, device="cpu", dtype=dtype), oracle.load(folder, dtype)
     exact_model = Qwen2VL.from_pretrained(folder, device="cpu").double()
     for parameter, rounded in zip(exact_model.parameters(), ours16.parameters(), strict=True):
         parameter.data = rounded.data.double()

@@ -14,6 +14,7 @@ from qwen2vl.adapter import adaptable
 from qwen2vl.quantization import QuantLinear, quantised, refuse_training
 from qwen2vl.training.config import ModelConfig
 from qwen2vl.training.stages import build_model
+from tests.model import oracle
 from tests.model.checkpoint_files import IDS, logits, rewrite
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True, "version": "gemm",
@@ -335,3 +336,14 @@ def test_progress_counts_layers(int4):
     model = Qwen2VL.from_pretrained(int4[0], device="cpu", progress=lambda done, total: seen.append((done, total)))
     assert [done for done, _ in seen] == list(range(1, seen[-1][1] + 1)) and len({total for _, total in seen}) == 1
     assert isinstance(model.get_submodule(_Q), QuantLinear)
+
+
+def test_transformers_reads_the_same_from_fp8_in_blocks(plain, tmp_path):
+    """By its own code, which has no kernels for a CPU and makes 16-bit or 32-bit weights of it."""
+    how = FORMATS["fp8 fine-grained"] | {"modules_to_not_convert": ["model.visual", "visual", "lm_head"]}
+    folder, _ = quantise(plain, tmp_path, how)
+    theirs = oracle.load(folder)
+    weight = theirs.model.language_model.layers[1].mlp.down_proj.weight
+    assert weight.dtype == torch.float32 and not torch.equal(weight, torch.ones_like(weight))
+    with torch.no_grad():
+        torch.testing.assert_close(logits(folder), theirs(IDS).logits, rtol=2e-4, atol=2e-4)

@@ -1,19 +1,23 @@
 """Quantising a checkpoint: what is written, how near it is, and what the small model loses by it."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
 from benchmarks.random_checkpoint import small_config, write_random_checkpoint
-from qwen2vl import CheckpointError, Processor, Qwen2VL, assets
-from qwen2vl.cli import app
-from qwen2vl.quantising import nearest, quantise, stated
+from qwen2vl import CheckpointError, Processor, PromptError, Qwen2VL, assets, awq
+from qwen2vl.cli import app, chat
+from qwen2vl.layers import RMSNorm
+from qwen2vl.parallel import TensorParallel
+from qwen2vl.quantising import _rounded, nearest, quantise, stated
 from qwen2vl.quantization import Quantization, quantised, to_stored
 from qwen2vl.samples import generate as make_sample
 from qwen2vl.samples.source import read_sample
@@ -98,6 +102,19 @@ def test_the_command_writes_what_is_loaded(folder, tmp_path, form):
     assert again.exit_code == 2 and "out is there and not" in " ".join(again.stderr.replace("│", " ").split())
 
 
+@pytest.mark.parametrize("form, label", [("awq", "awq int4, groups of 64"), ("fp8", "compressed-tensors fp8, rows")])
+def test_commands_name_what_is_quantised(folder, tmp_path, form, label):
+    """And count the parameters that integers stand for, not the bytes that hold them."""
+    plain = Qwen2VL.from_pretrained(folder, device="cpu")
+    size = f"{sum(p.numel() for p in plain.parameters()) / 1e6:.1f}M"
+    quantise(plain, form, 64).save_pretrained(tmp_path)
+    Processor.from_pretrained(folder).save_pretrained(tmp_path)
+    given = ["--model", str(tmp_path), "--max-new-tokens", "1", "--device", "cpu"]
+    done = CliRunner().invoke(app, ["generate", *given, "--prompt", "What?", "--json"])
+    assert json.loads(done.stdout)["quantization"] == label
+    assert chat._name("it", plain) == f"it: {size} parameters, {label}, bfloat16, on cpu"
+
+
 def test_refusals(folder, tmp_path):
     model = Qwen2VL.from_pretrained(folder, device="cpu")
     for form, group, words in (
@@ -107,33 +124,167 @@ def test_refusals(folder, tmp_path):
     ):
         with pytest.raises(CheckpointError, match=words):
             quantise(model, form, group)
+    model.parallel = object.__new__(TensorParallel)
+    with pytest.raises(CheckpointError, match="quantise: wants a whole model; quantise it in one process"):
+        quantise(model, "awq", 64)
+    model.parallel = None
     assert not quantised(model) and model.config.quantization is None
     quantise(model, "gptq-int8", -1)
     with pytest.raises(CheckpointError, match="quantise: wants a model in 16 or 32 bits"):
         quantise(model, "awq", 64)
 
 
+def test_folding_scales_changes_nothing(folder):
+    """Whatever the scales, in all groups at once; key-value heads are read by two query heads each here."""
+    model = Qwen2VL.from_pretrained(folder, device="cpu", dtype="float32")
+    ids = torch.arange(10, 40)[None]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.bias.normal_()
+            layer.input_layernorm.weight.normal_()
+        before = model(ids)
+        for layer in model.model.layers:
+            for group in awq.groups(layer):
+                weights = [linear.weight.clone() for linear in group.linears]
+                awq.fold(group, torch.randn(group.heads[0] * group.heads[2]).mul(1.5).exp())
+                assert not any(map(torch.allclose, weights, [linear.weight for linear in group.linears]))
+        after = model(ids)
+    torch.testing.assert_close(after, before, rtol=0, atol=2e-5 * before.abs().max().item())
+    assert not torch.equal(after, before)
+
+
+def test_what_a_norm_is_rounded_to_is_made_good_in_the_columns():
+    norm, linear = RMSNorm(64, 1e-6).bfloat16(), nn.Linear(64, 8)
+    with torch.no_grad():
+        norm.weight.normal_()[3] = 0
+        norm.weight[4] = 1e-38  # divided by a scale, it would be none that the dtype holds
+        before = linear.weight * norm.weight.float()
+        awq.fold(awq.Group((linear,), norm, (1, 1, 64)), torch.linspace(0.01, 100, 64).flip(0))
+    assert norm.weight.dtype == torch.bfloat16 and linear.weight.isfinite().all()
+    torch.testing.assert_close(linear.weight * norm.weight.float(), before, rtol=1e-6, atol=0)
+
+
+def test_activations_are_averaged_and_kept_evenly(monkeypatch):
+    monkeypatch.setattr(awq, "_ROWS", 8)
+    x, seen = torch.randn(301, 6).bfloat16(), awq.Activations()
+    for part in x.split([1, 7, 50, 243]):
+        seen.add(part[None])
+    torch.testing.assert_close(seen.mean, x.float().abs().mean(0))
+    assert torch.equal(seen.rows, x[::32])
+
+
+def test_scales_spare_the_channels_that_matter():
+    """On activations that were not seen; with none that stand out, plain rounding may be the best."""
+    torch.manual_seed(0)
+    layer = nn.Linear(128, 64, bias=False)
+    how = Quantization.from_dict(stated("awq", 32))
+    sizes = torch.where(torch.arange(128) % 16 == 0, 20.0, 1.0)
+    seen, fresh = awq.Activations(), torch.randn(200, 128) * sizes
+    seen.add(torch.randn(200, 128) * sizes)
+    scales = awq.best(awq.Group((layer,), RMSNorm(128, 1e-6), (1, 1, 128)), seen, partial(_rounded, how))
+
+    def error(read, squares=None):
+        values = torch.from_numpy(values_of(dict(to_stored(nearest(layer, how, squares))), how.stated))
+        return (read.double() @ (values - layer.weight.detach()).T).square().sum().item()
+
+    plain = error(fresh)
+    with torch.no_grad():
+        layer.weight.mul_(scales)
+    assert error(fresh / scales, seen.rows.div(scales).square().mean(0)) < 0.5 * plain
+
+
+def test_the_command_calibrates(folder, tmp_path):
+    Image.effect_noise((84, 56), 50).convert("RGB").save(tmp_path / "noise.png")
+    answered = [
+        {"role": "user", "content": [{"type": "image", "image": "noise.png"}, {"type": "text", "text": "What is it?"}]},
+        {"role": "assistant", "content": "Noise."},
+    ]
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text(json.dumps(answered) + '\n{"prompt": "Tell me of it.", "image": "noise.png"}\n')
+
+    def run(to="awq", out="out"):
+        given = ["--group-size", "64", "--calibrate", str(asked), "--output", str(tmp_path / out)]
+        return CliRunner().invoke(app, ["convert", "--model", str(folder), "--to", to, *given])
+
+    done = run()
+    assert done.exit_code == 0 and done.stdout == f"{tmp_path / 'out'}\n", done.output
+    processor = Processor.from_pretrained(folder, base=tmp_path)
+    user = [{"type": "image", "image": "noise.png"}, {"type": "text", "text": "Tell me of it."}]
+    calibration = [
+        processor(answered, add_generation_prompt=False),
+        processor([{"role": "user", "content": user}]),
+    ]
+    model = quantise(Qwen2VL.from_pretrained(folder, device="cpu"), "awq", 64, calibration=calibration)
+    plain = quantise(Qwen2VL.from_pretrained(folder, device="cpu"), "awq", 64)
+    with torch.no_grad():
+        found, ids = logits(tmp_path / "out"), torch.arange(10, 40)[None]
+        assert torch.equal(found, model(ids)) and not torch.equal(found, plain(ids))
+    refused = run(to="gptq-int4", out="no")
+    assert refused.exit_code == 2 and "--to awq" in refused.stderr
+    for text, words in (
+        ("\n", "calibration: wants at least one conversation, got none"),
+        ('{"prompt": "a"}\n{"image": "none.png"}\n', "asked.jsonl:2: "),
+        ('{"prompt": "a"}\n{"question": "a"}\n', "asked.jsonl:2: wants "),
+    ):
+        asked.write_text(text)
+        refused = run(out="no")
+        assert refused.exit_code == 1 and words in refused.stderr, refused.stderr
+    assert not (tmp_path / "no").exists()
+
+
+def test_calibrations_are_refused_before_the_model_is_touched(folder):
+    model = Qwen2VL.from_pretrained(folder, device="cpu", dtype="float32")
+    inputs = {"input_ids": torch.arange(10, 40)[None]}
+    with pytest.raises(CheckpointError, match=r"calibration: is of form awq, .* got form 'fp8'"):
+        quantise(model, "fp8", calibration=[inputs])
+    with pytest.raises(PromptError, match="calibration: wants at least one conversation, got none"):
+        quantise(model, "awq", 64, calibration=[])
+    before = dict(model.named_parameters())
+    with torch.no_grad():
+        before["model.layers.1.mlp.up_proj.weight"][3] = float("nan")
+    with pytest.raises(PromptError, match="calibration: layer 1 of the decoder reads activations that are no finite"):
+        quantise(model, "awq", 64, calibration=[inputs])
+    assert all(one is before[name] for name, one in model.named_parameters()) and not quantised(model)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
 def test_the_small_model_loses_little():
-    """The loss of its answers to held-out samples, within one per cent of that of its own weights."""
+    """The loss of its answers to held-out samples, within one per cent of that of its own weights; and calibration
+    takes its predictions nearer to those of its own weights, by the divergence of the two."""
     processor = Processor.from_pretrained(assets.folder())
     skills = ("read", "colour_shape", "count", "compare", "point")
-    batch = [
-        processor.supervised(read_sample(make_sample(skill, 0, split="held-out", index=index)))
-        for skill in skills
-        for index in range(20)
-    ]
 
-    def loss(model):
-        total = count = 0
-        for inputs in batch:
-            labels = inputs["labels"][0, 1:]
-            with torch.no_grad():
-                found = model(**{name: x for name, x in inputs.items() if name != "labels"})[0, :-1].float()
-            total += F.cross_entropy(found, labels, ignore_index=-100, reduction="sum").item()
-            count += int((labels != -100).sum())
-        return total / count
+    def samples(split, each):
+        return [
+            processor.supervised(read_sample(make_sample(skill, 0, split=split, index=index)))
+            for skill in skills
+            for index in range(each)
+        ]
 
-    base = loss(Qwen2VL.from_pretrained(assets.folder(), device="cpu"))
+    held_out, calibration = samples("held-out", 20), samples("train", 6)
+    answers = torch.cat([inputs["labels"][0, 1:] for inputs in held_out])
+    taught = answers != -100
+
+    def predictions(model):
+        with torch.no_grad():
+            found = [
+                model(**{name: x for name, x in inputs.items() if name != "labels"})[0, :-1] for inputs in held_out
+            ]
+        return F.log_softmax(torch.cat(found)[taught].float(), 1)
+
+    def small(form=None, **options):
+        model = Qwen2VL.from_pretrained(assets.folder(), device="cpu")
+        return predictions(model if form is None else quantise(model, form, 32, **options))
+
+    def loss(found):
+        return F.nll_loss(found, answers[taught]).item()
+
+    def divergence(found):
+        return F.kl_div(found, base, reduction="batchmean", log_target=True).item()
+
+    base = small()
+    found = {form: small(form) for form in FORMS} | {"awq calibrated": small("awq", calibration=calibration)}
     for form in FORMS:
-        quantised_loss = loss(quantise(Qwen2VL.from_pretrained(assets.folder(), device="cpu"), form, 32))
-        assert quantised_loss < 1.01 * base, (form, quantised_loss, base)
+        assert loss(found[form]) < 1.01 * loss(base), form
+    assert divergence(found["awq calibrated"]) < 0.9 * divergence(found["awq"])
