@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import plan
-from qwen2vl.media.options import OPTION_NAMES
+from qwen2vl.media.options import OPTION_NAMES, Limits
 from qwen2vl.training import config as configs
 from qwen2vl.training.config import TrainingConfig
 from qwen2vl.training.data import DataEntry, read_examples
@@ -44,9 +44,14 @@ def written(field) -> str:
 
 
 def test_every_table_is_documented():
-    assert {"[[data]]", *TABLES} == set(re.findall(r"### `(\[+\w+\]+)`", TEXT))
+    assert {"[[data]]", "[limits]", *TABLES} == set(re.findall(r"### `(\[+\w+\]+)`", TEXT))
     kinds = {f"[{f.name}]" for f in fields(TrainingConfig) if f.name != "data"}
-    assert kinds == set(TABLES)
+    assert kinds == {"[limits]", *TABLES}
+
+
+def test_every_limit_is_named():
+    section = TEXT.split("### `[limits]`\n")[1].split("\n#")[0]
+    assert set(re.findall(r"`(\w+)`", section)) == {f.name for f in fields(Limits)} | {"max_characters"}
 
 
 @pytest.mark.parametrize("table", TABLES)
