@@ -108,6 +108,10 @@ def main(device: str = "cuda") -> list[str]:
             given = {"reduction": reduction, "label_smoothing": smoothing, "chunk_rows": 16, "backend": backend}
             backward(K.linear_cross_entropy(x, random(9001, 1280), target, random(9001), **given))
 
+    def experts(backend: str) -> None:
+        order, _, bounds = K.group_by_expert(positions.T.remainder(5), 6, backend=backend)
+        backward(K.grouped_linear(x[order // 3], random(6, 72, 1280), bounds, backend=backend))
+
     def positions_of(backend: str) -> None:
         K.mrope_positions(ids, grid[:1], grid[1:], **tokens, backend=backend)
         K.mrope_positions_chunk(ids[:, :4], grid[:1], None, **tokens, backend=backend)
@@ -129,6 +133,8 @@ def main(device: str = "cuda") -> list[str]:
         "patch_embed": patch_embed,
         "patch_merge": patch_merge,
         "linear_cross_entropy": linear_cross_entropy,
+        "group_by_expert": experts,
+        "grouped_linear": experts,
         "mrope_positions": positions_of,
         "vision_positions": lambda backend: K.vision_positions(grid, num_patches=36, backend=backend),
         "image_to_patches": lambda backend: K.image_to_patches(photo, 56, 84, backend=backend),
