@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from qwen2vl_kernels import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from qwen2vl_kernels import add_layer_norm, add_rms_norm, layer_norm, rms_norm, swiglu, swiglu_
 from qwen2vl_kernels.core.matmul import linear
 
 from .config import TextConfig
@@ -66,6 +66,20 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         pass
+
+
+class MLP(nn.Module):
+    """SwiGLU of the language model: ``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(width, inner, bias=False)
+        self.up_proj = Linear(width, inner, bias=False)
+        self.down_proj = Linear(inner, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(swiglu(gate, up) if gate.requires_grad or up.requires_grad else swiglu_(gate, up))
 
 
 class RMSNorm(nn.Module):

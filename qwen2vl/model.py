@@ -340,7 +340,12 @@ class Qwen2VL(nn.Module):
         return self._head(hidden).unsqueeze(1)
 
     def hidden_states(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, cu_seqlens: torch.Tensor, features: Features = _NONE
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        features: Features = _NONE,
+        router_logits: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """``(T, C)`` normed states of packed ``input_ids (T,)``, what the head is multiplied with; for training.
 
@@ -351,7 +356,7 @@ class Qwen2VL(nn.Module):
         check_features(self.config, features, torch.stack([of_kind.sum() for of_kind in places]).tolist())
         counts = cu_seqlens.diff().tolist()
         pack = Pack(positions, self.model.inv_freq(self.device), counts, cu_seqlens)
-        return self.model(self._embed(input_ids, features), pack)
+        return self.model(self._embed(input_ids, features), pack, router_logits)
 
     @property
     def head_weight(self) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Checkpoints: safetensors in, safetensors out, every name mapped by one literal table.
 
 The model's own parameter names are the released ones (``visual.*``, ``model.*``, ``lm_head.weight``), so saving is the
-identity and loading only rewrites prefixes. Nothing is unpickled.
+identity and loading only rewrites prefixes; but experts' matrices, which files hold one by one, are stacked in the
+model (:func:`qwen2vl.moe.expert_parts`). Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import nn
 from .config import Qwen2VLConfig
 from .errors import CheckpointError
 from .files import read_json, write_json, write_whole
+from .moe import expert_parts
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -167,10 +169,15 @@ def check_sizes(config: Qwen2VLConfig, folder: Path) -> None:
             f"{folder}: num_hidden_layers and depth make {layers} layers, but the files hold {count} tensors"
         )
     merged = vision.embed_dim * vision.spatial_merge_size**2
+    dense = any(text.experts(layer) is None for layer in range(text.num_hidden_layers))
+    routed = 0 if text.moe is None else text.moe.num_experts * text.moe.moe_intermediate_size
+    shared = 0 if text.moe is None else text.moe.shared_expert_intermediate_size
     for name, values in (
         ("vocab_size", text.vocab_size * text.hidden_size),
         ("hidden_size", text.hidden_size**2),
-        ("intermediate_size", text.intermediate_size * text.hidden_size),
+        ("intermediate_size", dense * text.intermediate_size * text.hidden_size),
+        ("num_experts", routed * text.hidden_size),
+        ("shared_expert_intermediate_size", shared * text.hidden_size),
         ("vision_config.embed_dim", 3 * vision.embed_dim**2),
         ("vision_config.mlp_ratio", vision.embed_dim * int(vision.embed_dim * vision.mlp_ratio)),
         ("vision_config.patch_size", vision.embed_dim * vision.patch_values),
@@ -194,7 +201,8 @@ def load_weights(
     """Fill ``model``, built on the meta device, with the tensors of ``folder``.
 
     Each tensor goes straight to ``device`` and ``dtype``, one at a time. On the CPU in the stored dtype nothing is
-    copied: parameters are private (copy-on-write) maps of the file, whose pages are read when first used.
+    copied: parameters are private (copy-on-write) maps of the file, whose pages are read when first used; experts that
+    lie apart are, one by one, into the matrices that hold them all.
 
     Args:
         ignore: names that a file may hold and the model does not need (the head of a tied model, where it is a copy of
@@ -229,9 +237,15 @@ def load_weights(
         if problems:
             raise CheckpointError(_listing(folder, problems))
         for done, name in enumerate(wanted, 1):
-            file, stored, _ = where[name]
-            # Device first, then dtype: a conversion runs where it is fast and the host never holds a second copy.
-            found[name] = file.get_tensor(stored).to(device).to(dtype)
+            if name in where:
+                file, stored, _ = where[name]
+                # Device first, then dtype: a conversion runs where it is fast and the host never holds a second copy.
+                found[name] = file.get_tensor(stored).to(device).to(dtype)
+            else:  # experts, each of which lies apart in the files
+                found[name] = torch.empty_like(wanted[name], device=device, dtype=dtype, requires_grad=False)
+                for part, view in expert_parts(name, found[name]):
+                    file, stored, _ = where[part]
+                    view.copy_(file.get_tensor(stored))
             if progress is not None:
                 progress(done, len(wanted))
     model.load_state_dict(found, strict=True, assign=True)  # keeps each parameter's requires_grad
@@ -241,14 +255,17 @@ def _compare(wanted: dict[str, nn.Parameter], where: dict[str, tuple]) -> list[s
     quantised = [name for name in where if name.endswith(_QUANTISED)]
     if quantised:
         return [f"quantised weights are not supported ({quantised[0]} and {len(quantised) - 1} more)"]
-    problems = [f"{name}{_MISSING}" for name in wanted if name not in where]
+    # Experts may lie in the files as they do in the model, too: transformers 5 can save them so.
+    pieces = [expert_parts(name, one.detach()) if name not in where else [(name, one)] for name, one in wanted.items()]
+    shapes = {name: tuple(one.shape) for piece in pieces for name, one in piece}
+    problems = [f"{name}{_MISSING}" for name in shapes if name not in where]
     for name, (file, stored, _) in where.items():
-        if name not in wanted:
+        if name not in shapes:
             problems.append(f"{name}: unexpected")
             continue
         view = file.get_slice(stored)
-        if tuple(view.get_shape()) != tuple(wanted[name].shape):
-            problems.append(f"{name}: shape {tuple(view.get_shape())}, the config wants {tuple(wanted[name].shape)}")
+        if tuple(view.get_shape()) != shapes[name]:
+            problems.append(f"{name}: shape {tuple(view.get_shape())}, the config wants {shapes[name]}")
         elif view.get_dtype() not in ("F64", "F32", "F16", "BF16"):
             problems.append(f"{name}: dtype {view.get_dtype()} is no float type")
     return problems
@@ -269,7 +286,8 @@ def save_weights(
     *,
     before: Callable[[], object] = lambda: None,
 ) -> None:
-    """Write ``model``'s parameters under the released names, sharded when larger than ``max_shard_bytes``.
+    """Write ``model``'s parameters under the released names, experts one by one, sharded when larger than
+    ``max_shard_bytes``.
 
     ``metadata``: for the header of every file, beside the format. ``before``: called when everything is on the disk and
     nothing of it has taken the place of what was there.
@@ -281,7 +299,8 @@ def save_weights(
 
     Raises :class:`CheckpointError` where a file cannot be written, as on a full disk; what was there is there then.
     """
-    groups = list(_shard(dict(model.named_parameters()), max_shard_bytes))
+    parts = (part for name, one in model.named_parameters() for part in expert_parts(name, one.detach()))
+    groups = list(_shard(dict(parts), max_shard_bytes))
     index, single = folder / INDEX_NAME, folder / SINGLE_NAME
     header = {"format": "pt", **(metadata or {})}
     stale = _own_shards(folder)
@@ -336,11 +355,10 @@ def _shards_of(index: Path) -> set[str]:
     return {name for name in names if isinstance(name, str) and Path(name).name == name}
 
 
-def _shard(parameters: dict[str, nn.Parameter], most: int) -> Iterator[dict[str, torch.Tensor]]:
+def _shard(tensors: dict[str, torch.Tensor], most: int) -> Iterator[dict[str, torch.Tensor]]:
     group: dict[str, torch.Tensor] = {}
     size = 0
-    for name, parameter in parameters.items():
-        tensor = parameter.detach()
+    for name, tensor in tensors.items():
         bytes_ = tensor.numel() * tensor.element_size()
         if group and size + bytes_ > most:
             yield group
