@@ -101,6 +101,8 @@ def start(config: ParallelConfig, shape: Qwen2VLConfig) -> Parallel:
     if mode == "ddp" and config.tensor > 1:
         raise TrainingConfigError("parallel.tensor: goes with mode 'fsdp', got 'ddp'")
     text = shape.text
+    if config.tensor > 1 and text.moe is not None:
+        raise TrainingConfigError(f"parallel.tensor: {config.tensor} splits dense layers, the model has experts")
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if getattr(text, name) % config.tensor:
             raise TrainingConfigError(f"parallel.tensor: {config.tensor} does not divide {name}, {getattr(text, name)}")
