@@ -33,10 +33,17 @@ class Experts(nn.Module):
 
     def forward(self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         """``(T, C)``: for each token of ``x (T, C)`` the sum of its ``experts (T, k)`` times ``weights (T, k)``."""
-        order, places, bounds = group_by_expert(experts, self.gate_up_proj.shape[0])
-        rows = _Spread.apply(x, order, places, experts.shape[1])  # (T k, C)
-        y = grouped_linear(swiglu(grouped_linear(rows, self.gate_up_proj, bounds)), self.down_proj, bounds)
-        return (y.index_select(0, places).unflatten(0, experts.shape) * weights.unsqueeze(-1)).sum(1)
+        return routed(x, weights, experts, self.gate_up_proj, self.down_proj)
+
+
+def routed(
+    x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor
+) -> torch.Tensor:
+    """What :class:`Experts` computes; the choices that are none of these experts add nothing."""
+    order, places, bounds = group_by_expert(experts, gate_up_proj.shape[0])
+    rows = _Spread.apply(x, order, places, experts.shape[1])  # (T k, C)
+    y = grouped_linear(swiglu(grouped_linear(rows, gate_up_proj, bounds)), down_proj, bounds)
+    return (y.index_select(0, places).unflatten(0, experts.shape) * weights.unsqueeze(-1)).sum(1)
 
 
 class _Spread(torch.autograd.Function):
@@ -92,12 +99,15 @@ def load_balancing_loss(router_logits: Sequence[torch.Tensor], chosen: int) -> t
     Switch Transformers (arXiv 2101.03961), equations 4 to 6, for several choices a token and layers taken together, as
     in transformers' Qwen2-MoE. ``router_logits``: ``(T, E)`` for each sparse layer.
     """
-    counts = sums = rows = 0
+    counts, sums, rows = [], [], 0
     for logits in router_logits:
         probabilities = router_probabilities(logits)
         picked = torch.zeros_like(probabilities).scatter_(1, probabilities.topk(chosen, -1).indices, 1.0)
-        counts, sums, rows = counts + picked.detach().sum(0), sums + probabilities.sum(0), rows + logits.shape[0]
-    return (counts / rows * (sums / rows)).sum() * router_logits[0].shape[1]
+        counts.append(picked.sum(0))
+        sums.append(probabilities.sum(0))
+        rows += logits.shape[0]
+    shares, means = (torch.stack(parts).sum(0) / rows for parts in (counts, sums))
+    return (shares * means).sum() * shares.shape[0]
 
 
 def expert_parts(name: str, stacked: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

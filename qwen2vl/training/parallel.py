@@ -3,7 +3,8 @@
     mode none   one process
     mode ddp    every rank holds the whole model (DistributedDataParallel)
     mode fsdp   parameters, gradients and optimiser state are sharded over the data ranks (fully_shard, block by block)
-    tensor > 1  that many neighbouring ranks split each decoder layer's heads and MLP columns and read the same packs
+    tensor > 1  that many neighbouring ranks split each decoder layer's heads and MLP columns, or its experts, and read
+                the same packs
 
 Tensor parallelism leaves the tower, the embedding and the head whole on each of its ranks; with fsdp they are still
 sharded over the data ranks.
@@ -25,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import Qwen2VLConfig
 from ..model import Qwen2VL
+from ..moe import Experts, SparseMoE, routed
 from .config import ParallelConfig
 from .errors import TrainingConfigError
 from .step import TrainingStep
@@ -101,11 +103,12 @@ def start(config: ParallelConfig, shape: Qwen2VLConfig) -> Parallel:
     if mode == "ddp" and config.tensor > 1:
         raise TrainingConfigError("parallel.tensor: goes with mode 'fsdp', got 'ddp'")
     text = shape.text
-    if config.tensor > 1 and text.moe is not None:
-        raise TrainingConfigError(f"parallel.tensor: {config.tensor} splits dense layers, the model has experts")
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        if getattr(text, name) % config.tensor:
-            raise TrainingConfigError(f"parallel.tensor: {config.tensor} does not divide {name}, {getattr(text, name)}")
+    sizes = {name: getattr(text, name) for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size")}
+    if text.moe is not None:
+        sizes |= {name: getattr(text.moe, name) for name in ("num_experts", "shared_expert_intermediate_size")}
+    for name, value in sizes.items():
+        if value % config.tensor:
+            raise TrainingConfigError(f"parallel.tensor: {config.tensor} does not divide {name}, {value}")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
@@ -144,7 +147,8 @@ def wrap_blocks(model: Qwen2VL, *, checkpoint_activations: bool, compiled: bool,
 
 
 def split_decoder(model: Qwen2VL, mesh: DeviceMesh) -> None:
-    """Tensor parallelism: heads of the attention and columns of the MLP, two all-reduces a layer and direction.
+    """Tensor parallelism: heads of the attention and columns of the MLP, two all-reduces a layer and direction. Of
+    routed experts each rank has its own; a shared one is split by columns, and routers are whole.
 
     The ops see plain tensors: a layer's input becomes one DTensor for all projections that read it (so its gradient is
     reduced once), and each projection gives back its local part, whose number of heads the attention reads off.
@@ -158,19 +162,47 @@ def split_decoder(model: Qwen2VL, mesh: DeviceMesh) -> None:
     )
 
     whole = Replicate()
-    plan = {
+    attention = {
         "self_attn": PrepareModuleInput(input_layouts=(whole, None), desired_input_layouts=(whole, None)),
         "self_attn.q_proj": ColwiseParallel(),
         "self_attn.k_proj": ColwiseParallel(),
         "self_attn.v_proj": ColwiseParallel(),
         "self_attn.o_proj": RowwiseParallel(),
-        "mlp": PrepareModuleInput(input_layouts=whole, desired_input_layouts=whole),
-        "mlp.gate_proj": ColwiseParallel(),
-        "mlp.up_proj": ColwiseParallel(),
-        "mlp.down_proj": RowwiseParallel(),
     }
     for layer in model.model.layers:
+        plan, mlp, prefix = attention, layer.mlp, "mlp"
+        if isinstance(mlp, SparseMoE):
+            _split_experts(mlp.experts, mesh)
+            prefix = "mlp.shared_expert" if mlp.shared_expert is not None else ""
+        if prefix:
+            plan = plan | {
+                prefix: PrepareModuleInput(input_layouts=whole, desired_input_layouts=whole),
+                f"{prefix}.gate_proj": ColwiseParallel(),
+                f"{prefix}.up_proj": ColwiseParallel(),
+                f"{prefix}.down_proj": RowwiseParallel(),
+            }
         parallelize_module(layer, mesh, plan)  # type: ignore[arg-type]
+
+
+def _split_experts(experts: Experts, mesh: DeviceMesh) -> None:
+    """Give each rank its share of the experts, which it takes every token to; sums over ranks are the whole."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    for name, parameter in list(experts.named_parameters()):
+        split = nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(0)]), parameter.requires_grad)
+        experts.register_parameter(name, split)
+
+    def enter(x: torch.Tensor) -> torch.Tensor:
+        """The same on every rank; its gradient is the sum of theirs."""
+        return DTensor.from_local(x, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
+
+    def forward(x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        own = [parameter.to_local() for parameter in (experts.gate_up_proj, experts.down_proj)]  # type: ignore[operator]
+        y = routed(enter(x), enter(weights), chosen - mesh.get_local_rank() * own[0].shape[0], *own)
+        parts = DTensor.from_local(y, mesh, [Partial()], run_check=False)
+        return parts.redistribute(placements=[Replicate()]).to_local()
+
+    experts.forward = forward  # type: ignore[method-assign]
 
 
 def distribute(step: TrainingStep, parallel: Parallel) -> nn.Module:

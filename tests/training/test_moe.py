@@ -103,8 +103,11 @@ def test_a_run_is_exported_and_resumed(folder, tmp_path):
         assert torch.equal(exported[name], value) and torch.equal(resumed[name], value), name
 
 
-def test_layers_with_experts_are_not_split(monkeypatch):
+def test_ranks_that_split_a_layer_have_as_many_experts_each(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(TrainingConfigError, match=r"parallel\.tensor: 2 splits dense layers, the model has experts"):
+    with pytest.raises(TrainingConfigError, match=r"parallel\.tensor: 2 does not divide num_experts, 5"):
         parallel.start(ParallelConfig(tensor=2), tiny_moe_config())
+    with pytest.raises(TrainingConfigError, match="2 does not divide shared_expert_intermediate_size, 41"):
+        config = tiny_moe_config(num_experts=6, shared_expert_intermediate_size=41)
+        parallel.start(ParallelConfig(tensor=2), config)
