@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .generation import GenerationConfig, GenerationResult, generate, stream
     from .media.options import Limits
     from .model import Qwen2VL
+    from .moe_config import MoEConfig
     from .prompt.inputs import Inputs
     from .prompt.processor import Processor
 
@@ -48,6 +49,7 @@ __all__ = [
     "Located",
     "MediaError",
     "MediaWarning",
+    "MoEConfig",
     "Processor",
     "PromptError",
     "Quad",
@@ -87,6 +89,7 @@ _MODULES = {
     "agents.loop": ("run_agent",),
     "media.options": ("Limits",),
     "model": ("Qwen2VL",),
+    "moe_config": ("MoEConfig",),
     "prompt.inputs": ("Inputs",),
     "prompt.processor": ("Processor",),
 }

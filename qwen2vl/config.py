@@ -78,6 +78,8 @@ class TextConfig:
     def __post_init__(self) -> None:
         _check_fields(self, "")
         if self.moe is not None:
+            if not isinstance(self.moe, MoEConfig):
+                raise CheckpointError(f"moe must be a MoEConfig or None, got {self.moe!r}")
             self.moe.check_depth(self.num_hidden_layers)
 
     @property

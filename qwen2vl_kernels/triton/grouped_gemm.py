@@ -89,8 +89,8 @@ def _rows_kernel(
     n = (program % across) * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
     k = tl.arange(0, BLOCK_K)
     # Strides come in units, as Triton knows of no divisor but 16 of a number it is given.
-    x_row *= X_UNIT
-    weight_row *= WEIGHT_UNIT
+    x_row = tl.cast(x_row, tl.int64) * X_UNIT
+    weight_row = tl.cast(weight_row, tl.int64) * WEIGHT_UNIT
     # Rows beyond the end, and columns that are rows in memory, read the last one instead: what they make is not stored.
     x_at = x + tl.minimum(m, end - 1)[:, None] * x_row + k[None, :]
     weight_at = weight + tl.minimum(group, GROUPS - 1).to(tl.int64) * weight_group
@@ -133,7 +133,7 @@ def launch_rows(x: torch.Tensor, weight: torch.Tensor, bounds: torch.Tensor, tra
         x.device,
         x=x,
         weight=weight,
-        bounds=bounds,
+        bounds=bounds.contiguous(),
         y=y,
         rows=rows,
         x_row=x.stride(0) // x_unit,
@@ -181,8 +181,8 @@ def _weight_kernel(
     k = (tile % across) * BLOCK_K + tl.arange(0, BLOCK_K)  # (BLOCK_K,)
     begin = tl.minimum(tl.maximum(tl.load(bounds + group), 0), rows)
     end = tl.minimum(tl.load(bounds + group + 1), rows)
-    dy_row *= DY_UNIT
-    x_row *= X_UNIT
+    dy_row = tl.cast(dy_row, tl.int64) * DY_UNIT
+    x_row = tl.cast(x_row, tl.int64) * X_UNIT
     inside_n, inside_k = n < N, k < K
     acc = tl.zeros((BLOCK_N, BLOCK_K), ACC)
     for first in range(begin, end, BLOCK_M):
@@ -208,7 +208,7 @@ def launch_weight(dy: torch.Tensor, x: torch.Tensor, bounds: torch.Tensor) -> to
         x.device,
         dy=dy,
         x=x,
-        bounds=bounds,
+        bounds=bounds.contiguous(),
         dweight=dweight,
         rows=rows,
         dy_row=dy.stride(0) // dy_unit,

@@ -315,6 +315,12 @@ def test_configs_that_do_not_fit_are_refused(changes, message):
         Qwen2VLConfig.from_dict(_stated(**changes))
 
 
+def test_the_keys_of_a_file_are_no_config_of_experts():
+    config = tiny_moe_config()
+    with pytest.raises(CheckpointError, match=r"moe must be a MoEConfig or None, got \{'num_experts': 5"):
+        replace(config.text, moe=config.text.moe.to_dict())
+
+
 def test_sizes_that_the_files_cannot_hold_are_refused(folder):
     for key in ("num_experts", "shared_expert_intermediate_size"):
         (folder / "config.json").write_text(json.dumps(_stated(**{key: 9999})))

@@ -72,9 +72,9 @@ def test_the_reference_is_the_formula():
 
 
 def test_strided_operands_and_widths_of_several_tiles():
-    """Rows and matrices in wider buffers, columns two apart, a gradient expanded from one row."""
+    """Rows and matrices in wider buffers, columns two apart, a gradient expanded from one row; bounds two apart."""
     wide, matrices = torch.randn(11, 3, 70, device=DEVICE), torch.randn(2, 90, 35, device=DEVICE)
-    bounds = _bounds([4, 7])
+    bounds = _bounds([2, 2, 3, 4])[::2]
     grad = torch.randn(45, device=DEVICE).expand(11, 45)
     for x in (wide[:, 1, :35], wide[:, 1, ::2]):
         for weight in (matrices[:, ::2], matrices.mT.contiguous().mT[:, ::2]):
