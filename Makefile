@@ -141,12 +141,12 @@ FUZZ_DIR ?= build/fuzz$(addprefix -,$(FUZZER))
 FUZZ_CXX ?= $(if $(filter libfuzzer,$(FUZZER)),clang++,c++)
 FUZZ_FLAGS = -std=c++17 -O1 -g -fno-sanitize-recover=all -ffp-contract=off -pthread -Icsrc \
 	$(if $(filter libfuzzer,$(FUZZER)),-fsanitize=fuzzer$(,)address$(,)undefined -DQWEN2VL_LIBFUZZER,-fsanitize=address$(,)undefined)
-FUZZ_TARGETS = $(addprefix $(FUZZ_DIR)/,image_to_patches mrope_positions)
+FUZZ_TARGETS = $(addprefix $(FUZZ_DIR)/,image_to_patches mrope_positions quant_linear)
 , := ,
 
 $(FUZZ_DIR)/%: tests/fuzz/%.cpp $(CSRC) $(FUZZ)
 	@mkdir -p $(FUZZ_DIR)
-	$(FUZZ_CXX) $(FUZZ_FLAGS) $< csrc/cpu/$*.cpp $(if $(filter image%,$*),$(wildcard csrc/cpu/resample*.cpp)) -o $@
+	$(FUZZ_CXX) $(FUZZ_FLAGS) $< csrc/cpu/$*.cpp $(if $(filter image%,$*),$(wildcard csrc/cpu/resample*.cpp)) $(if $(filter quant%,$*),csrc/cpu/workers.cpp) -o $@
 
 fuzz: $(FUZZ_TARGETS)
 	@for target in $^; do \

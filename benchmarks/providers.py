@@ -9,6 +9,7 @@ from importlib import metadata
 PEERS: dict[str, tuple[str, tuple[int, int]]] = {
     "transformers": ("transformers", (5, 23)),
     "torch": ("torch", (2, 10)),
+    "vllm": ("vllm", (0, 10)),
     "flash_attn": ("flash-attn", (2, 7)),
     "flash_attn_interface": ("flash_attn_3", (3, 0)),
     "fa3_fwd_interface": ("fa3-fwd", (0, 0)),

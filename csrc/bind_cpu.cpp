@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "bind_frames.h"
+#include "bind_quant.h"
 #include "bind_views.h"
 #include "build_info.h"
 #include "cpu/few_rows.h"
@@ -113,6 +114,8 @@ PYBIND11_MODULE(_cpu, m) {
         qwen2vl::few_rows(p, options[0], static_cast<size_t>(options[1]));
       },
       py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("y"), py::arg("sizes"), py::arg("options"));
+
+  qwen2vl::bind_quant(m);
 
   // frames: see frame_job. options: patch, merge, PatchType, address of the table, threads, index of the row kernels.
   m.def(

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .agents.loop import run_agent
     from .choosing import TokenLogprobs
     from .config import Qwen2VLConfig, TextConfig, VisionConfig
+    from .conversation import Conversation
     from .errors import (
         CheckpointError,
         ContextLengthError,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .media.options import Limits
     from .model import Qwen2VL
     from .moe_config import MoEConfig
+    from .parallel import TensorParallel
     from .prompt.inputs import Inputs
     from .prompt.processor import Processor
 
@@ -38,6 +40,7 @@ __all__ = [
     "Call",
     "CheckpointError",
     "ContextLengthError",
+    "Conversation",
     "DataError",
     "FunctionCallError",
     "GenerationConfig",
@@ -57,6 +60,7 @@ __all__ = [
     "Qwen2VLConfig",
     "Qwen2VLError",
     "Result",
+    "TensorParallel",
     "TextConfig",
     "TokenLogprobs",
     "VisionConfig",
@@ -70,6 +74,7 @@ __all__ = [
 
 _MODULES = {
     "choosing": ("TokenLogprobs",),
+    "conversation": ("Conversation",),
     "config": ("Qwen2VLConfig", "TextConfig", "VisionConfig"),
     "errors": (
         "CheckpointError",
@@ -90,6 +95,7 @@ _MODULES = {
     "media.options": ("Limits",),
     "model": ("Qwen2VL",),
     "moe_config": ("MoEConfig",),
+    "parallel": ("TensorParallel",),
     "prompt.inputs": ("Inputs",),
     "prompt.processor": ("Processor",),
 }

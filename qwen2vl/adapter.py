@@ -24,6 +24,7 @@ from torch import nn
 from . import hub
 from .errors import CheckpointError, install_hint
 from .files import read_json, withdraw_json, write_json, write_whole
+from .quantization import QuantLinear
 from .weights import our_name
 
 if TYPE_CHECKING:
@@ -105,6 +106,8 @@ def load_adapter(model: Qwen2VL, name_or_path: str | os.PathLike[str]) -> None:
     linear layer of the decoder or of the tower's blocks (DoRA, ``modules_to_save``, biases, patterns of ranks ...), a
     model that has one already, or peft is missing.
     """
+    if model.parallel is not None:
+        raise CheckpointError("adapter: wants a whole model; merge it, then load the result in parallel")
     if adapted(model):
         raise CheckpointError("adapter: the model has one; merge it before another is added")
     folder = hub.resolve(name_or_path)
@@ -148,7 +151,7 @@ def _read_config(folder: Path) -> tuple[LoraShape, list[str] | None]:
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise CheckpointError(f"{path}: r must be a positive integer, got {rank!r}")
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not abs(alpha) < 1e300:  # NaN neither
         raise CheckpointError(f"{path}: lora_alpha must be a number, got {alpha!r}")
     targets = config.get("target_modules")
     narrowed = any(config.get(key) is not None for key in ("layers_to_transform", "exclude_modules"))
@@ -256,7 +259,9 @@ def _theirs(name: str) -> str:
 def merged_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """The model's parameters under their released names, adapters added to the weights that they adapt, one after
     another, so that no more than one merged matrix is held."""
-    layers = {f"{name}.base_layer.weight": layer for name, layer in adapted(model).items()}
+    found = adapted(model)
+    _refuse_quantised(found)
+    layers = {f"{name}.base_layer.weight": layer for name, layer in found.items()}
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             continue
@@ -265,14 +270,28 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def merge_layers(model: Qwen2VL) -> None:
-    """Put every adapted layer's sum in its place; nothing of the adapter is left."""
-    for name, layer in adapted(model).items():
+    """Put every adapted layer's sum in its place; nothing of the adapter is left.
+
+    Raises :class:`CheckpointError` where one adapts quantised weights, in which the sum would be rounded away.
+    """
+    layers = adapted(model)
+    _refuse_quantised(layers)
+    for name, layer in layers.items():
         base = layer.base_layer
         base.weight.data = _merged(base.weight.detach(), layer)
         model.set_submodule(name, base)
     for part in (model.model.layers, model.visual.blocks):
         if hasattr(part, "peft_config"):
             del part.peft_config
+
+
+def _refuse_quantised(layers: dict[str, Any]) -> None:
+    for name, layer in layers.items():
+        if isinstance(layer.base_layer, QuantLinear):
+            raise CheckpointError(
+                f"adapter: {name} is quantised ({layer.base_layer.how.label}), and the sum would be rounded to its few "
+                "values; merge into the checkpoint in 16 bits, or keep the adapter beside this one"
+            )
 
 
 def _merged(weight: torch.Tensor, layer: Any) -> torch.Tensor:

@@ -141,6 +141,12 @@ class KVCache:
         self.seqlens.sub_(self.growth * tokens)
         self.next_position.sub_(tokens)
 
+    def rewind(self, tokens: int) -> None:
+        """Keep the first ``tokens`` of every row. Where positions go on is not known then: the next call of the model
+        is to be given its ``position_ids``."""
+        self.lengths = [tokens] * self.batch
+        self.seqlens.fill_(tokens)
+
     def _room(self, after: Iterable[int]) -> None:
         if (most := max(after)) > self.capacity:
             raise ContextLengthError(f"the cache holds {self.capacity} tokens a sequence, {most} are needed")

@@ -92,21 +92,31 @@ class Chooser:
             real = torch.ones_like(ids) if mask is None else mask.to(model.device)
             self.seen = torch.zeros((ids.shape[0], c.text.vocab_size), dtype=torch.int64, device=model.device)
             self.seen = self.seen.scatter_add_(1, ids.long(), real.long()).repeat_interleave(answers, 0)
+        changed = config.samples or processors or config.repetition_penalty != 1.0
+        self.plain = not changed and config.logprobs is None
         self.generators: list[torch.Generator] = []
         self.uniforms: torch.Tensor | None = None
         self.chosen = 0
+        self.prompts, self.steps, self.device = ids.shape[0], steps or config.max_new_tokens, model.device
+        self.seeded: int | Sequence[int] | None = None  # what the draws come from
         if config.samples:
-            # The seed is drawn from PyTorch's generator, so that torch.manual_seed repeats an answer and nothing is
-            # reseeded.
-            seed = int(torch.randint(2**63 - 1, ())) if config.seed is None else config.seed
-            rows = [seed + row for row in range(ids.shape[0])] if isinstance(seed, int) else list(seed)
-            if len(rows) != ids.shape[0]:
-                raise Qwen2VLError(f"seed: wants one for each of {ids.shape[0]} prompts, got {len(rows)}")
-            seeds = [row + _STRIDE * answer for row in rows for answer in range(answers)]
-            if KVCache.asynchronous(model.device):
-                self.uniforms = uniforms(seeds, steps or config.max_new_tokens).to(model.device)
-            else:
-                self.generators = [torch.Generator(model.device).manual_seed(one % 2**63) for one in seeds]
+            # It is drawn from PyTorch's generator, so that torch.manual_seed repeats an answer and nothing is reseeded.
+            self.seed(int(torch.randint(2**63 - 1, ())) if config.seed is None else config.seed)
+
+    def seed(self, seed: int | Sequence[int]) -> None:
+        """Draw from here on as ``GenerationConfig.seed`` says.
+
+        Raises :class:`Qwen2VLError` for another number of seeds than of prompts.
+        """
+        self.seeded = seed
+        rows = [seed + row for row in range(self.prompts)] if isinstance(seed, int) else list(seed)
+        if len(rows) != self.prompts:
+            raise Qwen2VLError(f"seed: wants one for each of {self.prompts} prompts, got {len(rows)}")
+        seeds = [row + _STRIDE * answer for row in rows for answer in range(self.config.num_return_sequences)]
+        if KVCache.asynchronous(self.device):
+            self.uniforms = uniforms(seeds, self.steps).to(self.device)
+        else:
+            self.generators = [torch.Generator(self.device).manual_seed(one % 2**63) for one in seeds]
 
     def __call__(self, logits: torch.Tensor, answers: list[list[int]], ended: Sequence[bool]) -> Choice:
         """Of ``(B, vocab)`` logits.
@@ -114,6 +124,8 @@ class Chooser:
         ``answers``, ids so far, and ``ended``, of each row, are for logits processors; what is chosen for a row that
         has ended means nothing. Raises :class:`Qwen2VLError` for processors' scores from which nothing can be chosen.
         """
+        if self.plain:  # nothing but the order of the logits counts
+            return Choice(logits.index_fill(1, self.banned, float("-inf")).argmax(-1))
         scores = self.scores(logits)
         if self.processors:
             scores = self.processed(scores, answers, ended)

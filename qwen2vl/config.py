@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError
 from .files import read_json
 from .moe_config import MODEL_TYPE as MOE_TYPE
 from .moe_config import MoEConfig, moe_from_dict
+
+if TYPE_CHECKING:
+    from .quantization import Quantization
 
 #: Mean and standard deviation of the channels R, G, B in [0, 1], by which every released checkpoint normalises pixels.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -106,6 +109,7 @@ class Qwen2VLConfig:
     eos_token_id: int = 151645
     pad_token_id: int = 151643
     torch_dtype: str = "bfloat16"
+    quantization: Quantization | None = None  # of the files' weights; see :mod:`qwen2vl.quantization`
 
     def __post_init__(self) -> None:
         t, v = self.text, self.vision
@@ -131,6 +135,8 @@ class Qwen2VLConfig:
             token = getattr(self, name)
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < t.vocab_size:
                 problems.append(f"{name} {token!r} is outside the vocabulary of {t.vocab_size}")
+        if t.moe is not None and self.quantization is not None:
+            problems.append("quantised weights of mixtures of experts are not supported")
         if self.image_token_id == self.video_token_id:
             problems.append(f"image_token_id and video_token_id must differ, got {self.image_token_id} twice")
         if problems:
@@ -164,11 +170,7 @@ class Qwen2VLConfig:
         model_type = data.get("model_type", "qwen2_vl")
         if model_type not in ("qwen2_vl", MOE_TYPE):
             raise CheckpointError(f"model_type is {model_type!r}; this package loads 'qwen2_vl' and {MOE_TYPE!r}")
-        if data.get("quantization_config"):
-            method = _object(data, "quantization_config").get("quant_method", "unknown method")
-            raise CheckpointError(
-                f"quantised checkpoints ({method}) are not supported; load the bfloat16 release of the same model"
-            )
+        stated = _object(data, "quantization_config")
         vision = _object(data, "vision_config")
         if not vision:
             raise CheckpointError("vision_config is missing")
@@ -200,6 +202,8 @@ class Qwen2VLConfig:
         vision_values = {name: vision[name] for name in _VISION_FIELDS if name in vision}
         if "rope_theta" in (vision_rope := _stated(_object(vision, "rope_parameters"))):
             vision_values["rope_theta"] = vision_rope["rope_theta"]
+        from .quantization import Quantization  # which loads PyTorch: the command line reads constants of this module
+
         return cls(
             text=TextConfig(
                 mrope_section=tuple(section) if isinstance(section, list) else section,
@@ -213,6 +217,7 @@ class Qwen2VLConfig:
                 **vision_values,
             ),
             torch_dtype=str(merged.get("dtype") or merged.get("torch_dtype") or "bfloat16").removeprefix("torch."),
+            quantization=Quantization.from_dict(stated) if stated else None,
             **{name: merged[name] for name in _TOKEN_IDS if name in merged},
         )
 
@@ -244,6 +249,7 @@ class Qwen2VLConfig:
             "vocab_size": t.vocab_size,
             **({} if t.moe is None else t.moe.to_dict()),
             **{name: getattr(self, name) for name in _TOKEN_IDS},
+            **({} if self.quantization is None else {"quantization_config": dict(self.quantization.stated)}),
             "vision_config": {
                 "model_type": "qwen2_vl",
                 "depth": v.depth,

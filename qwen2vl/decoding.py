@@ -21,6 +21,7 @@ from .choosing import Choice
 from .errors import Qwen2VLError
 from .graphs import capture, pool_of, round_up, setting_of, unfit, weights_of
 from .model import Qwen2VL
+from .parallel import TensorParallel
 
 #: The caches of captured steps that are kept between answers take at most so many bytes, for each model.
 KEPT_BYTES = 1 << 30
@@ -37,6 +38,10 @@ class Steps:
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.model.step(tokens.unsqueeze(1), self.cache).squeeze(1)
 
+    def serves(self, capacity: int) -> bool:
+        """Whether they can be gone on with, up to ``capacity`` tokens a row."""
+        return self.cache.capacity >= capacity
+
     def close(self) -> None:
         """No more tokens are wanted."""
 
@@ -47,7 +52,7 @@ class _Captured:
     @torch.inference_mode(False)  # tensors that the next answer can change in whatever mode it runs
     @torch.no_grad()  # inside, as leaving inference mode switches gradients on
     def __init__(self, model: Qwen2VL, rows: int, capacity: int, pool: Any) -> None:
-        self.cache = KVCache(model.config.text, rows, capacity, device=model.device, dtype=model.dtype)
+        self.cache = KVCache(model.model.cache_config, rows, capacity, device=model.device, dtype=model.dtype)
         self.cache.idle(range(rows))  # what runs until the first prompt changes nothing
         self.ids = torch.zeros((rows, 1), dtype=torch.int64, device=model.device)
         self.replay, self.logits = capture(lambda: model.step_on_device(self.ids, self.cache), model.device, pool)
@@ -111,6 +116,11 @@ class CapturedSteps(Steps):
         self.cache.lengths = after
         return self._captured.logits.narrow(0, 0, self.rows).squeeze(1)
 
+    def serves(self, capacity: int) -> bool:
+        one = self._captured
+        now = weights_of(self.model), self.cache.batch, capacity, setting_of(self.model.device)
+        return one is not None and one.weights == now[0] and one.serves(*now[1:])
+
     def close(self) -> None:
         captured, self._captured = self._captured, None
         if captured is not None:
@@ -172,9 +182,11 @@ class Mark(NamedTuple):
 
 
 class Underway:
-    """A choice on its way to the host."""
+    """A choice on its way to the host; where the model is split, that of rank 0."""
 
-    def __init__(self, choice: Choice) -> None:
+    def __init__(self, choice: Choice, parallel: TensorParallel | None = None) -> None:
+        if parallel is not None:
+            parallel.from_first(choice.tokens)
         self.tokens = choice.tokens  # on the device, for the next step
         self._copies = Choice(*(None if one is None else one.to("cpu", non_blocking=True) for one in choice))  # type: ignore[arg-type]
         self._copied = Mark.now(choice.tokens.device)

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from .adapter import adapted
 from .checks import Grid, Patches
-from .graphs import hooked, setting_of, weights_of
+from .graphs import setting_of, unfit_for_keeping, versions_of
 
 if TYPE_CHECKING:
     from .model import Qwen2VL
@@ -77,7 +76,7 @@ class KeptFeatures:
         """``encode(media)``, where only those items are encoded that are not kept.
 
         All are, and none is kept, where gradients are wanted, for patches on a GPU, which the host would have to wait
-        for, and for a model with an adapter or hooks, which may change without notice.
+        for, and for a model with an adapter or hooks, which may change without notice, or split over processes.
         """
         merge_size, state = model.config.vision.spatial_merge_size, _state(model, media)
         if state is None:
@@ -111,12 +110,14 @@ def _state(model: Qwen2VL, media: Sequence[Patches]) -> tuple | None:
     """What features depend on beside their item; None where that cannot be told, or costs more than it saves."""
     parameters = list(model.visual.parameters())
     given = [one.rows for one in media]
+    if model.parallel is not None:  # all ranks would have to keep the same
+        return None
     if torch.compiler.is_compiling() or not all(rows is not None and rows.device.type == "cpu" for rows in given):
         return None
     tracked = torch.is_grad_enabled() and any(one.requires_grad for one in [*parameters, *given] if one is not None)
-    if tracked or adapted(model) or hooked(model.visual) or any(one.is_inference() for one in parameters):
+    if tracked or unfit_for_keeping(model, model.visual) or any(one.is_inference() for one in parameters):
         return None
-    return weights_of(model.visual), tuple(one._version for one in parameters), setting_of(model.device)[1:]
+    return versions_of(model.visual), setting_of(model.device)[1:]
 
 
 def _items(media: Sequence[Patches], merge_size: int) -> Iterator[_Item]:
@@ -128,7 +129,7 @@ def _items(media: Sequence[Patches], merge_size: int) -> Iterator[_Item]:
             rows = one.rows[start : start + t * h * w]
             start += t * h * w
             told = blake2b(f"{grid} {rows.dtype} {tuple(rows.shape)} ".encode(), digest_size=32)
-            told.update(memoryview(rows.detach().contiguous().view(torch.uint8).numpy()))
+            told.update(rows.detach().contiguous().view(torch.uint8).numpy().data)
             yield _Item(told.digest(), one.kind, rows, grid, t * h * w // merge_size**2)
 
 

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
+from . import interrupts
 from .errors import CheckpointError
 
 MAX_BYTES = 256 << 20  # of a file that is read whole; a tokenizer.json has some 10 MB
@@ -39,15 +40,17 @@ def read_text(path: Path) -> str:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
 
 
-def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """A file for reading, if it is a regular one: a pipe may wait for ever, and a device have no end.
+def open_regular(path: str | os.PathLike[str], *, update: bool = False) -> BinaryIO:
+    """A file for reading, with ``update`` for writing, too, if it is a regular one: a pipe may wait for ever, and a
+    device have no end.
 
     One of 0 bytes is empty, whatever else /proc would make up or wait for. Raises OSError.
     """
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    access = os.O_RDWR if update else os.O_RDONLY
+    descriptor = os.open(path, access | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     status = os.fstat(descriptor)
-    if stat.S_ISREG(status.st_mode) and status.st_size:
-        return os.fdopen(descriptor, "rb")
+    if stat.S_ISREG(status.st_mode) and (status.st_size or update):
+        return os.fdopen(descriptor, "r+b" if update else "rb")
     os.close(descriptor)
     if not stat.S_ISREG(status.st_mode):
         raise OSError(None, "is not a regular file", os.fspath(path))
@@ -73,13 +76,14 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        scratch.touch()
-        mode = scratch.stat().st_mode
-        write(scratch)
-        scratch.chmod(mode)
-        with scratch.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
+        with interrupts.scratch(scratch):
+            scratch.touch()
+            mode = scratch.stat().st_mode
+            write(scratch)
+            scratch.chmod(mode)
+            with scratch.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(scratch, path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be written: {error}") from error
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
@@ -14,15 +14,20 @@ import torch
 from .cache import KVCache
 from .checks import Call, check_call
 from .choosing import Chooser, LogitsProcessor, TokenLogprobs
+from .conversation import Conversation
 from .decoding import Mark, Steps, Underway, begin_steps, wants_graphs
 from .errors import CheckpointError, ContextLengthError, PromptError, Qwen2VLError
+from .media.options import shown
 from .model import Qwen2VL
-from .progress import Row
+from .progress import Row, end_ids, stop_ids
 
 if TYPE_CHECKING:
     from .agents.answers import Located
     from .prompt.inputs import MediaInfo
     from .prompt.tokenizer import Tokenizer
+
+
+MAX_SEQUENCES = 65_536  # answers to one prompt
 
 
 @dataclass(frozen=True)
@@ -81,15 +86,15 @@ class GenerationConfig:
             ("stop", _non_empty_strings(self.stop), "a sequence of non-empty strings"),
             (
                 "num_return_sequences",
-                _integer(self.num_return_sequences) and self.num_return_sequences >= 1,
-                "an integer >= 1",
+                _integer(self.num_return_sequences) and 1 <= self.num_return_sequences <= MAX_SEQUENCES,
+                f"an integer in [1, {MAX_SEQUENCES}]",
             ),
             ("logprobs", self.logprobs is None or (_integer(self.logprobs) and self.logprobs >= 0), "an integer >= 0"),
             ("eos_token_ids", _token_ids(self.eos_token_ids), "a sequence of integers >= 0"),
         )
         for name, ok, want in checks:
             if not ok:
-                raise Qwen2VLError(f"{name} must be {want}, got {getattr(self, name)!r}")
+                raise Qwen2VLError(f"{name} must be {want}, got {shown(getattr(self, name))}")
         if self.do_sample is False:
             for name, neutral in _SHAPING.items():
                 if getattr(self, name) not in (None, neutral):
@@ -147,11 +152,16 @@ _SHAPING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
 def _number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int that no float holds
+        return False
 
 
 def _integer(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and -(1 << 63) <= value < 1 << 63
 
 
 def _non_empty_strings(values: object) -> bool:
@@ -180,6 +190,7 @@ class GenerationResult:
     ``raw_texts``: all that was generated, with the control tokens that ``texts`` leave out and with what ended it;
     empty without a tokenizer. ``media``: the images and videos of each prompt, empty where the inputs came from no
     processor. ``logprobs``: for each id of ``sequences``, empty unless the configuration asks for them.
+    ``cached_tokens``: of each prompt's tokens, those that a conversation held already.
     """
 
     sequences: list[list[int]]
@@ -190,6 +201,7 @@ class GenerationResult:
     raw_texts: list[str] = field(default_factory=list)
     media: list[list[MediaInfo]] = field(default_factory=list)
     logprobs: list[list[TokenLogprobs]] = field(default_factory=list)
+    cached_tokens: list[int] = field(default_factory=list)
 
     def places(self, row: int = 0, *, media: int | None = None) -> list[Located]:
         """The boxes and quadrilaterals of one answer with their labels, in thousandths and in pixels of the source.
@@ -223,46 +235,56 @@ class _Run:
         config: GenerationConfig,
         logits_processors: Sequence[LogitsProcessor],
         graphs: bool | None,
+        conversation: Conversation | None,
     ) -> None:
         if tokenizer is not None and not hasattr(tokenizer, "stream_decoder"):
             raise TypeError(f"tokenizer must be a processor's tokenizer, got {type(tokenizer).__name__}")
         if config.stop and tokenizer is None:
             raise PromptError("stop strings need a tokenizer")
-        self.model, self.config = model, config
+        self.model, self.config, self.inputs = model, config, inputs
         call = check_call(model.config, **cast("dict[str, Any]", inputs))
-        self.call: Call | None = call  # let go after the prefill: pixels are large
+        self.call: Call | None = call
+        self.conversation = conversation
+        if conversation is not None and (len(call.counts), config.num_return_sequences) != (1, 1):
+            got = f"{len(call.counts)} prompts with {config.num_return_sequences} answers each"
+            raise PromptError(f"conversation: wants one prompt with one answer, got {got}")
         self.prompt_tokens = [count for count in call.counts for _ in range(config.num_return_sequences)]
         budgets = _budgets(model, call.counts, config.max_new_tokens)
+        self.cached_tokens = [0] * len(self.prompt_tokens)
         self.budgets = [budget for budget in budgets for _ in range(config.num_return_sequences)]
         self.rows = [Row(tokenizer and tokenizer.stream_decoder(), config.stop) for _ in self.prompt_tokens]
         self.timings: dict[str, float] = {"vision": 0.0, "prefill": 0.0, "decode": 0.0, "decode_steps": 0}
-        self.ends = _end_ids(model, config)
+        self.ends = end_ids(model, config.eos_token_ids)
         if tokenizer is not None:
-            self.ends = _stop_ids(tokenizer, config.stop) | self.ends
+            self.ends = stop_ids(tokenizer, config.stop) | self.ends
         self.choose = Chooser(model, inputs, config, logits_processors, steps=max(budgets))
         self.graphs = wants_graphs(model, graphs)
         # Where the host need not wait it reads a token while the next step runs. Logits processors want every answer so
         # far before the next choice.
-        self.ahead = KVCache.asynchronous(model.device) and not logits_processors
+        self.ahead = KVCache.asynchronous(model.device) and not logits_processors and model.parallel is None
 
     # inference_mode is entered around each forward and not around a yield: it is a state of the thread, and must not
     # reach the consumer between two tokens.
     def __iter__(self) -> Generator[tuple[int, int, str], None, None]:
-        with torch.inference_mode():
-            steps, logits = self._prefill()
-            underway = self._chosen(logits)
-        try:
+        with ExitStack() as ending:
+            with torch.inference_mode():
+                steps, logits = self._prefill(ending)
+                underway = self._chosen(logits)
             while True:
                 following = self._step(steps, underway) if self.ahead and not self._last(1) else None
                 choice = underway.wait()
                 told = choice.told()
-                for index, (row, token) in enumerate(zip(self.rows, choice.tokens.tolist(), strict=True)):
-                    if not row.reason:
-                        piece = row.push(token, self.ends, self.budgets[index])
-                        if told and token not in self.ends:
-                            row.logprobs.append(told[index])
-                        yield index, token, piece
-                if self._last(0):
+                try:
+                    for index, (row, token) in enumerate(zip(self.rows, choice.tokens.tolist(), strict=True)):
+                        if not row.reason:
+                            piece = row.push(token, self.ends, self.budgets[index])
+                            if told and token not in self.ends:
+                                row.logprobs.append(told[index])
+                            yield index, token, piece
+                except BaseException:  # whoever reads wants no more
+                    self._over(True)
+                    raise
+                if self._over(self._last(0)):
                     return  # the step that follows, where one does, went too far: nobody reads it
                 # Rows that have ended keep their place, with a token nobody reads.
                 with torch.inference_mode():
@@ -271,8 +293,10 @@ class _Run:
                 underway, took = following
                 self.timings["decode"] += took()
                 self.timings["decode_steps"] += 1
-        finally:
-            steps.close()
+
+    def _over(self, over: bool) -> bool:
+        """Whether no more tokens are wanted; where the model is split, by rank 0's word."""
+        return over if self.model.parallel is None else self.model.parallel.end_of_step(over, self.rows)
 
     def _last(self, unread: int) -> bool:
         """Whether all rows have ended, or will have by their budgets with ``unread`` more tokens."""
@@ -290,27 +314,38 @@ class _Run:
 
     def _chosen(self, logits: torch.Tensor) -> Underway:
         answers, ended = [row.ids for row in self.rows], [bool(row.reason) for row in self.rows]
-        return Underway(self.choose(logits, answers, ended))
+        return Underway(self.choose(logits, answers, ended), self.model.parallel)
 
     @property
     def finish_reasons(self) -> list[str]:
         most = self.config.max_new_tokens
         return ["context" if row.reason == "length" and len(row.ids) < most else row.reason for row in self.rows]
 
-    def _prefill(self) -> tuple[Steps, torch.Tensor]:
-        """Steps behind the prompts, and the logits ``(rows, vocab)`` at their ends."""
+    def _prefill(self, ending: ExitStack) -> tuple[Steps, torch.Tensor]:
+        """Steps behind the prompts, which ``ending`` closes, and the logits ``(rows, vocab)`` at their ends."""
         if self.call is None:
             raise RuntimeError("a run can be iterated once")
-        model, call, self.call = self.model, self.call, None
+        model, call, inputs = self.model, self.call, self.inputs
+        self.call, self.inputs = None, {}  # pixels are large
+        if model.parallel is not None:
+            model.parallel.begin(inputs, self.config, self.choose, self.conversation is not None)
         answers = self.config.num_return_sequences
         capacity = max(map(sum, zip(self.prompt_tokens, self.budgets, strict=True)))
-        first = capacity if answers == 1 and not self.graphs else max(call.counts)
-        cache = KVCache(model.config.text, len(call.counts), first, device=model.device, dtype=model.dtype)
+        steps = None
+        if self.conversation is not None:
+            turn = self.conversation.turn(model, call, capacity, self.graphs, self.rows[0])
+            steps, call, kept = ending.enter_context(turn)
+            self.cached_tokens, cache = [kept], steps.cache
+        else:
+            first = capacity if answers == 1 and not self.graphs else max(call.counts)
+            cache = KVCache(model.model.cache_config, len(call.counts), first, device=model.device, dtype=model.dtype)
         features = call.features
         if features is None:
             features = self._timed("vision", model.encode_patches, call.media, None if self.graphs else False)
         logits = self._timed("prefill", model.prefill, call, features, cache, last_only=True)
-        steps = begin_steps(model, cache, answers, capacity, self.graphs)
+        if steps is None:
+            steps = begin_steps(model, cache, answers, capacity, self.graphs)
+            ending.callback(steps.close)
         return steps, logits[:, 0].repeat_interleave(answers, 0)
 
     def _timed(self, name: str, call: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -331,6 +366,7 @@ def generate(
     logits_processors: Sequence[LogitsProcessor] = (),
     on_token: Callable[[int, int, str], None] | None = None,
     graphs: bool | None = None,
+    conversation: Conversation | None = None,
 ) -> GenerationResult:
     """Continue every sequence of a batch.
 
@@ -345,6 +381,8 @@ def generate(
         graphs: capture a step of decoding as a CUDA graph at the first use of a number of rows, and replay it (see
             :mod:`qwen2vl.decoding`), and the vision tower likewise (:mod:`qwen2vl.tower_graph`); default where the
             model is on CUDA and ``QWEN2VL_GRAPHS=1`` is set, as no GPU has run them yet.
+        conversation: keeps the cache of one prompt and its answer; the next prompt with it is read from where it
+            departs from them.
 
     No sequence depends on the others of its batch, the room for its answer included.
 
@@ -352,7 +390,8 @@ def generate(
     :class:`Qwen2VLError` for logits processors that leave a row nothing to choose from, and for graphs of a model that
     is on no CUDA device, or has an adapter or hooks.
     """
-    run = _Run(model, inputs, tokenizer, config or GenerationConfig.from_model(model), logits_processors, graphs)
+    config = config or GenerationConfig.from_model(model)
+    run = _Run(model, inputs, tokenizer, config, logits_processors, graphs, conversation)
     with closing(iter(run)) as chosen:
         for row, token, piece in chosen:
             if on_token is not None:
@@ -369,6 +408,7 @@ def generate(
             for n in range(len(run.rows))
         ],
         logprobs=[row.logprobs for row in run.rows] if run.config.logprobs is not None else [],
+        cached_tokens=run.cached_tokens,
     )
 
 
@@ -380,6 +420,7 @@ def stream(
     config: GenerationConfig | None = None,
     logits_processors: Sequence[LogitsProcessor] = (),
     graphs: bool | None = None,
+    conversation: Conversation | None = None,
 ) -> Iterator[str]:
     """Text of one sequence in pieces as they become certain; joined they are :func:`generate`'s text.
 
@@ -390,7 +431,7 @@ def stream(
     config = config or GenerationConfig.from_model(model)
     if config.num_return_sequences != 1:
         raise PromptError(f"config: stream gives one answer, got num_return_sequences={config.num_return_sequences}")
-    run = _Run(model, inputs, tokenizer, config, logits_processors, graphs)
+    run = _Run(model, inputs, tokenizer, config, logits_processors, graphs, conversation)
     return (piece for _, _, piece in run if piece)
 
 
@@ -406,27 +447,3 @@ def _budgets(model: Qwen2VL, prompt_tokens: Sequence[int], max_new_tokens: int) 
             f"{', '.join(full)}; shorten the prompt, or lower max_pixels or a video's tokens"
         )
     return [min(max_new_tokens, limit - count) for count in prompt_tokens]
-
-
-def _end_ids(model: Qwen2VL, config: GenerationConfig) -> dict[int, str]:
-    ends = config.eos_token_ids
-    if not ends:
-        stated = model.generation_defaults.get("eos_token_id")
-        if stated is None:
-            stated = [model.config.eos_token_id, model.config.bos_token_id]
-        ends = stated if isinstance(stated, list) else [stated]
-    return dict.fromkeys(ends, "stop")
-
-
-def _stop_ids(tokenizer: Tokenizer, stop: Sequence[str]) -> dict[int, str]:
-    """The ids of those stop strings that are control tokens: a text does not show them, so they end a row by id.
-
-    Raises :class:`PromptError` for one that has text beside a control token, which would never be found.
-    """
-    for text in stop:
-        held = [name for name in tokenizer.special_ids if name in text]
-        if held and text not in held:
-            raise PromptError(
-                f"stop: wants control tokens by themselves, as texts leave them out, got {text!r} with {held[0]}"
-            )
-    return {tokenizer.special_ids[text]: "stop_string" for text in stop if text in tokenizer.special_ids}

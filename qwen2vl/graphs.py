@@ -30,9 +30,16 @@ def unfit(model: Qwen2VL, part: nn.Module) -> str:
     """Why ``part`` of ``model`` cannot be captured, "" where it can."""
     if not KVCache.asynchronous(model.device):
         return f"wants a model on a CUDA device, and QWEN2VL_GRAPHS=1 in the environment, it is on {model.device}"
+    if model.parallel is not None:
+        return "the model is split over processes, whose sums no graph of ours holds"
+    return unfit_for_keeping(model, part)
+
+
+def unfit_for_keeping(model: Qwen2VL, part: nn.Module) -> str:
+    """Why what ``part`` of ``model`` does may not be kept from one call for the next, "" where it may."""
     if adapted(model):
         return "the model has an adapter, which may be switched without notice; merge_adapter() first"
-    if hooked(part):
+    if any(one._forward_hooks or one._forward_pre_hooks for one in part.modules()):
         return "the model has hooks, which a replay would not call"
     experts = any(isinstance(one, Experts) for one in part.modules())
     if experts and resolve("grouped_linear", model.device.type, None) == "eager":
@@ -40,14 +47,16 @@ def unfit(model: Qwen2VL, part: nn.Module) -> str:
     return ""
 
 
-def hooked(part: nn.Module) -> bool:
-    """Whether a call of ``part`` runs hooks, which may change what it gives."""
-    return any(one._forward_hooks or one._forward_pre_hooks for one in part.modules())
-
-
 def weights_of(part: nn.Module) -> tuple:
     """Where the parameters lie that a graph reads; values may change there."""
     return tuple((one.data_ptr(), one.dtype, one.shape) for one in part.parameters())
+
+
+def versions_of(part: nn.Module) -> tuple:
+    """What changes with any parameter or buffer, as far as PyTorch counts changes: of those made in inference mode, and
+    of what is reached through ``Tensor.data``, it does not."""
+    held = (*part.parameters(), *part.buffers())
+    return tuple((one.data_ptr(), one.dtype, one.shape, None if one.is_inference() else one._version) for one in held)
 
 
 def setting_of(device: torch.device) -> tuple:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .config import Qwen2VLConfig
 from .errors import CheckpointError
+from .files import read_json
 
 #: The files that a checkpoint consists of here. Pickle files are never asked for.
 _TEXT_FILES = ["*.json", "*.txt", "*.jinja"]
@@ -35,6 +36,15 @@ class Checkpoint:
     def config(self) -> Qwen2VLConfig:
         """Its config.json, read at the first use. Raises what :meth:`Qwen2VLConfig.from_pretrained` raises."""
         return Qwen2VLConfig.from_pretrained(self.folder)
+
+    @property
+    def generation_defaults(self) -> dict:
+        """Its generation_config.json, empty where there is none. Raises :class:`CheckpointError` for anything else."""
+        path = self.folder / "generation_config.json"
+        defaults = read_json(path) if path.is_file() else {}
+        if not isinstance(defaults, dict):
+            raise CheckpointError(f"{path}: must hold a JSON object, got {type(defaults).__name__}")
+        return defaults
 
 
 def resolve(name_or_path: str | os.PathLike[str], *, with_weights: bool = True) -> Path:

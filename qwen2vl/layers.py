@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
@@ -11,6 +12,17 @@ from qwen2vl_kernels import add_layer_norm, add_rms_norm, layer_norm, rms_norm, 
 from qwen2vl_kernels.core.matmul import linear
 
 from .config import TextConfig
+
+
+def _compute_alone() -> None:
+    """In a forked process, which has its parent's pool of OpenMP's threads without the threads: the first operation
+    that shares its work would wait for them without end."""
+    if torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_compute_alone)
 
 
 def idle_rows(x: torch.Tensor) -> int:
@@ -36,13 +48,11 @@ def inverse_frequencies(config: TextConfig, device: torch.device) -> torch.Tenso
     return 1.0 / config.rope_theta**exponent
 
 
-def untouched(module: nn.Module) -> bool:
-    """Whether a module's parts are those of this package, with no hook on any and no other forward: what they compute
-    may then be computed without calling them."""
+def untouched(module: nn.Module, parts: Collection[type]) -> bool:
+    """Whether a module and all that it holds are of these classes, with no hook on any and no other forward: what they
+    compute may then be computed without calling them."""
     return all(
-        type(one).__module__.startswith(("qwen2vl.", "torch.nn."))
-        and not (one._forward_hooks or one._forward_pre_hooks or "forward" in one.__dict__)
-        and (not isinstance(one, nn.Linear) or type(one) is Linear)
+        type(one) in parts and not (one._forward_hooks or one._forward_pre_hooks or "forward" in one.__dict__)
         for one in module.modules()
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,32 +15,24 @@ from qwen2vl_kernels import mrope_positions, rms_norm_linear
 from qwen2vl_kernels.core.matmul import linear
 
 from . import weights
-from .adapter import adapted, adapter_parameters, load_adapter, merge_layers, write_adapter
+from .adapter import adaptable, adapted, adapter_parameters, load_adapter, merge_layers, write_adapter
 from .cache import KVCache
 from .checks import Call, Features, Patches, check_call, check_features, check_media, placeholders
 from .config import Qwen2VLConfig
 from .errors import CheckpointError, PromptError
 from .features import KeptFeatures
-from .files import read_json, withdraw_json, write_json
+from .files import withdraw_json, write_json
 from .hub import Checkpoint
 from .layers import Linear
+from .parallel import TensorParallel, split
+from .quantization import place
+from .sizes import check_sizes
 from .text import Decoder, Pack
 from .tower_graph import replayed
 from .vision import VisionTower
 
 _NONE: Features = (None, None)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def _compute_alone() -> None:
-    """In a forked process, which has its parent's pool of OpenMP's threads without the threads: the first operation
-    that shares its work would wait for them without end."""
-    if torch.get_num_threads() > 1:
-        torch.set_num_threads(1)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_compute_alone)
 
 
 class Qwen2VL(nn.Module):
@@ -59,6 +52,8 @@ class Qwen2VL(nn.Module):
         self.max_vision_patches: int | None = None
         #: Where set, an image or video that comes again is not encoded again; see :mod:`qwen2vl.features`.
         self.kept_features: KeptFeatures | None = None
+        #: Set where each rank holds a part; see :mod:`qwen2vl.parallel`.
+        self.parallel: TensorParallel | None = None
         #: generation_config.json as read, for :meth:`qwen2vl.generation.GenerationConfig.from_model`.
         self.generation_defaults: dict = {}
 
@@ -72,45 +67,51 @@ class Qwen2VL(nn.Module):
         dtype: torch.dtype | str | None = None,
         progress: weights.Progress | None = None,
         adapter: str | os.PathLike[str] | None = None,
+        parallel: TensorParallel | None = None,
     ) -> Qwen2VL:
         """Load a checkpoint.
 
         Args:
             name_or_path: a folder with config.json and safetensors (released layout, or re-saved by transformers
                 4.x or 5.x), ``"organisation/model"`` on the hub, or a checkpoint that was found before.
-            device: default CUDA when there is one, else the CPU.
+            device: default CUDA when there is one, else the CPU; with ``parallel``, its own.
             dtype: default the checkpoint's own.
             progress: called with (tensors loaded, tensors in all).
             adapter: a LoRA adapter in peft's layout, folder or hub id, put beside the checkpoint's weights; see
                 :mod:`qwen2vl.adapter` and :meth:`merge_adapter`. Needs the package peft.
+            parallel: the ranks that hold the model together, for inference; each reads its own part, and all make the
+                same calls. ``config`` is the whole model's.
 
         A head that differs from the embedding is loaded, and ``config`` of the model then says that it is not tied,
         whatever the checkpoint's says.
 
-        Raises :class:`CheckpointError`, listing every tensor that does not fit.
+        Raises :class:`CheckpointError`, listing every tensor that does not fit, and :class:`Qwen2VLError` for a model
+        whose heads cannot be split over the ranks, before any is read. What fails on one rank fails on all.
         """
-        checkpoint = Checkpoint.find(name_or_path)
-        folder, config = checkpoint.folder, checkpoint.config
-        if config.text.tie_word_embeddings and weights.holds_own_head(folder):
-            # Its own head is what was trained, by a writer that left the flag of the base model as it was.
-            config = replace(config, text=replace(config.text, tie_word_embeddings=False))
-        weights.check_sizes(config, folder)
-        with torch.device("meta"):
-            model = cls(config)
-        weights.load_weights(
-            model,
-            folder,
-            device=_device(device),
-            dtype=_dtype(config.torch_dtype if dtype is None else dtype),
-            ignore=(weights.HEAD_NAME,) if config.text.tie_word_embeddings else (),
-            progress=progress,
-        )
-        path = folder / "generation_config.json"
-        if path.is_file():
-            defaults = read_json(path)
-            if not isinstance(defaults, dict):
-                raise CheckpointError(f"{path}: must hold a JSON object, got {type(defaults).__name__}")
-            model.generation_defaults = defaults
+        device = _device(device) if parallel is None else parallel.check_place(device, adapter)
+        with nullcontext() if parallel is None else parallel.together():
+            checkpoint = Checkpoint.find(name_or_path)
+            folder, config = checkpoint.folder, checkpoint.config
+            if parallel is not None:
+                parallel.check_heads(config.text)
+            if config.text.tie_word_embeddings and weights.holds_own_head(folder):
+                # Its own head is what was trained, by a writer that left the flag of the base model as it was.
+                config = replace(config, text=replace(config.text, tie_word_embeddings=False))
+            check_sizes(config, folder)
+            with torch.device("meta"):
+                model = cls(config)
+                if config.quantization is not None:
+                    place(model, adaptable(model), config.quantization, weights.stored_dtypes(folder))
+            weights.load_weights(
+                model,
+                folder,
+                device=device,
+                dtype=_dtype(config.torch_dtype if dtype is None else dtype),
+                ignore=(weights.HEAD_NAME,) if config.text.tie_word_embeddings else (),
+                cuts={} if parallel is None else split(model, parallel),
+                progress=progress,
+            )
+            model.generation_defaults = checkpoint.generation_defaults
         if adapter is not None:
             load_adapter(model, adapter)
         return model.eval()
@@ -130,7 +131,7 @@ class Qwen2VL(nn.Module):
         config = Qwen2VLConfig.preset(config) if isinstance(config, str) else config
         dtype = _dtype(config.torch_dtype if dtype is None else dtype)
         with torch.device("meta"):
-            model = cls(config).to(dtype)
+            model = cls(replace(config, quantization=None)).to(dtype)
         device = _device(device)
         if device.type != "meta":
             model.init_weights(device, std)
@@ -163,6 +164,8 @@ class Qwen2VL(nn.Module):
         that one, or what is refused when it is loaded, never some tensors of each. Raises :class:`CheckpointError` for
         a model with an adapter that is not merged, and where a file cannot be written.
         """
+        if self.parallel is not None:
+            raise CheckpointError("save_pretrained: each rank holds a part of the model; load it whole, then save it")
         if adapted(self):
             raise CheckpointError("save_pretrained: the model has an adapter; merge_adapter() first, or save_adapter()")
         folder = Path(folder)
@@ -220,7 +223,8 @@ class Qwen2VL(nn.Module):
             return None, None
 
         def encode(media: Sequence[Patches]) -> torch.Tensor:
-            return self.visual(media, max_patches=self.max_vision_patches, encode=replayed(self, graphs))
+            run = replayed(self, graphs) if self.parallel is None else self.parallel.spread(self.visual)
+            return self.visual(media, max_patches=self.max_vision_patches, encode=run)
 
         tokens = encode(media) if self.kept_features is None else self.kept_features.encode(self, media, encode)
         parts = tokens.split([one.tokens for one in media])
@@ -364,7 +368,8 @@ class Qwen2VL(nn.Module):
         return self.model.embed_tokens.weight if self.config.text.tie_word_embeddings else self.lm_head.weight
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        return linear(hidden, self.head_weight)
+        logits = linear(hidden, self.head_weight)
+        return logits if self.parallel is None else self.parallel.gather_logits(logits, self.config.text.vocab_size)
 
     def _embed(self, ids: torch.Tensor, features: Features) -> torch.Tensor:
         """``(T, C)`` embeddings of packed ids on the model's device, features in the places of placeholders."""

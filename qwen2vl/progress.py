@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .choosing import TokenLogprobs
+from .errors import PromptError
+
+if TYPE_CHECKING:
+    from .model import Qwen2VL
+    from .prompt.tokenizer import Tokenizer
 
 
 @dataclass
@@ -51,3 +56,27 @@ class Row:
             if any(s.startswith(self.text[-length:]) for s in self.stop):
                 return length
         return 0
+
+
+def end_ids(model: Qwen2VL, ends: Sequence[int]) -> dict[int, str]:
+    """The ids that end a row, by default the checkpoint's, with the reason that is then given."""
+    if not ends:
+        stated = model.generation_defaults.get("eos_token_id")
+        if stated is None:
+            stated = [model.config.eos_token_id, model.config.bos_token_id]
+        ends = stated if isinstance(stated, list) else [stated]
+    return dict.fromkeys(ends, "stop")
+
+
+def stop_ids(tokenizer: Tokenizer, stop: Sequence[str]) -> dict[int, str]:
+    """The ids of those stop strings that are control tokens: a text does not show them, so they end a row by id.
+
+    Raises :class:`PromptError` for one that has text beside a control token, which would never be found.
+    """
+    for text in stop:
+        held = [name for name in tokenizer.special_ids if name in text]
+        if held and text not in held:
+            raise PromptError(
+                f"stop: wants control tokens by themselves, as texts leave them out, got {text!r} with {held[0]}"
+            )
+    return {tokenizer.special_ids[text]: "stop_string" for text in stop if text in tokenizer.special_ids}

@@ -17,8 +17,9 @@ _COPIED = {"cpu": 1 << 27, "cuda": 1 << 29}
 
 def step_bytes(model: Qwen2VL, seen: float, rows: int = 1) -> float:
     """Bytes that a step of decoding reads at least: every weight of the decoder and the head once, but of routed
-    experts those that one token meets, and the keys and values of ``seen`` tokens in each of ``rows`` rows."""
-    text, itemsize = model.config.text, model.head_weight.itemsize
+    experts those that one token meets, and the keys and values of ``seen`` tokens in each of ``rows`` rows; of a model
+    that is split, what this rank holds of them."""
+    text, itemsize = model.model.cache_config, model.head_weight.itemsize
     weights = sum(p.nbytes for p in (*model.model.layers.parameters(), *model.model.norm.parameters()))
     if (moe := text.moe) is not None:
         routed = sum(p.nbytes for one in model.modules() if isinstance(one, Experts) for p in one.parameters())

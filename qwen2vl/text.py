@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -152,17 +155,17 @@ class Layer(nn.Module):
         """One token of each row, in place in ``x (B, C)``, the residual stream, by five launches that read ahead; of a
         dense layer."""
         assert isinstance(self.mlp, MLP)
-        attention, mlp, norm, ahead = self.self_attn, self.mlp, self.input_layernorm, {"prefetch": True}
+        attention, mlp, norm = self.self_attn, self.mlp, self.input_layernorm
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         weights, biases = [one.weight for one in projections], [one.bias for one in projections]
-        qkv = rms_norm_linear(x, norm.weight, weights, biases, eps=norm.eps, **ahead)
+        qkv = rms_norm_linear(x, norm.weight, weights, biases, eps=norm.eps, prefetch=True)
         heads = (-1, attention.head_dim)
         q, k, v = (part.unflatten(1, heads) for part in qkv.split([one.shape[0] for one in weights], 1))
-        out = decode_attention_(q, k, v, *cache.layers[attention.layer], *_place(cache, seqlens), **ahead)
-        linear_add_(x, out.flatten(1), attention.o_proj.weight, **ahead)
+        out = decode_attention_(q, k, v, *cache.layers[attention.layer], *_place(cache, seqlens), prefetch=True)
+        linear_add_(x, out.flatten(1), attention.o_proj.weight, prefetch=True)
         norm = self.post_attention_layernorm
-        h = rms_norm_swiglu(x, norm.weight, mlp.gate_proj.weight, mlp.up_proj.weight, eps=norm.eps, **ahead)
-        linear_add_(x, h, mlp.down_proj.weight, **ahead)
+        h = rms_norm_swiglu(x, norm.weight, mlp.gate_proj.weight, mlp.up_proj.weight, eps=norm.eps, prefetch=True)
+        linear_add_(x, h, mlp.down_proj.weight, prefetch=True)
 
 
 class Decoder(nn.Module):
@@ -179,14 +182,20 @@ class Decoder(nn.Module):
         """What :class:`Pack` holds, see :func:`qwen2vl.layers.inverse_frequencies`."""
         return inverse_frequencies(self.config, device)
 
+    @property
+    def cache_config(self) -> TextConfig:
+        """What a :class:`KVCache` is made by: with the key-value heads that this process holds of the model's."""
+        held = cast(Layer, self.layers[0]).self_attn.k_proj.out_features
+        return replace(self.config, num_key_value_heads=held // self.config.head_dim)
+
     def steps(self, x: torch.Tensor) -> bool:
         """Whether :meth:`step` serves rows ``x (B, C)``: few of them, where its kernels come first, and nobody has put
-        anything of theirs in a layer's place."""
+        anything of theirs in a layer's place, nor another process holds a part of it."""
         kernels = ("rms_norm_linear", "linear_add", "rms_norm_swiglu")
         fits = x.dtype == torch.bfloat16 and x.shape[0] <= MAX_ROWS and not torch.is_grad_enabled()
         fits = fits and self.config.moe is None
-        fits = fits and all(layer.self_attn.appends(x) for layer in self.layers)
-        return fits and all(resolve(op, x.device.type, None) == "triton" for op in kernels) and untouched(self)
+        fits = fits and all(cast(Layer, layer).self_attn.appends(x) for layer in self.layers)
+        return fits and all(resolve(op, x.device.type, None) == "triton" for op in kernels) and untouched(self, _PARTS)
 
     def step(self, x: torch.Tensor, cache: KVCache, seqlens: torch.Tensor) -> None:
         """One token of each row, ``x (B, C)`` its embedding, which becomes the last layer's sum, not normed yet.
@@ -194,7 +203,7 @@ class Decoder(nn.Module):
         ``seqlens (B,)`` int32: tokens in each row of the cache with the new one.
         """
         for layer in self.layers:
-            layer.step(x, cache, seqlens)
+            cast(Layer, layer).step(x, cache, seqlens)
 
     def forward(
         self, embeddings: torch.Tensor, pack: Pack, router_logits: list[torch.Tensor] | None = None
@@ -212,3 +221,7 @@ class Decoder(nn.Module):
                 router_logits.append(logits[:tokens])
         x, _ = self.norm(x, residual)
         return x if x.shape[0] == tokens else x[:tokens]
+
+
+#: What :meth:`Decoder.step` computes without calling it.
+_PARTS = (Decoder, nn.ModuleList, Layer, Attention, MLP, RMSNorm, Linear, Embedding)

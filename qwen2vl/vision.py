@@ -210,7 +210,7 @@ class VisionTower(nn.Module):
         parts, start = [], 0
         for group in _groups(items, limit):
             stop = start + sum(t * h * w for t, h, w in group)
-            parts.append((encode or self.encode)(_slice(kinds, start, stop), group))
+            parts.append((encode or self.encode)(rows_between(kinds, start, stop), group))
             start = stop
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -267,7 +267,7 @@ def frame_bounds(grid_thw: torch.Tensor) -> torch.Tensor:
     return F.pad(lengths.cumsum(0), (1, 0)).int()
 
 
-def _slice(kinds: list[torch.Tensor], start: int, stop: int) -> list[torch.Tensor]:
+def rows_between(kinds: list[torch.Tensor], start: int, stop: int) -> list[torch.Tensor]:
     """Rows ``start`` to ``stop`` of the kinds one after the other."""
     found = []
     for rows in kinds:
@@ -275,6 +275,11 @@ def _slice(kinds: list[torch.Tensor], start: int, stop: int) -> list[torch.Tenso
             found.append(rows[max(start, 0) : stop])
         start, stop = start - rows.shape[0], stop - rows.shape[0]
     return found
+
+
+def frame_pairs(grids: list[Grid]) -> list[Grid]:
+    """The grids of all items' frame pairs, of which none attends to another."""
+    return [(1, h, w) for t, h, w in grids for _ in range(t)]
 
 
 def _groups(grids: list[Grid], limit: int) -> list[list[Grid]]:

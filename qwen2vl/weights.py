@@ -8,21 +8,24 @@ model (:func:`qwen2vl.moe.expert_parts`). Nothing is unpickled.
 from __future__ import annotations
 
 import itertools
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .config import Qwen2VLConfig
 from .errors import CheckpointError
 from .files import read_json, write_json, write_whole
+from .interrupts import scratch
 from .moe import expert_parts
+from .quantised_slices import Slice, stored_slices, with_own_groups
+from .quantization import QuantLinear, from_stored, quantised, to_stored
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -146,47 +149,14 @@ def holds_own_head(folder: Path) -> bool:
             return False
 
 
-def check_sizes(config: Qwen2VLConfig, folder: Path) -> None:
-    """Hold a config's sizes to what the headers of the files say, before a module is built of them.
-
-    This refuses what could not be built at all; every shape that differs is listed by :func:`load_weights`.
-
-    Raises:
-        CheckpointError: there are fewer tensors than layers, or a matrix would be larger than all tensors together.
-    """
-    count = total = 0
+def stored_dtypes(folder: Path) -> dict[str, str]:
+    """The model's name of every tensor in the files -> its dtype as safetensors calls it; what cannot be read is left
+    out, and reported when it is loaded. Raises :class:`CheckpointError` as :func:`shards`."""
+    found: dict[str, str] = {}
     for path in shards(folder):
-        try:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118  (not a dict)
-                    count, total = count + 1, total + math.prod(file.get_slice(name).get_shape())
-        except (SafetensorError, OSError):  # listed with all else by the loading; any model may have been in it
-            count, total = max(count, 1000), max(total, 2**36)
-    text, vision = config.text, config.vision
-    layers = text.num_hidden_layers + vision.depth
-    if layers > count:
-        raise CheckpointError(
-            f"{folder}: num_hidden_layers and depth make {layers} layers, but the files hold {count} tensors"
-        )
-    merged = vision.embed_dim * vision.spatial_merge_size**2
-    dense = any(text.experts(layer) is None for layer in range(text.num_hidden_layers))
-    routed = 0 if text.moe is None else text.moe.num_experts * text.moe.moe_intermediate_size
-    shared = 0 if text.moe is None else text.moe.shared_expert_intermediate_size
-    for name, values in (
-        ("vocab_size", text.vocab_size * text.hidden_size),
-        ("hidden_size", text.hidden_size**2),
-        ("intermediate_size", dense * text.intermediate_size * text.hidden_size),
-        ("num_experts", routed * text.hidden_size),
-        ("shared_expert_intermediate_size", shared * text.hidden_size),
-        ("vision_config.embed_dim", 3 * vision.embed_dim**2),
-        ("vision_config.mlp_ratio", vision.embed_dim * int(vision.embed_dim * vision.mlp_ratio)),
-        ("vision_config.patch_size", vision.embed_dim * vision.patch_values),
-        ("vision_config.spatial_merge_size", merged**2),
-    ):
-        if values > total:
-            raise CheckpointError(
-                f"{folder}: {name} asks for a matrix of {values} values, but the files hold {total} in all"
-            )
+        with suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
+            found |= {our_name(name): file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    return found
 
 
 def load_weights(
@@ -196,6 +166,7 @@ def load_weights(
     device: torch.device,
     dtype: torch.dtype,
     ignore: tuple[str, ...] = (),
+    cuts: Mapping[str, Slice] = MappingProxyType({}),
     progress: Progress | None = None,
 ) -> None:
     """Fill ``model``, built on the meta device, with the tensors of ``folder``.
@@ -207,13 +178,14 @@ def load_weights(
     Args:
         ignore: names that a file may hold and the model does not need (the head of a tied model, where it is a copy of
             the embedding: see :func:`holds_own_head`).
+        cuts: what ``model`` holds of tensors that are split over ranks; no more of them is read.
         progress: called with (tensors done, tensors in all).
 
     Raises:
         CheckpointError: one error that lists every missing, unexpected, mis-shaped or quantised tensor, or the files
             that cannot be read, behind which no tensor is missed. The model is not touched then.
     """
-    wanted = dict(model.named_parameters())
+    layers = quantised(model)
     found: dict[str, torch.Tensor] = {}
     problems: list[str] = []
     with ExitStack() as stack:
@@ -233,42 +205,123 @@ def load_weights(
                     problems.append(f"{name}: stored twice, in {where[name][2]} and {path.name}")
                 where[name] = (file, stored, path.name)
         damaged = bool(problems)
-        problems += [one for one in _compare(wanted, where) if not (damaged and one.endswith(_MISSING))]
+        wanted, spare = _wanted(model, layers, cuts, where)
+        problems += [one for one in _compare(wanted, spare, where) if not (damaged and one.endswith(_MISSING))]
         if problems:
             raise CheckpointError(_listing(folder, problems))
-        for done, name in enumerate(wanted, 1):
+        plain = _plain(model, layers)
+        count = len(plain) + len(layers)
+        for done, (name, parameter) in enumerate(plain.items(), 1):
             if name in where:
                 file, stored, _ = where[name]
                 # Device first, then dtype: a conversion runs where it is fast and the host never holds a second copy.
-                found[name] = file.get_tensor(stored).to(device).to(dtype)
+                found[name] = _read(file, stored, cuts.get(name)).to(device).to(dtype)
             else:  # experts, each of which lies apart in the files
-                found[name] = torch.empty_like(wanted[name], device=device, dtype=dtype, requires_grad=False)
+                found[name] = torch.empty_like(parameter, device=device, dtype=dtype, requires_grad=False)
                 for part, view in expert_parts(name, found[name]):
                     file, stored, _ = where[part]
                     view.copy_(file.get_tensor(stored))
             if progress is not None:
-                progress(done, len(wanted))
+                progress(done, count)
+        for done, (prefix, layer) in enumerate(layers.items(), len(plain) + 1):
+            suffixes = (*_stored(layer, cuts.get(f"{prefix}.weight")), *layer.how.may_be_stored)
+            held = {one: where[f"{prefix}.{one}"] for one in suffixes if f"{prefix}.{one}" in where}
+            parts_of = stored_slices(layer.how, cuts.get(f"{prefix}.weight"))
+            tensors = {one: _read(file, stored, parts_of.get(one)) for one, (file, stored, _) in held.items()}
+            tensors = with_own_groups(layer.how, cuts.get(f"{prefix}.weight"), tensors)
+            try:
+                parts = from_stored(layer, {one: tensor.to(device) for one, tensor in tensors.items()})
+            except CheckpointError as error:
+                raise CheckpointError(f"{folder}: {prefix}.{error}") from None
+            for one, tensor in parts.items():
+                layer.set(one, tensor)
+                if tensor is not None:
+                    found[f"{prefix}.{one}"] = tensor
+            if progress is not None:
+                progress(done, count)
     model.load_state_dict(found, strict=True, assign=True)  # keeps each parameter's requires_grad
 
 
-def _compare(wanted: dict[str, nn.Parameter], where: dict[str, tuple]) -> list[str]:
-    quantised = [name for name in where if name.endswith(_QUANTISED)]
-    if quantised:
-        return [f"quantised weights are not supported ({quantised[0]} and {len(quantised) - 1} more)"]
-    # Experts may lie in the files as they do in the model, too: transformers 5 can save them so.
-    pieces = [expert_parts(name, one.detach()) if name not in where else [(name, one)] for name, one in wanted.items()]
-    shapes = {name: tuple(one.shape) for piece in pieces for name, one in piece}
-    problems = [f"{name}{_MISSING}" for name in shapes if name not in where]
+def _read(file: Any, stored: str, cut: Slice | None) -> torch.Tensor:
+    """A tensor, or what a rank holds of it, contiguous."""
+    if cut is None:
+        return file.get_tensor(stored)
+    view, rows = file.get_slice(stored), slice(cut.begin, cut.end)
+    return (view[rows] if cut.dim == 0 else view[:, rows]).contiguous()
+
+
+_Fits = dict[str, tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]]
+
+
+def _stored(layer: QuantLinear, cut: Slice | None) -> _Fits:
+    return layer.how.stored(*_whole((layer.out_features, layer.in_features), cut))
+
+
+def _whole(shape: Sequence[int], cut: Slice | None) -> tuple[int, ...]:
+    """The shape in a file of what the model holds in ``shape``."""
+    return tuple(cut.whole if cut is not None and dim == cut.dim else size for dim, size in enumerate(shape))
+
+
+def _plain(model: nn.Module, layers: Mapping[str, QuantLinear]) -> dict[str, nn.Parameter]:
+    """The parameters of ``model`` that are not quantised."""
+    named = model.named_parameters()
+    return {name: one for name, one in named if name.rpartition(".")[0] not in layers or name.endswith(".bias")}
+
+
+def _wanted(
+    model: nn.Module, layers: Mapping[str, QuantLinear], cuts: Mapping[str, Slice], where: Collection[str]
+) -> tuple[_Fits, _Fits]:
+    """The shapes and dtypes of every tensor that files must hold, and of those that they may; ``where``: what they
+    hold. Experts may lie there as they do in the model, too: transformers 5 can save them so."""
+    floats = ("F64", "F32", "F16", "BF16")
+    wanted: _Fits = {
+        part: ((_whole(view.shape, cuts.get(part)),), floats)
+        for name, one in _plain(model, layers).items()
+        for part, view in ([(name, one)] if name in where else expert_parts(name, one.detach()))
+    }
+    spare: _Fits = {}
+    for prefix, layer in layers.items():
+        cut = cuts.get(f"{prefix}.weight")
+        wanted |= {f"{prefix}.{suffix}": fits for suffix, fits in _stored(layer, cut).items()}
+        spare |= {f"{prefix}.{suffix}": fits for suffix, fits in layer.how.may_be_stored.items()}
+        if layer.bias is None:  # GPTQ's writers give every layer one, of zeros
+            spare[f"{prefix}.bias"] = ((_whole((layer.out_features,), cut),), floats)
+    return wanted, spare
+
+
+def _compare(wanted: _Fits, spare: _Fits, where: dict[str, tuple]) -> list[str]:
+    known = wanted | spare
+    packed = [name for name in where if name not in known and name.endswith(_QUANTISED)]
+    if packed:
+        more = f" and {len(packed) - 1} more" if len(packed) > 1 else ""
+        return [f"quantised weights that config.json's quantization_config does not tell of ({packed[0]}{more})"]
+    problems = [f"{name}{_MISSING}" for name in wanted if name not in where]
     for name, (file, stored, _) in where.items():
-        if name not in shapes:
+        if name not in known:
             problems.append(f"{name}: unexpected")
             continue
-        view = file.get_slice(stored)
-        if tuple(view.get_shape()) != shapes[name]:
-            problems.append(f"{name}: shape {tuple(view.get_shape())}, the config wants {shapes[name]}")
-        elif view.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-            problems.append(f"{name}: dtype {view.get_dtype()} is no float type")
+        view, (shapes, dtypes) = file.get_slice(stored), known[name]
+        shape, dtype = tuple(view.get_shape()), view.get_dtype()
+        if shape not in shapes:
+            problems.append(f"{name}: shape {shape}, the config wants {' or '.join(map(str, shapes))}")
+        elif dtype not in dtypes:
+            kind = "no float type" if "F64" in dtypes else f"not {' or '.join(dtypes)}"
+            problems.append(f"{name}: dtype {dtype} is {kind}")
+        elif name in spare and name.endswith(".bias") and file.get_tensor(stored).any():
+            problems.append(f"{name}: unexpected, and not zero")
     return problems
+
+
+def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The model's parameters as files hold them: under their own names, experts one by one, quantised ones in their
+    format's layout."""
+    layers = quantised(model)
+    for name, parameter in model.named_parameters():
+        prefix, _, suffix = name.rpartition(".")
+        if prefix not in layers or suffix == "bias":
+            yield from expert_parts(name, parameter.detach())
+        elif suffix == "weight":
+            yield from ((f"{prefix}.{one}", tensor) for one, tensor in to_stored(layers[prefix]))
 
 
 def _listing(folder: Path, problems: list[str], most: int = 20) -> str:
@@ -299,8 +352,7 @@ def save_weights(
 
     Raises :class:`CheckpointError` where a file cannot be written, as on a full disk; what was there is there then.
     """
-    parts = (part for name, one in model.named_parameters() for part in expert_parts(name, one.detach()))
-    groups = list(_shard(dict(parts), max_shard_bytes))
+    groups = list(_shard(stored_tensors(model), max_shard_bytes))
     index, single = folder / INDEX_NAME, folder / SINGLE_NAME
     header = {"format": "pt", **(metadata or {})}
     stale = _own_shards(folder)
@@ -315,10 +367,11 @@ def save_weights(
     else:
         names = _free_names(folder, len(groups))
         try:
-            for name, group in zip(names, groups, strict=True):
-                write_whole(folder / name, lambda path, group=group: save_file(group, path, metadata=header))
+            with scratch(*(folder / name for name in names)):
+                for name, group in zip(names, groups, strict=True):
+                    write_whole(folder / name, lambda path, group=group: save_file(group, path, metadata=header))
             before()
-            total = sum(p.numel() * p.element_size() for p in model.parameters())
+            total = sum(tensor.nbytes for group in groups for tensor in group.values())
             where = {key: name for name, group in zip(names, groups, strict=True) for key in group}
             write_json(index, {"metadata": {"total_size": total}, "weight_map": where})
         except BaseException:
@@ -355,10 +408,10 @@ def _shards_of(index: Path) -> set[str]:
     return {name for name in names if isinstance(name, str) and Path(name).name == name}
 
 
-def _shard(tensors: dict[str, torch.Tensor], most: int) -> Iterator[dict[str, torch.Tensor]]:
+def _shard(tensors: Iterable[tuple[str, torch.Tensor]], most: int) -> Iterator[dict[str, torch.Tensor]]:
     group: dict[str, torch.Tensor] = {}
     size = 0
-    for name, tensor in tensors.items():
+    for name, tensor in tensors:
         bytes_ = tensor.numel() * tensor.element_size()
         if group and size + bytes_ > most:
             yield group

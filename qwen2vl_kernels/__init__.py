@@ -16,6 +16,7 @@ from .ops.mrope import mrope, mrope_
 from .ops.mrope_positions import mrope_positions, mrope_positions_chunk
 from .ops.patch_embed import fold_patch_embed, patch_embed
 from .ops.patch_merge import patch_merge
+from .ops.quant_linear import quant_linear
 from .ops.quick_gelu import quick_gelu, quick_gelu_
 from .ops.rms_norm import add_rms_norm, rms_norm
 from .ops.smart_resize import smart_resize
@@ -47,6 +48,7 @@ __all__ = [
     "patch_embed",
     "patch_merge",
     "plan_tiles",
+    "quant_linear",
     "quick_gelu",
     "quick_gelu_",
     "rms_norm",

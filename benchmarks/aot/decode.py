@@ -13,10 +13,11 @@ from .compiler import Specimen, label, meta
 _ROWS, _CAPACITY = 8, 8192
 
 
-def _decode(heads: int, kv_heads: int, columns: int, dtype: torch.dtype) -> None:
+def _decode(heads: int, kv_heads: int, columns: int, dtype: torch.dtype, page: int = 0) -> None:
     q = meta(_ROWS, heads, columns, dtype=dtype)
-    cache = meta(_ROWS, _CAPACITY, kv_heads, columns, dtype=dtype)
-    launch_decode(q, cache, cache, meta(_ROWS, dtype=torch.int32), columns**-0.5)
+    cache = meta(*(_ROWS * _CAPACITY // page, page) if page else (_ROWS, _CAPACITY), kv_heads, columns, dtype=dtype)
+    table = meta(_ROWS, _CAPACITY // page, dtype=torch.int32) if page else None
+    launch_decode(q, cache, cache, meta(_ROWS, dtype=torch.int32), columns**-0.5, table)
 
 
 _SHAPES = (
@@ -38,4 +39,12 @@ SPECIMENS = tuple(
         further=n > 0,
     )
     for n, (heads, kv_heads, columns, dtype) in enumerate(_SHAPES)
+) + tuple(
+    Specimen(
+        f"decode {heads}/{kv_heads}x128 {label(torch.bfloat16)}, pages of {page}",
+        partial(_decode, heads, kv_heads, 128, torch.bfloat16, page),
+        wide=0.7,
+        further=page > 16,
+    )
+    for heads, kv_heads, page in ((12, 2, 16), (28, 4, 256), (12, 2, 48))
 )

@@ -1,4 +1,4 @@
-"""A step of decoding: one layer of each released size, and the head."""
+"""A step of decoding: one layer of two released sizes, and one whose widths are no multiples of a tile."""
 
 from __future__ import annotations
 
@@ -27,28 +27,19 @@ def layer(rows: int, heads: int, kv_heads: int, inner: int, columns: int = 128, 
         qkv = launch_norm_linear(x, norm, weights, biases, 1e-6, prefetch)
     q, k, v = (part.unflatten(1, (-1, columns)) for part in qkv.split(counts, 1))
     cache, lengths = meta(rows, _CAPACITY, kv_heads, columns, dtype=bf16), meta(rows, dtype=torch.int32)
-    angles = meta(rows, dtype=torch.int64), meta(columns // 2, dtype=torch.float32)
+    positions, inv_freq = meta(rows, dtype=torch.int64), meta(columns // 2, dtype=torch.float32)
     arrived = meta(rows, kv_heads, dtype=torch.int32)
-    out = launch_step(q, k, v, cache, cache, lengths, *angles, arrived, columns**-0.5, prefetch)
+    out = launch_step(q, k, v, cache, cache, lengths, positions, inv_freq, arrived, columns**-0.5, prefetch)
     if not products:
         return
     launch_linear_add(x, out.flatten(1), meta(width, width, dtype=bf16), prefetch)
-    h = launch_norm_swiglu(x, norm, *(meta(inner, width, dtype=bf16) for _ in range(2)), 1e-6, prefetch)
+    gate, up = (meta(inner, width, dtype=bf16) for _ in range(2))
+    h = launch_norm_swiglu(x, norm, gate, up, 1e-6, prefetch)
     launch_linear_add(x, h, meta(width, inner, dtype=bf16), prefetch)
-
-
-def _head(width: int) -> None:
-    if target_of(torch.device("meta")).backend != "cuda":
-        return
-    x, norm = meta(1, width, dtype=torch.bfloat16), meta(width, dtype=torch.bfloat16)
-    launch_norm_linear(x, norm, [meta(151_936, width, dtype=torch.bfloat16)], [None], 1e-6, True)
 
 
 SPECIMENS = (
     Specimen("step 2b", partial(layer, 1, 12, 2, 8960), wide=0.7, matrix=True),
     Specimen("step 7b", partial(layer, 8, 28, 4, 18_944), wide=0.7, matrix=True, further=True),
-    Specimen("step 72b", partial(layer, 1, 64, 8, 29_568), wide=0.7, matrix=True, further=True),
     Specimen("step 4/2x32", partial(layer, 1, 4, 2, 344, 32), matrix=True, further=True),
-    Specimen("step 2b, ordinary launches", partial(layer, 1, 12, 2, 8960, prefetch=False), wide=0.7, further=True),
-    Specimen("head 2b", partial(_head, 1536), wide=0.7, matrix=True, further=True),
 )

@@ -40,18 +40,21 @@ def phases(device: str, work: Path, checkpoints: Path, wheels: Path, cores: int)
 
     ops = ["rope", "norm", "activation", "patch_embed", "merge", "positions", "experts"]
     towers = ["tower", "e2e", "model"]
-    others = [name for name in case_names() if name not in ("attention", "preprocess", *towers, *ops)]
+    others = [name for name in case_names() if name not in ("attention", "preprocess", "decode", *towers, *ops)]
     if rehearsal:  # one of each kind
         ops, towers = ["rope", "positions"], ["tower"]
     # What torch.compile makes takes up to half a minute for every row.
     quickly = [word for name in ("FlexAttention", "the same, torch.compile") for word in ("--without", name)]
     slow = "torch.compile takes longer for its rows than there are minutes"
+    compiled = "transformers, static cache, compiled"  # as slow
+    steps = run("decode", ["decode"], "--rounds", "3", "--limit", "60", "--without", compiled)
+    decoding = [] if rehearsal else [replace(steps, environment={"QWEN2VL_GRAPHS": "1"})]
     attention = run("attention", ["attention"], "--rounds", "6", "--limit", "30", *quickly)
     return [
         Phase("build", 110, (_peers(wheels, work), *_build(rehearsal, checkpoints, cores)), together=True),
         Phase("tests", 130, tuple(_tests(rehearsal, cores, work)), floor=90),
         Phase("attention", 90, (attention,), floor=70),
-        Phase("tower", 90, (run("tower", towers, "--rounds", "3", "--limit", "60"),), floor=60),
+        Phase("tower", 90, (run("tower", towers, "--rounds", "3", "--limit", "60"), *decoding), floor=60),
         Phase(
             "ops",
             50,

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 
 from qwen2vl_kernels.ops import quick_gelu
+from qwen2vl_kernels.ops.few_rows import rms_norm_linear_ref, rms_norm_swiglu_ref
 from qwen2vl_kernels.ops.kvcache_attention import kvcache_attention_decode_ref
 from qwen2vl_kernels.ops.layer_norm import layer_norm_ref
 from qwen2vl_kernels.ops.mrope import mrope_ref
@@ -17,7 +19,7 @@ from qwen2vl_kernels.ops.patch_embed import patch_embed_ref
 from qwen2vl_kernels.ops.rms_norm import rms_norm_ref
 from qwen2vl_kernels.ops.swiglu import swiglu_ref
 from qwen2vl_kernels.ops.vision_rope import vision_rope_ref
-from qwen2vl_kernels.triton import attention_decode, cross_entropy, elementwise, gemm, norm, rotary
+from qwen2vl_kernels.triton import attention_decode, cross_entropy, elementwise, few_rows, gemm, norm, rotary
 
 from . import attention
 from .subject import Subject, Tensors, Work, checked, random_of
@@ -31,6 +33,7 @@ def subjects(quick: bool = False) -> list[Subject]:
     found = [
         *attention.subjects(quick),
         *_decoding(quick),
+        *_steps(quick),
         *_rotations(quick),
         *_norms(quick),
         *_activations(quick),
@@ -63,6 +66,38 @@ def _decoding(quick: bool) -> Iterator[Subject]:
                 f"decode {heads}/{kv_heads}x128", f"{'+'.join(map(str, seen))} of {capacity}", "_attend_kernel",
                 attention_decode, "decode_config", grid, partial(work, heads, kv_heads, seen), fixed=("block_n",),
             )  # fmt: skip
+
+
+def _steps(quick: bool) -> Iterator[Subject]:
+    """The products of a layer and its attention. They take bfloat16, which the rehearsal has not."""
+    if quick:
+        return
+    grid = {"block_n": (16, 32), "block_k": (64, 128, 256), "num_warps": (4, 8)}
+
+    def linear(rows: int, counts: tuple[int, ...], columns: int, device: torch.device, dtype: torch.dtype) -> Work:
+        random = random_of(device, dtype)
+        x, norm, weights = random(rows, columns), random(columns), [random(n, columns) for n in counts]
+        formula = lambda x, norm, *weights: rms_norm_linear_ref(x, norm, weights, [None] * len(weights), 1e-6)  # noqa: E731
+        run = lambda: (few_rows.launch_norm_linear(x, norm, weights, [None] * len(weights), 1e-6, False),)  # noqa: E731
+        return Work(run, checked(formula, (x, norm, *weights)))
+
+    def gated(rows: int, count: int, columns: int, device: torch.device, dtype: torch.dtype) -> Work:
+        random = random_of(device, dtype)
+        x, norm, gate, up = random(rows, columns), random(columns), random(count, columns), random(count, columns)
+        run = lambda: (few_rows.launch_norm_swiglu(x, norm, gate, up, 1e-6, False),)  # noqa: E731
+        formula = lambda x, norm, gate, up: rms_norm_swiglu_ref(x, norm, gate, up, 1e-6)  # noqa: E731
+        return Work(run, checked(formula, (x, norm, gate, up)))
+
+    for rows, (counts, columns) in product((1, 8), (((1536, 256, 256), 1536), ((1536,), 8960), ((3584,), 18_944))):
+        yield Subject(
+            "few rows", f"{rows} x {columns} to {'+'.join(map(str, counts))}", "_product_kernel", few_rows, "config",
+            grid, partial(linear, rows, counts, columns), fixed=("block_k", "num_warps"),
+        )  # fmt: skip
+    for rows, count, columns in ((1, 8960, 1536), (8, 8960, 1536), (1, 18_944, 3584)):
+        yield Subject(
+            "few rows, gated", f"{rows} x {columns} to 2 x {count}", "_product_kernel", few_rows, "config", grid,
+            partial(gated, rows, count, columns), fixed=("block_k", "num_warps"),
+        )  # fmt: skip
 
 
 def _rotations(quick: bool) -> Iterator[Subject]:

@@ -1,10 +1,7 @@
-"""``python -m examples.small``: train the small model from nothing."""
+"""``python -m examples.small``: train the small model, sitting by sitting, measure it, write the file to be shipped."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,92 +10,87 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from qwen2vl import assets
 from qwen2vl.errors import Qwen2VLError, install_hint
 
-from .plan import PHASES, SEED, configuration
+from .plan import SEED
 
-#: How many held-out samples of each skill and difficulty measure the model, a thousand of a skill, and their seed.
-_COUNT, _SEED = 200, 2026
+#: How many held-out samples of each level measure the model, a thousand of a skill at least, and their seed.
+_COUNT, _SEED = 250, 2026
+#: What was trained so far and is not yet better than what is embedded, at everything that it is shown with.
+LATEST = Path(__file__).parent / "latest"
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 
 
-def small(
-    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Runs, checkpoints and the model go here.")],
-    budget: Annotated[float, typer.Option("--budget", min=1e-4, help="Times the steps of every phase.")] = 1.0,
-    processes: Annotated[
-        int,
+@app.command()
+def train(
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="The sitting's own folder.")],
+    begin: Annotated[
+        str,
         typer.Option(
-            "--processes",
-            min=1,
-            max=2,
-            help="That share each step, two as shipped; the longest samples do not fit into a third of one.",
+            "--from", metavar="DIR", help='Weights: a folder, "latest" in this repository, "assets", or "random".'
         ),
-    ] = 2,
-    count: Annotated[
-        int, typer.Option("--count", min=1, help="Held-out samples of each skill and difficulty it is measured by.")
-    ] = _COUNT,
+    ] = "random",
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of the sitting.")] = 20_000,
+    lr: Annotated[float, typer.Option("--lr", min=0.0, help="The highest learning rate.")] = 5e-4,
+    end: Annotated[
+        float, typer.Option("--end", min=0.0, max=1.0, help="The share of it that the last step has.")
+    ] = 0.05,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Cores it takes.")] = 2,
 ) -> None:
-    """Train the small model phase by phase, measure it, and write it into DIR/model in the form that is shipped.
+    """Run a sitting, which learns from where the one before it ended, and write its model to DIR/model.
 
-    After an interruption the same command continues the run. At a budget of 1 it takes about two and a half hours on
-    two cores.
+    The same command goes on with a sitting that was interrupted.
     """
-    from qwen2vl.files import write_json
+    import torch
+
     from qwen2vl.samples.fonts import typefaces
 
-    from .results import facts, measure, ship, table
     from .shape import write_beginning
+    from .sitting import Sitting, sittings_of, train
 
     try:
         if len(typefaces()) == 1:
             raise Qwen2VLError(
                 f"fonts: only Pillow's own is there; matplotlib's are wanted: {install_hint('matplotlib')}"
             )
-        last = output / "0-weights"
-        if not (last / "preprocessor_config.json").is_file():
-            write_beginning(last, seed=SEED)
-        for number, phase in enumerate(PHASES, 1):
-            folder, begins = output / phase.name, f"../{last.relative_to(output)}"
-            _plan(folder, configuration(phase, number=number, checkpoint=begins, budget=budget, processes=processes))
-            if not (folder / "done").is_file():
-                _train(phase.stage, folder, processes)
-            last = folder / "model"
-        results = measure(last, count=count, seed=_SEED, processes=processes)
-        write_json(output / "results.json", results)
-        told = facts(PHASES, results, budget=budget, processes=processes, count=count, measured_seed=_SEED)
-        ship(last, output / "model", told)
+        torch.set_num_threads(threads)
+        source = {"random": None, "latest": LATEST, "assets": assets.FOLDER}.get(begin, Path(begin))
+        before = [] if source is None else sittings_of(source)
+        if not (output / "begin" / "preprocessor_config.json").is_file():
+            write_beginning(output / "begin", seed=SEED, source=source)
+        named = begin if source in (None, LATEST, assets.FOLDER) else "/".join(source.absolute().parts[-2:])
+        sitting = Sitting(named, steps, lr=lr, end=end, seed=SEED + len(before))
+        model = train(output, output / "begin", sitting, before=before, said=lambda line: print(line, file=sys.stderr))
+    except (Qwen2VLError, OSError) as error:
+        stderr.print(f"[bold red]error:[/] {escape(str(error))}")
+        raise typer.Exit(1) from None
+    print(model)
+
+
+@app.command()
+def ship(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A sitting's model.")],
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="The file that is shipped goes here.")],
+    count: Annotated[int, typer.Option("--count", min=1, help="Held-out samples of each level.")] = _COUNT,
+    processes: Annotated[int, typer.Option("--processes", min=1, help="Processes that measure it.")] = 2,
+) -> None:
+    """Measure a model on held-out samples, and write it in bfloat16 with its figures and how it was made."""
+    from .results import facts, measure, table
+    from .results import ship as write
+    from .sitting import sittings_of
+
+    try:
+        results = measure(model, count=count, seed=_SEED, processes=processes)
+        told = facts(sittings_of(model), results, count=count, measured_seed=_SEED)
+        write(model, output, told)
     except (Qwen2VLError, OSError) as error:
         stderr.print(f"[bold red]error:[/] {escape(str(error))}")
         raise typer.Exit(1) from None
     print(table(told), file=sys.stderr)
-    print(output / "model")
-
-
-def _plan(folder: Path, text: str) -> None:
-    """Write the configuration of a phase; raise a Qwen2VLError where the phase was begun with another one."""
-    config = folder / "run.toml"
-    if config.is_file() and config.read_text() != text:
-        raise Qwen2VLError(f"{config}: is of another plan, budget or number of processes; give another --output")
-    folder.mkdir(parents=True, exist_ok=True)
-    config.write_text(text)
-
-
-def _train(stage: str, folder: Path, processes: int) -> None:
-    launch = [sys.executable]
-    if processes > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    result = subprocess.run(
-        [*launch, "-m", "qwen2vl", "train", "--stage", stage, "--config", str(folder / "run.toml"), "--resume"],
-        env={"OMP_NUM_THREADS": str(threads), **os.environ},
-    )
-    if result.returncode:
-        raise Qwen2VLError(f"{folder.name}: qwen2vl train stopped with exit status {result.returncode}")
-    (folder / "done").touch()
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the exported model is what the next phase begins from
+    print(output)
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(small)
     app()

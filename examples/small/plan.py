@@ -1,128 +1,87 @@
-"""The phases that train the small model, in order: a beginning, and then the three stages of the paper.
+"""What the small model is trained for, and the order in which it meets it: by what it gets wrong, not by steps.
 
-The paper begins with a language model that can already write and a vision tower that can already see; a model that is
-trained from nothing has neither. While both learn what answers look like at all, the gradient that reaches the tower
-says nothing about the picture and moves the features of all pictures alike. With several skills at once this lasts so
-long that the features of all pictures end up equal, and nothing can be learned from any of them. With one skill, whose
-answers are single letters, it is over within 50 steps. So the whole model first learns to name single letters
-("letters"). Then the tower is trained alone ("vision"), the whole model on more and more skills ("multimodal", three
-times), and the language model alone on all skills ("instruct").
+The beginning decides. The paper begins with a language model that can already write and a vision tower that can already
+see; a model that is trained from nothing has neither. While both learn what answers look like at all, the gradient that
+reaches the tower says nothing about the picture and moves the features of all pictures alike. With several skills at
+once this lasts so long that the features of all pictures end up equal, and nothing can be learned from any of them.
+With large single letters it is over within some hundred steps. So a model of random weights sees these alone until its
+held-out error on them is below `OPENING`; then every skill begins with its easiest level, and each level that is below
+`OPENING` opens the next one. What is wrong more often is drawn more often, and what is mastered is drawn now and then.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+
+from .tokenizer import LANGUAGES
 
 #: The seed of the weights and the samples.
 SEED = 1
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One run of ``qwen2vl train``.
-
-    Attributes:
-        stage: one of `qwen2vl.training.stages.STAGES`.
-        steps: how many steps it has at a budget of 1.
-        tokens: how many tokens a step has on all processes together.
-        lr, end: the highest learning rate, and the share of it that a cosine ends at.
-        mix: skill -> (difficulties, each as often as it is named, and the weight of the skill).
-    """
-
-    name: str
-    stage: str
-    steps: int
-    tokens: int
-    lr: float
-    end: float
-    mix: dict[str, tuple[str, float]]
-
-
-_LETTERS = {"read": ("0", 1.0)}
-_CHARACTERS = {"read": ("01", 1.0)}
-_GROWING = {
-    "read": ("01123", 4),
-    "colour_shape": ("01223", 2),
-    "count": ("01", 1.2),
-    "compare": ("01", 1.2),
-    "point": ("01", 1.5),
-    "video": ("01", 1.2),
+#: Skill -> the levels that it is trained and measured on, in the order in which they open: the easiest first, as small
+#: models learn them. It is shown with no others.
+SCOPE: dict[str, tuple[int, ...]] = {
+    "read": (0, 1, 2, 3),
+    "colour_shape": (0, 1, 2, 3),
+    "count": (0, 1, 2, 3),
+    "compare": (0, 1, 3, 2),
+    "point": (0, 1, 3, 2),
+    "video": (0, 1, 2, 3),
+    "screen": (0, 1),
 }
-_ALL = {
-    "read": ("0122334", 4),
-    "colour_shape": ("0122334", 2),
-    "count": ("0122334", 1.2),
-    "compare": ("0122334", 1.5),
-    "point": ("0122334", 1.5),
-    "video": ("0122334", 1.5),
-    "screen": ("01234", 0.7),
-}
+#: Skill -> how often it is drawn where all are equally often wrong. A sample of the screen game has four times as many
+#: tokens as one of the others.
+WEIGHTS = {"read": 6.0, "colour_shape": 1.0, "count": 1.0, "compare": 1.0, "point": 1.5, "video": 1.0, "screen": 0.75}
+#: The share of wrong answers below which a level opens the next one.
+OPENING = 0.3
+#: Added to every level's share of wrong answers, so that what is mastered is not forgotten.
+REHEARSAL = 0.04
 
-#: More samples of what the model still got wrong most often after `_ALL`.
-_MOST = {
-    **_ALL,
-    "read": ("01223334", 4),
-    "compare": ("0012234", 2),
-    "point": ("0011234", 2.5),
-    "screen": ("0011234", 1),
-}
-
-PHASES = (
-    Phase("1-letters", "multimodal", 500, 1024, 5e-4, 0.6, _LETTERS),
-    Phase("2-vision", "vision", 300, 1024, 5e-4, 0.6, _CHARACTERS),
-    Phase("3-multimodal", "multimodal", 1900, 2048, 6e-4, 0.5, _GROWING),
-    Phase("4-multimodal", "multimodal", 5200, 1024, 5e-4, 0.1, _ALL),
-    Phase("5-multimodal", "multimodal", 10500, 1024, 5e-4, 0.05, _MOST),
-    Phase("6-instruct", "instruct", 900, 2048, 3e-4, 0.05, _MOST),
-)
+#: A skill and one of its levels.
+Level = tuple[str, int]
+_FIRST: Level = ("read", 0)
 
 
-def configuration(phase: Phase, *, number: int, checkpoint: str, budget: float, processes: int) -> str:
-    """The file that ``qwen2vl train`` reads, to lie in the folder that the phase's output goes to.
+def open_levels(opened: Iterable[Level], error: Callable[[Level], float]) -> dict[Level, float]:
+    """The levels that are open from now on, and the share of wrong answers at each.
 
     Args:
-        number: the number of the phase; no two phases draw the same samples.
-        checkpoint: the folder of the checkpoint that the phase begins from.
-        budget: a factor on the number of steps.
-        processes: how many processes share the tokens of a step.
+        opened: those that were open before; none at the beginning. A level never closes again.
+        error: measures a level; called once for each that is open or opens now.
     """
-    steps = max(1, round(budget * phase.steps))
-    tables: list[tuple[str, dict[str, Any]]] = [
-        ("[model]", {"checkpoint": checkpoint, "dtype": "float32"}),
-        (
-            "[run]",
-            {
-                "output": ".",
-                "steps": steps,
-                "max_tokens": phase.tokens // processes,
-                "seed": 100 * SEED + number,
-                "data_threads": 1,
-                "save_every": 250,
-                "keep": 1,
-                "loss": "full",  # a vocabulary of 2048 needs no chunks
-                "checkpoint_activations": False,
-            },
-        ),
-        (
-            "[optimizer]",
-            {
-                "lr": phase.lr,
-                "warmup_steps": min(50, steps),
-                "min_lr_ratio": phase.end,
-                "weight_decay": 0.05,
-            },
-        ),
+    known = {level: error(level) for level in sorted({_FIRST, *opened})}
+    waiting = list(known)
+    while waiting:
+        level = waiting.pop()
+        if known[level] >= OPENING:
+            continue
+        skill, difficulty = level
+        levels = SCOPE[skill]
+        behind = [(skill, n) for n in levels[levels.index(difficulty) + 1 :][:1]]
+        if level == _FIRST:
+            behind += [(other, easy[0]) for other, easy in SCOPE.items()]
+        for one in behind:
+            if one not in known:
+                known[one] = error(one)
+                waiting.append(one)
+    return {(skill, n): known[skill, n] for skill, levels in SCOPE.items() for n in levels if (skill, n) in known}
+
+
+def shares(errors: Mapping[Level, float]) -> dict[Level, float]:
+    """How often each open level is drawn, of one in all, from the share of wrong answers at each."""
+    wanted = {level: WEIGHTS[level[0]] * (REHEARSAL + error) for level, error in errors.items()}
+    total = sum(wanted.values())
+    return {level: weight / total for level, weight in wanted.items()}
+
+
+def entries(drawn: Mapping[Level, float]) -> list[dict[str, object]]:
+    """The data tables of a training run that draws each level so often."""
+    return [
+        {
+            "format": "generated",
+            "path": skill,
+            "difficulty": difficulty,
+            "languages": list(LANGUAGES),
+            "weight": share,
+        }
+        for (skill, difficulty), share in drawn.items()
     ]
-    if processes > 1:
-        tables.append(("[parallel]", {"mode": "ddp"}))
-    for skill, (difficulties, weight) in phase.mix.items():
-        levels = [int(level) for level in difficulties]
-        tables.append(
-            ("[[data]]", {"format": "generated", "path": skill, "difficulty": levels, "weight": float(weight)})
-        )
-    # JSON of strings, numbers, booleans and lists of numbers is TOML.
-    return "\n".join(
-        line for head, table in tables for line in (head, *(f"{k} = {json.dumps(v)}" for k, v in table.items()), "")
-    )

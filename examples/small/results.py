@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,13 +17,13 @@ from safetensors import safe_open
 
 from qwen2vl.model import Qwen2VL
 from qwen2vl.prompt.processor import Processor
-from qwen2vl.samples import LEVELS, SKILLS
 from qwen2vl.samples.fonts import typefaces
 from qwen2vl.samples.held_out import Scored, evaluate, report
 from qwen2vl.samples.skills import DATA_VERSION
 from qwen2vl.weights import SINGLE_NAME
 
-from .plan import SEED, Phase
+from .plan import SCOPE, SEED
+from .tokenizer import LANGUAGES
 
 Results = dict[str, Any]
 #: The key of the file's header under which it says how it was made. It is older than the names of the folders here, and
@@ -75,23 +75,35 @@ def _total(results: Results, skill: str, difficulties: Sequence[int], score: str
 
 
 GOALS = (
-    Goal("reading 1 to 4 characters, character error rate", error_rate("read", (0, 1, 2, 3)), 0.05, least=False),
-    Goal("colour and shape, accuracy", mean("colour_shape", LEVELS), 0.97),
-    Goal("counting 0 to 4, accuracy", mean("count", (0, 1, 2, 3)), 0.90),
-    Goal("comparing two pictures, accuracy", mean("compare", LEVELS), 0.90),
-    Goal("pointing, mean IoU", mean("point", LEVELS, "IoU"), 0.65),
-    Goal("what happens in a video, accuracy", mean("video", LEVELS), 0.95),
-    Goal("screen game, episodes won", mean("screen", LEVELS), 0.85),
+    Goal("reading 1 to 6 characters, character error rate", error_rate("read", SCOPE["read"]), 0.03, least=False),
+    Goal("reading 1 to 6 characters, exact", mean("read", SCOPE["read"]), 0.92),
+    Goal("colour and shape, accuracy", mean("colour_shape", SCOPE["colour_shape"]), 0.99),
+    Goal("counting 0 to 5, accuracy", mean("count", SCOPE["count"]), 0.95),
+    Goal("comparing two pictures, accuracy", mean("compare", SCOPE["compare"]), 0.95),
+    Goal("pointing, mean IoU", mean("point", SCOPE["point"], "IoU"), 0.75),
+    Goal("pointing, IoU above 0.5", mean("point", SCOPE["point"]), 0.90),
+    Goal("what happens in a video, accuracy", mean("video", SCOPE["video"]), 0.97),
+    Goal("screen game, episodes won", mean("screen", SCOPE["screen"]), 0.90),
     Goal("Chinese prompts behind English ones, accuracy", behind("zh", "en"), 0.03, least=False),
 )
 
 
 def measure(folder: Path, *, count: int, seed: int, processes: int) -> dict[str, Any]:
-    """The report on `count` held-out samples of every skill and difficulty, with weights and arithmetic in bfloat16."""
-    jobs = [(str(folder), skill, level, count, seed) for level in reversed(LEVELS) for skill in reversed(list(SKILLS))]
+    """The report on held-out samples of every level in `SCOPE`, with weights and arithmetic in bfloat16.
+
+    Args:
+        count: samples of each level; skills of fewer levels are asked more of each, so that all are asked as many.
+    """
+    most = max(map(len, SCOPE.values()))
+    jobs = [
+        (str(folder), skill, level, count * most // len(levels), seed)
+        for skill, levels in reversed(SCOPE.items())
+        for level in reversed(levels)
+    ]
+    if processes == 1:
+        return report([one for job in jobs for one in _measure(job)])
     with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_one_thread) as pool:
-        scored = [one for found in pool.map(_measure, jobs) for one in found]
-    return report(scored)
+        return report([one for found in pool.map(_measure, jobs) for one in found])
 
 
 def _one_thread() -> None:
@@ -102,7 +114,8 @@ def _measure(job: tuple[str, str, int, int, int]) -> Sequence[Scored]:
     folder, skill, level, count, seed = job
     model = Qwen2VL.from_pretrained(folder, device="cpu", dtype="bfloat16")
     processor = Processor.from_pretrained(folder)
-    return evaluate(model, processor, skills=(skill,), difficulties=(level,), count=count, seed=seed)
+    which = {"skills": (skill,), "difficulties": (level,), "languages": LANGUAGES}
+    return evaluate(model, processor, count=count, seed=seed, **which)
 
 
 def ship(source: Path, folder: Path, facts: dict[str, Any]) -> None:
@@ -118,26 +131,21 @@ def facts_of(folder: str | os.PathLike[str]) -> dict[str, Any]:
         return json.loads(file.metadata()[KEY])
 
 
-def facts(
-    phases: Sequence[Phase], results: Results, *, budget: float, processes: int, count: int, measured_seed: int
-) -> dict[str, Any]:
-    """What is needed to make the file again, and how good the model is, for :func:`ship`.
+def facts(sittings: Sequence[dict[str, Any]], results: Results, *, count: int, measured_seed: int) -> dict[str, Any]:
+    """How the file was made, and how good the model is, for :func:`ship`.
 
     Args:
-        phases: the plan, with the numbers of steps at a budget of 1.
+        sittings: what made it, in order, see `examples.small.sitting.sittings_of`.
         results: the report of :func:`measure` with `count` and `measured_seed`.
     """
     return {
-        "command": f"python -m examples.small --output DIR --budget {budget:g} --processes {processes} --count {count}",
-        "budget": budget,
-        "processes": processes,
+        "sittings": list(sittings),
         "count": count,
         "measured_seed": measured_seed,
         "seed": SEED,
         "data_version": DATA_VERSION,
         "typefaces": [face.name for face in typefaces()],
         "versions": {name: metadata.version(name) for name in ("qwen2vl", "torch", "pillow", "matplotlib")},
-        "phases": [asdict(phase) for phase in phases],
         "goals": {
             goal.name: {"value": goal.value(results), "wanted": goal.wanted, "reached": goal.reached(results)}
             for goal in GOALS
@@ -147,17 +155,18 @@ def facts(
 
 
 def table(told: dict[str, Any]) -> str:
-    """Tables in Markdown: the goals beside what was reached, and the accuracy of every skill by difficulty."""
+    """Tables in Markdown of what a file says: goals beside what was reached, and every skill's accuracy by level."""
     lines = ["| held-out samples | reached | goal |", "|---|---|---|"]
-    for goal in GOALS:
-        found = told["goals"][goal.name]
-        sign = "at least" if goal.least else "at most"
+    for name, found in told["goals"].items():
+        sign = "at least" if (found["value"] >= found["wanted"]) == found["reached"] else "at most"
         missed = "" if found["reached"] else ", missed"
-        lines.append(f"| {goal.name} | {found['value']:.1%} | {sign} {found['wanted']:.0%}{missed} |")
-    lines += ["", f"| accuracy at difficulty | {' | '.join(map(str, LEVELS))} |", "|---" * (1 + len(LEVELS)) + "|"]
-    for skill in SKILLS:
-        rows = [told["results"]["by_difficulty"][f"{skill} {level}"] for level in LEVELS]
-        lines.append(f"| {skill} | {' | '.join(format(row['accuracy'], '.0%') for row in rows)} |")
+        lines.append(f"| {name} | {found['value']:.1%} | {sign} {found['wanted']:.0%}{missed} |")
+    measured = told["results"]["by_difficulty"]
+    levels = sorted({name.split()[1] for name in measured})
+    lines += ["", f"| accuracy at difficulty | {' | '.join(levels)} |", "|---" * (1 + len(levels)) + "|"]
+    for skill in told["results"]["by_skill"]:
+        rows = [measured.get(f"{skill} {level}") for level in levels]
+        lines.append(f"| {skill} | {' | '.join(format(row['accuracy'], '.0%') if row else '–' for row in rows)} |")
     languages = told["results"]["by_language"]
     lines += ["", "Accuracy by language: " + ", ".join(f"{k} {v['accuracy']:.1%}" for k, v in languages.items()) + "."]
     return "\n".join(lines)

@@ -6,13 +6,14 @@ grouped queries, and all special tokens under their names. Three settings differ
 - rope_theta is 100 and not a million. M-RoPE gives the horizontal axis the slowest third of the frequencies. At a
   million, one step rotates these by less than a thousandth of a radian, which small weights do not learn to tell
   apart; at 100 by 0.01 to 0.06 radians.
-- The vocabulary has 2048 tokens, see `examples.small.tokenizer`.
-- Images keep their size from 56 x 56 pixels on, which are 4 tokens.
+- The vocabulary has some 900 tokens, see `examples.small.tokenizer`.
+- Images keep their size from 56 x 56 pixels, which are 4 tokens, to 25,088 pixels, which are 32.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,17 +21,19 @@ import torch
 
 from benchmarks.random_checkpoint import SPECIAL_TOKENS, write_checkpoint
 from qwen2vl.config import Qwen2VLConfig, TextConfig, VisionConfig
+from qwen2vl.errors import CheckpointError
 from qwen2vl.model import Qwen2VL
+from qwen2vl.prompt.tokenizer import BYTE_OF_CHAR, Tokenizer
 
 from .tokenizer import write_tokenizer
 
-#: The limits that its processor holds pictures and frames to: what it was not trained on, it does not read. The largest
-#: picture has 7 x 8 tokens, the largest frame 5 x 5; frames keep the size that they have.
+#: The limits that its processor holds pictures and frames to, larger ones are reduced: what it was not trained on, it
+#: does not read. Frames keep the size that they have, up to 4 x 4 tokens.
 LIMITS = {
     "min_pixels": 4 * 28 * 28,
-    "max_pixels": 56 * 28 * 28,
+    "max_pixels": 32 * 28 * 28,
     "video_min_pixels": 28 * 28,
-    "video_max_pixels": 25 * 28 * 28,
+    "video_max_pixels": 16 * 28 * 28,
 }
 DEPTH, LAYERS = 5, 4  # blocks of the vision tower, layers of the language model
 _EMBEDDING_STD = 0.1
@@ -62,25 +65,65 @@ def shape(ids: dict[str, int], *, depth: int = DEPTH, layers: int = LAYERS) -> Q
     return replace(Qwen2VLConfig.preset("2b"), text=text, vision=vision, torch_dtype="float32", **fields)
 
 
-def write_beginning(folder: Path, *, seed: int, depth: int = DEPTH, layers: int = LAYERS) -> None:
-    """Write a checkpoint of random weights in float32, tokenizer and image settings; equal calls write equal bytes.
+def write_beginning(
+    folder: Path, *, seed: int, source: Path | None = None, depth: int = DEPTH, layers: int = LAYERS
+) -> None:
+    """Write a checkpoint in float32, tokenizer and image settings; equal calls write equal bytes.
 
     The entries of a matrix are normal with a variance of one over its number of inputs. The variance of the matrices
     that write into the residual stream is also divided by their number, so that activations neither grow nor fade. With
     the usual standard deviation of 0.02 the model needs three times as many samples until it reads its first
     characters. The embeddings have a standard deviation of 0.1, so that a token's own embedding does not vanish beside
     what attention adds from its picture.
+
+    Args:
+        seed: of the random weights.
+        source: a checkpoint of the same shape, whose weights are taken in place of random ones. It may have another
+            tokenizer: a token begins as the mean of those that spell it there.
     """
     config = shape(write_tokenizer(folder), depth=depth, layers=layers)
-    generator = torch.Generator().manual_seed(seed)
     model = Qwen2VL.from_config(config, device="cpu", dtype=torch.float32)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim < 2:
-                continue
-            blocks = config.vision.depth if name.startswith("visual.") else config.text.num_hidden_layers
-            std = 1 / math.sqrt(parameter[0].numel())
-            if name.endswith(_OUTPUTS):
-                std /= math.sqrt(2 * blocks)
-            parameter.normal_(std=_EMBEDDING_STD if "embed_tokens" in name else std, generator=generator)
+        if source is None:
+            _draw_weights(model, torch.Generator().manual_seed(seed))
+        else:
+            _take_weights(model, Tokenizer.from_pretrained(folder), source)
     write_checkpoint(model, folder, **LIMITS)
+
+
+def _draw_weights(model: Qwen2VL, generator: torch.Generator) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            continue
+        blocks = model.config.vision.depth if name.startswith("visual.") else model.config.text.num_hidden_layers
+        std = 1 / math.sqrt(parameter[0].numel())
+        if name.endswith(_OUTPUTS):
+            std /= math.sqrt(2 * blocks)
+        parameter.normal_(std=_EMBEDDING_STD if "embed_tokens" in name else std, generator=generator)
+
+
+def _take_weights(model: Qwen2VL, tokenizer: Tokenizer, source: Path) -> None:
+    """Raises a CheckpointError naming the tensor that is missing, or has another shape, in `source`."""
+    theirs = dict(Qwen2VL.from_pretrained(source, device="cpu", dtype="float32").named_parameters())
+    other = Tokenizer.from_pretrained(source)
+    for name, parameter in model.named_parameters():
+        found = theirs.get(name)
+        if found is not None and "embed_tokens" in name:
+            found = torch.stack([found[ids].mean(0) for ids in _spellings(tokenizer, other)])
+        if found is None or found.shape != parameter.shape:
+            got = "missing" if found is None else f"of shape {tuple(found.shape)}"
+            raise CheckpointError(f"{source}: {name} is {got}, and the model's has shape {tuple(parameter.shape)}")
+        parameter.copy_(found)
+
+
+def _spellings(tokenizer: Tokenizer, other: Tokenizer) -> Iterator[list[int]]:
+    """For each token of one tokenizer, in the order of ids, the tokens of another one that spell it."""
+    for symbol in sorted(tokenizer.backend.get_vocab(), key=tokenizer.backend.get_vocab().__getitem__):
+        same = other.backend.token_to_id(symbol)
+        if same is not None:
+            yield [same]
+            continue
+        data = bytes(BYTE_OF_CHAR[character] for character in symbol)
+        text = data.decode("utf-8", errors="replace")
+        whole = text.encode() == data  # and no part of a Chinese character
+        yield other.encode_plain(text) if whole else [other.backend.token_to_id(one) for one in symbol]  # type: ignore[misc]

@@ -1,115 +1,94 @@
-"""A small byte-level BPE tokenizer, trained on what generated samples say, with Qwen2-VL's special tokens.
+"""The small model's tokenizer: one token for a word that is asked with, one for every character that is read.
 
-It is small because a small model needs a small embedding. Texts that are to be read from pictures are left out of its
-training text: most of their characters stay single tokens, so that a model that reads cannot guess whole words.
+A byte-level BPE whose merges are chosen, not counted. A model that reads has to spell, and a vocabulary that merges
+letters gives one string many spellings: "eat" would be one token in "meat" and three in "EAT". So nothing is merged
+that begins with a letter or digit, as what is read from a picture does. A word inside of a question begins with its
+space: `Ġ t`, `Ġt e`, `Ġte x`, `Ġtex t` make it one token, and the same word alone is letters. Signs are merged too, and
+the bytes of Chinese characters, which no picture shows. The names of the roles, with which every turn begins, are the
+one exception; the pairs that theirs begin with, ss, sy and us, are in no random string.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 
 import tokenizers
-from tokenizers import models, normalizers, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 
 from benchmarks.byte_tokenizer import PRE_TOKENIZATION_PATTERN, write_bpe_tokenizer
-from qwen2vl.prompt.tokenizer import BYTE_OF_CHAR, CONTROL_TOKENS, GROUNDING_TOKENS
+from qwen2vl.agents.function_calls import Call, render_call
+from qwen2vl.agents.grounding import Box, Grounded, render_grounding
+from qwen2vl.prompt.chatml import DEFAULT_SYSTEM_PROMPT
+from qwen2vl.prompt.tokenizer import GROUNDING_TOKENS
 from qwen2vl.samples.questions import QUESTIONS, SCREEN
-from qwen2vl.samples.sample import Sample
-from qwen2vl.samples.skills import LEVELS, SKILLS, generate
+from qwen2vl.samples.screen_game import SYSTEM
 from qwen2vl.samples.words import (
     COLOURS,
     DIFFERENCES,
     DIRECTION_NAMES,
     EVENTS,
-    LANGUAGES,
+    SEPARATOR,
     SHAPES,
     WHICH_PICTURE,
     YES_NO,
-    colour_name,
     event_sentence,
     kind_name,
-    shape_name,
+    thing_name,
 )
 
-#: How many tokens there are: 256 bytes, merges and special tokens. At this size most frequent words are one token.
-VOCABULARY = 2048
+_ROLES = "s s|a ss|ass i|assi s|assis t|assist a|assista n|assistan t|s y|sy s|sys t|syst e|syste m|u s|us e|use r"
+#: The languages that the model is asked in.
+LANGUAGES = ("en", "zh")
 
 
-def write_tokenizer(folder: str | os.PathLike[str], *, size: int = VOCABULARY) -> dict[str, int]:
-    """Train the tokenizer and write its three files into `folder`; equal calls write equal bytes.
-
-    Args:
-        size: the number of tokens, special ones included. There are fewer where the text has too few merges.
+def write_tokenizer(folder: str | os.PathLike[str]) -> dict[str, int]:
+    """Write the tokenizer's three files into `folder`; equal calls write equal bytes.
 
     Returns:
-        Name -> id of the special tokens.
+        Name -> id of the special tokens, which are the last ids.
     """
-    return write_bpe_tokenizer(folder, train_merges(texts(), size - len(BYTE_OF_CHAR) - len(CONTROL_TOKENS)))
+    return write_bpe_tokenizer(folder, [*chosen_merges(texts()), *_ROLES.split("|")])
 
 
 def texts() -> Iterator[str]:
-    """The training text: all questions and answers with few forms, and some samples of every skill but reading."""
-    # So frequent that each becomes one token, as in the released vocabulary: every turn begins with one of them.
-    yield from ["system", "user", "assistant"] * 500
-    for wordings in QUESTIONS.values():
-        for language, forms in wordings.items():
-            for form in forms:
-                # Roughly as often as samples ask it, because the shares of the languages decide what is merged first.
-                yield from [form.replace("{}", " ")] * LANGUAGES[language]
-    for language, share in LANGUAGES.items():
-        names = [colour_name(colour, language) for colour in COLOURS] + [shape_name(s, language) for s in SHAPES]
-        spaced = [f" {name}" for name in names]  # as they stand inside a sentence
-        answers = (*YES_NO[language], *DIFFERENCES[language], *WHICH_PICTURE[language])
-        moves = (*DIRECTION_NAMES[language].values(), *SCREEN[language].values())
-        yield from [text.replace("{}", " ") for text in (*names * 2, *spaced * 2, *answers, *moves)] * share
-        for n, shape in enumerate(SHAPES):
+    """What is asked and answered, all forms, with a space in the place of what is read from a picture."""
+    point = render_call(Call("Tap", {"point": (0, 0)}), "paper")
+    box = render_grounding(Grounded(" ", (Box(0, 0, 1, 1), Box(0, 0, 1, 1))))
+    for token in GROUNDING_TOKENS:
+        box = box.replace(token, " ")
+    yield from (DEFAULT_SYSTEM_PROMPT, SYSTEM, point + "\n", box, "*RESULT*: \n*RETURN*: ")
+    for language in LANGUAGES:
+        for wordings in QUESTIONS.values():
+            yield from (form.replace("{}", " ") for form in wordings[language])
+        yield from (text.replace("{}", " ") for text in SCREEN[language].values())
+        yield from (*YES_NO[language], *DIFFERENCES[language], *WHICH_PICTURE[language], SEPARATOR[language])
+        yield from DIRECTION_NAMES[language].values()
+        for shape in SHAPES:
             for colour in COLOURS:
-                yield from [kind_name(colour, shape, language), kind_name(colour, None, language)]
-            # Not every colour with every shape: whole phrases would be merged before the names in them.
-            yield from [event_sentence(e, list(COLOURS)[n + i], shape, language) for i, e in enumerate(EVENTS[:4])]
-            yield from [event_sentence(e, list(COLOURS)[n], shape, language) for e in EVENTS[4:]]
-            yield kind_name(None, shape, language)
-    for skill in SKILLS:
-        if skill != "read":
-            for level in LEVELS:
-                for index in range(40):
-                    yield from _said(skill, level, index)
+                yield f" {kind_name(colour, shape, language)} {thing_name(colour, shape, language)}"
+                yield f" {kind_name(colour, None, language)}"
+            yield f" {kind_name(None, shape, language)}"
+            yield from (event_sentence(event, "red", shape, language) for event in EVENTS)
 
 
-def _said(skill: str, level: int, index: int) -> Iterator[str]:
-    sample = generate(skill, level, seed=0, index=index)
-    if "text" in sample.scene or "texts" in sample.scene or any(kind == "type" for kind, _ in _tasks(sample)):
-        return
-    for turn in sample.record["messages"]:
-        text = turn["content"]
-        for marker in ("<image>", "<video>", *GROUNDING_TOKENS):
-            text = text.replace(marker, "\n")
-        yield text
-    yield sample.record.get("system", "You are a helpful assistant.")
+def chosen_merges(lines: Iterable[str]) -> list[str]:
+    """Merges, each as `"a b"`, that make one token of every piece of the text that begins with no letter or digit.
 
-
-def _tasks(sample: Sample) -> list[list[str]]:
-    return sample.scene.get("tasks", [])
-
-
-def train_merges(lines: Iterable[str], count: int) -> list[str]:
-    """At most `count` merges of a byte-level BPE of the text, each as `"a b"`; pairs that occur once are not merged."""
-    backend = tokenizers.Tokenizer(models.BPE())
-    pieces = [
-        pre_tokenizers.Split(tokenizers.Regex(PRE_TOKENIZATION_PATTERN), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]
-    backend.normalizer = normalizers.NFC()  # pyright: ignore[reportAttributeAccessIssue]
-    backend.pre_tokenizer = pre_tokenizers.Sequence(pieces)  # pyright: ignore[reportAttributeAccessIssue]
-    trainer = trainers.BpeTrainer(
-        vocab_size=len(BYTE_OF_CHAR) + count,
-        min_frequency=2,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(lines, trainer)
-    merges = json.loads(backend.to_str())["model"]["merges"]
-    # Each merge is a string or a pair of strings, by the version of tokenizers.
-    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    The pieces are what the tokenizer splits text into, so that no other piece meets these merges; Chinese characters
+    are such pieces one by one.
+    """
+    split = pre_tokenizers.Split(tokenizers.Regex(PRE_TOKENIZATION_PATTERN), "isolated")
+    pieces: set[str] = set()
+    for line in lines:
+        for piece, _ in split.pre_tokenize_str(line):
+            if piece.isascii():
+                pieces |= set() if piece[0].isalnum() else {piece}
+            else:
+                pieces |= {character for character in piece if not character.isascii()}
+    to_symbols = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    merges: dict[str, None] = {}
+    for piece in sorted(pieces):
+        ((symbols, _),) = to_symbols.pre_tokenize_str(piece)
+        merges |= {f"{symbols[:n]} {symbols[n]}": None for n in range(1, len(symbols))}
+    return list(merges)

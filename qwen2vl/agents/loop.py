@@ -30,6 +30,7 @@ from .function_calls import (
 )
 
 if TYPE_CHECKING:
+    from ..conversation import Conversation
     from ..generation import GenerationConfig
     from ..model import Qwen2VL
     from ..prompt.processor import Processor
@@ -232,14 +233,22 @@ def _forget_images(messages: Sequence[Mapping[str, Any]], keep: int | None) -> l
     return kept[::-1]
 
 
+def _new_conversation() -> Conversation:
+    from ..conversation import Conversation  # which loads PyTorch
+
+    return Conversation()
+
+
 @dataclass(frozen=True)
 class ModelWriter:
-    """A checkpoint as the one who writes; :func:`model_writer` makes it."""
+    """A checkpoint as the one who writes; :func:`model_writer` makes it. What it has read of a conversation it keeps
+    for the next step, in ``conversation``."""
 
     model: Qwen2VL
     processor: Processor
     config: GenerationConfig
     options: Mapping[str, Any] = field(default_factory=dict)
+    conversation: Conversation = field(default_factory=_new_conversation, compare=False, repr=False)
 
     @property
     def system_prompt(self) -> str:
@@ -251,7 +260,8 @@ class ModelWriter:
 
         going_on = messages[-1]["role"] == "assistant"
         inputs = self.processor(messages, continue_final_message=going_on, **self.options)
-        return generate(self.model, inputs, tokenizer=self.processor.tokenizer, config=self.config).texts[0]
+        given = {"tokenizer": self.processor.tokenizer, "config": self.config, "conversation": self.conversation}
+        return generate(self.model, inputs, **given).texts[0]
 
 
 def model_writer(

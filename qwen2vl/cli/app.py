@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import sys
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from .. import interrupts
+from . import ranks
 from .chat import chat
 from .common import (
     Command,
@@ -21,6 +22,7 @@ from .common import (
     media_warnings_as_lines,
     print_error,
 )
+from .convert import convert
 from .eval import evaluate
 from .generate import generate
 from .info import info
@@ -36,12 +38,14 @@ class _Commands(PlainFlags, TyperGroup):
             with media_warnings_as_lines():
                 return super().invoke(ctx)
         except KeyboardInterrupt:
-            raise typer.Exit(130) from None
+            interrupts.say()
+            raise typer.Exit(interrupts.EXIT_CODE) from None
         except Exception as error:
-            message = explain(error)
+            message = explain(error, flags=ctx.invoked_subcommand != "train")
             if message is None:  # a usage error, which typer reports, or a bug
                 raise
-            print_error(message)
+            told = ctx.invoked_subcommand == "train" or not ranks.follows()
+            print_error(message if told else f"rank {ranks.rank()}: {message}")
             raise typer.Exit(1) from None
 
 
@@ -77,6 +81,7 @@ app.command(cls=Command)(inspect)
 app.command("eval", cls=Command)(evaluate)
 app.command(cls=Command)(train)
 app.command(cls=Command)(merge)
+app.command(cls=Command)(convert)
 
 
 def main() -> None:
@@ -89,19 +94,9 @@ def main() -> None:
         app(prog_name="qwen2vl")
     except SystemExit as end:
         if "RANK" in os.environ:
-            _leave(end.code)
+            # One of torchrun's: a thread of gloo drops the tensors of a collective some time after the collective is
+            # done, and needs the interpreter for it. Where the interpreter is being taken down by then, C++ ends the
+            # process with SIGABRT, and torchrun calls the finished run failed.
+            ranks.release()
+            interrupts.leave(end.code if isinstance(end.code, int) else int(end.code is not None))
         raise
-
-
-def _leave(code: Any) -> NoReturn:
-    """End this process, one of torchrun's, without taking the interpreter down around its threads.
-
-    A thread of gloo drops the tensors of a collective some time after the collective is done, and needs the interpreter
-    for it. Where the interpreter is being taken down by then, C++ ends the process with SIGABRT, and torchrun calls the
-    finished run failed. No call waits for these threads, so what an ending interpreter must do is done here.
-    """
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # a reader that is gone, a stream that is closed
-            stream.flush()
-    os._exit(code if isinstance(code, int) else int(code is not None))

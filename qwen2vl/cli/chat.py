@@ -5,12 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
+from ..interrupts import caught_by_caller
 from ..media.options import MediaOptions
 from .common import (
     AdapterOption,
@@ -43,6 +45,7 @@ from .common import (
     tell_who_answers,
     video_options,
 )
+from .limits import LimitOption
 
 if TYPE_CHECKING:
     from ..generation import GenerationConfig
@@ -74,6 +77,7 @@ def chat(
     max_pixels: MaxPixelsOption = None,
     fps: FpsOption = MediaOptions.fps,
     allow_remote: AllowRemoteOption = False,
+    limit: LimitOption = None,
     device: DeviceOption = None,
     dtype: DTypeOption = None,
     max_vision_patches: MaxVisionPatchesOption = None,
@@ -95,6 +99,7 @@ def chat(
         max_pixels=max_pixels,
         allow_remote=allow_remote,
         max_vision_patches=max_vision_patches,
+        limit=limit,
         adapter=adapter,
     )
     loaded.kept_features = KeptFeatures()  # every turn shows the pictures of those before it
@@ -127,15 +132,33 @@ class _Chat:
     turns: list[dict[str, Any]] = field(default_factory=list)
     attached: list[dict[str, Any]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        from ..conversation import Conversation
+
+        self.conversation = Conversation()
+
     def run(self) -> None:
         interactive = sys.stdin.isatty()
+        with caught_by_caller() if self._stoppable else nullcontext():
+            self._take_all(interactive)
+
+    @property
+    def _stoppable(self) -> bool:
+        """Whether Ctrl-C stops an answer and not the conversation: not where other processes compute it as well."""
+        return sys.stdin.isatty() and self.model.parallel is None
+
+    def _take_all(self, interactive: bool) -> None:
         for line in _lines(interactive):
             try:
                 if not self.take(line.strip()):
                     return
+            except KeyboardInterrupt:
+                if not self._stoppable:
+                    raise
+                notes.print("[dim](stopped)[/]")
             except Exception as error:
-                message = explain(error)
-                if message is None or not interactive:
+                message, parallel = explain(error), self.model.parallel
+                if message is None or not interactive or (parallel is not None and parallel.busy):
                     raise
                 print_error(message)
 
@@ -156,6 +179,7 @@ class _Chat:
         elif command == "/reset":
             self.turns.clear()
             self.attached.clear()
+            self.conversation.forget()
         elif command == "/help":
             stderr.print(_HELP)
         elif command.startswith("/"):
@@ -214,8 +238,17 @@ class _Chat:
         stopped = False
         try:
             inputs = self.processor(messages, **self.options)
-            generate(self.model, inputs, tokenizer=self.processor.tokenizer, config=self.config, on_token=show)
+            generate(
+                self.model,
+                inputs,
+                tokenizer=self.processor.tokenizer,
+                config=self.config,
+                on_token=show,
+                conversation=self.conversation,
+            )
         except KeyboardInterrupt:
+            if not self._stoppable:
+                raise
             stopped = True
         print(flush=True)
         if stopped:

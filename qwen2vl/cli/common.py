@@ -19,8 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from typer.core import TyperCommand
 
 from .. import assets
-from ..errors import MediaError, MediaWarning, Qwen2VLError
-from . import threads
+from ..errors import MediaWarning, Qwen2VLError
+from . import ranks, threads
+from .limits import in_flags, read_limits
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -209,14 +210,20 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def explain(error: Exception) -> str | None:
-    """The message for an error that comes from what the user gave or from the machine; None for any other."""
+def explain(error: Exception, *, flags: bool = True) -> str | None:
+    """The message for an error that comes from what the user gave or from the machine; None for any other.
+
+    ``flags``: whether what it says about keywords is to be said of this command's flags.
+    """
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return "out of memory: lower --max-pixels, give fewer images, or take --dtype bfloat16"
+    if ranks.tells_of_another(error):
+        return f"another process stopped ({str(error).splitlines()[0]})"
     if isinstance(error, Qwen2VLError):
         # In the words of the command line: the file is named anyway, and nobody wrote messages.
-        return _PLACE.sub("", str(error)).replace("pass allow_remote=True", "give --allow-remote")
+        said = _PLACE.sub("", str(error))
+        return in_flags(said) if flags else said
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
         where = f"{error.filename}: " if error.filename is not None else ""
         return f"{where}{error.strerror or error}"
@@ -284,19 +291,6 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
             bar.stop()
 
 
-def read_stdin() -> bytes:
-    """All of standard input, for a file that is named -."""
-    if data := sys.stdin.buffer.read():
-        return data
-    raise MediaError("stdin is empty")
-
-
-def check_stdin(given: Sequence[str]) -> None:
-    """A usage error where more than one of what was given is -, as standard input can be read once."""
-    if given.count("-") > 1:
-        raise typer.BadParameter("stands for stdin, which can be read once; it was given more often", param_hint="-")
-
-
 def check_pixels(min_pixels: int | None, max_pixels: int | None) -> None:
     """A usage error where --min-pixels exceeds --max-pixels."""
     if min_pixels is not None and max_pixels is not None and min_pixels > max_pixels:
@@ -328,6 +322,7 @@ def load_processor(
     min_pixels: int | None,
     max_pixels: int | None,
     allow_remote: bool,
+    limit: Sequence[str] | None,
     base: Path | None = None,
 ) -> Processor:
     """The processor of --model, or for None of the small model that comes with the package."""
@@ -340,6 +335,7 @@ def load_processor(
         max_pixels=max_pixels,
         allow_remote=allow_remote,
         base=base,
+        **read_limits(limit),
     )
 
 
@@ -352,37 +348,43 @@ def load(
     max_pixels: int | None,
     allow_remote: bool,
     max_vision_patches: int | None,
+    limit: Sequence[str] | None = None,
     adapter: str | None = None,
     base: Path | None = None,
 ) -> tuple[Qwen2VL, Processor]:
     """Model, with the adapter if one is given, and processor of --model; for None those of the small model that comes
-    with the package."""
-    import torch
-
+    with the package. Of torchrun's processes only the first returns; see :mod:`qwen2vl.cli.ranks`."""
     from ..hub import Checkpoint
     from ..model import Qwen2VL
 
     check_pixels(min_pixels, max_pixels)
-    if device is not None:
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:  # torch's ways of saying that it has no such device
-            raise Qwen2VLError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    parallel = ranks.join(device)
+
+    def load_model() -> Qwen2VL:
+        with progress_bar("loading tensors") as report:
+            loaded = Qwen2VL.from_pretrained(
+                checkpoint,
+                device=device if parallel is None else None,
+                dtype=None if dtype is None else dtype.value,
+                progress=report,
+                adapter=adapter,
+                parallel=parallel,
+            )
+        loaded.max_vision_patches = max_vision_patches
+        if loaded.device.type == "cpu":
+            threads.choose(sum(parameter.numel() for parameter in loaded.parameters()))
+        return loaded
+
     checkpoint = Checkpoint.find(assets.folder() if model is None else model)
+    if parallel is not None and parallel.rank:
+        notes.quiet = True
+        ranks.follow(parallel, load_model)
     processor = load_processor(
-        checkpoint, min_pixels=min_pixels, max_pixels=max_pixels, allow_remote=allow_remote, base=base
+        checkpoint, min_pixels=min_pixels, max_pixels=max_pixels, allow_remote=allow_remote, limit=limit, base=base
     )
-    with progress_bar("loading tensors") as report:
-        loaded = Qwen2VL.from_pretrained(
-            checkpoint,
-            device=device,
-            dtype=None if dtype is None else dtype.value,
-            progress=report,
-            adapter=adapter,
-        )
-    loaded.max_vision_patches = max_vision_patches
-    if loaded.device.type == "cpu":
-        threads.choose(sum(parameter.numel() for parameter in loaded.parameters()))
+    loaded = load_model()
+    if parallel is not None:
+        ranks.lead(parallel)
     return loaded, processor
 
 

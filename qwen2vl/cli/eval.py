@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import Qwen2VLError, install_hint
+from ..files import open_regular
 from ..media.options import MediaOptions
 from .common import (
     BATCH_TOKENS,
@@ -40,6 +41,7 @@ from .common import (
     tell_who_answers,
     video_options,
 )
+from .limits import LimitOption
 
 if TYPE_CHECKING:
     from ..model import Qwen2VL
@@ -100,6 +102,7 @@ def evaluate(
     fps: FpsOption = MediaOptions.fps,
     min_pixels: MinPixelsOption = None,
     max_pixels: MaxPixelsOption = None,
+    limit: LimitOption = None,
     device: DeviceOption = None,
     dtype: DTypeOption = None,
     quiet: QuietOption = False,
@@ -148,6 +151,7 @@ def evaluate(
         max_pixels=max_pixels,
         allow_remote=False,
         max_vision_patches=None,
+        limit=limit,
         adapter=adapter,
         base=None if task is None else task.absolute().parent,
     )
@@ -202,14 +206,15 @@ class _Which:
         """The samples that a file holds already; a line that was cut off is taken off it. Raises Qwen2VLError for one
         that holds anything but the first samples of this run."""
         from ..samples.held_out import Scored
+        from .lines import MAX_LINE
 
         if not answers.exists():
             return []
         found, whole = [], 0
         places = self.places()
-        with answers.open("r+b") as file:
-            for line in iter(file.readline, b""):
-                if not line.endswith(b"\n"):
+        with open_regular(answers, update=True) as file:
+            while line := file.readline(MAX_LINE + 1):
+                if not line.endswith(b"\n") and len(line) <= MAX_LINE:
                     break
                 place = next(places, None)
                 try:
@@ -217,7 +222,7 @@ class _Which:
                     where = {name: held[name] for name in ("skill", "difficulty", "seed", "index")}
                     del held["seed"], held["index"]
                     one = Scored(**held | {"size": tuple(held["size"])})
-                except (ValueError, TypeError, KeyError):
+                except (ValueError, TypeError, KeyError, RecursionError):
                     where, one = None, None
                 if one is None or where != place:
                     raise Qwen2VLError(

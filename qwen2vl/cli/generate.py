@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +37,6 @@ from .common import (
     TemperatureOption,
     TopKOption,
     TopPOption,
-    check_stdin,
     corners,
     describe_media,
     describe_places,
@@ -48,10 +46,11 @@ from .common import (
     notes,
     printable,
     progress_bar,
-    read_stdin,
     tell_who_answers,
     video_options,
 )
+from .limits import LimitOption
+from .stdin import check_stdin, read_prompt, read_stdin
 
 if TYPE_CHECKING:
     from ..agents.answers import Located
@@ -118,6 +117,7 @@ def generate(
     max_pixels: MaxPixelsOption = None,
     fps: FpsOption = MediaOptions.fps,
     allow_remote: AllowRemoteOption = False,
+    limit: LimitOption = None,
     device: DeviceOption = None,
     dtype: DTypeOption = None,
     max_vision_patches: MaxVisionPatchesOption = None,
@@ -142,9 +142,7 @@ def generate(
         raise typer.BadParameter("give a prompt, an image or a video, or --jsonl", param_hint="--prompt")
     check_stdin([prompt, *(source for _, source in media)])
     if prompt == "-":
-        prompt = sys.stdin.read().strip()
-        if not prompt:
-            raise typer.BadParameter("stdin is empty", param_hint="--prompt")
+        prompt = read_prompt()
     if draw is not None:
         _check_drawing(draw, [kind for kind, _ in media], num_return_sequences)
 
@@ -157,6 +155,7 @@ def generate(
         max_pixels=max_pixels,
         allow_remote=allow_remote,
         max_vision_patches=max_vision_patches,
+        limit=limit,
         adapter=adapter,
         base=None if jsonl is None else jsonl.absolute().parent,
     )

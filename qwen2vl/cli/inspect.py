@@ -23,7 +23,6 @@ from .common import (
     MinPixelsOption,
     ModelOption,
     QuietOption,
-    check_stdin,
     describe_media,
     explain,
     load_processor,
@@ -31,9 +30,10 @@ from .common import (
     print_error,
     printable,
     progress_bar,
-    read_stdin,
     video_options,
 )
+from .limits import LimitOption
+from .stdin import check_stdin, read_stdin
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,6 +80,7 @@ def inspect(
     max_pixels: MaxPixelsOption = None,
     fps: FpsOption = MediaOptions.fps,
     allow_remote: AllowRemoteOption = False,
+    limit: LimitOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Show what a media file becomes for a model: sizes, grid of patches, tokens.
@@ -92,7 +93,9 @@ def inspect(
     """
     notes.quiet = quiet
     check_stdin(files)
-    processor = load_processor(model, min_pixels=min_pixels, max_pixels=max_pixels, allow_remote=allow_remote)
+    processor = load_processor(
+        model, min_pixels=min_pixels, max_pixels=max_pixels, allow_remote=allow_remote, limit=limit
+    )
     if model is None:
         notes.print(
             "[dim]sizes are those of the toy that answers where no --model is named; for a released checkpoint's: "

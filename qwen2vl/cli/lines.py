@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from ..batching import Answer, generate_all
 from ..errors import PromptError, Qwen2VLError
+from ..files import open_regular
 from ..generation import GenerationConfig
 from ..model import Qwen2VL
 from ..prompt.processor import Processor
@@ -53,9 +54,9 @@ def answer_file(
     Raises:
         Qwen2VLError: ``out`` holds anything but answers to the first lines of ``source``.
     """
-    with source.open("rb") as lines:
+    with open_regular(source) as lines:
         total = sum(1 for _ in _lines(lines))
-    with source.open("rb") as lines:
+    with open_regular(source) as lines:
         given = _lines(lines)
         done, failed = _take_up(out, given)
         progress(done, total)
@@ -87,7 +88,7 @@ def answer_file(
 def read_beside(source: Path, keys: Collection[str]) -> Iterator[dict[str, Any]]:
     """What each line of a file has under ``keys``, of which no prompt consists. Raises PromptError where a line is no
     prompt with these beside it."""
-    with source.open("rb") as lines:
+    with open_regular(source) as lines:
         for n, line in enumerate(_lines(lines), 1):
             read_line(line, f"{source.name}:{n}", None, keys)
             value = json.loads(line)
@@ -160,7 +161,7 @@ def _take_up(out: Path, given: Iterator[bytes]) -> tuple[int, int]:
     if not out.exists():
         return 0, 0
     done = failed = whole = 0
-    with out.open("r+b") as file:
+    with open_regular(out, update=True) as file:
         while line := file.readline(MAX_LINE + 1):
             if not line.endswith(b"\n") and len(line) <= MAX_LINE:
                 break

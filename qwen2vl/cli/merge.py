@@ -19,8 +19,7 @@ def merge(
     dtype: DTypeOption = None,
 ) -> None:
     """Write a checkpoint with a LoRA adapter added to its weights, in the released layout."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise typer.BadParameter(f"{output} is there and not an empty folder", param_hint="--output")
+    check_output(output)
     loaded, processor = load(
         model,
         device="cpu",
@@ -34,3 +33,9 @@ def merge(
     loaded.merge_adapter().save_pretrained(output)
     processor.save_pretrained(output)
     print(output)
+
+
+def check_output(output: Path) -> None:
+    """Refuse a folder that holds anything."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise typer.BadParameter(f"{output} is there and not an empty folder", param_hint="--output")

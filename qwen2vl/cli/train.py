@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .. import interrupts
 from ..errors import CheckpointError, Qwen2VLError
 from .common import stderr
+from .ranks import rank, tells_of_another
 
 if TYPE_CHECKING:
     from ..training.config import TrainingConfig
@@ -60,7 +62,7 @@ def train(
     except (TrainingConfigError, NonFiniteLossError, CheckpointError) as error:
         # Every rank raises these, and one of them says so. Files may differ between machines, so that there one rank
         # on each machine speaks.
-        if int(os.environ.get("LOCAL_RANK", 0)) if isinstance(error, CheckpointError) else _rank():
+        if int(os.environ.get("LOCAL_RANK", 0)) if isinstance(error, CheckpointError) else rank():
             raise typer.Exit(1) from None
         raise
 
@@ -72,10 +74,18 @@ def _train(config: TrainingConfig, stage: str, resume: bool) -> None:
     from ..training.trainer import Trainer
 
     output = Path(config.run.output)
+
+    def interrupted() -> str:
+        saved = steps_saved(output)
+        then = f"step {saved[-1]} is saved; --resume goes on from it" if saved else "no step was saved yet"
+        return f"interrupted: {then}"
+
+    if rank() == 0:
+        interrupts.describe_end(interrupted)
     try:
-        with _progress(config) if _rank() == 0 else nullcontext() as on_step:
+        with _progress(config) if rank() == 0 else nullcontext() as on_step:
             trainer = Trainer(config, stage, resume=resume, on_step=on_step)
-            if _rank() == 0:
+            if rank() == 0:
                 _announce(trainer)
             trainer.run()
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -84,14 +94,8 @@ def _train(config: TrainingConfig, stage: str, resume: bool) -> None:
             "or shard over more devices"
         ) from error
     except RuntimeError as error:
-        if torch.distributed.is_initialized() and _tells_of_another_rank(error):
-            raise Qwen2VLError(f"rank {_rank()}: another rank stopped ({str(error).splitlines()[0]})") from error
-        raise
-    except KeyboardInterrupt:
-        if _rank() == 0:
-            saved = steps_saved(output)
-            then = f"step {saved[-1]} is saved; --resume goes on from it" if saved else "no step was saved yet"
-            stderr.print(f"interrupted: {then}")
+        if tells_of_another(error):
+            raise Qwen2VLError(f"rank {rank()}: another rank stopped ({str(error).splitlines()[0]})") from error
         raise
     parallel = trainer.parallel
     reports = parallel.gather([trainer.packer.dataset.report.summary()])  # type: ignore[attr-defined]
@@ -101,16 +105,6 @@ def _train(config: TrainingConfig, stage: str, resume: bool) -> None:
         for number, report in enumerate(reports):
             stderr.print(f"data{f' of rank {number}' if len(reports) > 1 else ''}: {report}", markup=False)
         print(output / "model")
-
-
-def _tells_of_another_rank(error: RuntimeError) -> bool:
-    import torch
-
-    return isinstance(error, torch.distributed.DistError) or "peer" in str(error) or "gloo" in str(error)
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", 0))
 
 
 def _announce(trainer: Trainer) -> None:

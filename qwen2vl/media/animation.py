@@ -46,11 +46,16 @@ class Animation:
                 return index
             except Exception as error:
                 raise MediaError(f"frame {index} of {self._label} is damaged: {error}") from error
-        raise MediaError(f"{self._label} has more pages than max_item_frames = {self._limits.max_item_frames}")
+        raise MediaError(
+            f"{self._label} has more pages than max_item_frames = {self._limits.max_item_frames}; "
+            "raise limits.max_item_frames"
+        )
 
     def _check_time(self) -> None:
         if time.monotonic() > self._deadline:
-            raise MediaError(f"{self._label} was not decoded within video_timeout = {self._timeout:g} s")
+            raise MediaError(
+                f"{self._label} was not decoded within video_timeout = {self._timeout:g} s; raise limits.video_timeout"
+            )
 
     def __len__(self) -> int:
         return self._count

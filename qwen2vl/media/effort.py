@@ -7,6 +7,7 @@ same tile a million times. Both are counted here from headers and marks, without
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import struct
@@ -32,6 +33,11 @@ _FRAMES = (b"\xc0", b"\xc1", b"\xc3", b"\xc9", b"\xcb")
 _PROGRESSIVE_FRAMES = (b"\xc2", b"\xc5", b"\xc6", b"\xc7", b"\xca", b"\xcd", b"\xce", b"\xcf")
 _PROGRESSIVE = b"\xff\xc2"  # begins the header of a JPEG with scans of parts of the bits, which are as many as it likes
 _TIFF = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+")  # all that Pillow takes for one
+_PPM = (b"P0", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf", b"Py")
+_PLAIN_PPM = (b"P1", b"P2", b"P3")  # numbers are written out
+_MAX_HEADER = 1 << 16  # of a PPM: four numbers, and comments
+_MAX_COMMENTS = 4096  # of a PPM whose numbers are written out
+_COMMENT = re.compile(rb"#[^\r\n]*")
 _MAX_TAGS = 1 << 18  # of all pages of a TIFF, which have some twenty each
 _PLAIN_KINDS = (1, 2, 7)  # bytes and text, which are kept as they are
 _SUBDIRECTORIES = (0x8769, 0x8825, 0xA005)  # of EXIF, GPS and interoperability
@@ -63,7 +69,7 @@ def check_effort(image: Image.Image, label: str, most: int) -> None:
     if pixels > most:
         raise MediaError(
             f"{label} has {what} of {image.width} x {image.height} pixels, together {pixels} to decode, "
-            f"more than max_decoded_pixels = {most}: refused before decoding"
+            f"more than max_decoded_pixels = {most}: refused before decoding; raise limits.max_decoded_pixels"
         )
 
 
@@ -132,12 +138,13 @@ def _segments(file: BinaryIO, label: str) -> Iterator[tuple[bytes, int]]:
 
 
 def check_structure(file: BinaryIO, label: str, limits: Limits) -> None:
-    """Refuse a JPEG or TIFF whose parts are so many that Pillow, which keeps each in Python, takes a second for a
-    megabyte and a hundred bytes of memory for one. To be called before it is opened.
+    """Refuse a file whose parts are so many that Pillow, which reads each in Python, takes a second for a megabyte, and
+    a hundred bytes of memory for one of some. To be called before it is opened.
 
     Raises:
-        MediaError: a JPEG has more than 65,536 segments, a TIFF more than 262,144 tags, or one of these more values
-            than tiles could be decoded.
+        MediaError: a JPEG has more than 65,536 segments, a GIF as many blocks beside its first two frames, a TIFF more
+            than 262,144 tags, or one of these more values than tiles could be decoded, a PPM a header of more than
+            64 KiB, or more than 4,096 comments among its numbers.
     """
     file.seek(0)
     head = file.read(16)
@@ -148,7 +155,57 @@ def check_structure(file: BinaryIO, label: str, limits: Limits) -> None:
         # Pillow 13 reads a large file of big-endian numbers in the form of small ones, others may not.
         for big in (False, True) if large and order == ">" else (large,):
             _check_directories(file, label, order, big, limits)
+    elif head.startswith(b"GIF8"):
+        _check_blocks(file, label)
+    elif head[:2] in _PPM:
+        _check_header(file, label, head)
     file.seek(0)
+
+
+def _check_header(file: BinaryIO, label: str, head: bytes) -> None:
+    """Look at the numbers in front of a PPM's pixels, which are read byte by byte, as are the comments between them."""
+    file.seek(0)
+    start = file.read(_MAX_HEADER + 1)
+    wanted = 3 if head[:2] in (b"P1", b"P4") else 4  # the mark, the sides, and for others the brightest value
+    if len(start) > _MAX_HEADER and len(_COMMENT.sub(b" ", start).split(None, wanted)) <= wanted:
+        raise MediaError(f"{label} has a header of more than {_MAX_HEADER} bytes: refused before decoding")
+    if head[:2] in _PLAIN_PPM:  # each comment among the numbers moves all of a block behind it
+        comments = 0
+        file.seek(0)
+        while chunk := file.read(_CHUNK_BYTES):
+            comments += chunk.count(b"#")
+        if comments > _MAX_COMMENTS:
+            raise MediaError(f"{label} has more than {_MAX_COMMENTS} comments: refused before decoding")
+
+
+def _check_blocks(file: BinaryIO, label: str) -> None:
+    """Count what stands before and between the first two frames of a GIF: extensions, their parts, stray bytes."""
+    file.seek(0)
+    head = file.read(13)
+    if len(head) == 13 and head[10] & 0x80:
+        file.seek(3 << (1 + (head[10] & 7)), os.SEEK_CUR)
+    frames = blocks = 0
+    while frames < 2 and (mark := file.read(1)) not in (b"", b";"):
+        blocks += 1
+        if mark == b",":
+            frames += 1
+            flags = file.read(9)[8:]
+            file.seek((3 << (1 + (flags[0] & 7)) if flags and flags[0] & 0x80 else 0) + 1, os.SEEK_CUR)
+            _skip_parts(file)
+        elif mark == b"!":
+            file.seek(1, os.SEEK_CUR)
+            blocks += _skip_parts(file, _MAX_SEGMENTS)
+        if blocks > _MAX_SEGMENTS:
+            raise MediaError(f"{label} has more than {_MAX_SEGMENTS} blocks beside its frames: refused before decoding")
+
+
+def _skip_parts(file: BinaryIO, most: float = math.inf) -> int:
+    """Go behind the parts of a GIF's block, or behind ``most`` of them; returns how many they were."""
+    count = 0
+    while count <= most and (size := file.read(1)) not in (b"", b"\0"):
+        file.seek(size[0], os.SEEK_CUR)
+        count += 1
+    return count
 
 
 def _check_directories(file: BinaryIO, label: str, order: str, big: bool, limits: Limits) -> None:

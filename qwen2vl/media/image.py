@@ -199,14 +199,14 @@ def count_frames(image: Image.Image) -> int:
 
 
 @contextlib.contextmanager
-def without_warnings() -> Iterator[None]:
-    """Silence warnings while a header or metadata is read.
+def without_warnings() -> Iterator[list[warnings.WarningMessage]]:
+    """Keep warnings, in a list, while a header or metadata is read.
 
     Filters of warnings belong to the whole process, so one thread at a time may change them; headers take no time.
     """
-    with _warnings_lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    with _warnings_lock, warnings.catch_warnings(record=True) as kept:
+        warnings.simplefilter("always")
+        yield kept
 
 
 def open_image(stream: BinaryIO, label: str, limits: Limits) -> Image.Image:
@@ -226,7 +226,8 @@ def open_image(stream: BinaryIO, label: str, limits: Limits) -> Image.Image:
         raise
     except Image.DecompressionBombError as error:
         raise MediaError(
-            f"{label} was refused from its header, max_source_pixels is {limits.max_source_pixels}: {error}"
+            f"{label} was refused from its header, max_source_pixels is {limits.max_source_pixels}: {error}; "
+            "raise limits.max_source_pixels"
         ) from error
     except Image.UnidentifiedImageError as error:
         stream.seek(0)
@@ -268,7 +269,7 @@ def check_source_size(image: Image.Image, label: str, limits: Limits) -> None:
     if width * height > limits.max_source_pixels:
         raise MediaError(
             f"{label} says it is {width} x {height} pixels, more than max_source_pixels = {limits.max_source_pixels}: "
-            "refused before decoding; make it smaller, or raise that limit of the processor"
+            "refused before decoding; make it smaller, or raise limits.max_source_pixels"
         )
 
 
@@ -276,11 +277,13 @@ def decode_image(image: Image.Image, label: str, limits: Limits) -> np.ndarray:
     """The current frame of an open file as ``load_image`` returns it. Raises MediaError."""
     try:
         check_effort(image, label, limits.max_decoded_pixels)
+        if image.format == "TIFF":  # whose decoder reads its tags once more, and warns aloud
+            _orientation(image, label)
         with strict_pillow():
             image.load()
         if len(image.info.get("exif") or b"") > MAX_EXIF_BYTES:
             raise MediaError(f"{label} has EXIF metadata of more than {MAX_EXIF_BYTES} bytes")
-        orientation = _orientation(image)  # after load: PNG may carry EXIF behind its pixels
+        orientation = _orientation(image, label)  # after load: PNG may carry EXIF behind its pixels
         width, height = image.size
         turned = orientation in _TRANSPOSED
         upright = np.empty((width, height, 3) if turned else (height, width, 3), np.uint8)
@@ -303,13 +306,19 @@ def _strips(height: int, width: int) -> Iterator[tuple[int, int]]:
     return ((top, min(height, top + step)) for top in range(0, height, step))
 
 
-def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 where there is none or its metadata is no EXIF."""
-    try:
-        with without_warnings():
-            return image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # Pillow reads it in many ways, and meets damage with as many types of error
-        return 1
+def _orientation(image: Image.Image, label: str) -> int:
+    """EXIF's orientation, 1 where there is none or its metadata is no EXIF. Damage that is passed over, which may be
+    in the very place that says it, gives a MediaWarning."""
+    found = 1
+    # Pillow reads it in many ways, and meets damage with as many types of error.
+    with without_warnings() as kept, contextlib.suppress(Exception):
+        found = image.getexif().get(_ORIENTATION_TAG, 1)
+        if image.format in ("JPEG", "MPO"):  # read when the file was opened, for its resolution: once more, to be told
+            Image.Exif().load(image.info.get("exif") or b"")
+    if kept:
+        said = " ".join(str(kept[0].message).split())
+        warn(f"{label} has damaged metadata, which is passed over: {said}", _DEPTH + 2)
+    return found
 
 
 def _to_rgb(image: Image.Image, format: str | None, label: str) -> Image.Image:

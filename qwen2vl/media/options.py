@@ -36,7 +36,10 @@ def shown(value: object) -> str:
     """``value`` for a message, in at most 100 characters."""
     if isinstance(value, int) and value >= 1 << 63:  # Python writes no int of thousands of digits
         return "one of 2**63 or more"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # nor one in a list, nor one below zero
+        text = f"one of type {type(value).__name__} with a number of thousands of digits"
     return text if len(text) <= 100 else text[:97] + "..."
 
 
@@ -203,7 +206,7 @@ class Limits:
         if tokens > self.max_item_tokens:
             raise MediaError(
                 f"would be {tokens} tokens, more than max_item_tokens = {self.max_item_tokens}; lower the pixels or "
-                "frames asked for, or raise that limit of the processor"
+                "frames asked for, or raise limits.max_item_tokens"
             )
 
     def check_frames(self, frames: int) -> None:
@@ -211,7 +214,7 @@ class Limits:
         if frames > self.max_item_frames:
             raise MediaError(
                 f"{frames} frames would be kept, more than max_item_frames = {self.max_item_frames}; ask for fewer, or "
-                "raise that limit of the processor"
+                "raise limits.max_item_frames"
             )
 
 

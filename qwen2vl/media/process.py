@@ -163,7 +163,9 @@ class Decoder:
         try:
             received = self._messages.get(timeout=None if math.isinf(left) else max(left, 0.0))
         except queue.Empty:
-            raise MediaError(f"{self._label} was not decoded within video_timeout = {self._timeout:g} s") from None
+            raise MediaError(
+                f"{self._label} was not decoded within video_timeout = {self._timeout:g} s; raise limits.video_timeout"
+            ) from None
         if received is None:
             raise MediaError(f"{self._label}: {self._ending()}")
         if "error" in received[0]:
@@ -267,8 +269,10 @@ def serve(descriptor: int, seconds: int) -> None:
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)  # whatever a library prints must not mix with frames
     _import_all(import_av())
-    _limit_resources(seconds)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends the child
+    asked: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(asked,), daemon=True).start()
+    _limit_resources(seconds)
 
     def send(message: dict[str, Any], payload: Any = b"") -> None:
         head = json.dumps(message).encode()
@@ -277,13 +281,13 @@ def serve(descriptor: int, seconds: int) -> None:
             while len(view):
                 view = view[pipe.write(view) :]
 
-    label = json.loads(sys.stdin.readline())["label"]
+    label = json.loads(asked.get())["label"]
     try:
         with os.fdopen(descriptor, "rb") as file:
             timeline = read_timeline(file, label)
             facts = {k: getattr(timeline, k) for k in ("origin", "unit", "declared_rate", "numbered")}
             send(facts | {"shape": [len(timeline.ticks)]}, np.ascontiguousarray(timeline.ticks, np.int64))
-            wanted = np.array(json.loads(sys.stdin.readline())["wanted"], np.int64)
+            wanted = np.array(json.loads(asked.get())["wanted"], np.int64)
             for kept in kept_frames(file, label, timeline, wanted):
                 facts = {"until": kept.slots.stop, "seconds": kept.seconds, "pixel_aspect": kept.pixel_aspect}
                 send(facts | {"shape": kept.pixels.shape}, np.ascontiguousarray(kept.pixels))
@@ -293,6 +297,16 @@ def serve(descriptor: int, seconds: int) -> None:
         send({"error": f"{label} needs more memory than a video may take to decode"})
     except BrokenPipeError:
         pass  # the parent has seen enough
+
+
+def _listen(asked: queue.SimpleQueue[bytes]) -> None:
+    """Run by a thread of the child: take requests, a line each, and end the child at once when the parent is gone."""
+    rest = b""
+    while data := os.read(0, 1 << 16):
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            asked.put(line)
+    os._exit(1)
 
 
 def _import_all(package: Any) -> None:

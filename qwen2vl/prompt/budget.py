@@ -30,5 +30,5 @@ class TokenBudget:
                 if total > (most := getattr(self._limits, name)):
                     raise PromptError(
                         f"the images and videos of {what} would be more than {name} = {most} tokens; give fewer or "
-                        "smaller ones, or raise that limit of the processor"
+                        f"smaller ones, or raise limits.{name}"
                     )

@@ -189,7 +189,9 @@ class Tokenizer:
     def check_length(self, characters: int, where: str = "text") -> None:
         """Raise PromptError for more than `max_characters`, before anything is spent on them."""
         if characters > self.max_characters:
-            raise PromptError(f"{where}: wants at most max_characters = {self.max_characters}, got {characters}")
+            raise PromptError(
+                f"{where}: wants at most max_characters = {self.max_characters}, got {characters}; raise max_characters"
+            )
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `ids` (any iterable of ints, a 1-D tensor included); ids without a token, such as padding

@@ -12,15 +12,15 @@ def count(draws: Draws, level: int) -> Sample:
     """Asks how many things there are; the answer is in digits. The levels:
 
     0   one to three equal shapes, in a picture of 56 x 56 pixels
-    1   none to four equal shapes, in pictures of a few sizes
-    2   none to four shapes of any kind, in larger pictures
-    3   none to four of one colour or one shape, among others
+    1   none to five equal shapes, in pictures of a few sizes
+    2   none to five shapes of any kind, in larger pictures
+    3   none to five of one colour or one shape, among others
     4   none to six of a colour, a shape or both, among others, in noisy pictures of many sizes
     """
     language = draws.language()
     ground = draws.pick(GROUNDS)
     colours = fitting_colours(ground)
-    number = draws.between(1, 3) if level == 0 else draws.between(0, 4 if level < 4 else 6)
+    number = draws.between(1, 3) if level == 0 else draws.between(0, 5 if level < 4 else 6)
     if level < 2:
         size = (56, 56) if level == 0 else draws.size((2, 3), (2, 3))
         kinds = [(draws.pick(colours), draws.pick(SHAPES))] * number

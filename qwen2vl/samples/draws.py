@@ -13,8 +13,6 @@ from .words import LANGUAGES
 T = TypeVar("T")
 #: Pixels: the side of the square that becomes one token.
 UNIT = 28
-_NAMES = tuple(LANGUAGES)
-_BOUNDS = np.cumsum(list(LANGUAGES.values()))
 
 
 class Draws:
@@ -24,11 +22,16 @@ class Draws:
         rng: the only source of randomness.
         held_out: whether the sample is for evaluation, so that its strings and picture sizes are those that training
             never shows.
+        languages: the languages that questions are drawn from.
     """
 
-    def __init__(self, rng: np.random.Generator, *, held_out: bool = False):
+    def __init__(
+        self, rng: np.random.Generator, *, held_out: bool = False, languages: Sequence[str] = tuple(LANGUAGES)
+    ):
         self.rng = rng
         self.held_out = held_out
+        self.languages = tuple(languages)
+        self._shares = np.cumsum([LANGUAGES[name] for name in self.languages])
 
     def between(self, low: int, high: int) -> int:
         """A whole number from low to high, both included."""
@@ -47,8 +50,9 @@ class Draws:
         return bool(self.rng.random() < probability)
 
     def language(self) -> str:
-        """A language, in the proportions of `LANGUAGES`."""
-        return _NAMES[int(np.searchsorted(_BOUNDS, self.rng.integers(100), side="right"))]
+        """One of the languages, in the proportions of `LANGUAGES`."""
+        drawn = self.rng.integers(int(self._shares[-1]))
+        return self.languages[int(np.searchsorted(self._shares, drawn, side="right"))]
 
     def question(self, name: str, language: str, about: str = "") -> str:
         """One of the wordings of a question of `QUESTIONS`, with `about` in the place of its braces."""

@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .vocabulary import VIETNAMESE
 
+#: The smallest size of a font in pixels; people find smaller ones hard to read, too.
+LEAST_SIZE = 11
 logger = logging.getLogger("qwen2vl.samples")
 
 _FILES = (

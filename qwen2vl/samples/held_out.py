@@ -26,9 +26,11 @@ from ..errors import Qwen2VLError
 from ..evaluation.metrics import anls, character_edits, exact_match, lenient_relaxed_accuracy, match_boxes, recall
 from ..generation import GenerationConfig, generate
 from .sample import Sample
+from .screen_game import ScreenGame
 from .skills import LEVELS, SKILLS, play
 from .skills import generate as make_sample
 from .source import read_sample
+from .words import LANGUAGES
 
 if TYPE_CHECKING:
     from ..model import Qwen2VL
@@ -67,6 +69,7 @@ def evaluate(
     difficulties: Sequence[int] = LEVELS,
     count: int = 50,
     seed: int = 0,
+    languages: Sequence[str] = tuple(LANGUAGES),
     batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
     known: Sequence[Scored] = (),
@@ -75,7 +78,7 @@ def evaluate(
     """Ask a model ``count`` held-out samples of every skill and difficulty, and decode its answers greedily.
 
     Args:
-        skills, difficulties, seed: which samples, see `qwen2vl.samples.generate`.
+        skills, difficulties, seed, languages: which samples, see `qwen2vl.samples.generate`.
         batch_size: how many samples are answered at once.
         progress: called after every sample with (samples done, samples in all).
         known: the first of them, as an earlier call with the same arguments scored them; they are not asked again.
@@ -92,7 +95,8 @@ def evaluate(
         raise Qwen2VLError(f"known: wants at most {total} samples, got {len(found)}")
     for n, (skill, difficulty) in enumerate(product(skills, difficulties)):
         begin = min(max(len(known) - n * count, 0), count)
-        for one in _ask(model, processor, skill, difficulty, range(begin, count), seed, batch_size):
+        asked = {"seed": seed, "languages": languages}
+        for one in _ask(model, processor, skill, difficulty, range(begin, count), asked, batch_size):
             found.append(one)
             if on_scored is not None:
                 on_scored(one)
@@ -102,17 +106,23 @@ def evaluate(
 
 
 def _ask(
-    model: Qwen2VL, processor: Processor, skill: str, difficulty: int, which: range, seed: int, batch_size: int
+    model: Qwen2VL,
+    processor: Processor,
+    skill: str,
+    difficulty: int,
+    which: range,
+    asked: dict[str, Any],
+    batch_size: int,
 ) -> Iterator[Scored]:
     indices = iter(which)
     config = GenerationConfig.from_model(model, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False)
     if skill == "screen":
         write = model_writer(model, processor, style="paper", config=config)
         for index in indices:
-            yield _played(write, difficulty, seed, index)
+            yield _played(write, play(difficulty, index=index, **asked), difficulty)
         return
     while batch := list(islice(indices, batch_size)):
-        samples = [make_sample(skill, difficulty, seed=seed, index=index, split="held-out") for index in batch]
+        samples = [make_sample(skill, difficulty, index=index, split="held-out", **asked) for index in batch]
         inputs = processor([prompt_of(sample) for sample in samples])
         result = generate(model, inputs, config=config)
         for sample, ids in zip(samples, result.sequences, strict=True):
@@ -144,9 +154,8 @@ def score(sample: Sample, answer: str) -> Scored:
     return Scored(*asked, sample.answer, text, scores)
 
 
-def _played(write: Callable[..., str], difficulty: int, seed: int, index: int) -> Scored:
-    """Let the model play one game to its end, or to the limit of actions."""
-    game = play(difficulty, seed=seed, index=index)
+def _played(write: Callable[..., str], game: ScreenGame, difficulty: int) -> Scored:
+    """Let the model play a game to its end, or to the limit of actions."""
     episode = run_agent(write, game, style="paper", max_steps=_MAX_ACTIONS, max_errors=1)
     wanted = "; ".join(f"{task.kind} {task.text}".strip() for task in game.tasks)
     scores = {"accuracy": float(game.success), "actions": float(sum(len(step.calls) for step in episode.steps))}

@@ -5,14 +5,11 @@ from __future__ import annotations
 from PIL import Image
 
 from .draws import Draws
-from .fonts import faces_for, fitting_size, text_mask
+from .fonts import LEAST_SIZE, faces_for, fitting_size, text_mask
 from .sample import Sample, question
 from .shapes import add_noise
 from .texts import ink_and_ground, random_characters, random_text, random_word
 from .vocabulary import ALPHABET, CLEAR
-
-#: The smallest size of a font in pixels; people find smaller ones hard to read, too.
-_LEAST = 11
 
 
 def read(draws: Draws, level: int) -> Sample:
@@ -21,7 +18,7 @@ def read(draws: Draws, level: int) -> Sample:
     0   one digit or capital letter that fills 56 x 56 pixels, dark on light
     1   one character of any kind, size and colour
     2   two or three characters, in pictures of 84 x 56 or 112 x 56 pixels
-    3   up to four characters, or a short English or Vietnamese word
+    3   up to six characters, or an English or Vietnamese word of at most six
     4   up to eight characters, a word, or two lines, some slightly slanted, in noisy pictures of many sizes
     """
     language = draws.language()
@@ -33,8 +30,8 @@ def read(draws: Draws, level: int) -> Sample:
         text = random_characters(draws, ALPHABET, draws.between(2, 3))
         size = draws.size((2, 2), (3, 4))
     elif level == 3:
-        text = random_text(draws, 4)
-        size = draws.size((2, 2), (3, 5))
+        text = random_text(draws, 6)
+        size = draws.size((2, 2), (3, 6) if len(text) < 5 else (4, 7))
     else:
         text = random_text(draws, 8)
         if len(text) > 2 and draws.chance(0.25):
@@ -54,7 +51,7 @@ def draw_text(draws: Draws, text: str, size: tuple[int, int], level: int) -> tup
     if slanted:
         wide, high = int(0.9 * wide), int(0.75 * high)
     largest = min(fitting_size(face, line, wide, high) for line in lines)
-    smallest = int(0.8 * largest) if level == 0 else max(_LEAST, int(0.5 * largest))
+    smallest = int(0.8 * largest) if level == 0 else max(LEAST_SIZE, int(0.5 * largest))
     points = draws.between(min(smallest, largest), largest)
     masks = [text_mask(face, line, points) for line in lines]
     gap = max(3, points // 3)

@@ -17,6 +17,7 @@ from ..training.data.json_files import Raw, State
 from ..training.data.records import read_record
 from .sample import Sample, from_ppm
 from .skills import Split, generate
+from .words import LANGUAGES
 
 
 class Generated:
@@ -25,7 +26,7 @@ class Generated:
     Sample n is the same for every consumer: n decides its skill and difficulty, and is its index.
 
     Args:
-        skills, difficulties, split: see `qwen2vl.samples.skills.generate`.
+        skills, difficulties, split, languages: see `qwen2vl.samples.skills.generate`.
         seed: whole numbers not below 0.
         samples: how many make an epoch; with None there are no epochs.
     """
@@ -37,11 +38,13 @@ class Generated:
         *,
         seed: Sequence[int] = (0,),
         split: Split = "train",
+        languages: Sequence[str] = tuple(LANGUAGES),
         samples: int | None = None,
     ):
         self.choices = [(skill, difficulty) for skill in skills for difficulty in difficulties]
         self.seed = list(seed)
         self.split: Split = split
+        self.languages = tuple(languages)
         self.samples = samples
 
     def read(self, consumer: int, consumers: int, epochs: int | None, state: State) -> Iterator[tuple[Raw, State]]:
@@ -70,7 +73,7 @@ class Generated:
         """Sample n, counted from 0."""
         rng = np.random.default_rng([*self.seed, n])
         skill, difficulty = self.choices[int(rng.integers(len(self.choices)))]
-        return generate(skill, difficulty, seed=self.seed, index=n, split=self.split)
+        return generate(skill, difficulty, seed=self.seed, index=n, split=self.split, languages=self.languages)
 
 
 def raw_sample(sample: Sample) -> Raw:

@@ -19,10 +19,10 @@ def random_characters(draws: Draws, alphabet: str, count: int) -> str:
 def random_word(draws: Draws, longest: int) -> str:
     """A word of at most `longest` characters that is held out exactly where the draws are for evaluation.
 
-    A third of the words are Vietnamese where a font has its letters. Words are in small letters, capitals, or small
-    letters behind one capital.
+    A third of the words are Vietnamese where that is one of the languages and a font has its letters. Words are in
+    small letters, capitals, or small letters behind one capital.
     """
-    vietnamese = bool(vietnamese_faces()) and draws.chance(1 / 3)
+    vietnamese = "vi" in draws.languages and bool(vietnamese_faces()) and draws.chance(1 / 3)
     while True:
         word = draws.pick(VIETNAMESE if vietnamese else ENGLISH)
         word = (word, word.capitalize(), word.upper())[draws.between(0, 2)]

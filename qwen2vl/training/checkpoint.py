@@ -10,13 +10,10 @@ that it holds.
 
 from __future__ import annotations
 
-import logging
 import os
 import random
 import re
 import shutil
-import signal
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,13 +31,12 @@ from ..adapter import adapted, adapter_parameters, merged_parameters, write_adap
 from ..errors import CheckpointError
 from ..files import read_json, write_json
 from ..hub import Checkpoint
+from ..interrupts import finish_first
 from ..model import Qwen2VL
 from ..prompt.processor import Processor
 from .errors import TrainingConfigError
 from .parallel import Parallel, whole
 from .storage import TensorReader, TensorWriter
-
-logger = logging.getLogger("qwen2vl.training")
 
 _NAME = re.compile(r"step-(\d{8})")
 #: Copied beside exported weights as they are; tokenizer and image settings are written as the processor has them.
@@ -80,7 +76,7 @@ def save(
     """
     final = folder_of(output, step)
     partial = final.with_name(f".{final.name}.partial")
-    with _interrupts_wait():
+    with finish_first("the checkpoint"):
         if parallel.rank == 0:
             for left in final.parent.glob(".step-*.partial"):  # by a kill
                 shutil.rmtree(left, ignore_errors=True)
@@ -135,28 +131,6 @@ def load(output: Path, step: int, tensors: dict[str, Any], facts: dict[str, Any]
 def _last_line(error: BaseException) -> str:
     """What it was: an exception of torch.distributed.checkpoint lists every rank's traceback."""
     return "".join([line for line in str(error).splitlines() if line.strip()][-1:])[:1000] or repr(error)[:1000]
-
-
-@contextmanager
-def _interrupts_wait() -> Iterator[None]:
-    """Ctrl-C is told and counts when this is over: in the middle it would leave ranks waiting and half a checkpoint."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[int] = []
-
-    def keep(number: int, frame: Any) -> None:
-        if not came:
-            logger.warning("interrupted: the checkpoint that is being written is finished first")
-        came.append(number)
-
-    before = signal.signal(signal.SIGINT, keep)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if came:
-        raise KeyboardInterrupt
 
 
 @contextmanager

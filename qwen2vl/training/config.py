@@ -10,6 +10,9 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..errors import CheckpointError, Qwen2VLError
+from ..files import read_text
+from ..prompt.limits import limit_keywords
 from .errors import TrainingConfigError
 from .loss import KINDS as LOSSES
 
@@ -97,6 +100,7 @@ class TrainingConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     lora: LoraConfig | None = None
     data: tuple[dict[str, Any], ...] = ()
+    limits: dict[str, Any] = field(default_factory=dict)  # of the processor by name, see prompt.limits
 
     def __post_init__(self) -> None:
         for ok, key, wants, got in _rules(self):
@@ -109,6 +113,12 @@ class TrainingConfig:
         for key in ("llm", "tower"):
             if self.model.checkpoint is not None and getattr(self.model, key) is not None:
                 raise TrainingConfigError(f"model.{key}: the whole model comes from model.checkpoint; drop one of them")
+        if not isinstance(self.limits, dict):
+            raise TrainingConfigError(f"limits: must be a table, [limits], got {self.limits!r}")
+        try:
+            limit_keywords(self.limits)
+        except Qwen2VLError as error:
+            raise TrainingConfigError(f"limits: {error}") from None
         if self.lora is not None and self.parallel.tensor > 1:
             raise TrainingConfigError("lora: adapters and parallel.tensor > 1 do not go together")
 
@@ -117,8 +127,10 @@ class TrainingConfig:
         """Read a file. Raises :class:`TrainingConfigError` naming the file and the key."""
         path = Path(path)
         try:
-            tables = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            tables = tomllib.loads(read_text(path))
+        except CheckpointError as error:  # as of any file that is read whole
+            raise TrainingConfigError(str(error)) from error
+        except (ValueError, RecursionError) as error:  # a ValueError too for a number of thousands of digits
             raise TrainingConfigError(f"{path}: cannot be read as TOML: {error}") from error
         try:
             # Absolute, so that a run is the same from whatever folder it is resumed.
@@ -136,8 +148,8 @@ class TrainingConfig:
             "parallel": ParallelConfig,
             "lora": LoraConfig,
         }
-        if unknown := sorted(set(tables) - set(sections) - {"data"}):
-            raise TrainingConfigError(f"{unknown[0]}: unknown table; there are {', '.join(sections)} and data")
+        if unknown := sorted(set(tables) - set(sections) - {"limits", "data"}):
+            raise TrainingConfigError(f"{unknown[0]}: unknown table; there are {', '.join(sections)}, limits and data")
         values: dict[str, Any] = {
             name: _section(kind, name, tables) for name, kind in sections.items() if name in tables
         }
@@ -146,7 +158,7 @@ class TrainingConfig:
         data = tables.get("data", [])
         if not isinstance(data, list) or not all(isinstance(entry, dict) for entry in data):
             raise TrainingConfigError(f"data: must be tables, [[data]], got {data!r}")
-        config = cls(**values, data=tuple(data))
+        config = cls(**values, data=tuple(data), limits=tables.get("limits", {}))
         return config if folder is None else _anchored(config, folder)
 
 

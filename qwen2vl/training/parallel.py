@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from ..config import Qwen2VLConfig
 from ..model import Qwen2VL
 from ..moe import Experts, SparseMoE, routed
+from ..parallel import SPLIT, rank_device, undivided
 from .config import ParallelConfig
 from .errors import TrainingConfigError
 from .step import TrainingStep
@@ -102,15 +103,10 @@ def start(config: ParallelConfig, shape: Qwen2VLConfig) -> Parallel:
         raise TrainingConfigError(f"parallel.tensor: {config.tensor} does not divide the {world} processes")
     if mode == "ddp" and config.tensor > 1:
         raise TrainingConfigError("parallel.tensor: goes with mode 'fsdp', got 'ddp'")
-    text = shape.text
-    sizes = {name: getattr(text, name) for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size")}
-    if text.moe is not None:
-        sizes |= {name: getattr(text.moe, name) for name in ("num_experts", "shared_expert_intermediate_size")}
-    for name, value in sizes.items():
-        if value % config.tensor:
-            raise TrainingConfigError(f"parallel.tensor: {config.tensor} does not divide {name}, {value}")
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if reason := undivided(shape.text, config.tensor, repeat=False):
+        raise TrainingConfigError(f"parallel.tensor: {config.tensor} does not divide {reason}")
+    device = rank_device()
+    cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
     if mode == "none":
@@ -162,12 +158,10 @@ def split_decoder(model: Qwen2VL, mesh: DeviceMesh) -> None:
     )
 
     whole = Replicate()
+    style = lambda cut: ColwiseParallel() if cut == "columns" else RowwiseParallel()  # noqa: E731
     attention = {
         "self_attn": PrepareModuleInput(input_layouts=(whole, None), desired_input_layouts=(whole, None)),
-        "self_attn.q_proj": ColwiseParallel(),
-        "self_attn.k_proj": ColwiseParallel(),
-        "self_attn.v_proj": ColwiseParallel(),
-        "self_attn.o_proj": RowwiseParallel(),
+        **{name: style(cut) for name, cut in SPLIT.items() if name.startswith("self_attn.")},
     }
     for layer in model.model.layers:
         plan, mlp, prefix = attention, layer.mlp, "mlp"
@@ -177,9 +171,7 @@ def split_decoder(model: Qwen2VL, mesh: DeviceMesh) -> None:
         if prefix:
             plan = plan | {
                 prefix: PrepareModuleInput(input_layouts=whole, desired_input_layouts=whole),
-                f"{prefix}.gate_proj": ColwiseParallel(),
-                f"{prefix}.up_proj": ColwiseParallel(),
-                f"{prefix}.down_proj": RowwiseParallel(),
+                **{name.replace("mlp", prefix): style(cut) for name, cut in SPLIT.items() if name.startswith("mlp.")},
             }
         parallelize_module(layer, mesh, plan)  # type: ignore[arg-type]
 

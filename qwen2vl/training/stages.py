@@ -19,6 +19,7 @@ from ..config import Qwen2VLConfig, VisionConfig
 from ..errors import CheckpointError, install_hint
 from ..files import read_json
 from ..model import Qwen2VL
+from ..quantization import refuse_training
 from .config import LoraConfig, ModelConfig
 from .errors import TrainingConfigError
 
@@ -52,10 +53,13 @@ def freeze(model: Qwen2VL, stage: str) -> None:
 def build_model(config: ModelConfig, *, seed: int = 0, checkpoint: hub.Checkpoint | None = None) -> Qwen2VL:
     """The model on the CPU, its tensors maps of the files where the dtype allows; the same on every rank.
 
-    ``checkpoint``: what ``config.checkpoint`` names, where it has been found.
+    ``checkpoint``: what ``config.checkpoint`` names, where it has been found. Raises :class:`CheckpointError` for one
+    that cannot be loaded, or is quantised.
     """
     if config.checkpoint is not None:
-        return Qwen2VL.from_pretrained(checkpoint or config.checkpoint, device="cpu", dtype=config.dtype).train()
+        model = Qwen2VL.from_pretrained(checkpoint or config.checkpoint, device="cpu", dtype=config.dtype)
+        refuse_training(model)
+        return model.train()
     assert config.config is not None
     folder = Path(config.config)
     shape = Qwen2VLConfig.from_pretrained(folder) if folder.is_dir() else Qwen2VLConfig.preset(config.config)

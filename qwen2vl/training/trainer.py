@@ -44,6 +44,7 @@ def read_dataset(config: TrainingConfig, rank: int, world: int, source: Checkpoi
 
     ``source``: the checkpoint of that processor, where it has been found.
     """
+    from ..prompt.limits import limit_keywords
     from ..prompt.processor import Processor
     from .data import build_dataset
 
@@ -55,7 +56,7 @@ def read_dataset(config: TrainingConfig, rank: int, world: int, source: Checkpoi
     run = config.run
     return build_dataset(
         config.data,
-        Processor.from_pretrained(source, allow_remote=run.allow_remote),
+        Processor.from_pretrained(source, allow_remote=run.allow_remote, **limit_keywords(config.limits)),
         seed=run.seed,
         rank=rank,
         world=world,

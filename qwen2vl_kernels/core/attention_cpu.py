@@ -16,6 +16,9 @@ _BLOCK_ROWS = 512
 _BLOCKED_MIN_SEQLEN = 256
 #: Query rows that share one mask, so that many queries over a long past need 256 x keys of it and not queries x keys.
 _MASK_ROWS = 256
+#: A past is short beside at least so many times as many queries. Two calls took 1.1x to 1.8x the processor time of one
+#: for 1318 queries behind 15 keys, and 1.1x to 1.3x behind 330 of 1333, on a busy Xeon.
+_SHORT_PAST = 4
 
 
 def segments_of(cu_seqlens: torch.Tensor, cu_seqlens_k: torch.Tensor | None) -> list[tuple[slice, slice]]:
@@ -37,11 +40,27 @@ def joined(parts: list[torch.Tensor], total: int, empty: torch.Tensor, fill: flo
 def sdpa(q, k, v, cu_seqlens, causal, scale, cu_seqlens_k=None) -> torch.Tensor:
     """PyTorch's fused attention, one call for each run of neighbours of one length: the frames of a video, say."""
     empty = q.new_empty((0, q.shape[1], v.shape[2]))
-    parts = [
-        _sdpa_equal(q[rows], k[keys], v[keys], count, causal, scale)
-        for rows, keys, count in _runs(cu_seqlens, cu_seqlens_k)
-    ]
+    runs = _runs(cu_seqlens, cu_seqlens_k)
+    of_keys = [keys for _, keys, _ in runs]
+    given = zip(_cut(q, [rows for rows, _, _ in runs]), _cut(k, of_keys), _cut(v, of_keys), runs, strict=True)
+    parts = [_sdpa_equal(qr, kr, vr, count, causal, scale) for qr, kr, vr, (_, _, count) in given]
     return joined(parts, q.shape[0], empty)
+
+
+def _cut(x: torch.Tensor, rows: list[slice]) -> list[torch.Tensor]:
+    """``x[rows[0]], x[rows[1]], ...`` of rows in order. The gradient of one split is one concatenation; that of every
+    slice would be zeros for all of ``x``, added up."""
+    sizes, kept, end = [], [], 0
+    for one in rows:
+        if one.start > end:  # keys of a segment without queries
+            sizes.append(one.start - end)
+        kept.append(len(sizes))
+        sizes.append(one.stop - one.start)
+        end = one.stop
+    if end < x.shape[0]:
+        sizes.append(x.shape[0] - end)
+    pieces = x.split_with_sizes(sizes)
+    return [pieces[n] for n in kept]
 
 
 def _runs(cu_seqlens: torch.Tensor, cu_seqlens_k: torch.Tensor | None = None) -> list[tuple[slice, slice, int]]:
@@ -99,7 +118,8 @@ def _with_statistics(qb, kb, vb, causal, scale) -> tuple[torch.Tensor, torch.Ten
     """What :func:`keeps_statistics` says yes to: the result ``(S, H, L, D)`` and the log of its sums ``(S, H, L)``.
 
     Queries with a past need no mask over it: they attend to the past and to each other, and the two results are added
-    by the weights of their sums. A mask of all keys would cost PyTorch's kernel the half that it skips.
+    by the weights of their sums. A mask of all keys would cost PyTorch's kernel the half that it skips. A past that is
+    short beside them gets queries of its own, whose results are dropped.
     """
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     past = kb.shape[2] - qb.shape[2] if causal else 0
@@ -111,6 +131,9 @@ def _with_statistics(qb, kb, vb, causal, scale) -> tuple[torch.Tensor, torch.Ten
     if past < 0:
         out, lse = kernel(qb[:, :, -past:], kb, vb, 0.0, True, scale=scale)
         return F.pad(out, (0, 0, -past, 0)), F.pad(lse, (-past, 0), value=float("-inf"))
+    if past * _SHORT_PAST <= qb.shape[2]:
+        made = kernel(F.pad(qb, (0, 0, past, 0)), kb, vb, 0.0, True, scale=scale)
+        return made[0][:, :, past:], made[1][:, :, past:]
     out, lse = kernel(qb, kb[:, :, :past], vb[:, :, :past], 0.0, False, scale=scale)
     own, own_lse = kernel(qb, kb[:, :, past:], vb[:, :, past:], 0.0, True, scale=scale)
     whole = torch.logaddexp(lse, own_lse)

@@ -39,6 +39,8 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "layer_norm": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
     "swiglu": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
     "quick_gelu": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
+    # No GPU has run the kernels yet. Once one has, they come first: eager writes and reads the whole weight in 16 bits.
+    "quant_linear": {"cpu": ("native", "eager", "triton"), "cuda": ("eager", "triton")},
     # No GPU has run the kernel yet. Once one has, it comes first: between the products it moves a seventh of the bytes.
     "linear_cross_entropy": {"cpu": ("chunked", "triton", "eager"), "cuda": ("chunked", "triton", "eager")},
     # Experts. No GPU has run the kernels yet. Once one has, they come first: one launch, for which the host does not

@@ -147,11 +147,14 @@ def launch(
     *,
     num_warps: int,
     num_stages: int = 1,
+    max_registers: int | None = None,
     **arguments: Any,
 ) -> None:
     """Run ``kernel`` with ``arguments`` on ``device``'s current stream; nothing runs when a dimension of ``grid`` is 0.
 
     All arguments of the kernel go by name: its tensors, their strides (:func:`strides`), numbers and constexprs.
+    ``max_registers`` of a thread, on NVIDIA's cards: named, it is what the program may take, where ptxas would rather
+    spill some and have more programs at a time.
     With a constexpr ``DEPENDENT`` that is true, on targets that are, it starts while the kernel ahead of it in the
     stream ends; every program of it must call ``gdc_wait`` before it reads or writes memory that others write.
     """
@@ -161,6 +164,8 @@ def launch(
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     if arguments.get("DEPENDENT"):
         options["launch_pdl"] = True
+    if max_registers is not None and not INTERPRETED and target_of(device).backend == "cuda":
+        options["maxnreg"] = max_registers
     if collected(Launch(kernel, grid, arguments, options)):
         return
     if device.type == "cuda" and device.index != torch.cuda.current_device():

@@ -4,9 +4,10 @@
         k_cache[block, offset] = rotate(k[t]),   v_cache[block, offset] = v[t]
 
 The cache may be paged (vLLM's layout: blocks of ``block_size`` slots, ``slots`` its slot mapping) or contiguous (one
-block a sequence). The rotation is :func:`mrope`'s. Shapes: k, v ``(T, Hk, D)``; q ``(T, Hq, D)``; caches ``(blocks,
-block_size, Hk, D)``; slots ``(T,)``. dtypes: float32, bfloat16, float16. The kernel is in
-``triton.cache``.
+block a sequence). With a ``block_table`` as ``kvcache_attention`` takes it, token j of row b has the slot
+``block_table[b, j // block_size] * block_size + j % block_size``. The rotation is :func:`mrope`'s. Shapes: k, v
+``(T, Hk, D)``; q ``(T, Hq, D)``; caches ``(blocks, block_size, Hk, D)``; slots ``(T,)``. dtypes: float32, bfloat16,
+float16. The kernel is in ``triton.cache``.
 """
 
 from __future__ import annotations

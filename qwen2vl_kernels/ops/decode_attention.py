@@ -142,7 +142,14 @@ def decode_attention_(
     given = (q, k, v, k_cache, v_cache, cache_seqlens, positions, inv_freq, arrived, scale, prefetch)
     name = _check(*given, backend)
     no_grad_through("decode_attention_", "mrope and kvcache_attention", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
-    read = {"q": q, "k": k, "v": v, "cache_seqlens": cache_seqlens, "positions": positions, "inv_freq": inv_freq}
+    read: dict[str, torch.Tensor | None] = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "cache_seqlens": cache_seqlens,
+        "positions": positions,
+        "inv_freq": inv_freq,
+    }
     no_overlap("decode_attention_", {"k_cache": k_cache, "v_cache": v_cache, "arrived": arrived}, read)
     if not direct(*given[:9]):
         return torch_ops.decode_attention_(*given, name)

@@ -14,7 +14,7 @@ only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -107,7 +107,7 @@ def _check_linear(x, norm_weight, weights, biases, eps, prefetch, backend) -> st
     return _serve("rms_norm_linear", x, backend, (norm_weight, *weights, *(b for b in biases if b is not None)))
 
 
-_LINEAR = {"eager": rms_norm_linear_ref, "triton": launch_norm_linear}
+_LINEAR: dict[str, Callable[..., torch.Tensor]] = {"eager": rms_norm_linear_ref, "triton": launch_norm_linear}
 
 
 def _run_linear(x, norm_weight, weights, biases, eps, prefetch, backend) -> torch.Tensor:
@@ -174,7 +174,7 @@ def _check_swiglu(x, norm_weight, gate_weight, up_weight, eps, prefetch, backend
     return _serve("rms_norm_swiglu", x, backend, (norm_weight, gate_weight, up_weight))
 
 
-_SWIGLU = {"eager": rms_norm_swiglu_ref, "triton": launch_norm_swiglu}
+_SWIGLU: dict[str, Callable[..., torch.Tensor]] = {"eager": rms_norm_swiglu_ref, "triton": launch_norm_swiglu}
 
 
 def _run_swiglu(x, norm_weight, gate_weight, up_weight, eps, prefetch, backend) -> torch.Tensor:
@@ -207,12 +207,12 @@ def rms_norm_swiglu(
 
     Returns ``(R, N)`` in x's dtype. Raises as :func:`rms_norm_linear`.
     """
-    given = in_autocast_dtype(x, norm_weight, gate_weight, up_weight)
-    name = _check_swiglu(*given, eps, prefetch, backend)
-    _refuse_grad("rms_norm_swiglu", *given)
-    if direct(*given):
-        return _SWIGLU[name](*given, eps, prefetch)
-    return torch_ops.rms_norm_swiglu(*given, eps, prefetch, name)
+    x, norm_weight, gate_weight, up_weight = in_autocast_dtype(x, norm_weight, gate_weight, up_weight)
+    name = _check_swiglu(x, norm_weight, gate_weight, up_weight, eps, prefetch, backend)
+    _refuse_grad("rms_norm_swiglu", x, norm_weight, gate_weight, up_weight)
+    if direct(x, norm_weight, gate_weight, up_weight):
+        return _SWIGLU[name](x, norm_weight, gate_weight, up_weight, eps, prefetch)
+    return torch_ops.rms_norm_swiglu(x, norm_weight, gate_weight, up_weight, eps, prefetch, name)
 
 
 # ---------------------------------------------------------------------------------------------------------- linear_add_
@@ -226,7 +226,7 @@ def _check_add(residual, x, weight, prefetch, backend) -> str:
     return _serve("linear_add", x, backend, (residual, weight))
 
 
-_ADD = {"eager": linear_add_ref, "triton": launch_linear_add}
+_ADD: dict[str, Callable[..., None]] = {"eager": linear_add_ref, "triton": launch_linear_add}
 
 
 def _run_add(residual, x, weight, prefetch, backend) -> None:

@@ -13,7 +13,10 @@ Shapes: q ``(T, Hq, D)`` packed row after row, k_cache ``(B, capacity, Hk, D)``,
 multiple of Hk. dtypes: float32, bfloat16, float16. Inference only.
 
 Where ``cache_seqlens`` is a tensor, every row has one new token, T = B, and no length comes to the host: the registered
-op ``kvcache_attention_decode``, which a captured graph can replay while its rows grow.
+op ``kvcache_attention_decode``, which a captured graph can replay while its rows grow. There the cache may be paged:
+with ``block_table (B, blocks)``, k_cache ``(pages, page_size, Hk, D)`` and v_cache ``(pages, page_size, Hk, Dv)``,
+
+    k_j of row b  =  k_cache[block_table[b, j // page_size], j % page_size]
 """
 
 from __future__ import annotations
@@ -63,9 +66,13 @@ def kvcache_attention_decode_ref(
     v_cache: torch.Tensor,
     cache_seqlens: torch.Tensor,
     softmax_scale: float,
+    block_table: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The formula for one new token a row, over the whole capacity behind a mask; zeros in a row without tokens."""
     wide = torch.promote_types(q.dtype, torch.float32)
+    if block_table is not None:
+        pages = block_table.masked_fill(~_in_use(block_table, cache_seqlens, k_cache.shape[1]), 0).long()
+        k_cache, v_cache = k_cache[pages].flatten(1, 2), v_cache[pages].flatten(1, 2)  # a copy of all that is in use
     seen = torch.arange(k_cache.shape[1], device=q.device) < cache_seqlens[:, None]  # (B, capacity)
     queries = (q * softmax_scale).unflatten(1, (k_cache.shape[2], -1))  # (B, Hk, Hq / Hk, D)
     scores = (queries @ k_cache.permute(0, 2, 3, 1)).to(wide)
@@ -74,6 +81,12 @@ def kvcache_attention_decode_ref(
     # What lies behind a row's end may be no number, and a weight of zero would not hide that.
     values = v_cache.masked_fill(~seen[:, :, None, None], 0)
     return (weights.to(values.dtype) @ values.transpose(1, 2)).flatten(1, 2)
+
+
+def _in_use(block_table: torch.Tensor, cache_seqlens: torch.Tensor, page_size: int) -> torch.Tensor:
+    """``(B, blocks)`` bool: the entries of a table that a row reaches; the others mean nothing."""
+    begins = torch.arange(block_table.shape[1], device=block_table.device) * page_size
+    return begins < cache_seqlens[:, None]
 
 
 def _by_rows(prompt: Callable, q, k_cache, v_cache, new_tokens, cache_seqlens, softmax_scale) -> torch.Tensor:
@@ -125,11 +138,11 @@ def _run(q, k_cache, v_cache, new_tokens, cache_seqlens, softmax_scale, backend)
     return _BACKENDS[backend](q, k_cache, v_cache, new_tokens, cache_seqlens, softmax_scale)
 
 
-def _check_tensors(q, k_cache, v_cache, rows: str) -> Checker:
+def _check_tensors(q, k_cache, v_cache, rows: str, slots: tuple[str, str] = ("B", "capacity")) -> Checker:
     check = Checker("kvcache_attention")
     check.tensor("q", q, (rows, "Hq", "D"), contiguous_last=True)
-    check.tensor("k_cache", k_cache, ("B", "capacity", "Hk", "D"), like=q, contiguous_last=True)
-    check.tensor("v_cache", v_cache, ("B", "capacity", "Hk", "Dv"), like=q, contiguous_last=True)
+    check.tensor("k_cache", k_cache, (*slots, "Hk", "D"), like=q, contiguous_last=True)
+    check.tensor("v_cache", v_cache, (*slots, "Hk", "Dv"), like=q, contiguous_last=True)
     heads, kv_heads = q.shape[1], k_cache.shape[2]
     check.require(
         kv_heads > 0 and heads % kv_heads == 0, f"q's {heads} heads must be a multiple of k_cache's {kv_heads}"
@@ -167,20 +180,33 @@ register_opaque(
 _DECODE = {"eager": kvcache_attention_decode_ref, "triton": launch_decode}
 
 
-def _run_decode(q, k_cache, v_cache, cache_seqlens, softmax_scale, backend) -> torch.Tensor:
-    return _DECODE[backend](q, k_cache, v_cache, cache_seqlens, softmax_scale)
+def _run_decode(q, k_cache, v_cache, cache_seqlens, softmax_scale, backend, block_table=None) -> torch.Tensor:
+    return _DECODE[backend](q, k_cache, v_cache, cache_seqlens, softmax_scale, block_table)
 
 
-def _check_decode(q, k_cache, v_cache, cache_seqlens, softmax_scale, backend) -> str:
+def _check_decode(q, k_cache, v_cache, cache_seqlens, softmax_scale, backend, block_table=None) -> str:
     """Refuse what does not fit by what the host knows; returns the backend that serves."""
-    check = _check_tensors(q, k_cache, v_cache, rows="B")
+    paged = block_table is not None
+    check = _check_tensors(q, k_cache, v_cache, "B", ("pages", "page_size") if paged else ("B", "capacity"))
     check.tensor("cache_seqlens", cache_seqlens, ("B",), dtypes=(torch.int32,))
+    if paged:
+        check.tensor("block_table", block_table, ("B", "blocks"), dtypes=(torch.int32,), contiguous_last=True)
+        pages, page_size = k_cache.shape[:2]
+        check.require(page_size > 0, f"k_cache must have pages of at least one slot, got {tuple(k_cache.shape)}")
+        if q.device.type == "cpu" and not torch.compiler.is_compiling():
+            used = block_table[_in_use(block_table, cache_seqlens, page_size)]
+            least, most = (int(end) for end in used.aminmax()) if used.numel() else (0, -1)
+            got = least if least < 0 else most
+            check.require(
+                least >= 0 and most < pages,
+                f"block_table must hold pages in [0, {pages}) as far as the rows are long, got {got}",
+            )
     return resolve("kvcache_attention_decode", q.device.type, backend)
 
 
 register_opaque(
     "kvcache_attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, float softmax_scale,"
-    " str backend) -> Tensor",
+    " str backend, Tensor? block_table=None) -> Tensor",
     fake=lambda q, k_cache, v_cache, *_: q.new_empty((q.shape[0], q.shape[1], v_cache.shape[3])),
     check=_check_decode,
     CPU=_run_decode,
@@ -195,6 +221,7 @@ def kvcache_attention(
     new_tokens: Sequence[int] | None,
     cache_seqlens: Sequence[int] | torch.Tensor,
     *,
+    block_table: torch.Tensor | None = None,
     softmax_scale: float | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
@@ -208,6 +235,10 @@ def kvcache_attention(
         cache_seqlens: B integers on the host, the tokens in each row with the new ones; at most capacity. Or ``(B,)``
             int32 on q's device, which no host reads: a length of 0 or less gives zeros, one beyond the capacity counts
             as the capacity, and nothing in the cache behind a row's length reaches its result.
+        block_table: ``(B, blocks)`` int32 on q's device, with ``cache_seqlens`` in a tensor: the pages of each row, in
+            order, of k_cache ``(pages, page_size, Hk, D)`` and v_cache ``(pages, page_size, Hk, Dv)``; any page_size, a
+            capacity of ``blocks * page_size``. Rows may share pages. An entry behind a row's length is not read. On a
+            GPU entries are not checked: one that is no page reads outside of the cache.
         softmax_scale: default ``D ** -0.5``.
         backend: ``None`` (choose), ``"varlen"`` (row by row, single tokens by PyTorch's fused attention and several by
             what ``varlen_attention`` chooses), ``"sdpa"`` (PyTorch's fused attention for both), ``"eager"``. With
@@ -226,8 +257,10 @@ def kvcache_attention(
         got = new_tokens if new_tokens is None else type(new_tokens).__name__
         raise TypeError(f"kvcache_attention: new_tokens must be {wanted}, got {got}")
     if decodes:
-        name = _check_decode(q, k_cache, v_cache, cache_seqlens, softmax_scale, backend)
+        name = _check_decode(q, k_cache, v_cache, cache_seqlens, softmax_scale, backend, block_table)
     else:
+        if block_table is not None:
+            raise TypeError("kvcache_attention: block_table must be None with lengths in a sequence, got a tensor")
         name = _check(q, k_cache, v_cache, new_tokens, cache_seqlens, softmax_scale, backend)
     tracked = torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad)
     if tracked:
@@ -236,7 +269,8 @@ def kvcache_attention(
         )
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     if decodes:
-        run = _run_decode if direct(q, k_cache, v_cache, cache_seqlens) else torch_ops.kvcache_attention_decode
-        return run(q, k_cache, v_cache, cache_seqlens, scale, name)
+        tensors = q, k_cache, v_cache, cache_seqlens
+        run = _run_decode if direct(*tensors, block_table) else torch_ops.kvcache_attention_decode
+        return run(*tensors, scale, name, block_table)
     run = torch_ops.kvcache_attention if torch.compiler.is_compiling() else _run
     return run(q, k_cache, v_cache, new_tokens, cache_seqlens, scale, name)

@@ -11,7 +11,8 @@ The number of splits follows from the capacity alone: a captured graph serves al
 other rows. Of S splits, split s takes the blocks s, s + S, s + 2 S ... of BLOCK_N keys, so that also a row much shorter
 than the capacity keeps all of them at work. The sums over splits have one order.
 
-A length counts as one in [0, capacity], and no slot behind it is read: what stands there cannot matter.
+A length counts as one in [0, capacity], and no slot behind it is read: what stands there cannot matter. A paged cache
+differs in the address of a key alone, which the row's table gives; tables too are read as far as a row is long.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def _end(cache_seqlens, row, seqlens_row, capacity):
     return tl.minimum(tl.load(cache_seqlens + row * seqlens_row), capacity)
 
 
-_STRIDES = ["seqlens_row", "q_row", "q_head", "k_batch", "k_row", "k_head", "v_batch", "v_row", "v_head"]
+_STRIDES = ["seqlens_row", "table_row", "q_row", "q_head", "k_batch", "k_row", "k_head", "v_batch", "v_row", "v_head"]
 
 
 @jit(do_not_specialize=["capacity", *_STRIDES])
@@ -87,12 +88,14 @@ def _attend_kernel(
     k_cache,
     v_cache,
     cache_seqlens,
+    block_table,
     partial,
     maxima,
     sums,
     capacity,
     scale,
     seqlens_row,
+    table_row,
     q_row,
     q_head,
     k_batch,
@@ -105,6 +108,7 @@ def _attend_kernel(
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
     SPLITS: tl.constexpr,
+    PAGE: tl.constexpr,
     UNIT: tl.constexpr,
     QK_HEAD: tl.constexpr,
     V_HEAD: tl.constexpr,
@@ -126,9 +130,13 @@ def _attend_kernel(
     end = _end(cache_seqlens, row, seqlens_row, capacity)
     # Strides come in units, as in head_strides, and are wide before they are whole again.
     q += row * q_row * UNIT
-    k_cache += (row * k_batch + kv_head * k_head) * UNIT
-    v_cache += (row * v_batch + kv_head * v_head) * UNIT
-    k_step, v_step = k_row.to(tl.int64) * UNIT, v_row.to(tl.int64) * UNIT
+    k_cache += kv_head * k_head * UNIT
+    v_cache += kv_head * v_head * UNIT
+    if PAGE > 0:
+        block_table += row * table_row
+    else:
+        k_cache += row * k_batch * UNIT
+        v_cache += row * v_batch * UNIT
     q0, q1 = load_head(q, None, None, head, live, q_head.to(tl.int64) * UNIT, 0, QK_HEAD, ACC)
     acc0, acc1 = zeros_head(BLOCK_M, V_HEAD, ACC)
     m_i = tl.full((BLOCK_M,), float("-inf"), ACC)
@@ -136,15 +144,20 @@ def _attend_kernel(
     for start in range(split * BLOCK_N, end, SPLITS * BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         there = key < end
-        k0, k1 = load_head(k_cache, None, None, key, there, k_step, 0, QK_HEAD, ACC)
+        if PAGE > 0:
+            page, slot = tl.load(block_table + key // PAGE, mask=there, other=0).to(tl.int64), key % PAGE
+            k_at, v_at = page * k_batch + slot * k_row, page * v_batch + slot * v_row
+        else:
+            k_at, v_at = key.to(tl.int64) * k_row, key.to(tl.int64) * v_row
+        k0, k1 = load_head(k_cache, None, None, k_at, there, UNIT, 0, QK_HEAD, ACC)
         qk = dot_heads(q0, q1, k0, k1, QK_HEAD, ACC)  # (BLOCK_M, BLOCK_N)
         qk = tl.where(there[None, :], qk, float("-inf"))
         p, alpha, m_i, l_i = softmax_step(qk, m_i, l_i, scale)
         p = p.to(v_cache.dtype.element_ty)
-        v0 = load_block(v_cache, key, there, v_step, 0, V_HEAD[1], V_HEAD[0])
+        v0 = load_block(v_cache, v_at, there, UNIT, 0, V_HEAD[1], V_HEAD[0])
         acc0 = tl.dot(p, v0, acc0 * alpha[:, None], input_precision="ieee", out_dtype=ACC)
         if V_HEAD[2] > 0:
-            v1 = load_block(v_cache, key, there, v_step, V_HEAD[1], V_HEAD[2], V_HEAD[0])
+            v1 = load_block(v_cache, v_at, there, UNIT, V_HEAD[1], V_HEAD[2], V_HEAD[0])
             acc1 = tl.dot(p, v1, acc1 * alpha[:, None], input_precision="ieee", out_dtype=ACC)
     V: tl.constexpr = V_HEAD[0]
     live = live & (split * BLOCK_N < end)  # what an idle split leaves, nobody reads
@@ -197,12 +210,14 @@ def launch_decode(
     v_cache: torch.Tensor,
     cache_seqlens: torch.Tensor,
     softmax_scale: float,
+    block_table: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``(B, Hq, Dv)``; shapes as :func:`qwen2vl_kernels.kvcache_attention` has them with lengths on the device.
 
     Takes ``(Dv + 2) * Hq * B * splits_of(capacity)`` values of float32 for what the splits leave.
     """
-    (batch, heads, columns), (_, capacity, kv_heads, v_columns) = q.shape, v_cache.shape
+    (batch, heads, columns), (_, page, kv_heads, v_columns) = q.shape, v_cache.shape
+    capacity = page if block_table is None else page * block_table.shape[1]
     out = torch.empty((batch, heads, v_columns), dtype=q.dtype, device=q.device)
     if out.numel() == 0 or capacity == 0:
         return out.zero_()
@@ -232,6 +247,9 @@ def launch_decode(
         q=q,
         k_cache=k_cache,
         v_cache=v_cache,
+        block_table=block_table,
+        table_row=0 if block_table is None else block_table.stride(0),
+        PAGE=0 if block_table is None else page,
         scale=softmax_scale * math.log2(math.e),
         GROUP=group,
         PARTS=parts,

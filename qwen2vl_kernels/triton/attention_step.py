@@ -133,7 +133,7 @@ def _step_kernel(
     keys = _block(k_cache, split * BLOCK_N, last, k_step, D, BLOCK_N)
     values = _block(v_cache, split * BLOCK_N, last, v_step, D, BLOCK_N)
     column = tl.arange(0, D)[None, :]
-    AXES: tl.constexpr = (D // 2, 0, 0, False)
+    AXES: tl.constexpr = (D // 2, 0, 0, False)  # pyright: ignore[reportAssignmentType]
     at_row = row + tl.zeros((1, 1), tl.int64)
     c, s = cos_sin(
         positions, inv_freq, None, None, at_row, column % (D // 2), at_row >= 0, 0, 0, positions_row, 0, D // 2, AXES,
@@ -274,5 +274,6 @@ def launch_step(
         CHUNK=min(8, splits),
         DEPENDENT=prefetch and target.dependent,
         num_warps=chosen.num_warps,
+        max_registers=255,
     )
     return out

@@ -204,6 +204,7 @@ def _launch(
         BLOCK_K=chosen.block_k,
         DEPENDENT=prefetch and target.dependent,
         num_warps=chosen.num_warps,
+        max_registers=255,
     )
 
 

@@ -21,6 +21,7 @@ from benchmarks import environment, gpu
 from benchmarks.__main__ import app
 from benchmarks.case import Context
 from benchmarks.cases._qwen2vl import checkpoint
+from benchmarks.cases.decode import COMPILED
 from benchmarks.gpu import session as session_module
 from benchmarks.gpu.session import SECONDS, Part, Phase, Session
 from benchmarks.random_checkpoint import small_config, write_random_checkpoint
@@ -256,6 +257,7 @@ def test_the_phases_of_a_gpu(tmp_path, monkeypatch):
         assert ("tests/kernels/ops/test_attention_sm90_gpu.py" in files) == (name == "sm90-tests")
     measured = {case for part in parts.values() for case in part.cases}
     assert measured == set(case_names())
+    assert COMPILED in parts["decode"].command and parts["decode"].environment == {"QWEN2VL_GRAPHS": "1"}
     assert "one_of_each" in parts["one of each, without compute-sanitizer, which is not installed"].command[-1]
     for part in parts.values():
         if part.command[1:3] == ("-m", "benchmarks"):

@@ -49,7 +49,10 @@ def main(device: str = "cuda") -> list[str]:
         lengths = torch.tensor([37, 0, 99], dtype=torch.int32, device=device)
         for heads, columns in ((6, 128), (2, 80)):
             caches = [random(3, 90, 2, columns).detach() for _ in range(2)]
-            K.kvcache_attention(random(3, heads, columns).detach(), *caches, None, lengths, backend=backend)
+            q, table = random(3, heads, columns).detach(), torch.arange(6, dtype=torch.int32, device=device).view(3, 2)
+            K.kvcache_attention(q, *caches, None, lengths, backend=backend)
+            pages = (cache.view(6, 45, 2, columns) for cache in caches)
+            K.kvcache_attention(q, *pages, None, lengths, block_table=table, backend=backend)
 
     def step_attention(backend: str) -> None:
         lengths, given = torch.tensor([37, 0, 90], dtype=torch.int32, device=device), (random(3, 10, 128).detach(),)
@@ -112,6 +115,14 @@ def main(device: str = "cuda") -> list[str]:
         order, _, bounds = K.group_by_expert(positions.T.remainder(5), 6, backend=backend)
         backward(K.grouped_linear(x[order // 3], random(6, 72, 1280), bounds, backend=backend))
 
+    def quant_linear(backend: str) -> None:
+        fp8 = random(40, 256).detach().to(torch.float8_e4m3fn)
+        integers = torch.randint(0, 256, (40, 256), device=device).byte()
+        for weight, block in ((fp8, (16, 128)), (integers, (1, 128)), (integers[:, :128], (1, 128))):
+            scales = torch.rand(-(-40 // block[0]), 2, device=device)
+            for rows in (1, 5, 37):
+                backward(K.quant_linear(x[:rows, :256], weight, scales, block=block, backend=backend))
+
     def positions_of(backend: str) -> None:
         K.mrope_positions(ids, grid[:1], grid[1:], **tokens, backend=backend)
         K.mrope_positions_chunk(ids[:, :4], grid[:1], None, **tokens, backend=backend)
@@ -135,6 +146,7 @@ def main(device: str = "cuda") -> list[str]:
         "linear_cross_entropy": linear_cross_entropy,
         "group_by_expert": experts,
         "grouped_linear": experts,
+        "quant_linear": quant_linear,
         "mrope_positions": positions_of,
         "vision_positions": lambda backend: K.vision_positions(grid, num_patches=36, backend=backend),
         "image_to_patches": lambda backend: K.image_to_patches(photo, 56, 84, backend=backend),

@@ -150,6 +150,7 @@ import json, torch
 from benchmarks.aot import compiler
 from benchmarks.aot.compiler import meta
 from qwen2vl_kernels.core.launching import Target, record
+from benchmarks.aot.step import layer
 from qwen2vl_kernels.triton import attention_decode, cache, cross_entropy, elementwise, gemm, norm, rope_tables, rotary
 
 bf16 = torch.bfloat16
@@ -172,6 +173,9 @@ def run(tokens):
     rope_tables.launch_tables(meta(tokens, 2, dtype=torch.int64), meta(20, dtype=torch.float32))
     keys, lengths = meta(tokens, 4097 + tokens % 7, 2, 128, dtype=bf16), meta(2 * tokens, dtype=torch.int32)
     attention_decode.launch_decode(q, keys, keys, lengths[:: 1 + tokens % 2][:tokens], 0.1)
+    table, pages = meta(tokens, 257 + tokens % 7, dtype=torch.int32), meta(99 + tokens, 16, 2, 128, dtype=bf16)
+    attention_decode.launch_decode(q, pages, pages, lengths[:tokens], 0.1, table)
+    layer(tokens, 12, 2, 8960)
     target, loss = meta(tokens, dtype=torch.int64), meta(tokens, dtype=torch.float32)
     cross_entropy.launch_rows(meta(tokens, 1000, dtype=bf16), target, None, loss, -tokens, 0.0, True)
 
@@ -187,7 +191,7 @@ print(json.dumps([len(kinds[0]), [n for n, names in enumerate(zip(*kinds)) if le
 def test_no_kernel_is_compiled_again_for_another_number_of_tokens():
     result = _python("-c", _SPECIALISED)
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout.splitlines()[-1]) == [13, []]
+    assert json.loads(result.stdout.splitlines()[-1]) == [20, []]
 
 
 _WORK = """

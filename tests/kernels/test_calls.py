@@ -44,6 +44,11 @@ def _step():
     return K.decode_attention_(q, k, k, *caches, lengths, POSITIONS[0, :3], INV_FREQ, arrived, backend="triton")
 
 
+def _quant_linear(rows):
+    weight, scales = torch.zeros(9, 64, dtype=torch.uint8), torch.ones(9, 2)
+    return K.quant_linear(_x(rows, 128), weight, scales, block=(1, 64), backend="triton")
+
+
 MERGER = [_x(*s) for s in ((1280,), (1280,), (128, 5120), (128,), (72, 128), (72,))]
 #: (name of the public function, a call of it, the calls to its launches that were counted when this was written)
 CALLS = [
@@ -65,6 +70,8 @@ CALLS = [
     ("append_kv", lambda: _append(q=_x(37, 3, 128), positions=POSITIONS, inv_freq=INV_FREQ, section=SECTION), {2}),
     ("patch_embed", lambda: K.patch_embed(_x(37, 588), _x(72, 588), _x(72), backend="triton"), {3}),
     ("patch_merge", lambda: K.patch_merge(_x(36, 1280), *MERGER, order="raster", grid_thw=GRID, backend="triton"), {3}),
+    ("quant_linear", lambda: _quant_linear(1), {3}),
+    ("quant_linear", lambda: _quant_linear(40), {3}),
     ("linear_cross_entropy", _linear_cross_entropy, {3}),
     ("kvcache_attention", _decode, {3}),
     ("decode_attention_", _step, {3}),

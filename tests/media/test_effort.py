@@ -151,6 +151,54 @@ def test_the_tags_of_all_pages_are_counted():
         load_image(data)
 
 
+def _gif(frames: int = 1) -> tuple[bytes, int]:
+    """A file and where its first frame's descriptor, with what belongs to it, begins."""
+    file = io.BytesIO()
+    images = [Image.new("RGB", (4, 4), (90 * n, 0, 0)) for n in range(frames)]
+    images[0].save(file, "GIF", save_all=True, append_images=images[1:])
+    data = file.getvalue()
+    return data, data.index(b",", 13 + (3 << (1 + (data[10] & 7)) if data[10] & 0x80 else 0))
+
+
+@pytest.mark.parametrize(
+    "parts", [b"!\xfe\1c\0" * 66_000, b"!\xff" + b"\1c" * 66_000 + b"\0", b"\0" * 66_000, b"\5" * 66_000]
+)
+def test_blocks_of_a_gif_are_counted(parts):
+    """Before the first frame and behind it, where Pillow looks for a second one."""
+    data, at = _gif()
+    for damaged in (data[:at] + parts + data[at:], data[:-1] + parts + data[-1:]):
+        with pytest.raises(MediaError, match="more than 65536 blocks beside its frames: refused before decoding"):
+            load_image(damaged)
+    assert load_image(data[:at] + parts[: 5 * 50] + (b"\0" if parts[1] == 0xFF else b"") + data[at:]).shape == (4, 4, 3)
+
+
+def test_frames_of_a_gif_are_no_blocks():
+    file = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 255, (4200, 4200), np.uint8)
+    Image.fromarray(noise).save(file, "GIF")
+    assert len(file.getvalue()) > 255 * 66_000 and load_image(file.getvalue()).shape == (4200, 4200, 3)
+
+
+@pytest.mark.parametrize("mark", ["P1", "P2", "P3", "P4", "P5", "P6", "Pf"])
+@pytest.mark.parametrize("filling", ["#" + "x" * 66_000 + "\n", "#\n" * 33_000, " " * 66_000])
+def test_the_header_of_a_ppm_is_bounded(mark, filling):
+    """Pillow reads it byte by byte: a megabyte takes a second."""
+    sides = "4 4" if mark in ("P1", "P4") else "4 4 255"
+    for header in (f"{mark}\n{filling}{sides}\n", f"{mark} 4 {filling}{sides[2:]}\n"):
+        with pytest.raises(MediaError, match="has a header of more than 65536 bytes: refused before decoding"):
+            load_image(header.encode() + b"1 " * 48)
+
+
+def test_comments_among_the_numbers_of_a_ppm_are_counted():
+    """Each moves all of a block that is behind it: 42 s for a megabyte."""
+    pixels = np.full((4, 4, 3), 7, np.uint8)
+    told = b"P3 4 4 255\n" + b"7 # c\n" * 48
+    assert (load_image(told) == pixels).all()
+    with pytest.raises(MediaError, match="more than 4096 comments: refused before decoding"):
+        load_image(told + b"#\n" * 4100)
+    assert (load_image(b"P6 4 4 255\n" + pixels.tobytes() + b"#" * 5000) == pixels).all()  # a byte there
+
+
 def test_chunks_and_segments_are_counted_before(monkeypatch):
     png, jpeg = png_with_header(8, 8), encode_image(noise(40, 40), "JPEG")
     data = png[:33] + 70_000 * png_chunk(b"abCd", b"") + png[33:]
@@ -345,7 +393,7 @@ def test_a_photo_passes_and_a_panorama_by_a_setting(undecoded):
     with pytest.raises(Decoded):
         load_image(png_with_header(4000, 3000))
     with pytest.raises(
-        MediaError, match=r"20000 x 5000 pixels, more than max_source_pixels = 67108864.* raise that limit"
+        MediaError, match=r"5000 pixels, more than max_source_pixels = 67108864.* raise limits.max_source_pixels"
     ):
         load_image(png_with_header(20_000, 5_000))
     with pytest.raises(Decoded):

@@ -340,8 +340,9 @@ def test_damaged_bytes_give_an_image_or_a_media_error(format, changes):
         assert item.patches.shape == (item.grid_thw[1] * item.grid_thw[2], 588)
 
 
-def test_damaged_metadata_is_passed_over_in_silence(tmp_path):
-    """Neither Pillow's warnings nor its log lines reach stderr, even where every warning is shown."""
+def test_damaged_metadata_is_passed_over_with_one_warning_of_ours(tmp_path):
+    """Neither Pillow's warnings nor its log lines reach stderr, even where every warning is shown; what may have said
+    how the picture is turned is told."""
     pixels = noise(40, 40)
     exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x09" + b"\x01\x12\0\x03"  # promises nine entries
     encoded = encode_image(pixels)
@@ -352,6 +353,10 @@ def test_damaged_metadata_is_passed_over_in_silence(tmp_path):
     at = tiff.index(struct.pack("<HHIH", 277, 3, 1, 3))  # samples per pixel
     tiff[at + 8] = 200
     (tmp_path / "samples.tiff").write_bytes(tiff)
+    tiff = bytearray(encode_image(pixels, "TIFF", dpi=(72, 72)))
+    at = tiff.index(struct.pack("<HHI", 283, 5, 1))
+    tiff[at + 8 : at + 12] = struct.pack("<I", 1 << 20)  # where the resolution lies, behind the end
+    (tmp_path / "resolution.tiff").write_bytes(tiff)
     code = """if True:
         import sys, qwen2vl.errors
         from qwen2vl.media.image import load_image
@@ -361,10 +366,14 @@ def test_damaged_metadata_is_passed_over_in_silence(tmp_path):
             except qwen2vl.errors.MediaError:
                 print("refused")
     """
-    files = [str(tmp_path / name) for name in ("exif.png", "exif.jpg", "samples.tiff")]
+    files = [str(tmp_path / name) for name in ("exif.png", "exif.jpg", "samples.tiff", "resolution.tiff")]
     done = subprocess.run([sys.executable, "-W", "always", "-c", code, *files], capture_output=True, text=True)
-    assert done.stdout.split("\n")[:3] == ["(40, 40, 3)", "(40, 40, 3)", "refused"]
-    assert done.stderr == ""
+    assert done.stdout.split("\n")[:4] == ["(40, 40, 3)", "(40, 40, 3)", "refused", "(40, 40, 3)"]
+    told = [line for line in done.stderr.split("\n") if line and not line.startswith(" ")]  # without the lines of code
+    assert len(told) == 3, told
+    for line, name in zip(told, ("exif.png", "exif.jpg", "resolution.tiff"), strict=True):
+        assert "<string>" in line and "MediaWarning: " in line and name in line
+        assert "has damaged metadata, which is passed over: " in line
 
 
 # ---------------------------------------------------------------------------------------------------- remote

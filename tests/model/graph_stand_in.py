@@ -28,6 +28,27 @@ class OnDevice(TorchDispatchMode):
         return result
 
 
+class FromOutside(TorchDispatchMode):
+    """Collects the memory that is read or written and was not made inside, which a replay finds where it was."""
+
+    def __init__(self):
+        super().__init__()
+        self.addresses, self.made = set(), {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {storage_of(one) for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)}
+        self.addresses |= given - self.made.keys()
+        result = func(*args, **kwargs or {})
+        made = [one for one in tree_leaves(result) if isinstance(one, torch.Tensor)]
+        # Kept, so that no address is given out twice.
+        self.made |= {storage_of(one): one for one in made if storage_of(one) not in given}
+        return result
+
+
+def storage_of(tensor):
+    return tensor.untyped_storage().data_ptr()
+
+
 class Recorder(TorchDispatchMode):
     """What a graph holds: calls, with the tensors that they read and the places of what they made."""
 

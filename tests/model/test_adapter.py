@@ -177,6 +177,7 @@ DAMAGE = [
     (_config(r=0), "r must be a positive integer, got 0"),
     (_config(r=3), r"q_proj\.lora_A\.weight: torch\.float32 \(4, 256\), rank and model want floats \(3, 256\)"),
     (_config(lora_alpha="x"), "lora_alpha must be a number, got 'x'"),
+    (_config(lora_alpha=10**400), "lora_alpha must be a number, got 1000"),
     (
         _config(target_modules=["q_proj", "o_proj"]),
         r"target_modules name model\.layers\.0\.self_attn\.o_proj, of which",

@@ -294,6 +294,7 @@ def test_sampling_options_replace_a_checkpoints_own(run, place):
         (("--video", "text.png"), "text.png"),
         (("--image", "http://localhost:1/a.png"), "give --allow-remote"),
         (("--device", "nowhere"), "--device nowhere"),
+        (("--device", "meta"), "--device meta: it computes nothing"),
         (("--prompt", "to and fro " * 9000), "context of 32768 tokens"),
     ],
 )

@@ -9,7 +9,6 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from examples.demo.media import write_frames
-from examples.small.shape import LIMITS
 from qwen2vl import Processor, Qwen2VL, assets
 from qwen2vl.cli import app
 from qwen2vl.cli.eval import _print
@@ -88,7 +87,8 @@ def test_frames_of_a_video_keep_their_size(tmp_path, model):
 def test_its_own_settings_hold_media_to_what_it_was_trained_on():
     """Those of the run that makes it, and the largest of its pictures pass as they are."""
     processor = Processor.from_pretrained(assets.FOLDER)
-    assert {name: getattr(processor.options, name) for name in LIMITS} == LIMITS
+    limits = {"min_pixels": 4, "max_pixels": 56, "video_min_pixels": 1, "video_max_pixels": 25}  # in tokens
+    assert {name: getattr(processor.options, name) / 784 for name in limits} == limits
     samples = [make_sample(skill, 4, index=n, split="train") for skill in SKILLS for n in range(40)]
     for sample in samples:
         for item in processor(prompt_of(sample)).media:

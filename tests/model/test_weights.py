@@ -281,10 +281,10 @@ DAMAGE = [
     (_missing_shard, "shards named by .* are missing: model-00001-of-00002.safetensors"),
     (_index_outside, "names files outside the folder"),
     (_index_garbage, "is not a safetensors index"),
-    (_quantised_tensors, "quantised weights are not supported"),
+    (_quantised_tensors, "quantised weights that config.json's quantization_config does not tell of"),
     (
-        _config(quantization_config={"quant_method": "awq"}),
-        r"quantised checkpoints \(awq\) are not supported",
+        _config(quantization_config={"quant_method": "bitsandbytes"}),
+        "quant_method 'bitsandbytes' is not supported; awq, gptq, compressed-tensors, fp8 are",
     ),
     (_config(model_type="llama"), "model_type is 'llama'"),
     (_config(rms_norm_eps=None), "missing rms_norm_eps"),

@@ -13,7 +13,7 @@ from benchmarks.random_checkpoint import write_random_checkpoint
 from qwen2vl import GenerationConfig, Processor, Qwen2VL, generate
 from qwen2vl.cli import app
 from qwen2vl.errors import Qwen2VLError
-from qwen2vl.samples import LEVELS, SKILLS
+from qwen2vl.samples import LEVELS, SKILLS, play
 from qwen2vl.samples import generate as make_sample
 from qwen2vl.samples.held_out import _played, averages, evaluate, prompt_of, report, score, size_class
 
@@ -41,7 +41,7 @@ def test_the_answer_expected_scores_full_and_another_sample_s_does_not(skill, di
 
 
 def test_places_are_scored_by_their_area():
-    sample = next(s for n in range(99) if len((s := make_sample("point", 3, index=n)).places[0].places) == 2)
+    sample = next(s for n in range(99) if len((s := make_sample("point", 4, index=n)).places[0].places) == 2)
     boxes = re.findall(r"<\|box_start\|>.*?<\|box_end\|>", sample.answer)
     assert score(sample, "".join(boxes[::-1])).scores["accuracy"] == 1  # in any order, without the phrase
     half = score(sample, boxes[0]).scores
@@ -66,11 +66,14 @@ def test_a_game_is_won_by_the_turns_that_training_samples_hold(difficulty):
     """The agent's loop and the samples are of one form."""
     for index in range(4):
         sample = make_sample("screen", difficulty, index=index, split="held-out")
-        won = _played(writer_of(sample.answer), difficulty, 0, index)
+        won, lost = (
+            _played(write, play(difficulty, index=index), difficulty)
+            for write in (writer_of(sample.answer), lambda messages: "I would rather not.")
+        )
         assert won.scores == {"accuracy": 1.0, "actions": sample.answer.count("*FUNCTION*")}, won
-        lost = _played(lambda messages: "I would rather not.", difficulty, 0, index)
         assert lost.scores == {"accuracy": 0.0, "actions": 0.0}
-        missed = _played(lambda messages: '*FUNCTION*: Tap *ARGS*: {"point": (0,0)}', difficulty, 0, index)
+        corner = lambda messages: '*FUNCTION*: Tap *ARGS*: {"point": (0,0)}'  # noqa: E731
+        missed = _played(corner, play(difficulty, index=index), difficulty)
         assert missed.scores["accuracy"] == 0 and missed.scores["actions"] > 1
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from qwen2vl.agents.grounding import Box, Quad, parse_grounding
 from qwen2vl.errors import DataError
-from qwen2vl.samples import LEVELS, SKILLS, generate
+from qwen2vl.samples import LEVELS, SKILLS, generate, play
 from qwen2vl.samples.draws import is_held_out_size
 from qwen2vl.samples.fonts import faces_for, typefaces
 from qwen2vl.samples.questions import QUESTIONS
@@ -131,11 +131,12 @@ def test_what_numbers_lead_to_stays_what_this_version_says():
     digest = hashlib.sha256()
     for skill in SKILLS:
         for sample in [generate(skill, level, seed=2, index=n) for level in LEVELS for n in range(5)]:
-            plan = {key: value for key, value in sample.scene.items() if key not in ("box", "font", "corners")}
+            plan = {key: value for key, value in sample.scene.items() if key not in ("box", "boxes", "font", "corners")}
             # Where letters are is the fonts' doing, and so is the answer that says it.
-            said = {**sample.record, "messages": sample.record["messages"][: 1 if "corners" in sample.scene else None]}
+            by_font = bool({"boxes", "corners"} & sample.scene.keys())
+            said = {**sample.record, "messages": sample.record["messages"][: 1 if by_font else None]}
             digest.update(json.dumps([said, sample.size, plan]).encode())
-    assert (DATA_VERSION, digest.hexdigest()[:16]) == (1, "e4e3956bc3f8e079")
+    assert (DATA_VERSION, digest.hexdigest()[:16]) == (2, "310abe048752f4b0")
 
 
 def texts_of(sample):
@@ -182,6 +183,10 @@ def test_some_sizes_are_for_evaluation_alone(skill):
         ({"index": "3"}, r"seed, index: want whole numbers"),
         ({"seed": "12"}, r"seed, index: want whole numbers"),
         ({"seed": 1.5}, r"seed, index: want whole numbers"),
+        ({"languages": "en"}, r"languages: wants a list of some of 'en', .*, got 'en'"),
+        ({"languages": []}, r"languages: wants a list"),
+        ({"languages": ["en", "fr"]}, r"languages: wants a list"),
+        ({"languages": ["en", "en"]}, r"languages: wants a list"),
         ({"difficulty": 1.0}, r"difficulty: wants one of"),
     ],
 )
@@ -197,6 +202,16 @@ def test_all_languages_come_in_their_proportions():
     counts = Counter(sample.language for skill in SKILLS for sample in many(skill, 0, 300))
     for language, share in LANGUAGES.items():
         assert abs(100 * counts[language] / counts.total() - share) < 4, (language, counts)
+
+
+def test_languages_of_choice():
+    samples = [s for skill in SKILLS for s in many(skill, 3, 40, languages=("zh", "en"))]
+    assert {sample.language for sample in samples} == {"en", "zh"}
+    assert all(text.isascii() for sample in samples for text in texts_of(sample))  # no Vietnamese word
+    games = {play(1, index=n, languages=["ko"]).language for n in range(5)}
+    assert games == {"ko"}
+    again = generate("read", 3, index=5, languages=tuple(LANGUAGES))
+    assert again == generate("read", 3, index=5)
 
 
 def test_every_name_and_question_is_there_in_every_language():
@@ -258,7 +273,7 @@ def test_counts_are_those_of_connected_parts(level):
         if level < 3:
             assert len(found) == int(sample.answer)
         numbers.add(int(sample.answer))
-    assert numbers == (set(range(5)) if level else {1, 2, 3})
+    assert numbers == (set(range(6)) if level else {1, 2, 3})
 
 
 @pytest.mark.parametrize("level", [3, 4])
@@ -292,7 +307,7 @@ def test_descriptions_go_from_left_to_right():
         assert places == sorted(places) and 2 <= len(names) <= 3
 
 
-@pytest.mark.parametrize("level", [0, 1, 2, 3])
+@pytest.mark.parametrize("level", [0, 1, 2])
 def test_boxes_hold_exactly_the_pixels_of_their_things(level):
     for sample in many("point", level):
         (pixels,) = pictures(sample)
@@ -304,8 +319,32 @@ def test_boxes_hold_exactly_the_pixels_of_their_things(level):
             assert box == Box.from_pixels(*thing["box"], width=sample.size[0], height=sample.size[1])
 
 
+def test_boxes_of_texts_hold_their_ink_and_no_other():
+    numbers = set()
+    for sample in many("point", 3, 120):
+        (pixels,) = pictures(sample)
+        boxes = sample.scene["boxes"]
+        at = sample.scene["texts"].index(sample.scene["text"])
+        ((box,),) = [place.places for place in sample.places]
+        assert box == Box.from_pixels(*boxes[at], width=sample.size[0], height=sample.size[1])
+        assert parse_grounding(sample.answer, strict=True) == list(sample.places)
+        ink = np.abs(pixels - np.median(pixels.reshape(-1, 3), 0)).max(-1) > 70
+        for left, top, right, bottom in boxes:
+            inside = ink[top:bottom, left:right]
+            assert all(edge.any() for edge in (inside[:2], inside[-2:], inside[:, :2], inside[:, -2:]))
+            ink[top:bottom, left:right] = False
+        assert not ink.any()  # of nothing that has no box
+        numbers.add(len(boxes))
+    assert numbers == {1, 2, 3}
+
+
+def test_texts_have_at_most_six_characters():
+    lengths = {len(text) for skill in ("read", "point") for s in many(skill, 3, 200) for text in texts_of(s)}
+    assert lengths == {1, 2, 3, 4, 5, 6}
+
+
 def test_quads_hold_the_ink_of_slanted_text():
-    found = [sample for sample in many("point", 4, 120) if "text" in sample.scene]
+    found = [sample for sample in many("point", 4, 120) if "corners" in sample.scene]
     assert len(found) > 20
     for sample in found:
         (pixels,) = pictures(sample)

@@ -1,7 +1,6 @@
 """Generated samples as a source of training data: shares, resuming, mixing, and tables that are wrong."""
 
 import json
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -9,16 +8,13 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
-from benchmarks.random_checkpoint import small_config, write_random_checkpoint
-from examples.small.tokenizer import write_tokenizer
+from examples.small.shape import write_beginning
 from qwen2vl.cli import app
 from qwen2vl.errors import DataError
-from qwen2vl.prompt.tokenizer import Tokenizer
 from qwen2vl.samples import LEVELS, SKILLS
 from qwen2vl.samples.source import Generated, raw_sample
 from qwen2vl.training.config import TrainingConfig
@@ -123,6 +119,7 @@ def test_frames_keep_their_own_size(processor):
         ({"difficulty": []}, r"data\[0\]\.difficulty: wants one or several"),
         ({"difficulty": True}, r"data\[0\]\.difficulty: wants one or several"),
         ({"split": "dev"}, r"data\[0\]\.split: wants one of 'train', 'held-out', got 'dev'"),
+        ({"languages": "en"}, r"data\[0\]\.languages: wants a list of some of 'en'"),
         ({"samples": 0}, r"data\[0\]\.samples: wants an int of at least 1"),
         ({"media_root": "x"}, r"data\[0\]\.media_root: is not taken with format 'generated'"),
         ({"agent": "paper"}, r"data\[0\]\.agent: is not taken with format 'generated'"),
@@ -153,22 +150,12 @@ def test_a_raw_sample_names_its_origin():
 
 def test_the_command_trains_on_them_with_their_own_tokenizer(tmp_path):
     """One step from a configuration file that names skills: images, agents' turns and clips."""
-    config = small_config()
-    write_tokenizer(tmp_path / "processor", size=config.text.vocab_size)
-    write_random_checkpoint(tmp_path / "model", config, dtype=torch.float32)
-    for file in (tmp_path / "processor").iterdir():
-        shutil.copy(file, tmp_path / "model")
-    tokenizer = Tokenizer.from_pretrained(tmp_path / "model")
-    path = tmp_path / "model" / "config.json"
-    names = ("image_pad", "video_pad", "vision_start", "vision_end")
-    fields = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    ids = {field: tokenizer.id(f"<|{name}|>") for field, name in zip(fields, names, strict=True)}
-    path.write_text(json.dumps({**json.loads(path.read_text()), **ids}))
+    write_beginning(tmp_path / "model", seed=0)
     (tmp_path / "run.toml").write_text(
         '[run]\noutput = "out"\nsteps = 1\nmax_tokens = 1200\nlookahead = 6\n'
         '[model]\ncheckpoint = "model"\ndtype = "float32"\n'
         '[[data]]\nformat = "generated"\npath = ["read", "point", "screen"]\n'
-        '[[data]]\nformat = "generated"\npath = "video"\ndifficulty = 1\n'
+        '[[data]]\nformat = "generated"\npath = "video"\ndifficulty = 1\nlanguages = ["zh"]\n'
     )
     result = CliRunner().invoke(app, ["train", "--stage", "multimodal", "--config", str(tmp_path / "run.toml")])
     assert result.exit_code == 0, result.output

@@ -23,6 +23,7 @@ from qwen2vl.cli import app
 from qwen2vl.cli.train import Stage
 from qwen2vl.training.config import TrainingConfig
 from qwen2vl.training.data import build_dataset
+from qwen2vl.training.errors import TrainingConfigError
 from qwen2vl.training.stages import STAGES
 from qwen2vl.training.trainer import read_dataset
 from tests.model import oracle
@@ -230,6 +231,18 @@ def test_bad_samples_are_counted_with_their_places(place, tmp_path):
     assert result.exit_code == 1 and f"error: {bad}:2: " in result.stderr and "Traceback" not in result.output
 
 
+def test_limits_are_a_table_of_the_run(place, tmp_path):
+    entries = [{"path": "data/pictures.jsonl", "format": "conversations", "shuffle": False}]
+    tables = {"run": {"steps": 1, "max_bad": 0}, "limits": {"max_item_tokens": 5}}
+    result = run("--stage", "instruct", "--config", configure(place, tmp_path / "low", entries, **tables))
+    assert result.exit_code == 1 and "max_item_tokens = 5; " in result.stderr
+    assert "raise limits.max_item_tokens" in result.stderr and "--limit" not in result.stderr
+    for wrong, message in (({"max_pixels": 1}, "'max_pixels' is no limit; there are max_source_pixels, "),
+                           ({"max_characters": 0}, "max_characters must be a positive integer, got 0")):  # fmt: skip
+        with pytest.raises(TrainingConfigError, match=f"limits: {message}"):
+            TrainingConfig.from_toml(configure(place, tmp_path / "x", limits=wrong))
+
+
 def test_ranks_read_shares_of_their_own(place, tmp_path):
     config = TrainingConfig.from_toml(configure(place, tmp_path / "x"))
     sets = [read_dataset(config, rank, 2) for rank in range(2)]
@@ -361,5 +374,5 @@ def test_refusals(place, tmp_path):
         assert message in result.stderr and not result.stdout
         assert not (tmp_path / "never").exists()
     result = run("--stage", "vision", "--config", place / "absent.toml")
-    assert result.exit_code == 1 and "absent.toml: cannot be read as TOML" in result.stderr
+    assert result.exit_code == 1 and "absent.toml: cannot be read: " in result.stderr
     assert run("--stage", "fourth", "--config", place / "absent.toml").exit_code == 2

@@ -339,7 +339,7 @@ def test_ctrl_c_in_the_middle_of_a_save_is_told_and_counts_when_it_is_over(folde
     monkeypatch.setattr(torch, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
-    told = [record.getMessage() for record in caplog.records if record.name == "qwen2vl.training"]
+    told = [record.getMessage() for record in caplog.records if record.name == "qwen2vl.interrupts"]
     assert told == ["interrupted: the checkpoint that is being written is finished first"]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
     monkeypatch.setattr(torch, "save", save)

@@ -155,9 +155,10 @@ class TrainingData(IterableDataset[Example]):
                 raise DataError(
                     f"data[{n}].samples: is missing: with epochs an entry of generated samples needs an end"
                 )
-            return Generated(
-                entry.paths, entry.difficulty, seed=[self.seed, n], split=entry.split, samples=entry.samples
-            )
+            options: dict[str, Any] = {"split": entry.split, "samples": entry.samples}
+            if entry.languages is not None:
+                options["languages"] = entry.languages
+            return Generated(entry.paths, entry.difficulty, seed=[self.seed, n], **options)
         seed = [self.seed, n] if entry.shuffle else None
         if entry.format == "webdataset":
             # Where files may lie is said of what samples name, and the configuration names the shards.
@@ -269,6 +270,8 @@ class TrainingData(IterableDataset[Example]):
             }
             if entry.format == "generated":
                 kept |= {"difficulty": list(entry.difficulty), "split": entry.split, "samples": entry.samples}
+                if entry.languages is not None:  # states of before there was a choice hold none
+                    kept["languages"] = list(entry.languages)
             entries.append(kept)
         return {"seed": self.seed, "entries": entries}
 

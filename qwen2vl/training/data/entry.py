@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ...samples.skills import Split
 
 Format = Literal["conversations", "sharegpt", "webdataset", "generated"]
-_GENERATED_KEYS = ("difficulty", "split", "samples")
+_GENERATED_KEYS = ("difficulty", "split", "languages", "samples")
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class DataEntry:
         difficulty: for generated samples: one or several of `qwen2vl.samples.LEVELS`, drawn equally often, as the
             skills are.
         split: for generated samples: "train" or "held-out".
+        languages: for generated samples: of the questions, some of `qwen2vl.samples.words.LANGUAGES`; None for all.
         samples: for generated samples: how many make an epoch. Each epoch has others; without it there is no end.
         options: how images and videos are preprocessed, under the names of `qwen2vl.media.options.MediaOptions`; in a
             table they stand beside the other keys.
@@ -56,6 +57,7 @@ class DataEntry:
     add_vision_id: bool = False
     difficulty: tuple[int, ...] = (0,)
     split: Split = "train"
+    languages: tuple[str, ...] | None = None
     samples: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -136,13 +138,17 @@ def _one_of(value: object, allowed: tuple[str, ...], where: str) -> Any:
 
 def _generated_options(table: Mapping[str, Any], path: str | tuple[str, ...], where: str) -> dict[str, Any]:
     """The values of the keys that only generated samples have. Their `path` must name skills."""
-    from ...samples.skills import LEVELS, SKILLS, SPLITS  # only who asks for generated samples loads them
+    # Only who asks for generated samples loads them.
+    from ...samples.skills import LEVELS, SKILLS, SPLITS, check_languages
 
     for name in (path,) if isinstance(path, str) else path:
         _one_of(name, tuple(SKILLS), f"{where}.path")
+    if (languages := table.get("languages")) is not None:
+        check_languages(languages, f"{where}.languages")
     return {
         "difficulty": _levels(table.get("difficulty", 0), LEVELS, f"{where}.difficulty"),
         "split": _one_of(table.get("split", "train"), SPLITS, f"{where}.split"),
+        "languages": None if languages is None else tuple(languages),
         "samples": None if table.get("samples") is None else check_count(table["samples"], f"{where}.samples"),
     }
 

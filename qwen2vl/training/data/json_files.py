@@ -14,6 +14,7 @@ from ...errors import DataError
 from ...files import open_regular
 
 _CHUNK_BYTES = 16 << 20
+MAX_ARRAY = 2 << 30  # bytes of a file that holds one array
 MAX_RECORD = 64 << 20  # bytes; of media a record has the paths alone
 State = dict[str, int]
 
@@ -173,12 +174,18 @@ def _filled(data: np.ndarray, offset: int, breaks: np.ndarray, line: int) -> np.
 def _index_array(path: str, name: str) -> np.ndarray:
     """The elements' places in bytes. They are parsed to find their ends, and dropped."""
     with open_regular(path) as file:
-        data = file.read()
+        data = file.read(MAX_ARRAY + 1)
+    if len(data) > MAX_ARRAY:
+        raise DataError(
+            f"wants an array of at most {MAX_ARRAY >> 20} MB, which is held as a whole; write a record a line (.jsonl)",
+            name,
+        )
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise DataError(f"is no UTF-8 text: {error.reason}", f"{name}:{line}") from None
+    del data
     at = text.index("[") + 1
     place = len(text[:at].encode("utf-8"))  # the same in bytes
     line = text.count("\n", 0, at) + 1

@@ -22,6 +22,7 @@ LENGTHS = torch.tensor([3, 5], dtype=torch.int32)  # of a cache's rows, on the d
 INV_FREQ = torch.tensor([1.0, 0.1, 0.01, 0.001])
 #: Of attention: neither keys' boundaries nor angles; lengths, causal, scale, neither fused nor with lse, backend.
 SETTINGS = (None, None, None, 2, 2, True, 0.35, False, False, "sdpa")
+QUANTISED = (torch.arange(192).byte().view(6, 32), torch.rand(6, 2), torch.arange(6).byte().unsqueeze(1))
 #: op under torch.ops -> arguments
 CALLS = {
     "rms_norm": lambda: (_x(4, 8), _x(8)),
@@ -40,6 +41,7 @@ CALLS = {
     "patch_embed": lambda: (torch.randn(4, 8), _x(6, 8), _x(6)),
     "patch_merge": lambda: (_x(8, 4), _x(4), _x(4), _x(16, 16), _x(16), _x(6, 16), _x(6)),
     "linear_cross_entropy": lambda: (_x(4, 8), _x(6, 8), torch.tensor([5, -100, 0, 3]), _x(6)),
+    "quant_linear": lambda: (_x(4, 64), *QUANTISED, _x(6), [1, 32], torch.arange(64).flip(0)),
     "varlen_attention": lambda: (_x(4, 2, 8), _x(4, 1, 8), _x(4, 1, 8), CU, *SETTINGS),
     "image_to_patches": lambda: (torch.randint(0, 256, (30, 40, 3)).byte(), 28, 56, 14, 2, None, None, None, "native"),
     "kvcache_attention": lambda: (torch.randn(3, 2, 8), *torch.randn(2, 2, 5, 1, 8), [1, 2], [3, 5], 0.35, "sdpa"),
@@ -97,6 +99,9 @@ def _public(name):
         if name == "linear_add_":
             *tensors, prefetch, backend = arguments
             return K.linear_add_(*tensors, prefetch=prefetch, backend=backend)
+        if name == "quant_linear":
+            *tensors, block, order = arguments
+            return K.quant_linear(*tensors, block=tuple(block), order=order)
         if name == "image_to_patches":
             return K.image_to_patches(*arguments[:3])
         return getattr(K, name)(*arguments)
@@ -161,11 +166,6 @@ def test_no_mutation_of_inputs_by_name():
         assert ("!" in schema) == name.endswith("_"), schema
 
 
-def _kvcache(q=None, new=(1, 2), total=(3, 5), kv_heads=1):
-    q = torch.randn(3, 2, 8) if q is None else q
-    return K.kvcache_attention(q, *torch.randn(2, 2, 5, kv_heads, 8), list(new), list(total))
-
-
 def _decode(new=None, lengths=LENGTHS, q=None, backend=None):
     q = torch.randn(2, 2, 8) if q is None else q
     return K.kvcache_attention(q, *torch.randn(2, 2, 5, 1, 8), new, lengths, backend=backend)
@@ -181,7 +181,28 @@ def _append(**other):
     return K.decode_attention_(**(given | other))
 
 
+def _paged(table, lengths=LENGTHS, pages=4):
+    return K.kvcache_attention(torch.randn(2, 2, 8), *torch.randn(2, pages, 3, 1, 8), None, lengths, block_table=table)
+
+
+TABLE = torch.tensor([[0, 99], [3, 1]], dtype=torch.int32)  # of pages of 3 slots; the first row holds 3 tokens
 REFUSALS = [
+    (lambda: _paged([[0]]), TypeError, "block_table must be a torch.Tensor, got list"),
+    (lambda: _paged(TABLE.long()), TypeError, "block_table must have one of the dtypes int32"),
+    (lambda: _paged(TABLE[:1]), ValueError, r"block_table must have shape \(B, blocks\) with B=2, got \(1, 2\)"),
+    (lambda: _paged(TABLE.t().contiguous().t()), ValueError, "block_table must be contiguous in its last dimension"),
+    (lambda: _paged(TABLE.to("meta")), ValueError, "block_table must be on cpu like q, got meta"),
+    (lambda: _paged(TABLE, pages=3), ValueError, r"block_table must hold pages in \[0, 3\) .*, got 3"),
+    (lambda: _paged(TABLE, LENGTHS + 1), ValueError, r"block_table must hold pages in \[0, 4\) .*, got 99"),
+    (lambda: _paged(TABLE - 1), ValueError, r"block_table must hold pages in \[0, 4\) .*, got -1"),
+    (lambda: _paged(TABLE, [3, 5]), TypeError, "new_tokens must be a sequence .*, got None"),
+    (
+        lambda: K.kvcache_attention(
+            torch.randn(3, 2, 8), *torch.randn(2, 2, 5, 1, 8), [1, 2], [3, 5], block_table=TABLE
+        ),
+        TypeError,
+        "block_table must be None with lengths in a sequence, got a tensor",
+    ),
     (
         lambda: _decode([1, 1]),
         TypeError,

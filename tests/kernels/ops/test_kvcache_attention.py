@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qwen2vl_kernels import kvcache_attention, use_backend
+from qwen2vl_kernels import append_kv, kvcache_attention, use_backend
 from qwen2vl_kernels.core import tile_plan
 from qwen2vl_kernels.core.backends import unavailable
 from qwen2vl_kernels.ops.kvcache_attention import kvcache_attention_ref
@@ -108,10 +108,78 @@ def test_lengths_outside_of_the_cache_count_as_its_ends(backend):
     assert torch.equal(got, want) and want[0].count_nonzero() == 0
 
 
+def _paged(k, v, total, page_size):
+    """The same rows in pages of one pool, in any order, the rest of it NaN; what the table holds behind a row means
+    nothing."""
+    rows, capacity = k.shape[:2]
+    blocks = -(-capacity // page_size)
+    order = torch.randperm(rows * blocks + 5)[: rows * blocks].view(rows, blocks)
+    pools = []
+    for cache in (k, v):
+        # Heads before slots, and a page more between any two.
+        pool = torch.full((rows * blocks + 5, 2, cache.shape[2], page_size, cache.shape[3]), float("nan"))
+        pool = pool.to(cache.dtype)[:, 1].transpose(1, 2)
+        for row, seen in enumerate(total):
+            for at in range(seen):
+                pool[order[row, at // page_size], at % page_size] = cache[row, at]
+        pools.append(pool.to(DEVICE))
+    table = torch.full((rows, blocks + 1), -(2**31), dtype=torch.int32)[:, 1:]
+    for row, seen in enumerate(total):
+        used = -(-seen // page_size)
+        table[row, :used] = order[row, :used]
+    return *pools, table.to(DEVICE)
+
+
+@pytest.mark.parametrize("page_size", [16, 64, 48, 7])
+@pytest.mark.parametrize("backend", ON_DEVICE)
+def test_a_paged_cache_against_float64(page_size, backend):
+    _serves(backend)
+    total = [1, 70, 0, 64, 200, 65]
+    q, k, v = _inputs([1] * len(total), total, torch.bfloat16, capacity=200)
+    kept = [row for row, seen in enumerate(total) if seen]
+    exact = torch.zeros(q.shape, dtype=torch.float64)
+    exact[kept] = _exact(q[kept], k[kept], v[kept], [1] * len(kept), [total[row] for row in kept])
+    pages, values, table = _paged(k, v, total, page_size)
+    got = kvcache_attention(q.to(DEVICE), pages, values, None, _lengths(*total), block_table=table, backend=backend)
+    whole = [x.to(DEVICE) for x in (q, k, v)]
+    eager = kvcache_attention(*whole, None, _lengths(*total), backend="eager")
+    assert got[2].count_nonzero() == 0
+    assert_two_times(got.cpu(), eager.cpu(), exact, torch.finfo(torch.bfloat16).eps)
+    if backend == "triton" and 200 % page_size == 0:
+        assert torch.equal(got, kvcache_attention(*whole, None, _lengths(*total), backend=backend)), "the same splits"
+
+
+@pytest.mark.parametrize("backend", ON_DEVICE)
+def test_what_append_kv_stores_in_pages_is_found_there(backend):
+    """By rows that share their first page, whose ends lie in it, at its end and behind it."""
+    _serves(backend)
+    table = torch.tensor([[3, 0], [3, 4], [3, 1]], dtype=torch.int32, device=DEVICE)
+    k_cache, v_cache = torch.full((2, 5, 8, 2, 16), float("nan"), device=DEVICE)
+    lengths = _lengths(5, 8, 13)
+    k, v = torch.randn(2, 13, 2, 16, device=DEVICE)
+    places = [(0, at) for at in range(8)] + [(2, at) for at in range(8, 13)]
+    slots = torch.stack([table[row, at // 8] * 8 + at % 8 for row, at in places])
+    append_kv(k, v, k_cache, v_cache, slots, backend=backend)
+    q = torch.randn(3, 4, 16, device=DEVICE)
+    got = kvcache_attention(q, k_cache, v_cache, None, lengths, block_table=table, backend=backend)
+    contiguous = (x[None].expand(3, -1, -1, -1) for x in (k, v))
+    want = kvcache_attention(q, *contiguous, None, lengths, backend="eager")
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_paged_cache_passes_opcheck():
+    q, k, v = _inputs([1, 1], [3, 20], torch.float32, capacity=20)
+    pages, values, table = (x.cpu() for x in _paged(k, v, [3, 20], 8))
+    arguments = q, pages.nan_to_num(), values.nan_to_num(), _lengths(3, 20).cpu(), 0.3, "eager", table
+    torch.library.opcheck(torch.ops.qwen2vl.kvcache_attention_decode.default, arguments)
+
+
 def test_the_host_reads_no_length():
     """On tensors without memory there is nothing that could be read."""
     q, k, v = (x.to("meta") for x in _inputs([1, 1], [3, 9], torch.bfloat16, capacity=20))
-    got = kvcache_attention(q, k, v, None, torch.empty(2, dtype=torch.int32, device="meta"), backend="eager")
+    lengths, table = (torch.empty(s, dtype=torch.int32, device="meta") for s in ((2,), (2, 4)))
+    got = kvcache_attention(q, k, v, None, lengths, backend="eager")
+    assert kvcache_attention(q, k, v, None, lengths, block_table=table, backend="eager").is_meta
     assert got.is_meta and got.shape == q.shape and got.dtype == torch.bfloat16
 
 

@@ -40,10 +40,13 @@ BACK = (
     0.3,
     False,
 )
+QUANTISED = (floats(3, 64), torch.zeros(5, 32, dtype=torch.uint8), floats(5, 2), None, floats(5), 1, 32)
+QUANTISED_BADLY = {1: torch.zeros(5, 31, dtype=torch.uint8), 2: floats(4, 2), 4: floats(4), 5: 2, 6: 64}
 LOSS = (floats(4, 8), floats(6, 8), ints(0, 1, 2, 3), floats(6), -100)
 APPEND = (floats(4, 2, 8), floats(4, 2, 8), floats(1, 6, 2, 8), floats(1, 6, 2, 8), ints(0, 1, 2, 3), None, None, None)
 IMAGE = (torch.zeros(30, 31, 3, dtype=torch.uint8), 28, 28, 14, 2, None, None, None)
 POSITIONS = (ints([1, 9, 1]), GRID, None, None, None)
+TABLE = ints([1], [0], dtype=torch.int32)
 KV = (floats(2, 2, 8), floats(2, 6, 2, 8), floats(2, 6, 2, 8))
 #: Arguments that each op takes, and others by their places that it must refuse.
 CALLS = {
@@ -73,6 +76,12 @@ CALLS = {
     ),
     "rope_tables": ((ints([0, 1], [1, 0]), floats(4)), {0: ints([0, 1, 2]), 1: floats(2, 2)}),
     "gemm_forward": ((floats(3, 8), floats(5, 8), floats(5), True, False), {1: floats(5, 9), 2: floats(4)}),
+    "quant_linear_forward": (QUANTISED, QUANTISED_BADLY),
+    "quant_linear_native": (QUANTISED, QUANTISED_BADLY),
+    "quant_linear_values": (
+        (*QUANTISED[1:4], 1, 32, torch.float32, 64),
+        {0: torch.zeros(5, 31, dtype=torch.uint8), 1: floats(4, 2), 3: 2, 4: 64, 5: torch.int32, 6: 128},
+    ),
     "rotate": (
         (floats(4, 2, 8), floats(4, 1, 8), *ANGLES),
         {1: floats(3, 1, 8), 2: ints([0, 1]), 3: floats(5), 6: [4, 1, 1]},
@@ -87,8 +96,8 @@ CALLS = {
     ),
     "kvcache_attention": ((*KV, [1, 1], [2, 7 - 1], 0.3, "eager"), {3: [1, 2], 4: [2, 7], 1: floats(2, 6, 2, 7)}),
     "kvcache_attention_decode": (
-        (*KV, ints(2, 6, dtype=torch.int32), 0.3, "eager"),
-        {0: floats(3, 2, 8), 1: floats(2, 6, 3, 8), 2: floats(2, 5, 2, 8), 3: ints(2, 6), 5: "varlen"},
+        (*KV, ints(2, 6, dtype=torch.int32), 0.3, "eager", TABLE),
+        {0: floats(3, 2, 8), 1: floats(2, 6, 3, 8), 2: floats(2, 5, 2, 8), 3: ints(2, 6), 5: "varlen", 6: TABLE + 1},
     ),
     "decode_attention_": (
         (

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from qwen2vl_kernels import use_backend, varlen_attention
 from qwen2vl_kernels.core import attention_choice
@@ -136,6 +137,25 @@ def test_gradients():
     for name in ("eager", "sdpa"):
         call = partial(varlen_attention, cu_seqlens=cu, max_seqlen=longest, causal=True, backend=name)
         assert torch.autograd.gradcheck(call, (q, k, v))
+
+
+@pytest.mark.parametrize("keys", [None, [5, 40, 0, 60]], ids=["packed", "keys"])
+def test_the_backward_of_many_segments_writes_the_gradients_once(keys):
+    """As slices, each of the segments took zeros for all rows and their sum: quadratic in a pack of many."""
+    lengths = [30, 50, 0, 70]
+    q, k, v, cu, longest = _pack(lengths, tail=4)
+    split = {"cu_seqlens": cu, "max_seqlen": longest}
+    if keys is not None:
+        k, v, cu_k, longest_k = _pack(keys)[1:]
+        split = {"cu_seqlens_q": cu, "cu_seqlens_k": cu_k, "max_seqlen_q": longest, "max_seqlen_k": longest_k}
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    out = varlen_attention(q, k, v, backend="sdpa", **split)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert not [event.key for event in seen.key_averages() if "slice_backward" in event.key]
+    expected = varlen_attention(q, k, v, backend="eager", **split)
+    for ours, theirs in zip(grads, torch.autograd.grad(expected.sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize(

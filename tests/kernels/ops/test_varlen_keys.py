@@ -134,6 +134,24 @@ def test_a_segment_is_the_same_in_every_pack(backend):
     assert torch.equal(alone, together[5:275])
 
 
+@pytest.mark.parametrize(("queries", "past", "calls"), [(40, 1, 1), (40, 10, 1), (40, 11, 2), (3, 70, 2)])
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_a_short_past_is_no_call_of_its_own(queries, past, calls, return_lse, monkeypatch):
+    """On a CPU: beside many queries it gets queries of its own, whose results nobody sees."""
+    kernel, count = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, []
+    q, k, v, bounds = _pack([(queries, queries + past)], tail=0)
+    exact = _exact(q, k, v, bounds, True)
+    monkeypatch.setattr(
+        torch.ops.aten,
+        "_scaled_dot_product_flash_attention_for_cpu",
+        lambda *a, **b: count.append(1) or kernel(*a, **b),
+    )
+    got = varlen_attention(q, k, v, **bounds, causal=True, backend="sdpa", return_lse=return_lse)
+    for one, wanted in zip(got if return_lse else (got,), exact, strict=False):
+        torch.testing.assert_close(one.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert len(count) == calls
+
+
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_logs_have_gradients(backend):
     """Two halves of the keys, added up by the logs of their sums, have the gradients of all keys at once."""

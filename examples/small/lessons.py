@@ -1,0 +1,93 @@
+"""Training data in laps: every lap has proportions of its own, which come from what was measured before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from qwen2vl.errors import DataError
+from qwen2vl.prompt.processor import Processor
+from qwen2vl.training.data import TrainingData, build_dataset
+from qwen2vl.training.example import Example
+
+from .plan import Level, entries
+
+#: The seeds of a run's laps begin at so many times its own, so that no two laps of any runs draw the same samples.
+_LAPS = 10_000
+
+
+class Lessons:
+    """A stream of examples for :class:`qwen2vl.training.trainer.Trainer`, resumed exactly wherever it is cut.
+
+    Attributes:
+        laps: for each lap the number of examples before it, and the share of every level in it. A run that is resumed
+            is given those that it had; :meth:`begin_lap` adds one.
+        drawn: the number of examples that were given so far.
+    """
+
+    def __init__(
+        self,
+        processor: Processor,
+        laps: Sequence[tuple[int, Mapping[Level, float]]],
+        *,
+        seed: int,
+        max_tokens: int,
+        ahead: int = 64,
+    ):
+        self.processor = processor
+        self.laps = list(laps)
+        self.seed = seed
+        self.max_tokens = max_tokens
+        self.ahead = ahead
+        self.drawn = 0
+        self._lap = 0
+        self._data: TrainingData | None = None
+
+    def begin_lap(self, drawn: Mapping[Level, float]) -> None:
+        """Give the next examples in other proportions."""
+        self.laps.append((self.drawn, drawn))
+
+    def __iter__(self) -> Iterator[Example]:
+        while True:
+            ahead = [n for n, (first, _) in enumerate(self.laps) if first <= self.drawn]
+            if self._data is None or ahead[-1] != self._lap:
+                self._lap, self._data = ahead[-1], self._of_lap(ahead[-1])
+            for example in self._data:
+                self.drawn += 1
+                yield example
+                if self._lap + 1 < len(self.laps) and self.laps[self._lap + 1][0] <= self.drawn:
+                    break
+            else:
+                raise DataError("lessons: the data ended, which generated samples never do")
+
+    def _of_lap(self, lap: int) -> TrainingData:
+        return build_dataset(
+            entries(self.laps[lap][1]),
+            self.processor,
+            seed=_LAPS * self.seed + lap,
+            max_tokens=self.max_tokens,
+            max_bad=0,
+            threads=1,
+            ahead=self.ahead,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place behind the last example given."""
+        return {
+            "drawn": self.drawn,
+            "lap": self._lap,
+            "data": None if self._data is None else self._data.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was called.
+
+        Raises:
+            DataError: the state is of a lap that is not there.
+        """
+        if state["lap"] >= len(self.laps):
+            raise DataError(f"state.lap: is {state['lap']}, but there are {len(self.laps)} laps")
+        self.drawn, self._lap, self._data = state["drawn"], state["lap"], None
+        if state["data"] is not None:
+            self._data = self._of_lap(self._lap)
+            self._data.load_state_dict(state["data"])
