@@ -46,6 +46,8 @@ _words: Callable[[], str] = _one_word
 @contextmanager
 def command() -> Iterator[None]:
     """Run a command: Ctrl-C tells so in one line and ends the process with 130. For the main thread."""
+    global _words
+    _words = _one_word  # what another command of this process said counts no more
     signal.signal(signal.SIGINT, _raise)
     heard, told = os.pipe()
     os.set_blocking(told, False)
