@@ -8,6 +8,7 @@ from importlib import metadata
 #: module -> (distribution, first version that the cases are written for). Older ones have other interfaces.
 PEERS: dict[str, tuple[str, tuple[int, int]]] = {
     "transformers": ("transformers", (5, 23)),
+    "torch": ("torch", (2, 10)),
     "vllm": ("vllm", (0, 10)),
     "flash_attn": ("flash-attn", (2, 7)),
     "flash_attn_interface": ("flash_attn_3", (3, 0)),

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .generation import GenerationConfig, GenerationResult, generate, stream
     from .media.options import Limits
     from .model import Qwen2VL
+    from .moe_config import MoEConfig
     from .parallel import TensorParallel
     from .prompt.inputs import Inputs
     from .prompt.processor import Processor
@@ -51,6 +52,7 @@ __all__ = [
     "Located",
     "MediaError",
     "MediaWarning",
+    "MoEConfig",
     "Processor",
     "PromptError",
     "Quad",
@@ -92,6 +94,7 @@ _MODULES = {
     "agents.loop": ("run_agent",),
     "media.options": ("Limits",),
     "model": ("Qwen2VL",),
+    "moe_config": ("MoEConfig",),
     "parallel": ("TensorParallel",),
     "prompt.inputs": ("Inputs",),
     "prompt.processor": ("Processor",),

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError
 from .files import read_json
+from .moe_config import MODEL_TYPE as MOE_TYPE
+from .moe_config import MoEConfig, moe_from_dict
 
 if TYPE_CHECKING:
     from .quantization import Quantization
@@ -61,7 +63,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The Qwen2 language model."""
+    """The Qwen2 language model, with experts in some of its layers where ``moe`` says so."""
 
     hidden_size: int
     intermediate_size: int
@@ -74,13 +76,22 @@ class TextConfig:
     rope_theta: float = 1_000_000.0
     mrope_section: tuple[int, int, int] = (16, 24, 24)
     max_position_embeddings: int = 32768
+    moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
         _check_fields(self, "")
+        if self.moe is not None:
+            if not isinstance(self.moe, MoEConfig):
+                raise CheckpointError(f"moe must be a MoEConfig or None, got {self.moe!r}")
+            self.moe.check_depth(self.num_hidden_layers)
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    def experts(self, layer: int) -> MoEConfig | None:
+        """What this layer has in the place of its MLP, ``None`` where it has an MLP."""
+        return self.moe if self.moe is not None and self.moe.sparse(layer) else None
 
 
 @dataclass(frozen=True)
@@ -124,6 +135,8 @@ class Qwen2VLConfig:
             token = getattr(self, name)
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < t.vocab_size:
                 problems.append(f"{name} {token!r} is outside the vocabulary of {t.vocab_size}")
+        if t.moe is not None and self.quantization is not None:
+            problems.append("quantised weights of mixtures of experts are not supported")
         if self.image_token_id == self.video_token_id:
             problems.append(f"image_token_id and video_token_id must differ, got {self.image_token_id} twice")
         if problems:
@@ -155,8 +168,8 @@ class Qwen2VLConfig:
     def from_dict(cls, data: dict[str, Any]) -> Qwen2VLConfig:
         """Read any known layout: flat (released), nested by transformers 4.52-4.57, or nested by 5.x."""
         model_type = data.get("model_type", "qwen2_vl")
-        if model_type != "qwen2_vl":
-            raise CheckpointError(f"model_type is {model_type!r}; this package loads 'qwen2_vl'")
+        if model_type not in ("qwen2_vl", MOE_TYPE):
+            raise CheckpointError(f"model_type is {model_type!r}; this package loads 'qwen2_vl' and {MOE_TYPE!r}")
         stated = _object(data, "quantization_config")
         vision = _object(data, "vision_config")
         if not vision:
@@ -177,6 +190,9 @@ class Qwen2VLConfig:
         if kind not in ("default", "mrope"):  # both mean: plain inverse frequencies, mixed by section
             raise CheckpointError(f"rope type {kind!r} is not supported; 'default' and 'mrope' are")
         section = rope.get("mrope_section", (16, 24, 24))
+        moe = moe_from_dict(merged)
+        if moe is None and model_type == MOE_TYPE:
+            raise CheckpointError(f"model_type is {MOE_TYPE!r}, and num_experts is missing or 0")
         values: dict[str, Any] = {name: merged[name] for name in _TEXT_FIELDS if name in merged}
         if missing := sorted(set(_REQUIRED_TEXT) - set(values)):
             raise CheckpointError(f"missing {', '.join(missing)}")
@@ -192,6 +208,7 @@ class Qwen2VLConfig:
             text=TextConfig(
                 mrope_section=tuple(section) if isinstance(section, list) else section,
                 tie_word_embeddings=bool(data.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+                moe=moe,
                 **values,
             ),
             vision=VisionConfig(
@@ -205,11 +222,12 @@ class Qwen2VLConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The released flat layout, which transformers, vLLM and SGLang read."""
+        """The released flat layout, which transformers, vLLM and SGLang read; with experts none of them does."""
         t, v = self.text, self.vision
+        kind = "Qwen2VL" if t.moe is None else "Qwen2VLMoe"
         return {
-            "architectures": ["Qwen2VLForConditionalGeneration"],
-            "model_type": "qwen2_vl",
+            "architectures": [f"{kind}ForConditionalGeneration"],
+            "model_type": "qwen2_vl" if t.moe is None else MOE_TYPE,
             "attention_dropout": 0.0,
             "hidden_act": "silu",
             "hidden_size": t.hidden_size,
@@ -229,6 +247,7 @@ class Qwen2VLConfig:
             "use_cache": True,
             "use_sliding_window": False,
             "vocab_size": t.vocab_size,
+            **({} if t.moe is None else t.moe.to_dict()),
             **{name: getattr(self, name) for name in _TOKEN_IDS},
             **({} if self.quantization is None else {"quantization_config": dict(self.quantization.stated)}),
             "vision_config": {

@@ -13,10 +13,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from qwen2vl_kernels.core.backends import PREFERENCE, forced, forced_everywhere
+from qwen2vl_kernels.core.backends import PREFERENCE, forced, forced_everywhere, resolve
 
 from .adapter import adapted
 from .cache import KVCache
+from .moe import Experts
 
 if TYPE_CHECKING:
     from .model import Qwen2VL
@@ -40,6 +41,9 @@ def unfit_for_keeping(model: Qwen2VL, part: nn.Module) -> str:
         return "the model has an adapter, which may be switched without notice; merge_adapter() first"
     if any(one._forward_hooks or one._forward_pre_hooks for one in part.modules()):
         return "the model has hooks, which a replay would not call"
+    experts = any(isinstance(one, Experts) for one in part.modules())
+    if experts and resolve("grouped_linear", model.device.type, None) == "eager":
+        return "experts' products in PyTorch's operations read on the host who has tokens; backend 'triton' does not"
     return ""
 
 

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
 
-from qwen2vl_kernels import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from qwen2vl_kernels import add_layer_norm, add_rms_norm, layer_norm, rms_norm, swiglu, swiglu_
 from qwen2vl_kernels.core.matmul import linear
 
 from .config import TextConfig
+
+
+def _compute_alone() -> None:
+    """In a forked process, which has its parent's pool of OpenMP's threads without the threads: the first operation
+    that shares its work would wait for them without end."""
+    if torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_compute_alone)
 
 
 def idle_rows(x: torch.Tensor) -> int:
@@ -64,6 +76,20 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         pass
+
+
+class MLP(nn.Module):
+    """SwiGLU of the language model: ``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(width, inner, bias=False)
+        self.up_proj = Linear(width, inner, bias=False)
+        self.down_proj = Linear(inner, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(swiglu(gate, up) if gate.requires_grad or up.requires_grad else swiglu_(gate, up))
 
 
 class RMSNorm(nn.Module):

@@ -26,23 +26,13 @@ from .hub import Checkpoint
 from .layers import Linear
 from .parallel import TensorParallel, split
 from .quantization import place
+from .sizes import check_sizes
 from .text import Decoder, Pack
 from .tower_graph import replayed
 from .vision import VisionTower
 
 _NONE: Features = (None, None)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def _compute_alone() -> None:
-    """In a forked process, which has its parent's pool of OpenMP's threads without the threads: the first operation
-    that shares its work would wait for them without end."""
-    if torch.get_num_threads() > 1:
-        torch.set_num_threads(1)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_compute_alone)
 
 
 class Qwen2VL(nn.Module):
@@ -107,7 +97,7 @@ class Qwen2VL(nn.Module):
             if config.text.tie_word_embeddings and weights.holds_own_head(folder):
                 # Its own head is what was trained, by a writer that left the flag of the base model as it was.
                 config = replace(config, text=replace(config.text, tie_word_embeddings=False))
-            weights.check_sizes(config, folder)
+            check_sizes(config, folder)
             with torch.device("meta"):
                 model = cls(config)
                 if config.quantization is not None:
@@ -354,7 +344,12 @@ class Qwen2VL(nn.Module):
         return self._head(hidden).unsqueeze(1)
 
     def hidden_states(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, cu_seqlens: torch.Tensor, features: Features = _NONE
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        features: Features = _NONE,
+        router_logits: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """``(T, C)`` normed states of packed ``input_ids (T,)``, what the head is multiplied with; for training.
 
@@ -365,7 +360,7 @@ class Qwen2VL(nn.Module):
         check_features(self.config, features, torch.stack([of_kind.sum() for of_kind in places]).tolist())
         counts = cu_seqlens.diff().tolist()
         pack = Pack(positions, self.model.inv_freq(self.device), counts, cu_seqlens)
-        return self.model(self._embed(input_ids, features), pack)
+        return self.model(self._embed(input_ids, features), pack, router_logits)
 
     @property
     def head_weight(self) -> torch.Tensor:

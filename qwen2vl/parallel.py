@@ -60,6 +60,9 @@ def undivided(text: TextConfig, ranks: int, *, repeat: bool) -> str:
     for name in ("num_attention_heads", "intermediate_size"):
         if getattr(text, name) % ranks:
             return f"{name}, {getattr(text, name)}"
+    for name in ("num_experts", "shared_expert_intermediate_size") if text.moe is not None else ():
+        if getattr(text.moe, name) % ranks:
+            return f"{name}, {getattr(text.moe, name)}"
     return ""
 
 
@@ -78,6 +81,8 @@ def slices(text: TextConfig, rank: int, ranks: int) -> dict[str, Slice]:
 
     Raises :class:`Qwen2VLError` where heads or columns cannot be split evenly.
     """
+    if text.moe is not None:
+        raise Qwen2VLError("parallel: layers with experts are split over ranks in training only, not yet for answers")
     if reason := undivided(text, ranks, repeat=True):
         raise Qwen2VLError(f"parallel: {ranks} ranks do not divide {reason}")
     if text.vocab_size < ranks:

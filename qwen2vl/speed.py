@@ -9,16 +9,21 @@ import torch
 
 from .generation import GenerationResult
 from .model import Qwen2VL
+from .moe import Experts
 
 #: Bytes that are copied to measure a device's memory, many times what its caches hold.
 _COPIED = {"cpu": 1 << 27, "cuda": 1 << 29}
 
 
 def step_bytes(model: Qwen2VL, seen: float, rows: int = 1) -> float:
-    """Bytes that a step of decoding reads at least: every weight of the decoder and the head once, and the keys and
-    values of ``seen`` tokens in each of ``rows`` rows; of a model that is split, what this rank holds of them."""
+    """Bytes that a step of decoding reads at least: every weight of the decoder and the head once, but of routed
+    experts those that one token meets, and the keys and values of ``seen`` tokens in each of ``rows`` rows; of a model
+    that is split, what this rank holds of them."""
     text, itemsize = model.model.cache_config, model.head_weight.itemsize
     weights = sum(p.nbytes for p in (*model.model.layers.parameters(), *model.model.norm.parameters()))
+    if (moe := text.moe) is not None:
+        routed = sum(p.nbytes for one in model.modules() if isinstance(one, Experts) for p in one.parameters())
+        weights -= routed * (moe.num_experts - moe.num_experts_per_tok) // moe.num_experts
     cached = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * seen * rows * itemsize
     return weights + model.head_weight.nbytes + cached
 

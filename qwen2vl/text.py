@@ -20,8 +20,6 @@ from qwen2vl_kernels import (
     plan_tiles,
     rms_norm_linear,
     rms_norm_swiglu,
-    swiglu,
-    swiglu_,
     varlen_attention,
 )
 from qwen2vl_kernels.core.backends import resolve
@@ -30,7 +28,8 @@ from qwen2vl_kernels.triton.few_rows import MAX_ROWS
 
 from .cache import KVCache
 from .config import TextConfig
-from .layers import Embedding, Linear, RMSNorm, idle_rows, inverse_frequencies, length_bound, untouched
+from .layers import MLP, Embedding, Linear, RMSNorm, idle_rows, inverse_frequencies, length_bound, untouched
+from .moe import SparseMoE
 
 
 class Pack:
@@ -131,35 +130,31 @@ class Attention(nn.Module):
         return self.o_proj(out.flatten(1))
 
 
-class MLP(nn.Module):
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(swiglu(gate, up) if gate.requires_grad or up.requires_grad else swiglu_(gate, up))
-
-
 class Layer(nn.Module):
-    """Pre-norm decoder layer. The MLP's output stays unadded until the next norm, which adds and normalises."""
+    """Pre-norm decoder layer, dense or with experts. The MLP's output stays unadded until the next norm, which adds and
+    normalises."""
 
     def __init__(self, config: TextConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        width, moe = config.hidden_size, config.experts(layer)
+        self.mlp = MLP(width, config.intermediate_size) if moe is None else SparseMoE(width, moe)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None, pack: Pack
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The unadded output, what it is to be added to, and its router's logits ``(T, E)``, if it has experts."""
         x, total = self.input_layernorm(x, residual)
         x, total = self.post_attention_layernorm(self.self_attn(x, pack), total)
-        return self.mlp(x), total
+        x, logits = self.mlp(x) if isinstance(self.mlp, SparseMoE) else (self.mlp(x), None)
+        return x, total, logits
 
     def step(self, x: torch.Tensor, cache: KVCache, seqlens: torch.Tensor) -> None:
-        """One token of each row, in place in ``x (B, C)``, the residual stream, by five launches that read ahead."""
+        """One token of each row, in place in ``x (B, C)``, the residual stream, by five launches that read ahead; of a
+        dense layer."""
+        assert isinstance(self.mlp, MLP)
         attention, mlp, norm = self.self_attn, self.mlp, self.input_layernorm
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         weights, biases = [one.weight for one in projections], [one.bias for one in projections]
@@ -198,6 +193,7 @@ class Decoder(nn.Module):
         anything of theirs in a layer's place, nor another process holds a part of it."""
         kernels = ("rms_norm_linear", "linear_add", "rms_norm_swiglu")
         fits = x.dtype == torch.bfloat16 and x.shape[0] <= MAX_ROWS and not torch.is_grad_enabled()
+        fits = fits and self.config.moe is None
         fits = fits and all(cast(Layer, layer).self_attn.appends(x) for layer in self.layers)
         return fits and all(resolve(op, x.device.type, None) == "triton" for op in kernels) and untouched(self, _PARTS)
 
@@ -209,15 +205,20 @@ class Decoder(nn.Module):
         for layer in self.layers:
             cast(Layer, layer).step(x, cache, seqlens)
 
-    def forward(self, embeddings: torch.Tensor, pack: Pack) -> torch.Tensor:
-        """``(T, C)`` packed embeddings to ``(T, C)`` normed hidden states."""
+    def forward(
+        self, embeddings: torch.Tensor, pack: Pack, router_logits: list[torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """``(T, C)`` packed embeddings to ``(T, C)`` normed hidden states; ``router_logits`` gets ``(T, E)`` of each
+        layer with experts."""
         x, residual, tokens = embeddings, None, embeddings.shape[0]
         if not pack.resumed and (idle := idle_rows(x)):
             x, pack = F.pad(x, (0, 0, 0, idle)), pack.padded(idle)
         if not pack.resumed:
             pack.tiles = plan_tiles(pack.cu_seqlens, x.shape[0], device=x.device)
         for layer in self.layers:
-            x, residual = layer(x, residual, pack)
+            x, residual, logits = layer(x, residual, pack)
+            if router_logits is not None and logits is not None:
+                router_logits.append(logits[:tokens])
         x, _ = self.norm(x, residual)
         return x if x.shape[0] == tokens else x[:tokens]
 

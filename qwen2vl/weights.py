@@ -1,15 +1,15 @@
 """Checkpoints: safetensors in, safetensors out, every name mapped by one literal table.
 
 The model's own parameter names are the released ones (``visual.*``, ``model.*``, ``lm_head.weight``), so saving is the
-identity and loading only rewrites prefixes. Nothing is unpickled.
+identity and loading only rewrites prefixes; but experts' matrices, which files hold one by one, are stacked in the
+model (:func:`qwen2vl.moe.expert_parts`). Nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -20,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .config import Qwen2VLConfig
 from .errors import CheckpointError
 from .files import read_json, write_json, write_whole
 from .interrupts import scratch
+from .moe import expert_parts
 from .quantised_slices import Slice, stored_slices, with_own_groups
 from .quantization import QuantLinear, from_stored, quantised, to_stored
 
@@ -149,46 +149,6 @@ def holds_own_head(folder: Path) -> bool:
             return False
 
 
-def check_sizes(config: Qwen2VLConfig, folder: Path) -> None:
-    """Hold a config's sizes to what the headers of the files say, before a module is built of them.
-
-    This refuses what could not be built at all; every shape that differs is listed by :func:`load_weights`.
-
-    Raises:
-        CheckpointError: there are fewer tensors than layers, or a matrix would be larger than all tensors together.
-    """
-    count = total = 0
-    for path in shards(folder):
-        try:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118  (not a dict)
-                    view = file.get_slice(name)
-                    values = math.prod(view.get_shape()) * (8 if view.get_dtype() == "I32" else 1)  # of four bits
-                    count, total = count + 1, total + values
-        except (SafetensorError, OSError):  # listed with all else by the loading; any model may have been in it
-            count, total = max(count, 1000), max(total, 2**36)
-    text, vision = config.text, config.vision
-    layers = text.num_hidden_layers + vision.depth
-    if layers > count:
-        raise CheckpointError(
-            f"{folder}: num_hidden_layers and depth make {layers} layers, but the files hold {count} tensors"
-        )
-    merged = vision.embed_dim * vision.spatial_merge_size**2
-    for name, values in (
-        ("vocab_size", text.vocab_size * text.hidden_size),
-        ("hidden_size", text.hidden_size**2),
-        ("intermediate_size", text.intermediate_size * text.hidden_size),
-        ("vision_config.embed_dim", 3 * vision.embed_dim**2),
-        ("vision_config.mlp_ratio", vision.embed_dim * int(vision.embed_dim * vision.mlp_ratio)),
-        ("vision_config.patch_size", vision.embed_dim * vision.patch_values),
-        ("vision_config.spatial_merge_size", merged**2),
-    ):
-        if values > total:
-            raise CheckpointError(
-                f"{folder}: {name} asks for a matrix of {values} values, but the files hold {total} in all"
-            )
-
-
 def stored_dtypes(folder: Path) -> dict[str, str]:
     """The model's name of every tensor in the files -> its dtype as safetensors calls it; what cannot be read is left
     out, and reported when it is loaded. Raises :class:`CheckpointError` as :func:`shards`."""
@@ -212,7 +172,8 @@ def load_weights(
     """Fill ``model``, built on the meta device, with the tensors of ``folder``.
 
     Each tensor goes straight to ``device`` and ``dtype``, one at a time. On the CPU in the stored dtype nothing is
-    copied: parameters are private (copy-on-write) maps of the file, whose pages are read when first used.
+    copied: parameters are private (copy-on-write) maps of the file, whose pages are read when first used; experts that
+    lie apart are, one by one, into the matrices that hold them all.
 
     Args:
         ignore: names that a file may hold and the model does not need (the head of a tied model, where it is a copy of
@@ -225,7 +186,6 @@ def load_weights(
             that cannot be read, behind which no tensor is missed. The model is not touched then.
     """
     layers = quantised(model)
-    wanted, spare = _wanted(model, layers, cuts)
     found: dict[str, torch.Tensor] = {}
     problems: list[str] = []
     with ExitStack() as stack:
@@ -245,15 +205,22 @@ def load_weights(
                     problems.append(f"{name}: stored twice, in {where[name][2]} and {path.name}")
                 where[name] = (file, stored, path.name)
         damaged = bool(problems)
+        wanted, spare = _wanted(model, layers, cuts, where)
         problems += [one for one in _compare(wanted, spare, where) if not (damaged and one.endswith(_MISSING))]
         if problems:
             raise CheckpointError(_listing(folder, problems))
-        plain = [name for name in wanted if name.rpartition(".")[0] not in layers or name.endswith(".bias")]
+        plain = _plain(model, layers)
         count = len(plain) + len(layers)
-        for done, name in enumerate(plain, 1):
-            file, stored, _ = where[name]
-            # Device first, then dtype: a conversion runs where it is fast and the host never holds a second copy.
-            found[name] = _read(file, stored, cuts.get(name)).to(device).to(dtype)
+        for done, (name, parameter) in enumerate(plain.items(), 1):
+            if name in where:
+                file, stored, _ = where[name]
+                # Device first, then dtype: a conversion runs where it is fast and the host never holds a second copy.
+                found[name] = _read(file, stored, cuts.get(name)).to(device).to(dtype)
+            else:  # experts, each of which lies apart in the files
+                found[name] = torch.empty_like(parameter, device=device, dtype=dtype, requires_grad=False)
+                for part, view in expert_parts(name, found[name]):
+                    file, stored, _ = where[part]
+                    view.copy_(file.get_tensor(stored))
             if progress is not None:
                 progress(done, count)
         for done, (prefix, layer) in enumerate(layers.items(), len(plain) + 1):
@@ -295,13 +262,22 @@ def _whole(shape: Sequence[int], cut: Slice | None) -> tuple[int, ...]:
     return tuple(cut.whole if cut is not None and dim == cut.dim else size for dim, size in enumerate(shape))
 
 
-def _wanted(model: nn.Module, layers: Mapping[str, QuantLinear], cuts: Mapping[str, Slice]) -> tuple[_Fits, _Fits]:
-    """The shapes and dtypes of every tensor that a file must hold, and of those that it may."""
+def _plain(model: nn.Module, layers: Mapping[str, QuantLinear]) -> dict[str, nn.Parameter]:
+    """The parameters of ``model`` that are not quantised."""
+    named = model.named_parameters()
+    return {name: one for name, one in named if name.rpartition(".")[0] not in layers or name.endswith(".bias")}
+
+
+def _wanted(
+    model: nn.Module, layers: Mapping[str, QuantLinear], cuts: Mapping[str, Slice], where: Collection[str]
+) -> tuple[_Fits, _Fits]:
+    """The shapes and dtypes of every tensor that files must hold, and of those that they may; ``where``: what they
+    hold. Experts may lie there as they do in the model, too: transformers 5 can save them so."""
     floats = ("F64", "F32", "F16", "BF16")
     wanted: _Fits = {
-        name: ((_whole(parameter.shape, cuts.get(name)),), floats)
-        for name, parameter in model.named_parameters()
-        if name.rpartition(".")[0] not in layers or name.endswith(".bias")
+        part: ((_whole(view.shape, cuts.get(part)),), floats)
+        for name, one in _plain(model, layers).items()
+        for part, view in ([(name, one)] if name in where else expert_parts(name, one.detach()))
     }
     spare: _Fits = {}
     for prefix, layer in layers.items():
@@ -337,12 +313,13 @@ def _compare(wanted: _Fits, spare: _Fits, where: dict[str, tuple]) -> list[str]:
 
 
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The model's parameters as files hold them: under their own names, quantised ones in their format's layout."""
+    """The model's parameters as files hold them: under their own names, experts one by one, quantised ones in their
+    format's layout."""
     layers = quantised(model)
     for name, parameter in model.named_parameters():
         prefix, _, suffix = name.rpartition(".")
         if prefix not in layers or suffix == "bias":
-            yield name, parameter.detach()
+            yield from expert_parts(name, parameter.detach())
         elif suffix == "weight":
             yield from ((f"{prefix}.{one}", tensor) for one, tensor in to_stored(layers[prefix]))
 
@@ -362,7 +339,8 @@ def save_weights(
     *,
     before: Callable[[], object] = lambda: None,
 ) -> None:
-    """Write ``model``'s parameters under the released names, sharded when larger than ``max_shard_bytes``.
+    """Write ``model``'s parameters under the released names, experts one by one, sharded when larger than
+    ``max_shard_bytes``.
 
     ``metadata``: for the header of every file, beside the format. ``before``: called when everything is on the disk and
     nothing of it has taken the place of what was there.

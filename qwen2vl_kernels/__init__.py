@@ -7,6 +7,7 @@ from .core.tile_plan import TilePlan, plan_tiles
 from .ops.append_kv import append_kv
 from .ops.decode_attention import decode_attention_
 from .ops.few_rows import linear_add_, rms_norm_linear, rms_norm_swiglu
+from .ops.grouped_linear import group_by_expert, grouped_linear
 from .ops.image_to_patches import image_to_patches, images_to_patches
 from .ops.kvcache_attention import kvcache_attention
 from .ops.layer_norm import add_layer_norm, layer_norm
@@ -32,6 +33,8 @@ __all__ = [
     "append_kv",
     "decode_attention_",
     "fold_patch_embed",
+    "group_by_expert",
+    "grouped_linear",
     "image_to_patches",
     "images_to_patches",
     "kvcache_attention",

@@ -38,7 +38,7 @@ def phases(device: str, work: Path, checkpoints: Path, wheels: Path, cores: int)
         command = (python, "-m", "benchmarks", "run", *cases, "--device", where, *small, *results)
         return Part(name, (*command, "--checkpoint-dir", str(checkpoints)), cases=tuple(cases), measures=True)
 
-    ops = ["rope", "norm", "activation", "patch_embed", "merge", "positions"]
+    ops = ["rope", "norm", "activation", "patch_embed", "merge", "positions", "experts"]
     towers = ["tower", "e2e", "model"]
     others = [name for name in case_names() if name not in ("attention", "preprocess", "decode", *towers, *ops)]
     if rehearsal:  # one of each kind

@@ -41,11 +41,15 @@ def work_of(batch: Batch) -> Work:
     )
 
 
-def layer_matrices(config: Qwen2VLConfig) -> int:
-    """Elements of one decoder layer's matrices."""
+def layer_matrices(config: Qwen2VLConfig, layer: int = 0, *, active: bool = True) -> int:
+    """Elements of one decoder layer's matrices; of routed experts those that a token meets, all unless ``active``."""
     t = config.text
     attention = t.hidden_size * (2 * t.hidden_size + 2 * t.num_key_value_heads * t.head_dim)
-    return attention + 3 * t.hidden_size * t.intermediate_size
+    if (moe := t.experts(layer)) is None:
+        return attention + 3 * t.hidden_size * t.intermediate_size
+    shared = moe.shared_expert_intermediate_size
+    routed = (moe.num_experts_per_tok if active else moe.num_experts) * moe.moe_intermediate_size
+    return attention + t.hidden_size * (3 * (routed + shared) + moe.num_experts + bool(shared))  # and the gates
 
 
 def block_matrices(config: Qwen2VLConfig) -> int:
@@ -60,10 +64,10 @@ def merger_matrices(config: Qwen2VLConfig) -> int:
     return width * width + width * v.hidden_size
 
 
-def layer_parameters(config: Qwen2VLConfig) -> int:
+def layer_parameters(config: Qwen2VLConfig, layer: int = 0) -> int:
     """Parameters of one decoder layer: its matrices, the biases of q, k and v, two norms."""
     t = config.text
-    return layer_matrices(config) + 3 * t.hidden_size + 2 * t.num_key_value_heads * t.head_dim
+    return layer_matrices(config, layer, active=False) + 3 * t.hidden_size + 2 * t.num_key_value_heads * t.head_dim
 
 
 def block_parameters(config: Qwen2VLConfig) -> int:
@@ -80,7 +84,7 @@ def parameters(config: Qwen2VLConfig) -> dict[str, int]:
     return {
         "tower": v.patch_values * v.embed_dim + v.depth * block_parameters(config),
         "merger": merger_matrices(config) + merged + v.hidden_size + 2 * v.embed_dim,
-        "llm": t.num_hidden_layers * layer_parameters(config) + t.hidden_size + embeddings,
+        "llm": sum(layer_parameters(config, i) for i in range(t.num_hidden_layers)) + t.hidden_size + embeddings,
     }
 
 
@@ -105,7 +109,7 @@ def training_flops(
     With ``adapters`` these are frozen and pass gradients on to adapters, whose own arithmetic is left out.
     """
     t, v = config.text, config.vision
-    layers = 2 * work.tokens * t.num_hidden_layers * layer_matrices(config)
+    layers = 2 * work.tokens * sum(layer_matrices(config, i) for i in range(t.num_hidden_layers))
     attention = 4 * work.pairs * t.num_hidden_layers * t.hidden_size
     head = 2 * work.supervised * t.hidden_size * t.vocab_size
     tower = 2 * work.patches * (v.patch_values * v.embed_dim + v.depth * block_matrices(config))

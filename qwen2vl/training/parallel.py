@@ -3,7 +3,8 @@
     mode none   one process
     mode ddp    every rank holds the whole model (DistributedDataParallel)
     mode fsdp   parameters, gradients and optimiser state are sharded over the data ranks (fully_shard, block by block)
-    tensor > 1  that many neighbouring ranks split each decoder layer's heads and MLP columns and read the same packs
+    tensor > 1  that many neighbouring ranks split each decoder layer's heads and MLP columns, or its experts, and read
+                the same packs
 
 Tensor parallelism leaves the tower, the embedding and the head whole on each of its ranks; with fsdp they are still
 sharded over the data ranks.
@@ -25,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import Qwen2VLConfig
 from ..model import Qwen2VL
+from ..moe import Experts, SparseMoE, routed
 from ..parallel import SPLIT, rank_device, undivided
 from .config import ParallelConfig
 from .errors import TrainingConfigError
@@ -141,7 +143,8 @@ def wrap_blocks(model: Qwen2VL, *, checkpoint_activations: bool, compiled: bool,
 
 
 def split_decoder(model: Qwen2VL, mesh: DeviceMesh) -> None:
-    """Tensor parallelism: heads of the attention and columns of the MLP, two all-reduces a layer and direction.
+    """Tensor parallelism: heads of the attention and columns of the MLP, two all-reduces a layer and direction. Of
+    routed experts each rank has its own; a shared one is split by columns, and routers are whole.
 
     The ops see plain tensors: a layer's input becomes one DTensor for all projections that read it (so its gradient is
     reduced once), and each projection gives back its local part, whose number of heads the attention reads off.
@@ -155,13 +158,43 @@ def split_decoder(model: Qwen2VL, mesh: DeviceMesh) -> None:
     )
 
     whole = Replicate()
-    plan = {
+    style = lambda cut: ColwiseParallel() if cut == "columns" else RowwiseParallel()  # noqa: E731
+    attention = {
         "self_attn": PrepareModuleInput(input_layouts=(whole, None), desired_input_layouts=(whole, None)),
-        "mlp": PrepareModuleInput(input_layouts=whole, desired_input_layouts=whole),
-        **{name: ColwiseParallel() if cut == "columns" else RowwiseParallel() for name, cut in SPLIT.items()},
+        **{name: style(cut) for name, cut in SPLIT.items() if name.startswith("self_attn.")},
     }
     for layer in model.model.layers:
+        plan, mlp, prefix = attention, layer.mlp, "mlp"
+        if isinstance(mlp, SparseMoE):
+            _split_experts(mlp.experts, mesh)
+            prefix = "mlp.shared_expert" if mlp.shared_expert is not None else ""
+        if prefix:
+            plan = plan | {
+                prefix: PrepareModuleInput(input_layouts=whole, desired_input_layouts=whole),
+                **{name.replace("mlp", prefix): style(cut) for name, cut in SPLIT.items() if name.startswith("mlp.")},
+            }
         parallelize_module(layer, mesh, plan)  # type: ignore[arg-type]
+
+
+def _split_experts(experts: Experts, mesh: DeviceMesh) -> None:
+    """Give each rank its share of the experts, which it takes every token to; sums over ranks are the whole."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    for name, parameter in list(experts.named_parameters()):
+        split = nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(0)]), parameter.requires_grad)
+        experts.register_parameter(name, split)
+
+    def enter(x: torch.Tensor) -> torch.Tensor:
+        """The same on every rank; its gradient is the sum of theirs."""
+        return DTensor.from_local(x, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
+
+    def forward(x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        own = [parameter.to_local() for parameter in (experts.gate_up_proj, experts.down_proj)]  # type: ignore[operator]
+        y = routed(enter(x), enter(weights), chosen - mesh.get_local_rank() * own[0].shape[0], *own)
+        parts = DTensor.from_local(y, mesh, [Partial()], run_check=False)
+        return parts.redistribute(placements=[Replicate()]).to_local()
+
+    experts.forward = forward  # type: ignore[method-assign]
 
 
 def distribute(step: TrainingStep, parallel: Parallel) -> nn.Module:

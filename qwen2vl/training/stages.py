@@ -85,6 +85,8 @@ _SHARED = (
     "rms_norm_eps",
     "tie_word_embeddings",
 )
+#: Of those for experts, the ones that no tensor's shape tells.
+_MOE = {"num_experts_per_tok", "norm_topk_prob"}
 
 
 def load_qwen2(model: Qwen2VL, folder: Path) -> None:
@@ -92,15 +94,18 @@ def load_qwen2(model: Qwen2VL, folder: Path) -> None:
 
     Its tensors are then on the CPU, maps of the files where the dtype allows, even of a model on the meta device.
 
-    Tensor names are the model's own. Raises :class:`CheckpointError` listing what does not fit.
+    Tensor names are the model's own. A model with experts begins from a Qwen2-MoE checkpoint. Raises
+    :class:`CheckpointError` listing what does not fit.
     """
-    theirs = read_json(folder / "config.json")
-    if not isinstance(theirs, dict) or theirs.get("model_type") != "qwen2":
+    theirs, text = read_json(folder / "config.json"), model.config.text
+    want = "qwen2" if text.moe is None else "qwen2_moe"
+    if not isinstance(theirs, dict) or theirs.get("model_type") != want:
         kind = theirs.get("model_type") if isinstance(theirs, dict) else theirs
-        raise CheckpointError(f"{folder}: model.llm must be a Qwen2 checkpoint (model_type 'qwen2'), got {kind!r}")
-    text = model.config.text
+        raise CheckpointError(f"{folder}: model.llm must be a Qwen2 checkpoint (model_type {want!r}), got {kind!r}")
     rope = theirs.get("rope_parameters") or theirs
     pairs = {key: (theirs[key], getattr(text, key)) for key in _SHARED if key in theirs}
+    if text.moe is not None:
+        pairs |= {key: (theirs[key], value) for key, value in text.moe.to_dict().items() if key in _MOE & theirs.keys()}
     pairs["rope_theta"] = (rope.get("rope_theta", text.rope_theta), text.rope_theta)
     if wrong := [f"{key} {got!r}, the model has {want!r}" for key, (got, want) in pairs.items() if got != want]:
         raise CheckpointError(f"{folder}: config.json does not fit: {'; '.join(wrong)}")

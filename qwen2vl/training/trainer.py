@@ -191,7 +191,7 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=parallel.device)
         for i, pack in enumerate(packs):
             with self._synchronised(last=i == len(packs) - 1):
-                loss = self.step_module(pack.to(parallel.device), scale)
+                loss = self.step_module(pack.to(parallel.device), scale, 1 / len(packs))
                 loss.backward()
             self.optimizer.collect()
             total += loss.detach()

@@ -43,6 +43,10 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "quant_linear": {"cpu": ("native", "eager", "triton"), "cuda": ("eager", "triton")},
     # No GPU has run the kernel yet. Once one has, it comes first: between the products it moves a seventh of the bytes.
     "linear_cross_entropy": {"cpu": ("chunked", "triton", "eager"), "cuda": ("chunked", "triton", "eager")},
+    # Experts. No GPU has run the kernels yet. Once one has, they come first: one launch, for which the host does not
+    # wait, where the formula reads the bounds on the host and takes a launch an expert.
+    "group_by_expert": {"cpu": ("eager", "triton"), "cuda": ("eager", "triton")},
+    "grouped_linear": {"cpu": ("eager", "triton"), "cuda": ("eager", "triton")},
     "vision_positions": {"cpu": ("native", "eager", "scan"), "cuda": ("cuda", "scan", "eager")},
     "mrope_positions": {"cpu": ("native", "eager"), "cuda": ("cuda", "eager")},
     "image_to_patches": {"cpu": ("native", "eager"), "cuda": ("cuda", "eager")},

@@ -9,7 +9,7 @@ from benchmarks.case import Context, Skip
 from benchmarks.run import load_case
 
 #: Cases whose workloads are :class:`benchmarks.cases._ops.Op`'s.
-CASES = ("activation", "merge", "norm", "rope")
+CASES = ("activation", "experts", "merge", "norm", "rope")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -111,6 +111,10 @@ def main(device: str = "cuda") -> list[str]:
             given = {"reduction": reduction, "label_smoothing": smoothing, "chunk_rows": 16, "backend": backend}
             backward(K.linear_cross_entropy(x, random(9001, 1280), target, random(9001), **given))
 
+    def experts(backend: str) -> None:
+        order, _, bounds = K.group_by_expert(positions.T.remainder(5), 6, backend=backend)
+        backward(K.grouped_linear(x[order // 3], random(6, 72, 1280), bounds, backend=backend))
+
     def quant_linear(backend: str) -> None:
         fp8 = random(40, 256).detach().to(torch.float8_e4m3fn)
         integers = torch.randint(0, 256, (40, 256), device=device).byte()
@@ -140,6 +144,8 @@ def main(device: str = "cuda") -> list[str]:
         "patch_embed": patch_embed,
         "patch_merge": patch_merge,
         "linear_cross_entropy": linear_cross_entropy,
+        "group_by_expert": experts,
+        "grouped_linear": experts,
         "quant_linear": quant_linear,
         "mrope_positions": positions_of,
         "vision_positions": lambda backend: K.vision_positions(grid, num_patches=36, backend=backend),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from qwen2vl import Qwen2VL
 from qwen2vl.config import Qwen2VLConfig, TextConfig, VisionConfig
+from qwen2vl.moe_config import MoEConfig
 from qwen2vl.training.example import Example
 
 IMAGE, VIDEO = 60, 61
@@ -32,11 +35,26 @@ def tiny_config(tie: bool = True, layers: int = 2, vocabulary: int = 64) -> Qwen
     return Qwen2VLConfig(text=text, vision=vision, torch_dtype="float32", **special)
 
 
-def tiny_model(tie: bool = True, *, dtype: torch.dtype = torch.float32, seed: int = 0, layers: int = 2) -> Qwen2VL:
+def tiny_moe_config(**changes) -> Qwen2VLConfig:
+    """Three layers, of which the middle one is dense; a token meets two of five experts, and the shared one."""
+    given = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": False,
+             "shared_expert_intermediate_size": 40, "mlp_only_layers": (1,), "router_aux_loss_coef": 0.5}  # fmt: skip
+    config = tiny_config(tie=False, layers=3)
+    return replace(config, text=replace(config.text, moe=MoEConfig(**{**given, **changes})))
+
+
+def tiny_model(
+    tie: bool = True,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    layers: int = 2,
+    config: Qwen2VLConfig | None = None,
+) -> Qwen2VL:
     """Large weights, so that what a layer does wrong shows in the loss."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2VL.from_config(tiny_config(tie, layers), device="cpu", dtype="float32", std=0.15)
+        model = Qwen2VL.from_config(config or tiny_config(tie, layers), device="cpu", dtype="float32", std=0.15)
         for p in model.parameters():  # biases and norms that are not neutral
             if p.ndim == 1:
                 p.data.add_(0.1 * torch.randn(p.shape))

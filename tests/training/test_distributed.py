@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from qwen2vl.training.packing import Packer
 from tests.training import runs
-from tests.training.samples import mixed
+from tests.training.samples import mixed, tiny_moe_config
 
 ROOT = Path(__file__).parents[2]
 #: Seconds after which ranks that wait for each other have failed.
@@ -70,9 +70,18 @@ def one_process(folder, output, stage, data_ranks: int, dataset=mixed, world: in
 
 
 def compare(
-    launch, tmp_path, world: int, stage: str, parallel: dict, data_ranks: int, dataset="mixed", tie=True, **tables
+    launch,
+    tmp_path,
+    world: int,
+    stage: str,
+    parallel: dict,
+    data_ranks: int,
+    dataset="mixed",
+    tie=True,
+    config=None,
+    **tables,
 ):
-    folder = runs.checkpoint(tmp_path / "checkpoint", tie)
+    folder = runs.checkpoint(tmp_path / "checkpoint", tie, config=config)
     # An eps far above the gradients makes AdamW's steps proportional to them: with the usual one, a gradient that is
     # too large by a factor would not show, and one that is nearly zero would be all rounding.
     tables["optimizer"] = {"eps": 10.0, "lr": 1.0, "lr_tower": 2.0}
@@ -96,6 +105,17 @@ def compare(
 
 def test_fsdp_of_two(launch, tmp_path):
     compare(launch, tmp_path, 2, "multimodal", {"mode": "fsdp"}, 2, run={"checkpoint_activations": True})
+
+
+def test_experts_on_two(launch, tmp_path):
+    """Five of them, of which the ranks hold three and two; their balance is the mean over the ranks' packs."""
+    compare(launch, tmp_path, 2, "multimodal", {"mode": "fsdp"}, 2, config=tiny_moe_config())
+
+
+def test_experts_split_in_two(launch, tmp_path):
+    """Each rank has three of six, and half of the shared one's columns."""
+    config = tiny_moe_config(num_experts=6)
+    compare(launch, tmp_path, 2, "multimodal", {"tensor": 2, "mode": "fsdp"}, 1, config=config)
 
 
 def test_replicas_of_two(launch, tmp_path):

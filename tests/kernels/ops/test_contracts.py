@@ -69,6 +69,8 @@ CALLS = {
     ),
     "rms_norm_swiglu": lambda: (torch.randn(4, 8), torch.randn(8), *torch.randn(2, 6, 8), 0.1, False, "eager"),
     "linear_add_": lambda: (torch.randn(4, 6), torch.randn(4, 8), torch.randn(6, 8), False, "eager"),
+    "grouped_linear": lambda: (_x(4, 8), _x(3, 6, 8), torch.tensor([0, 1, 1, 4], dtype=torch.int32)),
+    "group_by_expert": lambda: (torch.tensor([[2, 0], [1, 2], [3, 0]]), 3),
 }
 
 
@@ -315,6 +317,16 @@ REFUSALS = [
         ValueError,
         "fc1_weight",
     ),
+    (lambda: K.grouped_linear(_x(4, 8), _x(2, 6, 7), CU), ValueError, r"weight must have .*K\) with G=2, N=6, K=8"),
+    (lambda: K.grouped_linear(_x(4, 8), _x(2, 6, 8).half(), CU), TypeError, "weight must have dtype torch.float32"),
+    (lambda: K.grouped_linear(_x(4, 8), _x(3, 6, 8), CU), ValueError, r"bounds must have shape \(4\), got \(3,\)"),
+    (lambda: K.grouped_linear(_x(4, 8), _x(2, 0, 8), CU), ValueError, "weight must have a group, a row and a column"),
+    (lambda: K.grouped_linear(_x(4, 8), _x(2, 6, 8), CU.long()), TypeError, "bounds must have one of the dtypes int32"),
+    (lambda: K.grouped_linear(_x(3, 8), _x(2, 6, 8), CU), ValueError, r"rise from 0 to .* the 3 rows of x, got \[0, 2"),
+    (lambda: K.grouped_linear(_x(4, 8), _x(2, 6, 8), CU.flip(0)), ValueError, r"bounds must rise .* got \[4, 2, 0\]"),
+    (lambda: K.group_by_expert(POSITIONS.float(), 3), TypeError, "experts must have one of the dtypes int64, int32"),
+    (lambda: K.group_by_expert(POSITIONS[0], 3), ValueError, r"experts must have shape \(T, k\), got \(4,\)"),
+    (lambda: K.group_by_expert(POSITIONS, 0), ValueError, "num_experts must be from 1 to 32767, got 0"),
     (
         lambda: K.linear_cross_entropy(_x(4, 8), _x(6, 7), TARGET),
         ValueError,

@@ -12,6 +12,7 @@ import torch
 
 from qwen2vl_kernels import (
     append_kv,
+    grouped_linear,
     kvcache_attention,
     layer_norm,
     mrope,
@@ -75,6 +76,20 @@ def test_gradients(memory, name):
     dense = x.detach().clone().contiguous().requires_grad_()
     grads = [torch.autograd.grad(ROWWISE[name](t, "triton").float().square().sum(), t)[0] for t in (x, dense)]
     assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("far", ["rows", "groups", "matrix rows"])
+def test_grouped_products(memory, far):
+    x, weight = torch.randn(4, 16, device=DEVICE).bfloat16(), torch.randn(4, 4, 16, device=DEVICE).bfloat16()
+    bounds = torch.tensor([0, 1, 2, 3, 4], dtype=torch.int32, device=DEVICE)
+    one = _spread(memory, 4, 16, far=0) if far == "rows" else x
+    other = weight if far == "rows" else _spread(memory, 4, 4, 16, far=0 if far == "groups" else 1)
+    grad, results = torch.randn(4, 4, device=DEVICE).bfloat16(), []
+    for operands in ((one, other), (one.clone().contiguous(), other.clone().contiguous())):
+        given = [t.detach().requires_grad_() for t in operands]
+        y = grouped_linear(*given, bounds, backend="triton")
+        results.append([y, *torch.autograd.grad(y, given, grad)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("far", [0, 1], ids=["tokens", "heads"])

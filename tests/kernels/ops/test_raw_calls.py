@@ -134,6 +134,15 @@ CALLS = {
         (floats(4), *LOSS, 0.0, None, False, [True] * 3),
         {0: floats(3), 3: ints(0, 1, 2)},
     ),
+    "grouped_linear_forward": (
+        (floats(4, 8), floats(2, 6, 8), BOUNDS, False),
+        {0: floats(3, 8), 1: floats(3, 6, 8), 2: ints(0, 5, 4, dtype=torch.int32)},
+    ),
+    "grouped_linear_backward": (
+        (floats(4, 6), floats(4, 8), floats(2, 6, 8), BOUNDS, False, [True, True]),
+        {0: floats(3, 6), 1: floats(4, 7), 3: ints(1, 2, 3, dtype=torch.int32), 5: [True]},
+    ),
+    "group_by_expert_forward": ((ints([1, 0], [2, 1]), 3), {0: floats(2, 2), 1: 0}),
     "varlen_attention": (
         (*PACK, False, "eager"),
         {
