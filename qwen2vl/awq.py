@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from .errors import PromptError
-from .layers import RMSNorm
+from .layers import MLP, RMSNorm
 from .text import Layer
 
 if TYPE_CHECKING:
@@ -61,8 +61,9 @@ class Group:
 
 
 def groups(layer: Layer) -> list[Group]:
-    """Those of a decoder layer, in the order in which they are computed."""
+    """Those of a dense decoder layer, in the order in which they are computed."""
     attention, mlp = layer.self_attn, layer.mlp
+    assert isinstance(mlp, MLP)
     width, hidden = attention.head_dim, attention.q_proj.in_features
     kv_heads = attention.v_proj.out_features // width
     repeats = attention.o_proj.in_features // attention.v_proj.out_features

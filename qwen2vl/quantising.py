@@ -70,12 +70,14 @@ def quantise(
         calibration: for ``"awq"``: conversations as :class:`qwen2vl.Processor` gives them, read once before anything is
             quantised, whose activations choose the scales of :mod:`qwen2vl.awq`.
 
-    Raises :class:`CheckpointError` for a model that is quantised, adapted or held by several ranks, where sizes do not
-    allow the form, and for a calibration of another form; :class:`PromptError` for one without conversations. The
-    model is not touched then.
+    Raises :class:`CheckpointError` for a model that is quantised, adapted, has experts or is held by several ranks,
+    where sizes do not allow the form, and for a calibration of another form; :class:`PromptError` for one without
+    conversations. The model is not touched then.
     """
     if quantised(model) or adapted(model):
         raise CheckpointError("quantise: wants a model in 16 or 32 bits without an adapter that is not merged")
+    if model.config.text.moe is not None:
+        raise CheckpointError("quantise: wants a dense model; experts' weights have no quantised form here")
     if model.parallel is not None:
         raise CheckpointError(
             "quantise: wants a whole model; quantise it in one process, then load the result in parallel"

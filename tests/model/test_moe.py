@@ -18,6 +18,7 @@ from qwen2vl.graphs import unfit
 from qwen2vl.moe import SparseMoE, load_balancing_loss
 from qwen2vl.moe_config import MoEConfig
 from qwen2vl.parallel import slices
+from qwen2vl.quantising import quantise
 from qwen2vl.speed import step_bytes
 from qwen2vl.training.flops import layer_matrices, layer_parameters, parameters
 from qwen2vl.training.stages import load_qwen2
@@ -359,3 +360,9 @@ def test_parameters_and_the_matrices_that_a_token_meets(saved):
     read = sum(4 * layer_matrices(config, i) for i in range(3))
     one_dimensional = sum(p.nbytes for p in model.model.parameters() if p.ndim == 1)
     assert step_bytes(model, 0) == read + one_dimensional + model.head_weight.nbytes
+
+
+def test_experts_are_not_quantised():
+    model = tiny_model(config=tiny_moe_config())
+    with pytest.raises(CheckpointError, match="quantise: wants a dense model; experts' weights have no quantised form"):
+        quantise(model, "fp8")
