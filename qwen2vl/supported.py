@@ -42,6 +42,16 @@ SUPPORTED = (
         "to AWQ, also calibrated, to GPTQ of 4 and 8 bits, to fp8 by rows",
         "model/test_quantising.py::test_the_small_model_loses_little",
     ),
+    Supported(
+        "experts",
+        "Qwen2-MoE's layers, with and without a shared expert: loaded, run, trained, saved",
+        "model/test_moe.py::test_a_text_model_equals_qwen2_moe",
+    ),
+    Supported(
+        "inference on several ranks",
+        "tensor parallel, quantised weights too; not with experts",
+        "model/test_parallel.py::test_answers_of_one_process",
+    ),
     Supported("adapters", "LoRA as peft saves it", "model/test_adapter.py::test_it_is_what_peft_makes_of_it"),
     Supported("training, replicas", "DDP", "training/test_distributed.py::test_replicas_of_two"),
     Supported(
