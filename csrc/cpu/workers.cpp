@@ -12,6 +12,15 @@
 namespace qwen2vl {
 namespace {
 
+// Looks at whether the others are done before this thread sleeps: some 20 us.
+constexpr int kLooks = 500;
+
+inline void pause() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_ia32_pause();
+#endif
+}
+
 class Workers {
  public:
   void run(int64_t threads, int64_t pieces, const std::function<void(int64_t)>& work) {
@@ -31,9 +40,13 @@ class Workers {
     }
     for (int64_t n = 1; n < threads; ++n) wake_.notify_one();
     take();
-    // Who has not woken by now finds no seat; who has is waited for.
+    // Who has not woken by now finds no seat; who has is waited for, a piece's time awake, which is shorter than
+    // falling asleep and being woken takes.
     std::unique_lock<std::mutex> lock(mutex_);
     seats_ = 0;
+    lock.unlock();
+    for (int look = 0; look < kLooks && busy_ != 0; ++look) pause();
+    lock.lock();
     done_.wait(lock, [this] { return busy_ == 0; });
   }
 
@@ -68,7 +81,8 @@ class Workers {
   std::condition_variable wake_, done_;
   const std::function<void(int64_t)>* work_ = nullptr;
   std::atomic<int64_t> next_{0};
-  int64_t pieces_ = 0, seats_ = 0, busy_ = 0, made_ = 0;
+  std::atomic<int64_t> busy_{0};
+  int64_t pieces_ = 0, seats_ = 0, made_ = 0;
 };
 
 // Never destroyed: the threads may wait in it when the process ends.
