@@ -7,7 +7,9 @@ kilobytes; what was read stays in the result, so that nobody reads a device agai
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +39,22 @@ class Patches:
     rows: torch.Tensor | None
     grids: list[Grid]
     tokens: int
+
+    def each(self) -> Iterator[tuple[Grid, torch.Tensor]]:
+        """The grid and the rows of every item; where there are rows."""
+        assert self.rows is not None
+        start = 0
+        for grid in self.grids:
+            stop = start + math.prod(grid)
+            yield grid, self.rows[start:stop]
+            start = stop
+
+
+def digest(grid: Grid, rows: torch.Tensor) -> bytes:
+    """What tells an item from others: SHA-256 of its grid and of its patches, whose dtype and width count, too."""
+    content = hashlib.sha256(f"{grid} {rows.dtype} {tuple(rows.shape)}".encode())
+    content.update(rows.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return content.digest()
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,6 @@ its grid and its pixels are, by their SHA-256.
 
 from __future__ import annotations
 
-import hashlib
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ import torch
 from qwen2vl_kernels import mrope_positions
 
 from .cache import KVCache
-from .checks import Call, Grid, Patches, placeholders
+from .checks import Call, Patches, digest, placeholders
 from .config import Qwen2VLConfig
 from .decoding import CapturedSteps, Steps, graph_capacity
 from .errors import PromptError
@@ -144,22 +143,12 @@ def _items(config: Qwen2VLConfig, call: Call) -> list[_Item]:
     found: list[_Item] = []
     for one in call.media:
         places = placeholders(config, call.packed)[0 if one.kind == "image" else 1].nonzero().flatten().tolist()
-        at = row = 0
-        for grid in one.grids:
-            t, h, w = grid
-            patches = t * h * w
-            tokens = patches // config.vision.spatial_merge_size**2
-            assert one.rows is not None  # features are refused before
-            digest = _digest(one.rows[row : row + patches], grid)
-            found.append(_Item(one.kind, places[at], places[at] + tokens, digest))
-            at, row = at + tokens, row + patches
+        at = 0
+        for grid, rows in one.each():  # features are refused before
+            tokens = len(rows) // config.vision.spatial_merge_size**2
+            found.append(_Item(one.kind, places[at], places[at] + tokens, digest(grid, rows)))
+            at += tokens
     return sorted(found, key=lambda item: item.start)
-
-
-def _digest(rows: torch.Tensor, grid: Grid) -> bytes:
-    content = hashlib.sha256(f"{grid} {rows.dtype} {tuple(rows.shape)}".encode())
-    content.update(rows.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return content.digest()
 
 
 def _rest(config: Qwen2VLConfig, call: Call, kept: int, items: list[_Item]) -> Call:

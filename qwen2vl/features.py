@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from hashlib import blake2b
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from .checks import Grid, Patches
+from .checks import Grid, Patches, digest
 from .graphs import setting_of, unfit_for_keeping, versions_of
 
 if TYPE_CHECKING:
@@ -122,15 +121,8 @@ def _state(model: Qwen2VL, media: Sequence[Patches]) -> tuple | None:
 
 def _items(media: Sequence[Patches], merge_size: int) -> Iterator[_Item]:
     for one in media:
-        assert one.rows is not None
-        start = 0
-        for grid in one.grids:
-            t, h, w = grid
-            rows = one.rows[start : start + t * h * w]
-            start += t * h * w
-            told = blake2b(f"{grid} {rows.dtype} {tuple(rows.shape)} ".encode(), digest_size=32)
-            told.update(rows.detach().contiguous().view(torch.uint8).numpy().data)
-            yield _Item(told.digest(), one.kind, rows, grid, t * h * w // merge_size**2)
+        for grid, rows in one.each():
+            yield _Item(digest(grid, rows), one.kind, rows, grid, len(rows) // merge_size**2)
 
 
 def _patches(items: list[_Item]) -> list[Patches]:

@@ -19,6 +19,7 @@ import torch
 
 from ..core.backends import BackendError, forced, resolve
 from ..core.checks import INTS, Checker, no_grad_through, no_overlap
+from ..core.formulas import attend_to_cache
 from ..core.library import direct, mark_written, register_opaque
 from ..core.namespace import torch_ops
 from ..core.rotation import mrope_cos_sin, rotate
@@ -46,12 +47,8 @@ def decode_attention_ref(
     row, last = torch.arange(batch, device=q.device), (end - 1).clamp(min=0).long()
     for cache, new in ((k_cache, k), (v_cache, v)):
         cache[row, last] = torch.where(lives[:, None, None], new, cache[row, last])
-    hidden = torch.arange(capacity, device=q.device) >= end[:, None]  # (B, capacity)
-    queries = (q * softmax_scale).unflatten(1, (k_cache.shape[2], -1))  # (B, Hk, Hq / Hk, D)
-    keys, values = (cache.masked_fill(hidden[:, :, None, None], 0).transpose(1, 2) for cache in (k_cache, v_cache))
-    scores = (queries @ keys.transpose(2, 3)).to(torch.promote_types(q.dtype, torch.float32))
-    weights = scores.masked_fill(hidden[:, None, None], float("-inf")).softmax(-1)
-    return (weights.masked_fill(hidden[:, None, None], 0).to(values.dtype) @ values).flatten(1, 2)
+    seen = torch.arange(capacity, device=q.device) < end[:, None]  # (B, capacity)
+    return attend_to_cache(q, k_cache, v_cache, seen, softmax_scale)
 
 
 def _check(

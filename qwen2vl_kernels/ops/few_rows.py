@@ -21,16 +21,11 @@ import torch.nn.functional as F
 
 from ..core.backends import BackendError, forced, resolve
 from ..core.checks import Checker, no_overlap
+from ..core.formulas import rms_normed
 from ..core.library import direct, mark_written, register_opaque
 from ..core.matmul import in_autocast_dtype
 from ..core.namespace import torch_ops
 from ..triton.few_rows import MAX_ROWS, launch_linear_add, launch_norm_linear, launch_norm_swiglu
-
-
-def _normed(x: torch.Tensor, norm_weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMSNorm with statistics and the product with its weight in (at least) float32, rounded once."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * norm_weight).to(x.dtype)
 
 
 def rms_norm_linear_ref(
@@ -42,7 +37,7 @@ def rms_norm_linear_ref(
     prefetch: bool = False,
 ) -> torch.Tensor:
     """The formula in PyTorch's operations, which read nothing ahead."""
-    n = _normed(x, norm_weight, eps)
+    n = rms_normed(x, norm_weight, eps)
     return torch.cat([F.linear(n, weight, bias) for weight, bias in zip(weights, biases, strict=True)], 1)
 
 
@@ -55,7 +50,7 @@ def rms_norm_swiglu_ref(
     prefetch: bool = False,
 ) -> torch.Tensor:
     """The formula, the activation in (at least) float32."""
-    n = _normed(x, norm_weight, eps)
+    n = rms_normed(x, norm_weight, eps)
     gate, up = (
         F.linear(n, weight).to(torch.promote_types(x.dtype, torch.float32)) for weight in (gate_weight, up_weight)
     )

@@ -31,6 +31,7 @@ from ..core.attention_choice import chosen
 from ..core.attention_cpu import sdpa
 from ..core.backends import resolve
 from ..core.checks import Checker
+from ..core.formulas import attend_to_cache
 from ..core.library import direct, register_opaque
 from ..core.matmul import in_autocast_dtype
 from ..core.namespace import torch_ops
@@ -69,18 +70,11 @@ def kvcache_attention_decode_ref(
     block_table: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The formula for one new token a row, over the whole capacity behind a mask; zeros in a row without tokens."""
-    wide = torch.promote_types(q.dtype, torch.float32)
     if block_table is not None:
         pages = block_table.masked_fill(~_in_use(block_table, cache_seqlens, k_cache.shape[1]), 0).long()
         k_cache, v_cache = k_cache[pages].flatten(1, 2), v_cache[pages].flatten(1, 2)  # a copy of all that is in use
     seen = torch.arange(k_cache.shape[1], device=q.device) < cache_seqlens[:, None]  # (B, capacity)
-    queries = (q * softmax_scale).unflatten(1, (k_cache.shape[2], -1))  # (B, Hk, Hq / Hk, D)
-    scores = (queries @ k_cache.permute(0, 2, 3, 1)).to(wide)
-    future = ~seen[:, None, None]
-    weights = scores.masked_fill(future, float("-inf")).softmax(-1).masked_fill(future, 0)
-    # What lies behind a row's end may be no number, and a weight of zero would not hide that.
-    values = v_cache.masked_fill(~seen[:, :, None, None], 0)
-    return (weights.to(values.dtype) @ values.transpose(1, 2)).flatten(1, 2)
+    return attend_to_cache(q, k_cache, v_cache, seen, softmax_scale)
 
 
 def _in_use(block_table: torch.Tensor, cache_seqlens: torch.Tensor, page_size: int) -> torch.Tensor:

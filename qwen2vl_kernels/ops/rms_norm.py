@@ -13,16 +13,14 @@ import torch
 
 from ..core.backends import resolve
 from ..core.checks import Checker
+from ..core.formulas import rms_normed
 from ..core.library import register_composite
 from ..triton.norm import norm
 
 
 def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """The formula with statistics and the product with ``weight`` in (at least) float32, rounded once."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    h = x.to(wide)
-    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
-    return (h * weight.to(wide)).to(x.dtype)
+    return rms_normed(x, weight, eps)
 
 
 def add_rms_norm_ref(
