@@ -38,6 +38,7 @@ CPU = Extension(
     "qwen2vl_kernels._cpu",
     [
         "csrc/bind_cpu.cpp",
+        "csrc/cpu/decoder_step.cpp",
         "csrc/cpu/few_rows.cpp",
         "csrc/cpu/few_rows_x86.cpp",
         "csrc/cpu/image_to_patches.cpp",

@@ -10,9 +10,9 @@
 
 #include "bind_frames.h"
 #include "bind_quant.h"
+#include "bind_step.h"
 #include "bind_views.h"
 #include "build_info.h"
-#include "cpu/few_rows.h"
 #include "cpu/image_to_patches.h"
 #include "cpu/mrope_positions.h"
 #include "cpu/resample.h"
@@ -82,39 +82,7 @@ PYBIND11_MODULE(_cpu, m) {
     return names;
   });
 
-  m.def("few_rows_kernels", [] {
-    std::vector<std::string> names;
-    for (const qwen2vl::FewRowsKernel& kernel : qwen2vl::few_rows_kernels()) names.emplace_back(kernel.name);
-    return names;
-  });
-
-  // sizes: rows, outputs, width; options: threads, index of the kernel. All elements are bf16.
-  m.def(
-      "few_rows",
-      [](const RawView& x, const RawView& weight, const RawView& bias, const RawView& y,
-         const std::array<int64_t, 3>& sizes, const std::array<int64_t, 2>& options) {
-        for (const RawView* view : {&x, &weight, &y}) {
-          if ((*view)[1] != 2 || (*view)[3] != 1) throw py::value_error("wants rows of elements of two bytes");
-        }
-        if (bias[0] != 0 && (bias[1] != 2 || bias[3] != 1)) throw py::value_error("bias: wants elements of two bytes");
-        if (sizes[0] < 0 || sizes[1] < 0 || sizes[2] < 0) throw py::value_error("sizes must not be negative");
-        const auto kernels = static_cast<int64_t>(qwen2vl::few_rows_kernels().size());
-        if (options[1] < 0 || options[1] >= kernels) throw py::value_error("there is no such kernel");
-        const qwen2vl::FewRows p{reinterpret_cast<const uint16_t*>(x[0]),
-                                 x[2],
-                                 reinterpret_cast<const uint16_t*>(weight[0]),
-                                 weight[2],
-                                 reinterpret_cast<const uint16_t*>(bias[0]),
-                                 reinterpret_cast<uint16_t*>(y[0]),
-                                 y[2],
-                                 sizes[0],
-                                 sizes[1],
-                                 sizes[2]};
-        const py::gil_scoped_release release;
-        qwen2vl::few_rows(p, options[0], static_cast<size_t>(options[1]));
-      },
-      py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("y"), py::arg("sizes"), py::arg("options"));
-
+  qwen2vl::bind_step(m);
   qwen2vl::bind_quant(m);
 
   // frames: see frame_job. options: patch, merge, PatchType, address of the table, threads, index of the row kernels.

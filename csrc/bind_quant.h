@@ -48,14 +48,6 @@ inline QuantWeight quant_weight(const RawView& w, const RawView& scales, int64_t
           block_width};
 }
 
-// options: threads, index of the kernel.
-inline size_t quant_kernel(const std::array<int64_t, 2>& options) {
-  if (options[1] < 0 || options[1] >= static_cast<int64_t>(quant_kernels().size())) {
-    throw pybind11::value_error("there is no such kernel");
-  }
-  return static_cast<size_t>(options[1]);
-}
-
 inline void bind_quant(pybind11::module_& m) {
   namespace py = pybind11;
   m.def("quant_kernels", [] {
@@ -64,7 +56,8 @@ inline void bind_quant(pybind11::module_& m) {
     return names;
   });
 
-  // weight, scales, their type, zeros, fp8, bytes of a row of the weight; x and y are float32.
+  // weight, scales, their type, zeros, fp8, bytes of a row of the weight; x and y are float32. options: threads, index
+  // of the kernel.
   m.def(
       "quant_linear",
       [](const RawView& w, const RawView& scales, int64_t scale_type, const RawView& zeros, bool fp8, int64_t w_width,
@@ -80,7 +73,7 @@ inline void bind_quant(pybind11::module_& m) {
                             reinterpret_cast<float*>(y[0]),
                             y[2],
                             rows};
-        const size_t kernel = quant_kernel(options);
+        const size_t kernel = kernel_of(options[1], quant_kernels().size());
         const py::gil_scoped_release release;
         quant_linear(p, options[0], kernel);
       },
@@ -95,7 +88,7 @@ inline void bind_quant(pybind11::module_& m) {
         if ((y[1] != 4 && y[1] != 2) || y[3] != 1) throw py::value_error("y wants rows of float32 or bf16");
         const QuantValues p{quant_weight(w, scales, scale_type, zeros, fp8, w_width, sizes),
                             reinterpret_cast<void*>(y[0]), y[2], y[1] == 2};
-        const size_t kernel = quant_kernel(options);
+        const size_t kernel = kernel_of(options[1], quant_kernels().size());
         const py::gil_scoped_release release;
         quant_values(p, options[0], kernel);
       },

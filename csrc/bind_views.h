@@ -16,6 +16,12 @@ namespace qwen2vl {
 
 using RawView = std::array<int64_t, 4>;
 
+// The index of one of so many kernels.
+inline size_t kernel_of(int64_t index, size_t kernels) {
+  if (index < 0 || index >= static_cast<int64_t>(kernels)) throw pybind11::value_error("there is no such kernel");
+  return static_cast<size_t>(index);
+}
+
 inline IntView int_view(const char* name, const RawView& raw) {
   if (raw[1] != 1 && raw[1] != 4 && raw[1] != 8) {
     throw pybind11::value_error(std::string(name) + ": elements of " + std::to_string(raw[1]) + " bytes are not read");

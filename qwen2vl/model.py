@@ -326,7 +326,7 @@ class Qwen2VL(nn.Module):
         for attention that reads them on the host."""
         seqlens = cache.step_seqlens()
         x = self.model.embed_tokens(ids.flatten())
-        if totals is None and self.model.steps(x):
+        if self.model.steps(x):
             # The embedding was an ordinary launch, so that the chain of those that read ahead begins behind it.
             self.model.step(x, cache, seqlens)
             norm = self.model.norm
@@ -335,10 +335,7 @@ class Qwen2VL(nn.Module):
             return logits.unsqueeze(1)
         slots = cache.step_slots(seqlens)
         pack = Pack(cache.next_position.expand(3, -1), cache.inv_freq, [1] * cache.batch, cache.bounds, cache, slots)
-        if totals is None:
-            pack.seqlens = seqlens
-        else:
-            pack.totals = totals
+        pack.seqlens, pack.totals = seqlens, totals
         hidden = self.model(x, pack)
         cache.commit_step()
         return self._head(hidden).unsqueeze(1)

@@ -23,7 +23,7 @@ from qwen2vl_kernels import (
     varlen_attention,
 )
 from qwen2vl_kernels.core.backends import resolve
-from qwen2vl_kernels.triton.attention_step import serves
+from qwen2vl_kernels.ops.decode_attention import fused
 from qwen2vl_kernels.triton.few_rows import MAX_ROWS
 
 from .cache import KVCache
@@ -38,8 +38,8 @@ class Pack:
     ``positions (3, T)``; ``inv_freq (D/2,)`` float32; ``counts``: tokens of each sequence; ``cu_seqlens (B + 1,)``
     int32, their bounds. With a cache, ``slots (T,)`` says where the tokens' keys go (nowhere, where negative), and
     ``totals`` how many tokens each sequence then has; a step of one token a sequence has them as ``seqlens (B,)`` int32
-    on the device instead, and reads nothing on the host. ``tiles``: the bounds' plan for the attention's kernels, made
-    by the decoder.
+    on the device too, or alone where nothing is read on the host. ``tiles``: the bounds' plan for the attention's
+    kernels, made by the decoder.
 
     It is no dataclass on purpose: FSDP casts the tensors of those that a layer is called with to the dtype of its
     parameters, and frequencies in 16 bits turn far tokens by wrong angles.
@@ -96,10 +96,8 @@ class Attention(nn.Module):
 
     def appends(self, x: torch.Tensor) -> bool:
         """Whether one launch rotates, stores and attends in a step: where it comes first and has a form."""
-        fits = x.dtype in (torch.bfloat16, torch.float16) and serves(
-            self.q_proj.out_features // self.head_dim, self.k_proj.out_features // self.head_dim, self.head_dim
-        )
-        return fits and not torch.is_grad_enabled() and resolve("decode_attention", x.device.type, None) == "triton"
+        heads, kv_heads = self.q_proj.out_features // self.head_dim, self.k_proj.out_features // self.head_dim
+        return not torch.is_grad_enabled() and fused(x.device.type, x.dtype, heads, kv_heads, self.head_dim)
 
     def forward(self, x: torch.Tensor, pack: Pack) -> torch.Tensor:
         heads = (-1, self.head_dim)
@@ -121,10 +119,10 @@ class Attention(nn.Module):
             q, k = mrope_(q, k, **angles)
         if cache is not None and pack.seqlens is not None and appends:
             out = decode_attention_(q, k, v, *cache.layers[self.layer], *_place(cache, pack.seqlens))
-        elif cache is not None and pack.seqlens is not None:
-            out = kvcache_attention(q, *cache.layers[self.layer], None, pack.seqlens)
         elif cache is not None and pack.totals is not None and pack.resumed:
             out = kvcache_attention(q, *cache.layers[self.layer], pack.counts, pack.totals)
+        elif cache is not None and pack.seqlens is not None:
+            out = kvcache_attention(q, *cache.layers[self.layer], None, pack.seqlens)
         else:
             out = varlen_attention(q, k, v, pack.cu_seqlens, pack.max_seqlen, causal=True, tiles=pack.tiles)
         return self.o_proj(out.flatten(1))
@@ -195,7 +193,7 @@ class Decoder(nn.Module):
         fits = x.dtype == torch.bfloat16 and x.shape[0] <= MAX_ROWS and not torch.is_grad_enabled()
         fits = fits and self.config.moe is None
         fits = fits and all(cast(Layer, layer).self_attn.appends(x) for layer in self.layers)
-        return fits and all(resolve(op, x.device.type, None) == "triton" for op in kernels) and untouched(self, _PARTS)
+        return fits and all(resolve(op, x.device.type, None) != "eager" for op in kernels) and untouched(self, _PARTS)
 
     def step(self, x: torch.Tensor, cache: KVCache, seqlens: torch.Tensor) -> None:
         """One token of each row, ``x (B, C)`` its embedding, which becomes the last layer's sum, not normed yet.

@@ -2,8 +2,6 @@
 
 #include <algorithm>
 
-#include "workers.h"
-
 namespace qwen2vl {
 namespace {
 
@@ -53,13 +51,19 @@ const std::vector<FewRowsKernel>& few_rows_kernels() {
   return kernels;
 }
 
-void few_rows(const FewRows& p, int64_t threads, size_t kernel) {
+int64_t outputs_of_a_piece(const FewRows& p) {
+  return std::max(kPieceBytes / (2 * std::max<int64_t>(p.width, 1)) / kOutputs, int64_t{1}) * kOutputs;
+}
+
+void few_rows(const FewRows* products, size_t count, int64_t threads, size_t kernel) {
   const auto outputs = few_rows_kernels()[kernel].outputs;
-  const int64_t each = std::max(kPieceBytes / (2 * std::max<int64_t>(p.width, 1)) / kOutputs, int64_t{1}) * kOutputs;
-  const int64_t pieces = (p.outputs + each - 1) / each;
+  int64_t pieces = 0;
+  for (size_t n = 0; n < count; ++n) pieces += pieces_of_outputs(products[n]);
   run_pieces(threads, pieces, [&](int64_t piece) {
-    const int64_t begin = piece * each;
-    outputs(p, begin, std::min(begin + each, p.outputs));
+    const FewRows* p = products;
+    for (int64_t here; piece >= (here = pieces_of_outputs(*p)); piece -= here) ++p;
+    const int64_t each = outputs_of_a_piece(*p), begin = piece * each;
+    outputs(*p, begin, std::min(begin + each, p->outputs));
   });
 }
 

@@ -2,9 +2,12 @@
 // The weights are read once whatever the number of rows, and their reading is all that takes time.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
+
+#include "workers.h"
 
 namespace qwen2vl {
 
@@ -35,8 +38,24 @@ extern const FewRowsKernel kPortableFewRows;
 extern const FewRowsKernel kAvx2FewRows, kAvx512Bf16FewRows;
 #endif
 
-// With up to `threads` threads and the kernel of that index.
-void few_rows(const FewRows& p, int64_t threads, size_t kernel);
+// With up to `threads` threads and the kernel of that index, one product behind the other.
+void few_rows(const FewRows* products, size_t count, int64_t threads, size_t kernel);
+
+// Outputs that a thread takes at a time, whole blocks of every kernel.
+int64_t outputs_of_a_piece(const FewRows& p);
+
+inline int64_t pieces_of_outputs(const FewRows& p) {
+  const int64_t each = outputs_of_a_piece(p);
+  return (p.outputs + each - 1) / each;
+}
+
+// Call work(begin, end) for pieces of the outputs, shared out among threads.
+template <class Work>
+void in_pieces_of_outputs(const FewRows& p, int64_t threads, const Work& work) {
+  const int64_t each = outputs_of_a_piece(p);
+  run_pieces(threads, pieces_of_outputs(p),
+             [&](int64_t piece) { work(piece * each, std::min((piece + 1) * each, p.outputs)); });
+}
 
 inline float from_bf16(uint16_t bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;

@@ -3,6 +3,7 @@
 #include <pthread.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
@@ -21,6 +22,15 @@ inline void pause() {
 #endif
 }
 
+// Threads beyond so many begin where another one does.
+constexpr int64_t kRanges = 64;
+
+// Each in a cache line of its own, as the threads count in their own.
+struct alignas(64) Range {
+  std::atomic<int64_t> next{0};
+  int64_t end = 0;
+};
+
 class Workers {
  public:
   void run(int64_t threads, int64_t pieces, const std::function<void(int64_t)>& work) {
@@ -34,12 +44,15 @@ class Workers {
       const std::lock_guard<std::mutex> lock(mutex_);
       grow(threads - 1);
       work_ = &work;
-      next_ = 0;
-      pieces_ = pieces;
       seats_ = std::min(threads - 1, made_);
+      ranges_ = std::min<int64_t>(seats_ + 1, kRanges);
+      for (int64_t n = 0; n < ranges_; ++n) {
+        range_[static_cast<size_t>(n)].next = pieces * n / ranges_;
+        range_[static_cast<size_t>(n)].end = pieces * (n + 1) / ranges_;
+      }
     }
     for (int64_t n = 1; n < threads; ++n) wake_.notify_one();
-    take();
+    take(0);
     // Who has not woken by now finds no seat; who has is waited for, a piece's time awake, which is shorter than
     // falling asleep and being woken takes.
     std::unique_lock<std::mutex> lock(mutex_);
@@ -63,26 +76,31 @@ class Workers {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
       wake_.wait(lock, [this] { return seats_ > 0; });
-      --seats_;
+      const int64_t seat = seats_--;
       ++busy_;
       lock.unlock();
-      take();
+      take(seat);
       lock.lock();
       if (--busy_ == 0) done_.notify_one();
     }
   }
 
-  void take() {
-    for (int64_t piece = next_++; piece < pieces_; piece = next_++) (*work_)(piece);
+  // Neighbouring pieces, so that what a piece has asked memory for beyond its end is wanted by this thread; then what
+  // others have not come to.
+  void take(int64_t seat) {
+    for (int64_t n = 0; n < ranges_; ++n) {
+      Range& range = range_[static_cast<size_t>((seat + n) % ranges_)];
+      for (int64_t piece = range.next++; piece < range.end; piece = range.next++) (*work_)(piece);
+    }
   }
 
   std::mutex calls_;  // held by the call that the threads work for
   std::mutex mutex_;  // of all that follows
   std::condition_variable wake_, done_;
   const std::function<void(int64_t)>* work_ = nullptr;
-  std::atomic<int64_t> next_{0};
+  std::array<Range, kRanges> range_;
   std::atomic<int64_t> busy_{0};
-  int64_t pieces_ = 0, seats_ = 0, made_ = 0;
+  int64_t ranges_ = 0, seats_ = 0, made_ = 0;
 };
 
 // Never destroyed: the threads may wait in it when the process ends.

@@ -27,12 +27,12 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     # kvcache_attention with lengths on the device. No GPU has run the kernels yet. Once one has, they come first: they
     # read the keys that there are, and once, where the formula reads and writes the whole capacity several times.
     "kvcache_attention_decode": {"cpu": ("eager", "triton"), "cuda": ("eager", "triton")},
-    # A step of decoding in five launches a layer. No GPU has run these either; until one has, a step is made of the ops
-    # above and PyTorch's matrix products.
-    "decode_attention": {"cpu": ("eager", "triton"), "cuda": ("eager", "triton")},
-    "rms_norm_linear": {"cpu": ("eager", "triton"), "cuda": ("eager", "triton")},
-    "rms_norm_swiglu": {"cpu": ("eager", "triton"), "cuda": ("eager", "triton")},
-    "linear_add": {"cpu": ("eager", "triton"), "cuda": ("eager", "triton")},
+    # A step of decoding in five calls a layer. No GPU has run the kernels either; until one has, a step on one is made
+    # of the ops above and PyTorch's matrix products.
+    "decode_attention": {"cpu": ("native", "eager", "triton"), "cuda": ("eager", "triton")},
+    "rms_norm_linear": {"cpu": ("native", "eager", "triton"), "cuda": ("eager", "triton")},
+    "rms_norm_swiglu": {"cpu": ("native", "eager", "triton"), "cuda": ("eager", "triton")},
+    "linear_add": {"cpu": ("native", "eager", "triton"), "cuda": ("eager", "triton")},
     "patch_embed": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
     "patch_merge": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
     "rms_norm": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},

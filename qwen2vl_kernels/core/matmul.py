@@ -8,9 +8,9 @@ writes (nothing else was sure of the cores):
 =======  ====  =====  ======  ====
 threads  rows  ours   oneDNN  copy
 =======  ====  =====  ======  ====
-1        1     13.0   9.4     12.4
-2        1     22.3   17.1    24.8
-2        8     11.0   10.5    24.8
+1        1     14.5   9.0     13.1
+2        1     24.4   14.4    25.6
+2        8     16.7   10.0    25.6
 =======  ====  =====  ======  ====
 
 Beside a busy program, where threads of OpenMP that spin wait for those that cannot run, it was 12.5 against 0.6.

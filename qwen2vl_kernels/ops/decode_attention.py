@@ -10,13 +10,15 @@ Any other row stores nothing, and its result is zero. A token of text has one po
 ``positions[b] * inv_freq[j]``.
 
 Shapes: q ``(B, Hq, D)``, k, v ``(B, Hk, D)``, caches ``(B, capacity, Hk, D)``. It is ``append_kv`` and
-``kvcache_attention`` with lengths on the device in one launch (``triton.attention_step``). Inference only.
+``kvcache_attention`` with lengths on the device in one launch (``triton.attention_step``), or in one call of the CPU's
+extension (``csrc/cpu/decoder_step``). Inference only.
 """
 
 from __future__ import annotations
 
 import torch
 
+from ..core import native
 from ..core.backends import BackendError, forced, resolve
 from ..core.checks import INTS, Checker, no_grad_through, no_overlap
 from ..core.formulas import attend_to_cache
@@ -70,21 +72,50 @@ def _check(
     check.tensor("arrived", arrived, ("B", "Hk"), dtypes=(torch.int32,))
     check.require(arrived.is_contiguous(), f"arrived must be contiguous, got strides {arrived.stride()}")
     name = resolve("decode_attention", q.device.type, backend)
-    fits = serves(heads, kv_heads, columns) and q.dtype in (torch.bfloat16, torch.float16) and k_cache.shape[1] > 0
-    if name == "triton" and not fits:
-        if backend is not None or forced("decode_attention") is not None:
-            wanted = "takes 16-bit heads of a power of two of 16 to 256 columns, at most 16 queries a key"
-            raise BackendError(
-                f"decode_attention_: backend 'triton' {wanted}, got {q.dtype}, {heads}/{kv_heads}x{columns}"
-            )
-        return "eager"
-    return name
+    if k_cache.shape[1] > 0 and fits(name, q.dtype, heads, kv_heads, columns):
+        return name
+    if backend is not None or forced("decode_attention") is not None:
+        what = f"{q.dtype}, {heads}/{kv_heads}x{columns} and {k_cache.shape[1]} slots"
+        raise BackendError(f"decode_attention_: backend {name!r} takes {_TAKEN[name]}, got {what}")
+    return "eager"
+
+
+_TAKEN = {
+    "triton": "16-bit heads of a power of two of 16 to 256 columns, at most 16 queries a key, and slots",
+    "native": "bfloat16 heads of a multiple of 16 columns, and slots",
+}
+
+
+def fits(name: str, dtype: torch.dtype, heads: int, kv_heads: int, columns: int) -> bool:
+    """Whether the backend of that name has a form for such heads."""
+    if name == "native":
+        return dtype == torch.bfloat16 and columns % 16 == 0
+    return name == "eager" or (dtype in (torch.bfloat16, torch.float16) and serves(heads, kv_heads, columns))
+
+
+def fused(device_type: str, dtype: torch.dtype, heads: int, kv_heads: int, columns: int) -> bool:
+    """Whether what comes first on such a device is one launch, or one call, for such heads."""
+    name = resolve("decode_attention", device_type, None)
+    return name != "eager" and fits(name, dtype, heads, kv_heads, columns)
+
+
+def _run_native(q, k, v, k_cache, v_cache, cache_seqlens, positions, inv_freq, arrived, softmax_scale) -> torch.Tensor:
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    strides = [*(n for one in (q, k, v) for n in one.stride()[:2]), *k_cache.stride()[:3], *v_cache.stride()[:3]]
+    native.cpu().decode_attention(
+        [one.data_ptr() for one in (q, k, v, k_cache, v_cache)], strides,
+        native.view(cache_seqlens), native.view(positions), native.view(inv_freq), out.data_ptr(),
+        (*q.shape[:2], k.shape[1], q.shape[2], k_cache.shape[1]), softmax_scale, (torch.get_num_threads(), 0),
+    )  # fmt: skip
+    return out
 
 
 def _run(
     q, k, v, k_cache, v_cache, cache_seqlens, positions, inv_freq, arrived, softmax_scale, prefetch, backend
 ) -> torch.Tensor:
     given = (q, k, v, k_cache, v_cache, cache_seqlens, positions, inv_freq, arrived, softmax_scale)
+    if backend == "native":
+        return _run_native(*given)
     return launch_step(*given, prefetch) if backend == "triton" else decode_attention_ref(*given)
 
 
@@ -129,7 +160,8 @@ def decode_attention_(
         softmax_scale: default ``D ** -0.5``.
         prefetch: on cards from Hopper on, read caches, lengths and positions before the kernel ahead in the stream has
             ended. Only where no kernel launched since the last ordinary one writes them.
-        backend: ``None`` (choose), ``"triton"`` (16-bit, D a power of two of 16 to 256, Hq at most 16 Hk), ``"eager"``.
+        backend: ``None`` (choose), ``"triton"`` (16-bit, D a power of two of 16 to 256, Hq at most 16 Hk),
+            ``"native"`` (the CPU's; bfloat16, D a multiple of 16), ``"eager"``.
 
     Returns ``(B, Hq, D)``. Raises ``TypeError``/``ValueError`` naming the argument that does not fit, ``ValueError``
     when a tensor requires grad or when what is written shares memory with another argument, and :class:`BackendError`

@@ -7,9 +7,9 @@ With n = rms_norm(x) = x / sqrt(mean(x^2) + eps) * norm_weight:
     linear_add_       residual += x W^T                              (what ends attention and the MLP)
 
 Shapes: x ``(R, K)``, weights ``(N, K)``, residual ``(R, N)``. dtypes: float32, bfloat16, float16. A step of decoding
-has one row a sequence, and reading the weights is all the work there is: the kernel (``triton.few_rows``) takes up to 8
-rows of bfloat16 and reads each weight once. Other rows and dtypes are the formula's, of PyTorch's operations. Inference
-only.
+has one row a sequence, and reading the weights is all the work there is: the kernels (``triton.few_rows``, and
+``csrc/cpu/decoder_step`` on a CPU) take up to 8 rows of bfloat16 and read each weight once. Other rows and dtypes are
+the formula's, of PyTorch's operations. Inference only.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
+from ..core import native
 from ..core.backends import BackendError, forced, resolve
 from ..core.checks import Checker, no_overlap
 from ..core.formulas import rms_normed
@@ -62,23 +63,51 @@ def linear_add_ref(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
     residual.add_(F.linear(x, weight))
 
 
-def _serve(op: str, x: torch.Tensor, backend: str | None, weights: Sequence[torch.Tensor]) -> str:
-    """The backend that serves: the kernel where it has a form for these tensors and comes first, or is named."""
-    unfit = ""
-    if x.dtype != torch.bfloat16:
-        unfit = f"takes bfloat16, got {x.dtype}"
-    elif x.shape[0] > MAX_ROWS:
-        unfit = f"takes at most {MAX_ROWS} rows, x has {x.shape[0]}"
-    elif torch.version.hip is not None:
-        unfit = "takes NVIDIA's cards, whose matrix instructions have a side of 8"
-    elif not all(one.is_contiguous() for one in weights):
-        unfit = "takes contiguous weights"
+def _serve(op: str, x: torch.Tensor, backend: str | None, given: Sequence[torch.Tensor]) -> str:
+    """The backend that serves: a kernel where it has a form for the tensors and comes first, or is named."""
     name = resolve(op, x.device.type, backend)
-    if name == "triton" and unfit:
-        if backend is not None or forced(op) is not None:
-            raise BackendError(f"{op}: backend 'triton' {unfit}")
-        return "eager"
-    return name
+    if name == "eager" or (unfit := _unfit(name, x, given)) is None:
+        return name
+    if backend is not None or forced(op) is not None:
+        raise BackendError(f"{op}: backend {name!r} {unfit}")
+    return "eager"
+
+
+def _unfit(name: str, x: torch.Tensor, given: Sequence[torch.Tensor]) -> str | None:
+    if x.dtype != torch.bfloat16:
+        return f"takes bfloat16, got {x.dtype}"
+    if x.shape[0] > MAX_ROWS:
+        return f"takes at most {MAX_ROWS} rows, x has {x.shape[0]}"
+    if name == "native":
+        dense = all(one.stride(-1) == 1 for one in (x, *given))
+        return None if dense else "takes tensors whose last dimension is contiguous"
+    if torch.version.hip is not None:
+        return "takes NVIDIA's cards, whose matrix instructions have a side of 8"
+    return None if all(one.is_contiguous() for one in given) else "takes contiguous weights"
+
+
+def _native_linear(x, norm_weight, weights, biases, eps, prefetch) -> torch.Tensor:
+    counts = [one.shape[0] for one in weights]
+    y = x.new_empty((x.shape[0], sum(counts)))
+    native.cpu().rms_norm_linear(
+        native.view(x), native.view(norm_weight), eps, list(map(native.view, weights)), list(map(native.view, biases)),
+        counts, native.view(y), tuple(x.shape), (torch.get_num_threads(), 0),
+    )  # fmt: skip
+    return y
+
+
+def _native_swiglu(x, norm_weight, gate_weight, up_weight, eps, prefetch) -> torch.Tensor:
+    y = x.new_empty((x.shape[0], gate_weight.shape[0]))
+    views = (native.view(gate_weight), native.view(up_weight), native.view(y))
+    sizes = (*y.shape, x.shape[1])
+    options = (torch.get_num_threads(), 0, 0)
+    native.cpu().rms_norm_swiglu(native.view(x), native.view(norm_weight), eps, *views, sizes, options)
+    return y
+
+
+def _native_add(residual, x, weight, prefetch) -> None:
+    views, sizes = (native.view(residual), native.view(x), native.view(weight)), (*residual.shape, x.shape[1])
+    native.cpu().linear_add(*views, sizes, (torch.get_num_threads(), 0))
 
 
 def _refuse_grad(op: str, *tensors: torch.Tensor | None) -> None:
@@ -102,7 +131,11 @@ def _check_linear(x, norm_weight, weights, biases, eps, prefetch, backend) -> st
     return _serve("rms_norm_linear", x, backend, (norm_weight, *weights, *(b for b in biases if b is not None)))
 
 
-_LINEAR: dict[str, Callable[..., torch.Tensor]] = {"eager": rms_norm_linear_ref, "triton": launch_norm_linear}
+_LINEAR: dict[str, Callable[..., torch.Tensor]] = {
+    "eager": rms_norm_linear_ref,
+    "native": _native_linear,
+    "triton": launch_norm_linear,
+}
 
 
 def _run_linear(x, norm_weight, weights, biases, eps, prefetch, backend) -> torch.Tensor:
@@ -139,7 +172,8 @@ def rms_norm_linear(
         eps: added to the mean square.
         prefetch: on cards from Hopper on, read weights before the kernel ahead in the stream has ended (programmatic
             dependent launch). Only where no kernel launched since the last ordinary one writes them.
-        backend: ``None`` (choose), ``"triton"`` (R at most 8, bfloat16, contiguous weights), ``"eager"``.
+        backend: ``None`` (choose), ``"triton"`` (R at most 8, bfloat16, contiguous weights), ``"native"`` (the CPU's; R
+            at most 8, bfloat16), ``"eager"``.
 
     Under autocast the tensors are taken in its dtype, as PyTorch does for matrix products.
 
@@ -169,7 +203,11 @@ def _check_swiglu(x, norm_weight, gate_weight, up_weight, eps, prefetch, backend
     return _serve("rms_norm_swiglu", x, backend, (norm_weight, gate_weight, up_weight))
 
 
-_SWIGLU: dict[str, Callable[..., torch.Tensor]] = {"eager": rms_norm_swiglu_ref, "triton": launch_norm_swiglu}
+_SWIGLU: dict[str, Callable[..., torch.Tensor]] = {
+    "eager": rms_norm_swiglu_ref,
+    "native": _native_swiglu,
+    "triton": launch_norm_swiglu,
+}
 
 
 def _run_swiglu(x, norm_weight, gate_weight, up_weight, eps, prefetch, backend) -> torch.Tensor:
@@ -221,7 +259,11 @@ def _check_add(residual, x, weight, prefetch, backend) -> str:
     return _serve("linear_add", x, backend, (residual, weight))
 
 
-_ADD: dict[str, Callable[..., None]] = {"eager": linear_add_ref, "triton": launch_linear_add}
+_ADD: dict[str, Callable[..., None]] = {
+    "eager": linear_add_ref,
+    "native": _native_add,
+    "triton": launch_linear_add,
+}
 
 
 def _run_add(residual, x, weight, prefetch, backend) -> None:

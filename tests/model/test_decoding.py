@@ -3,6 +3,7 @@
 import gc
 import weakref
 from bisect import bisect_right
+from collections import Counter
 from copy import deepcopy
 from functools import cache as once
 from itertools import accumulate
@@ -20,7 +21,7 @@ from qwen2vl_kernels import use_backend
 from qwen2vl_kernels.core import launching
 from qwen2vl_kernels.core.backends import unavailable
 
-from .graph_stand_in import FromOutside, OnDevice, Recorder, capture_into, storage_of
+from .graph_stand_in import VIEWS, FromOutside, OnDevice, Recorder, capture_into, storage_of
 
 ENDLESS = (10**6,)
 STATE = ("k", "v", "seqlens", "growth", "next_position")
@@ -138,14 +139,26 @@ def halved(model):
     return deepcopy(model).bfloat16()
 
 
-@pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason=f"triton: {unavailable('triton', 'cpu')}")
-@pytest.mark.parametrize("fused", [FUSED, {"decode_attention": "triton"}], ids=["all", "attention"])
-def test_a_step_by_its_own_kernels_is_the_usual_one(halved, inputs, monkeypatch, fused):
+_triton = pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason=f"{unavailable('triton', 'cpu')}")
+_OFF = dict.fromkeys(FUSED, "eager")
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["host", "device"])
+@pytest.mark.parametrize(
+    "fused",
+    [
+        pytest.param(FUSED, marks=_triton, id="triton"),
+        pytest.param({**_OFF, "decode_attention": "triton"}, marks=_triton, id="triton attention"),
+        pytest.param({}, id="native"),
+        pytest.param({**_OFF, "decode_attention": "native"}, id="native attention"),
+    ],
+)
+def test_a_step_by_its_own_kernels_is_the_usual_one(halved, inputs, monkeypatch, fused, ahead):
     """Three rows, one of them held, over a cache whose other slots are no numbers; what is stored is equal."""
-    monkeypatch.setattr(KVCache, "asynchronous", staticmethod(lambda device: True))
+    monkeypatch.setattr(KVCache, "asynchronous", staticmethod(lambda device: ahead))
     caches = []
     with torch.inference_mode():
-        for backends in ({}, fused):
+        for backends in (_OFF, fused):
             cache = KVCache(halved.config.text, 3, 60, device=halved.device, dtype=halved.dtype)
             cache.k.fill_(float("nan"))
             cache.v.fill_(float("nan"))
@@ -166,11 +179,8 @@ def test_a_step_by_its_own_kernels_is_the_usual_one(halved, inputs, monkeypatch,
 def test_a_changed_layer_is_called(halved, change):
     x = torch.zeros(1, halved.config.text.hidden_size, dtype=torch.bfloat16)
     decoder, first = halved.model, halved.model.layers[0]
-    with (
-        torch.inference_mode(),
-        use_backend(**FUSED) if unavailable("triton", "cpu") is None else pytest.skip("triton"),
-    ):
-        assert decoder.steps(x)
+    with torch.inference_mode():
+        assert decoder.steps(x)  # by the CPU's extension
         if change == "hook":
             first.mlp.register_forward_hook(lambda *_: None)
         elif change == "forward":
@@ -178,6 +188,22 @@ def test_a_changed_layer_is_called(halved, change):
         elif change == "layer":
             first.self_attn.q_proj = torch.nn.Linear(x.shape[1], x.shape[1])
         assert not decoder.steps(x.float() if change == "dtype" else x)
+
+
+def test_a_cpus_step_calls_nothing_of_pytorchs_that_shares_work(halved, inputs):
+    """Threads of OpenMP that have shared a region go on spinning, on the cores that the step's own need."""
+    with torch.inference_mode():
+        cache = KVCache(halved.config.text, 3, 60, device=halved.device, dtype=halved.dtype)
+        halved(**inputs, cache=cache, last_only=True)
+        ids = torch.tensor([[7], [8], [9]])
+        with Recorder() as seen:
+            halved.step(ids, cache)
+    layers = halved.config.text.num_hidden_layers
+    names = Counter(func.name().partition("::")[2].partition(".")[0] for func, *_ in seen.calls)
+    own = {"rms_norm_linear": layers + 1, "rms_norm_swiglu": layers, "linear_add_": 2 * layers}
+    own |= {"decode_attention_": layers}
+    assert {name: names.pop(name) for name in own} == own
+    assert not names.keys() - VIEWS - {"embedding", "add", "add_"}, names
 
 
 def _addresses(run, times=3):

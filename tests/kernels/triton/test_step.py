@@ -19,6 +19,9 @@ from qwen2vl_kernels.triton import attention_step
 from tests.conftest import DEVICE, assert_two_times
 
 needs_triton = pytest.mark.skipif(launching.reason(DEVICE) is not None, reason=str(launching.reason(DEVICE)))
+#: The kernels: Triton's, and on a CPU the extension's.
+KERNELS = [pytest.param("triton", marks=needs_triton), *(["native"] if DEVICE == "cpu" else [])]
+of_kernels = pytest.mark.parametrize("kernel", KERNELS)
 EPS = torch.finfo(torch.bfloat16).eps
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -66,33 +69,33 @@ def test_the_formulas_are_those_of_a_layer():
 SHAPES = [(1, 96, (24,)), (3, 1024, (40, 16, 24)), (8, 1544, (33, 9)), (5, 8, (1, 1, 1))]
 
 
-@needs_triton
+@of_kernels
 @pytest.mark.parametrize(("rows", "columns", "counts"), SHAPES)
-def test_norm_linear(rows, columns, counts):
+def test_norm_linear(rows, columns, counts, kernel):
     x, norm = _guarded(rows, columns, scale=7), _guarded(columns)
     weights = [_guarded(n, columns, scale=columns**-0.5) for n in counts]
     biases = [_guarded(n) if place != 1 else None for place, n in enumerate(counts)]
-    got = rms_norm_linear(x, norm, weights, biases, eps=0.3, backend="triton")
+    got = rms_norm_linear(x, norm, weights, biases, eps=0.3, backend=kernel)
     eager = rms_norm_linear_ref(x, norm, weights, biases, 0.3)
     assert_two_times(got, eager, rms_norm_linear_ref(*_double([x, norm, weights, biases]), 0.3), EPS)
 
 
-@needs_triton
+@of_kernels
 @pytest.mark.parametrize(("rows", "columns", "count"), [(1, 96, 40), (8, 776, 17)])
-def test_norm_swiglu(rows, columns, count):
+def test_norm_swiglu(rows, columns, count, kernel):
     given = [_guarded(rows, columns), _guarded(columns), *(_guarded(count, columns, scale=0.1) for _ in range(2))]
-    got = rms_norm_swiglu(*given, backend="triton")
+    got = rms_norm_swiglu(*given, backend=kernel)
     assert_two_times(got, rms_norm_swiglu_ref(*given, 1e-6), rms_norm_swiglu_ref(*_double(given), 1e-6), EPS)
 
 
-@needs_triton
+@of_kernels
 @pytest.mark.parametrize(("rows", "columns", "count"), [(1, 1544, 40), (8, 96, 17)])
-def test_linear_add(rows, columns, count):
+def test_linear_add(rows, columns, count, kernel):
     residual, x, weight = _guarded(rows, count), _guarded(rows, columns), _guarded(count, columns, scale=0.1)
     exact, eager = residual.double(), residual.clone()
     linear_add_ref(exact, x.double(), weight.double())
     linear_add_ref(eager, x, weight)
-    assert linear_add_(residual, x, weight, backend="triton") is residual
+    assert linear_add_(residual, x, weight, backend=kernel) is residual
     assert_two_times(residual, eager, exact, EPS)
 
 
@@ -102,6 +105,23 @@ def test_a_row_is_bitwise_the_same_beside_others():
     together = rms_norm_linear(x, norm, [weight], backend="triton")
     for row in (0, 7):
         assert torch.equal(rms_norm_linear(x[row : row + 1], norm, [weight], backend="triton"), together[row : row + 1])
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the extension takes tensors of a CPU")
+def test_where_the_extension_has_no_form():
+    few, weight, norm = _random(2, 16), _random(4, 16), _random(16)
+    for given, words in (
+        ((_random(9, 16), norm, [weight]), "takes at most 8 rows, x has 9"),
+        ((few, norm, [_random(16, 4).T]), "takes tensors whose last dimension is contiguous"),
+        ((few.float(), norm.float(), [weight.float()]), r"takes bfloat16, got torch\.float32"),
+    ):
+        assert rms_norm_linear(*given).shape[1] == 4
+        with pytest.raises(BackendError, match=f"rms_norm_linear: backend 'native' {words}"):
+            rms_norm_linear(*given, backend="native")
+    for given, words in ((_step([3], columns=24), "6/2x24"), (_step([3], dtype=torch.float16), "torch.float16")):
+        assert decode_attention_(*_copied(given)).shape == given[0].shape
+        with pytest.raises(BackendError, match=f"decode_attention_: backend 'native' takes bfloat16 .*{words}"):
+            decode_attention_(*given, backend="native")
 
 
 @needs_triton
@@ -169,20 +189,22 @@ def test_the_formula_is_append_and_attention():
         torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
-@needs_triton
+@of_kernels
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "columns", "dtype"),
     [(6, 2, 32, torch.bfloat16), (16, 1, 16, torch.float16), (2, 2, 128, torch.bfloat16), (7, 1, 64, torch.bfloat16)],
 )
-def test_attention_against_the_formula(heads, kv_heads, columns, dtype, few_splits):
+def test_attention_against_the_formula(heads, kv_heads, columns, dtype, few_splits, kernel):
     """A row of each kind: the first token, a block full, one begun, the whole cache; and two that hold nothing."""
+    if (kernel, dtype) == ("native", torch.float16):
+        pytest.skip("the extension takes bfloat16")
     given = _step([*LENGTHS, 0, 301], heads, kv_heads, columns, dtype=dtype)
     for tensor in given[3:5]:
         tensor[5:] = 7
     eager, exact = _copied(given), _copied(given, wide=True)
     exact[7] = given[7]
     wanted, precise = decode_attention_ref(*eager, 0.3), decode_attention_ref(*exact, 0.3)
-    got = decode_attention_(*given, softmax_scale=0.3, backend="triton")
+    got = decode_attention_(*given, softmax_scale=0.3, backend=kernel)
     assert_two_times(got, wanted, precise, torch.finfo(dtype).eps)
     assert got[5:].count_nonzero() == 0 and given[8].count_nonzero() == 0
     for ours, theirs in zip(given[3:5], eager[3:5], strict=True):
