@@ -44,6 +44,7 @@ CPU = Extension(
         "csrc/cpu/image_to_patches.cpp",
         "csrc/cpu/mrope_positions.cpp",
         "csrc/cpu/quant_linear.cpp",
+        "csrc/cpu/quant_linear_x86.cpp",
         "csrc/cpu/resample.cpp",
         "csrc/cpu/resample_x86.cpp",
         "csrc/cpu/vision_positions.cpp",

@@ -56,29 +56,37 @@ inline void bind_quant(pybind11::module_& m) {
     return names;
   });
 
-  // weight, scales, their type, zeros, fp8, bytes of a row of the weight; x and y are float32. options: threads, index
-  // of the kernel.
+  // weight, scales, their type, zeros, fp8, bytes of a row of the weight; x, bias and y are float32, or bf16. options:
+  // threads, index of the kernel.
   m.def(
       "quant_linear",
       [](const RawView& w, const RawView& scales, int64_t scale_type, const RawView& zeros, bool fp8, int64_t w_width,
-         const RawView& x, const RawView& y, int64_t rows, const std::array<int64_t, 4>& sizes,
+         const RawView& x, const RawView& bias, const RawView& y, int64_t rows, const std::array<int64_t, 4>& sizes,
          const std::array<int64_t, 2>& options) {
-        for (const RawView* view : {&x, &y}) {
-          if ((*view)[1] != 4 || (*view)[3] != 1) throw py::value_error("x and y want rows of float32");
+        for (const RawView* view : {&x, &bias, &y}) {
+          if ((*view)[0] == 0 && view == &bias) continue;
+          if (((*view)[1] != 4 && (*view)[1] != 2) || (*view)[1] != x[1] || (*view)[3] != 1) {
+            throw py::value_error("x, bias and y want rows of float32, or of bf16");
+          }
         }
         if (rows < 0) throw py::value_error("rows must not be negative");
         const QuantLinear p{quant_weight(w, scales, scale_type, zeros, fp8, w_width, sizes),
-                            reinterpret_cast<const float*>(x[0]),
+                            reinterpret_cast<const void*>(x[0]),
                             x[2],
-                            reinterpret_cast<float*>(y[0]),
+                            reinterpret_cast<const void*>(bias[0]),
+                            reinterpret_cast<void*>(y[0]),
                             y[2],
-                            rows};
+                            x[1] == 2,
+                            rows,
+                            nullptr,
+                            nullptr};
         const size_t kernel = kernel_of(options[1], quant_kernels().size());
         const py::gil_scoped_release release;
         quant_linear(p, options[0], kernel);
       },
       py::arg("weight"), py::arg("scales"), py::arg("scale_type"), py::arg("zeros"), py::arg("fp8"),
-      py::arg("row_bytes"), py::arg("x"), py::arg("y"), py::arg("rows"), py::arg("sizes"), py::arg("options"));
+      py::arg("row_bytes"), py::arg("x"), py::arg("bias"), py::arg("y"), py::arg("rows"), py::arg("sizes"),
+      py::arg("options"));
 
   // The weight's values, float32 or bf16.
   m.def(

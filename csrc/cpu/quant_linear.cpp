@@ -96,6 +96,10 @@ QWEN2VL_TARGET inline void fp8(const uint8_t* bytes, Floats* low, Floats* high) 
 #include "quant_linear_loops.h"
 #undef QWEN2VL_TARGET
 }  // namespace avx512
+
+void linear_avx512_bf16(const QuantLinear& p, int64_t begin, int64_t end) {
+  (p.halves != nullptr ? quant_linear_avx512_bf16 : avx512::linear)(p, begin, end);
+}
 #endif
 
 // In pieces of whole pairs of outputs, so that which loop takes an output does not depend on the threads.
@@ -118,20 +122,56 @@ const std::vector<QuantKernel>& quant_kernels() {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq")) {
-      usable.push_back({"avx512", avx512::linear, avx512::values});
+      if (__builtin_cpu_supports("avx512bf16")) {
+        usable.push_back({"avx512_bf16", arrange_avx512_bf16, linear_avx512_bf16, avx512::values});
+      }
+      usable.push_back({"avx512", nullptr, avx512::linear, avx512::values});
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-      usable.push_back({"avx2", avx2::linear, avx2::values});
+      usable.push_back({"avx2", nullptr, avx2::linear, avx2::values});
     }
 #endif
-    usable.push_back({"portable", portable::linear, portable::values});
+    usable.push_back({"portable", nullptr, portable::linear, portable::values});
     return usable;
   }();
   return kernels;
 }
 
-void quant_linear(const QuantLinear& p, int64_t threads, size_t kernel) {
-  const auto linear = quant_kernels()[kernel].linear;
+void quant_linear(QuantLinear p, int64_t threads, size_t kernel) {
+  const auto [name, arrange, linear, values] = quant_kernels()[kernel];
+  const int64_t width = p.weight.width;
+  // Room that a thread keeps between calls.
+  thread_local std::vector<uint16_t> halves;
+  thread_local std::vector<float> floats;
+  const auto row_of = [&](int64_t row) { return static_cast<const uint16_t*>(p.x) + row * p.x_stride; };
+  const auto room = [&](auto& held) {
+    if (held.size() < static_cast<size_t>(p.rows * width)) held.resize(static_cast<size_t>(p.rows * width));
+    return held.data();
+  };
+  p.floats = nullptr;
+  p.halves = nullptr;
+  if (p.bf16 && arrange != nullptr && p.rows > 0) {
+    uint16_t* to = room(halves);
+    bool arranged = true;
+    for (int64_t row = 0; row < p.rows && arranged; ++row) {
+      arranged = arrange(p.weight, row_of(row), to + row * width);
+    }
+    if (arranged) p.halves = to;
+  }
+  if (p.halves == nullptr && !p.bf16 && (p.x_stride == width || p.rows == 1)) {
+    p.floats = static_cast<const float*>(p.x);
+  } else if (p.halves == nullptr) {
+    float* to = room(floats);
+    for (int64_t row = 0; row < p.rows; ++row) {
+      if (p.bf16) {
+        for (int64_t k = 0; k < width; ++k) to[row * width + k] = from_bf16(row_of(row)[k]);
+      } else {
+        std::memcpy(to + row * width, static_cast<const float*>(p.x) + row * p.x_stride,
+                    static_cast<size_t>(width) * sizeof(float));
+      }
+    }
+    p.floats = to;
+  }
   in_pieces(p.weight, threads, [&](int64_t begin, int64_t end) { linear(p, begin, end); });
 }
 

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "few_rows.h"
+
 namespace qwen2vl {
 
 enum class Quantised { kInt4, kInt8, kFp8 };
@@ -25,13 +27,19 @@ struct QuantWeight {
   int64_t outputs, width, block_outputs, block_width;
 };
 
+// x, bias and y are float, or all bf16.
 struct QuantLinear {
   QuantWeight weight;
-  const float* x;  // (rows, width)
+  const void* x;  // (rows, width)
   int64_t x_stride;
-  float* y;  // (rows, outputs)
+  const void* bias;  // (outputs), or null
+  void* y;           // (rows, outputs)
   int64_t y_stride;
+  bool bf16;
   int64_t rows;
+  // What quant_linear makes of x for a kernel: dense rows of float, or those of bf16 as its `arrange` leaves them.
+  const float* floats;
+  const uint16_t* halves;
 };
 
 struct QuantValues {
@@ -45,6 +53,9 @@ struct QuantValues {
 // and the outputs beside them.
 struct QuantKernel {
   const char* name;
+  // A row of bf16 in the order in which `linear` meets it; null where it takes floats alone. False where it takes those
+  // for such a weight, and nothing is written.
+  bool (*arrange)(const QuantWeight& p, const uint16_t* row, uint16_t* arranged);
   void (*linear)(const QuantLinear& p, int64_t begin, int64_t end);
   void (*values)(const QuantValues& p, int64_t begin, int64_t end);
 };
@@ -52,8 +63,26 @@ struct QuantKernel {
 // What this build has and this processor runs, best first; the last one runs everywhere.
 const std::vector<QuantKernel>& quant_kernels();
 
-// With up to `threads` threads and the kernel of that index.
-void quant_linear(const QuantLinear& p, int64_t threads, size_t kernel);
+#if defined(__x86_64__) && defined(__GNUC__)
+// Products of bf16 pairs, whose weights are looked up in tables: a kernel's for halves.
+bool arrange_avx512_bf16(const QuantWeight& p, const uint16_t* row, uint16_t* arranged);
+void quant_linear_avx512_bf16(const QuantLinear& p, int64_t begin, int64_t end);
+#endif
+
+// One output of one row, with its bias, rounded once.
+inline void put(const QuantLinear& p, int64_t row, int64_t output, float sum) {
+  const int64_t at = row * p.y_stride + output;
+  if (p.bf16) {
+    if (p.bias != nullptr) sum += from_bf16(static_cast<const uint16_t*>(p.bias)[output]);
+    static_cast<uint16_t*>(p.y)[at] = to_bf16(sum);
+  } else {
+    if (p.bias != nullptr) sum += static_cast<const float*>(p.bias)[output];
+    static_cast<float*>(p.y)[at] = sum;
+  }
+}
+
+// With up to `threads` threads and the kernel of that index. `floats` and `halves` are set here.
+void quant_linear(QuantLinear p, int64_t threads, size_t kernel);
 void quant_values(const QuantValues& p, int64_t threads, size_t kernel);
 
 }  // namespace qwen2vl

@@ -85,7 +85,7 @@ constexpr int64_t bytes_of(int64_t columns) {
 template <Quantised KIND, int M, int N>
 QWEN2VL_INLINE void block(const QuantLinear& p, int64_t row, int64_t output) {
   const QuantWeight& q = p.weight;
-  const float* x = p.x + row * p.x_stride;
+  const float* x = p.floats + row * q.width;
   const int64_t groups = (q.width + q.block_width - 1) / q.block_width;
   Floats sums[M][N] = {};
   float scales[N][kGroups];
@@ -109,8 +109,8 @@ QWEN2VL_INLINE void block(const QuantLinear& p, int64_t row, int64_t output) {
         Floats low, high;
         take<KIND>(at, zero[n], values[n], &low, &high);
         for (int m = 0; m < M; ++m) {
-          low_sums[m][n] = multiply_add(low, load<Floats>(x + m * p.x_stride + k), low_sums[m][n]);
-          high_sums[m][n] = multiply_add(high, load<Floats>(x + m * p.x_stride + k + kLanes), high_sums[m][n]);
+          low_sums[m][n] = multiply_add(low, load<Floats>(x + m * q.width + k), low_sums[m][n]);
+          high_sums[m][n] = multiply_add(high, load<Floats>(x + m * q.width + k + kLanes), high_sums[m][n]);
         }
       }
     }
@@ -120,7 +120,7 @@ QWEN2VL_INLINE void block(const QuantLinear& p, int64_t row, int64_t output) {
     }
   }
   for (int m = 0; m < M; ++m) {
-    for (int n = 0; n < N; ++n) p.y[(row + m) * p.y_stride + output + n] = total(sums[m][n]);
+    for (int n = 0; n < N; ++n) put(p, row + m, output + n, total(sums[m][n]));
   }
 }
 

@@ -67,13 +67,16 @@ def _run_native(x, weight, scales, zeros, bias, block_n, block_k):
             values = _native_values(*_cut(part, weight, scales, zeros, block), block, x.dtype, rows.shape[1])
             y[:, part] = linear(rows, values, None if bias is None else bias[part])
     else:
-        sums = rows.new_empty(rows.shape[0], weight.shape[0], dtype=torch.float32)
-        wide = rows.float().contiguous()
+        if x.dtype not in (torch.bfloat16, torch.float32):
+            rows, bias = rows.float(), None if bias is None else bias.float()
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        bias = bias if bias is None or bias.stride(0) == 1 else bias.contiguous()
+        sums = rows.new_empty(rows.shape[0], weight.shape[0])
         native.cpu().quant_linear(
-            *_views(weight, scales, zeros), native.view(wide), native.view(sums), rows.shape[0],
+            *_views(weight, scales, zeros), native.view(rows), native.view(bias), native.view(sums), rows.shape[0],
             (weight.shape[0], rows.shape[1], *block), (torch.get_num_threads(), 0),
         )  # fmt: skip
-        y = (sums if bias is None else sums.add_(bias)).to(x.dtype)
+        y = sums.to(x.dtype)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -96,19 +96,25 @@ def test_a_last_group_may_be_shorter(backend):
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kernel", range(len(KERNELS)), ids=KERNELS)
 @pytest.mark.parametrize("form", FORMS)
-def test_every_instruction_set(form, kernel, scale_dtype):
-    (weight, scales, zeros, block), exact = weight_of(form, 13, 224, scale_dtype=scale_dtype)
-    views, sizes = op._views(weight, scales, zeros), (13, 224, *block)
+@pytest.mark.parametrize("columns", [224, 256])  # the second one a multiple of 64, as products of bf16 want of int4
+def test_every_instruction_set(columns, form, kernel, scale_dtype):
+    (weight, scales, zeros, block), exact = weight_of(form, 13, columns, scale_dtype=scale_dtype)
+    views, sizes = op._views(weight, scales, zeros), (13, columns, *block)
     for dtype in (torch.float32, torch.bfloat16):
-        values = torch.full((13, 230), float("nan"), dtype=dtype)
-        native.cpu().quant_values(*views, native.view(values[:, :224]), sizes, (2, kernel))
-        assert values[:, 224:].isnan().all()
-        assert torch.equal(values[:, :224], dequantize(weight, scales, zeros, block, dtype, 224))
-    x = torch.randn(6, 230)[:, 3:227]
-    y = torch.full((6, 15), float("nan"))
-    native.cpu().quant_linear(*views, native.view(x), native.view(y[:, :13]), 6, sizes, (2, kernel))
-    assert y[:, 13:].isnan().all()
-    assert_two_times(y[:, :13], F.linear(x, exact.float()), F.linear(x.double(), exact), 2e-6)
+        values = torch.full((13, columns + 6), float("nan"), dtype=dtype)
+        native.cpu().quant_values(*views, native.view(values[:, :columns]), sizes, (2, kernel))
+        assert values[:, columns:].isnan().all()
+        assert torch.equal(values[:, :columns], dequantize(weight, scales, zeros, block, dtype, columns))
+    for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 1e-6)):
+        x, bias = torch.randn(7, columns + 6).to(dtype)[:, 3 : columns + 3], torch.randn(13).to(dtype)
+        for given in (None, bias):
+            y = torch.full((7, 15), float("nan"), dtype=dtype)
+            operands = [native.view(one) for one in (x, given, y[:, :13])]
+            native.cpu().quant_linear(*views, *operands, 7, sizes, (2, kernel))
+            assert y[:, 13:].isnan().all()
+            precise = F.linear(x.double(), exact, None if given is None else given.double())
+            once = F.linear(x.float(), exact.float(), None if given is None else given.float()).to(dtype)
+            assert_two_times(y[:, :13], once, precise, tolerance)
 
 
 @pytest.mark.parametrize("kernel", range(len(KERNELS)), ids=KERNELS)
@@ -125,6 +131,13 @@ def test_all_numbers_of_eight_bits_and_scales_of_sixteen(kernel):
         native.cpu().quant_values(*op._views(numbers, scales, None), native.view(values), sizes, (1, kernel))
         wanted = numbers.float() * scales.float()
         assert torch.equal(values.isnan(), wanted.isnan()) and torch.equal(values.nan_to_num(7), wanted.nan_to_num(7))
+    scales, x = torch.ones(8, 1), torch.eye(32).bfloat16()  # each number by itself, and 0 times the others
+    y = torch.empty(32, 8).bfloat16()
+    views = [*op._views(weight, scales, None), *map(native.view, (x, None, y))]
+    native.cpu().quant_linear(*views, 32, (8, 32, 1, 32), (1, kernel))
+    numbers = weight.float()
+    none = numbers.isnan().any(1)
+    assert none.sum() == 2 and y[:, none].isnan().all() and torch.equal(y[:, ~none].float(), numbers[~none].T)
 
 
 @pytest.mark.parametrize("backend", ["native", "triton"])
