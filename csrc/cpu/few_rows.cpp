@@ -40,8 +40,9 @@ const std::vector<FewRowsKernel>& few_rows_kernels() {
     std::vector<FewRowsKernel> usable;
 #if defined(__x86_64__) && defined(__GNUC__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw")) {
-      usable.push_back(kAvx512Bf16FewRows);
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq")) {
+      usable.push_back(kAvx512FewRows);
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) usable.push_back(kAvx2FewRows);
 #endif

@@ -35,7 +35,7 @@ const std::vector<FewRowsKernel>& few_rows_kernels();
 
 extern const FewRowsKernel kPortableFewRows;
 #if defined(__x86_64__) && defined(__GNUC__)
-extern const FewRowsKernel kAvx2FewRows, kAvx512Bf16FewRows;
+extern const FewRowsKernel kAvx2FewRows, kAvx512FewRows;
 #endif
 
 // With up to `threads` threads and the kernel of that index, one product behind the other.

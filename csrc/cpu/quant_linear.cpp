@@ -97,8 +97,8 @@ QWEN2VL_TARGET inline void fp8(const uint8_t* bytes, Floats* low, Floats* high) 
 #undef QWEN2VL_TARGET
 }  // namespace avx512
 
-void linear_avx512_bf16(const QuantLinear& p, int64_t begin, int64_t end) {
-  (p.halves != nullptr ? quant_linear_avx512_bf16 : avx512::linear)(p, begin, end);
+void linear_avx512(const QuantLinear& p, int64_t begin, int64_t end) {
+  (p.halves != nullptr ? quant_linear_avx512 : avx512::linear)(p, begin, end);
 }
 #endif
 
@@ -122,10 +122,7 @@ const std::vector<QuantKernel>& quant_kernels() {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq")) {
-      if (__builtin_cpu_supports("avx512bf16")) {
-        usable.push_back({"avx512_bf16", arrange_avx512_bf16, linear_avx512_bf16, avx512::values});
-      }
-      usable.push_back({"avx512", nullptr, avx512::linear, avx512::values});
+      usable.push_back({"avx512", arrange_avx512, linear_avx512, avx512::values});
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
       usable.push_back({"avx2", nullptr, avx2::linear, avx2::values});

@@ -64,9 +64,9 @@ struct QuantKernel {
 const std::vector<QuantKernel>& quant_kernels();
 
 #if defined(__x86_64__) && defined(__GNUC__)
-// Products of bf16 pairs, whose weights are looked up in tables: a kernel's for halves.
-bool arrange_avx512_bf16(const QuantWeight& p, const uint16_t* row, uint16_t* arranged);
-void quant_linear_avx512_bf16(const QuantLinear& p, int64_t begin, int64_t end);
+// AVX-512's for halves.
+bool arrange_avx512(const QuantWeight& p, const uint16_t* row, uint16_t* arranged);
+void quant_linear_avx512(const QuantLinear& p, int64_t begin, int64_t end);
 #endif
 
 // One output of one row, with its bias, rounded once.

@@ -1,5 +1,5 @@
-// AVX-512 with its products of bf16 pairs. Every number of 4 or 8 bits, less its zero point, is one of bf16, too, so
-// that nothing is rounded before the sums.
+// AVX-512, for rows of bf16. Every number of 4 or 8 bits, less its zero point, is one of bf16, too, of which a register
+// holds 32, so that less is done for each of them than in float, and nothing is rounded before the sums.
 #include "quant_linear.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -18,7 +18,7 @@
 
 #include "few_rows.h"
 
-#define QWEN2VL_AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+#define QWEN2VL_AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")))
 
 namespace qwen2vl {
 namespace {
@@ -61,6 +61,17 @@ struct Tables {
 const Tables& tables() {
   static const Tables made;
   return made;
+}
+
+// The halves of a 32-bit word are two bf16, of which each is the upper half of a float.
+QWEN2VL_AVX512 inline __m512 even(__m512i words) { return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)); }
+
+QWEN2VL_AVX512 inline __m512 odd(__m512i words) {
+  return _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+
+QWEN2VL_AVX512 inline __m512 add_pairs(__m512i a, __m512i b, __m512 sum) {
+  return _mm512_fmadd_ps(odd(a), odd(b), _mm512_fmadd_ps(even(a), even(b), sum));
 }
 
 QWEN2VL_AVX512 inline __m512i load_words(const uint8_t* from) {
@@ -144,26 +155,28 @@ QWEN2VL_AVX512 inline void block(const QuantLinear& p, int64_t row, int64_t outp
     }
     const int64_t begin = g * q.block_width, end = std::min(begin + q.block_width, q.width);
     for (int64_t k = begin; k < end; k += kStep) {
+      __m512i first[N], second[N];
       for (int n = 0; n < N; ++n) {
         const uint8_t* at = q.w + (output + n) * q.w_stride + k * 32 / kStep;
         _mm_prefetch(reinterpret_cast<const char*>(at + kAhead), _MM_HINT_T0);
-        __m512i first, second;
         if constexpr (KIND == Quantised::kFp8) {
-          first = fp8(load_words(at), all.small);
+          first[n] = fp8(load_words(at), all.small);
         } else if constexpr (KIND == Quantised::kInt8) {
-          first = int8(at, _mm512_set1_epi32(zero[n]), all.upper);
+          first[n] = int8(at, _mm512_set1_epi32(zero[n]), all.upper);
         } else {
           const __m512i words = load_words(at);
           const Table& table = all.int4[static_cast<size_t>(zero[n])];
-          first = look_up(table, words);
-          second = look_up(table, _mm512_srli_epi16(words, 4));
+          first[n] = look_up(table, words);
+          second[n] = look_up(table, _mm512_srli_epi16(words, 4));
         }
-        for (int m = 0; m < M; ++m) {
-          const uint16_t* from = x + m * q.width + k;
-          low[m][n] = _mm512_dpbf16_ps(low[m][n], (__m512bh)_mm512_loadu_si512(from), (__m512bh)first);
-          if constexpr (KIND == Quantised::kInt4) {
-            high[m][n] = _mm512_dpbf16_ps(high[m][n], (__m512bh)_mm512_loadu_si512(from + 32), (__m512bh)second);
-          }
+      }
+      for (int m = 0; m < M; ++m) {
+        const uint16_t* from = x + m * q.width + k;
+        const __m512i values = _mm512_loadu_si512(from);
+        for (int n = 0; n < N; ++n) low[m][n] = add_pairs(values, first[n], low[m][n]);
+        if constexpr (KIND == Quantised::kInt4) {
+          const __m512i others = _mm512_loadu_si512(from + 32);
+          for (int n = 0; n < N; ++n) high[m][n] = add_pairs(others, second[n], high[m][n]);
         }
       }
     }
@@ -208,7 +221,7 @@ QWEN2VL_AVX512 inline void outputs_of(const QuantLinear& p, int64_t begin, int64
 }  // namespace
 
 // Of 64 columns of 4 bits, the lower halves of the bytes are columns 0 to 15 and 32 to 47.
-bool arrange_avx512_bf16(const QuantWeight& p, const uint16_t* row, uint16_t* arranged) {
+bool arrange_avx512(const QuantWeight& p, const uint16_t* row, uint16_t* arranged) {
   if (!fits(p)) return false;
   if (p.kind != Quantised::kInt4) {
     std::memcpy(arranged, row, static_cast<size_t>(p.width) * sizeof(uint16_t));
@@ -224,7 +237,7 @@ bool arrange_avx512_bf16(const QuantWeight& p, const uint16_t* row, uint16_t* ar
   return true;
 }
 
-QWEN2VL_AVX512 void quant_linear_avx512_bf16(const QuantLinear& p, int64_t begin, int64_t end) {
+QWEN2VL_AVX512 void quant_linear_avx512(const QuantLinear& p, int64_t begin, int64_t end) {
   switch (p.weight.kind) {
     case Quantised::kInt4:
       return outputs_of<Quantised::kInt4>(p, begin, end);

@@ -8,9 +8,9 @@ writes (nothing else was sure of the cores):
 =======  ====  =====  ======  ====
 threads  rows  ours   oneDNN  copy
 =======  ====  =====  ======  ====
-1        1     14.5   9.0     13.1
-2        1     24.4   14.4    25.6
-2        8     16.7   10.0    25.6
+1        1     12.8   8.6     11.8
+2        1     23.2   14.9    23.6
+2        8     17.4   9.6     23.6
 =======  ====  =====  ======  ====
 
 Beside a busy program, where threads of OpenMP that spin wait for those that cannot run, it was 12.5 against 0.6.
