@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
+from qwen2vl_kernels import sample_tokens_
+
 from .cache import KVCache
 from .errors import Qwen2VLError
 from .model import Qwen2VL
@@ -65,7 +67,9 @@ class Chooser:
 
     On a CPU each row draws from a generator of its own. On a device that the host does not wait for, token n of a row
     falls by the n-th number of a counter-based generator (Philox 4x64, Salmon et al. 2011) with the row's seed as its
-    key; they are made before the first, ``steps`` of them for each row (default ``max_new_tokens``).
+    key; they are made before the first, ``steps`` of them for each row (default ``max_new_tokens``). There a choice is
+    one call of :func:`qwen2vl_kernels.sample_tokens_`, at most two launches by its kernels. Logits processors and
+    log-probabilities add PyTorch's operators to it: the scores that they read, and the distribution.
 
     Raises :class:`Qwen2VLError` for a logits processor that cannot be called.
     """
@@ -90,14 +94,15 @@ class Chooser:
         if config.repetition_penalty != 1.0:
             mask = inputs.get("attention_mask")
             real = torch.ones_like(ids) if mask is None else mask.to(model.device)
-            self.seen = torch.zeros((ids.shape[0], c.text.vocab_size), dtype=torch.int64, device=model.device)
-            self.seen = self.seen.scatter_add_(1, ids.long(), real.long()).repeat_interleave(answers, 0)
+            counts = torch.zeros((ids.shape[0], c.text.vocab_size), dtype=torch.int64, device=model.device)
+            self.seen = (counts.scatter_add_(1, ids.long(), real.long()) > 0).repeat_interleave(answers, 0)
         changed = config.samples or processors or config.repetition_penalty != 1.0
         self.plain = not changed and config.logprobs is None
         self.generators: list[torch.Generator] = []
         self.uniforms: torch.Tensor | None = None
         self.chosen = 0
         self.prompts, self.steps, self.device = ids.shape[0], steps or config.max_new_tokens, model.device
+        self.ahead = KVCache.asynchronous(model.device)
         self.seeded: int | Sequence[int] | None = None  # what the draws come from
         if config.samples:
             # It is drawn from PyTorch's generator, so that torch.manual_seed repeats an answer and nothing is reseeded.
@@ -113,7 +118,7 @@ class Chooser:
         if len(rows) != self.prompts:
             raise Qwen2VLError(f"seed: wants one for each of {self.prompts} prompts, got {len(rows)}")
         seeds = [row + _STRIDE * answer for row in rows for answer in range(self.config.num_return_sequences)]
-        if KVCache.asynchronous(self.device):
+        if self.ahead:
             self.uniforms = uniforms(seeds, self.steps).to(self.device)
         else:
             self.generators = [torch.Generator(self.device).manual_seed(one % 2**63) for one in seeds]
@@ -126,17 +131,22 @@ class Chooser:
         """
         if self.plain:  # nothing but the order of the logits counts
             return Choice(logits.index_fill(1, self.banned, float("-inf")).argmax(-1))
+        if self.ahead and not self.processors and self.config.logprobs is None:
+            return Choice(self.at_once(logits, self.seen, self.banned))
         scores = self.scores(logits)
         if self.processors:
             scores = self.processed(scores, answers, ended)
-        if self.config.samples:
+        chances = None
+        if self.config.samples and (self.config.logprobs is not None or not self.ahead):
             chances = self.probabilities(scores)
+        if self.ahead:
+            tokens = self.at_once(scores)
+        elif chances is not None:
             tokens = self.draw(chances)
         else:
-            chances = None
             tokens = scores.argmax(-1)
         if self.seen is not None:
-            self.seen.scatter_(1, tokens.unsqueeze(1), 1)
+            self.seen.scatter_(1, tokens.unsqueeze(1), True)
         if self.config.logprobs is None:
             return Choice(tokens)
         by_model = logits.float().log_softmax(-1)
@@ -144,23 +154,36 @@ class Chooser:
         both = torch.stack([of.gather(1, tokens.unsqueeze(1)).squeeze(1) for of in (by_model, processed)], 1)
         return Choice(tokens, both, *by_model.topk(min(self.config.logprobs, by_model.shape[1]), -1))
 
+    def at_once(
+        self, scores: torch.Tensor, seen: torch.Tensor | None = None, banned: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``(B,)`` tokens of ``(B, vocab)`` scores, by the numbers made before where they are drawn; ``seen`` and
+        ``banned`` where the scores know nothing of them yet."""
+        config, at = self.config, None
+        if self.uniforms is not None:
+            at, self.chosen = self.uniforms.select(1, self.chosen), self.chosen + 1
+        return sample_tokens_(
+            scores,
+            at,
+            seen,
+            banned,
+            temperature=1.0 if config.temperature is None else config.temperature,
+            top_k=config.top_k or 0,
+            top_p=1.0 if config.top_p is None else config.top_p,
+            repetition_penalty=1.0 if seen is None else config.repetition_penalty,
+        )
+
     def draw(self, chances: torch.Tensor) -> torch.Tensor:
-        """``(B,)`` tokens that fall by the rows of ``chances (B, vocab)``."""
-        if self.uniforms is None:
-            rows = zip(chances, self.generators, strict=True)
-            return torch.cat([torch.multinomial(p, 1, generator=g) for p, g in rows])
-        at, self.chosen = self.uniforms.narrow(1, self.chosen, 1), self.chosen + 1
-        # Whole numbers add up to the same in any order, which a GPU's scan of floats does not promise. A number below
-        # one times their sum stays below it in float64, so that what has no chance is never drawn.
-        reached = (chances.double() * 2**52).long().cumsum(-1)
-        return torch.searchsorted(reached, (at * reached.narrow(1, -1, 1)).long(), right=True).squeeze(1)
+        """``(B,)`` tokens that fall by the rows of ``chances (B, vocab)``, each by its row's generator."""
+        rows = zip(chances, self.generators, strict=True)
+        return torch.cat([torch.multinomial(p, 1, generator=g) for p, g in rows])
 
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
         """``(B, vocab)`` float32 with the repetition penalty, minus infinity at what is never generated."""
         scores = logits.float()
         if self.seen is not None:
             p = self.config.repetition_penalty
-            scores = torch.where(self.seen > 0, torch.where(scores < 0, scores * p, scores / p), scores)
+            scores = torch.where(self.seen, torch.where(scores < 0, scores * p, scores / p), scores)
         return scores.index_fill(1, self.banned, float("-inf"))
 
     def processed(self, scores: torch.Tensor, answers: list[list[int]], ended: Sequence[bool]) -> torch.Tensor:
@@ -192,7 +215,7 @@ class Chooser:
             scores = scores.masked_fill(scores < kth, float("-inf"))
         probabilities = scores.softmax(-1)
         if config.top_p is not None and config.top_p < 1:
-            ordered, order = probabilities.sort(-1, descending=True)
+            ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
             # Keep the smallest set that reaches top_p: drop what begins after it is reached.
             beyond = ordered.cumsum(-1) - ordered >= config.top_p
             beyond.select(1, 0).fill_(False)

@@ -19,6 +19,7 @@ from .ops.patch_merge import patch_merge
 from .ops.quant_linear import quant_linear
 from .ops.quick_gelu import quick_gelu, quick_gelu_
 from .ops.rms_norm import add_rms_norm, rms_norm
+from .ops.sample_tokens import sample_tokens_
 from .ops.smart_resize import smart_resize
 from .ops.swiglu import swiglu, swiglu_
 from .ops.varlen_attention import varlen_attention
@@ -54,6 +55,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_linear",
     "rms_norm_swiglu",
+    "sample_tokens_",
     "smart_resize",
     "swiglu",
     "swiglu_",

@@ -70,6 +70,14 @@ def main(device: str = "cuda") -> list[str]:
             K.rms_norm_swiglu(rows, weight.detach(), wide[1], wide[1], **given)
             K.linear_add_(rows, rows.clone(), wide[0], **given)
 
+    def choice(backend: str) -> None:
+        seen, banned = torch.zeros(2, 1100, dtype=torch.bool, device=device), torch.tensor([7, 8], device=device)
+        numbers = torch.rand(2, dtype=torch.float64, device=device)
+        for given in ({}, {"top_k": 20, "top_p": 0.9}, {"top_p": 0.9}):
+            logits = random(2, 1100).detach()
+            K.sample_tokens_(logits, numbers, seen, banned, repetition_penalty=1.1, **given, backend=backend)
+        K.sample_tokens_(logits, backend=backend)
+
     def norms(backend: str) -> None:
         backward(K.rms_norm(x, weight, backend=backend), *K.add_rms_norm(x, x, weight, backend=backend))
 
@@ -137,6 +145,7 @@ def main(device: str = "cuda") -> list[str]:
         "rms_norm_linear": few_rows,
         "rms_norm_swiglu": few_rows,
         "linear_add": few_rows,
+        "sample_tokens": choice,
         "rms_norm": norms,
         "layer_norm": layer_norms,
         "quick_gelu": activations,

@@ -150,6 +150,7 @@ import json, torch
 from benchmarks.aot import compiler
 from benchmarks.aot.compiler import meta
 from qwen2vl_kernels.core.launching import Target, record
+from benchmarks.aot.sampling import choose
 from benchmarks.aot.step import layer
 from qwen2vl_kernels.triton import attention_decode, cache, cross_entropy, elementwise, gemm, norm, rope_tables, rotary
 
@@ -176,6 +177,7 @@ def run(tokens):
     table, pages = meta(tokens, 257 + tokens % 7, dtype=torch.int32), meta(99 + tokens, 16, 2, 128, dtype=bf16)
     attention_decode.launch_decode(q, pages, pages, lengths[:tokens], 0.1, table)
     layer(tokens, 12, 2, 8960)
+    choose(tokens, 151_936, bf16, tokens, 0.9)
     target, loss = meta(tokens, dtype=torch.int64), meta(tokens, dtype=torch.float32)
     cross_entropy.launch_rows(meta(tokens, 1000, dtype=bf16), target, None, loss, -tokens, 0.0, True)
 
@@ -191,7 +193,7 @@ print(json.dumps([len(kinds[0]), [n for n, names in enumerate(zip(*kinds)) if le
 def test_no_kernel_is_compiled_again_for_another_number_of_tokens():
     result = _python("-c", _SPECIALISED)
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout.splitlines()[-1]) == [20, []]
+    assert json.loads(result.stdout.splitlines()[-1]) == [22, []]
 
 
 _WORK = """

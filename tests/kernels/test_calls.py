@@ -78,6 +78,7 @@ CALLS = [
     ("rms_norm_linear", lambda: K.rms_norm_linear(_x(3, 64), _x(64), [_x(9, 64)], backend="triton"), {3}),
     ("rms_norm_swiglu", lambda: K.rms_norm_swiglu(_x(3, 64), _x(64), _x(9, 64), _x(9, 64), backend="triton"), {3}),
     ("linear_add_", lambda: K.linear_add_(_x(3, 9), _x(3, 64), _x(9, 64), backend="triton"), {3}),
+    ("sample_tokens_", lambda: K.sample_tokens_(_x(3, 99), torch.rand(3).double(), top_k=5, backend="triton"), {3}),
     ("grouped_linear", lambda: K.grouped_linear(_x(35, 64), _x(3, 9, 64), CU, backend="triton"), {2}),
     ("group_by_expert", lambda: K.group_by_expert(POSITIONS, 4, backend="triton"), {2}),
     ("varlen_attention", _attention, {2}),

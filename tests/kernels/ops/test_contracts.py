@@ -69,6 +69,13 @@ CALLS = {
     ),
     "rms_norm_swiglu": lambda: (torch.randn(4, 8), torch.randn(8), *torch.randn(2, 6, 8), 0.1, False, "eager"),
     "linear_add_": lambda: (torch.randn(4, 6), torch.randn(4, 8), torch.randn(6, 8), False, "eager"),
+    "sample_tokens_": lambda: (
+        torch.randn(2, 9),
+        torch.rand(2).double(),
+        torch.rand(2, 9) < 0.5,
+        torch.tensor([3]),
+        *(0.7, 5, 0.9, 1.3, "eager"),
+    ),
     "grouped_linear": lambda: (_x(4, 8), _x(3, 6, 8), torch.tensor([0, 1, 1, 4], dtype=torch.int32)),
     "group_by_expert": lambda: (torch.tensor([[2, 0], [1, 2], [3, 0]]), 3),
 }
@@ -99,6 +106,10 @@ def _public(name):
         if name == "linear_add_":
             *tensors, prefetch, backend = arguments
             return K.linear_add_(*tensors, prefetch=prefetch, backend=backend)
+        if name == "sample_tokens_":
+            *tensors, temperature, top_k, top_p, penalty, backend = arguments
+            shaped = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": penalty}
+            return K.sample_tokens_(*tensors, **shaped, backend=backend)
         if name == "quant_linear":
             *tensors, block, order = arguments
             return K.quant_linear(*tensors, block=tuple(block), order=order)

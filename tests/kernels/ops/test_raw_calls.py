@@ -126,6 +126,20 @@ CALLS = {
         (floats(2, 3), floats(2, 4), floats(3, 4), False, "eager"),
         {0: floats(2, 4), 1: floats(1, 4), 2: floats(3, 5)},
     ),
+    "sample_tokens_": (
+        (floats(2, 5), floats(2).double(), floats(2, 5) < 0.5, ints(3), 0.7, 2, 0.9, 1.3, "eager"),
+        {
+            0: floats(2, 0),
+            1: floats(3).double(),
+            2: floats(2, 4) < 0.5,
+            3: floats(1),
+            4: 0.0,
+            5: -1,
+            6: 1.1,
+            7: 0.0,
+            8: "cuda",
+        },
+    ),
     "linear_cross_entropy_forward": (
         (*LOSS, "mean", 0.0, None, False, [False] * 3),
         {1: floats(6, 9), 2: ints(0, 1), 3: floats(5), 5: "all", 7: 0, 9: [True]},
