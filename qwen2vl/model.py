@@ -24,7 +24,8 @@ from .features import KeptFeatures
 from .files import withdraw_json, write_json
 from .hub import Checkpoint
 from .layers import Linear
-from .parallel import TensorParallel, split
+from .parallel import TensorParallel
+from .parallel_layers import split
 from .quantization import place
 from .sizes import check_sizes
 from .text import Decoder, Pack

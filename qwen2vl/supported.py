@@ -49,7 +49,7 @@ SUPPORTED = (
     ),
     Supported(
         "inference on several ranks",
-        "tensor parallel, quantised weights too; not with experts",
+        "tensor parallel, quantised weights and experts too",
         "model/test_parallel.py::test_answers_of_one_process",
     ),
     Supported("adapters", "LoRA as peft saves it", "model/test_adapter.py::test_it_is_what_peft_makes_of_it"),

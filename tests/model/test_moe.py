@@ -13,11 +13,9 @@ from transformers.utils import logging
 
 from qwen2vl import CheckpointError, GenerationConfig, Qwen2VL, Qwen2VLConfig, generate
 from qwen2vl.cache import KVCache
-from qwen2vl.errors import Qwen2VLError
 from qwen2vl.graphs import unfit
 from qwen2vl.moe import SparseMoE, load_balancing_loss
 from qwen2vl.moe_config import MoEConfig
-from qwen2vl.parallel import slices
 from qwen2vl.quantising import quantise
 from qwen2vl.speed import step_bytes
 from qwen2vl.training.flops import layer_matrices, layer_parameters, parameters
@@ -328,8 +326,6 @@ def test_what_does_not_go_with_experts_yet_is_refused():
     quantised = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
     with pytest.raises(CheckpointError, match="quantised weights of mixtures of experts are not supported"):
         Qwen2VLConfig.from_dict(_stated(quantization_config=quantised))
-    with pytest.raises(Qwen2VLError, match="layers with experts are split over ranks in training only"):
-        slices(tiny_moe_config(num_experts=6).text, 0, 2)
 
 
 def test_sizes_that_the_files_cannot_hold_are_refused(folder):
