@@ -54,10 +54,10 @@ class LoraShape:
     rslora: bool = False
 
 
-def adaptable(model: Qwen2VL) -> dict[str, nn.Linear]:
-    """The linear layers that may have adapters: those of the decoder's layers and of the tower's blocks, by name.
+def linear_layers(model: Qwen2VL) -> dict[str, nn.Linear]:
+    """Those of the decoder's layers and of the tower's blocks, by name, without those of adapters.
 
-    The merger, the patch embedding and the head give their weights to kernels, which know no adapters.
+    The merger, the patch embedding and the head give their weights to kernels.
     """
     parts = (("model.layers", model.model.layers), ("visual.blocks", model.visual.blocks))
     return {
@@ -66,6 +66,12 @@ def adaptable(model: Qwen2VL) -> dict[str, nn.Linear]:
         for name, module in part.named_modules()
         if isinstance(module, nn.Linear) and ".lora_" not in f".{name}"
     }
+
+
+def adaptable(model: Qwen2VL) -> dict[str, nn.Linear]:
+    """The linear layers that may have adapters: all but those of routed experts, which are no such layers where they
+    are not quantised."""
+    return {name: one for name, one in linear_layers(model).items() if ".mlp.experts." not in name}
 
 
 def adapted(model: nn.Module) -> dict[str, Any]:

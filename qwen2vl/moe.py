@@ -4,14 +4,15 @@
     norm_topk_prob says so, weigh them
     y = sum_e p_e down_e(silu(gate_e(x)) * up_e(x))  +  sigmoid(x w^T) shared(x), where there is a shared expert
 
-Experts' matrices are stacked, gate over up, as transformers 5 holds them; files hold every expert's apart. A process
+Experts' matrices are stacked, gate over up, as transformers 5 holds them; files hold every expert's apart, and so does
+the model where they are quantised, each with scales and perhaps an order of columns of its own. A process
 may hold some of the experts (:mod:`qwen2vl.parallel`): what it computes is then a part of the sum.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,10 +52,63 @@ def routed(
     x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor
 ) -> torch.Tensor:
     """What :class:`Experts` computes; the choices that are none of these experts add nothing."""
-    order, places, bounds = group_by_expert(experts, gate_up_proj.shape[0])
-    rows = _Spread.apply(x, order, places, experts.shape[1])  # (T k, C)
-    y = grouped_linear(swiglu(grouped_linear(rows, gate_up_proj, bounds)), down_proj, bounds)
+    products = lambda rows, bounds: grouped_linear(  # noqa: E731
+        swiglu(grouped_linear(rows, gate_up_proj, bounds)), down_proj, bounds
+    )
+    return _summed(x, weights, experts, gate_up_proj.shape[0], products)
+
+
+def _summed(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    experts: torch.Tensor,
+    count: int,
+    products: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """``products(rows, bounds)``: of rows ``(T k, C)`` sorted by expert, zeros behind the last bound."""
+    order, places, bounds = group_by_expert(experts, count)
+    y = products(_Spread.apply(x, order, places, experts.shape[1]), bounds)
     return (y.index_select(0, places).unflatten(0, experts.shape) * weights.unsqueeze(-1)).sum(1)
+
+
+class SeparateExperts(nn.ModuleDict):
+    """As :class:`Experts`, every expert a module by its number, as files name them: for those that are quantised, in
+    part or all. Only the experts that have tokens are read; who has, is read on the host."""
+
+    def __init__(self, stacked: Experts) -> None:
+        """Of views of ``stacked``."""
+        self.begin = stacked.begin
+        found = {}
+        for e, (both, down) in enumerate(zip(stacked.gate_up_proj, stacked.down_proj, strict=True), self.begin):
+            with torch.device("meta"):
+                found[str(e)] = mlp = MLP(down.shape[0], down.shape[1])
+            for layer, matrix in zip((mlp.gate_proj, mlp.up_proj, mlp.down_proj), (*both.chunk(2), down), strict=True):
+                layer.weight = nn.Parameter(matrix.detach(), requires_grad=stacked.down_proj.requires_grad)
+        super().__init__(found)
+
+    def keep(self, begin: int, end: int) -> None:
+        """Let go of all but the experts ``[begin, end)``."""
+        self.begin = begin
+        for key in [key for key in self if not begin <= int(key) < end]:
+            del self[key]
+
+    def forward(self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        def products(rows: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+            ends = bounds.tolist()
+            of_each = zip(self.values(), ends[:-1], ends[1:], strict=True)
+            parts = [mlp(rows[begin:end]) for mlp, begin, end in of_each if end > begin]
+            return torch.cat([*parts, rows.new_zeros(rows.shape[0] - ends[-1], rows.shape[1])])
+
+        own = experts - self.begin if self.begin else experts
+        return _summed(x, weights, own, len(self), products)
+
+
+def separate(layers: Iterable[nn.Module], names: Iterable[str]) -> None:
+    """Give the decoder's ``layers`` separate experts where one is among ``names``, of the model's linear layers."""
+    found = {match[1] for name in names if (match := _ONE.match(f"{name}."))}
+    for n, layer in enumerate(layers):
+        if f"model.layers.{n}.mlp.experts" in found and isinstance(layer.mlp, SparseMoE):
+            layer.mlp.experts = SeparateExperts(layer.mlp.experts)
 
 
 class _Spread(torch.autograd.Function):
@@ -82,7 +136,7 @@ class SparseMoE(nn.Module):
         #: Set where this process holds some of the experts, and some columns of the shared one.
         self.parallel: TensorParallel | None = None
         self.gate = Linear(width, moe.num_experts, bias=False)
-        self.experts = Experts(width, moe)
+        self.experts: Experts | SeparateExperts = Experts(width, moe)
         self.shared_expert: MLP | None = None
         if moe.shared_expert_intermediate_size:
             self.shared_expert = MLP(width, moe.shared_expert_intermediate_size)

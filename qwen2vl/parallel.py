@@ -29,6 +29,7 @@ import torch.distributed as dist
 from .checks import Grid
 from .config import TextConfig
 from .errors import PromptError, Qwen2VLError
+from .moe import held_elsewhere
 from .quantised_slices import Slice
 from .vision import Encode, VisionTower, frame_pairs, rows_between
 
@@ -362,6 +363,8 @@ def bytes_per_rank(model: Qwen2VL, ranks: int, tokens: int = 0) -> list[int]:
         cuts = slices(text, rank, ranks)
         total = 0
         for name, parameter in model.named_parameters():
+            if held_elsewhere(name, cuts):
+                continue
             prefix, _, kind = name.rpartition(".")
             values, cut = parameter.numel(), cuts.get(name)
             if cut is None and kind != "bias":  # of a quantised layer, which has other names for its parts

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .layers import Embedding, Linear
-from .moe import Experts, SparseMoE
+from .moe import Experts, SeparateExperts, SparseMoE
 from .parallel import TensorParallel, slices, split_of
 from .quantised_slices import Slice, check_cut
 from .quantization import QuantLinear
@@ -64,7 +64,10 @@ def split(model: Qwen2VL, parallel: TensorParallel) -> dict[str, Slice]:
                 layer.set_submodule(name, _part(layer.get_submodule(name), path, cuts[f"{path}.weight"], summed))
             if isinstance(layer.mlp, SparseMoE) and text.moe is not None:
                 _, begin, end, _ = cuts[f"model.layers.{n}.mlp.experts.down_proj"]
-                layer.mlp.experts = Experts(text.hidden_size, text.moe, begin, end)
+                if isinstance(layer.mlp.experts, SeparateExperts):
+                    layer.mlp.experts.keep(begin, end)
+                else:
+                    layer.mlp.experts = Experts(text.hidden_size, text.moe, begin, end)
                 layer.mlp.parallel = parallel
         rows = cuts["model.embed_tokens.weight"]
         model.model.embed_tokens = VocabParallelEmbedding(rows.begin, rows.count, text.hidden_size, parallel)

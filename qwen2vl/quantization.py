@@ -13,7 +13,7 @@ in the model's dtype, which is more exact.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -271,18 +271,22 @@ def refuse_training(model: nn.Module) -> None:
         )
 
 
-def place(model: nn.Module, layers: Mapping[str, nn.Linear], how: Quantization, names: Mapping[str, str]) -> None:
-    """Put a :class:`QuantLinear` in the place of every one of ``layers`` that the files quantise.
-
-    ``names``: the model's name of every stored tensor -> its dtype. Raises :class:`CheckpointError` where what is
-    quantised is no linear layer of the decoder or of the tower's blocks, or none is, or its sizes do not allow it.
-    """
+def stored_so(how: Quantization, names: Mapping[str, str]) -> list[str]:
+    """The modules that files quantise, of which ``names`` has the model's name of every stored tensor -> its dtype."""
     marks = (".qweight",) if how.bits else (".weight",)
-    found = [
+    return [
         name.rpartition(".")[0]
         for name, dtype in names.items()
         if name.endswith(marks) and (how.bits or dtype == "F8_E4M3")
     ]
+
+
+def place(model: nn.Module, layers: Mapping[str, nn.Linear], how: Quantization, found: Collection[str]) -> None:
+    """Put a :class:`QuantLinear` in the place of every one of ``layers`` that is ``found`` quantised in the files.
+
+    Raises :class:`CheckpointError` where what is quantised is no linear layer of the decoder or of the tower's blocks,
+    or none is, or its sizes do not allow it.
+    """
     if other := [name for name in found if name not in layers]:
         raise CheckpointError(
             f"{other[0]}: is quantised, and no linear layer of the decoder or of the tower's blocks; only these may be"
@@ -362,7 +366,7 @@ def to_stored(layer: QuantLinear) -> Iterator[tuple[str, torch.Tensor]]:
         zeros = torch.full((layer.out_features, groups), 1 << (bits - 1), dtype=torch.uint8, device=q.device)
     else:
         zeros = unpack_zeros(layer.zeros.detach(), bits, groups)
-    zeros = zeros.T
+    zeros = _turned(zeros)
     if how.method == "awq":
         places = torch.argsort(_awq_places(layer.out_features)).to(q.device)
         yield "qweight", _pack_rows(q.T[:, places], bits)

@@ -34,7 +34,7 @@ SUPPORTED = (
     ),
     Supported(
         "quantised",
-        "AWQ of 4 bits, GPTQ of 4 and 8, fp8 by tensors, rows and blocks: loaded, run, saved",
+        "AWQ of 4 bits, GPTQ of 4 and 8, fp8 by tensors, rows and blocks, experts too: loaded, run, saved",
         "model/test_quantised.py::test_it_answers_as_its_values_and_is_saved_as_it_was",
     ),
     Supported(
