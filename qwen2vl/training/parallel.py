@@ -24,6 +24,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
+from ..adapter import adapted
 from ..config import Qwen2VLConfig
 from ..model import Qwen2VL
 from ..moe import Experts, SparseMoE, routed
@@ -199,6 +200,7 @@ def distribute(step: TrainingStep, parallel: Parallel) -> nn.Module:
         return step.to(parallel.device)
     if parallel.tensor > 1:
         split_decoder(model, parallel.mesh["tensor"])
+    refuse_sharded(model, parallel.mode)
     if parallel.mode == "ddp":
         devices = [parallel.device.index] if parallel.device.type == "cuda" else None
         step.to(parallel.device)
@@ -211,6 +213,13 @@ def distribute(step: TrainingStep, parallel: Parallel) -> nn.Module:
         fully_shard(block, **settings)  # type: ignore[arg-type]
     fully_shard(step, **settings)  # type: ignore[arg-type]
     return step
+
+
+def refuse_sharded(model: Qwen2VL, mode: str) -> None:
+    """Raises :class:`TrainingConfigError` where adapters of experts, which are summed with whole weights, are to be
+    sharded."""
+    if mode == "fsdp" and any(".mlp.experts" in name for name in adapted(model)):
+        raise TrainingConfigError("lora.experts: goes with parallel.mode 'none' and 'ddp', got 'fsdp'")
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -83,7 +83,7 @@ def test_the_router_computes_in_float32():
     torch.testing.assert_close(got, want, rtol=0, atol=2**-6 * want.abs().max().item())
 
 
-def _text_config(model: Qwen2VL) -> dict:
+def text_config(model: Qwen2VL) -> dict:
     """What Qwen2-MoE's config.json says of the same language model."""
     flat = model.config.to_dict()
     vision = ("vision_config", "rope_scaling", "architectures")
@@ -101,7 +101,7 @@ def test_a_text_model_equals_qwen2_moe(tmp_path, exact):
     """Logits, the load-balancing loss and every gradient, of weights that we saved and transformers loaded."""
     model = tiny_model(config=tiny_moe_config())
     model.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(_text_config(model)))
+    (tmp_path / "config.json").write_text(json.dumps(text_config(model)))
     theirs, model = _load_theirs(tmp_path), model.double()
     cu_seqlens, positions = torch.tensor([0, 12], dtype=torch.int32), torch.arange(12).expand(3, -1)
     router_logits = []
@@ -260,7 +260,7 @@ def test_qwen2_moe_is_where_training_may_begin(saved, tmp_path):
     model = saved[0]
     (tmp_path / "ours").mkdir()
     model.save_pretrained(tmp_path / "ours")
-    (tmp_path / "ours" / "config.json").write_text(json.dumps(_text_config(model)))
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(text_config(model)))
     _load_theirs(tmp_path / "ours", torch.float32).save_pretrained(tmp_path / "theirs")
     begun = Qwen2VL.from_config(model.config, device="meta", dtype="float32")
     load_qwen2(begun, tmp_path / "theirs")
