@@ -135,8 +135,6 @@ class Qwen2VLConfig:
             token = getattr(self, name)
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < t.vocab_size:
                 problems.append(f"{name} {token!r} is outside the vocabulary of {t.vocab_size}")
-        if t.moe is not None and self.quantization is not None:
-            problems.append("quantised weights of mixtures of experts are not supported")
         if self.image_token_id == self.video_token_id:
             problems.append(f"image_token_id and video_token_id must differ, got {self.image_token_id} twice")
         if problems:

@@ -17,7 +17,7 @@ from qwen2vl_kernels.core.backends import PREFERENCE, forced, forced_everywhere,
 
 from .adapter import adapted
 from .cache import KVCache
-from .moe import Experts
+from .moe import Experts, SeparateExperts
 
 if TYPE_CHECKING:
     from .model import Qwen2VL
@@ -32,7 +32,7 @@ def unfit(model: Qwen2VL, part: nn.Module) -> str:
         return f"wants a model on a CUDA device, and QWEN2VL_GRAPHS=1 in the environment, it is on {model.device}"
     if model.parallel is not None:
         return "the model is split over processes, whose sums no graph of ours holds"
-    return unfit_for_keeping(model, part)
+    return unfit_for_keeping(model, part) or _read_on_the_host(model, part)
 
 
 def unfit_for_keeping(model: Qwen2VL, part: nn.Module) -> str:
@@ -41,6 +41,12 @@ def unfit_for_keeping(model: Qwen2VL, part: nn.Module) -> str:
         return "the model has an adapter, which may be switched without notice; merge_adapter() first"
     if any(one._forward_hooks or one._forward_pre_hooks for one in part.modules()):
         return "the model has hooks, which a replay would not call"
+    return ""
+
+
+def _read_on_the_host(model: Qwen2VL, part: nn.Module) -> str:
+    if any(isinstance(one, SeparateExperts) for one in part.modules()):
+        return "it is read on the host which of the quantised experts have tokens"
     experts = any(isinstance(one, Experts) for one in part.modules())
     if experts and resolve("grouped_linear", model.device.type, None) == "eager":
         return "experts' products in PyTorch's operations read on the host who has tokens; backend 'triton' does not"

@@ -15,7 +15,7 @@ from qwen2vl_kernels import mrope_positions, rms_norm_linear
 from qwen2vl_kernels.core.matmul import linear
 
 from . import weights
-from .adapter import adaptable, adapted, adapter_parameters, load_adapter, merge_layers, write_adapter
+from .adapter import adapted, adapter_parameters, linear_layers, load_adapter, merge_layers, write_adapter
 from .cache import KVCache
 from .checks import Call, Features, Patches, check_call, check_features, check_media, placeholders
 from .config import Qwen2VLConfig
@@ -24,8 +24,10 @@ from .features import KeptFeatures
 from .files import withdraw_json, write_json
 from .hub import Checkpoint
 from .layers import Linear
-from .parallel import TensorParallel, split
-from .quantization import place
+from .moe import separate
+from .parallel import TensorParallel
+from .parallel_layers import split
+from .quantization import place, stored_so
 from .sizes import check_sizes
 from .text import Decoder, Pack
 from .tower_graph import replayed
@@ -101,7 +103,9 @@ class Qwen2VL(nn.Module):
             with torch.device("meta"):
                 model = cls(config)
                 if config.quantization is not None:
-                    place(model, adaptable(model), config.quantization, weights.stored_dtypes(folder))
+                    found = stored_so(config.quantization, weights.stored_dtypes(folder))
+                    separate(model.model.layers, found)
+                    place(model, linear_layers(model), config.quantization, found)
             weights.load_weights(
                 model,
                 folder,

@@ -4,12 +4,16 @@
     norm_topk_prob says so, weigh them
     y = sum_e p_e down_e(silu(gate_e(x)) * up_e(x))  +  sigmoid(x w^T) shared(x), where there is a shared expert
 
-Experts' matrices are stacked, gate over up, as transformers 5 holds them; files hold every expert's apart.
+Experts' matrices are stacked, gate over up, as transformers 5 holds them; files hold every expert's apart, and so does
+the model where they are quantised, each with scales and perhaps an order of columns of its own. A process
+may hold some of the experts (:mod:`qwen2vl.parallel`): what it computes is then a part of the sum.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -18,32 +22,93 @@ from qwen2vl_kernels import group_by_expert, grouped_linear, swiglu
 
 from .layers import MLP, Linear
 from .moe_config import MoEConfig
+from .quantised_slices import Slice
+
+if TYPE_CHECKING:
+    from .parallel import TensorParallel
 
 _GATE_UP, _DOWN = ".mlp.experts.gate_up_proj", ".mlp.experts.down_proj"
+_ONE = re.compile(r"(.*\.mlp\.experts)\.(0|[1-9]\d{0,5})\.")
 
 
 class Experts(nn.Module):
-    """The routed experts: ``gate_up_proj (E, 2F, C)``, ``down_proj (E, C, F)``."""
+    """The routed experts from ``begin`` on, by default all: ``gate_up_proj (E, 2F, C)``, ``down_proj (E, C, F)``."""
 
-    def __init__(self, width: int, moe: MoEConfig) -> None:
+    def __init__(self, width: int, moe: MoEConfig, begin: int = 0, end: int | None = None) -> None:
         super().__init__()
-        count, inner = moe.num_experts, moe.moe_intermediate_size
+        count, inner = (moe.num_experts if end is None else end) - begin, moe.moe_intermediate_size
+        self.begin = begin
         self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * inner, width))
         self.down_proj = nn.Parameter(torch.empty(count, width, inner))
 
     def forward(self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
-        """``(T, C)``: for each token of ``x (T, C)`` the sum of its ``experts (T, k)`` times ``weights (T, k)``."""
-        return routed(x, weights, experts, self.gate_up_proj, self.down_proj)
+        """``(T, C)``: for each token of ``x (T, C)`` the sum of its ``experts (T, k)`` times ``weights (T, k)``, of
+        those that are here."""
+        own = experts - self.begin if self.begin else experts
+        return routed(x, weights, own, self.gate_up_proj, self.down_proj)
 
 
 def routed(
     x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor
 ) -> torch.Tensor:
     """What :class:`Experts` computes; the choices that are none of these experts add nothing."""
-    order, places, bounds = group_by_expert(experts, gate_up_proj.shape[0])
-    rows = _Spread.apply(x, order, places, experts.shape[1])  # (T k, C)
-    y = grouped_linear(swiglu(grouped_linear(rows, gate_up_proj, bounds)), down_proj, bounds)
+    products = lambda rows, bounds: grouped_linear(  # noqa: E731
+        swiglu(grouped_linear(rows, gate_up_proj, bounds)), down_proj, bounds
+    )
+    return _summed(x, weights, experts, gate_up_proj.shape[0], products)
+
+
+def _summed(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    experts: torch.Tensor,
+    count: int,
+    products: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """``products(rows, bounds)``: of rows ``(T k, C)`` sorted by expert, zeros behind the last bound."""
+    order, places, bounds = group_by_expert(experts, count)
+    y = products(_Spread.apply(x, order, places, experts.shape[1]), bounds)
     return (y.index_select(0, places).unflatten(0, experts.shape) * weights.unsqueeze(-1)).sum(1)
+
+
+class SeparateExperts(nn.ModuleDict):
+    """As :class:`Experts`, every expert a module by its number, as files name them: for those that are quantised, in
+    part or all. Only the experts that have tokens are read; who has, is read on the host."""
+
+    def __init__(self, stacked: Experts) -> None:
+        """Of views of ``stacked``."""
+        self.begin = stacked.begin
+        found = {}
+        for e, (both, down) in enumerate(zip(stacked.gate_up_proj, stacked.down_proj, strict=True), self.begin):
+            with torch.device("meta"):
+                found[str(e)] = mlp = MLP(down.shape[0], down.shape[1])
+            for layer, matrix in zip((mlp.gate_proj, mlp.up_proj, mlp.down_proj), (*both.chunk(2), down), strict=True):
+                layer.weight = nn.Parameter(matrix.detach(), requires_grad=stacked.down_proj.requires_grad)
+        super().__init__(found)
+
+    def keep(self, begin: int, end: int) -> None:
+        """Let go of all but the experts ``[begin, end)``."""
+        self.begin = begin
+        for key in [key for key in self if not begin <= int(key) < end]:
+            del self[key]
+
+    def forward(self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        def products(rows: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+            ends = bounds.tolist()
+            of_each = zip(self.values(), ends[:-1], ends[1:], strict=True)
+            parts = [mlp(rows[begin:end]) for mlp, begin, end in of_each if end > begin]
+            return torch.cat([*parts, rows.new_zeros(rows.shape[0] - ends[-1], rows.shape[1])])
+
+        own = experts - self.begin if self.begin else experts
+        return _summed(x, weights, own, len(self), products)
+
+
+def separate(layers: Iterable[nn.Module], names: Iterable[str]) -> None:
+    """Give the decoder's ``layers`` separate experts where one is among ``names``, of the model's linear layers."""
+    found = {match[1] for name in names if (match := _ONE.match(f"{name}."))}
+    for n, layer in enumerate(layers):
+        if f"model.layers.{n}.mlp.experts" in found and isinstance(layer.mlp, SparseMoE):
+            layer.mlp.experts = SeparateExperts(layer.mlp.experts)
 
 
 class _Spread(torch.autograd.Function):
@@ -68,8 +133,10 @@ class SparseMoE(nn.Module):
     def __init__(self, width: int, moe: MoEConfig) -> None:
         super().__init__()
         self.chosen, self.normed = moe.num_experts_per_tok, moe.norm_topk_prob
+        #: Set where this process holds some of the experts, and some columns of the shared one.
+        self.parallel: TensorParallel | None = None
         self.gate = Linear(width, moe.num_experts, bias=False)
-        self.experts = Experts(width, moe)
+        self.experts: Experts | SeparateExperts = Experts(width, moe)
         self.shared_expert: MLP | None = None
         if moe.shared_expert_intermediate_size:
             self.shared_expert = MLP(width, moe.shared_expert_intermediate_size)
@@ -84,7 +151,7 @@ class SparseMoE(nn.Module):
         y = self.experts(x, weights.to(logits.dtype), experts)
         if self.shared_expert is not None:
             y = y + self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
-        return y, logits
+        return (y if self.parallel is None else self.parallel.sum(y)), logits
 
 
 def router_probabilities(logits: torch.Tensor) -> torch.Tensor:
@@ -110,16 +177,24 @@ def load_balancing_loss(router_logits: Sequence[torch.Tensor], chosen: int) -> t
     return (shares * means).sum() * shares.shape[0]
 
 
-def expert_parts(name: str, stacked: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+def expert_parts(name: str, stacked: torch.Tensor, begin: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
     """A parameter as a checkpoint's files hold it: views of an experts' parameter under the names of each expert's own
-    matrices; what is none of these, as it is."""
+    matrices, the first one ``begin``; what is none of these, as it is."""
     if name.endswith(_GATE_UP):
         prefix = name.removesuffix("gate_up_proj")
-        for e, both in enumerate(stacked.unbind(0)):
+        for e, both in enumerate(stacked.unbind(0), begin):
             gate, up = both.chunk(2)
             yield from ((f"{prefix}{e}.gate_proj.weight", gate), (f"{prefix}{e}.up_proj.weight", up))
     elif name.endswith(_DOWN):
         prefix = name.removesuffix("down_proj")
-        yield from ((f"{prefix}{e}.down_proj.weight", one) for e, one in enumerate(stacked.unbind(0)))
+        yield from ((f"{prefix}{e}.down_proj.weight", one) for e, one in enumerate(stacked.unbind(0), begin))
     else:
         yield name, stacked
+
+
+def held_elsewhere(name: str, cuts: Mapping[str, Slice]) -> bool:
+    """Whether a file's tensor of this name is an expert's that another rank holds, where a rank holds ``cuts``."""
+    found = _ONE.match(name)
+    if found is None or (cut := cuts.get(f"{found[1]}.down_proj")) is None:
+        return False
+    return (number := int(found[2])) < cut.whole and not cut.begin <= number < cut.end

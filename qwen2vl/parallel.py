@@ -5,6 +5,12 @@ embedding and of the head, by vocabulary (Shoeybi et al. 2019, arXiv 1909.08053,
 several ranks where there are fewer than ranks. The vision tower is whole on every rank and the patches of a call are
 spread over them. :data:`SPLIT` is what training (:mod:`qwen2vl.training.parallel`) cuts decoder layers by, too.
 
+Of routed experts each rank has some, whole (as GShard, arXiv 2006.16668); a shared one is split as an MLP, and both are
+parts of one sum. Routers are whole, so that all ranks choose alike. To cut every expert's inner width instead would
+read as many bytes and give every rank the same work, where now a step of few rows waits for the rank that holds most of
+the chosen experts. But matrices would get narrow, groups of 128 in 1408 columns (Qwen1.5-MoE) are not to be cut in two
+nor in 768 (Qwen3-VL-MoE) in four, and training, whose gradients follow the experts, splits them so, too.
+
 All ranks run the same program; what they sum and gather is the same on all of them.
 """
 
@@ -19,14 +25,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from .checks import Grid
 from .config import TextConfig
 from .errors import PromptError, Qwen2VLError
-from .layers import Embedding, Linear
-from .quantised_slices import Slice, check_cut
-from .quantization import QuantLinear
+from .moe import held_elsewhere
+from .quantised_slices import Slice
 from .vision import Encode, VisionTower, frame_pairs, rows_between
 
 if TYPE_CHECKING:
@@ -57,7 +61,8 @@ def undivided(text: TextConfig, ranks: int, *, repeat: bool) -> str:
     heads = text.num_key_value_heads
     if not (repeat and ranks % heads == 0) and heads % ranks:
         return f"num_key_value_heads, {heads}"
-    for name in ("num_attention_heads", "intermediate_size"):
+    dense = any(text.experts(layer) is None for layer in range(text.num_hidden_layers))
+    for name in ("num_attention_heads", "intermediate_size") if dense else ("num_attention_heads",):
         if getattr(text, name) % ranks:
             return f"{name}, {getattr(text, name)}"
     for name in ("num_experts", "shared_expert_intermediate_size") if text.moe is not None else ():
@@ -81,26 +86,40 @@ def slices(text: TextConfig, rank: int, ranks: int) -> dict[str, Slice]:
 
     Raises :class:`Qwen2VLError` where heads or columns cannot be split evenly.
     """
-    if text.moe is not None:
-        raise Qwen2VLError("parallel: layers with experts are split over ranks in training only, not yet for answers")
     if reason := undivided(text, ranks, repeat=True):
         raise Qwen2VLError(f"parallel: {ranks} ranks do not divide {reason}")
     if text.vocab_size < ranks:
         raise Qwen2VLError(f"parallel: {ranks} ranks share a vocabulary of {text.vocab_size}")
-    width, columns, heads = text.hidden_size, text.intermediate_size, text.num_key_value_heads
+    heads = text.num_key_value_heads
     # The query heads of a rank belong to key-value heads of its own, or all to one that it shares with its neighbours.
     held = range(rank * heads // ranks, max(rank * heads // ranks + 1, (rank + 1) * heads // ranks))
     key_value = (held.start * text.head_dim, held.stop * text.head_dim, heads * text.head_dim)
-    query, mlp = (_even(count, rank, ranks) for count in (width, columns))
+    query = _even(text.hidden_size, rank, ranks)
     cuts = {"q_proj": query, "k_proj": key_value, "v_proj": key_value, "o_proj": query}
     found = {name: Slice(0, *_even(text.vocab_size, rank, ranks)) for name in ("model.embed_tokens", "lm_head")}
+    experts: dict[str, Slice] = {}
     for layer in range(text.num_hidden_layers):
-        for name, how in SPLIT.items():
-            cut = cuts.get(name.partition(".")[2], mlp)
-            found[f"model.layers.{layer}.{name}"] = Slice(0 if how == "columns" else 1, *cut)
+        moe, prefix = text.experts(layer), f"model.layers.{layer}"
+        inner = _even(text.intermediate_size if moe is None else moe.shared_expert_intermediate_size, rank, ranks)
+        for name, how in split_of(text, layer).items():
+            cut = cuts.get(name.partition(".")[2], inner)
+            found[f"{prefix}.{name}"] = Slice(0 if how == "columns" else 1, *cut)
+        if moe is not None:
+            of_all = Slice(0, *_even(moe.num_experts, rank, ranks))
+            experts |= {f"{prefix}.mlp.experts.{name}": of_all for name in ("gate_up_proj", "down_proj")}
     # Only what is cut by columns has a bias, which is cut with them.
     biases = {f"{name}.bias": cut for name, cut in found.items() if cut.dim == 0}
-    return biases | {f"{name}.weight": cut for name, cut in found.items()}
+    return biases | {f"{name}.weight": cut for name, cut in found.items()} | experts
+
+
+def split_of(text: TextConfig, layer: int) -> dict[str, str]:
+    """:data:`SPLIT` of one layer, whose MLP, where it has experts, is the shared one, if it has that."""
+    moe = text.experts(layer)
+    if moe is None:
+        return SPLIT
+    shared = "mlp.shared_expert." if moe.shared_expert_intermediate_size else ""
+    found = {name.replace("mlp.", shared): how for name, how in SPLIT.items()}
+    return found if shared else {name: how for name, how in found.items() if name.startswith("self_attn.")}
 
 
 def _even(count: int, rank: int, ranks: int) -> tuple[int, int, int]:
@@ -333,74 +352,6 @@ def _same(told: Asked, inputs: Mapping[str, Any], config: GenerationConfig, keep
     )  # fmt: skip
 
 
-# -------------------------------------------------------------------------------------------------------- modules
-
-
-class _RowParallel:
-    """Beside a linear layer that holds the columns of this rank's inputs: its product is summed over the ranks."""
-
-    parallel: TensorParallel
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return self.parallel.sum(super().forward(input))  # type: ignore[misc]
-
-
-class RowParallelLinear(_RowParallel, Linear):
-    pass
-
-
-class RowParallelQuantLinear(_RowParallel, QuantLinear):
-    pass
-
-
-class VocabParallelEmbedding(Embedding):
-    """The rows of an embedding from ``begin`` on; those of other ranks count as zeros in a sum over the ranks."""
-
-    def __init__(self, begin: int, count: int, width: int, parallel: TensorParallel) -> None:
-        super().__init__(count, width)
-        self.begin, self.parallel = begin, parallel
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        own = input - self.begin
-        foreign = (own < 0) | (own >= self.num_embeddings)
-        rows = F.embedding(own.masked_fill(foreign, 0), self.weight)
-        return self.parallel.sum(rows.masked_fill_(foreign.unsqueeze(-1), 0))
-
-
-def split(model: Qwen2VL, parallel: TensorParallel) -> dict[str, Slice]:
-    """Put this rank's part of them in the place of the layers of ``model``, which is on the meta device; returns what
-    the checkpoint is to be cut by, as :func:`slices`."""
-    text = model.config.text
-    cuts = slices(text, parallel.rank, parallel.ranks)
-    with torch.device("meta"):
-        for n, layer in enumerate(model.model.layers):
-            for name in SPLIT:
-                path = f"model.layers.{n}.{name}"
-                layer.set_submodule(name, _part(layer.get_submodule(name), path, cuts[f"{path}.weight"], parallel))
-        rows = cuts["model.embed_tokens.weight"]
-        model.model.embed_tokens = VocabParallelEmbedding(rows.begin, rows.count, text.hidden_size, parallel)
-        if not text.tie_word_embeddings:
-            model.lm_head = Linear(text.hidden_size, rows.count, bias=False)
-    model.requires_grad_(False)
-    model.parallel = parallel
-    return cuts
-
-
-def _part(whole: torch.nn.Module, path: str, cut: Slice, parallel: TensorParallel) -> torch.nn.Linear:
-    """This rank's part of a linear layer."""
-    assert isinstance(whole, (Linear, QuantLinear))
-    outputs, inputs = (cut.count if cut.dim == n else size for n, size in enumerate((whole.out_features,
-                                                                                    whole.in_features)))  # fmt: skip
-    summed = cut.dim == 1
-    part = (RowParallelLinear if summed else Linear)(inputs, outputs, bias=whole.bias is not None)
-    if isinstance(whole, QuantLinear):
-        check_cut(path, whole.how, cut)
-        part = (RowParallelQuantLinear if summed else QuantLinear)(part, whole.how)
-    if isinstance(part, _RowParallel):
-        part.parallel = parallel
-    return part
-
-
 def bytes_per_rank(model: Qwen2VL, ranks: int, tokens: int = 0) -> list[int]:
     """Bytes of weights and of the keys and values of ``tokens`` that each rank holds, without activations.
 
@@ -412,8 +363,12 @@ def bytes_per_rank(model: Qwen2VL, ranks: int, tokens: int = 0) -> list[int]:
         cuts = slices(text, rank, ranks)
         total = 0
         for name, parameter in model.named_parameters():
+            if held_elsewhere(name, cuts):
+                continue
             prefix, _, kind = name.rpartition(".")
-            values, cut = parameter.numel(), cuts.get(name if kind == "bias" else f"{prefix}.weight")
+            values, cut = parameter.numel(), cuts.get(name)
+            if cut is None and kind != "bias":  # of a quantised layer, which has other names for its parts
+                cut = cuts.get(f"{prefix}.weight")
             total += (values if cut is None else values * cut.count // cut.whole) * parameter.element_size()
         keys = cuts["model.layers.0.self_attn.k_proj.weight"].count * text.num_hidden_layers
         found.append(total + 2 * keys * tokens * model.dtype.itemsize)

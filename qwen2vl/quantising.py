@@ -9,7 +9,7 @@ is cut. With activations of a calibration at hand, the error of a column counts 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from . import awq
 from .adapter import adaptable, adapted
 from .errors import CheckpointError
 from .model import Qwen2VL
+from .moe import SeparateExperts, SparseMoE
 from .quantization import Quantization, QuantLinear, quantised
 from .text import Layer
 from .weights import Progress
@@ -33,23 +34,23 @@ _KEPT = ["visual", "lm_head"]
 _RANGES = (1.0, 0.95, 0.9, 0.85, 0.8)
 
 
-def stated(form: str, group_size: int) -> dict[str, Any]:
+def stated(form: str, group_size: int, kept: Sequence[str] = ()) -> dict[str, Any]:
     """The ``quantization_config`` of a form: ``"awq"``, ``"gptq-int4"``, ``"gptq-int8"`` or ``"fp8"``.
 
-    ``group_size``: columns of a group, -1 for whole rows; of no meaning for fp8, whose rows have a scale each. Raises
-    :class:`CheckpointError` for an unknown form.
+    ``group_size``: columns of a group, -1 for whole rows; of no meaning for fp8, whose rows have a scale each.
+    ``kept``: linear layers of the decoder that keep 16 bits. Raises :class:`CheckpointError` for an unknown form.
     """
     if form == "awq":
         how: dict[str, Any] = {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True}
-        return how | {"version": "gemm", "modules_to_not_convert": _KEPT}
+        return how | {"version": "gemm", "modules_to_not_convert": [*_KEPT, *kept]}
     if form in ("gptq-int4", "gptq-int8"):
         how = {"quant_method": "gptq", "bits": int(form[-1]), "group_size": group_size, "desc_act": False, "sym": True}
-        return how | {"checkpoint_format": "gptq", "lm_head": False, "modules_to_not_convert": _KEPT}
+        return how | {"checkpoint_format": "gptq", "lm_head": False, "modules_to_not_convert": [*_KEPT, *kept]}
     if form == "fp8":
         weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
         group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
         how = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": group}}
-        return how | {"ignore": ["re:.*visual.*", "lm_head"], "quantization_status": "compressed"}
+        return how | {"ignore": ["re:.*visual.*", "lm_head", *kept], "quantization_status": "compressed"}
     raise CheckpointError(f"form must be one of awq, gptq-int4, gptq-int8, fp8, got {form!r}")
 
 
@@ -70,22 +71,31 @@ def quantise(
         calibration: for ``"awq"``: conversations as :class:`qwen2vl.Processor` gives them, read once before anything is
             quantised, whose activations choose the scales of :mod:`qwen2vl.awq`.
 
-    Raises :class:`CheckpointError` for a model that is quantised, adapted, has experts or is held by several ranks,
-    where sizes do not allow the form, and for a calibration of another form; :class:`PromptError` for one without
+    Routers and the gates of shared experts keep their bits.
+
+    Raises :class:`CheckpointError` for a model that is quantised, adapted or is held by several ranks, where sizes do
+    not allow the form, and for a calibration of another form or with experts; :class:`PromptError` for one without
     conversations. The model is not touched then.
     """
     if quantised(model) or adapted(model):
         raise CheckpointError("quantise: wants a model in 16 or 32 bits without an adapter that is not merged")
-    if model.config.text.moe is not None:
-        raise CheckpointError("quantise: wants a dense model; experts' weights have no quantised form here")
     if model.parallel is not None:
         raise CheckpointError(
             "quantise: wants a whole model; quantise it in one process, then load the result in parallel"
         )
-    how = Quantization.from_dict(stated(form, group_size))
+    experts = {n: SeparateExperts(layer.mlp.experts) for n, layer in enumerate(model.model.layers)
+               if isinstance(layer.mlp, SparseMoE)}  # fmt: skip
+    gates = [f"model.layers.{n}.mlp.{name}" for n in experts for name in ("gate", "shared_expert_gate")]
+    layers = {name: one for name, one in adaptable(model).items() if name.startswith("model.layers.")}
+    kept = [name for name in gates if layers.pop(name, None) is not None]
+    for n, separate in experts.items():
+        of_layer = (item for item in separate.named_modules() if isinstance(item[1], nn.Linear))
+        layers |= {f"model.layers.{n}.mlp.experts.{name}": one for name, one in of_layer}
+    how = Quantization.from_dict(stated(form, group_size, kept))
     if calibration is not None and how.method != "awq":
         raise CheckpointError(f"calibration: is of form awq, which has scales to choose, got form {form!r}")
-    layers = {name: one for name, one in adaptable(model).items() if name.startswith("model.layers.")}
+    if calibration is not None and experts:
+        raise CheckpointError("calibration: wants a dense model, an expert would see few of its tokens")
     for name, layer in layers.items():
         try:
             how.stored(layer.out_features, layer.in_features)
@@ -96,6 +106,8 @@ def quantise(
     seen = None if calibration is None else awq.collect(model, calibration)
     done, squares = 0, {}
     for n, decoder_layer in enumerate(model.model.layers):
+        if n in experts:
+            decoder_layer.mlp.experts = experts.pop(n)
         within = [name for name in layers if name.startswith(f"model.layers.{n}.")]
         if seen is not None:
             for name in within:

@@ -13,7 +13,7 @@ in the model's dtype, which is more exact.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,8 @@ from .errors import CheckpointError
 
 #: Where in a 32-bit word AWQ puts eight neighbouring columns: four bits at place p are those of column _AWQ_ORDER[p].
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+#: A word of ones, by bits.
+_ONES = {4: 0x11111111, 8: 0x01010101}
 _SCALES = ("F32", "F16", "BF16")
 
 #: What a file stores of a layer: suffix -> (shapes that fit, dtypes that fit).
@@ -49,6 +51,8 @@ class Quantization:
     group: int = 0  # columns that share a scale, 0 for all
     act_order: bool = False
     zeros_less_one: bool = False  # GPTQ's first format stores zero points less one
+    borrows: bool = False  # which its writer took from whole words, so that a zero point of 0 borrows from the next
+    symmetric: bool = False  # GPTQ's word for zero points that are all in the middle
     block: tuple[int, int] = (0, 0)  # of fp8: rows and columns that share a scale, 0 for all
     stated: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
@@ -136,7 +140,16 @@ def _gptq(stated: Mapping[str, Any]) -> dict[str, Any]:
         "group": _group(stated),
         "act_order": act_order,
         "zeros_less_one": known[found],
+        "borrows": any(one.startswith("gptqmodel:") for one in _writers(stated)),
+        "symmetric": stated.get("sym") is True,
     }
+
+
+def _writers(stated: Mapping[str, Any]) -> list[str]:
+    """The programs that wrote a GPTQ checkpoint, "gptqmodel:1.4.0" say, as far as it names them."""
+    meta = stated.get("meta")
+    named = meta.get("quantizer") if isinstance(meta, dict) else None
+    return [one for one in (named if isinstance(named, list) else [named]) if isinstance(one, str)]
 
 
 def _compressed(stated: Mapping[str, Any]) -> dict[str, Any]:
@@ -271,18 +284,22 @@ def refuse_training(model: nn.Module) -> None:
         )
 
 
-def place(model: nn.Module, layers: Mapping[str, nn.Linear], how: Quantization, names: Mapping[str, str]) -> None:
-    """Put a :class:`QuantLinear` in the place of every one of ``layers`` that the files quantise.
-
-    ``names``: the model's name of every stored tensor -> its dtype. Raises :class:`CheckpointError` where what is
-    quantised is no linear layer of the decoder or of the tower's blocks, or none is, or its sizes do not allow it.
-    """
+def stored_so(how: Quantization, names: Mapping[str, str]) -> list[str]:
+    """The modules that files quantise, of which ``names`` has the model's name of every stored tensor -> its dtype."""
     marks = (".qweight",) if how.bits else (".weight",)
-    found = [
+    return [
         name.rpartition(".")[0]
         for name, dtype in names.items()
         if name.endswith(marks) and (how.bits or dtype == "F8_E4M3")
     ]
+
+
+def place(model: nn.Module, layers: Mapping[str, nn.Linear], how: Quantization, found: Collection[str]) -> None:
+    """Put a :class:`QuantLinear` in the place of every one of ``layers`` that is ``found`` quantised in the files.
+
+    Raises :class:`CheckpointError` where what is quantised is no linear layer of the decoder or of the tower's blocks,
+    or none is, or its sizes do not allow it.
+    """
     if other := [name for name in found if name not in layers]:
         raise CheckpointError(
             f"{other[0]}: is quantised, and no linear layer of the decoder or of the tower's blocks; only these may be"
@@ -328,14 +345,17 @@ def from_stored(layer: QuantLinear, tensors: Mapping[str, torch.Tensor]) -> dict
         order = None
     else:
         q = _unpack_rows(tensors["qweight"].T, bits)
-        if how.zeros_less_one:
-            # Of a zero point of 0 some writers take one in its place, some in its word, and readers wrap it or do not.
-            if bool((zeros == (1 << bits) - 1).any()):
+        # Some writers of the first format store the zero points of symmetric weights as they are, and readers that know
+        # these need none do not notice; less one, they would not be in the middle.
+        if how.zeros_less_one and not (how.symmetric and bool((zeros == 1 << (bits - 1)).all())):
+            # AutoGPTQ spread the borrow of a zero point of 0 over all of its word, and its readers made it 16.
+            if not how.borrows and bool((zeros == (1 << bits) - 1).any()):
                 raise CheckpointError(
                     f"qzeros: hold {(1 << bits) - 1}, a zero point of 0 less one, of which checkpoint_format gptq's "
-                    "writers make different things; save the checkpoint as gptq_v2"
+                    "writers make different things, and meta.quantizer does not name gptqmodel, whose way is known; "
+                    "save the checkpoint as gptq_v2"
                 )
-            zeros = zeros + 1
+            zeros = _unpack_rows(tensors["qzeros"] + _ONES[bits], bits)
         order = _order(tensors["g_idx"], layer.block[1], how.act_order)
         q = q if order is None else q[:, order]
     same = bool((zeros == 1 << (bits - 1)).all())
@@ -362,7 +382,7 @@ def to_stored(layer: QuantLinear) -> Iterator[tuple[str, torch.Tensor]]:
         zeros = torch.full((layer.out_features, groups), 1 << (bits - 1), dtype=torch.uint8, device=q.device)
     else:
         zeros = unpack_zeros(layer.zeros.detach(), bits, groups)
-    zeros = zeros.T
+    zeros = _turned(zeros)
     if how.method == "awq":
         places = torch.argsort(_awq_places(layer.out_features)).to(q.device)
         yield "qweight", _pack_rows(q.T[:, places], bits)
@@ -370,7 +390,8 @@ def to_stored(layer: QuantLinear) -> Iterator[tuple[str, torch.Tensor]]:
     else:
         back = torch.argsort(order)
         yield "qweight", _pack_rows(q[:, back], bits).T.contiguous()
-        yield "qzeros", _pack_rows(zeros - int(how.zeros_less_one), bits)
+        words = _pack_rows(zeros, bits)
+        yield "qzeros", words - _ONES[bits] if how.zeros_less_one else words
         yield "g_idx", (back // layer.block[1]).int()
     yield "scales", layer.scales.detach().T.contiguous()
 

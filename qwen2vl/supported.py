@@ -34,7 +34,7 @@ SUPPORTED = (
     ),
     Supported(
         "quantised",
-        "AWQ of 4 bits, GPTQ of 4 and 8, fp8 by tensors, rows and blocks: loaded, run, saved",
+        "AWQ of 4 bits, GPTQ of 4 and 8, fp8 by tensors, rows and blocks, experts too: loaded, run, saved",
         "model/test_quantised.py::test_it_answers_as_its_values_and_is_saved_as_it_was",
     ),
     Supported(
@@ -49,7 +49,7 @@ SUPPORTED = (
     ),
     Supported(
         "inference on several ranks",
-        "tensor parallel, quantised weights too; not with experts",
+        "tensor parallel, quantised weights and experts too",
         "model/test_parallel.py::test_answers_of_one_process",
     ),
     Supported("adapters", "LoRA as peft saves it", "model/test_adapter.py::test_it_is_what_peft_makes_of_it"),

@@ -23,7 +23,7 @@ from torch import nn
 from .errors import CheckpointError
 from .files import read_json, write_json, write_whole
 from .interrupts import scratch
-from .moe import expert_parts
+from .moe import expert_parts, held_elsewhere
 from .quantised_slices import Slice, stored_slices, with_own_groups
 from .quantization import QuantLinear, from_stored, quantised, to_stored
 
@@ -199,7 +199,7 @@ def load_weights(
                 continue
             for stored in names:
                 name = our_name(stored)
-                if name in ignore or name.endswith(_DERIVED):
+                if name in ignore or name.endswith(_DERIVED) or held_elsewhere(name, cuts):
                     continue
                 if name in where:
                     problems.append(f"{name}: stored twice, in {where[name][2]} and {path.name}")
@@ -218,7 +218,7 @@ def load_weights(
                 found[name] = _read(file, stored, cuts.get(name)).to(device).to(dtype)
             else:  # experts, each of which lies apart in the files
                 found[name] = torch.empty_like(parameter, device=device, dtype=dtype, requires_grad=False)
-                for part, view in expert_parts(name, found[name]):
+                for part, view in expert_parts(name, found[name], _first(cuts.get(name))):
                     file, stored, _ = where[part]
                     view.copy_(file.get_tensor(stored))
             if progress is not None:
@@ -262,6 +262,10 @@ def _whole(shape: Sequence[int], cut: Slice | None) -> tuple[int, ...]:
     return tuple(cut.whole if cut is not None and dim == cut.dim else size for dim, size in enumerate(shape))
 
 
+def _first(cut: Slice | None) -> int:
+    return 0 if cut is None else cut.begin
+
+
 def _plain(model: nn.Module, layers: Mapping[str, QuantLinear]) -> dict[str, nn.Parameter]:
     """The parameters of ``model`` that are not quantised."""
     named = model.named_parameters()
@@ -277,7 +281,7 @@ def _wanted(
     wanted: _Fits = {
         part: ((_whole(view.shape, cuts.get(part)),), floats)
         for name, one in _plain(model, layers).items()
-        for part, view in ([(name, one)] if name in where else expert_parts(name, one.detach()))
+        for part, view in ([(name, one)] if name in where else expert_parts(name, one.detach(), _first(cuts.get(name))))
     }
     spare: _Fits = {}
     for prefix, layer in layers.items():

@@ -1,4 +1,5 @@
-"""``qwen2vl info``: versions, what is supported, what serves each operation here, and why nothing better does."""
+"""``qwen2vl info``: versions, what is supported, what serves each operation here, and why nothing better does; or what
+a checkpoint is."""
 
 from __future__ import annotations
 
@@ -48,6 +49,10 @@ _CALLS = {
 
 
 def info(
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", metavar="FOLDER|ID", help="Instead: what this checkpoint is, by its config."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     stack: Annotated[
         Stack | None,
@@ -55,11 +60,51 @@ def info(
     ] = None,
 ) -> None:
     """Versions, extensions, what is supported, the backend of every operation, GPU and threads."""
-    facts, show = (collect(), _print) if stack is None else (collect_stack(stack), show_stack)
+    if model is not None and stack is not None:
+        raise typer.BadParameter("is one thing to be told of, --stack another", param_hint="--model")
+    if model is not None:
+        facts, show = describe(model), _print_model
+    else:
+        facts, show = (collect(), _print) if stack is None else (collect_stack(stack), show_stack)
     if as_json:
         print(json.dumps(facts, ensure_ascii=False))
     else:
         show(facts)
+
+
+def describe(model: str) -> dict[str, Any]:
+    """What ``--model`` prints as JSON; no weights are read."""
+    from ..hub import Checkpoint
+    from ..model import Qwen2VL
+
+    config = Checkpoint.find(model, with_weights=False).config
+    text, how = config.text, config.quantization
+    moe = text.moe
+    return {
+        "model": model,
+        "parameters": sum(p.numel() for p in Qwen2VL.from_config(config, device="meta").parameters()),
+        "layers": text.num_hidden_layers,
+        "hidden_size": text.hidden_size,
+        "vocabulary": text.vocab_size,
+        "experts": moe and {"routed": moe.num_experts, "of_a_token": moe.num_experts_per_tok,
+                            "shared": bool(moe.shared_expert_intermediate_size)},
+        "dtype": config.torch_dtype,
+        "quantization": how and how.label,
+    }  # fmt: skip
+
+
+def _print_model(facts: dict[str, Any]) -> None:
+    table = _table("", "")
+    words = {"experts": _experts(facts["experts"]), "quantization": facts["quantization"] or "none"}
+    for name, value in (facts | words).items():
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else escape(str(value)))
+    Console(highlight=False).print(table)
+
+
+def _experts(moe: dict[str, Any] | None) -> str:
+    if moe is None:
+        return "none"
+    return f"{moe['routed']} in a layer, {moe['of_a_token']} for a token{', and a shared one' if moe['shared'] else ''}"
 
 
 def collect() -> dict[str, Any]:

@@ -91,11 +91,17 @@ def inspect(
     With --out: for an image NAME-grid.png, its patches (thin lines) and tokens (thick lines); for a video
     NAME-frames.png, the frames kept; for both NAME-positions.png, the position ids of text, media, text.
     """
+    from ..hub import Checkpoint
+
     notes.quiet = quiet
     check_stdin(files)
+    checkpoint = None if model is None else Checkpoint.find(model, with_weights=False)
     processor = load_processor(
-        model, min_pixels=min_pixels, max_pixels=max_pixels, allow_remote=allow_remote, limit=limit
+        checkpoint, min_pixels=min_pixels, max_pixels=max_pixels, allow_remote=allow_remote, limit=limit
     )
+    how = None if checkpoint is None else checkpoint.config.quantization
+    if how is not None:
+        notes.print(f"[dim]{escape(f'{model} is quantised: {how.label}')}[/]")
     if model is None:
         notes.print(
             "[dim]sizes are those of the toy that answers where no --model is named; for a released checkpoint's: "
@@ -107,7 +113,7 @@ def inspect(
     reports, failed = [], False
     for file, name in zip(files, _names(files), strict=True):
         what = kind or _kind(file)
-        facts: dict[str, Any] = {"file": file, "kind": what.value}
+        facts: dict[str, Any] = {"file": file, "kind": what.value, "quantization": how and how.label}
         try:
             inputs = _read(processor, file, what, options)
         except Exception as error:

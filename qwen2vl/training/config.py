@@ -81,13 +81,15 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Adapters of the decoder's linear layers, and of the tower's if ``tower``; everything else is frozen."""
+    """Adapters of the decoder's linear layers, of the tower's if ``tower``, and of routed experts if ``experts``;
+    everything else is frozen."""
 
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     tower: bool = False
+    experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,8 @@ class TrainingConfig:
             limit_keywords(self.limits)
         except Qwen2VLError as error:
             raise TrainingConfigError(f"limits: {error}") from None
+        if self.lora is not None and self.lora.experts and (got := self.lora.dropout):
+            raise TrainingConfigError(f"lora.dropout: must be 0 with lora.experts, whose weights are summed, got {got}")
         if self.lora is not None and self.parallel.tensor > 1:
             raise TrainingConfigError("lora: adapters and parallel.tensor > 1 do not go together")
 

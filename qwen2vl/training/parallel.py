@@ -24,10 +24,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
+from ..adapter import adapted
 from ..config import Qwen2VLConfig
 from ..model import Qwen2VL
 from ..moe import Experts, SparseMoE, routed
-from ..parallel import SPLIT, rank_device, undivided
+from ..parallel import rank_device, split_of, undivided
 from .config import ParallelConfig
 from .errors import TrainingConfigError
 from .step import TrainingStep
@@ -159,21 +160,16 @@ def split_decoder(model: Qwen2VL, mesh: DeviceMesh) -> None:
 
     whole = Replicate()
     style = lambda cut: ColwiseParallel() if cut == "columns" else RowwiseParallel()  # noqa: E731
-    attention = {
-        "self_attn": PrepareModuleInput(input_layouts=(whole, None), desired_input_layouts=(whole, None)),
-        **{name: style(cut) for name, cut in SPLIT.items() if name.startswith("self_attn.")},
-    }
-    for layer in model.model.layers:
-        plan, mlp, prefix = attention, layer.mlp, "mlp"
-        if isinstance(mlp, SparseMoE):
-            _split_experts(mlp.experts, mesh)
-            prefix = "mlp.shared_expert" if mlp.shared_expert is not None else ""
-        if prefix:
-            plan = plan | {
-                prefix: PrepareModuleInput(input_layouts=whole, desired_input_layouts=whole),
-                **{name.replace("mlp", prefix): style(cut) for name, cut in SPLIT.items() if name.startswith("mlp.")},
-            }
-        parallelize_module(layer, mesh, plan)  # type: ignore[arg-type]
+    for n, layer in enumerate(model.model.layers):
+        cuts, plan = split_of(model.config.text, n), {}
+        for name, cut in cuts.items():
+            part = name.rpartition(".")[0]
+            given = (whole, None) if part == "self_attn" else whole
+            plan[part] = PrepareModuleInput(input_layouts=given, desired_input_layouts=given)
+            plan[name] = style(cut)
+        if isinstance(layer.mlp, SparseMoE):
+            _split_experts(layer.mlp.experts, mesh)
+        parallelize_module(layer, mesh, plan)
 
 
 def _split_experts(experts: Experts, mesh: DeviceMesh) -> None:
@@ -204,6 +200,7 @@ def distribute(step: TrainingStep, parallel: Parallel) -> nn.Module:
         return step.to(parallel.device)
     if parallel.tensor > 1:
         split_decoder(model, parallel.mesh["tensor"])
+    refuse_sharded(model, parallel.mode)
     if parallel.mode == "ddp":
         devices = [parallel.device.index] if parallel.device.type == "cuda" else None
         step.to(parallel.device)
@@ -216,6 +213,13 @@ def distribute(step: TrainingStep, parallel: Parallel) -> nn.Module:
         fully_shard(block, **settings)  # type: ignore[arg-type]
     fully_shard(step, **settings)  # type: ignore[arg-type]
     return step
+
+
+def refuse_sharded(model: Qwen2VL, mode: str) -> None:
+    """Raises :class:`TrainingConfigError` where adapters of experts, which are summed with whole weights, are to be
+    sharded."""
+    if mode == "fsdp" and any(".mlp.experts" in name for name in adapted(model)):
+        raise TrainingConfigError("lora.experts: goes with parallel.mode 'none' and 'ddp', got 'fsdp'")
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

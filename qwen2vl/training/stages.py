@@ -218,7 +218,8 @@ def _check_clip_config(theirs: Any, vision: VisionConfig, folder: Path) -> None:
 
 
 def add_lora(model: Qwen2VL, config: LoraConfig, stage: str) -> None:
-    """Freeze everything and put peft's adapters into the decoder's linear layers, and the tower's blocks if asked.
+    """Freeze everything and put peft's adapters into the decoder's linear layers, and the tower's blocks and routed
+    experts if asked.
 
     Raises :class:`TrainingConfigError` for a stage that freezes the decoder, a target that is none, and without peft.
     """
@@ -237,8 +238,12 @@ def add_lora(model: Qwen2VL, config: LoraConfig, stage: str) -> None:
     names = named("model.layers.", config.targets, "lora.targets")
     if config.tower:
         names += named("visual.blocks.", ("qkv", "proj", "fc1", "fc2"), "lora.tower")
+    stacked = adapter.stacked_experts(model) if config.experts else {}
+    if config.experts and not stacked:
+        raise TrainingConfigError("lora.experts: the model has no routed experts")
+    parameters = [f"{name}.{leaf}" for name in stacked for leaf in ("gate_up_proj", "down_proj")]
     try:
-        adapter.add_layers(model, names, adapter.LoraShape(config.rank, config.alpha, config.dropout))
+        adapter.add_layers(model, names, adapter.LoraShape(config.rank, config.alpha, config.dropout), parameters)
     except ImportError as error:
         raise TrainingConfigError(f"lora: needs the package peft; {install_hint('peft')}") from error
     for parameter in model.parameters():

@@ -300,7 +300,7 @@ class Trainer:
     def _facts(self) -> dict[str, Any]:
         """What a checkpoint must have in common with the run that resumes from it."""
         model, lora = self.config.model, self.config.lora
-        shape = None if lora is None else [lora.rank, sorted(lora.targets), lora.tower]
+        shape = None if lora is None else [lora.rank, sorted(lora.targets), lora.tower, *(["experts"] * lora.experts)]
         return {"stage": self.stage, "dtype": model.dtype, "master_weights": model.master_weights, "lora": shape}
 
     def _save(self) -> None:

@@ -140,6 +140,7 @@ def _rank(folder: Path, rank: int, ranks: int) -> None:
     with torch.no_grad():
         found["bfloat16"] = model.bfloat16()(**inputs)
     model.float()  # rounded, on all ranks alike
+    found["experts"] = {form: _of_experts(folder / form, inputs, parallel) for form in given["experts"]}
     # What follows needs ranks, not their number.
     if ranks == 2:
         found |= _together(model, folder, inputs, processor)
@@ -149,6 +150,19 @@ def _rank(folder: Path, rank: int, ranks: int) -> None:
                 found[form] = split(**inputs)
     torch.save(found, folder / f"found-{ranks}-{rank}.pt")
     dist.barrier()
+
+
+def _of_experts(folder: Path, inputs: dict[str, Any], parallel: TensorParallel) -> dict[str, Any]:
+    _Counted.bytes = 0
+    model = Qwen2VL.from_pretrained(folder, parallel=parallel)
+    return {"bytes": _Counted.bytes, "held": sum(p.nbytes for p in model.parameters()), **few_answers(model, inputs)}
+
+
+def few_answers(model: Qwen2VL, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Logits, and greedy tokens behind a cache."""
+    config = GenerationConfig(max_new_tokens=12, eos_token_ids=ENDLESS)
+    with torch.no_grad():
+        return {"logits": model(**inputs), "greedy": generate(model, inputs, config=config).sequences}
 
 
 def _together(model: Qwen2VL, folder: Path, inputs: dict[str, Any], processor: Processor) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from qwen2vl.errors import Qwen2VLError
 from qwen2vl.media.image import load_image
 from qwen2vl_kernels.core import attention_choice, backends
 from qwen2vl_kernels.core.matmul import cpu_vendor, slow_on_cpu
+from tests.training.samples import tiny_moe_config
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -555,6 +556,17 @@ def test_info(run):
         assert row["op"] in text and (row["measured"] or "not measured") in text
     for reason in facts["unavailable"].values():
         assert reason in text.replace("\n", " ")
+
+
+def test_info_of_a_checkpoint(run, model, tmp_path):
+    facts = json.loads(run("info", "--model", "model", "--json").stdout)
+    assert facts["parameters"] == sum(p.numel() for p in model.parameters())
+    assert (facts["dtype"], facts["experts"], facts["layers"]) == ("float32", None, model.config.text.num_hidden_layers)
+    (tmp_path / "config.json").write_text(json.dumps(tiny_moe_config().to_dict()))
+    text = run("info", "--model", tmp_path).stdout
+    assert "5 in a layer, 2 for a token, and a shared one" in text
+    both = run("info", "--model", "model", "--stack", "vllm")
+    assert both.exit_code == 2 and "--stack" in both.stderr
 
 
 def test_a_file_of_answers_with_a_line_without_bound_is_left_as_it_is(tmp_path, monkeypatch):

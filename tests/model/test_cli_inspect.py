@@ -67,6 +67,24 @@ def test_a_bad_file_does_not_hide_the_others(run):
     assert result.exit_code == 1 and "6, and 2 marks" in result.stdout and "frames kept" in result.stdout
 
 
+def test_a_quantised_checkpoint_is_named(run, place, tmp_path):
+    """By ``inspect`` and by ``info``, which read no weights: there are none."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((place / "model" / name).read_bytes())
+    config = json.loads((place / "model" / "config.json").read_text())
+    how = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": True}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": how}))
+    said = "gptq int4, groups of 64, act-order"
+    for command in (("inspect", "day.png"), ("info",)):
+        for model, wanted in ((tmp_path, said), ("model", None)):
+            plain, told = (run(*command, "--model", model, *json_) for json_ in ((), ("--json",)))
+            assert plain.exit_code == told.exit_code == 0, plain.stderr + told.stderr
+            facts = json.loads(told.stdout)
+            assert (facts[0] if command[0] == "inspect" else facts)["quantization"] == wanted
+            assert (said in (plain.stdout + plain.stderr).replace("\n", " ")) == (wanted is not None)
+    assert run("inspect", "day.png", "--model", tmp_path, "--quiet").stderr == ""
+
+
 def test_without_a_model_inspect_says_whose_sizes_they_are(run):
     result = run("inspect", "day.png")
     assert result.exit_code == 0 and "toy" in result.stderr and "--model" in result.stderr

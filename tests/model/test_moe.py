@@ -11,14 +11,13 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBl
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextSparseMoeBlock
 from transformers.utils import logging
 
-from qwen2vl import CheckpointError, GenerationConfig, Qwen2VL, Qwen2VLConfig, generate
+from qwen2vl import CheckpointError, Conversation, GenerationConfig, Qwen2VL, Qwen2VLConfig, generate
 from qwen2vl.cache import KVCache
-from qwen2vl.errors import Qwen2VLError
 from qwen2vl.graphs import unfit
 from qwen2vl.moe import SparseMoE, load_balancing_loss
 from qwen2vl.moe_config import MoEConfig
-from qwen2vl.parallel import slices
 from qwen2vl.quantising import quantise
+from qwen2vl.quantization import quantised
 from qwen2vl.speed import step_bytes
 from qwen2vl.training.flops import layer_matrices, layer_parameters, parameters
 from qwen2vl.training.stages import load_qwen2
@@ -84,7 +83,7 @@ def test_the_router_computes_in_float32():
     torch.testing.assert_close(got, want, rtol=0, atol=2**-6 * want.abs().max().item())
 
 
-def _text_config(model: Qwen2VL) -> dict:
+def text_config(model: Qwen2VL) -> dict:
     """What Qwen2-MoE's config.json says of the same language model."""
     flat = model.config.to_dict()
     vision = ("vision_config", "rope_scaling", "architectures")
@@ -102,7 +101,7 @@ def test_a_text_model_equals_qwen2_moe(tmp_path, exact):
     """Logits, the load-balancing loss and every gradient, of weights that we saved and transformers loaded."""
     model = tiny_model(config=tiny_moe_config())
     model.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(_text_config(model)))
+    (tmp_path / "config.json").write_text(json.dumps(text_config(model)))
     theirs, model = _load_theirs(tmp_path), model.double()
     cu_seqlens, positions = torch.tensor([0, 12], dtype=torch.int32), torch.arange(12).expand(3, -1)
     router_logits = []
@@ -145,6 +144,15 @@ def test_greedy_tokens_are_those_of_whole_forwards():
                 last[[57, 60, 61]] = -torch.inf  # what no answer holds
                 assert token == last.argmax().item()
                 known.append(token)
+
+
+def test_a_conversation_keeps_its_cache():
+    model, conversation = tiny_model(config=tiny_moe_config()).eval(), Conversation()
+    config = GenerationConfig(max_new_tokens=2, eos_token_ids=(10**6,))
+    for ids, kept in ((IDS[:, :8], 0), (IDS, 8)):
+        got = generate(model, {"input_ids": ids}, config=config, conversation=conversation)
+        assert got.cached_tokens == [kept]
+        assert got.sequences == generate(model, {"input_ids": ids}, config=config).sequences
 
 
 def test_a_token_is_the_same_in_every_pack():
@@ -252,7 +260,7 @@ def test_qwen2_moe_is_where_training_may_begin(saved, tmp_path):
     model = saved[0]
     (tmp_path / "ours").mkdir()
     model.save_pretrained(tmp_path / "ours")
-    (tmp_path / "ours" / "config.json").write_text(json.dumps(_text_config(model)))
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(text_config(model)))
     _load_theirs(tmp_path / "ours", torch.float32).save_pretrained(tmp_path / "theirs")
     begun = Qwen2VL.from_config(model.config, device="meta", dtype="float32")
     load_qwen2(begun, tmp_path / "theirs")
@@ -324,14 +332,6 @@ def test_the_keys_of_a_file_are_no_config_of_experts():
         replace(config.text, moe=config.text.moe.to_dict())
 
 
-def test_what_does_not_go_with_experts_yet_is_refused():
-    quantised = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
-    with pytest.raises(CheckpointError, match="quantised weights of mixtures of experts are not supported"):
-        Qwen2VLConfig.from_dict(_stated(quantization_config=quantised))
-    with pytest.raises(Qwen2VLError, match="layers with experts are split over ranks in training only"):
-        slices(tiny_moe_config(num_experts=6).text, 0, 2)
-
-
 def test_sizes_that_the_files_cannot_hold_are_refused(folder):
     for key in ("num_experts", "shared_expert_intermediate_size"):
         (folder / "config.json").write_text(json.dumps(_stated(**{key: 9999})))
@@ -362,7 +362,28 @@ def test_parameters_and_the_matrices_that_a_token_meets(saved):
     assert step_bytes(model, 0) == read + one_dimensional + model.head_weight.nbytes
 
 
-def test_experts_are_not_quantised():
-    model = tiny_model(config=tiny_moe_config())
-    with pytest.raises(CheckpointError, match="quantise: wants a dense model; experts' weights have no quantised form"):
-        quantise(model, "fp8")
+@pytest.mark.parametrize("form", ["awq", "gptq-int8", "fp8"])
+def test_experts_are_rounded_one_by_one(tmp_path, form):
+    """To what is nearest, and read again; routers and gates keep their bits."""
+    config = tiny_moe_config(moe_intermediate_size=64, shared_expert_intermediate_size=64)
+    config = replace(config, text=replace(config.text, intermediate_size=64))
+    model, exact = tiny_model(config=config), tiny_model(config=config)
+    quantise(model, form, 32).save_pretrained(tmp_path)
+    read = Qwen2VL.from_pretrained(tmp_path, device="cpu")
+    assert "model.layers.2.mlp.experts.4.down_proj" in quantised(read) and read.config == model.config
+    with torch.no_grad():
+        assert torch.equal(read(IDS), model(IDS))
+    told = json.dumps(read.config.to_dict()["quantization_config"])
+    for name in ("gate", "shared_expert_gate"):
+        path = f"model.layers.0.mlp.{name}"
+        assert torch.equal(read.get_submodule(path).weight, exact.get_submodule(path).weight) and f'"{path}"' in told
+    unit = torch.eye(64)
+    for layer in (0, 2):
+        for e, stacked in enumerate(exact.model.layers[layer].mlp.experts.down_proj):
+            rounded = read.get_submodule(f"model.layers.{layer}.mlp.experts.{e}.down_proj")(unit).T
+            assert 0 < relative_error(rounded, stacked) < {"awq": 0.15, "gptq-int8": 0.01, "fp8": 0.05}[form]
+
+
+def test_experts_are_not_calibrated():
+    with pytest.raises(CheckpointError, match="calibration: wants a dense model"):
+        quantise(tiny_model(config=tiny_moe_config(moe_intermediate_size=64)), "awq", 32, calibration=[])

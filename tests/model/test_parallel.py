@@ -5,16 +5,18 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from benchmarks.random_checkpoint import small_config, write_random_checkpoint
-from qwen2vl import Processor, Qwen2VL, Qwen2VLConfig, Qwen2VLError, TensorParallel
+from qwen2vl import MoEConfig, Processor, Qwen2VL, Qwen2VLConfig, Qwen2VLError, TensorParallel
 from qwen2vl.cli import app
 from qwen2vl.parallel import bytes_per_rank, slices
 from qwen2vl.quantising import quantise
@@ -24,6 +26,10 @@ from tests.model import ranks as worker
 ROOT = Path(__file__).parents[2]
 OF = {2: "untied", 4: "tied"}
 QUANTISED = ("awq", "gptq-int4", "fp8")
+OF_EXPERTS = ("experts", "experts-int4")
+#: One layer with experts, one without.
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 96, "norm_topk_prob": False,
+           "shared_expert_intermediate_size": 128, "mlp_only_layers": (1,)}  # fmt: skip
 GENERATE = ["generate", "-m", "untied", "-i", "seen.png", "-p", "-", "-n", "12", "--device", "cpu"]
 CHAT = ["chat", "-m", "untied", "-n", "8", "--temperature", "1", "--seed", "3", "--device", "cpu"]
 COMMANDS = {
@@ -43,6 +49,12 @@ def folder(tmp_path_factory):
         write_random_checkpoint(folder / name, config, dtype=torch.float32, std=0.08)
         path = folder / name / "generation_config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [999]}))
+    config = small_config(tie_word_embeddings=False)
+    config = replace(config, text=replace(config.text, moe=MoEConfig(**EXPERTS)))
+    write_random_checkpoint(folder / "experts", config, dtype=torch.float32, std=0.08)
+    quantise(Qwen2VL.from_pretrained(folder / "experts", device="cpu"), "gptq-int4", 32).save_pretrained(
+        folder / "experts-int4"
+    )
     for form in QUANTISED:
         quantise(Qwen2VL.from_pretrained(folder / "untied", device="cpu"), form, 64).save_pretrained(folder / form)
     return folder
@@ -58,7 +70,7 @@ def inputs(folder):
 @pytest.fixture(scope="module")
 def found(folder, inputs):
     """What every rank found, by (ranks, rank), and exit codes by what was run."""
-    torch.save({"inputs": inputs, "of": OF, "quantised": QUANTISED}, folder / "given.pt")
+    torch.save({"inputs": inputs, "of": OF, "quantised": QUANTISED, "experts": OF_EXPERTS}, folder / "given.pt")
     (folder / "commands.json").write_text(json.dumps(COMMANDS))
     (folder / "stdin").write_text(STDIN)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -113,6 +125,27 @@ def test_ranks_read_what_they_hold(folder, found, ranks):
         assert found[ranks, rank]["bytes"] == found[ranks, rank]["held"] == held[rank]
     split = sum(p.nbytes for name, p in whole.named_parameters() if name in slices(whole.config.text, 0, ranks))
     assert sum(held) - ranks * (sum(p.nbytes for p in whole.parameters()) - split) < 1.3 * split
+
+
+@pytest.mark.parametrize("ranks", OF)
+@pytest.mark.parametrize("form", OF_EXPERTS)
+def test_experts_are_split(folder, inputs, found, form, ranks):
+    """Whole experts to each rank, which reads no others, and a shared one by columns."""
+    whole = Qwen2VL.from_pretrained(folder / form, device="cpu")
+    one, held = worker.few_answers(whole, inputs), bytes_per_rank(whole, ranks)
+    # Beside what is held: zero points that are all the same, and the columns' groups, in order.
+    stored = load_file(folder / form / "model.safetensors")
+    spare = {name: t.nbytes for name, t in stored.items() if name.endswith((".qzeros", ".g_idx"))}
+    for rank in range(ranks):
+        got = found[ranks, rank]["experts"][form]
+        torch.testing.assert_close(got["logits"], one["logits"], rtol=1e-4, atol=1e-4)
+        assert torch.equal(got["logits"], found[ranks, 0]["experts"][form]["logits"])
+        assert got["greedy"] == one["greedy"] and len(set(one["greedy"][0])) > 4
+        assert got["held"] == held[rank]
+        routed = sum(n for name, n in spare.items() if ".experts." in name)
+        assert 0 <= got["bytes"] - held[rank] - routed // ranks <= sum(spare.values()) - routed
+    routed = sum(p.nbytes for p in whole.model.layers[0].mlp.experts.parameters())
+    assert held[0] < sum(p.nbytes for p in whole.parameters()) - routed * (ranks - 1) // ranks
 
 
 def test_what_is_refused(folder, found):
@@ -176,6 +209,26 @@ def test_an_error_ends_all(folder, found):
 def test_uneven_heads_are_refused(preset, ranks, reason):
     with pytest.raises(Qwen2VLError, match=reason):
         slices(Qwen2VLConfig.preset(preset).text, 0, ranks)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"num_experts": 6}, "4 ranks do not divide num_experts, 6"),
+        ({"shared_expert_intermediate_size": 66}, "4 ranks do not divide shared_expert_intermediate_size, 66"),
+    ],
+)
+def test_uneven_experts_are_refused(changes, reason):
+    with pytest.raises(Qwen2VLError, match=reason):
+        slices(replace(small_config().text, moe=MoEConfig(**{**EXPERTS, **changes})), 0, 4)
+
+
+def test_the_width_of_dense_layers_counts_where_there_are_some():
+    text = replace(small_config().text, intermediate_size=18, moe=MoEConfig(**EXPERTS))
+    with pytest.raises(Qwen2VLError, match="4 ranks do not divide intermediate_size, 18"):
+        slices(text, 0, 4)
+    sparse = slices(replace(text, moe=MoEConfig(**{**EXPERTS, "mlp_only_layers": ()})), 3, 4)
+    assert sparse["model.layers.1.mlp.experts.down_proj"] == (0, 6, 8, 8)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 8])

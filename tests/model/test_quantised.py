@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.random_checkpoint import small_config, write_random_checkpoint
 from qwen2vl import CheckpointError, Qwen2VL
-from qwen2vl.adapter import adaptable
 from qwen2vl.quantization import QuantLinear, quantised, refuse_training
 from qwen2vl.training.config import ModelConfig
 from qwen2vl.training.stages import build_model
@@ -39,7 +38,9 @@ FORMATS = {
     "gptq int4": GPTQ,
     "gptq int4 zeros": {**GPTQ, "sym": False},
     "gptq int8": {**GPTQ, "bits": 8, "group_size": 128},
+    "gptq int8, whole rows": {**GPTQ, "bits": 8, "group_size": -1},
     "gptq v2": {**GPTQ, "sym": False, "checkpoint_format": "gptq_v2"},
+    "gptq by gptqmodel": {**GPTQ, "sym": False, "meta": {"quantizer": ["gptqmodel:1.4.0"]}},
     "gptq act-order": {**GPTQ, "desc_act": True, "sym": False},
     "fp8 rows": CHANNELS,
     "fp8 tensors": _weights_of("tensor"),
@@ -93,7 +94,8 @@ def write_layer(weight, how, seed):
         else:
             scales[:, g] = (high - low) / top
             zeros[:, g] = np.clip(np.rint(-low / scales[:, g]), 0, top)
-            zeros[0, g] = 0 if how.get("checkpoint_format") == "gptq_v2" else zeros[0, g]
+            # Which has a form in the second format, and in the first by a writer whose form is known.
+            zeros[:3, g] = 0 if how.get("checkpoint_format") == "gptq_v2" or "meta" in how else zeros[:3, g]
         scales = scales.astype(np.float16).astype(np.float64)
         points = np.rint(part / scales[:, g : g + 1]) + zeros[:, g : g + 1]
         q[:, g_idx == g] = np.clip(points, 0, top)
@@ -103,10 +105,10 @@ def write_layer(weight, how, seed):
         order = np.arange(outputs).reshape(-1, 8)[:, [0, 2, 4, 6, 1, 3, 5, 7]].reshape(-1)
         stored = {"qweight": words(q.T[:, order], 4), "qzeros": words(zeros.T[:, order], 4), "scales": half}
     else:
-        less = 0 if how.get("checkpoint_format") == "gptq_v2" else 1
+        less = 0 if how.get("checkpoint_format") == "gptq_v2" else sum(1 << at for at in range(0, 32, bits))
         stored = {
             "qweight": words(q, bits).T.contiguous(),
-            "qzeros": words((zeros.T - less) % (top + 1), bits),
+            "qzeros": (words(zeros.T, bits).long() - less).int(),  # whole words, of which none borrows but by 0
             "scales": half,
             "g_idx": torch.from_numpy(g_idx.astype(np.int32)),
         }
@@ -119,14 +121,16 @@ def plain(tmp_path_factory):
     return write_random_checkpoint(folder, small_config(), dtype=torch.float32, std=0.08)
 
 
-def quantise(plain, folder, how, tower=False):
-    """``(the checkpoint, one with the same values in float32)``, every linear layer of the decoder quantised."""
+def quantise(plain, folder, how, tower=False, kept=()):
+    """``(the checkpoint, one with the same values in float32)``, every linear layer of the decoder quantised but for
+    those ``kept``, routers and the gates of shared experts."""
     for name in ("quantised", "values"):
         shutil.copytree(plain, folder / name)
-    model = Qwen2VL.from_pretrained(plain, device="cpu")
-    names = [name for name in adaptable(model) if tower or name.startswith("model.")]
     stored, values = (load_file(plain / "model.safetensors") for _ in range(2))
-    for seed, name in enumerate(names):
+    ends = ("_proj.weight", ".qkv.weight", ".proj.weight", ".fc1.weight", ".fc2.weight") if tower else ("_proj.weight",)
+    parts_of = ("model.layers.", "visual.blocks.")
+    names = [key.removesuffix(".weight") for key in stored if key.startswith(parts_of) and key.endswith(ends)]
+    for seed, name in enumerate(name for name in names if name not in kept):
         weight = stored.pop(f"{name}.weight")
         parts, exact = write_layer(weight, how, seed)
         stored |= {f"{name}.{suffix}": tensor for suffix, tensor in parts.items()}
@@ -143,6 +147,15 @@ def int4(plain, tmp_path_factory):
     return quantise(plain, tmp_path_factory.mktemp("int4"), FORMATS["gptq act-order"])
 
 
+def assert_same_files(*folders):
+    before, after = (load_file(path / "model.safetensors") for path in folders)
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        same = after[key].view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else after[key]
+        tensor = tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
+        assert tensor.shape == same.shape and tensor.dtype == same.dtype and torch.equal(tensor, same), key
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_it_answers_as_its_values_and_is_saved_as_it_was(plain, tmp_path, name):
     folder, values = quantise(plain, tmp_path, FORMATS[name])
@@ -151,16 +164,11 @@ def test_it_answers_as_its_values_and_is_saved_as_it_was(plain, tmp_path, name):
     layers = quantised(model)
     assert len(layers) == 14 and all(name.startswith("model.layers.") for name in layers)
     one = layers["model.layers.0.self_attn.k_proj"]
-    assert (one.zeros is None) == (name in ("gptq int4", "gptq int8") or "fp8" in name)
+    assert (one.zeros is None) == (name in ("gptq int4", "gptq int8", "gptq int8, whole rows") or "fp8" in name)
     assert (one.order is None) == (name != "gptq act-order")
 
     model.save_pretrained(tmp_path / "again")
-    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "again"))
-    assert before.keys() == after.keys()
-    for key, tensor in before.items():
-        same = after[key].view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else after[key]
-        tensor = tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
-        assert tensor.shape == same.shape and tensor.dtype == same.dtype and torch.equal(tensor, same), key
+    assert_same_files(folder, tmp_path / "again")
     for path in (folder, tmp_path / "again"):
         assert json.loads((path / "config.json").read_text())["quantization_config"] == FORMATS[name]
 
@@ -210,6 +218,19 @@ def test_group_indices_of_zeros_mean_order(plain, tmp_path):
     folder, values = quantise(plain, tmp_path, FORMATS["gptq int4"])
     rewrite(folder, lambda tensors: [t.zero_() for name, t in tensors.items() if name.endswith("g_idx")])
     torch.testing.assert_close(logits(folder), logits(values), rtol=2e-4, atol=2e-4)
+
+
+def test_zero_points_of_symmetric_weights_may_be_stored_as_they_are(plain, tmp_path):
+    """In the first format, which has them less one, by some writers; where weights need not be symmetric, they are."""
+    folder, values = quantise(plain, tmp_path, FORMATS["gptq int4"])
+    eights = int(np.uint32(0x88888888).view(np.int32))
+    rewrite(folder, lambda tensors: [t.fill_(eights) for name, t in tensors.items() if name.endswith("qzeros")])
+    torch.testing.assert_close(logits(folder), logits(values), rtol=2e-4, atol=2e-4)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["sym"] = False
+    path.write_text(json.dumps(config))
+    assert not torch.allclose(logits(folder), logits(values), rtol=2e-2, atol=2e-2)
 
 
 def test_adapters_learn_over_it_and_are_not_merged(int4, tmp_path):

@@ -16,10 +16,11 @@ from qwen2vl.training.errors import NonFiniteLossError, TrainingConfigError
 from qwen2vl.training.logs import draw_loss
 from qwen2vl.training.optim import lr_factor
 from qwen2vl.training.packing import Batch
+from qwen2vl.training.parallel import refuse_sharded
 from qwen2vl.training.stages import STAGES, part_of
 from qwen2vl.training.storage import TensorReader
 from tests.training import runs
-from tests.training.samples import InMemory, mixed, tiny_model
+from tests.training.samples import InMemory, mixed, tiny_model, tiny_moe_config
 
 
 @pytest.fixture(scope="module")
@@ -325,6 +326,31 @@ def test_adapters_of_the_tower_when_asked_and_a_target_that_is_none(folder, tmp_
     trainer.train_step()
     with pytest.raises(TrainingConfigError, match=r"lora\.targets: 'qkv' names no linear layer; there are down_proj, "):
         runs.make(folder, tmp_path / "b", "instruct", lora={"targets": ["qkv"]})
+
+
+def test_adapters_of_experts_when_asked(folder, tmp_path):
+    pytest.importorskip("peft", minversion="0.19.1")
+    model = tiny_model(config=tiny_moe_config())
+    model.save_pretrained(tmp_path / "base")
+    tables = {"lora": {"rank": 2, "experts": True, "targets": ["q_proj"]}, "optimizer": {"lr": 0.1}}
+    trainer = runs.make(tmp_path / "base", tmp_path / "out", "instruct", run={"steps": 2}, **tables)
+    learns = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
+    assert len(learns) == 2 * (3 + 2 * 2) and sum(".experts." in name for name in learns) == 2 * 2 * 2
+    trainer.run()
+    beside = Qwen2VL.from_pretrained(tmp_path / "base", device="cpu", adapter=tmp_path / "out" / "adapter")
+    exported = Qwen2VL.from_pretrained(tmp_path / "out" / "model", device="cpu")
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(exported(ids), beside(ids), rtol=1e-4, atol=1e-4)
+        assert not torch.isclose(exported(ids), model(ids), rtol=1e-2).all()
+    with pytest.raises(TrainingConfigError, match=r"lora\.experts: the model has no routed experts"):
+        runs.make(folder, tmp_path / "b", "instruct", lora={"experts": True})
+    with pytest.raises(TrainingConfigError, match=r"lora\.dropout: must be 0 with lora\.experts"):
+        runs.make(folder, tmp_path / "b", "instruct", lora={"experts": True, "dropout": 0.1})
+    with pytest.raises(
+        TrainingConfigError, match=r"lora\.experts: goes with parallel\.mode 'none' and 'ddp', got 'fsdp'"
+    ):
+        refuse_sharded(trainer.model, "fsdp")
 
 
 def test_ctrl_c_in_the_middle_of_a_save_is_told_and_counts_when_it_is_over(folder, tmp_path, monkeypatch, caplog):
