@@ -26,6 +26,8 @@ OPTIONAL = {
     "matplotlib",
     "torchvision",
     "triton",
+    "starlette",
+    "uvicorn",
 }
 
 

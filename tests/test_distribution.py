@@ -111,8 +111,9 @@ def test_hints_of_what_to_install_work_as_printed():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     texts = [path.read_text() for folder in ("qwen2vl", "examples") for path in (ROOT / folder).rglob("*.py")]
     asked = {name for text in texts for name in re.findall(r"install_hint\(['\"](\w+)['\"]\)", text)}
-    assert asked == {"av", "matplotlib", "peft", "transformers"}
-    bounds = {re.split(r"\W", one)[0]: one for name in ("video", "train", "inspect", "bench") for one in extras[name]}
+    assert asked == {"av", "matplotlib", "peft", "starlette", "transformers", "uvicorn"}
+    names = ("video", "train", "inspect", "web", "bench")
+    bounds = {re.split(r"\W", one)[0]: one for name in names for one in extras[name]}
     for name in (*asked, "tensorboard"):
         assert install_hint(name) == f'pip install "{bounds[name]}"'
     assert install_hint("torchvision") == 'pip install "torchvision"'

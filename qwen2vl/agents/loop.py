@@ -90,15 +90,103 @@ class Episode:
 
     Attributes:
         outcome: "done", the environment said so; "answered", the model wrote without a call; or the limit that was met.
+            None while an :class:`AgentRun` is not over.
         messages: the conversation, as a processor takes it.
         steps: what happened, in order.
         answer: what the model wrote last without a call, "" where it never did.
     """
 
-    outcome: Outcome
+    outcome: Outcome | None
     messages: list[dict[str, Any]]
     steps: list[AgentStep] = field(default_factory=list)
     answer: str = ""
+
+
+class AgentRun:
+    """A run of an agent one step at a time, for who looks on between two. Arguments and errors are those of
+    :func:`run_agent`; the environment is reset here.
+
+    Attributes:
+        episode: what happened so far; its outcome is None until the run is over.
+    """
+
+    def __init__(
+        self,
+        write: Writer,
+        environment: Environment,
+        *,
+        style: Style = "paper",
+        system: str | None = None,
+        max_steps: int = 20,
+        max_errors: int = 3,
+        max_images: int | None = None,
+    ) -> None:
+        for name, value, least in (("max_steps", max_steps, 1), ("max_errors", max_errors, 0)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise PromptError(f"{name}: wants an integer >= {least}, got {value!r}")
+        if max_images is not None and (
+            not isinstance(max_images, int) or isinstance(max_images, bool) or max_images < 1
+        ):
+            raise PromptError(f"max_images: wants None or an integer >= 1, got {max_images!r}")
+        if system is None:
+            system = write.system_prompt if isinstance(write, ModelWriter) else DEFAULT_SYSTEM_PROMPT
+        self._write, self._environment = write, environment
+        self._style: Style = style
+        self._max_steps, self._max_errors, self._max_images = max_steps, max_errors, max_images
+        self._actions = list(environment.actions)
+        self._turn: list[Step] = []  # of the assistant, so far
+        self._errors = 0
+        messages: list[dict[str, Any]] = [
+            {"role": "system", "content": declare_actions(self._actions, style, system=system)},
+            {"role": "user", "content": environment.reset()},
+        ]
+        self.episode = Episode(None, messages)
+
+    def step(self) -> AgentStep | None:
+        """Let the model write once, and carry out what it wrote. None where there was no room for it in its context.
+
+        Where ``write`` raises anything else nothing has happened, and the step may be tried again.
+
+        Raises:
+            PromptError: the run is over.
+        """
+        episode = self.episode
+        if episode.outcome is not None:
+            raise PromptError(f"the run is over ({episode.outcome}), no more steps are taken")
+        messages = episode.messages
+        try:
+            text = self._write(_forget_images([*messages, *self._open_turn()], self._max_images))
+        except ContextLengthError:
+            self._end("context limit")
+            return None
+        step, added = _take(text, self._environment, self._actions, self._style)
+        episode.steps.append(step)
+        self._errors = self._errors + 1 if step.error else 0
+        self._turn += added
+        if step.error and not step.calls:  # the turn cannot be gone on with: what was written is no part of the form
+            written = [*render_turn(self._turn, self._style), {"type": "text", "text": text}]
+            messages += [
+                {"role": "assistant", "content": written},
+                {"role": "user", "content": f"Error: {step.error}. Write the call again."},
+            ]
+            self._turn = []
+        if not (step.calls or step.error):
+            episode.answer = "".join(part for part in added if isinstance(part, str))
+            self._end("done" if self._environment.done else "answered")
+        elif self._environment.done:
+            self._end("done")
+        elif self._errors > self._max_errors:
+            self._end("error limit")
+        elif len(episode.steps) == self._max_steps:
+            self._end("step limit")
+        return step
+
+    def _open_turn(self) -> list[dict[str, Any]]:
+        return [{"role": "assistant", "content": render_turn(self._turn, self._style)}] if self._turn else []
+
+    def _end(self, outcome: Outcome) -> None:
+        self.episode.outcome = outcome
+        self.episode.messages += self._open_turn()
 
 
 def run_agent(
@@ -130,52 +218,20 @@ def run_agent(
         PromptError: a limit that is no positive integer, or an environment whose first turn is malformed.
         FunctionCallError: actions that cannot be declared in this form.
     """
-    for name, value, least in (("max_steps", max_steps, 1), ("max_errors", max_errors, 0)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise PromptError(f"{name}: wants an integer >= {least}, got {value!r}")
-    if max_images is not None and (not isinstance(max_images, int) or isinstance(max_images, bool) or max_images < 1):
-        raise PromptError(f"max_images: wants None or an integer >= 1, got {max_images!r}")
-    if system is None:
-        system = write.system_prompt if isinstance(write, ModelWriter) else DEFAULT_SYSTEM_PROMPT
-    actions = list(environment.actions)
-    messages: list[dict[str, Any]] = [
-        {"role": "system", "content": declare_actions(actions, style, system=system)},
-        {"role": "user", "content": environment.reset()},
-    ]
-    episode = Episode("step limit", messages)
-    turn: list[Step] = []  # of the assistant, so far
-    errors = 0
-    for _ in range(max_steps):
-        shown = [*messages, *([{"role": "assistant", "content": render_turn(turn, style)}] if turn else [])]
-        try:
-            text = write(_forget_images(shown, max_images))
-        except ContextLengthError:
-            episode.outcome = "context limit"
-            break
-        step, added = _take(text, environment, actions, style)
-        episode.steps.append(step)
-        errors = errors + 1 if step.error else 0
-        turn += added
-        if step.error and not step.calls:  # the turn cannot be gone on with: what was written is no part of the form
-            written = [*render_turn(turn, style), {"type": "text", "text": text}]
-            messages += [
-                {"role": "assistant", "content": written},
-                {"role": "user", "content": f"Error: {step.error}. Write the call again."},
-            ]
-            turn = []
-        if on_step is not None:
+    run = AgentRun(
+        write,
+        environment,
+        style=style,
+        system=system,
+        max_steps=max_steps,
+        max_errors=max_errors,
+        max_images=max_images,
+    )
+    while run.episode.outcome is None:
+        step = run.step()
+        if step is not None and on_step is not None:
             on_step(step)
-        if environment.done or not (step.calls or step.error):
-            episode.outcome = "done" if environment.done else "answered"
-            if not (step.calls or step.error):
-                episode.answer = "".join(part for part in added if isinstance(part, str))
-            break
-        if errors > max_errors:
-            episode.outcome = "error limit"
-            break
-    if turn:
-        messages.append({"role": "assistant", "content": render_turn(turn, style)})
-    return episode
+    return run.episode
 
 
 def _take(text: str, environment: Environment, actions: Sequence[Action], style: Style) -> tuple[AgentStep, list[Step]]:
@@ -249,6 +305,7 @@ class ModelWriter:
     config: GenerationConfig
     options: Mapping[str, Any] = field(default_factory=dict)
     conversation: Conversation = field(default_factory=_new_conversation, compare=False, repr=False)
+    on_token: Callable[[int, int, str], None] | None = field(default=None, compare=False, repr=False)
 
     @property
     def system_prompt(self) -> str:
@@ -260,8 +317,14 @@ class ModelWriter:
 
         going_on = messages[-1]["role"] == "assistant"
         inputs = self.processor(messages, continue_final_message=going_on, **self.options)
-        given = {"tokenizer": self.processor.tokenizer, "config": self.config, "conversation": self.conversation}
-        return generate(self.model, inputs, **given).texts[0]
+        return generate(
+            self.model,
+            inputs,
+            tokenizer=self.processor.tokenizer,
+            config=self.config,
+            on_token=self.on_token,
+            conversation=self.conversation,
+        ).texts[0]
 
 
 def model_writer(
@@ -270,6 +333,7 @@ def model_writer(
     *,
     style: Style = "paper",
     config: GenerationConfig | None = None,
+    on_token: Callable[[int, int, str], None] | None = None,
     **options: Any,
 ) -> ModelWriter:
     """A checkpoint as the one who writes. Pictures that it was shown before are not encoded again: the model is given
@@ -278,6 +342,7 @@ def model_writer(
     Args:
         style: whose stop words end what is written; that of :func:`run_agent`.
         config: default :meth:`GenerationConfig.from_model` with 512 new tokens; its ``stop`` is added to.
+        on_token: told what is written while it is, as by :func:`qwen2vl.generate`; what it raises ends the step.
         options: of the processor, for images.
     """
     from ..features import KeptFeatures
@@ -286,4 +351,6 @@ def model_writer(
     if model.kept_features is None:
         model.kept_features = KeptFeatures()
     config = config or GenerationConfig.from_model(model, max_new_tokens=512)
-    return ModelWriter(model, processor, replace(config, stop=(*config.stop, *stop_words(style))), options)
+    return ModelWriter(
+        model, processor, replace(config, stop=(*config.stop, *stop_words(style))), options, on_token=on_token
+    )

@@ -30,6 +30,7 @@ from .inspect import inspect
 from .merge import merge
 from .threads import take_process
 from .train import train
+from .web import web
 
 
 class _Commands(PlainFlags, TyperGroup):
@@ -76,6 +77,7 @@ def _options(
 
 app.command(cls=MediaOrderCommand)(generate)
 app.command(cls=Command)(chat)
+app.command(cls=Command)(web)
 app.command(cls=Command)(info)
 app.command(cls=Command)(inspect)
 app.command("eval", cls=Command)(evaluate)

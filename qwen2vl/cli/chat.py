@@ -116,7 +116,7 @@ def chat(
     options = video_options(min_pixels, max_pixels, fps)
     tell_who_answers(model)
     if sys.stdin.isatty():
-        notes.print(f"[bold]qwen2vl chat[/] [dim]with {escape(printable(_name(model, loaded), True))}\n{_HELP}[/]")
+        notes.print(f"[bold]qwen2vl chat[/] [dim]with {escape(printable(name_model(model, loaded), True))}\n{_HELP}[/]")
     _Chat(loaded, processor, config, options, system).run()
 
 
@@ -259,8 +259,8 @@ class _Chat:
         self.attached = []
 
 
-def _name(model: str | None, loaded: Qwen2VL) -> str:
-    """Which model talks, for the banner: its name, parameters, how they are quantised, dtype and device."""
+def name_model(model: str | None, loaded: Qwen2VL) -> str:
+    """Which model talks: its name, parameters, how they are quantised, dtype and device."""
     from ..quantization import parameter_count
 
     count, how = parameter_count(loaded), loaded.config.quantization

@@ -12,7 +12,7 @@ from benchmarks.random_checkpoint import write_random_checkpoint
 from qwen2vl import GenerationConfig, Processor, Qwen2VL
 from qwen2vl.agents.actions import STYLES
 from qwen2vl.agents.function_calls import Action, Call, Result, declare_actions, render_call, render_turn
-from qwen2vl.agents.loop import model_writer, run_agent
+from qwen2vl.agents.loop import AgentRun, model_writer, run_agent
 from qwen2vl.errors import ContextLengthError, FunctionCallError, PromptError
 from qwen2vl.prompt.template import ChatTemplate
 from qwen2vl.training.data import read_examples
@@ -82,6 +82,34 @@ def test_calls_are_carried_out_in_one_turn_until_the_environment_is_done(style):
     assert script.shown[1][2:] == [{"role": "assistant", "content": render_turn(first, style)}]
     whole = [*first, "Further.", Call("Walk", {"by": 3}), results[1]]
     assert episode.messages == [system, user, {"role": "assistant", "content": render_turn(whole, style)}]
+
+
+@pytest.mark.parametrize(
+    "texts", [(walk(2), "*ARGS*", walk(3)), (walk(1), ": I am tired."), ("*ARGS*",) * 4, (walk(0),) * 5]
+)
+def test_one_step_at_a_time_is_the_same_run(texts):
+    whole = run_agent(Script(*texts), Corridor(), max_steps=5)
+    run, corridor = AgentRun(Script(*texts), there := Corridor(), max_steps=5), there
+    for n, step in enumerate(whole.steps):
+        assert run.episode.outcome is None and len(run.episode.steps) == n
+        assert run.step() == step
+    assert run.episode == whole and whole.outcome is not None
+    at = corridor.at
+    with pytest.raises(PromptError, match=rf"the run is over \({whole.outcome}\)"):
+        run.step()
+    assert corridor.at == at and run.episode == whole
+
+
+def test_a_step_that_was_interrupted_may_be_tried_again():
+    run = AgentRun(script := Script(walk(2), InterruptedError(), walk(3)), corridor := Corridor())
+    run.step()
+    with pytest.raises(InterruptedError):
+        run.step()
+    assert run.episode.outcome is None and corridor.at == 2 and len(run.episode.steps) == 1
+    run.step()
+    assert run.episode.outcome == "done" and corridor.at == 5 and script.shown[1] == script.shown[2]
+    run = AgentRun(Script(ContextLengthError("full")), Corridor())
+    assert run.step() is None and run.episode.outcome == "context limit" and not run.episode.steps
 
 
 def test_an_answer_without_a_call_ends_it():
@@ -304,3 +332,8 @@ def test_a_checkpoint_as_the_writer(checkpoint):
     inputs = processor([{"role": "user", "content": "go"}, turn], continue_final_message=True)
     expected = generate(model, inputs, tokenizer=processor.tokenizer, config=config).texts[0]
     assert write([{"role": "user", "content": "go"}, turn]) == expected
+
+    told = []
+    write = model_writer(model, processor, config=config, on_token=lambda *what: told.append(what))
+    text = write([{"role": "user", "content": "go"}])
+    assert len(told) == 6 and "".join(piece for _, _, piece in told) == text
