@@ -99,6 +99,14 @@ def endless(page, server):
         page.fill(f"[name={name}]", value)
 
 
+def test_places_without_a_picture_are_told_alone(open_page):
+    page = open_page()
+    ask(page, "Where is the green triangle?")
+    answer(page)
+    assert page.locator(".answer figure li").count() == 1, "the toy speaks of a place that it cannot have seen"
+    assert page.locator(".answer img").count() == 0
+
+
 def test_ask_about_a_picture_and_where_something_is(open_page, model, processor):
     page = open_page()
     data, where = drawn("point")

@@ -43,6 +43,7 @@ export function startChat(about, settings) {
   the("stop").onclick = () => post("stop").catch(complain);
   the("clear").onclick = () => clear().catch(complain);
   the("seen-parts").onchange = showSeen;
+  if (the("files").files.length) the("files").onchange(); // chosen before the page was ready
 }
 
 /** An error in its place among the turns. It ends nothing. */
@@ -68,7 +69,7 @@ function changed() {
 // ----------------------------------------------------------------------------------------------------- attachments
 
 async function upload(files, about) {
-  for (const file of files) {
+  for (const file of [...files]) {
     await attach(file.name, () => {
       if (file.size > about.max_upload) throw new Error(`${file.name} has more than the ${about.max_upload >> 20} MiB of an upload`);
       const address = `${path("upload")}?name=${encodeURIComponent(file.name)}`;
@@ -278,14 +279,15 @@ function drawn(event) {
     choices.replaceChildren(...(buttons.length > 1 ? ["drawn on picture ", ...buttons] : []));
   }
 
-  on(numbers.at(-1));
+  if (numbers.length) on(numbers.at(-1));
   const list = event.places.map((place, n) => {
     const corners = (place.pixels ?? place.points).map((point) => `(${point.join(", ")})`).join(" ");
     const name = make("b", { textContent: place.label ?? place.kind });
     name.style.color = colour(place, n);
     return make("li", {}, name, ` ${corners} ${place.pixels ? "pixels of the file" : "thousandths"}`);
   });
-  figure.append(canvas, choices, make("ul", {}, ...list));
+  // An answer may speak of places where nothing is attached.
+  figure.append(...(numbers.length ? [canvas, choices] : []), make("ul", {}, ...list));
   return figure;
 }
 
