@@ -5,8 +5,8 @@
     y = sum_e p_e down_e(silu(gate_e(x)) * up_e(x))  +  sigmoid(x w^T) shared(x), where there is a shared expert
 
 Experts' matrices are stacked, gate over up, as transformers 5 holds them; files hold every expert's apart, and so does
-the model where they are quantised, each with scales and perhaps an order of columns of its own. A process
-may hold some of the experts (:mod:`qwen2vl.parallel`): what it computes is then a part of the sum.
+the model where they are quantised, each with scales and perhaps an order of columns of its own. A process may hold some
+of the experts (:mod:`qwen2vl.parallel`): what it computes is then a part of the sum.
 """
 
 from __future__ import annotations
@@ -77,14 +77,14 @@ class SeparateExperts(nn.ModuleDict):
 
     def __init__(self, stacked: Experts) -> None:
         """Of views of ``stacked``."""
-        self.begin = stacked.begin
         found = {}
-        for e, (both, down) in enumerate(zip(stacked.gate_up_proj, stacked.down_proj, strict=True), self.begin):
+        for e, (both, down) in enumerate(zip(stacked.gate_up_proj, stacked.down_proj, strict=True), stacked.begin):
             with torch.device("meta"):
                 found[str(e)] = mlp = MLP(down.shape[0], down.shape[1])
             for layer, matrix in zip((mlp.gate_proj, mlp.up_proj, mlp.down_proj), (*both.chunk(2), down), strict=True):
                 layer.weight = nn.Parameter(matrix.detach(), requires_grad=stacked.down_proj.requires_grad)
         super().__init__(found)
+        self.begin = stacked.begin
 
     def keep(self, begin: int, end: int) -> None:
         """Let go of all but the experts ``[begin, end)``."""
@@ -107,8 +107,9 @@ def separate(layers: Iterable[nn.Module], names: Iterable[str]) -> None:
     """Give the decoder's ``layers`` separate experts where one is among ``names``, of the model's linear layers."""
     found = {match[1] for name in names if (match := _ONE.match(f"{name}."))}
     for n, layer in enumerate(layers):
-        if f"model.layers.{n}.mlp.experts" in found and isinstance(layer.mlp, SparseMoE):
-            layer.mlp.experts = SeparateExperts(layer.mlp.experts)
+        mlp = layer.get_submodule("mlp")
+        if f"model.layers.{n}.mlp.experts" in found and isinstance(mlp, SparseMoE) and isinstance(mlp.experts, Experts):
+            mlp.experts = SeparateExperts(mlp.experts)
 
 
 class _Spread(torch.autograd.Function):

@@ -23,7 +23,7 @@ from . import awq
 from .adapter import adaptable, adapted
 from .errors import CheckpointError
 from .model import Qwen2VL
-from .moe import SeparateExperts, SparseMoE
+from .moe import Experts, SeparateExperts, SparseMoE
 from .quantization import Quantization, QuantLinear, quantised
 from .text import Layer
 from .weights import Progress
@@ -83,14 +83,15 @@ def quantise(
         raise CheckpointError(
             "quantise: wants a whole model; quantise it in one process, then load the result in parallel"
         )
-    experts = {n: SeparateExperts(layer.mlp.experts) for n, layer in enumerate(model.model.layers)
-               if isinstance(layer.mlp, SparseMoE)}  # fmt: skip
+    sparse = {n: mlp for n, layer in enumerate(model.model.layers)
+              if isinstance(mlp := layer.get_submodule("mlp"), SparseMoE)}  # fmt: skip
+    experts = {n: SeparateExperts(mlp.experts) for n, mlp in sparse.items() if isinstance(mlp.experts, Experts)}
     gates = [f"model.layers.{n}.mlp.{name}" for n in experts for name in ("gate", "shared_expert_gate")]
     layers = {name: one for name, one in adaptable(model).items() if name.startswith("model.layers.")}
     kept = [name for name in gates if layers.pop(name, None) is not None]
     for n, separate in experts.items():
-        of_layer = (item for item in separate.named_modules() if isinstance(item[1], nn.Linear))
-        layers |= {f"model.layers.{n}.mlp.experts.{name}": one for name, one in of_layer}
+        prefix = f"model.layers.{n}.mlp.experts"
+        layers |= {f"{prefix}.{name}": one for name, one in separate.named_modules() if isinstance(one, nn.Linear)}
     how = Quantization.from_dict(stated(form, group_size, kept))
     if calibration is not None and how.method != "awq":
         raise CheckpointError(f"calibration: is of form awq, which has scales to choose, got form {form!r}")
@@ -107,7 +108,7 @@ def quantise(
     done, squares = 0, {}
     for n, decoder_layer in enumerate(model.model.layers):
         if n in experts:
-            decoder_layer.mlp.experts = experts.pop(n)
+            sparse[n].experts = experts.pop(n)
         within = [name for name in layers if name.startswith(f"model.layers.{n}.")]
         if seen is not None:
             for name in within:

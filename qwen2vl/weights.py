@@ -2,7 +2,7 @@
 
 The model's own parameter names are the released ones (``visual.*``, ``model.*``, ``lm_head.weight``), so saving is the
 identity and loading only rewrites prefixes; but experts' matrices, which files hold one by one, are stacked in the
-model (:func:`qwen2vl.moe.expert_parts`). Nothing is unpickled.
+model (:func:`qwen2vl.moe.expert_parts`) unless they are quantised. Nothing is unpickled.
 """
 
 from __future__ import annotations

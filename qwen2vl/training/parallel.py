@@ -167,7 +167,7 @@ def split_decoder(model: Qwen2VL, mesh: DeviceMesh) -> None:
             given = (whole, None) if part == "self_attn" else whole
             plan[part] = PrepareModuleInput(input_layouts=given, desired_input_layouts=given)
             plan[name] = style(cut)
-        if isinstance(layer.mlp, SparseMoE):
+        if isinstance(layer.mlp, SparseMoE) and isinstance(layer.mlp.experts, Experts):
             _split_experts(layer.mlp.experts, mesh)
         parallelize_module(layer, mesh, plan)
 

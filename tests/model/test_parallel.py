@@ -21,6 +21,7 @@ from qwen2vl.cli import app
 from qwen2vl.parallel import bytes_per_rank, slices
 from qwen2vl.quantising import quantise
 from tests.conftest import assert_two_times
+from tests.model import rank_memory
 from tests.model import ranks as worker
 
 ROOT = Path(__file__).parents[2]
@@ -267,3 +268,14 @@ def test_memory_of_the_72b():
     for ranks in (2, 4, 8):
         cache = bytes_per_rank(model, ranks, tokens=8192)[-1] - bytes_per_rank(model, ranks)[-1]
         assert cache == 2 * 80 * 8 // ranks * 128 * 8192 * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("form", ["bf16", "gptq-int4"])
+def test_one_rank_alone_holds_what_is_calculated(tmp_path, form):
+    """By the measurement of docs/model.md, of a small model."""
+    rank_memory.write(tmp_path / "all", small_config(tie_word_embeddings=False), form, 64)
+    rank_memory.fewer(tmp_path / "all", tmp_path / "half", 1)
+    for name in ("all", "half"):
+        held = bytes_per_rank(Qwen2VL.from_pretrained(tmp_path / name, device="cpu"), 2)
+        assert rank_memory.measure(tmp_path / name, 1, 2)["parameters"] == held[1]
