@@ -366,7 +366,7 @@ def launch_sampling(
         "maxima": maxima,
         "state": state,
         "vocabulary": columns,
-        "penalty": repetition_penalty,
+        "penalty": float(repetition_penalty),
         "logits_row": logits.stride(0),
         "seen_row": 0 if seen is None else marks.stride(0),
         "BANNED": 0 if banned is None else banned.numel(),
