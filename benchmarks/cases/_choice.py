@@ -80,7 +80,7 @@ def _processors(logits: torch.Tensor, prompt: torch.Tensor, setting: dict[str, A
     chain.append(kinds.TopPLogitsWarper(setting["top_p"]))
 
     def choose() -> torch.Tensor:
-        scores = chain(prompt, logits.float())
+        scores = chain(prompt, logits.float())  # pyright: ignore[reportArgumentType]
         return torch.multinomial(scores.softmax(-1), 1).squeeze(1)
 
     return choose
