@@ -215,7 +215,8 @@ class Chooser:
             scores = scores.masked_fill(scores < kth, float("-inf"))
         probabilities = scores.softmax(-1)
         if config.top_p is not None and config.top_p < 1:
-            ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+            # Where sample_tokens_ chooses, the lower of equal ids comes first, as it has it.
+            ordered, order = probabilities.sort(dim=-1, descending=True, stable=self.ahead)
             # Keep the smallest set that reaches top_p: drop what begins after it is reached.
             beyond = ordered.cumsum(-1) - ordered >= config.top_p
             beyond.select(1, 0).fill_(False)

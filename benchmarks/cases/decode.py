@@ -6,7 +6,8 @@ for all rows, and the keys and values of every row. transformers runs by its for
 adds, over the cache that grows and over the static one, and compiled over the latter as its ``generate`` compiles. vLLM
 generates as many tokens behind a prompt that it has cached.
 
-Quantised weights, made of the same ones, are compared with them in workloads of their own.
+Quantised weights, made of the same ones, are compared with them in workloads of their own, and so are ways from the
+logits to a token that is drawn.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from qwen2vl_kernels import use_backend
 from .. import providers
 from ..case import Case, Check, Context, Provider, Skip, Workload, equal
 from ..random_checkpoint import small_config
+from . import _choice
 from ._ops import MODELING
 from ._qwen2vl import Ours, Transformers, checkpoint, decode_bytes, decode_flops, prefill_flops
 
@@ -345,6 +347,7 @@ def workloads(context: Context) -> Iterator[Workload]:
     size = QUICK if context.quick else FULL if context.device.type == "cuda" else ON_CPU
     preset = small_config() if context.quick else Qwen2VLConfig.preset("2b")
     text = preset.text
+    yield from _choice.workloads(context, text.vocab_size)
     contenders = Contenders(context, checkpoint(context, size.name, preset), size, torch.bfloat16)
     for rows in (1, 8):
 

@@ -33,8 +33,8 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "rms_norm_linear": {"cpu": ("native", "eager", "triton"), "cuda": ("eager", "triton")},
     "rms_norm_swiglu": {"cpu": ("native", "eager", "triton"), "cuda": ("eager", "triton")},
     "linear_add": {"cpu": ("native", "eager", "triton"), "cuda": ("eager", "triton")},
-    # No GPU has run the kernels yet. Once one has, they come first: two launches, where the formula is some thirty
-    # operators and sorts the vocabulary.
+    # No GPU has run the kernels yet. Once one has, they come first: two launches, where the formula is up to
+    # 28 operators and sorts the vocabulary.
     "sample_tokens": {"cpu": ("eager", "triton"), "cuda": ("eager", "triton")},
     "patch_embed": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},
     "patch_merge": {"cpu": ("eager", "triton"), "cuda": ("triton", "eager")},

@@ -4,13 +4,14 @@ With a row's logits l, its seen ids and one number u in [0, 1):
 
     s_i = l_i / r where l_i >= 0 and l_i r else, for seen ids (Keskar et al. 2019, section 4.1), l_i for others,
           minus infinity for banned ids
-    m_i = floor(2^43 exp((s_i - max s) / temperature)), a whole number
+    m_i = exp((s_i - max s) / temperature), as a whole number of some small unit
     K   = {i: s_i is one of the top_k highest}, with everything equal to the last of these
     P   = the smallest set that begins the ids of K, ordered by s and among equals by id, and whose masses sum to at
           least top_p times those of K; at least one id (Holtzman et al. 2020)
     token = the first id of P, in the order of ids, at which the sum of the masses so far passes u times all of P's
 
-Masses are whole numbers, so that their sums are the same in any order, and what has none is never drawn. A row whose
+Masses are whole numbers, so that their sums are the same in any order, and what has none is never drawn. Their unit is
+2^-52 of their sum in the formula, and 2^-43 of the highest in the kernels, which round them once less. A row whose
 highest s is not finite, as where all are minus infinity or one is no number, has no masses and gives token 0. Without u
 the token is the first of the highest s, NaN among these.
 
@@ -27,7 +28,7 @@ from ..core.backends import resolve
 from ..core.checks import Checker, no_overlap
 from ..core.library import direct, mark_written, register_opaque
 from ..core.namespace import torch_ops
-from ..triton.sampling import BITS, exponent_scale, launch_sampling
+from ..triton.sampling import BITS, launch_sampling
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 #: Of these no sum of masses reaches 2^62.
@@ -53,28 +54,27 @@ def sample_tokens_ref(
     if uniforms is None:
         tokens = s.argmax(-1)
     else:
-        order, k = None, min(top_k, s.shape[1])
+        kth = order = None
+        k = min(top_k, s.shape[1])
         if top_p < 1:
             s, order = s.sort(dim=-1, descending=True, stable=True)
-            highest, kth = s.narrow(1, 0, 1), s.narrow(1, k - 1, 1)
+            kth = s.narrow(1, k - 1, 1) if k else None
         elif k:
-            best = s.topk(k, -1).values
-            highest, kth = best.narrow(1, 0, 1), best.narrow(1, -1, 1)
-        else:
-            highest = kth = s.amax(-1, keepdim=True)
-        exponent = ((s - highest) * exponent_scale(temperature)).nan_to_num(nan=-math.inf, neginf=-math.inf)
-        mass = (exponent.exp2() * 2.0**BITS).long()
-        if k:
-            mass = mass.masked_fill(s < kth, 0)
+            kth = s.topk(k, -1).values.narrow(1, -1, 1)
+        if kth is not None:
+            s = s.masked_fill(s < kth, -math.inf)
+        if temperature != 1:
+            s = s / min(max(temperature, 1e-30), 1e30)
+        mass = (s.softmax(-1).nan_to_num(nan=0.0) * 2.0**52).long()
         if order is not None:
             reached = mass.cumsum(-1)
-            enough = (reached.narrow(1, -1, 1).double() * max(top_p, 2.0**-62)).ceil().long()
-            mass = torch.empty_like(mass).scatter_(1, order, mass.masked_fill(reached - mass >= enough, 0))
+            enough = reached.narrow(1, -1, 1).double() * max(top_p, 2.0**-62)
+            mass = reached.scatter_(1, order, mass.masked_fill(reached - mass >= enough, 0))
         reached = mass.cumsum(-1)
-        total = reached.narrow(1, -1, 1)
-        # A product that rounds up may be the sum itself. Of no masses at all the first id passes -1.
-        point = (uniforms.unsqueeze(1) * total).long().minimum(total - 1)
-        tokens = torch.searchsorted(reached, point, right=True).squeeze(1)
+        # A number below one times their sum, which a double holds, stays below it.
+        point = (uniforms.unsqueeze(1) * reached.narrow(1, -1, 1)).long()
+        # Without masses none passes it.
+        tokens = torch.searchsorted(reached, point, right=True).squeeze(1).remainder(s.shape[1])
     if seen is not None:
         seen.scatter_(1, tokens.unsqueeze(1), True)
     return tokens

@@ -94,7 +94,7 @@ def _bin(exponent):
 def _take_out(keys, ids, found, part_keys, part_ids, which, highest, scale, BLOCK: tl.constexpr):
     """Copies the members of one bin out of the list; returns how many they are."""
     tl.debug_barrier()  # nobody reads those of another bin any more
-    members = 0
+    members = tl.zeros((), tl.int32)
     for start in range(0, found, BLOCK):
         at = start + tl.arange(0, BLOCK)
         key = tl.load(keys + at, mask=at < found, other=0, cache_modifier=".cg")
@@ -313,7 +313,8 @@ def _choice_kernel(
         if DRAWN:
             fraction = tl.load(uniforms + row * uniforms_row)
             # A product that rounds up may be the sum itself. Of no masses at all the first id passes -1.
-            point = tl.minimum((fraction * total.to(tl.float64)).to(tl.int64), total - 1)
+            below = total - 1  # pyright: ignore[reportOperatorIssue]
+            point = tl.minimum((fraction * total.to(tl.float64)).to(tl.int64), below)
         chosen = tl.minimum(tl.sum((tl.cumsum(kept, 0) <= point).to(tl.int32), 0), CHUNKS - 1)
         before = tl.sum(tl.where(lane < chosen, kept, 0), 0)
         ids = chosen * CHUNK + tl.arange(0, CHUNK)
@@ -366,7 +367,7 @@ def launch_sampling(
         "maxima": maxima,
         "state": state,
         "vocabulary": columns,
-        "penalty": repetition_penalty,
+        "penalty": float(repetition_penalty),
         "logits_row": logits.stride(0),
         "seen_row": 0 if seen is None else marks.stride(0),
         "BANNED": 0 if banned is None else banned.numel(),

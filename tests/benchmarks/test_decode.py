@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.case import Context, Skip
-from benchmarks.cases import decode
+from benchmarks.cases import _choice, decode
 from benchmarks.cases._qwen2vl import decode_bytes
 from benchmarks.random_checkpoint import small_config
 from benchmarks.run import run_case
@@ -33,6 +33,9 @@ def test_all_decode_the_same(tmp_path):
         for form in decode.FORMS:
             row = rows[f"small, {batch} rows: a token after 24, quantised", f"ours, {form}"]
             assert 0 < row["units_per_s"] < 1e6 and row["ratios"].keys() == {decode.BF16}
+        for name in _choice.SETTINGS:
+            row = rows[f"choice of {small_config().text.vocab_size} ids, {name}: {batch} rows", "eager"]
+            assert row["median"] > 0 and row["ratios"].keys() == {_choice.TRANSFORMERS}
     skipped = {skip["provider"]: skip["reason"] for skip in result["skipped"]}
     assert skipped == {decode.COMPILED: "left out by --without", decode.VLLM: "the engine is measured on a GPU alone"}
 

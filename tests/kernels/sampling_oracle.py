@@ -23,11 +23,12 @@ SETTINGS = (
 
 
 def rows(columns: int) -> torch.Tensor:
-    """``(4, columns)`` scores: wandering with equals among them, all equal, one finite, steep ones after -0."""
+    """``(4, columns)`` scores: wandering with equals among them, all equal, one finite, steep ones after -0 and 0."""
     wander = (torch.randn(columns) * 3).round(decimals=1)
     one = torch.full((columns,), -math.inf)
     one[columns * 2 // 3] = -7.0
     steep = torch.arange(columns).remainder(7) * -4.0
+    steep[columns // 2 :] += 0.0  # no zero of these is below another
     return torch.stack([wander, torch.full((columns,), 2.5), one, steep])
 
 

@@ -20,6 +20,7 @@ from qwen2vl.choosing import Chooser
 from qwen2vl_kernels import use_backend
 from qwen2vl_kernels.core import launching
 from qwen2vl_kernels.core.backends import unavailable
+from qwen2vl_kernels.ops.sample_tokens import sample_tokens_ref
 
 from .graph_stand_in import VIEWS, FromOutside, OnDevice, Recorder, capture_into, storage_of
 
@@ -107,6 +108,24 @@ def test_a_step_and_a_choice_stay_on_the_device(rows, setting):
         assert choice.launched.total() == 2, choice.launched
     elif "logprobs" not in SETTINGS[setting]:
         assert choice.launched == {"sample_tokens_": 1}
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_formula_of_a_choice_stays_on_the_device(rows, setting):
+    """By PyTorch's operators, as long as no GPU has run the kernels; at most one of them sorts."""
+    config = GenerationConfig(**SETTINGS[setting])
+    with torch.inference_mode(), FakeTensorMode():
+        given = {"device": "cuda:0"}
+        logits, uniforms = (
+            torch.zeros(rows, 99, **given),
+            torch.zeros(rows, 3, dtype=torch.float64, **given).select(1, 1),
+        )
+        seen, banned = torch.zeros(rows, 99, dtype=torch.bool, **given), torch.zeros(3, dtype=torch.int64, **given)
+        shape = (config.temperature or 1.0, config.top_k or 0, 1.0 if config.top_p is None else config.top_p)
+        with OnDevice() as choice:
+            sample_tokens_ref(logits, uniforms if config.samples else None, seen, banned, *shape, 1.2)
+    assert choice.launched["sort"] + choice.launched["topk"] <= 1 and choice.launched.total() <= 28
 
 
 #: Where a step's own kernels come first.

@@ -91,6 +91,29 @@ def test_chunks_pieces_and_other_rows_change_nothing(setting, monkeypatch):
     assert found[0] == sample_tokens_(logits, numbers, **setting, backend="eager").tolist()
 
 
+@pytest.mark.skipif(not launching.INTERPRETED, reason="a GPU has its own order of programs")
+def test_the_order_of_programs_changes_nothing(few, monkeypatch):
+    """The last chunk comes first, so that lists are another way round and another program ends the choice."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    logits, numbers = (torch.randn(2, 300) * 2).round(decimals=1), torch.rand(2, dtype=torch.float64)
+    given = {"temperature": 3.0, "top_k": 200, "top_p": 0.7, "backend": "triton"}
+    forward, place = sample_tokens_(logits, numbers, **given), builder.set_grid_idx
+    monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: place(builder.grid_dim[0] - 1 - x, y, z))
+    assert torch.equal(sample_tokens_(logits, numbers, **given), forward)
+
+
+@needs_triton
+@pytest.mark.parametrize("top_k", [2, 3])
+def test_the_highest_lie_in_chunks_of_their_own(top_k, few):
+    """Each chunk's maximum is one of the highest, so that no other bound on these is as tight."""
+    logits = torch.zeros(top_k, 384, device=DEVICE)
+    logits[:, [50, 130, 300]] = torch.tensor([9.0, 10.0, 8.0], device=DEVICE)
+    numbers = (torch.arange(top_k, device=DEVICE, dtype=torch.float64) + 0.5) / top_k
+    got = sample_tokens_(logits, numbers, temperature=1e9, top_k=top_k, backend="triton")
+    assert got.tolist() == [50, 130, 300][:top_k]
+
+
 @needs_triton
 def test_chunks_as_they_are_launched():
     """The last one cut short."""
