@@ -7,6 +7,8 @@ from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules import module as modules
 
 from qwen2vl_kernels import add_layer_norm, add_rms_norm, layer_norm, rms_norm, swiglu, swiglu_
 from qwen2vl_kernels.core.matmul import linear
@@ -48,11 +50,20 @@ def inverse_frequencies(config: TextConfig, device: torch.device) -> torch.Tenso
     return 1.0 / config.rope_theta**exponent
 
 
+#: Classes of tensors that have no form of their own of any operation; a fake one is a tracer's.
+_PLAIN = (nn.Parameter, torch.Tensor, FakeTensor)
+
+
 def untouched(module: nn.Module, parts: Collection[type]) -> bool:
-    """Whether a module and all that it holds are of these classes, with no hook on any and no other forward: what they
-    compute may then be computed without calling them."""
+    """Whether a module and all that it holds are of these classes, with no hook on any and no other forward, hold plain
+    tensors, and nobody looks on: what they compute may then be computed without calling them."""
+    if modules._global_forward_hooks or modules._global_forward_pre_hooks or torch._C._len_torch_function_stack():
+        return False
     return all(
-        type(one) in parts and not (one._forward_hooks or one._forward_pre_hooks or "forward" in one.__dict__)
+        type(one) in parts
+        and not (one._forward_hooks or one._forward_pre_hooks or "forward" in one.__dict__)
+        and one._compiled_call_impl is None
+        and all(x is None or type(x) in _PLAIN for x in one._parameters.values())
         for one in module.modules()
     )
 

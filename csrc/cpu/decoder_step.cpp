@@ -22,30 +22,26 @@
 namespace qwen2vl {
 namespace {
 
-constexpr int64_t kLanes = 16;
+constexpr int64_t kSums = 16;  // of squares, side by side
 // Keys of a split, whatever the threads, so that a result does not depend on these. A split's scores stay in the first
 // cache.
 constexpr int64_t kSplit = 512;
+// How far ahead of the scores keys are asked for, and the elements of a line of the caches.
+constexpr int64_t kKeysAhead = 16, kLine = 32;
 // Bytes of keys and values for which it is worth waking another thread.
 constexpr int64_t kThreadBytes = 192 << 10;
 
-using Floats = float __attribute__((vector_size(4 * kLanes)));
-using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
-using Words = uint32_t __attribute__((vector_size(4 * kLanes)));
-using Halves = uint16_t __attribute__((vector_size(2 * kLanes)));
-
+// Vectors as wide as the registers: compilers cut a wider one through memory. `kMost` query heads and two vectors of
+// columns, or as many sums of scores, fit the registers there are.
 namespace portable {
 #define QWEN2VL_TARGET
+constexpr int64_t kLanes = 4;
+constexpr int kMost = 6;
+#include "decoder_step_vectors.h"
+
 QWEN2VL_TARGET inline Floats multiply_add(const Floats& a, const Floats& b, const Floats& sum) { return sum + a * b; }
 
-QWEN2VL_TARGET inline float total(const Floats& sums) {
-  float lanes[kLanes];
-  std::memcpy(lanes, &sums, sizeof lanes);
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  }
-  return lanes[0];
-}
+QWEN2VL_TARGET inline float total(const Floats& sums) { return (sums[0] + sums[2]) + (sums[1] + sums[3]); }
 
 #include "decoder_step_loops.h"
 #undef QWEN2VL_TARGET
@@ -54,24 +50,16 @@ QWEN2VL_TARGET inline float total(const Floats& sums) {
 #if defined(__x86_64__) && defined(__GNUC__)
 namespace avx2 {
 #define QWEN2VL_TARGET __attribute__((target("avx2,fma")))
+constexpr int64_t kLanes = 8;
+constexpr int kMost = 6;
+#include "decoder_step_vectors.h"
+
 QWEN2VL_TARGET inline Floats multiply_add(const Floats& a, const Floats& b, const Floats& sum) {
-  __m256 parts[3][2];
-  std::memcpy(parts[0], &a, sizeof a);
-  std::memcpy(parts[1], &b, sizeof b);
-  std::memcpy(parts[2], &sum, sizeof sum);
-  for (int half = 0; half < 2; ++half) {
-    parts[2][half] = _mm256_fmadd_ps(parts[0][half], parts[1][half], parts[2][half]);
-  }
-  Floats result;
-  std::memcpy(&result, parts[2], sizeof result);
-  return result;
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
 }
 
 QWEN2VL_TARGET inline float total(const Floats& sums) {
-  __m256 parts[2];
-  std::memcpy(parts, &sums, sizeof parts);
-  const __m256 both = _mm256_add_ps(parts[0], parts[1]);
-  __m128 half = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)sums), _mm256_extractf128_ps((__m256)sums, 1));
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
 }
@@ -82,6 +70,10 @@ QWEN2VL_TARGET inline float total(const Floats& sums) {
 
 namespace avx512 {
 #define QWEN2VL_TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq")))
+constexpr int64_t kLanes = 16;
+constexpr int kMost = 8;
+#include "decoder_step_vectors.h"
+
 QWEN2VL_TARGET inline Floats multiply_add(const Floats& a, const Floats& b, const Floats& sum) {
   return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
 }
@@ -108,13 +100,13 @@ T* scratch(int64_t count) {
 void normed(const RmsNorm& p, int64_t rows, int64_t width, uint16_t* y) {
   for (int64_t row = 0; row < rows; ++row, y += width) {
     const uint16_t* x = p.x + row * p.x_stride;
-    float squares[kLanes] = {};
+    float squares[kSums] = {};
     int64_t k = 0;
-    for (; k + kLanes <= width; k += kLanes) {
-      for (int64_t lane = 0; lane < kLanes; ++lane) squares[lane] += from_bf16(x[k + lane]) * from_bf16(x[k + lane]);
+    for (; k + kSums <= width; k += kSums) {
+      for (int64_t lane = 0; lane < kSums; ++lane) squares[lane] += from_bf16(x[k + lane]) * from_bf16(x[k + lane]);
     }
     for (int64_t lane = 0; k < width; ++k, ++lane) squares[lane] += from_bf16(x[k]) * from_bf16(x[k]);
-    for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t half = kSums / 2; half > 0; half /= 2) {
       for (int64_t lane = 0; lane < half; ++lane) squares[lane] += squares[lane + half];
     }
     const float inverse = 1.0f / std::sqrt(squares[0] / static_cast<float>(width) + p.eps);
@@ -296,6 +288,7 @@ void decode_attention(const DecodeAttention& p, int64_t threads, size_t kernel) 
       std::fill(sums.begin(), sums.end(), 0.0f);
       float weight = 0;
       for (int64_t n = first; n < last; ++n) {
+        if (largest[n * each] == -std::numeric_limits<float>::infinity() && most > largest[n * each]) continue;
         const float scale = std::exp(largest[n * each] - most);
         const float* part = parts + n * each + head * p.columns;
         for (int64_t c = 0; c < p.columns; ++c) sums[static_cast<size_t>(c)] += scale * part[c];

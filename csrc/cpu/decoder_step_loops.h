@@ -1,6 +1,6 @@
 // The loops of decoder_step.cpp, included once for each instruction set as quant_linear_loops.h is: QWEN2VL_TARGET
-// names it, and the namespace has `multiply_add` and `total` in its words. No include guard, and no includes, on
-// purpose.
+// names it, and the namespace has vectors, `multiply_add` and `total` in its words. No include guard, and no includes,
+// on purpose.
 
 #define QWEN2VL_INLINE QWEN2VL_TARGET inline __attribute__((always_inline))
 
@@ -52,6 +52,12 @@ QWEN2VL_INLINE void scores_of(const KeySplit& p, int64_t head, int64_t room) {
   const float* q = p.q + head * p.columns;
   for (int64_t key = 0; key < p.keys; ++key) {
     const uint16_t* k = p.k + key * p.k_stride;
+    // Rows of one key head lie apart, further than processors look ahead; the values are wanted next.
+    const uint16_t* ahead = p.k + std::min(key + kKeysAhead, p.keys - 1) * p.k_stride;
+    for (int64_t c = 0; c < p.columns; c += kLine) {
+      __builtin_prefetch(ahead + c);
+      __builtin_prefetch(p.v + key * p.v_stride + c, 0, 2);
+    }
     Floats sums[M] = {};
     for (int64_t c = 0; c < p.columns; c += kLanes) {
       const Floats values = load_bf16(k + c);
@@ -108,15 +114,20 @@ QWEN2VL_INLINE void heads_of(const KeySplit& p, int64_t head, int64_t room) {
   for (; column < p.columns; column += kLanes) values_of<M, 1>(p, head, column, room);
 }
 
-// Query heads are taken in groups: their sums fit the registers, and a key is read once for all of a group.
+template <int M>
+QWEN2VL_INLINE void heads_by(const KeySplit& p, int64_t head, int64_t count, int64_t room) {
+  if (count == M) return heads_of<M>(p, head, room);
+  if constexpr (M > 1) heads_by<M - 1>(p, head, count, room);
+}
+
+// Query heads are taken in groups of even size, as few as there can be: a key is read once for all of a group.
 QWEN2VL_TARGET void attend(const KeySplit& p) {
   const int64_t room = (p.keys + kLanes - 1) / kLanes * kLanes;
-  int64_t head = 0;
-  for (; head + 8 <= p.heads; head += 8) heads_of<8>(p, head, room);
-  for (; head + 6 <= p.heads; head += 6) heads_of<6>(p, head, room);
-  for (; head + 4 <= p.heads; head += 4) heads_of<4>(p, head, room);
-  for (; head + 2 <= p.heads; head += 2) heads_of<2>(p, head, room);
-  for (; head < p.heads; ++head) heads_of<1>(p, head, room);
+  for (int64_t head = 0, groups = (p.heads + kMost - 1) / kMost; groups > 0; --groups) {
+    const int64_t count = (p.heads - head + groups - 1) / groups;
+    heads_by<kMost>(p, head, count, room);
+    head += count;
+  }
 }
 
 QWEN2VL_TARGET void swiglu(const uint16_t* gate, const uint16_t* up, uint16_t* y, int64_t count) {

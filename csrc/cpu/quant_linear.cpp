@@ -135,7 +135,8 @@ const std::vector<QuantKernel>& quant_kernels() {
 }
 
 void quant_linear(QuantLinear p, int64_t threads, size_t kernel) {
-  const auto [name, arrange, linear, values] = quant_kernels()[kernel];
+  const auto arrange = quant_kernels()[kernel].arrange;
+  const auto linear = quant_kernels()[kernel].linear;
   const int64_t width = p.weight.width;
   // Room that a thread keeps between calls.
   thread_local std::vector<uint16_t> halves;

@@ -87,7 +87,8 @@ class Workers {
 
   // Neighbouring pieces, so that what a piece has asked memory for beyond its end is wanted by this thread; then what
   // others have not come to.
-  void take(int64_t seat) {
+  // Who runs out of memory inside of a piece ends the process: others may have begun, and cannot be taken back.
+  void take(int64_t seat) noexcept {
     for (int64_t n = 0; n < ranges_; ++n) {
       Range& range = range_[static_cast<size_t>((seat + n) % ranges_)];
       for (int64_t piece = range.next++; piece < range.end; piece = range.next++) (*work_)(piece);

@@ -16,6 +16,8 @@ extension (``csrc/cpu/decoder_step``). Inference only.
 
 from __future__ import annotations
 
+from functools import cache as once
+
 import torch
 
 from ..core import native
@@ -72,9 +74,12 @@ def _check(
     check.tensor("arrived", arrived, ("B", "Hk"), dtypes=(torch.int32,))
     check.require(arrived.is_contiguous(), f"arrived must be contiguous, got strides {arrived.stride()}")
     name = resolve("decode_attention", q.device.type, backend)
-    if k_cache.shape[1] > 0 and fits(name, q.dtype, heads, kv_heads, columns):
+    asked = backend is not None or forced("decode_attention") is not None
+    if name == "native" and not asked and _portable():
+        return "eager"
+    if name == "eager" or (k_cache.shape[1] > 0 and fits(name, q.dtype, heads, kv_heads, columns)):
         return name
-    if backend is not None or forced("decode_attention") is not None:
+    if asked:
         what = f"{q.dtype}, {heads}/{kv_heads}x{columns} and {k_cache.shape[1]} slots"
         raise BackendError(f"decode_attention_: backend {name!r} takes {_TAKEN[name]}, got {what}")
     return "eager"
@@ -96,7 +101,15 @@ def fits(name: str, dtype: torch.dtype, heads: int, kv_heads: int, columns: int)
 def fused(device_type: str, dtype: torch.dtype, heads: int, kv_heads: int, columns: int) -> bool:
     """Whether what comes first on such a device is one launch, or one call, for such heads."""
     name = resolve("decode_attention", device_type, None)
+    if name == "native" and forced("decode_attention") is None and _portable():
+        return False
     return name != "eager" and fits(name, dtype, heads, kv_heads, columns)
+
+
+@once
+def _portable() -> bool:
+    """Whether the extension knows no instructions of this processor: PyTorch's attention may then be the faster one."""
+    return native.cpu().step_kernels()[0] == "portable"
 
 
 def _run_native(q, k, v, k_cache, v_cache, cache_seqlens, positions, inv_freq, arrived, softmax_scale) -> torch.Tensor:

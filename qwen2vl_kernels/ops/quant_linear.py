@@ -69,8 +69,9 @@ def _run_native(x, weight, scales, zeros, bias, block_n, block_k):
     else:
         if x.dtype not in (torch.bfloat16, torch.float32):
             rows, bias = rows.float(), None if bias is None else bias.float()
-        rows = rows if rows.stride(1) == 1 else rows.contiguous()
-        bias = bias if bias is None or bias.stride(0) == 1 else bias.contiguous()
+        # A copy, as contiguous() may leave the stride of a single element as it is.
+        rows = rows if rows.stride(1) == 1 else rows.clone(memory_format=torch.contiguous_format)
+        bias = bias if bias is None or bias.stride(0) == 1 else bias.clone(memory_format=torch.contiguous_format)
         sums = rows.new_empty(rows.shape[0], weight.shape[0])
         native.cpu().quant_linear(
             *_views(weight, scales, zeros), native.view(rows), native.view(bias), native.view(sums), rows.shape[0],

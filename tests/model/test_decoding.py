@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from qwen2vl import Conversation, GenerationConfig, Qwen2VL, Qwen2VLError, decoding, generate, stream
 from qwen2vl import graphs as graphs_of_models
@@ -196,7 +197,11 @@ def test_a_step_by_its_own_kernels_is_the_usual_one(halved, inputs, monkeypatch,
     assert (got - expected).abs().max() < 0.02 * expected.abs().max()
 
 
-@pytest.mark.parametrize("change", ["hook", "forward", "layer", "dtype"])
+class _Wrapped(torch.Tensor):
+    """A weight with a dispatch of its own, as quantising libraries put in a linear layer."""
+
+
+@pytest.mark.parametrize("change", ["hook", "forward", "layer", "dtype", "weight", "compiled"])
 def test_a_changed_layer_is_called(halved, change):
     x = torch.zeros(1, halved.config.text.hidden_size, dtype=torch.bfloat16)
     decoder, first = halved.model, halved.model.layers[0]
@@ -208,7 +213,24 @@ def test_a_changed_layer_is_called(halved, change):
             first.mlp.up_proj.forward = lambda x: x
         elif change == "layer":
             first.self_attn.q_proj = torch.nn.Linear(x.shape[1], x.shape[1])
+        elif change == "weight":
+            weight = first.mlp.up_proj.weight.detach().as_subclass(_Wrapped)
+            first.mlp.up_proj.weight = torch.nn.Parameter(weight, requires_grad=False)
+        elif change == "compiled":
+            first.mlp.compile(backend="eager")
         assert not decoder.steps(x.float() if change == "dtype" else x)
+
+
+def test_layers_are_called_where_somebody_looks_on(halved):
+    x = torch.zeros(1, halved.config.text.hidden_size, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        assert halved.model.steps(x)
+        for register in (register_module_forward_hook, register_module_forward_pre_hook):
+            with register(lambda *_: None):
+                assert not halved.model.steps(x)
+        with torch.device("cpu"):  # a function mode
+            assert not halved.model.steps(x)
+        assert halved.model.steps(x)
 
 
 def test_a_cpus_step_calls_nothing_of_pytorchs_that_shares_work(halved, inputs):

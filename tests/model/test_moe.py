@@ -167,7 +167,7 @@ def test_a_fused_step_is_not_for_experts(monkeypatch):
     """The five launches of a dense layer; and a graph wants products that read nothing on the host."""
     model = tiny_model(config=tiny_moe_config(), dtype=torch.bfloat16).eval()
     monkeypatch.setattr("qwen2vl.text.resolve", lambda *a: "triton")
-    monkeypatch.setattr("qwen2vl.text.serves", lambda *a: True)
+    monkeypatch.setattr("qwen2vl.text.fused", lambda *a: True)
     x = torch.zeros(2, 32, dtype=torch.bfloat16)
     with torch.no_grad():
         assert not model.model.steps(x) and tiny_model(dtype=torch.bfloat16).model.steps(x)

@@ -98,6 +98,18 @@ def test_scores_far_apart(kernel):
     torch.testing.assert_close(got[2].double(), mean.expand(2, -1), atol=1e-3, rtol=0.01)
 
 
+@pytest.mark.parametrize("kernel", range(len(KERNELS)), ids=KERNELS)
+def test_a_split_without_any_weight(kernel):
+    """All of its scores minus infinity; the other split has all the weight."""
+    given = operands([600], 2, 1, 16)
+    q, k_cache = given[0], given[3]
+    q[:], given[7][:] = 3e38, 0
+    k_cache[:, :512], k_cache[:, 512:], given[1][:] = -3e38, 1e-30, 1e-30
+    got = attention(*given, kernel=kernel)
+    mean = torch.cat([given[4][0, 512:599], given[2]]).double().mean(0)
+    torch.testing.assert_close(got[0].double(), mean.expand(2, -1), atol=1e-2, rtol=0.01)
+
+
 def test_positions_of_32_bits_and_strided_lengths():
     given = operands([5, 90], 2, 2, 32)
     wanted = attention(*copied(given))

@@ -214,6 +214,16 @@ def test_many_rows_hold_some_of_the_values_at_a_time(monkeypatch):
     torch.testing.assert_close(part, whole)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_strides_of_single_elements_and_of_no_rows(dtype):
+    (weight, scales, zeros, block), _ = weight_of("int4, zeros", 1, 64)
+    x, bias = torch.randn(3, 64).to(dtype), torch.randn(5).to(dtype)[::5]
+    got = quant_linear(x, weight, scales, zeros, bias, block=block, backend="native")
+    assert torch.equal(got, quant_linear(x, weight, scales, zeros, bias.clone(), block=block, backend="native"))
+    nothing = torch.zeros(4, 128).to(dtype)[:, ::2][:0]
+    assert quant_linear(nothing, weight, scales, zeros, block=block, backend="native").shape == (0, 1)
+
+
 def test_nothing_and_autocast():
     (weight, scales, zeros, block), _ = weight_of("int4, zeros", 9, 64)
     for backend in BACKENDS:

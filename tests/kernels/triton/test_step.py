@@ -107,6 +107,13 @@ def test_a_row_is_bitwise_the_same_beside_others():
         assert torch.equal(rms_norm_linear(x[row : row + 1], norm, [weight], backend="triton"), together[row : row + 1])
 
 
+def test_caches_without_slots():
+    given = _step([0], capacity=0)
+    empty = [one[:0] for one in given[:7]]
+    for backend in (None, "eager"):
+        assert decode_attention_(*empty, given[7], given[8][:0], backend=backend).shape == empty[0].shape
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="the extension takes tensors of a CPU")
 def test_where_the_extension_has_no_form():
     few, weight, norm = _random(2, 16), _random(4, 16), _random(16)
