@@ -50,7 +50,7 @@ class _Entry:
 
 class Optimizer:
     """AdamW for the parameters that learn; or, with ``config.kind`` "muon", Muon (Jordan 2024) for the matrices of
-    blocks and layers, scaled so that a rate moves them as far as AdamW would (arXiv 2502.16982), and AdamW for the rest.
+    blocks and layers, scaled so that a rate moves them as far as AdamW would (arXiv 2502.16982); AdamW for the rest.
 
     Args:
         named_parameters: of the model, sharded or not, names as in a checkpoint.
