@@ -32,7 +32,7 @@ def train(
             "--from", metavar="DIR", help='Weights: a folder, "latest" in this repository, "assets", or "random".'
         ),
     ] = "random",
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of the sitting.")] = 20_000,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of the sitting.")] = 5_000,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of a step.")] = 4096,
     lr: Annotated[float, typer.Option("--lr", min=0.0, help="The highest learning rate.")] = 1e-3,
     end: Annotated[
