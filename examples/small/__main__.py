@@ -32,8 +32,9 @@ def train(
             "--from", metavar="DIR", help='Weights: a folder, "latest" in this repository, "assets", or "random".'
         ),
     ] = "random",
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of the sitting.")] = 20_000,
-    lr: Annotated[float, typer.Option("--lr", min=0.0, help="The highest learning rate.")] = 5e-4,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of the sitting.")] = 5_000,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of a step.")] = 4096,
+    lr: Annotated[float, typer.Option("--lr", min=0.0, help="The highest learning rate.")] = 1e-3,
     end: Annotated[
         float, typer.Option("--end", min=0.0, max=1.0, help="The share of it that the last step has.")
     ] = 0.05,
@@ -61,7 +62,7 @@ def train(
         if not (output / "begin" / "preprocessor_config.json").is_file():
             write_beginning(output / "begin", seed=SEED, source=source)
         named = begin if source in (None, LATEST, assets.FOLDER) else "/".join(source.absolute().parts[-2:])
-        sitting = Sitting(named, steps, lr=lr, end=end, seed=SEED + len(before))
+        sitting = Sitting(named, steps, tokens, lr=lr, end=end, seed=SEED + len(before))
         model = train(output, output / "begin", sitting, before=before, said=lambda line: print(line, file=sys.stderr))
     except (Qwen2VLError, OSError) as error:
         stderr.print(f"[bold red]error:[/] {escape(str(error))}")

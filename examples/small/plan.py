@@ -28,9 +28,9 @@ SCOPE: dict[str, tuple[int, ...]] = {
     "video": (0, 1, 2, 3),
     "screen": (0, 1),
 }
-#: Skill -> how often it is drawn where all are equally often wrong. A sample of the screen game has four times as many
-#: tokens as one of the others.
-WEIGHTS = {"read": 6.0, "colour_shape": 1.0, "count": 1.0, "compare": 1.0, "point": 1.5, "video": 1.0, "screen": 0.75}
+#: Skill -> how often it is drawn where all are equally often wrong. A sample of the screen game has four to six times
+#: as many tokens as one of the others, and one of pointing nearly twice as many.
+WEIGHTS = {"read": 6.0, "colour_shape": 2.0, "count": 1.0, "compare": 1.5, "point": 0.75, "video": 1.0, "screen": 0.4}
 #: The share of wrong answers below which a level opens the next one.
 OPENING = 0.3
 #: Added to every level's share of wrong answers, so that what is mastered is not forgotten.
@@ -45,10 +45,11 @@ def open_levels(opened: Iterable[Level], error: Callable[[Level], float]) -> dic
     """The levels that are open from now on, and the share of wrong answers at each.
 
     Args:
-        opened: those that were open before; none at the beginning. A level never closes again.
+        opened: those that were open before; none at the beginning. A level never closes again, while it is in `SCOPE`.
         error: measures a level; called once for each that is open or opens now.
     """
-    known = {level: error(level) for level in sorted({_FIRST, *opened})}
+    trained = [level for level in opened if level[1] in SCOPE.get(level[0], ())]
+    known = {level: error(level) for level in sorted({_FIRST, *trained})}
     waiting = list(known)
     while waiting:
         level = waiting.pop()

@@ -48,6 +48,7 @@ class Sitting:
         begin: what it begins from, for people to read, and no path of one machine.
         steps: how many there are.
         tokens: how many a step has.
+        optimizer: "muon" or "adamw", see :class:`qwen2vl.training.optim.Optimizer`.
         lr, end: the highest learning rate, and the share of it that the last step has.
         every: steps between two measurements, each of which writes a checkpoint too.
         count: how many held-out samples of each open level are asked.
@@ -56,10 +57,11 @@ class Sitting:
 
     begin: str
     steps: int
-    tokens: int = 1024
-    lr: float = 5e-4
+    tokens: int = 4096
+    optimizer: str = "muon"
+    lr: float = 1e-3
     end: float = 0.05
-    every: int = 500
+    every: int = 150
     count: int = 24
     seed: int = 1
 
@@ -90,6 +92,7 @@ def train(
     write_json(file, wanted)
     saved = checkpoint.steps_saved(folder)
     rows = _rows(folder, saved[-1] if saved else 0)
+    earlier = [row for one in before for row in one.get("curve", ())]
     processor = Processor.from_pretrained(begin)
     lessons = Lessons(processor, [_lap(row) for row in rows], seed=sitting.seed, max_tokens=sitting.tokens)
     begun = time.process_time() - (rows[-1]["seconds"] if rows else 0)
@@ -99,7 +102,8 @@ def train(
         step = 0 if record is None else record.step
         if step % sitting.every and step != sitting.steps:
             return
-        opened = [] if not rows else list(_lap(rows[-1])[1])
+        # No level closes again, nor between two sittings: what is not drawn for some hundred steps is forgotten.
+        opened = {level for row in [*earlier, *rows] for level in _lap(row)[1]}
         errors = open_levels(opened, lambda level: _error(trainer, processor, level, sitting.count))
         drawn = shares(errors)
         lessons.begin_lap(drawn)
@@ -148,12 +152,14 @@ def _config(sitting: Sitting, folder: Path, begin: Path) -> dict[str, Any]:
             "output": str(folder),
             "steps": sitting.steps,
             "max_tokens": sitting.tokens,
+            "lookahead": max(64, sitting.tokens // 16),  # more samples than a pack takes
             "seed": sitting.seed,
             "save_every": sitting.every,
             "keep": 1,
             "checkpoint_activations": False,
         },
         "optimizer": {
+            "kind": sitting.optimizer,
             "lr": sitting.lr,
             "warmup_steps": min(50, sitting.steps),
             "min_lr_ratio": sitting.end,

@@ -58,7 +58,14 @@ class Draws:
         """One of the wordings of a question of `QUESTIONS`, with `about` in the place of its braces."""
         return self.pick(QUESTIONS[name][language]).replace("{}", about)
 
-    def size(self, rows: tuple[int, int], columns: tuple[int, int], *, loose: bool = False) -> tuple[int, int]:
+    def size(
+        self,
+        rows: tuple[int, int],
+        columns: tuple[int, int],
+        *,
+        loose: bool = False,
+        more: tuple[int, int] = (0, 0),
+    ) -> tuple[int, int]:
         """(width, height) in pixels of a picture that has between so many rows and columns of units.
 
         Sizes that :func:`is_held_out_size` names are for evaluation alone. Where the ranges allow only such sizes, or
@@ -66,7 +73,11 @@ class Draws:
 
         Args:
             loose: add up to 13 pixels to each side, which the processor removes again when it resizes.
+            more: the rows and columns that training has in addition. Of one or two sizes a model learns by heart where
+                things are, and is lost in every other one.
         """
+        if not self.held_out:
+            rows, columns = (rows[0], rows[1] + more[0]), (columns[0], columns[1] + more[1])
         every = [(r, c) for r in range(rows[0], rows[1] + 1) for c in range(columns[0], columns[1] + 1)]
         own = [pair for pair in every if is_held_out_size(*pair) == self.held_out]
         high, wide = self.pick(own or every)

@@ -36,12 +36,13 @@ def colour_shape(draws: Draws, level: int) -> Sample:
     colours = draws.some(fitting_colours(ground), count)
     shapes = draws.some(SHAPES, count)
     if level == 3:
-        size = draws.size((2, 2), (count + 1, 5))
+        size = draws.size((2, 2), (count + 1, 5), more=(1, 1))
         room = size[0] // count
         things = []
         for n in range(count):
             diameter = draws.between(18, min(room - 4, 40))
-            x, y = draws.between(n * room + 1, (n + 1) * room - diameter - 2), draws.between(1, 55 - diameter)
+            x = draws.between(n * room + 1, (n + 1) * room - diameter - 2)
+            y = draws.between(1, size[1] - 1 - diameter)
             things.append(Thing(colours[n], shapes[n], x, y, diameter))
         prompt = draws.question("describe in order", language)
         answer = SEPARATOR[language].join(thing_name(thing.colour, thing.shape, language) for thing in things)

@@ -20,6 +20,8 @@ def read(draws: Draws, level: int) -> Sample:
     2   two or three characters, in pictures of 84 x 56 or 112 x 56 pixels
     3   up to six characters, or an English or Vietnamese word of at most six
     4   up to eight characters, a word, or two lines, some slightly slanted, in noisy pictures of many sizes
+
+    At levels 2 and 3 training has pictures of more sizes, and smaller letters in them, than evaluation.
     """
     language = draws.language()
     if level == 0:
@@ -28,10 +30,10 @@ def read(draws: Draws, level: int) -> Sample:
         text, size = random_characters(draws, ALPHABET, 1), (56, 56)
     elif level == 2:
         text = random_characters(draws, ALPHABET, draws.between(2, 3))
-        size = draws.size((2, 2), (3, 4))
+        size = draws.size((2, 2), (3, 4), more=(1, 2))
     elif level == 3:
         text = random_text(draws, 6)
-        size = draws.size((2, 2), (3, 6) if len(text) < 5 else (4, 7))
+        size = draws.size((2, 2), (3, 6) if len(text) < 5 else (4, 7), more=(1, 1))
     else:
         text = random_text(draws, 8)
         if len(text) > 2 and draws.chance(0.25):
@@ -51,7 +53,9 @@ def draw_text(draws: Draws, text: str, size: tuple[int, int], level: int) -> tup
     if slanted:
         wide, high = int(0.9 * wide), int(0.75 * high)
     largest = min(fitting_size(face, line, wide, high) for line in lines)
-    smallest = int(0.8 * largest) if level == 0 else max(LEAST_SIZE, int(0.5 * largest))
+    # The pictures of evaluation are among the narrow ones: what fills them is small in most of those of training.
+    smaller = level in (2, 3) and not draws.held_out and draws.chance(0.5)
+    smallest = int(0.8 * largest) if level == 0 else max(LEAST_SIZE, int((0.25 if smaller else 0.5) * largest))
     points = draws.between(min(smallest, largest), largest)
     masks = [text_mask(face, line, points) for line in lines]
     gap = max(3, points // 3)

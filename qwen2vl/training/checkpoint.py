@@ -114,6 +114,7 @@ def load(output: Path, step: int, tensors: dict[str, Any], facts: dict[str, Any]
     have = read_json(folder / "run.json")
     if not isinstance(have, dict):
         raise TrainingConfigError(f"resume: {folder / 'run.json'} must hold a JSON object, got {type(have).__name__}")
+    have = {"optimizer": "adamw", **have}  # the only one there was when no checkpoint said which
     for key, want in {**facts, "world": parallel.world}.items():
         if have.get(key) != want:
             raise TrainingConfigError(f"resume: {folder} has {key} {have.get(key)!r:.200}, this run has {want!r}")

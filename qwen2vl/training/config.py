@@ -16,6 +16,9 @@ from ..prompt.limits import limit_keywords
 from .errors import TrainingConfigError
 from .loss import KINDS as LOSSES
 
+#: The optimizers that `optimizer.kind` names.
+OPTIMIZERS = ("adamw", "muon")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -56,8 +59,9 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW; a part's rate defaults to ``lr``. Norms and biases do not decay."""
+    """A part's rate defaults to ``lr``. Norms and biases do not decay."""
 
+    kind: str = "adamw"  # or "muon": Muon for the matrices of layers, AdamW for the rest
     lr: float = 1e-5
     lr_tower: float | None = None
     lr_merger: float | None = None
@@ -180,6 +184,7 @@ def _rules(c: TrainingConfig):
     for key in ("lr", "lr_tower", "lr_merger", "lr_llm"):
         value = getattr(o, key)
         yield value is None or value >= 0, f"optimizer.{key}", "zero or positive", value
+    yield o.kind in OPTIMIZERS, "optimizer.kind", f"one of {', '.join(OPTIMIZERS)}", o.kind
     yield all(0 <= b < 1 for b in o.betas), "optimizer.betas", "in [0, 1)", o.betas
     yield o.eps > 0, "optimizer.eps", "positive", o.eps
     yield o.weight_decay >= 0, "optimizer.weight_decay", "zero or positive", o.weight_decay

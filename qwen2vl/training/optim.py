@@ -1,8 +1,9 @@
-"""AdamW over local shards, with float32 masters of 16-bit parameters, one rate a part, and a cosine with warm-up.
+"""AdamW or Muon, with float32 masters of 16-bit parameters, one rate a part, and a cosine with warm-up.
 
-PyTorch's AdamW does the arithmetic, on plain tensors: the local part of each parameter. A sharded model holds
-parameters on meshes of different dimensions (tensor-parallel ones on two, norms on one), which its loops over many
-tensors refuse to mix; what is elementwise needs no mesh. Only the gradients' norm crosses ranks, here.
+PyTorch's optimizers do the arithmetic, on plain tensors: the local part of each parameter. A sharded model holds
+parameters on meshes of different dimensions (tensor-parallel ones on two, norms on one), which their loops over many
+tensors refuse to mix; what is elementwise needs no mesh. Only the gradients' norm crosses ranks, here. Muon is not
+elementwise, its updates are orthogonal matrices, and so it takes whole parameters alone.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from .config import OptimizerConfig
+from .errors import TrainingConfigError
 from .stages import PARTS, part_of
 
 
@@ -37,7 +40,7 @@ class _Entry:
     name: str
     parameter: nn.Parameter
     local: torch.Tensor  # the parameter's local part, same storage
-    master: torch.Tensor  # what AdamW updates; ``local`` itself without a copy in float32
+    master: torch.Tensor  # what is updated; ``local`` itself without a copy in float32
 
     @property
     def gradient(self) -> torch.Tensor | None:
@@ -46,11 +49,14 @@ class _Entry:
 
 
 class Optimizer:
-    """AdamW for the parameters that learn.
+    """AdamW for the parameters that learn; or, with ``config.kind`` "muon", Muon (Jordan 2024) for the matrices of
+    blocks and layers, scaled so that a rate moves them as far as AdamW would (arXiv 2502.16982); AdamW for the rest.
 
     Args:
         named_parameters: of the model, sharded or not, names as in a checkpoint.
         master_weights: keep float32 copies of parameters of 16 bits, and add up their gradients in float32.
+
+    Raises :class:`TrainingConfigError` for Muon with a sharded model.
     """
 
     def __init__(
@@ -58,7 +64,7 @@ class Optimizer:
     ) -> None:
         self.config = config
         self.entries: list[_Entry] = []
-        groups: dict[tuple[str, bool], list[torch.Tensor]] = {}
+        groups: dict[tuple[str, str, bool], list[torch.Tensor]] = {}
         for name, parameter in named_parameters:
             if not parameter.requires_grad:
                 continue
@@ -66,30 +72,29 @@ class Optimizer:
             local = whole.to_local() if isinstance(whole, DTensor) else whole
             copied = master_weights and local.dtype != torch.float32 and local.dtype != torch.float64
             master = local.float() if copied else local
+            kind = "muon" if config.kind == "muon" and _is_layer(name, parameter) else "adamw"
+            if kind == "muon" and isinstance(whole, DTensor):
+                raise TrainingConfigError(
+                    f"optimizer.kind: muon needs whole matrices and {name} is sharded; use parallel.mode none or ddp, "
+                    "or adamw"
+                )
             self.entries.append(_Entry(name, parameter, local, master))
-            groups.setdefault((part_of(name), parameter.ndim > 1), []).append(master)
+            groups.setdefault((kind, part_of(name), parameter.ndim > 1), []).append(master)
         peaks = {part: getattr(config, f"lr_{part}") for part in PARTS}
         self.peaks = {part: config.lr if peak is None else peak for part, peak in peaks.items()}
-        on_cpu = all(e.master.device.type == "cpu" for e in self.entries)
-        self._adamw = torch.optim.AdamW(
-            [
-                {"params": found, "part": part, "weight_decay": config.weight_decay if decays else 0.0}
-                for (part, decays), found in groups.items()
-            ],
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            # On a CPU one pass over each tensor takes a quarter of the time of a dozen over all of them. There the
-            # fused loops take a step count on the host, as it is made below.
-            fused=on_cpu,
-            foreach=not on_cpu,
-        )
-        for entry in self.entries:  # made here, not in the first step, so that a checkpoint has a place to load into
-            self._adamw.state[entry.master] = {
-                "step": torch.zeros((), dtype=torch.float32),
-                "exp_avg": torch.zeros_like(entry.master),
-                "exp_avg_sq": torch.zeros_like(entry.master),
-            }
+        self.optimizers = [
+            _make(
+                kind,
+                [
+                    {"params": found, "part": part, "weight_decay": config.weight_decay if decays else 0.0}
+                    for (of, part, decays), found in groups.items()
+                    if of == kind
+                ],
+                config,
+            )
+            for kind in sorted({kind for kind, _, _ in groups})
+        ]
+        self._state = {tensor: own for one in self.optimizers for tensor, own in one.state.items()}
         #: Whether gradients are taken over into float32 after every backward.
         self.collects = any(e.master is not e.local for e in self.entries)
 
@@ -120,9 +125,10 @@ class Optimizer:
         if self.config.clip is not None and gradients:
             scale = (self.config.clip / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(gradients, scale)  # pyright: ignore[reportPrivateImportUsage]
-        for group in self._adamw.param_groups:
-            group["lr"] = factor * self.peaks[group["part"]]
-        self._adamw.step()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = factor * self.peaks[group["part"]]
+            optimizer.step()
         for entry in self.entries:
             if entry.master is not entry.local:
                 entry.local.copy_(entry.master)
@@ -153,13 +159,41 @@ class Optimizer:
         """Masters and moments by name, as shards of the whole that share storage with the optimiser's own."""
         found: dict[str, torch.Tensor] = {}
         for entry in self.entries:
-            own = self._adamw.state[entry.master]
-            tensors = {"exp_avg": own["exp_avg"], "exp_avg_sq": own["exp_avg_sq"], "step": own["step"]}
+            tensors = dict(self._state[entry.master])
             if entry.master is not entry.local:
                 tensors["master"] = entry.master
             for key, tensor in tensors.items():
                 found[f"{entry.name}.{key}"] = tensor if key == "step" else _shard_like(entry.parameter, tensor)
         return found
+
+
+def _is_layer(name: str, parameter: torch.Tensor) -> bool:
+    """Whether a parameter is a matrix of the tower's blocks or the decoder's layers, which Muon is for."""
+    return parameter.ndim == 2 and (name.startswith("model.layers.") or name.startswith("visual.blocks."))
+
+
+def _make(kind: str, groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """PyTorch's optimizer of a kind, with the state that it would else make in its first step: a checkpoint needs a
+    place to load into."""
+    tensors = [tensor for group in groups for tensor in group["params"]]
+    if kind == "muon":
+        muon = torch.optim.Muon(groups, lr=config.lr, adjust_lr_fn="match_rms_adamw")
+        for tensor in tensors:
+            muon.state[tensor] = {"momentum_buffer": torch.zeros_like(tensor)}
+        return muon
+    on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
+    # On a CPU one pass over each tensor takes a quarter of the time of a dozen over all of them. There the fused loops
+    # take a step count on the host, as it is made below.
+    adamw = torch.optim.AdamW(
+        groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=on_cpu, foreach=not on_cpu
+    )
+    for tensor in tensors:
+        adamw.state[tensor] = {
+            "step": torch.zeros((), dtype=torch.float32),
+            "exp_avg": torch.zeros_like(tensor),
+            "exp_avg_sq": torch.zeros_like(tensor),
+        }
+    return adamw
 
 
 def _sharing_groups(parameter: torch.Tensor) -> tuple[dist.ProcessGroup, ...]:

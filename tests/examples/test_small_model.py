@@ -111,6 +111,7 @@ def test_what_is_answered_opens_the_next_level():
     again = open_levels(found, lambda level: 1.0)
     assert again.keys() == found.keys()  # none closes
     assert open_levels(SCOPE_LEVELS, lambda level: 0.0).keys() == set(SCOPE_LEVELS)
+    assert open_levels([("read", 4), ("sing", 0)], lambda level: 1.0).keys() == {("read", 0)}  # in no scope any more
 
 
 def test_what_is_wrong_more_often_is_drawn_more_often():
@@ -179,6 +180,17 @@ def test_a_sitting_goes_on_as_if_it_had_not_been_cut(beginning, tmp_path, monkey
     assert sittings_of(tmp_path / "cut" / "model") == [*before, {**asdict(sitting), "curve": cut}]
     with pytest.raises(Qwen2VLError, match=r"run\.json: was begun with .*; give another folder"):
         train(tmp_path / "cut", beginning, replace(sitting, steps=4))
+
+
+def test_what_an_earlier_sitting_opened_stays_open(beginning, tmp_path, monkeypatch):
+    """However wrong it is: what is not drawn for a while is forgotten."""
+    monkeypatch.setattr(held_out, "_MAX_NEW_TOKENS", 2)
+    monkeypatch.setattr(plan, "OPENING", -1.0)
+    rows = [{"drawn": 0, "levels": {"read 0": [0.1, 0.5], name: [0.9, 0.5]}} for name in ("count 1", "video 0")]
+    before = [{"begin": "y"}, *({"begin": "z", "curve": [row]} for row in rows)]
+    sitting = Sitting("x", 1, tokens=256, count=1)
+    train(tmp_path / "s", beginning, sitting, before=before, said=lambda line: None)
+    assert set(curve(tmp_path / "s")[0]["levels"]) == {"read 0", "count 1", "video 0"}
 
 
 def curve(folder):

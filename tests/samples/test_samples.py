@@ -136,7 +136,7 @@ def test_what_numbers_lead_to_stays_what_this_version_says():
             by_font = bool({"boxes", "corners"} & sample.scene.keys())
             said = {**sample.record, "messages": sample.record["messages"][: 1 if by_font else None]}
             digest.update(json.dumps([said, sample.size, plan]).encode())
-    assert (DATA_VERSION, digest.hexdigest()[:16]) == (2, "310abe048752f4b0")
+    assert (DATA_VERSION, digest.hexdigest()[:16]) == (3, "b3cac5d60df8acb9")
 
 
 def texts_of(sample):
@@ -169,6 +169,24 @@ def test_some_sizes_are_for_evaluation_alone(skill):
         units = {(height // 28, width // 28) for width, height in sizes}
         assert {is_held_out_size(*unit) for unit in units} == {split == "held-out"}
         assert len(units) > 1
+
+
+@pytest.mark.parametrize(("skill", "level"), [("read", 2), ("read", 3), ("colour_shape", 3)])
+def test_training_has_sizes_around_those_of_evaluation(skill, level):
+    """Of one or two sizes a model learns by heart where things are."""
+    units = {}
+    for split in ("train", "held-out"):
+        units[split] = {(s.size[1] // 28, s.size[0] // 28) for s in many(skill, level, 60, split=split)}
+    assert units["held-out"] == {(2, 4)} and len(units["train"]) >= 5
+    assert {(2, 3), (2, 5), (3, 4)} <= units["train"] and all(rows * columns <= 32 for rows, columns in units["train"])
+
+
+def test_training_has_smaller_letters_than_evaluation():
+    height = {}
+    for split in ("train", "held-out"):
+        boxes = [sample.scene["box"] for sample in many("read", 2, 60, split=split)]
+        height[split] = np.quantile([box[3] - box[1] for box in boxes], 0.1)
+    assert height["train"] < 0.8 * height["held-out"]
 
 
 @pytest.mark.parametrize(

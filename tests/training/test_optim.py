@@ -1,12 +1,17 @@
-"""AdamW with masters, groups, clipping and the schedule, beside PyTorch's own parts and plain formulas."""
+"""AdamW and Muon with masters, groups, clipping and the schedule, beside PyTorch's own parts and plain formulas."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from qwen2vl.training.config import OptimizerConfig
+from qwen2vl.training.errors import TrainingConfigError
 from qwen2vl.training.optim import Optimizer, lr_factor
 
 
@@ -55,6 +60,57 @@ def test_float32_is_pytorchs():
     for p, q in zip(ours.values(), theirs.values(), strict=True):
         torch.testing.assert_close(p, q)
     assert torch.equal(ours["visual.merger.w"], _parameters(torch.float32)["visual.merger.w"]), "a rate of zero"
+
+
+def test_muon_moves_the_matrices_of_layers_and_adamw_the_rest():
+    """A step of each of Muon's two matrices is orthogonal, times the rate and 0.2 times the root of its longer side."""
+    config = replace(CONFIG, kind="muon")
+    ours, theirs = _parameters(torch.float32), _parameters(torch.float32)
+    optimizer, oracle = Optimizer(ours.items(), config, master_weights=True), _oracle(theirs)
+    muons = {"visual.blocks.0.w": 0.02, "model.layers.0.w": 0.01}
+    muon = torch.optim.Muon(
+        [{"params": [theirs[name]], "lr": lr} for name, lr in muons.items()],
+        weight_decay=0.3,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    oracle.param_groups = [g for g in oracle.param_groups if not any(g["params"][0] is theirs[n] for n in muons)]
+    for _ in range(3):
+        for p, q in zip(ours.values(), theirs.values(), strict=True):
+            p.grad = torch.randn(p.shape)
+            q.grad = p.grad.clone()
+        nn.utils.clip_grad_norm_(theirs.values(), 0.5)
+        oracle.step()
+        muon.step()
+        optimizer.step(1.0)
+    for name, p in ours.items():
+        torch.testing.assert_close(p, theirs[name], msg=name)
+    state = optimizer.state()
+    assert {name for name in state if name.endswith("momentum_buffer")} == {f"{name}.momentum_buffer" for name in muons}
+    assert not any(f"{name}.exp_avg" in state for name in muons) and "visual.merger.w.exp_avg" in state
+    begin = {name: p.detach().clone() for name, p in _parameters(torch.float32).items()}
+    fresh = _parameters(torch.float32)
+    optimizer = Optimizer(fresh.items(), replace(config, weight_decay=0.0), master_weights=True)
+    for p in fresh.values():
+        p.grad = torch.randn(p.shape)
+    optimizer.step(0.5)
+    for name, lr in muons.items():
+        moved = (begin[name] - fresh[name].detach()) / (0.5 * lr * 0.2 * math.sqrt(max(fresh[name].shape)))
+        lengths = torch.linalg.svdvals(moved)
+        assert ((lengths > 0.6) & (lengths < 1.3)).all(), lengths
+
+
+def test_muon_refuses_a_part_of_a_matrix():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        parameters = _parameters(torch.float32)
+        whole = parameters["model.layers.0.w"].detach()
+        sharded = distribute_tensor(whole, init_device_mesh("cpu", (1,)), [Shard(0)])
+        parameters["model.layers.0.w"] = nn.Parameter(sharded)
+        with pytest.raises(TrainingConfigError, match=r"optimizer\.kind: muon .* model\.layers\.0\.w is sharded"):
+            Optimizer(parameters.items(), replace(CONFIG, kind="muon"), master_weights=True)
+        assert Optimizer(parameters.items(), CONFIG, master_weights=True).entries
+    finally:
+        dist.destroy_process_group()
 
 
 def test_masters_follow_float32_and_weights_are_their_rounding():

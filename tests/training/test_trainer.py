@@ -47,11 +47,11 @@ def _drawing(rank=0, world=1):
     return _Drawing(mixed().examples, rank, world)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_killed_at_any_step_and_resumed_it_is_bitwise_the_same(folder, tmp_path, dtype):
+@pytest.mark.parametrize(("dtype", "kind"), [("float32", "adamw"), ("bfloat16", "adamw"), ("bfloat16", "muon")])
+def test_killed_at_any_step_and_resumed_it_is_bitwise_the_same(folder, tmp_path, dtype, kind):
     """Losses, norms and weights; with float32 masters of bfloat16 weights too."""
     records = []
-    tables = {"model": {"dtype": dtype}}
+    tables = {"model": {"dtype": dtype}, "optimizer": {"kind": kind}}
     whole = runs.make(folder, tmp_path / "whole", on_step=records.append, **tables)
     whole.run()
     assert len(records) == 4
@@ -233,7 +233,7 @@ def test_rates_are_those_of_the_schedule(folder, tmp_path):
         record = trainer.train_step()
         factor = lr_factor(step, steps=6, warmup=2, minimum=0.2)
         assert (record.lr_llm, record.lr_merger, record.lr_tower) == (0.5 * factor, 0.5 * factor, 0.25 * factor)
-        taken = {group["part"]: group["lr"] for group in trainer.optimizer._adamw.param_groups}
+        taken = {group["part"]: group["lr"] for one in trainer.optimizer.optimizers for group in one.param_groups}
         assert taken == {"llm": record.lr_llm, "merger": record.lr_merger, "tower": record.lr_tower}
 
 
@@ -264,6 +264,7 @@ def test_what_is_refused_before_anything_runs(folder, tmp_path):
         ({"model": {"dtype": "bfloat16"}}, "has dtype 'float32', this run has 'bfloat16'"),
         ({"model": {"master_weights": False}}, "has master_weights True, this run has False"),
         ({"lora": {"rank": 2}}, r"has lora None, this run has \[2, "),
+        ({"optimizer": {"kind": "muon"}}, "has optimizer 'adamw', this run has 'muon'"),
     ):
         with pytest.raises(TrainingConfigError, match=f"resume: .* {message}"):
             runs.make(folder, tmp_path / "out", resume=True, **tables)
