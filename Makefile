@@ -141,12 +141,15 @@ FUZZ_DIR ?= build/fuzz$(addprefix -,$(FUZZER))
 FUZZ_CXX ?= $(if $(filter libfuzzer,$(FUZZER)),clang++,c++)
 FUZZ_FLAGS = -std=c++17 -O1 -g -fno-sanitize-recover=all -ffp-contract=off -pthread -Icsrc \
 	$(if $(filter libfuzzer,$(FUZZER)),-fsanitize=fuzzer$(,)address$(,)undefined -DQWEN2VL_LIBFUZZER,-fsanitize=address$(,)undefined)
-FUZZ_TARGETS = $(addprefix $(FUZZ_DIR)/,image_to_patches mrope_positions quant_linear)
+FUZZ_WITH_decoder_step = $(wildcard csrc/cpu/few_rows*.cpp) csrc/cpu/workers.cpp
+FUZZ_WITH_image_to_patches = $(wildcard csrc/cpu/resample*.cpp)
+FUZZ_WITH_quant_linear = csrc/cpu/quant_linear_x86.cpp csrc/cpu/workers.cpp
+FUZZ_TARGETS = $(addprefix $(FUZZ_DIR)/,decoder_step image_to_patches mrope_positions quant_linear)
 , := ,
 
 $(FUZZ_DIR)/%: tests/fuzz/%.cpp $(CSRC) $(FUZZ)
 	@mkdir -p $(FUZZ_DIR)
-	$(FUZZ_CXX) $(FUZZ_FLAGS) $< csrc/cpu/$*.cpp $(if $(filter image%,$*),$(wildcard csrc/cpu/resample*.cpp)) $(if $(filter quant%,$*),csrc/cpu/workers.cpp) -o $@
+	$(FUZZ_CXX) $(FUZZ_FLAGS) $< csrc/cpu/$*.cpp $(FUZZ_WITH_$*) -o $@
 
 fuzz: $(FUZZ_TARGETS)
 	@for target in $^; do \

@@ -6,8 +6,8 @@ for all rows, and the keys and values of every row. transformers runs by its for
 adds, over the cache that grows and over the static one, and compiled over the latter as its ``generate`` compiles. vLLM
 generates as many tokens behind a prompt that it has cached.
 
-Quantised weights, made of the same ones, are compared with them in workloads of their own, and so are ways from the
-logits to a token that is drawn.
+Quantised weights, made of the same ones, are compared with them, and with transformers', in workloads of their own, and
+so are ways from the logits to a token that is drawn.
 """
 
 from __future__ import annotations
@@ -264,7 +264,8 @@ class Contenders:
         yield VLLM, reason, lambda: VllmDecodes(self.engine(), ids, steps)
 
     def formats(self, rows: int) -> Iterator[tuple[str, str | None, Callable[[], Contender]]]:
-        """Likewise: ours quantised, and as it is. On a GPU by the kernels that come by name until one has run them."""
+        """Likewise: ours quantised, and both as they are. On a GPU by the kernels that come by name until one has run
+        them."""
         ids, steps = prompts(rows, self.size.prompt, self.device), self.size.steps
         kernels = ("quant_linear",) if self.device.type == "cuda" else ()
 
@@ -275,6 +276,8 @@ class Contenders:
         for form in FORMS:
             yield f"ours, {form}", None, partial(made, partial(self.quantised, form), *kernels)
         yield BF16, None, partial(made, self.ours)
+        theirs = lambda: TransformersDecodes(self.theirs(), ids, steps, DYNAMIC)  # noqa: E731
+        yield DYNAMIC, providers.why_not("transformers"), theirs
 
 
 def _provider(name: str, reason: str | None, make: Callable[[], Provider]) -> Provider:

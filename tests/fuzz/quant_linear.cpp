@@ -68,10 +68,22 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   q.zeros = q.kind != Quantised::kFp8 && bytes.flag() && zeros.size() > 0 ? zeros.data() : nullptr;
 
   const int64_t x_stride = q.width + bytes.below(3), y_stride = q.outputs + bytes.below(3);
-  Buffer x(4 * bytes_of(rows, x_stride, q.width));
-  for (size_t n = 0; n < x.size() / 4; ++n) {
-    const float value = static_cast<float>(random.below(17)) - 8.0f;
-    std::memcpy(x.data() + 4 * n, &value, 4);
+  const bool bf16 = bytes.flag(), with_bias = bytes.flag();
+  const size_t wide = bf16 ? 2 : 4;
+  const auto put = [&](Buffer& buffer, size_t n, float value) {
+    const uint16_t half = qwen2vl::to_bf16(value);
+    std::memcpy(buffer.data() + wide * n, bf16 ? static_cast<const void*>(&half) : &value, wide);
+  };
+  const auto get = [&](const Buffer& buffer, int64_t n) {
+    float value = 0;
+    uint16_t half = 0;
+    std::memcpy(bf16 ? static_cast<void*>(&half) : &value, buffer.data() + wide * static_cast<size_t>(n), wide);
+    return bf16 ? qwen2vl::from_bf16(half) : value;
+  };
+  Buffer x(static_cast<int64_t>(wide) * bytes_of(rows, x_stride, q.width)),
+      bias(static_cast<int64_t>(wide) * q.outputs);
+  for (Buffer* buffer : {&x, &bias}) {
+    for (size_t n = 0; n < buffer->size() / wide; ++n) put(*buffer, n, static_cast<float>(random.below(17)) - 8.0f);
   }
 
   std::vector<float> first;
@@ -86,23 +98,22 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     Buffer halves(2 * q.outputs * q.width);
     qwen2vl::quant_values({q, halves.data(), q.width, true}, threads, kernel);
 
-    Buffer y(4 * bytes_of(rows, y_stride, q.outputs));
-    qwen2vl::quant_linear(
-        {q, reinterpret_cast<const float*>(x.data()), x_stride, reinterpret_cast<float*>(y.data()), y_stride, rows},
-        threads, kernel);
+    Buffer y(static_cast<int64_t>(wide) * bytes_of(rows, y_stride, q.outputs));
+    const void* added = with_bias ? bias.data() : nullptr;
+    qwen2vl::quant_linear({q, x.data(), x_stride, added, y.data(), y_stride, bf16, rows, nullptr, nullptr}, threads,
+                          kernel);
     for (int64_t m = 0; m < rows; ++m) {
       for (int64_t n = 0; n < q.outputs; ++n) {
-        double sum = 0, size_of_terms = 0;
+        double sum = with_bias ? static_cast<double>(get(bias, n)) : 0, size_of_terms = std::fabs(sum);
         for (int64_t k = 0; k < q.width; ++k) {
-          float factor;
-          std::memcpy(&factor, x.data() + 4 * (m * x_stride + k), 4);
-          const double term = static_cast<double>(factor) * static_cast<double>(values[size_t(n * q.width + k)]);
+          const double term =
+              static_cast<double>(get(x, m * x_stride + k)) * static_cast<double>(values[size_t(n * q.width + k)]);
           sum += term;
           size_of_terms += std::fabs(term);
         }
-        float got;
-        std::memcpy(&got, y.data() + 4 * (m * y_stride + n), 4);
-        const bool close = std::isnan(sum) ? std::isnan(got) : std::fabs(got - sum) <= 1e-5 * size_of_terms;
+        const double got = static_cast<double>(get(y, m * y_stride + n));
+        const double room = 1e-5 * size_of_terms + (bf16 ? std::fabs(sum) / 256 : 0);
+        const bool close = std::isnan(sum) ? std::isnan(got) : std::fabs(got - sum) <= room;
         fuzz::expect(close, "product", m * q.outputs + n);
       }
     }

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 #: Random inputs of a target, for which it takes a second or two.
-RUNS = {"image_to_patches": 60, "mrope_positions": 2000, "quant_linear": 500}
+RUNS = {"decoder_step": 200, "image_to_patches": 60, "mrope_positions": 2000, "quant_linear": 500}
 #: Where ``make`` keeps the programs until their sources change.
 FOLDER = ROOT / "build" / f"fuzz-in-tests-{Path(os.environ.get('FUZZ_CXX', 'c++')).name}"
 

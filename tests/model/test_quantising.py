@@ -112,7 +112,7 @@ def test_commands_name_what_is_quantised(folder, tmp_path, form, label):
     given = ["--model", str(tmp_path), "--max-new-tokens", "1", "--device", "cpu"]
     done = CliRunner().invoke(app, ["generate", *given, "--prompt", "What?", "--json"])
     assert json.loads(done.stdout)["quantization"] == label
-    assert chat._name("it", plain) == f"it: {size} parameters, {label}, bfloat16, on cpu"
+    assert chat.name_model("it", plain) == f"it: {size} parameters, {label}, bfloat16, on cpu"
 
 
 def test_refusals(folder, tmp_path):
