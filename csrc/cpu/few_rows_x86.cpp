@@ -14,6 +14,8 @@
 
 #include <algorithm>
 
+#include "bf16_avx512.h"
+
 #define QWEN2VL_AVX2 __attribute__((target("avx2,fma")))
 #define QWEN2VL_AVX512 __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq")))
 
@@ -25,19 +27,7 @@ namespace {
 // read fastest, for widths of 1,536 and 8,960, on one core and on two of a Xeon with AVX-512.
 constexpr int64_t kAhead = 4096;
 
-// ---- AVX-512. The halves of a 32-bit word are two bf16, of which each is the upper half of a float32. The instruction
-// that multiplies pairs of bf16 takes as long as five additions of products of float32 on a Xeon that has it, and takes
-// subnormal numbers for zeros.
-
-QWEN2VL_AVX512 inline __m512 even(__m512i words) { return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)); }
-
-QWEN2VL_AVX512 inline __m512 odd(__m512i words) {
-  return _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
-}
-
-QWEN2VL_AVX512 inline __m512 add_pairs(__m512i a, __m512i b, __m512 sum) {
-  return _mm512_fmadd_ps(odd(a), odd(b), _mm512_fmadd_ps(even(a), even(b), sum));
-}
+// ---- AVX-512
 
 // The totals of sixteen vectors, each added up as _mm512_reduce_add_ps does: halves, quarters, and so on. Lane 4 c + l
 // is the total of sums[kPlace[c][l]].
@@ -146,7 +136,7 @@ QWEN2VL_AVX512 void avx512(const FewRows& p, int64_t begin, int64_t end) {
   for (; n < end; ++n) rows512<1>(p, n);
 }
 
-// ---- AVX2, in the same way.
+// ---- AVX2, with the halves of words as in bf16_avx512.h.
 
 QWEN2VL_AVX2 inline __m256 even(__m256i words) { return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16)); }
 

@@ -16,6 +16,7 @@
 #include <array>
 #include <cstring>
 
+#include "bf16_avx512.h"
 #include "few_rows.h"
 
 #define QWEN2VL_AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")))
@@ -61,17 +62,6 @@ struct Tables {
 const Tables& tables() {
   static const Tables made;
   return made;
-}
-
-// The halves of a 32-bit word are two bf16, of which each is the upper half of a float.
-QWEN2VL_AVX512 inline __m512 even(__m512i words) { return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)); }
-
-QWEN2VL_AVX512 inline __m512 odd(__m512i words) {
-  return _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
-}
-
-QWEN2VL_AVX512 inline __m512 add_pairs(__m512i a, __m512i b, __m512 sum) {
-  return _mm512_fmadd_ps(odd(a), odd(b), _mm512_fmadd_ps(even(a), even(b), sum));
 }
 
 QWEN2VL_AVX512 inline __m512i load_words(const uint8_t* from) {
