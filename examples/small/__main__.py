@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -33,24 +36,33 @@ def train(
         ),
     ] = "random",
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of the sitting.")] = 5_000,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of a step.")] = 4096,
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=0, help="Tokens of questions in a step of a process; 0 trains the tower.")
+    ] = 4096,
+    pictures: Annotated[
+        int, typer.Option("--pictures", min=0, help="Tokens of pictures in it, of which the tower is told all.")
+    ] = 0,
     lr: Annotated[float, typer.Option("--lr", min=0.0, help="The highest learning rate.")] = 1e-3,
     end: Annotated[
         float, typer.Option("--end", min=0.0, max=1.0, help="The share of it that the last step has.")
     ] = 0.05,
-    threads: Annotated[int, typer.Option("--threads", min=1, help="Cores it takes.")] = 2,
+    every: Annotated[int, typer.Option("--every", min=1, help="Steps between two measurements.")] = 150,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Cores that each process takes.")] = 2,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Of the arithmetic: float32, or bfloat16 where that is faster.")
+    ] = "float32",
 ) -> None:
     """Run a sitting, which learns from where the one before it ended, and write its model to DIR/model.
 
-    The same command goes on with a sitting that was interrupted.
+    The same command goes on with a sitting that was interrupted; torchrun runs it on several processes.
     """
     import torch
 
     from qwen2vl.samples.fonts import typefaces
 
-    from .shape import write_beginning
     from .sitting import Sitting, sittings_of, train
 
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         if len(typefaces()) == 1:
             raise Qwen2VLError(
@@ -59,15 +71,41 @@ def train(
         torch.set_num_threads(threads)
         source = {"random": None, "latest": LATEST, "assets": assets.FOLDER}.get(begin, Path(begin))
         before = [] if source is None else sittings_of(source)
-        if not (output / "begin" / "preprocessor_config.json").is_file():
-            write_beginning(output / "begin", seed=SEED, source=source)
         named = begin if source in (None, LATEST, assets.FOLDER) else "/".join(source.absolute().parts[-2:])
-        sitting = Sitting(named, steps, tokens, lr=lr, end=end, seed=SEED + len(before))
+        sitting = Sitting(
+            named,
+            steps,
+            tokens,
+            pictures,
+            lr=lr,
+            end=end,
+            every=every,
+            seed=SEED + len(before),
+            dtype=dtype,
+            processes=world,
+        )
+        _begin(output / "begin", source, first=rank == 0)
         model = train(output, output / "begin", sitting, before=before, said=lambda line: print(line, file=sys.stderr))
     except (Qwen2VLError, OSError) as error:
         stderr.print(f"[bold red]error:[/] {escape(str(error))}")
         raise typer.Exit(1) from None
-    print(model)
+    if rank == 0:
+        print(model)
+
+
+def _begin(folder: Path, source: Path | None, *, first: bool) -> None:
+    """Write what a sitting begins from; the first process does it, and the others wait until it is there."""
+    from .shape import write_beginning
+    from .sitting import HEADS
+
+    whole = folder / "preprocessor_config.json"
+    if first and not whole.is_file():
+        if source is not None and (source / HEADS).is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / HEADS, folder)
+        write_beginning(folder, seed=SEED, source=source)
+    while not whole.is_file():
+        time.sleep(0.1)
 
 
 @app.command()

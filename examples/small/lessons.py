@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from qwen2vl.errors import DataError
 from qwen2vl.prompt.processor import Processor
+from qwen2vl.samples.draws import Draws
 from qwen2vl.training.data import TrainingData, build_dataset
 from qwen2vl.training.example import Example
 
+from .dialogues import dialogue
 from .plan import Level, entries
+from .tokenizer import LANGUAGES
 
 #: The seeds of a run's laps begin at so many times its own, so that no two laps of any runs draw the same samples.
 _LAPS = 10_000
@@ -22,6 +27,7 @@ class Lessons:
     Attributes:
         laps: for each lap the number of examples before it, and the share of every level in it. A run that is resumed
             is given those that it had; :meth:`begin_lap` adds one.
+        dialogues: the share of examples that are none of these, but dialogues.
         drawn: the number of examples that were given so far.
     """
 
@@ -33,12 +39,16 @@ class Lessons:
         seed: int,
         max_tokens: int,
         ahead: int = 64,
+        rank: int = 0,
+        world: int = 1,
+        dialogues: float = 0.0,
     ):
         self.processor = processor
         self.laps = list(laps)
         self.seed = seed
         self.max_tokens = max_tokens
         self.ahead = ahead
+        self.rank, self.world, self.dialogues = rank, world, dialogues
         self.drawn = 0
         self._lap = 0
         self._data: TrainingData | None = None
@@ -52,19 +62,30 @@ class Lessons:
             ahead = [n for n, (first, _) in enumerate(self.laps) if first <= self.drawn]
             if self._data is None or ahead[-1] != self._lap:
                 self._lap, self._data = ahead[-1], self._of_lap(ahead[-1])
-            for example in self._data:
+            samples = iter(self._data)
+            while self._lap + 1 == len(self.laps) or self.laps[self._lap + 1][0] > self.drawn:
+                example = self._dialogue() or next(samples, None)
+                if example is None:
+                    raise DataError("lessons: the data ended, which generated samples never do")
                 self.drawn += 1
                 yield example
-                if self._lap + 1 < len(self.laps) and self.laps[self._lap + 1][0] <= self.drawn:
-                    break
-            else:
-                raise DataError("lessons: the data ended, which generated samples never do")
+
+    def _dialogue(self) -> Example | None:
+        """The next example where it is one of the dialogues, which depend on its number and on nothing else."""
+        rng = np.random.default_rng([self.seed, self.rank, self.drawn])
+        if not self.dialogues or rng.random() >= self.dialogues:
+            return None
+        inputs = self.processor.supervised(dialogue(Draws(rng, languages=LANGUAGES)))
+        one = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
+        return Example(inputs["input_ids"][0], inputs["labels"][0], **one, source=f"dialogue:{self.rank}:{self.drawn}")
 
     def _of_lap(self, lap: int) -> TrainingData:
         return build_dataset(
             entries(self.laps[lap][1]),
             self.processor,
             seed=_LAPS * self.seed + lap,
+            rank=self.rank,
+            world=self.world,
             max_tokens=self.max_tokens,
             max_bad=0,
             threads=1,

@@ -7,7 +7,8 @@ grouped queries, and all special tokens under their names. Three settings differ
   million, one step rotates these by less than a thousandth of a radian, which small weights do not learn to tell
   apart; at 100 by 0.01 to 0.06 radians.
 - The vocabulary has some 900 tokens, see `examples.small.tokenizer`.
-- Images keep their size from 56 x 56 pixels, which are 4 tokens, to 25,088 pixels, which are 32.
+- Images keep their size from 9,408 pixels, which are 12 tokens, to 25,088, which are 32. Smaller ones are enlarged:
+  letters that are smaller than one and a half patches are not read.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from .tokenizer import write_tokenizer
 #: The limits that its processor holds pictures and frames to, larger ones are reduced: what it was not trained on, it
 #: does not read. Frames keep the size that they have, up to 4 x 4 tokens.
 LIMITS = {
-    "min_pixels": 4 * 28 * 28,
+    "min_pixels": 12 * 28 * 28,
     "max_pixels": 32 * 28 * 28,
     "video_min_pixels": 28 * 28,
     "video_max_pixels": 16 * 28 * 28,
