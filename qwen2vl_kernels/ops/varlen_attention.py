@@ -154,6 +154,15 @@ def _keeps(q, v, cu_seqlens_k) -> bool:  # what its backward takes, which knows 
     return cu_seqlens_k is None and keeps_statistics(q, v)
 
 
+def _widens(q, v, cu_seqlens_k) -> bool:
+    """Whether the op's own backward takes short segments through float32, which PyTorch's own does not."""
+    return q.dtype.itemsize < 4 and _keeps(q, v, cu_seqlens_k)
+
+
+def _tracked(q, k, v) -> bool:
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+
+
 #: Those that work by a plan of tiles.
 _WITH_PLAN = (*OURS, *PEERS)
 #: Those that read boundaries on the host, and need no bound of the lengths.
@@ -162,8 +171,7 @@ _BACKENDS = {"eager": varlen_attention_ref, "sdpa": sdpa, "blocked": blocked}
 
 def _attend(backend, q, k, v, cu_seqlens, cu_seqlens_k, causal, scale) -> torch.Tensor:
     out = _BACKENDS[backend](q, k, v, cu_seqlens, causal, scale, cu_seqlens_k)
-    tracked = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if tracked and not out.requires_grad:
+    if _tracked(q, k, v) and not out.requires_grad:
         # No segment has rows: these zeros came from nothing, and what asks for gradients gets zeros, too.
         out = out + (q[:0].sum() + k[:0].sum() + v[:0].sum())
     return out
@@ -393,7 +401,7 @@ def varlen_attention(
             else:
                 out, lse = _forward(q, k, v, plan, cos, sin, *settings, keep=return_lse)
             return (out, _natural(name, lse, q, plan.queries.bounds())) if return_lse else out
-    elif not traced and not return_lse:
+    elif not traced and not return_lse and not (name == "sdpa" and _tracked(q, k, v) and _widens(q, v, of_keys)):
         return _attend(name, q, k, v, bounds, of_keys, causal, scale)
     elif not traced and name == "eager":
         return varlen_attention_ref(q, k, v, bounds, causal, scale, of_keys, return_lse=True)

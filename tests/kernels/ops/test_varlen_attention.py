@@ -139,6 +139,36 @@ def test_gradients():
         assert torch.autograd.gradcheck(call, (q, k, v))
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_gradients_of_short_segments_in_16_bits_go_through_float32(dtype, causal, monkeypatch):
+    """PyTorch's kernel for these is several times as fast. Long segments keep their own dtype."""
+    name = "_scaled_dot_product_flash_attention_for_cpu_backward"
+    kernel, used = getattr(torch.ops.aten, name), {}
+
+    def called(grad, *given, **options):
+        used[grad.shape[2]] = {x.dtype for x in (grad, *given) if isinstance(x, torch.Tensor)}
+        return kernel(grad, *given, **options)
+
+    monkeypatch.setattr(torch.ops.aten, name, called)
+    q, k, v, cu, longest = _pack([64, 383, 384], dtype=dtype)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = varlen_attention(*inputs, cu, longest, causal=causal, backend="sdpa")
+    weights = torch.randn(out.shape).to(dtype)
+    grads = torch.autograd.grad(out, inputs, weights)
+    assert used == {
+        64: {torch.float32},
+        383: {torch.float32},
+        384: {dtype, torch.float32},
+    }  # the statistics' is the last
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    expected = torch.autograd.grad(_exact(*exact, cu, causal), exact, weights.double())
+    eager = torch.autograd.grad(varlen_attention_ref(*inputs, cu, causal), inputs, weights)
+    for ours, theirs, true in zip(grads, eager, expected, strict=True):
+        assert ours.dtype == dtype
+        assert_two_times(ours, theirs, true, 1e-6)
+
+
 @pytest.mark.parametrize("keys", [None, [5, 40, 0, 60]], ids=["packed", "keys"])
 def test_the_backward_of_many_segments_writes_the_gradients_once(keys):
     """As slices, each of the segments took zeros for all rows and their sum: quadratic in a pack of many."""
