@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from qwen2vl.errors import DataError
 from qwen2vl.prompt.processor import Processor
+from qwen2vl.prompt.tokenizer import Tokenizer
 from qwen2vl.samples.draws import Draws
 from qwen2vl.training.data import TrainingData, build_dataset
 from qwen2vl.training.example import Example
@@ -49,6 +51,7 @@ class Lessons:
         self.max_tokens = max_tokens
         self.ahead = ahead
         self.rank, self.world, self.dialogues = rank, world, dialogues
+        self._texts = texts_of(processor.tokenizer)
         self.drawn = 0
         self._lap = 0
         self._data: TrainingData | None = None
@@ -68,7 +71,7 @@ class Lessons:
                 if example is None:
                     raise DataError("lessons: the data ended, which generated samples never do")
                 self.drawn += 1
-                yield example
+                yield in_hundredths(example, self._texts)
 
     def _dialogue(self) -> Example | None:
         """The next example where it is one of the dialogues, which depend on its number and on nothing else."""
@@ -112,3 +115,30 @@ class Lessons:
         if state["data"] is not None:
             self._data = self._of_lap(self._lap)
             self._data.load_state_dict(state["data"])
+
+
+def texts_of(tokenizer: Tokenizer) -> list[str]:
+    """What each token of the vocabulary stands for."""
+    return [tokenizer.decode([token], skip_special_tokens=False) for token in range(tokenizer.backend.get_vocab_size())]
+
+
+def in_hundredths(example: Example, texts: Sequence[str]) -> Example:
+    """The example with a 5 as the last digit of every coordinate that it teaches; 1000 stays as it is.
+
+    A coordinate is a few hundredths wrong at best, so that the last digit is noise: most of what the gradient of a box
+    would say, and nothing that could be learned.
+
+    Args:
+        texts: what :func:`texts_of` says of the tokenizer.
+    """
+    ids, labels, first = example.input_ids.clone(), example.labels.clone(), None
+    for n, token in enumerate(example.input_ids.tolist()):
+        if texts[token].isascii() and texts[token].isdigit():
+            first = n if first is None else first
+            continue
+        if first is not None and labels[first] >= 0 and n - first < 4:
+            around = texts[int(ids[first - 1])], texts[token]
+            if around[0].endswith(("(", ",")) and around[1].startswith((",", ")")):
+                ids[n - 1] = labels[n - 1] = texts.index("5")
+        first = None
+    return replace(example, input_ids=ids, labels=labels)

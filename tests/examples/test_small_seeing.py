@@ -1,5 +1,7 @@
 """What the tower of the small model learns to see from, and the dialogues about one picture."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +9,12 @@ from PIL import Image
 
 from examples.small import dialogues, scenes, seeing, sitting
 from examples.small.dialogues import dialogue
+from examples.small.lessons import in_hundredths, texts_of
 from examples.small.scenes import Mark, picture_size, scene
 from examples.small.seeing import CHARACTERS, Heads, Names, Seen, pictures
 from examples.small.shape import write_beginning
 from examples.small.sitting import HEADS, Sitting, sittings_of, train
+from qwen2vl.agents.function_calls import Call, render_call
 from qwen2vl.agents.grounding import parse_grounding
 from qwen2vl.errors import Qwen2VLError
 from qwen2vl.media.image import preprocess_image
@@ -19,6 +23,7 @@ from qwen2vl.prompt.processor import Processor
 from qwen2vl.samples.draws import Draws, is_held_out_size
 from qwen2vl.samples.vocabulary import is_held_out
 from qwen2vl.samples.words import COLOURS, SHAPES, thing_name
+from qwen2vl.training.example import Example
 
 EN = ("en",)
 
@@ -40,7 +45,7 @@ def some_scenes(count, seed=0):
     return [scene(Draws(rng, languages=EN)) for _ in range(count)]
 
 
-def texts_of(marks):
+def written(marks):
     """The texts of a scene: characters that follow one another."""
     found = []
     for mark in marks:
@@ -54,7 +59,7 @@ def texts_of(marks):
 def test_all_that_is_drawn_is_marked_where_it_stands():
     """Shapes have their colour in the middle of their box; ink of texts lies in the boxes of their characters."""
     kinds = {"page": 0, "things": 0}
-    for image, marks in some_scenes(150):
+    for image, marks in some_scenes(200):
         pixels = np.asarray(image).astype(int)
         things = [mark for mark in marks if mark.place is None]
         for mark in things:
@@ -90,7 +95,7 @@ def test_training_shows_nothing_that_is_held_out():
         size = image.height // 28, image.width // 28
         assert (image.width % 28, image.height % 28) == (0, 0) and size[0] * size[1] <= scenes.MOST
         assert size == (2, 2) or not is_held_out_size(*size)
-        for text in texts_of(marks):
+        for text in written(marks):
             assert not is_held_out(text), text
             shown += 1
     assert shown > 200
@@ -251,6 +256,21 @@ def test_dialogues_are_right_about_their_pictures(monkeypatch):
                     assert np.abs(pixels[int(y), int(x)].astype(int) - COLOURS[name.split()[0]]).max() <= 2
                     asked["find"] += 1
     assert min(asked.values()) > 10, asked
+
+
+def test_coordinates_are_taught_in_hundredths(processor):
+    """Boxes and taps; what was asked, counts, typed numbers and 1000 stay as they are."""
+    box = "<|object_ref_start|>12<|object_ref_end|><|box_start|>(7,46),(911,1000)<|box_end|>"
+    call = render_call(Call("Tap", {"point": (506, 798)}), "paper") + render_call(Call("Type", {"text": "49"}), "paper")
+    for answer, wanted in ((box, box.replace("7,46", "5,45").replace("911", "915")), ("3", "3"), (call, None)):
+        messages = [{"role": "user", "content": "Where is (123,456)?"}, {"role": "assistant", "content": answer}]
+        inputs = processor.supervised(messages)
+        before = Example(inputs["input_ids"][0], inputs["labels"][0])
+        after = in_hundredths(before, texts_of(processor.tokenizer))
+        decode = partial(processor.decode, skip_special_tokens=False)
+        wanted = wanted or call.replace("506", "505").replace("798", "795")
+        assert decode(after.input_ids) == decode(before.input_ids).replace(answer, wanted)
+        assert decode(after.labels[after.labels >= 0]) == f"{wanted}<|im_end|>\n".removesuffix("\n")
 
 
 def test_dialogues_are_examples_with_every_answer_taught(processor):
