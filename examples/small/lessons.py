@@ -46,7 +46,7 @@ class Lessons:
         dialogues: float = 0.0,
     ):
         self.processor = processor
-        self.laps = list(laps)
+        self.laps: list[tuple[int, Mapping[Level, float]]] = list(laps)
         self.seed = seed
         self.max_tokens = max_tokens
         self.ahead = ahead
@@ -131,14 +131,13 @@ def in_hundredths(example: Example, texts: Sequence[str]) -> Example:
     Args:
         texts: what :func:`texts_of` says of the tokenizer.
     """
-    ids, labels, first = example.input_ids.clone(), example.labels.clone(), None
-    for n, token in enumerate(example.input_ids.tolist()):
-        if texts[token].isascii() and texts[token].isdigit():
-            first = n if first is None else first
+    ids, labels, first = example.input_ids.clone(), example.labels.clone(), -1
+    for n, text in enumerate([texts[int(token)] for token in ids]):
+        if text.isascii() and text.isdigit():
+            first = n if first < 0 else first
             continue
-        if first is not None and labels[first] >= 0 and n - first < 4:
-            around = texts[int(ids[first - 1])], texts[token]
-            if around[0].endswith(("(", ",")) and around[1].startswith((",", ")")):
-                ids[n - 1] = labels[n - 1] = texts.index("5")
-        first = None
+        taught = first > 0 and labels[first] >= 0 and n - first < 4 and text.startswith((",", ")"))
+        if taught and texts[int(ids[first - 1])].endswith(("(", ",")):
+            ids[n - 1] = labels[n - 1] = texts.index("5")
+        first = -1
     return replace(example, input_ids=ids, labels=labels)

@@ -59,7 +59,7 @@ def scene(draws: Draws) -> tuple[Image.Image, list[Mark]]:
         size = picture_size(draws, (2, 4), (2, 8)) if draws.chance(0.8) else (2 * UNIT, 2 * UNIT)
         ink, ground = ink_and_ground(draws)
         image = Image.new("RGB", size, ground)
-        return image, write(draws, image, text, ink, (0, 0, *size))
+        return image, write(draws, image, text, ink, (0, 0, size[0], size[1]))
     if kind == "texts":
         return _lines(draws)
     if kind == "page":

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qwen2vl.media.image import preprocess_image
+from qwen2vl.model import Qwen2VL
 from qwen2vl.prompt.processor import Processor
 from qwen2vl.prompt.tokenizer import Tokenizer
 from qwen2vl.samples.draws import Draws
@@ -99,6 +100,8 @@ class Names:
 class Heads(nn.Module):
     """What asks the tokens; see the module."""
 
+    named: torch.Tensor
+
     def __init__(self, width: int, names: Names, embedding: torch.Tensor) -> None:
         super().__init__()
         self.register_buffer("named", F.normalize(embedding[names.ids].float(), dim=-1))
@@ -150,6 +153,13 @@ class Heads(nn.Module):
         covered = seen.boxes[:, 0] >= 0
         hits["edges"] = ((self.edges(x) - seen.edges).abs() < 0.25)[covered].float().mean()
         return {name: float(value) for name, value in hits.items()}
+
+
+def tokens_of(model: Qwen2VL, seen: Seen) -> torch.Tensor:
+    """The tower's `(N, width)` tokens of the pictures."""
+    tokens, _ = model.encode_media(seen.rows, seen.grids)
+    assert tokens is not None
+    return tokens
 
 
 def _asked(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,7 +40,7 @@ from qwen2vl.training.step import TrainingStep
 from .lessons import Lessons
 from .plan import Level, open_levels, shares
 from .results import facts_of
-from .seeing import LOSSES, Heads, Names, pictures
+from .seeing import LOSSES, Heads, Names, pictures, tokens_of
 from .tokenizer import LANGUAGES
 
 #: The seed of the held-out samples that decide the order of the lessons; the final figures have another one.
@@ -172,7 +172,7 @@ class _Run:
             self.asked = pictures(self.processor, self.names, rng, _ASKED // self.world, held_out=True)
         self.step = 0
         self.rows: list[dict[str, Any]] = []
-        self.losses: Counter[str] = Counter()
+        self.losses: defaultdict[str, float] = defaultdict(float)
         self._resume()
         self.begun = time.process_time() - (self.rows[-1]["seconds"] / self.world if self.rows else 0)
 
@@ -189,9 +189,10 @@ class _Run:
         if sitting.pictures:
             rng = np.random.default_rng([sitting.seed, self.rank, self.step])
             seen = pictures(self.processor, self.names, rng, sitting.pictures)
-            losses = self.heads(self.model.encode_media(seen.rows, seen.grids)[0], seen)
+            losses = self.heads(tokens_of(self.model, seen), seen)
             torch.stack([LOSSES[name] * loss for name, loss in losses.items()]).sum().backward()
-            self.losses.update({name: float(loss.detach()) for name, loss in losses.items()})
+            for name, loss in losses.items():
+                self.losses[name] += float(loss.detach())
         self.optimizer.collect()
         if self.world > 1:
             entries = self.optimizer.entries
@@ -222,7 +223,7 @@ class _Run:
             row["levels"] = {f"{k} {n}": [round(e, 4), round(drawn[k, n], 4)] for (k, n), e in errors.items()}
         if self.asked is not None:
             with torch.no_grad():
-                right = self.heads.right(self.model.encode_media(self.asked.rows, self.asked.grids)[0], self.asked)
+                right = self.heads.right(tokens_of(self.model, self.asked), self.asked)
             row["right"] = {name: round(self._sum(share) / self.world, 4) for name, share in right.items()}
         count = max(1, self.step - (self.rows[-1]["step"] if self.rows else 0))
         row["losses"] = {name: round(value / count, 4) for name, value in self.losses.items()}
