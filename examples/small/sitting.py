@@ -21,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ from .results import facts_of
 from .seeing import LOSSES, Heads, Names, pictures, tokens_of
 from .tokenizer import LANGUAGES
 
+T = TypeVar("T")
 #: The seed of the held-out samples that decide the order of the lessons; the final figures have another one.
 _SEED = 77
 #: The names of the files of measurements, of the sittings so far, and of the heads that ask the tower.
@@ -120,6 +121,9 @@ def train(
         run.learn()
         if run.step % sitting.every == 0 or run.step == sitting.steps:
             run.measure()
+    if world > 1:
+        dist.barrier()  # the others must not find the first one gone
+        dist.destroy_process_group()
     return folder / "model"
 
 
@@ -226,7 +230,9 @@ class _Run:
                 right = self.heads.right(tokens_of(self.model, self.asked), self.asked)
             row["right"] = {name: round(self._sum(share) / self.world, 4) for name, share in right.items()}
         count = max(1, self.step - (self.rows[-1]["step"] if self.rows else 0))
-        row["losses"] = {name: round(value / count, 4) for name, value in self.losses.items()}
+        row["losses"] = {
+            name: round(self._sum(self.losses[name]) / count / self.world, 4) for name in sorted(self.losses)
+        }
         row["seconds"] = round(self._sum(time.process_time() - self.begun))  # of a core
         self.losses.clear()
         self.model.train()
@@ -234,6 +240,8 @@ class _Run:
         if self.sitting.tokens:
             # What was drawn is taken from the file when a run goes on, so it is what the file holds here, too.
             self.lessons.begin_lap(_levels(row))
+        if len(set(self._gathered(sum(float(e.master.double().sum()) for e in self.optimizer.entries)))) > 1:
+            raise Qwen2VLError(f"step {self.step}: the weights of the processes have come apart")
         self._save()
         told = [f"{skill} {n} {error:.0%}" for (skill, n), error in errors.items()]
         told += [f"{name} {share:.1%}" for name, share in row.get("right", {}).items()]
@@ -263,7 +271,7 @@ class _Run:
             dist.all_reduce(total)
         return float(total)
 
-    def _gathered(self, value: int) -> list[int]:
+    def _gathered(self, value: T) -> list[T]:
         found = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(found, value)

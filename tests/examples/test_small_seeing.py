@@ -1,11 +1,14 @@
 """What the tower of the small model learns to see from, and the dialogues about one picture."""
 
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from examples.small import dialogues, scenes, seeing, sitting
 from examples.small.dialogues import dialogue
@@ -194,6 +197,29 @@ def test_a_sitting_without_questions_trains_the_tower_alone(beginning, tmp_path,
         train(tmp_path / "none", beginning, Sitting("x", 1, tokens=0))
     with pytest.raises(Qwen2VLError, match="processes: the sitting wants 2, torchrun started 1"):
         train(tmp_path / "two", beginning, Sitting("x", 1, processes=2))
+
+
+def test_two_processes_train_one_model_on_pictures_of_their_own(tmp_path):
+    """A sitting goes on from the first one's weights alone, and a measurement refuses others that are not equal."""
+    asked = ["--from", "random", "--tokens", 0, "--pictures", 32, "--every", 1, "--threads", 1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    command += ["-m", "examples.small", "train", "--output", tmp_path / "run", "--steps", 2, *asked]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    model = tmp_path / "run" / "model"
+    assert result.stdout.split() == [str(model)]
+    (told,) = sittings_of(model)
+    assert told["processes"] == 2 and [row["step"] for row in told["curve"]] == [0, 1, 2]
+    states = [torch.load(tmp_path / "run" / f"state-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert states[0]["rows"] == states[1]["rows"] and "tensors" in states[0]
+    alone = train(
+        tmp_path / "alone",
+        tmp_path / "run" / "begin",
+        Sitting("random", 2, 0, 32, every=1),
+        said=lambda line: None,
+    )
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (model, alone))
+    assert not torch.equal(ours["visual.blocks.0.mlp.fc1.weight"], theirs["visual.blocks.0.mlp.fc1.weight"])
 
 
 def test_16_bits_learn_through_their_masters(beginning, tmp_path, monkeypatch):
