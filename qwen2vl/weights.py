@@ -24,7 +24,7 @@ from .files import read_json, write_json, write_whole
 from .interrupts import scratch
 from .moe import expert_parts, held_elsewhere
 from .quantised_slices import Slice, stored_slices, with_own_groups
-from .quantization import QuantLinear, from_stored, quantised, to_stored
+from .quantization import QuantisedTogether, QuantLinear, from_stored, quantised, to_stored
 from .stacked_fp8 import in_files, part_of, read_part
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -325,13 +325,19 @@ def _compare(wanted: _Fits, spare: _Fits, where: dict[str, tuple]) -> list[str]:
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """The model's parameters as files hold them: under their own names, experts one by one, quantised ones in their
     format's layout."""
-    layers = quantised(model)
-    for name, parameter in model.named_parameters():
-        prefix, _, suffix = name.rpartition(".")
-        if prefix not in layers or suffix == "bias":
-            yield from expert_parts(name, parameter.detach())
-        elif suffix == "weight":
-            yield from ((f"{prefix}.{one}", tensor) for one, tensor in to_stored(layers[prefix]))
+    written: set[nn.Parameter] = set()  # those of modules that lie together, and tied ones
+    for path, module in model.named_modules():
+        if isinstance(module, QuantisedTogether):
+            written.update(module.parameters())
+            layers = {f"{path}.{name}": one for name, one in module.layers().items()}
+        else:
+            layers = {path: module} if isinstance(module, QuantLinear) else {}
+        for name, one in layers.items():
+            yield from ((f"{name}.{suffix}", tensor) for suffix, tensor in to_stored(one))
+        for name, parameter in module.named_parameters(path, recurse=False):
+            if parameter not in written and (path not in layers or name.endswith(".bias")):
+                written.add(parameter)
+                yield from expert_parts(name, parameter.detach())
 
 
 def _listing(folder: Path, problems: list[str], most: int = 20) -> str:

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.random_checkpoint import small_config, write_random_checkpoint
 from qwen2vl import CheckpointError, Qwen2VL
-from qwen2vl.quantization import QuantLinear, quantised, refuse_training
+from qwen2vl.quantization import QuantLinear, quantised
 from qwen2vl.training.config import ModelConfig
-from qwen2vl.training.stages import build_model
+from qwen2vl.training.stages import build_model, refuse_training
 from tests.model import oracle
 from tests.model.checkpoint_files import IDS, logits, rewrite
 
