@@ -47,10 +47,10 @@ def unfit_for_keeping(model: Qwen2VL, part: nn.Module) -> str:
 
 def _read_on_the_host(model: Qwen2VL, part: nn.Module) -> str:
     if any(isinstance(one, SeparateExperts) for one in part.modules()):
-        return "it is read on the host which experts have tokens, as they are not quantised alike"
+        return "which experts have tokens is read on the host, as they are not quantised alike"
     for kind, op in ((Experts, "grouped_linear"), (QuantExperts, "grouped_quant_linear")):
         if any(isinstance(one, kind) for one in part.modules()) and resolve(op, model.device.type, None) != "triton":
-            return f"{op} reads on the host which experts have tokens; its backend 'triton' does not"
+            return f"which experts have tokens is read on the host; backend 'triton' of {op} does not read it"
     return ""
 
 

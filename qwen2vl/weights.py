@@ -248,7 +248,8 @@ def _holds(where: Mapping[str, tuple], name: str) -> bool:
 def _read(where: Mapping[str, tuple], name: str, cut: Slice | None) -> torch.Tensor:
     """A tensor, or what a rank holds of it, contiguous."""
     if name not in where and (part := part_of(name)) is not None:
-        return read_part(*where[part.stack][:2], part)
+        file, stored, _ = where[part.stack]
+        return read_part(file, stored, part)
     file, stored, _ = where[name]
     if cut is None:
         return file.get_tensor(stored)

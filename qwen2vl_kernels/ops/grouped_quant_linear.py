@@ -53,8 +53,8 @@ def grouped_quant_linear_ref(
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return grouped_quant_linear_ref(wide, weight, scales, bounds, zeros, block=block, order=order).to(x.dtype)
     parts = [
-        F.linear(rows, dequantize(*own, block, x.dtype, x.shape[1]))
-        for rows, *own in _groups(x, weight, scales, bounds, zeros, order)
+        F.linear(rows, dequantize(w, s, z, block, x.dtype, x.shape[1]))
+        for rows, w, s, z in _groups(x, weight, scales, bounds, zeros, order)
     ]
     return torch.cat([*parts, x.new_zeros(x.shape[0] - sum(map(len, parts)), weight.shape[1])])
 
@@ -72,8 +72,8 @@ def _groups(x, weight, scales, bounds, zeros, order) -> Iterator[tuple]:
 def _run_native(x, weight, scales, bounds, zeros, order, block_n, block_k):
     block = (block_n, block_k)
     parts = [
-        quant_native.product(rows, *own, None, block)
-        for rows, *own in _groups(x, weight, scales, bounds, zeros, order)
+        quant_native.product(rows, w, s, z, None, block)
+        for rows, w, s, z in _groups(x, weight, scales, bounds, zeros, order)
         if rows.shape[0]
     ]
     return torch.cat([*parts, x.new_zeros(x.shape[0] - sum(map(len, parts)), weight.shape[1])])
@@ -94,25 +94,25 @@ def _forward(x, weight, scales, bounds, zeros, order, block_n, block_k, backend)
     return _RUNS[backend](x, weight, scales, bounds, zeros, order, block_n, block_k)
 
 
-def _values(weight, scales, zeros, order, block, dtype, columns, out) -> torch.Tensor:
-    """The ``(N, K)`` values of one weight in ``out``, for x's columns as they come."""
-    found = quant_native.values_of(weight, scales, zeros, block, dtype, columns)
+def _values(g, weight, scales, zeros, order, block, out) -> torch.Tensor:
+    """The ``(N, K)`` values of one group's weight in ``out``, for x's columns as they come."""
+    points, order = (None if t is None else t[g] for t in (zeros, order))
+    found = quant_native.values_of(weight[g], scales[g], points, block, out.dtype, out.shape[1])
     return out.copy_(found) if order is None else out.index_copy_(1, order.long(), found)
 
 
 def _run_backward(dy, weight, scales, bounds, zeros, order, block_n, block_k, columns, backend):
     block, (groups, outputs) = (block_n, block_k), weight.shape[:2]
-    own = lambda g: (weight[g], scales[g], *(None if t is None else t[g] for t in (zeros, order)))  # noqa: E731
     if backend == "triton":
         values = dy.new_empty(groups, outputs, columns)
         for g in range(groups):
-            _values(*own(g), block, dy.dtype, columns, values[g])
+            _values(g, weight, scales, zeros, order, block, values[g])
         return launch_rows(dy, values, bounds, transposed=True)
     ends, dx = bounds.tolist(), dy.new_zeros(dy.shape[0], columns)
     values = dy.new_empty(outputs, columns)  # of one group at a time
     for g, (begin, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
         if end > begin:
-            dx[begin:end] = dy[begin:end] @ _values(*own(g), block, dy.dtype, columns, values)
+            dx[begin:end] = dy[begin:end] @ _values(g, weight, scales, zeros, order, block, values)
     return dx
 
 
@@ -149,7 +149,7 @@ def _check_groups(check: Checker, rows: int, columns: int, weight, scales, bound
 def _check(op: str, x, weight, scales, bounds, zeros, order, block_n, block_k, backend=None) -> None:
     check = Checker(op)
     check.tensor("x", x, ("M", "K"), dtypes=EAGER_FLOATS)
-    _check_groups(check, *x.shape, weight, scales, bounds, zeros, order, (block_n, block_k))
+    _check_groups(check, x.shape[0], x.shape[1], weight, scales, bounds, zeros, order, (block_n, block_k))
     if backend is not None:
         _check_backend(op, "x", x, resolve("grouped_quant_linear", x.device.type, backend))
 

@@ -200,10 +200,11 @@ def tile_sums(
         sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for begin in range(0, RUN, BLOCK_K):
             k = r * RUN + begin
-            valid = None if K % RUN == 0 else k + low_k < K
             if K % RUN == 0:
+                valid = None
                 packed = tl.load(w_rows + (k // 2 if KIND == 4 else k))
             else:
+                valid = k + low_k < K
                 packed = tl.load(w_rows + (k // 2 if KIND == 4 else k), mask=valid[None, :], other=0)
             x_low = _columns_of(x_rows, x_at, order, k, low_k, valid, K)
             low, high = low_high(packed, zero[:, None], KIND, dtype)

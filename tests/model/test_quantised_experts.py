@@ -177,7 +177,7 @@ def test_when_a_step_may_be_captured(experts, tmp_path, monkeypatch):
         for backend in ("eager", "native", "triton"):
             served = {"grouped_linear": "eager", "grouped_quant_linear": backend}
             free = backend == "triton" and kind is QuantExperts
-            assert ("host" in unfit(model, model.model)) != free and not unfit(model, model.visual)
+            assert ("read on the host" in unfit(model, model.model)) != free and not unfit(model, model.visual)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from transformers import FineGrainedFP8Config, Qwen2MoeConfig
 from transformers.integrations import finegrained_fp8
 
 from qwen2vl import CheckpointError, Qwen2VL
+from qwen2vl.parallel import bytes_per_rank
 from qwen2vl.quantization import quantised
 from qwen2vl.stacked_fp8 import part_of
 from tests.model.checkpoint_files import logits, rewrite
@@ -107,8 +108,10 @@ def test_a_rank_reads_its_own_experts(experts, tmp_path):  # noqa: F811
     """Of four experts two for each of two ranks, which read the whole tensors' bits."""
     folder, _ = quantise(experts, tmp_path, _HOW | {"weight_block_size": [32, 32]})
     tensors = load_file(stack(folder) / "model.safetensors")
+    reckoned = bytes_per_rank(Qwen2VL.from_pretrained(folder, device="cpu"), 2)
     for rank in range(2):
         model = Qwen2VL.from_pretrained(folder, parallel=OneOfRanks(rank, 2))
+        assert reckoned[rank] == sum(p.nbytes for p in model.parameters())
         layers = {name: layer for name, layer in quantised(model).items() if name.startswith(_PREFIX)}
         assert len(layers) == 2 * 3
         for name, layer in layers.items():
