@@ -27,7 +27,6 @@ from .layers import Linear
 from .moe import separate
 from .parallel import TensorParallel
 from .parallel_layers import split
-from .quantised_experts import put_together
 from .quantization import place, stored_so
 from .sizes import check_sizes
 from .stacked_fp8 import one_by_one
@@ -118,7 +117,6 @@ class Qwen2VL(nn.Module):
                 cuts={} if parallel is None else split(model, parallel),
                 progress=progress,
             )
-            put_together(model.model.layers)
             model.generation_defaults = checkpoint.generation_defaults
         if adapter is not None:
             load_adapter(model, adapter)

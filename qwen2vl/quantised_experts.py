@@ -7,7 +7,7 @@ rows of both. What is not alike stays apart, as where a writer left some experts
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -112,12 +112,15 @@ class QuantExperts(QuantisedTogether):
         return found
 
 
-def put_together(layers: Iterable[nn.Module]) -> None:
-    """Put the experts of each of the decoder's ``layers`` together, where they are quantised alike."""
-    for layer in layers:
-        mlp = layer.get_submodule("mlp")
-        if isinstance(mlp, SparseMoE) and isinstance(mlp.experts, SeparateExperts) and alike(mlp.experts):
-            mlp.experts = QuantExperts(mlp.experts)
+def put_together(mlp: nn.Module) -> QuantExperts | None:
+    """Put the experts of a decoder layer's ``mlp`` together, where they are quantised alike, and return them then.
+
+    Layer by layer, so that the memory of those that lay apart serves the next layer's.
+    """
+    if not (isinstance(mlp, SparseMoE) and isinstance(mlp.experts, SeparateExperts) and alike(mlp.experts)):
+        return None
+    mlp.experts = QuantExperts(mlp.experts)
+    return mlp.experts
 
 
 def alike(experts: SeparateExperts) -> bool:

@@ -122,7 +122,7 @@ def quantise(
             done += 1
             if progress is not None:
                 progress(done, done + len(layers))
-    put_together(model.model.layers)
+        put_together(decoder_layer.get_submodule("mlp"))
     model.config = replace(model.config, quantization=how)
     return model
 

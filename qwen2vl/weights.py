@@ -23,6 +23,7 @@ from .errors import CheckpointError
 from .files import read_json, write_json, write_whole
 from .interrupts import scratch
 from .moe import expert_parts, held_elsewhere
+from .quantised_experts import put_together
 from .quantised_slices import Slice, stored_slices, with_own_groups
 from .quantization import QuantisedTogether, QuantLinear, from_stored, quantised, to_stored
 from .stacked_fp8 import in_files, part_of, read_part
@@ -221,7 +222,9 @@ def load_weights(
                     view.copy_(_read(where, part, None))
             if progress is not None:
                 progress(done, count)
-        for done, (prefix, layer) in enumerate(layers.items(), len(plain) + 1):
+        last = {prefix.rpartition(".experts.")[0]: prefix for prefix in layers}
+        for done, prefix in enumerate(list(layers), len(plain) + 1):
+            layer = layers.pop(prefix)  # which nobody holds then but the model
             suffixes = (*_stored(layer, cuts.get(f"{prefix}.weight")), *layer.how.may_be_stored)
             held = [one for one in suffixes if _holds(where, f"{prefix}.{one}")]
             parts_of = stored_slices(layer.how, cuts.get(f"{prefix}.weight"))
@@ -235,6 +238,11 @@ def load_weights(
                 layer.set(one, tensor)
                 if tensor is not None:
                     found[f"{prefix}.{one}"] = tensor
+            mlp = prefix.rpartition(".experts.")[0]
+            if mlp and prefix == last[mlp] and (together := put_together(model.get_submodule(mlp))) is not None:
+                within = f"{mlp}.experts."
+                found = {name: tensor for name, tensor in found.items() if not name.startswith(within)}
+                found |= {f"{within}{name}": one.detach() for name, one in together.named_parameters()}
             if progress is not None:
                 progress(done, count)
     model.load_state_dict(found, strict=True, assign=True)  # keeps each parameter's requires_grad

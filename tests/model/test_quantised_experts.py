@@ -1,5 +1,6 @@
 """Quantised experts, which files hold one by one as Qwen's releases do: together where they are alike, or apart."""
 
+import gc
 import json
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import torch
 from transformers import Qwen2MoeForCausalLM
 
 from benchmarks.random_checkpoint import small_config, write_random_checkpoint
-from qwen2vl import CheckpointError, MoEConfig, Qwen2VL
+from qwen2vl import CheckpointError, MoEConfig, Qwen2VL, weights
 from qwen2vl.cache import KVCache
 from qwen2vl.graphs import unfit
 from qwen2vl.layers import Linear
@@ -147,6 +148,27 @@ def test_a_stack_is_what_its_layers_are():
             torch.testing.assert_close(got[rows, 16 * part : 16 * part + 16], want)
             assert torch.equal(stack.layer(n, part)(x[rows]), want)
     assert stack.layer(1, 0).weight.data_ptr() == stack.weight[1].data_ptr()
+
+
+def test_experts_of_one_layer_at_a_time_lie_twice_in_memory(tmp_path, monkeypatch):
+    """Those that lay apart are gone before the next layer's are read."""
+    config = small_config(tie_word_embeddings=False)
+    moe = MoEConfig(4, 2, 128, False)
+    config = replace(config, text=replace(config.text, moe=moe, num_hidden_layers=3))
+    folder, _ = quantise(
+        write_random_checkpoint(tmp_path / "plain", config, dtype=torch.float32), tmp_path, ALIKE["awq"]
+    )
+    held, real = [], weights.put_together
+
+    def counted(mlp):
+        gc.collect()
+        inner = [one for one in gc.get_objects() if type(one) is QuantLinear and one.in_features == 128]
+        held.append(sum(not one.weight.is_meta for one in inner))
+        return real(mlp)
+
+    monkeypatch.setattr(weights, "put_together", counted)
+    _loaded(folder)
+    assert held == [4, 4, 4]
 
 
 def test_only_experts_with_tokens_are_read(experts, tmp_path, monkeypatch):
