@@ -3,7 +3,7 @@
     awq                  qweight (K, N/8) int32, qzeros (G, N/8) int32, scales (G, N), as AutoAWQ's GEMM writes them
     gptq                 qweight (K/p, N) int32, qzeros (G, N/p) int32, scales (G, N), g_idx (K,) int32; p = 32 / bits
     compressed-tensors   weight (N, K) float8_e4m3fn, weight_scale (), (1,), (N, 1) or (N/128, K/128)
-    fp8                  the same in blocks, weight_scale_inv
+    fp8                  the same in blocks or of tensors, weight_scale_inv
 
 G groups of columns share scales and zero points. What is quantised is told by the files, not by the lists of modules in
 the config, which writers spell in many ways. Only weights are: where a config asks for activations of 8 bits, they stay
@@ -178,6 +178,8 @@ def _compressed(stated: Mapping[str, Any]) -> dict[str, Any]:
 def _fp8(stated: Mapping[str, Any]) -> dict[str, Any]:
     if stated.get("fmt", "e4m3") != "e4m3":
         raise CheckpointError(f"quantization_config: fmt {stated.get('fmt')!r} is not supported; 'e4m3' is")
+    if "weight_block_size" in stated and stated["weight_block_size"] is None:
+        return {"bits": 0}
     return {"bits": 0, "block": _block(stated.get("weight_block_size"), "weight_block_size")}
 
 

@@ -3,8 +3,8 @@
     mlp.experts.gate_up_proj (E, 2F, C) float8_e4m3fn, gate over up; gate_up_proj_scale_inv (E, 2F / rows, C / columns)
     mlp.experts.down_proj    (E, C, F)  float8_e4m3fn;               down_proj_scale_inv    (E, C / rows, F / columns)
 
-Blocks of ``weight_block_size`` (rows, columns) share a scale, as in layers of ``quant_method`` fp8. Nothing is read but
-the experts that a rank holds.
+Blocks of ``weight_block_size`` (rows, columns) share a scale, as in layers of ``quant_method`` fp8; where that is null,
+gate, up and down of an expert have one each, (E, 2, 1) and (E, 1, 1). A rank reads nothing but its own experts.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def one_by_one(how: Quantization, text: TextConfig, names: Mapping[str, str]) ->
         for stack, parts in _PARTS.items():
             if moe is None or names.get(f"{prefix}.{stack}") != "F8_E4M3":
                 continue
-            if len(parts) > 1 and moe.moe_intermediate_size % how.block[0]:
+            if len(parts) > 1 and how.block[0] and moe.moe_intermediate_size % how.block[0]:
                 raise CheckpointError(
                     f"{prefix}.{stack}: cannot be {how.label}: one would hold rows of gate and of up, of which there "
                     f"are {moe.moe_intermediate_size} each"

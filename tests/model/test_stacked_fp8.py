@@ -51,10 +51,22 @@ def stacked(apart, tmp_path_factory):
 
 
 def test_names_and_shapes_are_those_of_transformers(stacked):
+    _compare_with_transformers(stacked, (128, 128))
+
+
+def test_scales_of_tensors(experts, tmp_path):  # noqa: F811
+    folder, values = quantise(experts, tmp_path, FORMATS["fp8 tensors by transformers"])
+    wanted = logits(folder)
+    _compare_with_transformers(stack(folder), None)
+    assert torch.equal(logits(folder), wanted)
+    torch.testing.assert_close(wanted, logits(values), rtol=2e-4, atol=2e-4)
+
+
+def _compare_with_transformers(folder, block):
     config = Qwen2MoeConfig(hidden_size=256, moe_intermediate_size=128, num_experts=4)
     with torch.device("meta"):
-        theirs = finegrained_fp8.FP8Experts(config, block_size=(128, 128))
-    tensors = load_file(stacked / "model.safetensors")
+        theirs = finegrained_fp8.FP8Experts(config, block_size=block)
+    tensors = load_file(folder / "model.safetensors")
     ours = {name.removeprefix(f"{_PREFIX}."): t for name, t in tensors.items() if name.startswith(f"{_PREFIX}.")}
     wanted = {name: (one.shape, one.dtype) for name, one in theirs.named_parameters()}
     assert {name: (one.shape, one.dtype) for name, one in ours.items()} == wanted
