@@ -210,10 +210,10 @@ def grouped_quant_linear(
         order: ``(G, K)`` integers, for each group the column of x that meets each column of its weight.
         backend: ``None`` (choose), ``"native"`` on CPUs, ``"triton"``, ``"eager"``.
 
-    Returns ``(M, N)`` in x's dtype, zero in rows behind the last bound. With ``"triton"`` a row's bits do not depend on
-    the rows of other groups. Gradients reach x only, and have no derivatives but in eager. Raises
-    ``TypeError``/``ValueError`` naming the argument that does not fit; bounds and orders on a GPU, which nobody reads
-    on the host, are cut to the rows and columns.
+    Returns ``(M, N)`` in x's dtype, zero in rows behind the last bound. With ``"triton"`` a row's bits depend on no
+    other row's values, and on their number only in that M and G choose the height of tiles. Gradients reach x only, and
+    have no derivatives but in eager. Raises ``TypeError``/``ValueError`` naming the argument that does not fit; bounds
+    and orders on a GPU, which nobody reads on the host, are cut to the rows and columns.
     """
     (x,) = in_autocast_dtype(x)
     given = (x, weight, scales, bounds, zeros, order, *block)

@@ -7,7 +7,9 @@ import torch
 
 from qwen2vl_kernels import grouped_quant_linear
 from qwen2vl_kernels.core.backends import unavailable
+from qwen2vl_kernels.core.launching import target_of
 from qwen2vl_kernels.ops.grouped_quant_linear import grouped_quant_linear_ref
+from qwen2vl_kernels.triton.grouped_quant import config
 from tests.conftest import DEVICE, assert_two_times
 from tests.kernels.ops.test_quant_linear import FORMS, weight_of
 from tests.kernels.poison import poisoned  # noqa: F401
@@ -56,8 +58,9 @@ def forward_and_backward(op, x, matrices, bounds, grad, **given):
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form(form, dtype):
     """In small tiles and in large ones, of groups with none to many rows."""
-    for counts, behind in (([3, 1, 0, 40, 5], 2), ([0, 70, 3], 1)):
+    for height, counts, behind in ((16, [3, 1, 0, 40, 5], 2), (64, [0, 70, 3], 1)):
         x, matrices, bounds, given, exact = operands(form, counts, behind, dtype)
+        assert config(len(x), len(counts), 64, target_of(x.device)).block_m == height
         got = grouped_quant_linear(x, *matrices, bounds, **given, backend="triton")
         reference = grouped_quant_linear_ref(x, *matrices, bounds, **given)
         assert got.dtype == dtype and got.shape == (x.shape[0], 37)
