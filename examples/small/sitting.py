@@ -150,7 +150,7 @@ class _Run:
         torch.manual_seed(sitting.seed)
         self.heads = Heads(self.model.config.text.hidden_size, self.names, self.model.head_weight.detach())
         if (begin / HEADS).is_file():
-            self.heads.load_state_dict(torch.load(begin / HEADS, weights_only=True))
+            self.heads.load_state_dict(torch.load(begin / HEADS, weights_only=True), strict=False)  # some may be new
         config = OptimizerConfig(kind=sitting.optimizer, lr=sitting.lr, weight_decay=0.05)
         self.optimizer = Optimizer(self.model.named_parameters(), config, master_weights=True)
         self.of_heads = torch.optim.AdamW(self.heads.parameters(), betas=(0.9, 0.95), weight_decay=0.0)

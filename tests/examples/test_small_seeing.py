@@ -117,7 +117,9 @@ def test_targets_lie_in_the_order_of_the_patches(processor):
             image.paste((255, 255, 255), box)
             patches = preprocess_image(np.asarray(image), processor.options)
             marks = [Mark(("A",), box, box, 2)]
-            named, letters, places, where, boxes, edges = seeing._targets(patches.grid_thw, image.size, marks, names)
+            named, letters, places, where, boxes, edges, middles, _ = seeing._targets(
+                patches.grid_thw, image.size, marks, names
+            )
             white = patches.patches.mean(1) > 254
             assert white.sum() == 1
             assert ((letters.reshape(-1) != len(CHARACTERS)) == white).all()
@@ -130,8 +132,8 @@ def test_targets_lie_in_the_order_of_the_patches(processor):
             ] + [min(39, int(40 * v / side)) for v, side in zip(box[2:], image.size, strict=True)]
             offsets = np.array([0, 0, 0.5, 0.5]) + np.tile([0.5 * (column % 2), 0.5 * (row % 2)], 2) - 0.5
             assert edges[token].tolist() == pytest.approx(offsets.tolist())
-            middles = [(n % columns + 0.5) / columns for n in range(rows * columns)]
-            assert where[:, 0].tolist() == [int(40 * x) for x in middles]
+            across = [(n % columns + 0.5) / columns for n in range(rows * columns)]
+            assert where[:, 0].tolist() == [int(40 * x) for x in across] and not middles.any()
 
 
 def test_targets_follow_a_picture_that_is_enlarged(processor):
@@ -139,11 +141,18 @@ def test_targets_follow_a_picture_that_is_enlarged(processor):
     image, box = Image.new("RGB", (56, 56)), (28, 0, 56, 28)
     grid = preprocess_image(np.asarray(image), processor.options).grid_thw
     assert grid == (1, 8, 8)
-    named, letters, _, where, boxes, edges = seeing._targets(grid, image.size, [Mark(("red", "star"), box, box)], names)
+    named, letters, _, where, boxes, edges, middles, kinds = seeing._targets(
+        grid, image.size, [Mark(("red", "star"), box, box)], names
+    )
     there = [2, 3, 6, 7]  # the upper right quarter of 4 x 4 tokens
     assert (named.sum(1) > 0).nonzero()[0].tolist() == there
     assert boxes[2].tolist() == [20, 0, 39, 20] and (letters == len(CHARACTERS)).all()
     assert edges[2].tolist() == [-0.5, -0.5, 1.5, 1.5] and where[2].tolist() == [25, 5]
+    assert middles.nonzero()[0].tolist() == [7] and middles[7] == 1  # its middle is the corner of the four
+    assert kinds[7].tolist() == [list(COLOURS).index("red"), SHAPES.index("star")] and kinds.max(1).argmax() == 7
+    two = [Mark(("red", "star"), box, box), Mark(("blue", "heart"), box, box), Mark(("blue", "heart"), box, box)]
+    *_, middles, kinds = seeing._targets(grid, image.size, two, names)
+    assert middles[7] == 2 and kinds.max() == -100
     words = [processor.tokenizer.decode([names.ids[column]]) for column in named[2].nonzero()[0]]
     assert sorted(words) == sorted([" red", "红", " star", " stars", "星"])
 
