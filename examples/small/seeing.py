@@ -145,7 +145,8 @@ class Heads(nn.Module):
             "places": _asked(self.places(x).unflatten(1, (4, -1)), seen.places),
             "where": _asked(self.where(x).unflatten(1, (2, -1)), seen.where),
             "boxes": _asked(self.boxes(x).unflatten(1, (4, -1)), seen.boxes),
-            "edges": F.smooth_l1_loss(self.edges(x)[covered], seen.edges[covered], beta=0.1),
+            "edges": F.smooth_l1_loss(self.edges(x)[covered], seen.edges[covered], beta=0.1, reduction="sum")
+            / (4 * covered.sum()).clamp(1),
             "middles": _balanced(self.middles(x), seen.middles, 0),
             "kinds": _asked(self.kinds(x).unflatten(1, (2, -1)), seen.kinds),
         }
@@ -183,7 +184,9 @@ def tokens_of(model: Qwen2VL, seen: Seen) -> torch.Tensor:
 
 
 def _asked(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+    """The mean over what there is to ask, 0 where nothing is."""
+    total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    return total / (targets >= 0).sum().clamp(1)
 
 
 def _balanced(logits: torch.Tensor, targets: torch.Tensor, none: int) -> torch.Tensor:

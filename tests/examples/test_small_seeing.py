@@ -178,6 +178,17 @@ def test_perfect_tokens_are_all_right_and_others_are_not(processor, beginning):
     assert min(after.values()) > 0.95, after
 
 
+def test_pictures_of_which_nothing_is_to_be_said_have_a_loss(processor, beginning, monkeypatch):
+    """An empty picture has no shape, no letter and no box, and asks where its tokens are."""
+    monkeypatch.setattr(seeing, "scene", lambda draws: (Image.new("RGB", (112, 112)), []))
+    names = Names(processor.tokenizer)
+    seen = pictures(processor, names, np.random.default_rng(0), 16)
+    heads = Heads(192, names, Qwen2VL.from_pretrained(beginning, device="cpu").head_weight.detach())
+    losses = heads(torch.randn(16, 192), seen)
+    empty = {name for name, loss in losses.items() if float(loss.detach()) == 0}
+    assert empty == {"places", "boxes", "edges", "kinds"} and all(loss.isfinite() for loss in losses.values())
+
+
 def test_a_sitting_without_questions_trains_the_tower_alone(beginning, tmp_path, monkeypatch):
     """And goes on as if it had not been cut."""
     monkeypatch.setattr(sitting, "_ASKED", 32)
