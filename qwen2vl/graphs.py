@@ -18,6 +18,7 @@ from qwen2vl_kernels.core.backends import PREFERENCE, forced, forced_everywhere,
 from .adapter import adapted
 from .cache import KVCache
 from .moe import Experts, SeparateExperts
+from .quantised_experts import QuantExperts
 
 if TYPE_CHECKING:
     from .model import Qwen2VL
@@ -46,10 +47,10 @@ def unfit_for_keeping(model: Qwen2VL, part: nn.Module) -> str:
 
 def _read_on_the_host(model: Qwen2VL, part: nn.Module) -> str:
     if any(isinstance(one, SeparateExperts) for one in part.modules()):
-        return "it is read on the host which of the quantised experts have tokens"
-    experts = any(isinstance(one, Experts) for one in part.modules())
-    if experts and resolve("grouped_linear", model.device.type, None) == "eager":
-        return "experts' products in PyTorch's operations read on the host who has tokens; backend 'triton' does not"
+        return "which experts have tokens is read on the host, as they are not quantised alike"
+    for kind, op in ((Experts, "grouped_linear"), (QuantExperts, "grouped_quant_linear")):
+        if any(isinstance(one, kind) for one in part.modules()) and resolve(op, model.device.type, None) != "triton":
+            return f"which experts have tokens is read on the host; backend 'triton' of {op} does not read it"
     return ""
 
 

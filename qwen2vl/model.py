@@ -29,6 +29,7 @@ from .parallel import TensorParallel
 from .parallel_layers import split
 from .quantization import place, stored_so
 from .sizes import check_sizes
+from .stacked_fp8 import one_by_one
 from .text import Decoder, Pack
 from .tower_graph import replayed
 from .vision import VisionTower
@@ -103,7 +104,8 @@ class Qwen2VL(nn.Module):
             with torch.device("meta"):
                 model = cls(config)
                 if config.quantization is not None:
-                    found = stored_so(config.quantization, weights.stored_dtypes(folder))
+                    names = one_by_one(config.quantization, config.text, weights.stored_dtypes(folder))
+                    found = stored_so(config.quantization, names)
                     separate(model.model.layers, found)
                     place(model, linear_layers(model), config.quantization, found)
             weights.load_weights(

@@ -4,8 +4,9 @@
     norm_topk_prob says so, weigh them
     y = sum_e p_e down_e(silu(gate_e(x)) * up_e(x))  +  sigmoid(x w^T) shared(x), where there is a shared expert
 
-Experts' matrices are stacked, gate over up, as transformers 5 holds them; files hold every expert's apart, and so does
-the model where they are quantised, each with scales and perhaps an order of columns of its own. A process may hold some
+Experts' matrices are stacked, gate over up, as transformers 5 holds them, and so are quantised ones that are alike
+(:mod:`qwen2vl.quantised_experts`); files hold every expert's apart, and so does the model where they differ, each with
+scales and perhaps an order of columns of its own. A process may hold some
 of the experts (:mod:`qwen2vl.parallel`): what it computes is then a part of the sum.
 """
 
@@ -26,6 +27,7 @@ from .quantised_slices import Slice
 
 if TYPE_CHECKING:
     from .parallel import TensorParallel
+    from .quantised_experts import QuantExperts
 
 _GATE_UP, _DOWN = ".mlp.experts.gate_up_proj", ".mlp.experts.down_proj"
 _ONE = re.compile(r"(.*\.mlp\.experts)\.(0|[1-9]\d{0,5})\.")
@@ -55,10 +57,10 @@ def routed(
     products = lambda rows, bounds: grouped_linear(  # noqa: E731
         swiglu(grouped_linear(rows, gate_up_proj, bounds)), down_proj, bounds
     )
-    return _summed(x, weights, experts, gate_up_proj.shape[0], products)
+    return summed(x, weights, experts, gate_up_proj.shape[0], products)
 
 
-def _summed(
+def summed(
     x: torch.Tensor,
     weights: torch.Tensor,
     experts: torch.Tensor,
@@ -72,8 +74,9 @@ def _summed(
 
 
 class SeparateExperts(nn.ModuleDict):
-    """As :class:`Experts`, every expert a module by its number, as files name them: for those that are quantised, in
-    part or all. Only the experts that have tokens are read; who has, is read on the host."""
+    """As :class:`Experts`, every expert a module by its number, as files name them: for those that are quantised in
+    part, or not alike, as :mod:`qwen2vl.quantised_experts` wants them. Only the experts that have tokens are read; who
+    has, is read on the host."""
 
     def __init__(self, stacked: Experts) -> None:
         """Of views of ``stacked``."""
@@ -100,7 +103,7 @@ class SeparateExperts(nn.ModuleDict):
             return torch.cat([*parts, rows.new_zeros(rows.shape[0] - ends[-1], rows.shape[1])])
 
         own = experts - self.begin if self.begin else experts
-        return _summed(x, weights, own, len(self), products)
+        return summed(x, weights, own, len(self), products)
 
 
 def separate(layers: Iterable[nn.Module], names: Iterable[str]) -> None:
@@ -137,7 +140,7 @@ class SparseMoE(nn.Module):
         #: Set where this process holds some of the experts, and some columns of the shared one.
         self.parallel: TensorParallel | None = None
         self.gate = Linear(width, moe.num_experts, bias=False)
-        self.experts: Experts | SeparateExperts = Experts(width, moe)
+        self.experts: Experts | SeparateExperts | QuantExperts = Experts(width, moe)
         self.shared_expert: MLP | None = None
         if moe.shared_expert_intermediate_size:
             self.shared_expert = MLP(width, moe.shared_expert_intermediate_size)

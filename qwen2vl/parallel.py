@@ -368,7 +368,7 @@ def bytes_per_rank(model: Qwen2VL, ranks: int, tokens: int = 0) -> list[int]:
             prefix, _, kind = name.rpartition(".")
             values, cut = parameter.numel(), cuts.get(name)
             if cut is None and kind != "bias":  # of a quantised layer, which has other names for its parts
-                cut = cuts.get(f"{prefix}.weight")
+                cut = cuts.get(f"{prefix}.weight", cuts.get(prefix))
             total += (values if cut is None else values * cut.count // cut.whole) * parameter.element_size()
         keys = cuts["model.layers.0.self_attn.k_proj.weight"].count * text.num_hidden_layers
         found.append(total + 2 * keys * tokens * model.dtype.itemsize)

@@ -24,6 +24,7 @@ from .adapter import adaptable, adapted
 from .errors import CheckpointError
 from .model import Qwen2VL
 from .moe import Experts, SeparateExperts, SparseMoE
+from .quantised_experts import put_together
 from .quantization import Quantization, QuantLinear, quantised
 from .text import Layer
 from .weights import Progress
@@ -121,6 +122,7 @@ def quantise(
             done += 1
             if progress is not None:
                 progress(done, done + len(layers))
+        put_together(decoder_layer.get_submodule("mlp"))
     model.config = replace(model.config, quantization=how)
     return model
 

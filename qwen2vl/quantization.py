@@ -3,7 +3,7 @@
     awq                  qweight (K, N/8) int32, qzeros (G, N/8) int32, scales (G, N), as AutoAWQ's GEMM writes them
     gptq                 qweight (K/p, N) int32, qzeros (G, N/p) int32, scales (G, N), g_idx (K,) int32; p = 32 / bits
     compressed-tensors   weight (N, K) float8_e4m3fn, weight_scale (), (1,), (N, 1) or (N/128, K/128)
-    fp8                  the same in blocks, weight_scale_inv
+    fp8                  the same in blocks or of tensors, weight_scale_inv
 
 G groups of columns share scales and zero points. What is quantised is told by the files, not by the lists of modules in
 the config, which writers spell in many ways. Only weights are: where a config asks for activations of 8 bits, they stay
@@ -13,7 +13,7 @@ in the model's dtype, which is more exact.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -178,6 +178,8 @@ def _compressed(stated: Mapping[str, Any]) -> dict[str, Any]:
 def _fp8(stated: Mapping[str, Any]) -> dict[str, Any]:
     if stated.get("fmt", "e4m3") != "e4m3":
         raise CheckpointError(f"quantization_config: fmt {stated.get('fmt')!r} is not supported; 'e4m3' is")
+    if "weight_block_size" in stated and stated["weight_block_size"] is None:
+        return {"bits": 0}
     return {"bits": 0, "block": _block(stated.get("weight_block_size"), "weight_block_size")}
 
 
@@ -241,12 +243,8 @@ class QuantLinear(nn.Linear):
         self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
 
     def _apply(self, fn, recurse=True):
-        def keeps_dtype(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
         bias, self._parameters["bias"] = self._parameters["bias"], None
-        super()._apply(keeps_dtype, recurse)
+        super()._apply(keeping_dtypes(fn), recurse)
         self._parameters["bias"] = bias
         if bias is not None:
             with torch.no_grad():
@@ -261,27 +259,41 @@ class QuantLinear(nn.Linear):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.how.label}"
 
 
+def keeping_dtypes(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What ``nn.Module`` applies to move and cast parameters, without the cast."""
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        found = fn(tensor)
+        return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+    return moved
+
+
+class QuantisedTogether(nn.Module):
+    """Quantised layers in tensors of several of them."""
+
+    def layers(self) -> dict[str, QuantLinear]:
+        """Each by its name in here, of views."""
+        raise NotImplementedError
+
+
 def quantised(model: nn.Module) -> dict[str, QuantLinear]:
-    """The layers of a model that hold quantised weights, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    """The layers of a model that hold quantised weights, by name; views of those that lie together."""
+    found: dict[str, QuantLinear] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            found[name] = module
+        elif isinstance(module, QuantisedTogether):
+            found |= {f"{name}.{part}": one for part, one in module.layers().items()}
+    return found
 
 
 def parameter_count(model: nn.Module) -> int:
     """The values of all parameters, of quantised weights as many as they stand for."""
-    held = quantised(model).values()
-    stored = sum(p.numel() for one in held for p in one.parameters() if p is not one.bias)
-    values = sum(one.in_features * one.out_features for one in held)
-    return sum(p.numel() for p in model.parameters()) - stored + values
-
-
-def refuse_training(model: nn.Module) -> None:
-    """Raises :class:`CheckpointError` for a model with quantised weights, which get no gradients."""
-    if found := quantised(model):
-        how = next(iter(found.values())).how.label
-        raise CheckpointError(
-            f"the checkpoint is quantised ({how}), and quantised weights get no gradients, nor could the model that a "
-            "run exports be merged with an adapter; train the release in 16 bits"
-        )
+    holders = [one for one in model.modules() if isinstance(one, (QuantLinear, QuantisedTogether))]
+    stored = {p for one in holders for name, p in one.named_parameters() if name != "bias"}
+    values = sum(one.in_features * one.out_features for one in quantised(model).values())
+    return sum(p.numel() for p in model.parameters() if p not in stored) + values
 
 
 def stored_so(how: Quantization, names: Mapping[str, str]) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 from .generation import GenerationResult
 from .model import Qwen2VL
 from .moe import Experts, SeparateExperts
+from .quantised_experts import QuantExperts
 
 #: Bytes that are copied to measure a device's memory, many times what its caches hold.
 _COPIED = {"cpu": 1 << 27, "cuda": 1 << 29}
@@ -22,7 +23,7 @@ def step_bytes(model: Qwen2VL, seen: float, rows: int = 1) -> float:
     text, itemsize = model.model.cache_config, model.head_weight.itemsize
     weights = sum(p.nbytes for p in (*model.model.layers.parameters(), *model.model.norm.parameters()))
     if (moe := text.moe) is not None:
-        experts = [one for one in model.modules() if isinstance(one, (Experts, SeparateExperts))]
+        experts = [one for one in model.modules() if isinstance(one, (Experts, SeparateExperts, QuantExperts))]
         routed = sum(p.nbytes for one in experts for p in one.parameters())
         weights -= routed * (moe.num_experts - moe.num_experts_per_tok) // moe.num_experts
     cached = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * seen * rows * itemsize

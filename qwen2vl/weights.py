@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,8 +23,10 @@ from .errors import CheckpointError
 from .files import read_json, write_json, write_whole
 from .interrupts import scratch
 from .moe import expert_parts, held_elsewhere
+from .quantised_experts import put_together
 from .quantised_slices import Slice, stored_slices, with_own_groups
-from .quantization import QuantLinear, from_stored, quantised, to_stored
+from .quantization import QuantisedTogether, QuantLinear, from_stored, quantised, to_stored
+from .stacked_fp8 import in_files, part_of, read_part
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -212,22 +213,22 @@ def load_weights(
         plain = _plain(model, layers)
         count = len(plain) + len(layers)
         for done, (name, parameter) in enumerate(plain.items(), 1):
-            if name in where:
-                file, stored, _ = where[name]
+            if _holds(where, name):
                 # Device first, then dtype: a conversion runs where it is fast and the host never holds a second copy.
-                found[name] = _read(file, stored, cuts.get(name)).to(device).to(dtype)
+                found[name] = _read(where, name, cuts.get(name)).to(device).to(dtype)
             else:  # experts, each of which lies apart in the files
                 found[name] = torch.empty_like(parameter, device=device, dtype=dtype, requires_grad=False)
                 for part, view in expert_parts(name, found[name], _first(cuts.get(name))):
-                    file, stored, _ = where[part]
-                    view.copy_(file.get_tensor(stored))
+                    view.copy_(_read(where, part, None))
             if progress is not None:
                 progress(done, count)
-        for done, (prefix, layer) in enumerate(layers.items(), len(plain) + 1):
+        last = {prefix.rpartition(".experts.")[0]: prefix for prefix in layers}
+        for done, prefix in enumerate(list(layers), len(plain) + 1):
+            layer = layers.pop(prefix)  # which nobody holds then but the model
             suffixes = (*_stored(layer, cuts.get(f"{prefix}.weight")), *layer.how.may_be_stored)
-            held = {one: where[f"{prefix}.{one}"] for one in suffixes if f"{prefix}.{one}" in where}
+            held = [one for one in suffixes if _holds(where, f"{prefix}.{one}")]
             parts_of = stored_slices(layer.how, cuts.get(f"{prefix}.weight"))
-            tensors = {one: _read(file, stored, parts_of.get(one)) for one, (file, stored, _) in held.items()}
+            tensors = {one: _read(where, f"{prefix}.{one}", parts_of.get(one)) for one in held}
             tensors = with_own_groups(layer.how, cuts.get(f"{prefix}.weight"), tensors)
             try:
                 parts = from_stored(layer, {one: tensor.to(device) for one, tensor in tensors.items()})
@@ -237,13 +238,27 @@ def load_weights(
                 layer.set(one, tensor)
                 if tensor is not None:
                     found[f"{prefix}.{one}"] = tensor
+            mlp = prefix.rpartition(".experts.")[0]
+            if mlp and prefix == last[mlp] and (together := put_together(model.get_submodule(mlp))) is not None:
+                within = f"{mlp}.experts."
+                found = {name: tensor for name, tensor in found.items() if not name.startswith(within)}
+                found |= {f"{within}{name}": one.detach() for name, one in together.named_parameters()}
             if progress is not None:
                 progress(done, count)
     model.load_state_dict(found, strict=True, assign=True)  # keeps each parameter's requires_grad
 
 
-def _read(file: Any, stored: str, cut: Slice | None) -> torch.Tensor:
+def _holds(where: Mapping[str, tuple], name: str) -> bool:
+    """Whether files hold a tensor of this name, or an expert's in a stack."""
+    return name in where or ((part := part_of(name)) is not None and part.stack in where)
+
+
+def _read(where: Mapping[str, tuple], name: str, cut: Slice | None) -> torch.Tensor:
     """A tensor, or what a rank holds of it, contiguous."""
+    if name not in where and (part := part_of(name)) is not None:
+        file, stored, _ = where[part.stack]
+        return read_part(file, stored, part)
+    file, stored, _ = where[name]
     if cut is None:
         return file.get_tensor(stored)
     view, rows = file.get_slice(stored), slice(cut.begin, cut.end)
@@ -290,7 +305,7 @@ def _wanted(
         spare |= {f"{prefix}.{suffix}": fits for suffix, fits in layer.how.may_be_stored.items()}
         if layer.bias is None:  # GPTQ's writers give every layer one, of zeros
             spare[f"{prefix}.bias"] = ((_whole((layer.out_features,), cut),), floats)
-    return wanted, spare
+    return in_files(wanted, where, cuts), spare
 
 
 def _compare(wanted: _Fits, spare: _Fits, where: dict[str, tuple]) -> list[str]:
@@ -319,13 +334,19 @@ def _compare(wanted: _Fits, spare: _Fits, where: dict[str, tuple]) -> list[str]:
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """The model's parameters as files hold them: under their own names, experts one by one, quantised ones in their
     format's layout."""
-    layers = quantised(model)
-    for name, parameter in model.named_parameters():
-        prefix, _, suffix = name.rpartition(".")
-        if prefix not in layers or suffix == "bias":
-            yield from expert_parts(name, parameter.detach())
-        elif suffix == "weight":
-            yield from ((f"{prefix}.{one}", tensor) for one, tensor in to_stored(layers[prefix]))
+    written: set[nn.Parameter] = set()  # those of modules that lie together, and tied ones
+    for path, module in model.named_modules():
+        if isinstance(module, QuantisedTogether):
+            written.update(module.parameters())
+            layers = {f"{path}.{name}": one for name, one in module.layers().items()}
+        else:
+            layers = {path: module} if isinstance(module, QuantLinear) else {}
+        for name, one in layers.items():
+            yield from ((f"{name}.{suffix}", tensor) for suffix, tensor in to_stored(one))
+        for name, parameter in module.named_parameters(path, recurse=False):
+            if parameter not in written and (path not in layers or name.endswith(".bias")):
+                written.add(parameter)
+                yield from expert_parts(name, parameter.detach())
 
 
 def _listing(folder: Path, problems: list[str], most: int = 20) -> str:

@@ -8,6 +8,7 @@ from .ops.append_kv import append_kv
 from .ops.decode_attention import decode_attention_
 from .ops.few_rows import linear_add_, rms_norm_linear, rms_norm_swiglu
 from .ops.grouped_linear import group_by_expert, grouped_linear
+from .ops.grouped_quant_linear import grouped_quant_linear
 from .ops.image_to_patches import image_to_patches, images_to_patches
 from .ops.kvcache_attention import kvcache_attention
 from .ops.layer_norm import add_layer_norm, layer_norm
@@ -36,6 +37,7 @@ __all__ = [
     "fold_patch_embed",
     "group_by_expert",
     "grouped_linear",
+    "grouped_quant_linear",
     "image_to_patches",
     "images_to_patches",
     "kvcache_attention",

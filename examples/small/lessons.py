@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from qwen2vl.errors import DataError
 from qwen2vl.prompt.processor import Processor
+from qwen2vl.prompt.tokenizer import Tokenizer
 from qwen2vl.samples.draws import Draws
 from qwen2vl.training.data import TrainingData, build_dataset
 from qwen2vl.training.example import Example
@@ -44,11 +46,12 @@ class Lessons:
         dialogues: float = 0.0,
     ):
         self.processor = processor
-        self.laps = list(laps)
+        self.laps: list[tuple[int, Mapping[Level, float]]] = list(laps)
         self.seed = seed
         self.max_tokens = max_tokens
         self.ahead = ahead
         self.rank, self.world, self.dialogues = rank, world, dialogues
+        self._texts = texts_of(processor.tokenizer)
         self.drawn = 0
         self._lap = 0
         self._data: TrainingData | None = None
@@ -68,7 +71,7 @@ class Lessons:
                 if example is None:
                     raise DataError("lessons: the data ended, which generated samples never do")
                 self.drawn += 1
-                yield example
+                yield in_hundredths(example, self._texts)
 
     def _dialogue(self) -> Example | None:
         """The next example where it is one of the dialogues, which depend on its number and on nothing else."""
@@ -112,3 +115,29 @@ class Lessons:
         if state["data"] is not None:
             self._data = self._of_lap(self._lap)
             self._data.load_state_dict(state["data"])
+
+
+def texts_of(tokenizer: Tokenizer) -> list[str]:
+    """What each token of the vocabulary stands for."""
+    return [tokenizer.decode([token], skip_special_tokens=False) for token in range(tokenizer.backend.get_vocab_size())]
+
+
+def in_hundredths(example: Example, texts: Sequence[str]) -> Example:
+    """The example with a 5 as the last digit of every coordinate that it teaches; 1000 stays as it is.
+
+    A coordinate is a few hundredths wrong at best, so that the last digit is noise: most of what the gradient of a box
+    would say, and nothing that could be learned.
+
+    Args:
+        texts: what :func:`texts_of` says of the tokenizer.
+    """
+    ids, labels, first = example.input_ids.clone(), example.labels.clone(), -1
+    for n, text in enumerate([texts[int(token)] for token in ids]):
+        if text.isascii() and text.isdigit():
+            first = n if first < 0 else first
+            continue
+        taught = first > 0 and labels[first] >= 0 and n - first < 4 and text.startswith((",", ")"))
+        if taught and texts[int(ids[first - 1])].endswith(("(", ",")):
+            ids[n - 1] = labels[n - 1] = texts.index("5")
+        first = -1
+    return replace(example, input_ids=ids, labels=labels)

@@ -51,13 +51,15 @@ def scene(draws: Draws) -> tuple[Image.Image, list[Mark]]:
 
     Its size and its texts are among those that training may show.
     """
-    kind = draws.pick(("text", "texts", "page", "page", "page", "page", "buttons", "things", "things", "both"))
+    kind = draws.pick(
+        ("text", "text", "text", "texts", "texts", "page", "page", "page", "buttons", "things", "things", "both")
+    )
     if kind == "text":
         text = _some_text(draws, draws.pick((1, 1, 2, 3, 4, 5, 6, 6, 6, 8)))
         size = picture_size(draws, (2, 4), (2, 8)) if draws.chance(0.8) else (2 * UNIT, 2 * UNIT)
         ink, ground = ink_and_ground(draws)
         image = Image.new("RGB", size, ground)
-        return image, write(draws, image, text, ink, (0, 0, *size))
+        return image, write(draws, image, text, ink, (0, 0, size[0], size[1]))
     if kind == "texts":
         return _lines(draws)
     if kind == "page":
@@ -119,7 +121,7 @@ def _page(draws: Draws) -> tuple[Image.Image, list[Mark]]:
     size = picture_size(draws, (2, 5), (2, 7))
     ink, ground = ink_and_ground(draws)
     image, marks, y = Image.new("RGB", size, ground), [], draws.between(0, 6)
-    usual = draws.between(LEAST_SIZE + 1, draws.pick((18, 26, 36, 48)))
+    usual = draws.between(LEAST_SIZE + 1, draws.pick((20, 32, 56, 90)))
     while True:
         points = max(LEAST_SIZE, usual + draws.between(-3, 3))
         x, high = draws.between(0, 10), 0

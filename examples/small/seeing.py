@@ -12,6 +12,8 @@ copying it. Linear heads, which are dropped afterwards, ask for the rest:
     where      how far from the left and from the top of the picture the token's middle lies
     boxes      where the shape or text that covers the token begins and ends, from left and top, in the picture
     edges      the same in tokens, from the token's middle
+    middles    how many shapes have their middle in the token, up to two: what is to be counted counts once
+    kinds      colour and shape of the one that has
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qwen2vl.media.image import preprocess_image
+from qwen2vl.model import Qwen2VL
 from qwen2vl.prompt.processor import Processor
 from qwen2vl.prompt.tokenizer import Tokenizer
 from qwen2vl.samples.draws import Draws
@@ -40,12 +43,22 @@ PLACES = 8
 #: Every character that a picture may show.
 CHARACTERS = "".join(sorted({*ALPHABET, *"".join(ENGLISH), *"".join(ENGLISH).upper()}))
 _NONE = len(CHARACTERS)
+_COLOURS = tuple(COLOURS)
 #: Into how many classes the sides of a picture are divided, and so many tokens away an edge is merely far.
 _PARTS, _FAR = 40, 4.0
 
 
 #: What each of the losses counts beside that of the questions.
-LOSSES = {"names": 1.0, "letters": 1.0, "places": 0.5, "where": 0.2, "boxes": 0.5, "edges": 1.0}
+LOSSES = {
+    "names": 1.0,
+    "letters": 1.0,
+    "places": 0.5,
+    "where": 0.2,
+    "boxes": 0.5,
+    "edges": 1.0,
+    "middles": 0.5,
+    "kinds": 0.5,
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,8 @@ class Seen:
         where: `(N, 2)` int64: which part of the picture's width and height the token's middle lies in.
         boxes: `(N, 4)` int64: which parts of them left, top, right and bottom lie in; -100 where nothing is.
         edges: `(N, 4)` float32: how many tokens these are from the token's middle, at most `_FAR`; 0 where nothing is.
+        middles: `(N,)` int64, how many shapes have their middle in the token's square, at most 2.
+        kinds: `(N, 2)` int64, the numbers of colour and shape where that is one, else -100.
     """
 
     rows: torch.Tensor
@@ -69,6 +84,8 @@ class Seen:
     where: torch.Tensor
     boxes: torch.Tensor
     edges: torch.Tensor
+    middles: torch.Tensor
+    kinds: torch.Tensor
 
 
 class Names:
@@ -99,6 +116,8 @@ class Names:
 class Heads(nn.Module):
     """What asks the tokens; see the module."""
 
+    named: torch.Tensor
+
     def __init__(self, width: int, names: Names, embedding: torch.Tensor) -> None:
         super().__init__()
         self.register_buffer("named", F.normalize(embedding[names.ids].float(), dim=-1))
@@ -109,6 +128,8 @@ class Heads(nn.Module):
         self.where = nn.Linear(width, 2 * _PARTS)
         self.boxes = nn.Linear(width, 4 * _PARTS)
         self.edges = nn.Linear(width, 4)
+        self.middles = nn.Linear(width, 3)
+        self.kinds = nn.Linear(width, 2 * len(COLOURS))
 
     def forward(self, tokens: torch.Tensor, seen: Seen) -> dict[str, torch.Tensor]:
         """The losses by name, each a mean over what is there to ask."""
@@ -117,16 +138,17 @@ class Heads(nn.Module):
         names = self.scale * (x @ self.named.T) + self.bias
         x = x * math.sqrt(x.shape[1])
         letters = self.letters(x).unflatten(1, (4, -1))
-        # A patch without a letter says little, and most are without: all of them count as much as all with one.
-        where, covered = seen.letters != _NONE, seen.boxes[:, 0] >= 0
-        each = F.cross_entropy(letters.flatten(0, 1), seen.letters.flatten(), reduction="none").view_as(where)
+        covered = seen.boxes[:, 0] >= 0
         return {
             "names": F.binary_cross_entropy_with_logits(names, seen.names, reduction="sum") / seen.names.sum().clamp(1),
-            "letters": each[where].mean() + 0.5 * each[~where].mean(),
+            "letters": _balanced(letters.flatten(0, 1), seen.letters.flatten(), _NONE),
             "places": _asked(self.places(x).unflatten(1, (4, -1)), seen.places),
             "where": _asked(self.where(x).unflatten(1, (2, -1)), seen.where),
             "boxes": _asked(self.boxes(x).unflatten(1, (4, -1)), seen.boxes),
-            "edges": F.smooth_l1_loss(self.edges(x)[covered], seen.edges[covered], beta=0.1),
+            "edges": F.smooth_l1_loss(self.edges(x)[covered], seen.edges[covered], beta=0.1, reduction="sum")
+            / (4 * covered.sum()).clamp(1),
+            "middles": _balanced(self.middles(x), seen.middles, 0),
+            "kinds": _asked(self.kinds(x).unflatten(1, (2, -1)), seen.kinds),
         }
 
     @torch.no_grad()
@@ -143,17 +165,34 @@ class Heads(nn.Module):
             "letters": (letters == seen.letters)[where].float().mean(),
             "none": (letters == seen.letters)[~where].float().mean(),
         }
-        for name, off in (("places", 0), ("where", 1), ("boxes", 1)):
+        for name, off in (("places", 0), ("kinds", 0), ("where", 1), ("boxes", 1)):
             target = getattr(seen, name)
             found = getattr(self, name)(x).unflatten(1, (target.shape[1], -1)).argmax(-1)
             hits[name] = ((found - target).abs() <= off)[target >= 0].float().mean()
+        there = seen.middles > 0
+        hits["middles"] = (self.middles(x).argmax(-1) == seen.middles)[there].float().mean()
         covered = seen.boxes[:, 0] >= 0
         hits["edges"] = ((self.edges(x) - seen.edges).abs() < 0.25)[covered].float().mean()
         return {name: float(value) for name, value in hits.items()}
 
 
+def tokens_of(model: Qwen2VL, seen: Seen) -> torch.Tensor:
+    """The tower's `(N, width)` tokens of the pictures."""
+    tokens, _ = model.encode_media(seen.rows, seen.grids)
+    assert tokens is not None
+    return tokens
+
+
 def _asked(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+    """The mean over what there is to ask, 0 where nothing is."""
+    total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    return total / (targets >= 0).sum().clamp(1)
+
+
+def _balanced(logits: torch.Tensor, targets: torch.Tensor, none: int) -> torch.Tensor:
+    """The mean over what has something and half of that over what has `none`: most have, and it says little."""
+    each, empty = F.cross_entropy(logits, targets, reduction="none"), targets == none
+    return each[~empty].sum() / (~empty).sum().clamp(1) + 0.5 * each[empty].sum() / empty.sum().clamp(1)
 
 
 def pictures(
@@ -168,7 +207,7 @@ def pictures(
         found.append((patches.grid_thw, patches.patches, _targets(patches.grid_thw, image.size, marks, names)))
         have += patches.num_tokens
     found.sort(key=lambda one: one[0][1] * one[0][2])
-    parts = [np.concatenate([one[2][n] for one in found]) for n in range(6)]
+    parts = [np.concatenate([one[2][n] for one in found]) for n in range(8)]
     return Seen(
         torch.from_numpy(np.concatenate([one[1] for one in found])),
         torch.tensor([one[0] for one in found]),
@@ -186,6 +225,8 @@ def _targets(grid: tuple[int, int, int], size: tuple[int, int], marks: Sequence[
     where = (middles * _PARTS / (columns, rows)).astype(np.int64)
     boxes = np.full((rows, columns, 4), -100, np.int64)
     edges = np.zeros((rows, columns, 4), np.float32)
+    counts = np.zeros((rows, columns), np.int64)
+    kinds = np.full((rows, columns, 2), -100, np.int64)
     near = np.full(letters.shape, np.inf)
     for mark in marks:
         left, top, right, bottom = (
@@ -202,7 +243,11 @@ def _targets(grid: tuple[int, int, int], size: tuple[int, int], marks: Sequence[
                     named[row, column, wanted] = 1
                     boxes[row, column] = parts
                     edges[row, column] = (whole - np.tile(middles[row, column], 2)).clip(-_FAR, _FAR)
-        if mark.place is not None and (number := CHARACTERS.find(mark.names[0])) >= 0:
+        if mark.place is None:
+            at = min(int((top + bottom) / 2), rows - 1), min(int((left + right) / 2), columns - 1)
+            counts[at] = min(counts[at] + 1, 2)
+            kinds[at] = (_COLOURS.index(mark.names[0]), SHAPES.index(mark.names[1])) if counts[at] == 1 else -100
+        elif (number := CHARACTERS.find(mark.names[0])) >= 0:
             x, y = (left + right), (top + bottom)  # twice the middle in tokens: in patches
             row, column = min(int(y), 2 * rows - 1), min(int(x), 2 * columns - 1)
             away = abs(x - column - 0.5)
@@ -215,4 +260,11 @@ def _targets(grid: tuple[int, int, int], size: tuple[int, int], marks: Sequence[
 
     flat = rows * columns
     flattened = [x.reshape(flat, -1) for x in (where, boxes, edges)]
-    return named.reshape(flat, -1), by_token(letters), by_token(places), *flattened
+    return (
+        named.reshape(flat, -1),
+        by_token(letters),
+        by_token(places),
+        *flattened,
+        counts.reshape(-1),
+        kinds.reshape(flat, 2),
+    )

@@ -17,11 +17,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -40,9 +40,10 @@ from qwen2vl.training.step import TrainingStep
 from .lessons import Lessons
 from .plan import Level, open_levels, shares
 from .results import facts_of
-from .seeing import LOSSES, Heads, Names, pictures
+from .seeing import LOSSES, Heads, Names, pictures, tokens_of
 from .tokenizer import LANGUAGES
 
+T = TypeVar("T")
 #: The seed of the held-out samples that decide the order of the lessons; the final figures have another one.
 _SEED = 77
 #: The names of the files of measurements, of the sittings so far, and of the heads that ask the tower.
@@ -120,6 +121,9 @@ def train(
         run.learn()
         if run.step % sitting.every == 0 or run.step == sitting.steps:
             run.measure()
+    if world > 1:
+        dist.barrier()  # the others must not find the first one gone
+        dist.destroy_process_group()
     return folder / "model"
 
 
@@ -146,7 +150,7 @@ class _Run:
         torch.manual_seed(sitting.seed)
         self.heads = Heads(self.model.config.text.hidden_size, self.names, self.model.head_weight.detach())
         if (begin / HEADS).is_file():
-            self.heads.load_state_dict(torch.load(begin / HEADS, weights_only=True))
+            self.heads.load_state_dict(torch.load(begin / HEADS, weights_only=True), strict=False)  # some may be new
         config = OptimizerConfig(kind=sitting.optimizer, lr=sitting.lr, weight_decay=0.05)
         self.optimizer = Optimizer(self.model.named_parameters(), config, master_weights=True)
         self.of_heads = torch.optim.AdamW(self.heads.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
@@ -172,7 +176,7 @@ class _Run:
             self.asked = pictures(self.processor, self.names, rng, _ASKED // self.world, held_out=True)
         self.step = 0
         self.rows: list[dict[str, Any]] = []
-        self.losses: Counter[str] = Counter()
+        self.losses: defaultdict[str, float] = defaultdict(float)
         self._resume()
         self.begun = time.process_time() - (self.rows[-1]["seconds"] / self.world if self.rows else 0)
 
@@ -189,9 +193,10 @@ class _Run:
         if sitting.pictures:
             rng = np.random.default_rng([sitting.seed, self.rank, self.step])
             seen = pictures(self.processor, self.names, rng, sitting.pictures)
-            losses = self.heads(self.model.encode_media(seen.rows, seen.grids)[0], seen)
+            losses = self.heads(tokens_of(self.model, seen), seen)
             torch.stack([LOSSES[name] * loss for name, loss in losses.items()]).sum().backward()
-            self.losses.update({name: float(loss.detach()) for name, loss in losses.items()})
+            for name, loss in losses.items():
+                self.losses[name] += float(loss.detach())
         self.optimizer.collect()
         if self.world > 1:
             entries = self.optimizer.entries
@@ -222,10 +227,12 @@ class _Run:
             row["levels"] = {f"{k} {n}": [round(e, 4), round(drawn[k, n], 4)] for (k, n), e in errors.items()}
         if self.asked is not None:
             with torch.no_grad():
-                right = self.heads.right(self.model.encode_media(self.asked.rows, self.asked.grids)[0], self.asked)
+                right = self.heads.right(tokens_of(self.model, self.asked), self.asked)
             row["right"] = {name: round(self._sum(share) / self.world, 4) for name, share in right.items()}
         count = max(1, self.step - (self.rows[-1]["step"] if self.rows else 0))
-        row["losses"] = {name: round(value / count, 4) for name, value in self.losses.items()}
+        row["losses"] = {
+            name: round(self._sum(self.losses[name]) / count / self.world, 4) for name in sorted(self.losses)
+        }
         row["seconds"] = round(self._sum(time.process_time() - self.begun))  # of a core
         self.losses.clear()
         self.model.train()
@@ -233,6 +240,8 @@ class _Run:
         if self.sitting.tokens:
             # What was drawn is taken from the file when a run goes on, so it is what the file holds here, too.
             self.lessons.begin_lap(_levels(row))
+        if len(set(self._gathered(sum(float(e.master.double().sum()) for e in self.optimizer.entries)))) > 1:
+            raise Qwen2VLError(f"step {self.step}: the weights of the processes have come apart")
         self._save()
         told = [f"{skill} {n} {error:.0%}" for (skill, n), error in errors.items()]
         told += [f"{name} {share:.1%}" for name, share in row.get("right", {}).items()]
@@ -262,7 +271,7 @@ class _Run:
             dist.all_reduce(total)
         return float(total)
 
-    def _gathered(self, value: int) -> list[int]:
+    def _gathered(self, value: T) -> list[T]:
         found = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(found, value)

@@ -62,6 +62,10 @@ def evaluate(
     difficulty: Annotated[
         list[int] | None, typer.Option("--difficulty", help="Only this one, 0 to 4; may be repeated. Default: all.")
     ] = None,
+    language: Annotated[
+        list[str] | None,
+        typer.Option("--language", help="Of questions: en, zh, ko, ar, vi; may be repeated. Default: all."),
+    ] = None,
     count: Annotated[
         int | None, typer.Option("--count", min=1, help=f"Samples of each skill and difficulty. Default: {_COUNT}.")
     ] = None,
@@ -115,10 +119,11 @@ def evaluate(
     """
     from ..evaluation.tasks import METRICS
     from ..samples import LEVELS, SKILLS, held_out
+    from ..samples.words import LANGUAGES
 
     notes.quiet = quiet
-    for_samples = {"--skill": skill, "--difficulty": difficulty, "--count": count, "--quick": quick or None,
-                   "--seed": seed, "--batch-size": batch_size, "--plot": plot}  # fmt: skip
+    for_samples = {"--skill": skill, "--difficulty": difficulty, "--language": language, "--count": count,
+                   "--quick": quick or None, "--seed": seed, "--batch-size": batch_size, "--plot": plot}  # fmt: skip
     for_tasks = {"--metric": metric, "--system": system, "--max-new-tokens": max_new_tokens,
                  "--batch-tokens": batch_tokens, "--fps": None if fps == MediaOptions.fps else fps}  # fmt: skip
     for name, given in (for_tasks if task is None else for_samples).items():
@@ -129,7 +134,12 @@ def evaluate(
         raise typer.BadParameter(f"wants one of {', '.join(METRICS)}{got}", param_hint="--metric")
     if task is not None and answers is not None and answers.exists() and answers.samefile(task):
         raise typer.BadParameter("is the file of the questions", param_hint="--answers")
-    for name, given, known in (("--skill", skill, tuple(SKILLS)), ("--difficulty", difficulty, LEVELS)):
+    choices = (
+        ("--skill", skill, tuple(SKILLS)),
+        ("--difficulty", difficulty, LEVELS),
+        ("--language", language, tuple(LANGUAGES)),
+    )
+    for name, given, known in choices:
         if wrong := [one for one in given or () if one not in known]:
             raise typer.BadParameter(f"{wrong[0]!r} is none of {', '.join(map(str, known))}", param_hint=name)
     if quick and count is not None:
@@ -175,6 +185,7 @@ def evaluate(
     which = _Which(
         tuple(dict.fromkeys(skill or SKILLS)),
         tuple(dict.fromkeys(difficulty or LEVELS)),
+        tuple(dict.fromkeys(language or LANGUAGES)),
         _QUICK if quick else count or _COUNT,
         seed or 0,
     )
@@ -194,13 +205,20 @@ class _Which:
 
     skills: Sequence[str]
     difficulties: Sequence[int]
+    languages: Sequence[str]
     count: int
     seed: int
 
     def places(self) -> Iterator[dict[str, Any]]:
         """What tells each sample from all others; it stands in its line of --answers."""
         for skill, difficulty, index in product(self.skills, self.difficulties, range(self.count)):
-            yield {"skill": skill, "difficulty": difficulty, "seed": self.seed, "index": index}
+            yield {"skill": skill, "difficulty": difficulty, "seed": self.seed, "index": index, **self._drawn_from()}
+
+    def _drawn_from(self) -> dict[str, Any]:
+        """The languages, where they are not all: samples are then others."""
+        from ..samples.words import LANGUAGES
+
+        return {} if self.languages == tuple(LANGUAGES) else {"languages": list(self.languages)}
 
     def take_up(self, answers: Path) -> list[Scored]:
         """The samples that a file holds already; a line that was cut off is taken off it. Raises Qwen2VLError for one
@@ -219,8 +237,9 @@ class _Which:
                 place = next(places, None)
                 try:
                     held = json.loads(line)
-                    where = {name: held[name] for name in ("skill", "difficulty", "seed", "index")}
-                    del held["seed"], held["index"]
+                    names = ("skill", "difficulty", "seed", "index", "languages")
+                    where = {name: held[name] for name in names if name in held}
+                    held = {name: value for name, value in held.items() if name not in names[2:]}
                     one = Scored(**held | {"size": tuple(held["size"])})
                 except (ValueError, TypeError, KeyError, RecursionError):
                     where, one = None, None
@@ -259,6 +278,7 @@ def _run_samples(
             difficulties=which.difficulties,
             count=which.count,
             seed=which.seed,
+            languages=which.languages,
             batch_size=batch_size,
             progress=progress,
             known=known,

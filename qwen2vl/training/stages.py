@@ -19,7 +19,7 @@ from ..config import Qwen2VLConfig, VisionConfig
 from ..errors import CheckpointError, install_hint
 from ..files import read_json
 from ..model import Qwen2VL
-from ..quantization import refuse_training
+from ..quantization import quantised
 from .config import LoraConfig, ModelConfig
 from .errors import TrainingConfigError
 
@@ -48,6 +48,16 @@ def freeze(model: Qwen2VL, stage: str) -> None:
 
 
 # ----------------------------------------------------------------------------------------------- what a run begins from
+
+
+def refuse_training(model: nn.Module) -> None:
+    """Raises :class:`CheckpointError` for a model with quantised weights, which get no gradients."""
+    if found := quantised(model):
+        how = next(iter(found.values())).how.label
+        raise CheckpointError(
+            f"the checkpoint is quantised ({how}), and quantised weights get no gradients, nor could the model that a "
+            "run exports be merged with an adapter; train the release in 16 bits"
+        )
 
 
 def build_model(config: ModelConfig, *, seed: int = 0, checkpoint: hub.Checkpoint | None = None) -> Qwen2VL:

@@ -50,6 +50,7 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     # wait, where the formula reads the bounds on the host and takes a launch an expert.
     "group_by_expert": {"cpu": ("eager", "triton"), "cuda": ("eager", "triton")},
     "grouped_linear": {"cpu": ("eager", "triton"), "cuda": ("eager", "triton")},
+    "grouped_quant_linear": {"cpu": ("native", "eager", "triton"), "cuda": ("eager", "triton")},
     "vision_positions": {"cpu": ("native", "eager", "scan"), "cuda": ("cuda", "scan", "eager")},
     "mrope_positions": {"cpu": ("native", "eager"), "cuda": ("cuda", "eager")},
     "image_to_patches": {"cpu": ("native", "eager"), "cuda": ("cuda", "eager")},

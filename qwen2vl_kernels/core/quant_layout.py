@@ -16,6 +16,12 @@ from __future__ import annotations
 
 import torch
 
+from .checks import Checker
+
+#: What kernels read x and scales in; the extension counts them in this order.
+KERNEL_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+#: Rows that one matrix instruction takes. More are worth the values of the weight, on a CPU too.
+FEW_ROWS = 16
 #: Columns that belong together in memory; K and groups are multiples of it.
 COLUMNS = 32
 FP8 = torch.float8_e4m3fn
@@ -77,3 +83,34 @@ def _spread(of_blocks: torch.Tensor, block: tuple[int, int], shape: torch.Size) 
     """What is said of blocks, said of every weight."""
     rows = of_blocks.repeat_interleave(min(block[0], shape[0]), 0)[: shape[0]]
     return rows.repeat_interleave(min(block[1], shape[1]), 1)[:, : shape[1]]
+
+
+def check_weight(
+    check: Checker,
+    columns: int,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    block: tuple[int, int],
+    lead: tuple[str, ...] = (),
+) -> None:
+    """Refuse what is no weight of ``columns`` laid out so; ``lead``: names of dimensions before all of these."""
+    check.tensor("weight", weight, (*lead, "N", "bytes"), dtypes=(torch.uint8, FP8), contiguous_last=True)
+    outputs, bytes_ = weight.shape[-2:]
+    check.require(columns > 0 and columns % COLUMNS == 0, f"K must be a multiple of {COLUMNS}, got {columns}")
+    integers = weight.dtype == torch.uint8
+    fits = bytes_ == columns or (bytes_ * 2 == columns and integers)
+    check.require(fits, f"weight must have K = {columns} bytes a row, or half as many of 4 bits, got {bytes_}")
+    check.require(block[0] > 0 and block[1] > 0, f"block must be two positive sizes, got {block}")
+    check.require(
+        block[1] % COLUMNS == 0 or block[1] >= columns,
+        f"block must have a multiple of {COLUMNS} columns, or all, got {block[1]} of {columns}",
+    )
+    check.require(block[0] == 1 or not integers, f"block of integers must have 1 row, got {block[0]}")
+    groups = -(-columns // block[1])
+    shape = (*lead, -(-outputs // block[0]), groups)
+    check.tensor("scales", scales, shape, dtypes=KERNEL_FLOATS, contiguous_last=True)
+    if zeros is not None:
+        check.require(integers, "zeros are for integers, the weight is float8_e4m3fn")
+        bits = 8 * bytes_ // columns
+        check.tensor("zeros", zeros, (*lead, "N", -(-groups * bits // 8)), dtypes=(torch.uint8,), contiguous_last=True)

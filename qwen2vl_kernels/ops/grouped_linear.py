@@ -17,6 +17,7 @@ import torch
 
 from ..core.backends import resolve
 from ..core.checks import INTS, Checker
+from ..core.groups import check_bounds
 from ..core.library import direct, first_order, register_composite, register_opaque, watched
 from ..core.matmul import in_autocast_dtype, linear
 from ..core.namespace import torch_ops
@@ -94,15 +95,10 @@ def _check(op: str, x, weight, bounds, dy=None, wants=(True, True)) -> Checker:
     check.tensor("x", x, ("M", "K"))
     check.tensor("weight", weight, ("G", "N", "K"), like=x)
     check.require(0 not in weight.shape, "weight must have a group, a row and a column at least")
-    check.require(x.shape[0] < 2**31, "x must have fewer than 2^31 rows")  # a compiler compiles for a number in words
-    check.tensor("bounds", bounds, (weight.shape[0] + 1,), dtypes=(torch.int32,))
+    check_bounds(check, bounds, weight.shape[0], x.shape[0])
     if dy is not None:
         check.tensor("dy", dy, ("M", "N"), like=x)
         check.require(len(wants) == 2, f"wants must have two entries, got {len(wants)}")
-    if bounds.device.type == "cpu" and not (torch.compiler.is_compiling() or watched()):
-        ends = bounds.tolist()
-        rising = ends == sorted(ends) and ends[0] == 0 and ends[-1] <= x.shape[0]
-        check.require(rising, f"bounds must rise from 0 to at most the {x.shape[0]} rows of x, got {ends[:8]}")
     return check
 
 

@@ -15,18 +15,14 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from ..core import native
+from ..core import quant_native
 from ..core.backends import resolve
 from ..core.checks import EAGER_FLOATS, Checker
 from ..core.library import direct, register_composite, register_opaque
-from ..core.matmul import in_autocast_dtype, linear
+from ..core.matmul import in_autocast_dtype
 from ..core.namespace import torch_ops
-from ..core.quant_layout import COLUMNS, FP8, dequantize
-from ..triton.quant_linear import FEW_ROWS, launch_quant_linear
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-#: Values of the weight that are held at a time, on a CPU, while many rows are multiplied with it.
-_HELD = 1 << 21
+from ..core.quant_layout import FEW_ROWS, KERNEL_FLOATS, check_weight, dequantize
+from ..triton.quant_linear import launch_quant_linear
 
 
 def quant_linear_ref(
@@ -58,54 +54,13 @@ def _run_triton(x, weight, scales, zeros, bias, block_n, block_k):
 
 
 def _run_native(x, weight, scales, zeros, bias, block_n, block_k):
-    rows, block = x.reshape(-1, x.shape[-1]), (block_n, block_k)
-    if rows.shape[0] > FEW_ROWS:  # worth the values of the weight
-        y = rows.new_empty(rows.shape[0], weight.shape[0])
-        each = max(_HELD // rows.shape[1], 1) // block_n * block_n or block_n
-        for begin in range(0, weight.shape[0], each):
-            part = slice(begin, begin + each)
-            values = _native_values(*_cut(part, weight, scales, zeros, block), block, x.dtype, rows.shape[1])
-            y[:, part] = linear(rows, values, None if bias is None else bias[part])
-    else:
-        if x.dtype not in (torch.bfloat16, torch.float32):
-            rows, bias = rows.float(), None if bias is None else bias.float()
-        # A copy, as contiguous() may leave the stride of a single element as it is.
-        rows = rows if rows.stride(1) == 1 else rows.clone(memory_format=torch.contiguous_format)
-        bias = bias if bias is None or bias.stride(0) == 1 else bias.clone(memory_format=torch.contiguous_format)
-        sums = rows.new_empty(rows.shape[0], weight.shape[0])
-        native.cpu().quant_linear(
-            *_views(weight, scales, zeros), native.view(rows), native.view(bias), native.view(sums), rows.shape[0],
-            (weight.shape[0], rows.shape[1], *block), (torch.get_num_threads(), 0),
-        )  # fmt: skip
-        y = sums.to(x.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    y = quant_native.product(rows, weight, scales, zeros, bias, (block_n, block_k))
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _cut(part: slice, weight, scales, zeros, block):
-    """Some rows of a weight, from the beginning of a block."""
-    of_blocks = slice(part.start // block[0], -(-part.stop // block[0]))
-    return weight[part], scales[of_blocks], None if zeros is None else zeros[part]
-
-
-def _views(weight, scales, zeros):
-    given = (native.view(weight), native.view(scales), _FLOATS.index(scales.dtype), native.view(zeros))
-    return *given, weight.dtype == FP8, weight.shape[1]
-
-
-def _native_values(weight, scales, zeros, block, dtype, columns) -> torch.Tensor:
-    """``dequantize`` by the extension, rows by rows."""
-    values = torch.empty(weight.shape[0], columns, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
-    native.cpu().quant_values(
-        *_views(weight, scales, zeros), native.view(values), (*values.shape, *block), (torch.get_num_threads(), 0)
-    )
-    return values.to(dtype)
-
-
 def _values(weight, scales, zeros, block_n, block_k, dtype, columns) -> torch.Tensor:
-    block = (block_n, block_k)
-    if weight.device.type == "cpu" and dtype in _FLOATS and native.cpu_reason() is None:
-        return _native_values(weight, scales, zeros, block, dtype, columns)
-    return dequantize(weight, scales, zeros, block, dtype, columns)
+    return quant_native.values_of(weight, scales, zeros, (block_n, block_k), dtype, columns)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -122,37 +77,16 @@ def _backward(ctx, dy):
     return dx, None, None, None, dbias, None, None
 
 
-def _check_weight(check: Checker, columns: int, weight, scales, zeros, block_n, block_k) -> None:
-    check.tensor("weight", weight, ("N", "bytes"), dtypes=(torch.uint8, FP8), contiguous_last=True)
-    outputs, bytes_ = weight.shape
-    check.require(columns > 0 and columns % COLUMNS == 0, f"K must be a multiple of {COLUMNS}, got {columns}")
-    integers = weight.dtype == torch.uint8
-    fits = bytes_ == columns or (bytes_ * 2 == columns and integers)
-    check.require(fits, f"weight must have K = {columns} bytes a row, or half as many of 4 bits, got {bytes_}")
-    check.require(block_n > 0 and block_k > 0, f"block must be two positive sizes, got {(block_n, block_k)}")
-    check.require(
-        block_k % COLUMNS == 0 or block_k >= columns,
-        f"block must have a multiple of {COLUMNS} columns, or all, got {block_k} of {columns}",
-    )
-    check.require(block_n == 1 or not integers, f"block of integers must have 1 row, got {block_n}")
-    groups = -(-columns // block_k)
-    check.tensor("scales", scales, (-(-outputs // block_n), groups), dtypes=_FLOATS, contiguous_last=True)
-    if zeros is not None:
-        check.require(integers, "zeros are for integers, the weight is float8_e4m3fn")
-        bits = 8 * bytes_ // columns
-        check.tensor("zeros", zeros, ("N", -(-groups * bits // 8)), dtypes=(torch.uint8,), contiguous_last=True)
-
-
 def _check_values(weight, scales, zeros, block_n, block_k, dtype, columns) -> None:
     check = Checker("quant_linear_values")
     check.require(dtype in EAGER_FLOATS, f"dtype must be a float type, got {dtype}")
-    _check_weight(check, columns, weight, scales, zeros, block_n, block_k)
+    check_weight(check, columns, weight, scales, zeros, (block_n, block_k))
 
 
 def _check(op: str, x, weight, scales, zeros, bias, block_n, block_k, order=None) -> None:
     check = Checker(op)
     check.tensor("x", x, (..., "K"), dtypes=EAGER_FLOATS)
-    _check_weight(check, x.shape[-1], weight, scales, zeros, block_n, block_k)
+    check_weight(check, x.shape[-1], weight, scales, zeros, (block_n, block_k))
     if bias is not None:
         check.tensor("bias", bias, ("N",), like=x)
     if order is not None:
@@ -219,7 +153,7 @@ def quant_linear(
     chosen = resolve("quant_linear", x.device.type, backend, prefer)
     if chosen == "eager":
         return quant_linear_ref(x, weight, scales, zeros, bias, block=block, order=order)
-    if x.dtype not in _FLOATS:
+    if x.dtype not in KERNEL_FLOATS:
         raise TypeError(f"quant_linear: x must have one of the dtypes float32, bfloat16, float16, got {x.dtype}")
     x = x if order is None else x.index_select(-1, order)
     if chosen == "native":

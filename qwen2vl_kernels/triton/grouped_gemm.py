@@ -42,7 +42,7 @@ def config(dtype: torch.dtype, target: Target) -> GroupedConfig:
 
 
 @jit
-def _group_of(bounds, tile, rows, GROUPS: tl.constexpr, POWER: tl.constexpr, BLOCK_M: tl.constexpr):
+def group_of(bounds, tile, rows, GROUPS: tl.constexpr, POWER: tl.constexpr, BLOCK_M: tl.constexpr):
     """``(group, first row, end)`` of a tile. Group GROUPS are the rows behind the last bound; one more: there is no
     such tile. Bounds that leave the rows are cut to them."""
     group = tl.arange(0, POWER)
@@ -82,7 +82,7 @@ def _rows_kernel(
 ):
     across = tl.cdiv(N, BLOCK_N)
     program = tl.program_id(0)
-    group, first, end = _group_of(bounds, program // across, rows, GROUPS, POWER, BLOCK_M)
+    group, first, end = group_of(bounds, program // across, rows, GROUPS, POWER, BLOCK_M)
     if group > GROUPS:
         return
     m = first.to(tl.int64) + tl.arange(0, BLOCK_M)  # (BLOCK_M,)

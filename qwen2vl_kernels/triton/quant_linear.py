@@ -18,10 +18,8 @@ from dataclasses import dataclass
 import torch
 
 from ..core.launching import Target, cdiv, jit, launch, target_of, tl
-from ..core.quant_layout import COLUMNS, FP8
+from ..core.quant_layout import COLUMNS, FEW_ROWS, FP8
 
-#: Rows that one matrix instruction takes.
-FEW_ROWS = 16
 #: Programs that keep every multiprocessor of a large GPU at its loads.
 _PROGRAMS = 512
 #: A share of K is at least so many columns: less would be read before the first load has arrived.
@@ -59,7 +57,7 @@ def config(rows: int, outputs: int, columns: int, run: int, dtype: torch.dtype, 
 
 
 @jit
-def _low_high(packed, zero, KIND: tl.constexpr, dtype: tl.constexpr):
+def low_high(packed, zero, KIND: tl.constexpr, dtype: tl.constexpr):
     """Values before scales, of the low and of the high halves of bytes; the same twice where a byte is one value."""
     if KIND == 4:
         low = ((packed & 15).to(tl.int16) - zero).to(dtype)
@@ -78,7 +76,7 @@ def _low_high(packed, zero, KIND: tl.constexpr, dtype: tl.constexpr):
 
 
 @jit
-def _zero_of(zeros, n, g, zeros_row, N: tl.constexpr, KIND: tl.constexpr):
+def zero_of(zeros, n, g, zeros_row, N: tl.constexpr, KIND: tl.constexpr):
     if zeros is None:
         zero = tl.full((1,), 8 if KIND == 4 else 128, tl.int16)
     elif KIND == 4:
@@ -127,7 +125,7 @@ def _row_kernel(
     acc = tl.zeros((BLOCK_N, BYTES), tl.float32)
     for r in range(part * SHARE, tl.minimum(part * SHARE + SHARE, RUNS)):
         g = r // RUNS_PER_GROUP
-        zero = _zero_of(zeros, at, g, zeros_row, N, KIND) if KIND != 1 else tl.zeros((1,), tl.int16)
+        zero = zero_of(zeros, at, g, zeros_row, N, KIND) if KIND != 1 else tl.zeros((1,), tl.int16)
         sums = tl.zeros((BLOCK_N, BYTES), tl.float32)
         for begin in range(0, RUN, BLOCK_K):
             k = r * RUN + begin
@@ -140,7 +138,7 @@ def _row_kernel(
                 packed = tl.load(w_rows + (k // 2 if KIND == 4 else k), mask=valid[None, :], other=0)
                 x_low = tl.load(x + k + low_k, mask=valid, other=0.0).to(tl.float32)
                 x_high = tl.load(x + k + low_k + HALF, mask=valid, other=0.0).to(tl.float32) if KIND == 4 else x_low
-            low, high = _low_high(packed, zero[:, None], KIND, tl.float32)
+            low, high = low_high(packed, zero[:, None], KIND, tl.float32)
             sums += low * x_low[None, :]
             if KIND == 4:
                 sums += high * x_high[None, :]
@@ -150,6 +148,73 @@ def _row_kernel(
     if SPLIT == 1 and bias is not None:
         out += tl.load(bias + at).to(tl.float32)
     tl.store(y + (part.to(tl.int64) * rows + row) * N + n, out.to(y.dtype.element_ty), mask=n < N)
+
+
+@jit
+def _columns_of(x_rows, x_at, order, k, low_k, valid, K: tl.constexpr):
+    """Of each row of x what meets columns ``k + low_k`` of the weight, zeros where these are not ``valid``."""
+    if order is None:
+        at = x_at + k
+    else:
+        # What an order names outside of x, which nobody reads on the host, is cut to it.
+        found = tl.load(order + k + low_k) if valid is None else tl.load(order + k + low_k, mask=valid, other=0)
+        at = x_rows[:, None] + tl.minimum(tl.maximum(found, 0), K - 1)[None, :]
+    return tl.load(at) if valid is None else tl.load(at, mask=valid[None, :], other=0.0)
+
+
+@jit
+def tile_sums(
+    x_rows,
+    weight_rows,
+    scales,
+    zeros,
+    order,
+    at,
+    first,
+    end,
+    scales_row,
+    zeros_row,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    RUN: tl.constexpr,
+    RUNS_PER_GROUP: tl.constexpr,
+    ROWS_PER_SCALE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr,
+    HALF: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """``(BLOCK_M, BLOCK_N)`` float32 products over runs ``[first, end)`` of K, of rows of x, ``(BLOCK_M,)`` pointers,
+    and of rows ``at`` of a weight, ``(BLOCK_N,)`` pointers to their beginnings; ``order``: of columns of x, or None."""
+    BYTES: tl.constexpr = BLOCK_K // 2 if KIND == 4 else BLOCK_K
+    j = tl.arange(0, BYTES)
+    low_k = j // HALF * (2 * HALF) + j % HALF if KIND == 4 else j
+    w_rows = weight_rows[:, None] + j[None, :]
+    x_at = x_rows[:, None] + low_k[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for r in range(first, end):
+        g = r // RUNS_PER_GROUP
+        zero = zero_of(zeros, at, g, zeros_row, N, KIND) if KIND != 1 else tl.zeros((1,), tl.int16)
+        sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for begin in range(0, RUN, BLOCK_K):
+            k = r * RUN + begin
+            if K % RUN == 0:
+                valid = None
+                packed = tl.load(w_rows + (k // 2 if KIND == 4 else k))
+            else:
+                valid = k + low_k < K
+                packed = tl.load(w_rows + (k // 2 if KIND == 4 else k), mask=valid[None, :], other=0)
+            x_low = _columns_of(x_rows, x_at, order, k, low_k, valid, K)
+            low, high = low_high(packed, zero[:, None], KIND, dtype)
+            sums = tl.dot(x_low, tl.trans(low), sums, input_precision="ieee")
+            if KIND == 4:
+                x_high = _columns_of(x_rows, x_at, order, k + HALF, low_k, valid, K)
+                sums = tl.dot(x_high, tl.trans(high), sums, input_precision="ieee")
+        scale = tl.load(scales + at // ROWS_PER_SCALE * scales_row + g).to(tl.float32)
+        acc += sums * scale[None, :]
+    return acc
 
 
 @jit(do_not_specialize=["rows"])
@@ -179,39 +244,17 @@ def _tile_kernel(
     HALF: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    dtype: tl.constexpr = x.dtype.element_ty
     # Rows of tiles go first: programs that run side by side share their part of the weight, the larger operand.
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(2)
     at = tl.minimum(n, N - 1)
-    BYTES: tl.constexpr = BLOCK_K // 2 if KIND == 4 else BLOCK_K
-    j = tl.arange(0, BYTES)
-    low_k = j // HALF * (2 * HALF) + j % HALF if KIND == 4 else j
-    w_rows = weight + at[:, None] * weight_row + j[None, :]
-    x_rows = x + tl.minimum(m, rows - 1)[:, None] * x_row + low_k[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for r in range(part * SHARE, tl.minimum(part * SHARE + SHARE, RUNS)):
-        g = r // RUNS_PER_GROUP
-        zero = _zero_of(zeros, at, g, zeros_row, N, KIND) if KIND != 1 else tl.zeros((1,), tl.int16)
-        sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for begin in range(0, RUN, BLOCK_K):
-            k = r * RUN + begin
-            if K % RUN == 0:
-                packed = tl.load(w_rows + (k // 2 if KIND == 4 else k))
-                x_low = tl.load(x_rows + k)
-                x_high = tl.load(x_rows + k + HALF) if KIND == 4 else x_low
-            else:
-                valid = (k + low_k < K)[None, :]
-                packed = tl.load(w_rows + (k // 2 if KIND == 4 else k), mask=valid, other=0)
-                x_low = tl.load(x_rows + k, mask=valid, other=0.0)
-                x_high = tl.load(x_rows + k + HALF, mask=valid, other=0.0) if KIND == 4 else x_low
-            low, high = _low_high(packed, zero[:, None], KIND, dtype)
-            sums = tl.dot(x_low, tl.trans(low), sums, input_precision="ieee")
-            if KIND == 4:
-                sums = tl.dot(x_high, tl.trans(high), sums, input_precision="ieee")
-        scale = tl.load(scales + at // ROWS_PER_SCALE * scales_row + g).to(tl.float32)
-        acc += sums * scale[None, :]
+    x_rows = x + tl.minimum(m, rows - 1) * x_row
+    end = tl.minimum(part * SHARE + SHARE, RUNS)
+    acc = tile_sums(
+        x_rows, weight + at * weight_row, scales, zeros, None, at, part * SHARE, end, scales_row, zeros_row, N, K, RUN,
+        RUNS_PER_GROUP, ROWS_PER_SCALE, BLOCK_M, BLOCK_N, BLOCK_K, KIND, HALF, x.dtype.element_ty,
+    )  # fmt: skip
     if SPLIT == 1 and bias is not None:
         acc += tl.load(bias + at).to(tl.float32)[None, :]
     to = y + (part.to(tl.int64) * rows + m)[:, None] * N + n[None, :]
@@ -230,6 +273,19 @@ def _add_parts_kernel(parts, bias, y, values, N: tl.constexpr, SPLIT: tl.constex
     tl.store(y + at, total.to(y.dtype.element_ty), mask=mask)
 
 
+def runs_of(block: tuple[int, int], columns: int) -> tuple[int, int]:
+    """Columns of a group that has a scale, and of the runs that it is taken as."""
+    group = run = min(block[1], columns)
+    while run > _LONGEST_RUN and run % (2 * COLUMNS) == 0:
+        run //= 2
+    return group, run
+
+
+def kind_of(weight: torch.Tensor, columns: int) -> int:
+    """What kernels call a weight: 4 or 8 for the bits of its integers, 1 for fp8."""
+    return 1 if weight.dtype == FP8 else 4 if 2 * weight.shape[-1] == columns else 8
+
+
 def launch_quant_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -244,13 +300,10 @@ def launch_quant_linear(
     if y.numel() == 0:
         return y
     x = x if x.stride(1) == 1 else x.contiguous()
-    group = run = min(block[1], columns)
-    while run > _LONGEST_RUN and run % (2 * COLUMNS) == 0:
-        run //= 2
+    group, run = runs_of(block, columns)
     chosen = config(rows, outputs, columns, run, x.dtype, target_of(x.device))
     runs, split = cdiv(columns, run), chosen.split
     parts = y if split == 1 else x.new_empty((split, rows, outputs), dtype=torch.float32)
-    kind = 1 if weight.dtype == FP8 else 4 if 2 * weight.shape[1] == columns else 8
     given = {
         "x": x,
         "weight": weight.view(torch.uint8),
@@ -272,7 +325,7 @@ def launch_quant_linear(
         "ROWS_PER_SCALE": block[0],
         "BLOCK_N": chosen.block_n,
         "BLOCK_K": chosen.block_k,
-        "KIND": kind,
+        "KIND": kind_of(weight, columns),
         "HALF": COLUMNS // 2,
         "SPLIT": split,
         "num_warps": chosen.num_warps,

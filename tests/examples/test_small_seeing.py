@@ -1,16 +1,23 @@
 """What the tower of the small model learns to see from, and the dialogues about one picture."""
 
+import subprocess
+import sys
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from examples.small import dialogues, scenes, seeing, sitting
 from examples.small.dialogues import dialogue
+from examples.small.lessons import in_hundredths, texts_of
 from examples.small.scenes import Mark, picture_size, scene
 from examples.small.seeing import CHARACTERS, Heads, Names, Seen, pictures
 from examples.small.shape import write_beginning
 from examples.small.sitting import HEADS, Sitting, sittings_of, train
+from qwen2vl.agents.function_calls import Call, render_call
 from qwen2vl.agents.grounding import parse_grounding
 from qwen2vl.errors import Qwen2VLError
 from qwen2vl.media.image import preprocess_image
@@ -19,6 +26,7 @@ from qwen2vl.prompt.processor import Processor
 from qwen2vl.samples.draws import Draws, is_held_out_size
 from qwen2vl.samples.vocabulary import is_held_out
 from qwen2vl.samples.words import COLOURS, SHAPES, thing_name
+from qwen2vl.training.example import Example
 
 EN = ("en",)
 
@@ -40,7 +48,7 @@ def some_scenes(count, seed=0):
     return [scene(Draws(rng, languages=EN)) for _ in range(count)]
 
 
-def texts_of(marks):
+def written(marks):
     """The texts of a scene: characters that follow one another."""
     found = []
     for mark in marks:
@@ -54,7 +62,7 @@ def texts_of(marks):
 def test_all_that_is_drawn_is_marked_where_it_stands():
     """Shapes have their colour in the middle of their box; ink of texts lies in the boxes of their characters."""
     kinds = {"page": 0, "things": 0}
-    for image, marks in some_scenes(150):
+    for image, marks in some_scenes(200):
         pixels = np.asarray(image).astype(int)
         things = [mark for mark in marks if mark.place is None]
         for mark in things:
@@ -90,7 +98,7 @@ def test_training_shows_nothing_that_is_held_out():
         size = image.height // 28, image.width // 28
         assert (image.width % 28, image.height % 28) == (0, 0) and size[0] * size[1] <= scenes.MOST
         assert size == (2, 2) or not is_held_out_size(*size)
-        for text in texts_of(marks):
+        for text in written(marks):
             assert not is_held_out(text), text
             shown += 1
     assert shown > 200
@@ -109,7 +117,9 @@ def test_targets_lie_in_the_order_of_the_patches(processor):
             image.paste((255, 255, 255), box)
             patches = preprocess_image(np.asarray(image), processor.options)
             marks = [Mark(("A",), box, box, 2)]
-            named, letters, places, where, boxes, edges = seeing._targets(patches.grid_thw, image.size, marks, names)
+            named, letters, places, where, boxes, edges, middles, _ = seeing._targets(
+                patches.grid_thw, image.size, marks, names
+            )
             white = patches.patches.mean(1) > 254
             assert white.sum() == 1
             assert ((letters.reshape(-1) != len(CHARACTERS)) == white).all()
@@ -122,8 +132,8 @@ def test_targets_lie_in_the_order_of_the_patches(processor):
             ] + [min(39, int(40 * v / side)) for v, side in zip(box[2:], image.size, strict=True)]
             offsets = np.array([0, 0, 0.5, 0.5]) + np.tile([0.5 * (column % 2), 0.5 * (row % 2)], 2) - 0.5
             assert edges[token].tolist() == pytest.approx(offsets.tolist())
-            middles = [(n % columns + 0.5) / columns for n in range(rows * columns)]
-            assert where[:, 0].tolist() == [int(40 * x) for x in middles]
+            across = [(n % columns + 0.5) / columns for n in range(rows * columns)]
+            assert where[:, 0].tolist() == [int(40 * x) for x in across] and not middles.any()
 
 
 def test_targets_follow_a_picture_that_is_enlarged(processor):
@@ -131,11 +141,18 @@ def test_targets_follow_a_picture_that_is_enlarged(processor):
     image, box = Image.new("RGB", (56, 56)), (28, 0, 56, 28)
     grid = preprocess_image(np.asarray(image), processor.options).grid_thw
     assert grid == (1, 8, 8)
-    named, letters, _, where, boxes, edges = seeing._targets(grid, image.size, [Mark(("red", "star"), box, box)], names)
+    named, letters, _, where, boxes, edges, middles, kinds = seeing._targets(
+        grid, image.size, [Mark(("red", "star"), box, box)], names
+    )
     there = [2, 3, 6, 7]  # the upper right quarter of 4 x 4 tokens
     assert (named.sum(1) > 0).nonzero()[0].tolist() == there
     assert boxes[2].tolist() == [20, 0, 39, 20] and (letters == len(CHARACTERS)).all()
     assert edges[2].tolist() == [-0.5, -0.5, 1.5, 1.5] and where[2].tolist() == [25, 5]
+    assert middles.nonzero()[0].tolist() == [7] and middles[7] == 1  # its middle is the corner of the four
+    assert kinds[7].tolist() == [list(COLOURS).index("red"), SHAPES.index("star")] and kinds.max(1).argmax() == 7
+    two = [Mark(("red", "star"), box, box), Mark(("blue", "heart"), box, box), Mark(("blue", "heart"), box, box)]
+    *_, middles, kinds = seeing._targets(grid, image.size, two, names)
+    assert middles[7] == 2 and kinds.max() == -100
     words = [processor.tokenizer.decode([names.ids[column]]) for column in named[2].nonzero()[0]]
     assert sorted(words) == sorted([" red", "红", " star", " stars", "星"])
 
@@ -159,6 +176,17 @@ def test_perfect_tokens_are_all_right_and_others_are_not(processor, beginning):
     after = heads.right(tokens, seen)
     assert before["letters"] < 0.2 and before["boxes"] < 0.3
     assert min(after.values()) > 0.95, after
+
+
+def test_pictures_of_which_nothing_is_to_be_said_have_a_loss(processor, beginning, monkeypatch):
+    """An empty picture has no shape, no letter and no box, and asks where its tokens are."""
+    monkeypatch.setattr(seeing, "scene", lambda draws: (Image.new("RGB", (112, 112)), []))
+    names = Names(processor.tokenizer)
+    seen = pictures(processor, names, np.random.default_rng(0), 16)
+    heads = Heads(192, names, Qwen2VL.from_pretrained(beginning, device="cpu").head_weight.detach())
+    losses = heads(torch.randn(16, 192), seen)
+    empty = {name for name, loss in losses.items() if float(loss.detach()) == 0}
+    assert empty == {"places", "boxes", "edges", "kinds"} and all(loss.isfinite() for loss in losses.values())
 
 
 def test_a_sitting_without_questions_trains_the_tower_alone(beginning, tmp_path, monkeypatch):
@@ -189,6 +217,29 @@ def test_a_sitting_without_questions_trains_the_tower_alone(beginning, tmp_path,
         train(tmp_path / "none", beginning, Sitting("x", 1, tokens=0))
     with pytest.raises(Qwen2VLError, match="processes: the sitting wants 2, torchrun started 1"):
         train(tmp_path / "two", beginning, Sitting("x", 1, processes=2))
+
+
+def test_two_processes_train_one_model_on_pictures_of_their_own(tmp_path):
+    """A sitting goes on from the first one's weights alone, and a measurement refuses others that are not equal."""
+    asked = ["--from", "random", "--tokens", 0, "--pictures", 32, "--every", 1, "--threads", 1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    command += ["-m", "examples.small", "train", "--output", tmp_path / "run", "--steps", 2, *asked]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    model = tmp_path / "run" / "model"
+    assert result.stdout.split() == [str(model)]
+    (told,) = sittings_of(model)
+    assert told["processes"] == 2 and [row["step"] for row in told["curve"]] == [0, 1, 2]
+    states = [torch.load(tmp_path / "run" / f"state-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert states[0]["rows"] == states[1]["rows"] and "tensors" in states[0]
+    alone = train(
+        tmp_path / "alone",
+        tmp_path / "run" / "begin",
+        Sitting("random", 2, 0, 32, every=1),
+        said=lambda line: None,
+    )
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (model, alone))
+    assert not torch.equal(ours["visual.blocks.0.mlp.fc1.weight"], theirs["visual.blocks.0.mlp.fc1.weight"])
 
 
 def test_16_bits_learn_through_their_masters(beginning, tmp_path, monkeypatch):
@@ -251,6 +302,21 @@ def test_dialogues_are_right_about_their_pictures(monkeypatch):
                     assert np.abs(pixels[int(y), int(x)].astype(int) - COLOURS[name.split()[0]]).max() <= 2
                     asked["find"] += 1
     assert min(asked.values()) > 10, asked
+
+
+def test_coordinates_are_taught_in_hundredths(processor):
+    """Boxes and taps; what was asked, counts, typed numbers and 1000 stay as they are."""
+    box = "<|object_ref_start|>12<|object_ref_end|><|box_start|>(7,46),(911,1000)<|box_end|>"
+    call = render_call(Call("Tap", {"point": (506, 798)}), "paper") + render_call(Call("Type", {"text": "49"}), "paper")
+    for answer, wanted in ((box, box.replace("7,46", "5,45").replace("911", "915")), ("3", "3"), (call, None)):
+        messages = [{"role": "user", "content": "Where is (123,456)?"}, {"role": "assistant", "content": answer}]
+        inputs = processor.supervised(messages)
+        before = Example(inputs["input_ids"][0], inputs["labels"][0])
+        after = in_hundredths(before, texts_of(processor.tokenizer))
+        decode = partial(processor.decode, skip_special_tokens=False)
+        wanted = wanted or call.replace("506", "505").replace("798", "795")
+        assert decode(after.input_ids) == decode(before.input_ids).replace(answer, wanted)
+        assert decode(after.labels[after.labels >= 0]) == f"{wanted}<|im_end|>\n".removesuffix("\n")
 
 
 def test_dialogues_are_examples_with_every_answer_taught(processor):

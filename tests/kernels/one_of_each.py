@@ -131,6 +131,19 @@ def main(device: str = "cuda") -> list[str]:
             for rows in (1, 5, 37):
                 backward(K.quant_linear(x[:rows, :256], weight, scales, block=block, backend=backend))
 
+    def quantised_experts(backend: str) -> None:
+        order, _, bounds = K.group_by_expert(positions.T.remainder(5), 6, backend=backend)
+        fp8 = random(6, 40, 256).detach().to(torch.float8_e4m3fn)
+        integers = torch.randint(0, 256, (6, 40, 256), device=device).byte()
+        some = x.detach()[order // 3, :256].bfloat16().requires_grad_()
+        for weight, block in ((fp8, (16, 128)), (integers, (1, 128)), (integers[..., :128], (1, 128))):
+            scales = torch.rand(6, -(-40 // block[0]), 2, device=device)
+            given = {"block": block, "backend": backend}
+            backward(K.grouped_quant_linear(some, weight, scales, bounds, **given))  # in small tiles
+            one = torch.tensor([0, len(some)], dtype=torch.int32, device=device)
+            columns = torch.randperm(256, device=device)[None]
+            backward(K.grouped_quant_linear(some, weight[:1], scales[:1], one, **given, order=columns))
+
     def positions_of(backend: str) -> None:
         K.mrope_positions(ids, grid[:1], grid[1:], **tokens, backend=backend)
         K.mrope_positions_chunk(ids[:, :4], grid[:1], None, **tokens, backend=backend)
@@ -156,6 +169,7 @@ def main(device: str = "cuda") -> list[str]:
         "group_by_expert": experts,
         "grouped_linear": experts,
         "quant_linear": quant_linear,
+        "grouped_quant_linear": quantised_experts,
         "mrope_positions": positions_of,
         "vision_positions": lambda backend: K.vision_positions(grid, num_patches=36, backend=backend),
         "image_to_patches": lambda backend: K.image_to_patches(photo, 56, 84, backend=backend),

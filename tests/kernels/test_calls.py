@@ -49,6 +49,11 @@ def _quant_linear(rows):
     return K.quant_linear(_x(rows, 128), weight, scales, block=(1, 64), backend="triton")
 
 
+def _grouped_quant_linear():
+    weight, scales = torch.zeros(3, 9, 64, dtype=torch.uint8), torch.ones(3, 9, 2)
+    return K.grouped_quant_linear(_x(35, 128).bfloat16(), weight, scales, CU, block=(1, 64), backend="triton")
+
+
 MERGER = [_x(*s) for s in ((1280,), (1280,), (128, 5120), (128,), (72, 128), (72,))]
 #: (name of the public function, a call of it, the calls to its launches that were counted when this was written)
 CALLS = [
@@ -80,6 +85,7 @@ CALLS = [
     ("linear_add_", lambda: K.linear_add_(_x(3, 9), _x(3, 64), _x(9, 64), backend="triton"), {3}),
     ("sample_tokens_", lambda: K.sample_tokens_(_x(3, 99), torch.rand(3).double(), top_k=5, backend="triton"), {3}),
     ("grouped_linear", lambda: K.grouped_linear(_x(35, 64), _x(3, 9, 64), CU, backend="triton"), {2}),
+    ("grouped_quant_linear", _grouped_quant_linear, {3}),
     ("group_by_expert", lambda: K.group_by_expert(POSITIONS, 4, backend="triton"), {2}),
     ("varlen_attention", _attention, {2}),
     ("varlen_attention", lambda: _attention(rope=(TABLE, TABLE)), {2}),  # rotated on the way in

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.random_checkpoint import small_config, write_random_checkpoint
 from qwen2vl import CheckpointError, Qwen2VL
-from qwen2vl.quantization import QuantLinear, quantised, refuse_training
+from qwen2vl.quantization import QuantLinear, quantised
 from qwen2vl.training.config import ModelConfig
-from qwen2vl.training.stages import build_model
+from qwen2vl.training.stages import build_model, refuse_training
 from tests.model import oracle
 from tests.model.checkpoint_files import IDS, logits, rewrite
 
@@ -45,6 +45,7 @@ FORMATS = {
     "fp8 rows": CHANNELS,
     "fp8 tensors": _weights_of("tensor"),
     "fp8 blocks": _weights_of("block", block_structure=[48, 64]),
+    "fp8 tensors by transformers": {"quant_method": "fp8", "weight_block_size": None},
     "fp8 fine-grained": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
 }
 
@@ -359,9 +360,10 @@ def test_progress_counts_layers(int4):
     assert isinstance(model.get_submodule(_Q), QuantLinear)
 
 
-def test_transformers_reads_the_same_from_fp8_in_blocks(plain, tmp_path):
+@pytest.mark.parametrize("name", ["fp8 fine-grained", "fp8 tensors by transformers"])
+def test_transformers_reads_the_same_from_fp8(plain, tmp_path, name):
     """By its own code, which has no kernels for a CPU and makes 16-bit or 32-bit weights of it."""
-    how = FORMATS["fp8 fine-grained"] | {"modules_to_not_convert": ["model.visual", "visual", "lm_head"]}
+    how = FORMATS[name] | {"modules_to_not_convert": ["model.visual", "visual", "lm_head"]}
     folder, _ = quantise(plain, tmp_path, how)
     theirs = oracle.load(folder)
     weight = theirs.model.language_model.layers[1].mlp.down_proj.weight

@@ -124,9 +124,19 @@ def test_the_command(folder, tmp_path):
     assert json.loads(result.stdout)["by_skill"]["count"]["samples"] == 4
     result = run(*few, *few[:4], "--json")  # asked once
     assert json.loads(result.stdout)["by_skill"]["count"]["samples"] == 4
+    few = (*few, "--language", "zh", "--answers", tmp_path / "zh.jsonl")
+    assert run(*few).exit_code == 0
+    held = [json.loads(line) for line in (tmp_path / "zh.jsonl").read_text("utf-8").splitlines()]
+    assert [(one["language"], one["languages"]) for one in held] == [("zh", ["zh"])] * 4
+    asked = [make_sample("count", 0, index=n, split="held-out", languages=("zh",)) for n in range(4)]
+    assert [one["expected"] for one in held] == [one.answer for one in asked]
+    assert run(*few, "--json").exit_code == 0  # all are there, and none is asked again
+    result = run(*few, "--language", "en")
+    assert result.exit_code == 1 and "is no answer to that sample of this run" in result.stderr
     for wrong, message in (
         (("--skill", "fly"), "'fly' is none of"),
         (("--difficulty", 9), "9 is none of 0, 1"),
+        (("--language", "xx"), "'xx' is none of en, zh"),
         (("--quick", "--count", 9), "give one of the two"),
         (("--plot", tmp_path / "a.xyz"), "wants .png or .svg"),
         (("--plot", tmp_path / "none" / "a.png"), "no folder"),

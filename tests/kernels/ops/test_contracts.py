@@ -77,6 +77,11 @@ CALLS = {
         *(0.7, 5, 0.9, 1.3, "eager"),
     ),
     "grouped_linear": lambda: (_x(4, 8), _x(3, 6, 8), torch.tensor([0, 1, 1, 4], dtype=torch.int32)),
+    "grouped_quant_linear": lambda: (
+        *(_x(4, 64), torch.arange(576).byte().view(3, 6, 32), torch.rand(3, 6, 2)),
+        *(torch.tensor([0, 1, 1, 4], dtype=torch.int32), torch.arange(18).byte().view(3, 6, 1), [1, 32]),
+        torch.arange(64).flip(0).repeat(3, 1),
+    ),
     "group_by_expert": lambda: (torch.tensor([[2, 0], [1, 2], [3, 0]]), 3),
 }
 
@@ -110,9 +115,9 @@ def _public(name):
             *tensors, temperature, top_k, top_p, penalty, backend = arguments
             shaped = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": penalty}
             return K.sample_tokens_(*tensors, **shaped, backend=backend)
-        if name == "quant_linear":
+        if name in ("quant_linear", "grouped_quant_linear"):
             *tensors, block, order = arguments
-            return K.quant_linear(*tensors, block=tuple(block), order=order)
+            return getattr(K, name)(*tensors, block=tuple(block), order=order)
         if name == "image_to_patches":
             return K.image_to_patches(*arguments[:3])
         return getattr(K, name)(*arguments)

@@ -13,6 +13,7 @@ import torch
 from qwen2vl_kernels import (
     append_kv,
     grouped_linear,
+    grouped_quant_linear,
     kvcache_attention,
     layer_norm,
     mrope,
@@ -90,6 +91,20 @@ def test_grouped_products(memory, far):
         y = grouped_linear(*given, bounds, backend="triton")
         results.append([y, *torch.autograd.grad(y, given, grad)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("far", ["rows", "groups", "matrix rows"])
+def test_grouped_products_with_quantised_weights(memory, far):
+    x, weight = torch.randn(4, 64, device=DEVICE).bfloat16(), torch.randint(0, 256, (4, 4, 64), device=DEVICE).byte()
+    bounds = torch.tensor([0, 1, 2, 3, 4], dtype=torch.int32, device=DEVICE)
+    rest = torch.rand(4, 4, 2, device=DEVICE), bounds
+    want = grouped_quant_linear(x, weight, *rest, block=(1, 32), backend="triton")
+    if far == "rows":
+        x = memory.as_strided((4, 64), (FAR, 1)).copy_(x)
+    else:
+        strides = (FAR, 64, 1) if far == "groups" else (64, FAR, 1)
+        weight = memory.view(torch.uint8).as_strided((4, 4, 64), strides).copy_(weight)
+    assert torch.equal(grouped_quant_linear(x, weight, *rest, block=(1, 32), backend="triton"), want)
 
 
 @pytest.mark.parametrize("far", [0, 1], ids=["tokens", "heads"])

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from qwen2vl_kernels import quant_linear, use_backend
-from qwen2vl_kernels.core import native
+from qwen2vl_kernels.core import native, quant_native
 from qwen2vl_kernels.core.quant_layout import (
     FP8,
     dequantize,
@@ -14,7 +14,6 @@ from qwen2vl_kernels.core.quant_layout import (
     unpack_columns,
     unpack_zeros,
 )
-from qwen2vl_kernels.ops import quant_linear as op
 from tests.conftest import assert_two_times
 
 KERNELS = native.cpu().quant_kernels()
@@ -99,7 +98,7 @@ def test_a_last_group_may_be_shorter(backend):
 @pytest.mark.parametrize("columns", [224, 256])  # the second one a multiple of 64, as products of bf16 want of int4
 def test_every_instruction_set(columns, form, kernel, scale_dtype):
     (weight, scales, zeros, block), exact = weight_of(form, 13, columns, scale_dtype=scale_dtype)
-    views, sizes = op._views(weight, scales, zeros), (13, columns, *block)
+    views, sizes = quant_native.views(weight, scales, zeros), (13, columns, *block)
     for dtype in (torch.float32, torch.bfloat16):
         values = torch.full((13, columns + 6), float("nan"), dtype=dtype)
         native.cpu().quant_values(*views, native.view(values[:, :columns]), sizes, (2, kernel))
@@ -128,12 +127,12 @@ def test_all_numbers_of_eight_bits_and_scales_of_sixteen(kernel):
     ):
         values = torch.empty(rows, 32)
         sizes = (rows, 32, 1, 32)
-        native.cpu().quant_values(*op._views(numbers, scales, None), native.view(values), sizes, (1, kernel))
+        native.cpu().quant_values(*quant_native.views(numbers, scales, None), native.view(values), sizes, (1, kernel))
         wanted = numbers.float() * scales.float()
         assert torch.equal(values.isnan(), wanted.isnan()) and torch.equal(values.nan_to_num(7), wanted.nan_to_num(7))
     scales, x = torch.ones(8, 1), torch.eye(32).bfloat16()  # each number by itself, and 0 times the others
     y = torch.empty(32, 8).bfloat16()
-    views = [*op._views(weight, scales, None), *map(native.view, (x, None, y))]
+    views = [*quant_native.views(weight, scales, None), *map(native.view, (x, None, y))]
     native.cpu().quant_linear(*views, 32, (8, 32, 1, 32), (1, kernel))
     numbers = weight.float()
     none = numbers.isnan().any(1)
@@ -206,9 +205,9 @@ def test_many_rows_hold_some_of_the_values_at_a_time(monkeypatch):
     x = torch.randn(17, 64)
     whole = quant_linear(x, weight, scales, zeros, block=block, backend="native")
     seen = []
-    real = op._native_values
-    monkeypatch.setattr(op, "_native_values", lambda *given: seen.append(given[0].shape[0]) or real(*given))
-    monkeypatch.setattr(op, "_HELD", 64 * 40)
+    real = quant_native.native_values
+    monkeypatch.setattr(quant_native, "native_values", lambda *given: seen.append(given[0].shape[0]) or real(*given))
+    monkeypatch.setattr(quant_native, "HELD", 64 * 40)
     part = quant_linear(x, weight, scales, zeros, block=block, backend="native")
     assert seen == [32, 32, 32, 4]  # whole blocks of 16 rows
     torch.testing.assert_close(part, whole)

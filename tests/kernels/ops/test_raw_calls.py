@@ -42,6 +42,14 @@ BACK = (
 )
 QUANTISED = (floats(3, 64), torch.zeros(5, 32, dtype=torch.uint8), floats(5, 2), None, floats(5), 1, 32)
 QUANTISED_BADLY = {1: torch.zeros(5, 31, dtype=torch.uint8), 2: floats(4, 2), 4: floats(4), 5: 2, 6: 64}
+GROUPED = (torch.zeros(2, 5, 32, dtype=torch.uint8), floats(2, 5, 2), BOUNDS, None, ints(range(64), range(64)))
+GROUPED_BADLY = {
+    1: torch.zeros(2, 5, 31, dtype=torch.uint8),
+    2: floats(2, 4, 2),
+    3: ints(0, 3, 9, dtype=torch.int32),
+    4: torch.zeros(2, 5, 2, dtype=torch.uint8),
+    5: ints(range(63), range(63)),
+}
 LOSS = (floats(4, 8), floats(6, 8), ints(0, 1, 2, 3), floats(6), -100)
 APPEND = (floats(4, 2, 8), floats(4, 2, 8), floats(1, 6, 2, 8), floats(1, 6, 2, 8), ints(0, 1, 2, 3), None, None, None)
 IMAGE = (torch.zeros(30, 31, 3, dtype=torch.uint8), 28, 28, 14, 2, None, None, None)
@@ -155,6 +163,14 @@ CALLS = {
     "grouped_linear_backward": (
         (floats(4, 6), floats(4, 8), floats(2, 6, 8), BOUNDS, False, [True, True]),
         {0: floats(3, 6), 1: floats(4, 7), 3: ints(1, 2, 3, dtype=torch.int32), 5: [True]},
+    ),
+    "grouped_quant_linear_forward": (
+        (floats(4, 64), *GROUPED, 1, 32, "eager"),
+        {0: floats(3, 64), **GROUPED_BADLY, 6: 2, 7: 64, 8: "cuda"},
+    ),
+    "grouped_quant_linear_backward": (
+        (floats(4, 5), *GROUPED, 1, 32, 64, "eager"),
+        {0: floats(4, 6), **GROUPED_BADLY, 6: 2, 7: 64, 8: 128, 9: "cuda"},
     ),
     "group_by_expert_forward": ((ints([1, 0], [2, 1]), 3), {0: floats(2, 2), 1: 0}),
     "varlen_attention": (
