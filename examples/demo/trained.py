@@ -1,15 +1,14 @@
-"""The small trained model on held-out generated samples: reading, comparing, pointing, following clips, playing.
+"""The small trained model on held-out generated samples: it reads, names, counts, compares, points, follows, plays.
 
-Nothing is chosen by what comes out: every skill shows the first samples of each difficulty in the language asked for.
-They take the path of a user's own media, from PNG and MP4 files to text.
+Nothing is chosen by what comes out: every skill shows the first samples of each difficulty that the model was trained
+for. They take the path of a user's own media, from PNG and MP4 files to text.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import count, islice
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +22,15 @@ from qwen2vl.agents.loop import model_writer, run_agent
 from qwen2vl.cli.common import printable
 from qwen2vl.errors import MediaError
 from qwen2vl.generation import GenerationConfig, generate
-from qwen2vl.samples import LEVELS, Sample, play
+from qwen2vl.samples import Sample, play
 from qwen2vl.samples import generate as make_sample
 from qwen2vl.samples.held_out import prompt_of, score
 from qwen2vl.samples.sample import from_ppm
 from qwen2vl.samples.screen_game import TAP, ScreenGame
 from qwen2vl.samples.skills import check_choice
-from qwen2vl.samples.words import LANGUAGES
 
+from ..small.plan import SCOPE
+from ..small.tokenizer import LANGUAGES
 from .media import write_frames
 from .sheet import ANSWER, Answered, draw_sheet, enlarge, fitting_scale, verdict
 from .steps import console, load, step
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 #: Skill -> heading, and how many samples of each difficulty.
 _PARTS = {
     "read": ("Reading text, in pictures of several resolutions", 2),
+    "colour_shape": ("Naming colours and shapes", 1),
+    "count": ("Counting", 1),
     "compare": ("Comparing two pictures", 1),
     "point": ("Pointing at things", 1),
     "video": ("Following a video", 1),
@@ -59,35 +61,25 @@ def show(out: Path, *, language: str, seed: int) -> None:
 
     Args:
         out: an existing folder. A PNG for each skill is written to it, and the media that the model is shown to media/.
-        language: the language of questions and answers, see `LANGUAGES`.
+        language: the language of questions and answers, one of `LANGUAGES`, which the model was trained in.
         seed: the seed of the samples.
 
     Raises:
         CheckpointError: the small model is not there.
         DataError: an unknown language.
     """
-    check_choice(language, tuple(LANGUAGES), "language")
-    player = _Player(*load(assets.folder()), out)
+    check_choice(language, LANGUAGES, "language")
+    player = _Player(*load(assets.folder()), out, language=language, seed=seed)
     answers: dict[str, list[Answered]] = {}
     for skill, (title, each) in _PARTS.items():
         with step(title):
             found = answers[skill] = []
-            for level in LEVELS:
-                for index in _in_language(skill, level, language, seed, each):
-                    found.append(player.answer(skill, level, seed, index))
+            for level in sorted(SCOPE[skill]):
+                for index in range(each):
+                    found.append(player.answer(skill, level, index))
                     _print(found[-1])
             draw_sheet(found).save(out / f"{skill}.png")
     _print_total(answers, player, out)
-
-
-def _in_language(skill: str, level: int, language: str, seed: int, number: int) -> list[int]:
-    """The first indices whose samples are in that language."""
-    made: Callable[[int], Sample | ScreenGame]
-    if skill == "screen":
-        made = lambda index: play(level, seed=seed, index=index)  # noqa: E731
-    else:
-        made = lambda index: make_sample(skill, level, seed=seed, index=index, split="held-out")  # noqa: E731
-    return list(islice((index for index in count() if made(index).language == language), number))
 
 
 class _Player:
@@ -95,21 +87,23 @@ class _Player:
 
     Args:
         out: the demo's folder; media are written to media/ in it.
+        language, seed: of the samples.
     """
 
-    def __init__(self, processor: Processor, model: Qwen2VL, out: Path):
+    def __init__(self, processor: Processor, model: Qwen2VL, out: Path, *, language: str, seed: int):
         self.processor = processor
         self.model = model
         self.out = out
         self.config = GenerationConfig.from_model(model, max_new_tokens=_NEW_TOKENS, do_sample=False)
+        self.samples: dict[str, Any] = {"seed": seed, "languages": (language,)}
         self.made: dict[str, int] = {}  # skill -> samples so far
         (out / "media").mkdir(exist_ok=True)
 
-    def answer(self, skill: str, level: int, seed: int, index: int) -> Answered:
+    def answer(self, skill: str, level: int, index: int) -> Answered:
         self.made[skill] = self.made.get(skill, 0) + 1
         if skill == "screen":
-            return self._game(play(level, seed=seed, index=index))
-        return self._question(make_sample(skill, level, seed=seed, index=index, split="held-out"))
+            return self._game(play(level, index=index, **self.samples))
+        return self._question(make_sample(skill, level, index=index, split="held-out", **self.samples))
 
     def _question(self, sample: Sample) -> Answered:
         pictures = [Image.fromarray(from_ppm(data)) for data in sample.members.values()]

@@ -20,8 +20,6 @@ from .plan import SEED
 
 #: How many held-out samples of each level measure the model, a thousand of a skill at least, and their seed.
 _COUNT, _SEED = 250, 2026
-#: What was trained so far and is not yet better than what is embedded, at everything that it is shown with.
-LATEST = Path(__file__).parent / "latest"
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 
@@ -32,7 +30,7 @@ def train(
     begin: Annotated[
         str,
         typer.Option(
-            "--from", metavar="DIR", help='Weights: a folder, "latest" in this repository, "assets", or "random".'
+            "--from", metavar="DIR", help='Weights: a folder, "assets" (those that are embedded), or "random".'
         ),
     ] = "random",
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of the sitting.")] = 5_000,
@@ -69,9 +67,9 @@ def train(
                 f"fonts: only Pillow's own is there; matplotlib's are wanted: {install_hint('matplotlib')}"
             )
         torch.set_num_threads(threads)
-        source = {"random": None, "latest": LATEST, "assets": assets.FOLDER}.get(begin, Path(begin))
+        source = {"random": None, "assets": assets.FOLDER}.get(begin, Path(begin))
         before = [] if source is None else sittings_of(source)
-        named = begin if source in (None, LATEST, assets.FOLDER) else "/".join(source.absolute().parts[-2:])
+        named = begin if source in (None, assets.FOLDER) else "/".join(source.absolute().parts[-2:])
         sitting = Sitting(
             named,
             steps,

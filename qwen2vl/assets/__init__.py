@@ -1,8 +1,8 @@
 """The embedded model, a toy: what ``qwen2vl generate`` and ``qwen2vl chat`` load where no ``--model`` is named.
 
 It comes with the package so that the commands answer at once, without a download and without a GPU. It knows the
-generated pictures of `qwen2vl.samples`, on which it was trained, and nothing else: single letters and short words,
-coloured shapes, and small screens. For photos, documents and videos name a released checkpoint. `python -m
+generated pictures of `qwen2vl.samples`, on which it was trained, and nothing else: up to six characters, coloured
+shapes, short clips and small screens. For photos, documents and videos name a released checkpoint. `python -m
 examples.small` in a checkout of the repository is the run that made it.
 """
 
@@ -14,8 +14,9 @@ from ..errors import CheckpointError
 
 #: What it is and what it is not, for who did not ask for it by name.
 NOTICE = (
-    "no --model is named: a toy answers, which knows generated pictures of single letters, short words, coloured "
-    "shapes and small screens, and nothing else; for photos, documents and videos: --model Qwen/Qwen2-VL-2B-Instruct"
+    "no --model is named: a toy answers, which knows generated pictures of up to six characters, coloured shapes, "
+    "short clips and small screens, and nothing else; for photos, documents and videos: "
+    "--model Qwen/Qwen2-VL-2B-Instruct"
 )
 
 #: Its longest answer where nobody says how long: what it learned to write is shorter, and what it makes of anything

@@ -9,6 +9,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from examples.demo.media import write_frames
+from examples.small.plan import SCOPE
+from examples.small.shape import LIMITS
 from qwen2vl import Processor, Qwen2VL, assets
 from qwen2vl.cli import app
 from qwen2vl.cli.eval import _print
@@ -41,7 +43,7 @@ def test_it_is_a_checkpoint_in_the_released_layout():
     assert sum(path.stat().st_size for path in folder.iterdir()) < 18e6
     model, processor = Qwen2VL.from_pretrained(folder, device="cpu"), Processor.from_pretrained(folder)
     assert 3e6 < sum(parameter.numel() for parameter in model.parameters()) < 6e6
-    assert model.config.vision.head_dim == 80 and processor.min_pixels == 56 * 56
+    assert model.config.vision.head_dim == 80 and processor.min_pixels == 12 * 28 * 28
 
 
 def test_generate_answers_without_a_model(picture):
@@ -49,7 +51,7 @@ def test_generate_answers_without_a_model(picture):
     assert result.exit_code == 0 and result.stdout.strip(), result.output
     facts = json.loads(run("generate", "--image", picture, "--prompt", "Read the text.", "-n", 8, "--json").stdout)
     assert facts["text"] == result.stdout[:-1] and facts["model"] == str(assets.FOLDER)
-    assert facts["media"][0]["resized_size"] == [56, 56]
+    assert facts["media"][0]["resized_size"] == [112, 112]
 
 
 @pytest.mark.parametrize("more", [(), ("--json",)], ids=["text", "json"])
@@ -66,7 +68,7 @@ def test_who_answers_is_told_where_nobody_named_a_model(picture, more):
 
 def test_chat_answers_without_a_model(picture):
     result = run("chat", "-n", 8, stdin=f"/image {picture}\nRead the text.\n")
-    assert result.exit_code == 0 and result.stdout.strip() and "56 × 56, 4 tokens" in result.stderr
+    assert result.exit_code == 0 and result.stdout.strip() and "56 × 56, 16 tokens" in result.stderr
 
 
 @pytest.mark.parametrize("model", [(), ("--model", assets.FOLDER)], ids=["default", "by its folder"])
@@ -85,14 +87,14 @@ def test_frames_of_a_video_keep_their_size(tmp_path, model):
 
 
 def test_its_own_settings_hold_media_to_what_it_was_trained_on():
-    """Those of the run that makes it, and the largest of its pictures pass as they are."""
+    """Those of the run that makes it. No picture of a sample is reduced by them, and no frame changed."""
     processor = Processor.from_pretrained(assets.FOLDER)
-    limits = {"min_pixels": 4, "max_pixels": 56, "video_min_pixels": 1, "video_max_pixels": 25}  # in tokens
-    assert {name: getattr(processor.options, name) / 784 for name in limits} == limits
-    samples = [make_sample(skill, 4, index=n, split="train") for skill in SKILLS for n in range(40)]
-    for sample in samples:
-        for item in processor(prompt_of(sample)).media:
-            assert all(abs(a - b) <= 14 for a, b in zip(item.resized_size, item.source_size, strict=True))
+    assert {name: getattr(processor.options, name) for name in LIMITS} == LIMITS
+    for skill, levels in SCOPE.items():
+        for sample in (make_sample(skill, level, index=n, split="train") for level in levels for n in range(40)):
+            for item in processor(prompt_of(sample)).media:
+                pairs = list(zip(item.resized_size, item.source_size, strict=True))
+                assert all(now == before if skill == "video" else now >= before for now, before in pairs), sample.record
 
 
 @pytest.mark.parametrize("side", [448, 1000])

@@ -261,10 +261,10 @@ def test_there_is_an_end_to_sessions_to_the_line_and_to_what_is_kept(server, mon
         patched.setattr(sessions_module, "MAX_KEPT_BYTES", 100)
         assert "MiB; close one" in server.upload(session, picture, status=400)["error"]
     with monkeypatch.context() as patched:
-        patched.setattr(server.engine.sessions, "max_tokens", 7)
-        assert server.upload(session, picture)["tokens"] == 4
+        patched.setattr(server.engine.sessions, "max_tokens", 31)
+        assert server.upload(session, picture)["tokens"] == 16
         said = server.upload(session, picture, status=400)["error"]
-        assert "would be 8 tokens" in said and "--limit max_prompt_tokens=N" in said
+        assert "would be 32 tokens" in said and "--limit max_prompt_tokens=N" in said
         assert server.post(f"{session}/drop", {"number": 1}) == {}
         assert server.upload(session, picture)["number"] == 2
 
