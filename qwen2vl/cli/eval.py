@@ -239,7 +239,8 @@ class _Which:
                     held = json.loads(line)
                     names = ("skill", "difficulty", "seed", "index", "languages")
                     where = {name: held[name] for name in names if name in held}
-                    held = {name: value for name, value in held.items() if name not in names[2:]}
+                    for name in names[2:]:
+                        held.pop(name, None)
                     one = Scored(**held | {"size": tuple(held["size"])})
                 except (ValueError, TypeError, KeyError, RecursionError):
                     where, one = None, None
