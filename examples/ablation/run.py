@@ -19,13 +19,16 @@ from benchmarks.lines import SCHEMA
 from benchmarks.report import footer
 from benchmarks.run import GateError
 from benchmarks.timing import spread
-from examples.small.shape import write_beginning
+from examples.small import shape as small
+from qwen2vl.samples.draws import UNIT
 
 from .model import BATCH, Job, Outcome, Scores, train_and_score
 from .plan import ABLATIONS
 
 SUMMARY = "Two ablations of the paper, each model a tiny one trained from nothing on generated samples"
 DEPTH, LAYERS = 2, 3  # blocks of the tower, layers of the language model
+#: Pictures keep their size from 56 x 56 pixels on, which is what arms differ in.
+LIMITS = {**small.LIMITS, "min_pixels": 4 * UNIT * UNIT}
 
 
 def measure(
@@ -53,7 +56,7 @@ def measure(
     jobs: list[Job] = []
     with tempfile.TemporaryDirectory(prefix="qwen2vl-ablation-") as folder:
         for seed in range(1, seeds + 1):
-            write_beginning(Path(folder) / str(seed), seed=seed, depth=DEPTH, layers=LAYERS)
+            small.write_beginning(Path(folder) / str(seed), seed=seed, depth=DEPTH, layers=LAYERS, limits=LIMITS)
         for a, ablation in enumerate(ABLATIONS):
             steps = 3 if quick else max(1, round(budget * ablation.steps))
             count = 4 if quick else ablation.count

@@ -14,7 +14,7 @@ grouped queries, and all special tokens under their names. Three settings differ
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,7 +67,13 @@ def shape(ids: dict[str, int], *, depth: int = DEPTH, layers: int = LAYERS) -> Q
 
 
 def write_beginning(
-    folder: Path, *, seed: int, source: Path | None = None, depth: int = DEPTH, layers: int = LAYERS
+    folder: Path,
+    *,
+    seed: int,
+    source: Path | None = None,
+    depth: int = DEPTH,
+    layers: int = LAYERS,
+    limits: Mapping[str, int] = LIMITS,
 ) -> None:
     """Write a checkpoint in float32, tokenizer and image settings; equal calls write equal bytes.
 
@@ -81,6 +87,7 @@ def write_beginning(
         seed: of the random weights.
         source: a checkpoint of the same shape, whose weights are taken in place of random ones. It may have another
             tokenizer: a token begins as the mean of those that spell it there.
+        limits: those that its processor holds pictures and frames to, in pixels.
     """
     config = shape(write_tokenizer(folder), depth=depth, layers=layers)
     model = Qwen2VL.from_config(config, device="cpu", dtype=torch.float32)
@@ -89,7 +96,7 @@ def write_beginning(
             _draw_weights(model, torch.Generator().manual_seed(seed))
         else:
             _take_weights(model, Tokenizer.from_pretrained(folder), source)
-    write_checkpoint(model, folder, **LIMITS)
+    write_checkpoint(model, folder, **limits)
 
 
 def _draw_weights(model: Qwen2VL, generator: torch.Generator) -> None:

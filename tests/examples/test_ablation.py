@@ -20,7 +20,7 @@ from examples.ablation import ABLATIONS
 from examples.ablation.__main__ import app
 from examples.ablation.model import Batches, Examples, Job, Outcome, Scores, one_dimensional, prepare, right_tokens
 from examples.ablation.plan import POSITIONS, RESOLUTION, Arm, Part, repeated
-from examples.ablation.run import _equal
+from examples.ablation.run import LIMITS, _equal
 from examples.small.shape import write_beginning
 from qwen2vl.errors import DataError
 from qwen2vl.generation import GenerationConfig, generate
@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def beginning(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("beginning")
-    write_beginning(folder, seed=1, depth=1, layers=1)
+    write_beginning(folder, seed=1, depth=1, layers=1, limits=LIMITS)
     return folder
 
 
