@@ -237,10 +237,10 @@ class _Which:
                 place = next(places, None)
                 try:
                     held = json.loads(line)
-                    names = ("skill", "difficulty", "seed", "index", "languages")
-                    where = {name: held[name] for name in names if name in held}
-                    for name in names[2:]:
-                        held.pop(name, None)
+                    where = {name: held[name] for name in ("skill", "difficulty", "seed", "index")}
+                    del held["seed"], held["index"]
+                    if "languages" in held:
+                        where["languages"] = held.pop("languages")
                     one = Scored(**held | {"size": tuple(held["size"])})
                 except (ValueError, TypeError, KeyError, RecursionError):
                     where, one = None, None

@@ -94,8 +94,8 @@ def test_inspect(run, tmp_path):
     result = run("inspect", "day.png", "balloon.mp4", "--out", tmp_path / "new", "--json")
     assert result.exit_code == 0, result.stderr
     image, video = json.loads(result.stdout)
-    assert image["grid_thw"] == [1, 4, 6] and image["tokens"] == 6 and image["patches"] == 24
-    assert image["file_bytes"] == Path("day.png").stat().st_size and image["patch_bytes"] == 24 * 588
+    assert image["grid_thw"] == [1, 6, 10] and image["tokens"] == 15 and image["patches"] == 60
+    assert image["file_bytes"] == Path("day.png").stat().st_size and image["patch_bytes"] == 60 * 588
     assert [Path(p).name for p in image["pictures"]] == ["day-grid.png", "day-positions.png"]
     assert [Path(p).name for p in video["pictures"]] == ["balloon-frames.png", "balloon-positions.png"]
     assert video["frame_times"] == pytest.approx([0, 0.6, 1.3, 1.9])
@@ -105,10 +105,10 @@ def test_inspect(run, tmp_path):
             picture.load()
             assert picture.format == "PNG" and len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 8
             sizes[Path(path).name] = picture.size
-    assert sizes["day-grid.png"] == (84 * 7, 56 * 7)  # enlarged by a whole factor, to 560 at least
+    assert sizes["day-grid.png"] == (140 * 4, 84 * 4)  # enlarged by a whole factor, to 560 at least
     assert sizes["day-positions.png"] == (1440, 600)
     text = run("inspect", "day.png", "balloon.mp4").stdout
-    for said in ("84 × 56 pixels", "1 × 4 × 6", "6, and 2 marks", "2.00 s at 10.00 frames", "4, at 0.00, 0.60"):
+    for said in ("84 × 56 pixels", "1 × 6 × 10", "15, and 2 marks", "2.00 s at 10.00 frames", "4, at 0.00, 0.60"):
         assert said in text
 
 
