@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from qwen2vl.agents.grounding import Box, Grounded, render_grounding
 from qwen2vl.samples.draws import UNIT, Draws
@@ -19,7 +18,7 @@ from qwen2vl.samples.shapes import GROUNDS
 from qwen2vl.samples.texts import random_text
 from qwen2vl.samples.words import COLOURS, SHAPES, colour_name, kind_name, shape_name, thing_name
 
-from .scenes import Mark, draw_some_things, picture_size, write
+from .scenes import Mark, draw_some_things, ink_on, picture_size, write
 
 #: The most questions about one picture.
 TURNS = 5
@@ -33,12 +32,11 @@ def dialogue(draws: Draws) -> list[dict[str, Any]]:
     texts = draws.pick((0, 0, 1, 2)) if size[1] >= 4 * UNIT else draws.pick((0, 0, 1)) if size[1] >= 3 * UNIT else 0
     room = (size[0], size[1] - texts * UNIT)
     image, things = draw_some_things(draws, size, room, ground)
-    ink = (16, 16, 18) if sum(ground) > 450 else (250, 250, 250)
     written: dict[str, Box] = {}
     for n in range(texts):
         text = random_text(draws, 6)
         top = room[1] + n * UNIT
-        marks = write(draws, image, text, ink, (0, top, size[0], top + UNIT))
+        marks = write(draws, image, text, ink_on(ground), (0, top, size[0], top + UNIT))
         if text.lower() not in map(str.lower, written):
             written[text] = Box.from_pixels(*marks[0].whole, width=size[0], height=size[1])
     turns = draws.some(list(_questions(draws, language, things, written, size, texts)), TURNS)
@@ -46,13 +44,9 @@ def dialogue(draws: Draws) -> list[dict[str, Any]]:
     for asked, answer in turns:
         content: list[dict[str, Any]] = [{"type": "text", "text": asked}]
         if not messages:
-            content.insert(0, {"type": "image", "image": _pixels(image)})
+            content.insert(0, {"type": "image", "image": np.asarray(image)})
         messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
     return messages
-
-
-def _pixels(image: Image.Image) -> np.ndarray:
-    return np.asarray(image)
 
 
 def _questions(

@@ -15,17 +15,18 @@ from PIL import Image, ImageDraw
 
 from qwen2vl.samples.draws import UNIT, Draws, is_held_out_size
 from qwen2vl.samples.fonts import LEAST_SIZE, Typeface, faces_for, fitting_size, font, text_mask, typefaces
-from qwen2vl.samples.screen_game import LABELS
+from qwen2vl.samples.screen_game import LABELS, PAINTS, PALE, layout
 from qwen2vl.samples.shapes import GROUNDS, Colour, Thing, draw_things, fitting_colours, scatter
 from qwen2vl.samples.texts import ink_and_ground, random_characters, random_text
 from qwen2vl.samples.vocabulary import ALPHABET
 from qwen2vl.samples.words import SHAPES
 
+from .shape import LIMITS
+
 Box = tuple[float, float, float, float]
-_PAPERS: tuple[Colour, ...] = ((238, 238, 240), (226, 232, 240), (240, 234, 222), (255, 255, 255))
-_PAINTS: tuple[Colour, ...] = ((40, 84, 170), (36, 110, 70), (120, 50, 120), (150, 60, 30), (70, 74, 82))
 #: The most tokens of a picture.
-MOST = 32
+MOST = LIMITS["max_pixels"] // UNIT**2
+_WHITE: Colour = (255, 255, 255)
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,7 @@ def scene(draws: Draws) -> tuple[Image.Image, list[Mark]]:
         room = (size[0], size[1] - UNIT)
     image, marks = draw_some_things(draws, size, room, ground)
     if room != size:
-        ink = (16, 16, 18) if sum(ground) > 450 else (250, 250, 250)
-        marks += write(draws, image, _some_text(draws, 6), ink, (0, room[1], *size))
+        marks += write(draws, image, _some_text(draws, 6), ink_on(ground), (0, room[1], *size))
     return image, marks
 
 
@@ -82,6 +82,11 @@ def _some_text(draws: Draws, longest: int) -> str:
     if longest >= 3 and draws.chance(0.5):
         return random_text(draws, longest)
     return random_characters(draws, ALPHABET, longest)
+
+
+def ink_on(ground: Colour) -> Colour:
+    """Black or white, whichever stands out."""
+    return (16, 16, 18) if sum(ground) > 450 else (250, 250, 250)
 
 
 def picture_size(draws: Draws, rows: tuple[int, int], columns: tuple[int, int]) -> tuple[int, int]:
@@ -144,23 +149,19 @@ def _buttons(draws: Draws) -> tuple[Image.Image, list[Mark]]:
     count = draws.between(2, 4)
     columns = 2 if count > 3 else draws.between(1, 2)
     size = (84, 84) if columns == 1 else (112, draws.pick((84, 112)))
-    rows = -(-count // columns)
-    wide, high = size[0] // columns, size[1] // rows
     faces = [face for face in typefaces() if face.path is None or face.vietnamese]
-    image, marks = Image.new("RGB", size, draws.pick(_PAPERS)), []
-    paint, face, points = draws.pick(_PAINTS), draws.pick(faces), draws.between(12, 13)
+    image, marks = Image.new("RGB", size, draws.pick((*PALE, _WHITE))), []
+    paint, face, points = draws.pick(PAINTS), draws.pick(faces), draws.between(12, 13)
     pen = ImageDraw.Draw(image)
     labels = draws.some(LABELS, count) if draws.chance(0.6) else [random_text(draws, 5) for _ in range(count)]
-    for label, cell in zip(labels, draws.some(range(rows * columns), count), strict=True):
-        w, h = draws.between(max(46, wide * 3 // 4), wide - 4), draws.between(18, min(high - 4, 30))
-        x = wide * (cell % columns) + draws.between(2, wide - w - 2)
-        y = high * (cell // columns) + draws.between(2, high - h - 2)
-        pen.rounded_rectangle((x, y, x + w - 1, y + h - 1), radius=4, fill=paint, outline=paint)
+    for control in layout(draws, labels, size, columns):
+        label, (left, top, right, bottom) = control.label, control.box
+        pen.rounded_rectangle((left, top, right - 1, bottom - 1), radius=4, fill=paint, outline=paint)
         own = face if label.isascii() else draws.pick(faces_for(label))
         mask = text_mask(own, label, points)
-        left, top = (2 * x + w - mask.width) // 2, (2 * y + h - mask.height) // 2
-        image.paste((255, 255, 255), (left, top), mask)
-        marks += _characters(own, points, label, mask.size, (left, top), whole=(x, y, x + w, y + h))
+        at = (left + right - mask.width) // 2, (top + bottom - mask.height) // 2
+        image.paste(_WHITE, at, mask)
+        marks += _characters(own, points, label, mask.size, at, whole=control.box)
     return image, marks
 
 

@@ -49,8 +49,9 @@ _LABELS = """
 _MENUS = "Menu File View Tools Setup Admin Extra Pages"
 LABELS = tuple(label for label in _LABELS.split() if not is_held_out(label))
 MENUS = tuple(label for label in _MENUS.split() if not is_held_out(label))
-_PALE: tuple[Colour, ...] = ((238, 238, 240), (226, 232, 240), (240, 234, 222))
-_BUTTONS: tuple[Colour, ...] = ((40, 84, 170), (36, 110, 70), (120, 50, 120), (150, 60, 30), (70, 74, 82))
+#: Colours of a screen's ground, and of its buttons.
+PALE: tuple[Colour, ...] = ((238, 238, 240), (226, 232, 240), (240, 234, 222))
+PAINTS: tuple[Colour, ...] = ((40, 84, 170), (36, 110, 70), (120, 50, 120), (150, 60, 30), (70, 74, 82))
 
 
 @dataclass(frozen=True)
@@ -222,31 +223,31 @@ def make_game(draws: Draws, level: int, language: str) -> ScreenGame:
     labels = draws.some(LABELS, count)
     todo = [Task("tap", label) for label in draws.some(labels, tasks)]
     if level < 3:
-        screens = (_layout(draws, labels, size, columns),)
+        screens = (layout(draws, labels, size, columns),)
     elif level == 3:
         menu = draws.pick(MENUS)
-        first = _layout(draws, [*labels[:2], menu], size, columns, opens=menu)
-        screens = (first, _layout(draws, labels[2:] + draws.some(MENUS, 1), size, columns))
+        first = layout(draws, [*labels[:2], menu], size, columns, opens=menu)
+        screens = (first, layout(draws, labels[2:] + draws.some(MENUS, 1), size, columns))
         todo = [Task("tap", menu), Task("tap", draws.pick(labels[2:]))]
     else:
         text = (
             random_word(draws, 6) if draws.chance(0.3) else random_characters(draws, string.digits, draws.between(1, 4))
         )
         todo = [Task("tap", ""), Task("type", text), Task("tap", draws.pick(labels))]
-        screens = (_layout(draws, labels, size, columns, with_field=True),)
+        screens = (layout(draws, labels, size, columns, with_field=True),)
     faces = [n for n, face in enumerate(typefaces()) if face.path is None or face.vietnamese]
     return ScreenGame(
         screens,
         tuple(todo),
         size,
         language,
-        draws.pick(_PALE),
-        draws.pick(_BUTTONS),
+        draws.pick(PALE),
+        draws.pick(PAINTS),
         (draws.pick(faces), draws.between(12, 13)),
     )
 
 
-def _layout(
+def layout(
     draws: Draws,
     labels: Sequence[str],
     size: tuple[int, int],

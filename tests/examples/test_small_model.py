@@ -29,6 +29,7 @@ from qwen2vl.prompt.processor import Processor
 from qwen2vl.prompt.tokenizer import CONTROL_TOKENS, Tokenizer
 from qwen2vl.samples import held_out
 from qwen2vl.samples.skills import DATA_VERSION
+from tests.examples.cut import Killed, killed_at
 
 SCOPE_LEVELS = [(skill, n) for skill, levels in SCOPE.items() for n in levels]
 
@@ -160,15 +161,8 @@ def test_a_sitting_goes_on_as_if_it_had_not_been_cut(beginning, tmp_path, monkey
     sitting = Sitting("x", 3, tokens=256, every=1, count=2)
     train(tmp_path / "whole", beginning, sitting, said=lambda line: None)
 
-    class Killed(Exception):
-        pass
-
-    def killed(line):
-        if line.startswith("step 2"):
-            raise Killed
-
     with pytest.raises(Killed):
-        train(tmp_path / "cut", beginning, sitting, said=killed)
+        train(tmp_path / "cut", beginning, sitting, said=killed_at(2))
     assert [row["step"] for row in curve(tmp_path / "cut")] == [0, 1, 2]
     before = [{"begin": "y"}]
     train(tmp_path / "cut", beginning, sitting, before=before, said=lambda line: None)

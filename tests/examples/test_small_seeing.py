@@ -27,6 +27,7 @@ from qwen2vl.samples.draws import Draws, is_held_out_size
 from qwen2vl.samples.vocabulary import is_held_out
 from qwen2vl.samples.words import COLOURS, SHAPES, thing_name
 from qwen2vl.training.example import Example
+from tests.examples.cut import Killed, killed_at
 
 EN = ("en",)
 
@@ -195,15 +196,8 @@ def test_a_sitting_without_questions_trains_the_tower_alone(beginning, tmp_path,
     look = Sitting("x", 3, tokens=0, pictures=64, every=1)
     model = train(tmp_path / "whole", beginning, look, said=lambda line: None)
 
-    class Killed(Exception):
-        pass
-
-    def killed(line):
-        if line.startswith("step 2"):
-            raise Killed
-
     with pytest.raises(Killed):
-        train(tmp_path / "cut", beginning, look, said=killed)
+        train(tmp_path / "cut", beginning, look, said=killed_at(2))
     again = train(tmp_path / "cut", beginning, look, before=[{"begin": "y"}], said=lambda line: None)
     for file in ("model.safetensors", HEADS):
         assert (model / file).read_bytes() == (again / file).read_bytes()
