@@ -353,7 +353,8 @@ def _same(told: Asked, inputs: Mapping[str, Any], config: GenerationConfig, keep
 
 
 def bytes_per_rank(model: Qwen2VL, ranks: int, tokens: int = 0) -> list[int]:
-    """Bytes of weights and of the keys and values of ``tokens`` that each rank holds, without activations.
+    """Bytes of weights and of the keys and values of ``tokens`` that each rank holds, without activations, nor what
+    fills up the blocks of columns in the order of activations.
 
     ``model`` may be on the meta device: ``Qwen2VL.from_config("72B", device="meta")``. Raises :class:`Qwen2VLError`
     where it cannot be split so.

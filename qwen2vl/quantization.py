@@ -31,11 +31,8 @@ from qwen2vl_kernels.core.quant_layout import (
 )
 
 from .errors import CheckpointError
+from .quantised_words import ONES, awq_places, pack_rows, unpack_rows
 
-#: Where in a 32-bit word AWQ puts eight neighbouring columns: four bits at place p are those of column _AWQ_ORDER[p].
-_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-#: A word of ones, by bits.
-_ONES = {4: 0x11111111, 8: 0x01010101}
 _SCALES = ("F32", "F16", "BF16")
 
 #: What a file stores of a layer: suffix -> (shapes that fit, dtypes that fit).
@@ -229,14 +226,18 @@ class QuantLinear(nn.Linear):
         self.how = how
         rows, columns = how.block if how.bits == 0 else (1, how.group)
         self.block = (rows or self.out_features, columns or self.in_features)
-        groups = -(-self.in_features // self.block[1])
         bytes_ = self.in_features * (how.bits or 8) // 8
         self.set("weight", torch.empty(self.out_features, bytes_, dtype=torch.uint8))
-        self.set("scales", torch.empty(-(-self.out_features // self.block[0]), groups, dtype=torch.float16))
+        self.set("scales", torch.empty(self.blocks, dtype=torch.float16))
         for name in ("zeros", "order", "input_scale"):
             self.set(name, None)
         self.register_parameter("bias", like.bias)
         self.scale_shape: tuple[int, ...] = ()  # of fp8, as the file has it
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """How many there are, of rows and of columns."""
+        return -(-self.out_features // self.block[0]), -(-self.in_features // self.block[1])
 
     def set(self, name: str, tensor: torch.Tensor | None) -> None:
         """Make a tensor one of the layer's parameters that are not trained."""
@@ -329,8 +330,12 @@ def place(model: nn.Module, layers: Mapping[str, nn.Linear], how: Quantization, 
 # ------------------------------------------------------------------------------------------------ from and to the files
 
 
-def from_stored(layer: QuantLinear, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
+def from_stored(
+    layer: QuantLinear, tensors: Mapping[str, torch.Tensor], order: torch.Tensor | None = None
+) -> dict[str, torch.Tensor | None]:
     """The layer's parameters from what :meth:`Quantization.stored` names, whose shapes and dtypes have been checked.
+
+    ``order``: of the columns of a rank's part, see :class:`qwen2vl.quantised_slices.Part`; default what g_idx says.
 
     Raises :class:`CheckpointError` where values make no sense.
     """
@@ -342,37 +347,37 @@ def from_stored(layer: QuantLinear, tensors: Mapping[str, torch.Tensor]) -> dict
             raise CheckpointError(f"{how.scale_name}: some are no finite numbers")
         return {
             "weight": tensors["weight"].view(torch.uint8),
-            "scales": scale.reshape(layer.scales.shape),
+            "scales": scale.reshape(layer.blocks),
             "input_scale": tensors.get("input_scale"),
         }
     scales = _turned(tensors["scales"])
     if not scales.isfinite().all():
         raise CheckpointError("scales: some are no finite numbers")
-    columns = layer.in_features
-    zeros = _unpack_rows(tensors["qzeros"], bits)  # (G, N)
+    zeros = unpack_rows(tensors["qzeros"], bits)  # (G, N)
     if how.method == "awq":
-        columns_of = _awq_places(layer.out_features)
-        q = _unpack_rows(tensors["qweight"], bits)[:, columns_of].T
+        columns_of = awq_places(layer.out_features)
+        q = unpack_rows(tensors["qweight"], bits)[:, columns_of].T
         zeros = zeros[:, columns_of]
         order = None
     else:
-        q = _unpack_rows(tensors["qweight"].T, bits)
+        q = unpack_rows(tensors["qweight"].T, bits)
         # Some writers of the first format store the zero points of symmetric weights as they are, and readers that know
         # these need none do not notice; less one, they would not be in the middle.
         if how.zeros_less_one and not (how.symmetric and bool((zeros == 1 << (bits - 1)).all())):
-            # AutoGPTQ spread the borrow of a zero point of 0 over all of its word, and its readers made it 16.
-            if not how.borrows and bool((zeros == (1 << bits) - 1).any()):
+            # AutoGPTQ spread the borrow of a zero point of 0 over all of its word; its readers made it 16.
+            if not how.borrows and bool((zeros == (top := (1 << bits) - 1)).any()):
                 raise CheckpointError(
-                    f"qzeros: hold {(1 << bits) - 1}, a zero point of 0 less one, of which checkpoint_format gptq's "
-                    "writers make different things, and meta.quantizer does not name gptqmodel, whose way is known; "
-                    "save the checkpoint as gptq_v2"
+                    f"qzeros: hold {top}, a zero point of 0 less one, of which checkpoint_format gptq's writers make "
+                    "different things, and meta.quantizer names no known one; save the checkpoint as gptq_v2"
                 )
-            zeros = _unpack_rows(tensors["qzeros"] + _ONES[bits], bits)
-        order = _order(tensors["g_idx"], layer.block[1], how.act_order)
-        q = q if order is None else q[:, order]
+            zeros = unpack_rows(tensors["qzeros"] + ONES[bits], bits)
+        order = _order(tensors["g_idx"], layer.block[1], how.act_order) if order is None else order.to(q.device)
+        if order is not None:  # what fills a block up is as its zero point, and counts for nothing
+            filling = zeros.T.repeat_interleave(layer.block[1], 1)[:, : order.numel()]
+            q, order = torch.where(order < 0, filling, q[:, order]), order.clamp(0)
     same = bool((zeros == 1 << (bits - 1)).all())
     return {
-        "weight": pack_columns(q.contiguous().view(layer.out_features, columns), bits),
+        "weight": pack_columns(q.contiguous(), bits),
         "scales": scales,
         "zeros": None if same else pack_zeros(_turned(zeros), bits),
         "order": None if order is None else order.int(),
@@ -396,14 +401,14 @@ def to_stored(layer: QuantLinear) -> Iterator[tuple[str, torch.Tensor]]:
         zeros = unpack_zeros(layer.zeros.detach(), bits, groups)
     zeros = _turned(zeros)
     if how.method == "awq":
-        places = torch.argsort(_awq_places(layer.out_features)).to(q.device)
-        yield "qweight", _pack_rows(q.T[:, places], bits)
-        yield "qzeros", _pack_rows(zeros[:, places], bits)
+        places = torch.argsort(awq_places(layer.out_features)).to(q.device)
+        yield "qweight", pack_rows(q.T[:, places], bits)
+        yield "qzeros", pack_rows(zeros[:, places], bits)
     else:
         back = torch.argsort(order)
-        yield "qweight", _pack_rows(q[:, back], bits).T.contiguous()
-        words = _pack_rows(zeros, bits)
-        yield "qzeros", words - _ONES[bits] if how.zeros_less_one else words
+        yield "qweight", pack_rows(q[:, back], bits).T.contiguous()
+        words = pack_rows(zeros, bits)
+        yield "qzeros", words - ONES[bits] if how.zeros_less_one else words
         yield "g_idx", (back // layer.block[1]).int()
     yield "scales", layer.scales.detach().T.contiguous()
 
@@ -427,21 +432,3 @@ def _order(g_idx: torch.Tensor, group: int, act_order: bool) -> torch.Tensor | N
     if not act_order:
         raise CheckpointError("g_idx: columns are out of their order, but desc_act is false")
     return order.to(g_idx.device)
-
-
-def _awq_places(columns: int) -> torch.Tensor:
-    """Where the columns lie among the integers of their words."""
-    within = torch.argsort(torch.tensor(_AWQ_ORDER))
-    return (torch.arange(0, columns, 8).unsqueeze(1) + within).flatten()
-
-
-def _unpack_rows(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """``(R, C)`` int32 as the ``(R, C * 32 / bits)`` uint8 that lie in the words, lowest bits first."""
-    bytes_ = words.contiguous().view(torch.uint8)
-    return bytes_ if bits == 8 else torch.stack([bytes_ & 15, bytes_ >> 4], 2).flatten(1)
-
-
-def _pack_rows(q: torch.Tensor, bits: int) -> torch.Tensor:
-    """What :func:`_unpack_rows` unpacks."""
-    q = q.contiguous()
-    return (q if bits == 8 else q[:, ::2] | q[:, 1::2] << 4).contiguous().view(torch.int32)

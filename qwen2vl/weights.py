@@ -24,7 +24,7 @@ from .files import read_json, write_json, write_whole
 from .interrupts import scratch
 from .moe import expert_parts, held_elsewhere
 from .quantised_experts import put_together
-from .quantised_slices import Slice, stored_slices, with_own_groups
+from .quantised_slices import Slice, own_part, stored_slices
 from .quantization import QuantisedTogether, QuantLinear, from_stored, quantised, to_stored
 from .stacked_fp8 import in_files, part_of, read_part
 
@@ -229,9 +229,9 @@ def load_weights(
             held = [one for one in suffixes if _holds(where, f"{prefix}.{one}")]
             parts_of = stored_slices(layer.how, cuts.get(f"{prefix}.weight"))
             tensors = {one: _read(where, f"{prefix}.{one}", parts_of.get(one)) for one in held}
-            tensors = with_own_groups(layer.how, cuts.get(f"{prefix}.weight"), tensors)
             try:
-                parts = from_stored(layer, {one: tensor.to(device) for one, tensor in tensors.items()})
+                tensors, layer.block, order = own_part(layer, cuts.get(f"{prefix}.weight"), tensors)
+                parts = from_stored(layer, {one: tensor.to(device) for one, tensor in tensors.items()}, order)
             except CheckpointError as error:
                 raise CheckpointError(f"{folder}: {prefix}.{error}") from None
             for one, tensor in parts.items():

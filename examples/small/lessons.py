@@ -16,6 +16,7 @@ from qwen2vl.training.data import TrainingData, build_dataset
 from qwen2vl.training.example import Example
 
 from .dialogues import dialogue
+from .looking import Gaze, gazes
 from .plan import Level, entries
 from .tokenizer import LANGUAGES
 
@@ -31,6 +32,7 @@ class Lessons:
             is given those that it had; :meth:`begin_lap` adds one.
         dialogues: the share of examples that are none of these, but dialogues.
         drawn: the number of examples that were given so far.
+        looked: source of a dialogue -> what its tokens look at. Who learns from it takes it out.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Lessons:
         self.rank, self.world, self.dialogues = rank, world, dialogues
         self._texts = texts_of(processor.tokenizer)
         self.drawn = 0
+        self.looked: dict[str, list[Gaze]] = {}
         self._lap = 0
         self._data: TrainingData | None = None
 
@@ -78,9 +81,13 @@ class Lessons:
         rng = np.random.default_rng([self.seed, self.rank, self.drawn])
         if not self.dialogues or rng.random() >= self.dialogues:
             return None
-        inputs = self.processor.supervised(dialogue(Draws(rng, languages=LANGUAGES)))
-        one = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
-        return Example(inputs["input_ids"][0], inputs["labels"][0], **one, source=f"dialogue:{self.rank}:{self.drawn}")
+        messages, looks = dialogue(Draws(rng, languages=LANGUAGES))
+        inputs = self.processor.supervised(messages)
+        media = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
+        source = f"dialogue:{self.rank}:{self.drawn}"
+        example = Example(inputs["input_ids"][0], inputs["labels"][0], **media, source=source)
+        self.looked[source] = gazes(example, looks, self._texts)
+        return example
 
     def _of_lap(self, lap: int) -> TrainingData:
         return build_dataset(

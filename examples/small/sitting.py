@@ -1,7 +1,8 @@
 """One sitting of the training: from the weights of the last one, with an optimiser that warms up anew, to others.
 
-A step learns from questions, from pictures of which all is known (see `examples.small.seeing`), or from both. A sitting
-without questions is the tower's own training. Started by torchrun, every process draws samples of its own, and their
+A step learns from questions, and from what is to be looked at as they are answered (see `examples.small.looking`), from
+pictures of which all is known (see `examples.small.seeing`), or from both. A sitting without questions is the tower's
+own training. Started by torchrun, every process draws samples of its own, and their
 gradients are averaged. A sitting lies in one folder. Killed at any time, it goes on from its last measurement as if
 nothing had been:
 
@@ -38,6 +39,7 @@ from qwen2vl.training.packing import Packer
 from qwen2vl.training.step import TrainingStep
 
 from .lessons import Lessons
+from .looking import Looking
 from .plan import Level, open_levels, shares
 from .results import facts_of
 from .seeing import LOSSES, Heads, Names, pictures, tokens_of
@@ -48,6 +50,8 @@ T = TypeVar("T")
 _SEED = 77
 #: The names of the files of measurements, of the sittings so far, and of the heads that ask the tower.
 CURVE, SITTINGS, HEADS = "curve.jsonl", "sittings.json", "heads.pt"
+#: What the losses of attention count beside that of the questions.
+ATTENTION = {"looks": 0.3, "counts": 0.3}
 #: The heads' learning rate in the model's, and how many tokens of pictures are asked at every measurement.
 _HEADS, _ASKED = 3.0, 4096
 
@@ -83,7 +87,7 @@ class Sitting:
     count: int = 24
     seed: int = 1
     dtype: str = "float32"
-    dialogues: float = 0.25
+    dialogues: float = 0.5
     processes: int = 1
 
 
@@ -145,7 +149,7 @@ class _Run:
         self.model = Qwen2VL.from_pretrained(begin, device="cpu", dtype=sitting.dtype).train()
         self.model.requires_grad_(bool(sitting.tokens))
         self.model.visual.requires_grad_(True)
-        self.questions = TrainingStep(self.model)
+        self.questions, self.looking = TrainingStep(self.model), Looking(self.model)
         self.names = Names(self.processor.tokenizer)
         torch.manual_seed(sitting.seed)
         self.heads = Heads(self.model.config.text.hidden_size, self.names, self.model.head_weight.detach())
@@ -187,9 +191,13 @@ class _Run:
         sitting = self.sitting
         if sitting.tokens:
             pack = next(self.packer)
-            loss = self.questions(pack, 1.0 / max(1, pack.supervised))
-            loss.backward()
-            self.losses["questions"] += float(loss.detach())
+            with self.looking.watching():
+                losses = {"questions": self.questions(pack, 1.0 / max(1, pack.supervised))}
+            looked = {one: found for one in pack.sources if one and (found := self.lessons.looked.pop(one, None))}
+            losses |= self.looking.losses(pack, looked)
+            torch.stack([ATTENTION.get(name, 1.0) * loss for name, loss in losses.items()]).sum().backward()
+            for name, loss in losses.items():
+                self.losses[name] += float(loss.detach())
         if sitting.pictures:
             rng = np.random.default_rng([sitting.seed, self.rank, self.step])
             seen = pictures(self.processor, self.names, rng, sitting.pictures)
@@ -231,7 +239,8 @@ class _Run:
             row["right"] = {name: round(self._sum(share) / self.world, 4) for name, share in right.items()}
         count = max(1, self.step - (self.rows[-1]["step"] if self.rows else 0))
         row["losses"] = {
-            name: round(self._sum(self.losses[name]) / count / self.world, 4) for name in sorted(self.losses)
+            name: round(self._sum(self.losses[name]) / count / self.world, 4)
+            for name in sorted({name for names in self._gathered([*self.losses]) for name in names})
         }
         row["seconds"] = round(self._sum(time.process_time() - self.begun))  # of a core
         self.losses.clear()

@@ -4,7 +4,7 @@
     fp8        weight (N, K) float8_e4m3fn, scales (S, G) with S = ceil(N / block[0])
 
 A row is one output's, as in a 16-bit ``(N, K)`` weight: the sums over K read it from its beginning to its end, and a
-weight is cut for several GPUs by rows, or by columns at groups. Eight bits are one byte a column. Four bits come in
+weight is cut for several GPUs by rows, or by columns. Eight bits are one byte a column. Four bits come in
 pairs of columns 16 apart: byte j of the 16 bytes of 32 columns holds column j in its low half and column j + 16 in its
 high half, so that sixteen neighbours of either half meet sixteen neighbours of x and no register is shuffled.
 

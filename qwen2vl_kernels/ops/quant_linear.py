@@ -86,11 +86,14 @@ def _check_values(weight, scales, zeros, block_n, block_k, dtype, columns) -> No
 def _check(op: str, x, weight, scales, zeros, bias, block_n, block_k, order=None) -> None:
     check = Checker(op)
     check.tensor("x", x, (..., "K"), dtypes=EAGER_FLOATS)
-    check_weight(check, x.shape[-1], weight, scales, zeros, (block_n, block_k))
+    columns = x.shape[-1]
+    if order is not None:
+        check.tensor("order", order, ("columns",), dtypes=(torch.int32, torch.int64))
+        check.require(order.numel() >= columns, f"order must have K = {columns} entries or more, got {order.numel()}")
+        columns = order.numel()
+    check_weight(check, columns, weight, scales, zeros, (block_n, block_k))
     if bias is not None:
         check.tensor("bias", bias, ("N",), like=x)
-    if order is not None:
-        check.tensor("order", order, ("K",), dtypes=(torch.int32, torch.int64))
 
 
 _SCHEMA = "(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor? bias, int block_n, int block_k) -> Tensor"
@@ -138,8 +141,9 @@ def quant_linear(
         bias: ``(N,)`` in x's dtype.
         block: rows and columns of weights that share a scale: ``(1, 128)`` for integers in groups of 128, ``(N, K)``,
             ``(1, K)`` or ``(128, 128)`` for fp8.
-        order: ``(K,)`` integers, the column of x that meets each column of the weight, where groups of columns that
-            were chosen by activation (``desc_act``) have been brought together.
+        order: ``(K',)`` integers, the column of x that meets each column of the weight, where groups of columns that
+            were chosen by activation (``desc_act``) have been brought together. K' in the place of K above, and more
+            where the weight has columns that fill its blocks up.
         backend: ``None`` (choose), ``"native"`` on CPUs, ``"triton"``, ``"eager"``.
 
     Returns ``(..., N)`` in x's dtype. Gradients reach x and bias only. Raises ``TypeError``/``ValueError`` naming the

@@ -1,8 +1,7 @@
-"""What the tower of the small model learns to see from, and the dialogues about one picture."""
+"""What the tower of the small model learns to see from."""
 
 import subprocess
 import sys
-from functools import partial
 
 import numpy as np
 import pytest
@@ -10,23 +9,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from examples.small import dialogues, scenes, seeing, sitting
-from examples.small.dialogues import dialogue
-from examples.small.lessons import in_hundredths, texts_of
+from examples.small import scenes, seeing, sitting
 from examples.small.scenes import Mark, picture_size, scene
 from examples.small.seeing import CHARACTERS, Heads, Names, Seen, pictures
 from examples.small.shape import write_beginning
 from examples.small.sitting import HEADS, Sitting, sittings_of, train
-from qwen2vl.agents.function_calls import Call, render_call
-from qwen2vl.agents.grounding import parse_grounding
 from qwen2vl.errors import Qwen2VLError
 from qwen2vl.media.image import preprocess_image
 from qwen2vl.model import Qwen2VL
 from qwen2vl.prompt.processor import Processor
 from qwen2vl.samples.draws import Draws, is_held_out_size
 from qwen2vl.samples.vocabulary import is_held_out
-from qwen2vl.samples.words import COLOURS, SHAPES, thing_name
-from qwen2vl.training.example import Example
+from qwen2vl.samples.words import COLOURS, SHAPES
 from tests.examples.cut import Killed, killed_at
 
 EN = ("en",)
@@ -246,77 +240,6 @@ def test_16_bits_learn_through_their_masters(beginning, tmp_path, monkeypatch):
     master = saved["tensors"][f"{name}.master"]
     assert master.dtype == torch.float32 and not torch.equal(master, weight.float())
     assert torch.allclose(master, weight.float(), atol=1e-4)
-
-
-# -------------------------------------------------------------------------------------------------------- dialogues
-
-
-def turns(messages):
-    asked = [one["content"][-1]["text"] for one in messages[::2]]
-    return list(zip(asked, [one["content"] for one in messages[1::2]], strict=True))
-
-
-def test_dialogues_are_right_about_their_pictures(monkeypatch):
-    """Counts, names and boxes are held against the marks, and colours against the pixels under the boxes."""
-    drawn = []
-
-    def remember(*given):
-        drawn.append(draw(*given))
-        return drawn[-1]
-
-    draw = scenes.draw_some_things
-    monkeypatch.setattr(dialogues, "draw_some_things", remember)
-    asked = dict.fromkeys(("count", "colour of", "shape of", "find"), 0)
-    for n in range(60):
-        messages = dialogue(Draws(np.random.default_rng([4, n]), languages=EN))
-        assert [one["role"] for one in messages] == ["user", "assistant"] * (len(messages) // 2)
-        assert {part["type"] for one in messages[2::2] for part in one["content"]} <= {"text"}
-        pixels, marks = messages[0]["content"][0]["image"], drawn[-1][1]
-        for question, answer in turns(messages):
-            words = question.rstrip("?.").split()
-            if words[0] in ("How", "Count"):
-                kinds = [mark.names for mark in marks]
-                colour = next((w for w in words if w in COLOURS), None)
-                shape = next((s for s in SHAPES for w in words if w in (s + "s", s + "es")), None)
-                fits = [k for k in kinds if colour in (None, k[0]) and shape in (None, k[1])]
-                assert int(answer) == len(fits), (question, kinds)
-                asked["count"] += 1
-            elif answer in COLOURS:
-                assert [m.names[0] for m in marks if m.names[1] in words] == [answer]
-                asked["colour of"] += 1
-            elif answer in SHAPES:
-                assert [m.names[1] for m in marks if m.names[0] in words] == [answer]
-                asked["shape of"] += 1
-            elif found := parse_grounding(answer):
-                (box,) = found[0].places
-                name = found[0].phrase
-                if name in {thing_name(c, s, "en") for c in COLOURS for s in SHAPES}:
-                    height, width = pixels.shape[:2]
-                    x, y = (box.x1 + box.x2) / 2000 * width, (0.45 * box.y1 + 0.55 * box.y2) / 1000 * height
-                    assert np.abs(pixels[int(y), int(x)].astype(int) - COLOURS[name.split()[0]]).max() <= 2
-                    asked["find"] += 1
-    assert min(asked.values()) > 10, asked
-
-
-def test_coordinates_are_taught_in_hundredths(processor):
-    """Boxes and taps; what was asked, counts, typed numbers and 1000 stay as they are."""
-    box = "<|object_ref_start|>12<|object_ref_end|><|box_start|>(7,46),(911,1000)<|box_end|>"
-    call = render_call(Call("Tap", {"point": (506, 798)}), "paper") + render_call(Call("Type", {"text": "49"}), "paper")
-    for answer, wanted in ((box, box.replace("7,46", "5,45").replace("911", "915")), ("3", "3"), (call, None)):
-        messages = [{"role": "user", "content": "Where is (123,456)?"}, {"role": "assistant", "content": answer}]
-        inputs = processor.supervised(messages)
-        before = Example(inputs["input_ids"][0], inputs["labels"][0])
-        after = in_hundredths(before, texts_of(processor.tokenizer))
-        decode = partial(processor.decode, skip_special_tokens=False)
-        wanted = wanted or call.replace("506", "505").replace("798", "795")
-        assert decode(after.input_ids) == decode(before.input_ids).replace(answer, wanted)
-        assert decode(after.labels[after.labels >= 0]) == f"{wanted}<|im_end|>\n".removesuffix("\n")
-
-
-def test_dialogues_are_examples_with_every_answer_taught(processor):
-    inputs = processor.supervised(dialogue(Draws(np.random.default_rng(2), languages=EN)))
-    text = processor.decode(inputs["labels"][0][inputs["labels"][0] >= 0], skip_special_tokens=False)
-    assert text.count("<|im_end|>") >= 2
 
 
 def test_seen_holds_what_its_docstring_says(processor):

@@ -23,10 +23,14 @@ from qwen2vl.quantising import quantise
 from tests.conftest import assert_two_times
 from tests.model import rank_memory
 from tests.model import ranks as worker
+from tests.model.test_quantised import FORMATS
+from tests.model.test_quantised import quantise as quantise_as_written
 
 ROOT = Path(__file__).parents[2]
 OF = {2: "untied", 4: "tied"}
 QUANTISED = ("awq", "gptq-int4", "fp8")
+#: Forms of which ranks hold blocks of their own: in the order of activations, and in groups that they share.
+SHARED = {"act-order": "gptq act-order", "cut-groups": "gptq int8", "cut-blocks": "fp8 fine-grained"}
 OF_EXPERTS = ("experts", "experts-int4")
 #: One layer with experts, one without.
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 96, "norm_topk_prob": False,
@@ -58,6 +62,9 @@ def folder(tmp_path_factory):
     )
     for form in QUANTISED:
         quantise(Qwen2VL.from_pretrained(folder / "untied", device="cpu"), form, 64).save_pretrained(folder / form)
+    for form, name in SHARED.items():
+        quantise_as_written(folder / "untied", folder / "made" / form, FORMATS[name])
+        (folder / "made" / form / "quantised").rename(folder / form)
     return folder
 
 
@@ -71,7 +78,8 @@ def inputs(folder):
 @pytest.fixture(scope="module")
 def found(folder, inputs):
     """What every rank found, by (ranks, rank), and exit codes by what was run."""
-    torch.save({"inputs": inputs, "of": OF, "quantised": QUANTISED, "experts": OF_EXPERTS}, folder / "given.pt")
+    given = {"inputs": inputs, "of": OF, "quantised": (*QUANTISED, *SHARED), "experts": OF_EXPERTS}
+    torch.save(given, folder / "given.pt")
     (folder / "commands.json").write_text(json.dumps(COMMANDS))
     (folder / "stdin").write_text(STDIN)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -110,7 +118,7 @@ def test_sums_of_16_bits(folder, inputs, found, ranks):
         assert_two_times(found[ranks, rank]["bfloat16"], one, exact, floor=0)
 
 
-@pytest.mark.parametrize("form", QUANTISED)
+@pytest.mark.parametrize("form", [*QUANTISED, *SHARED])
 def test_quantised_weights_are_split(folder, inputs, found, form):
     with torch.no_grad():
         one = Qwen2VL.from_pretrained(folder / form, device="cpu")(**inputs)

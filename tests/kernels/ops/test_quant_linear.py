@@ -186,6 +186,25 @@ def test_columns_in_another_order(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_columns_that_fill_blocks_up(backend):
+    """The weight has more columns than x: those of zeros meet some column of x and count for nothing."""
+    (weight, scales, zeros, block), exact = weight_of("int4, zeros", 9, 128)
+    q = unpack_columns(weight, 4)
+    filled = torch.arange(128) % 64 >= 50
+    points = unpack_zeros(zeros, 4, 2).repeat_interleave(64, 1)
+    weight = pack_columns(torch.where(filled, points, q), 4)
+    order = torch.zeros(128, dtype=torch.int64)
+    order[~filled] = torch.randperm(100)
+    x = torch.randn(3, 100, requires_grad=True)
+    got = quant_linear(x, weight, scales, zeros, block=block, order=order, backend=backend)
+    plain = torch.empty(9, 100, dtype=exact.dtype)
+    plain[:, order[~filled]] = exact[:, ~filled]
+    torch.testing.assert_close(got, F.linear(x, plain.float()), rtol=1e-5, atol=1e-5)
+    got.sum().backward()
+    torch.testing.assert_close(x.grad, plain.sum(0).float().expand(3, 100), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("form", ["int4, zeros", "int8", "fp8, blocks"])
 def test_gradients_reach_x_and_bias(form, backend):
     (weight, scales, zeros, block), exact = weight_of(form, 10, 96)
@@ -253,7 +272,9 @@ def test_nothing_and_autocast():
         ({"block": (1, 48)}, ValueError, "block must have a multiple of 32 columns"),
         ({"block": (2, 64)}, ValueError, "block of integers must have 1 row, got 2"),
         ({"block": (0, 64)}, ValueError, "block must be two positive sizes"),
-        ({"order": torch.arange(127)}, ValueError, r"order must have shape \(K\)"),
+        ({"order": torch.arange(127)}, ValueError, "order must have K = 128 entries or more, got 127"),
+        ({"order": torch.arange(144) % 128}, ValueError, "K must be a multiple of 32, got 144"),
+        ({"order": torch.arange(160) % 128}, ValueError, "weight must have K = 160 bytes a row.*got 64"),
         ({"order": torch.zeros(128)}, TypeError, "order must have one of the dtypes"),
     ],
 )
