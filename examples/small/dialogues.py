@@ -51,10 +51,12 @@ class Look:
         places: (number of the picture, box) of each thing that it is about.
         how: "one": all of the answer, or its coordinates where it has some, is about all of the places; "counted": it
             is their number; "spelled": each of its characters is at a place of its own.
+        name: what the answer calls them, where it does.
     """
 
     places: tuple[tuple[int, Box], ...] = ()
     how: Literal["one", "counted", "spelled"] = "one"
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def dialogue(draws: Draws) -> tuple[list[dict[str, Any]], list[Look]]:
     Returns:
         Messages, as :meth:`qwen2vl.Processor.supervised` takes them, and a look for each stretch of what they teach.
     """
-    return draws.pick((_things, _things, _things, _things, _texts, _screen, _pair, _text))(draws)
+    return draws.pick((_things, _things, _things, _texts, _texts, _screen, _screen, _pair, _text))(draws)
 
 
 def _things(draws: Draws) -> tuple[list[dict[str, Any]], list[Look]]:
@@ -127,7 +129,7 @@ def _screen(draws: Draws) -> tuple[list[dict[str, Any]], list[Look]]:
     said, looks = [], []
     for control in draws.some(game.screens[0], TURNS):
         said.append(SCREEN[language]["tap"].replace("{}", control.label))
-        looks.append(Look(((0, _box(control.box, game.size)),)))
+        looks.append(Look(((0, _box(control.box, game.size)),), name=control.label))
         steps += [said[-1], Call(TAP.name, {"point": to_thousandths(*control.centre, *game.size)}), Result()]
     steps.append(SCREEN[language]["done"])
     asked = ("" if language == "zh" else " ").join(said)
@@ -179,7 +181,7 @@ def _box(pixels: Sequence[float], size: tuple[int, int]) -> Box:
 
 def _find_text(draws: Draws, language: str, text: str, box: Box) -> Turn:
     answer = render_grounding(Grounded(text, (box,)))
-    return Turn(draws.question("find text", language, text), answer, Look(((0, box),)))
+    return Turn(draws.question("find text", language, text), answer, Look(((0, box),), name=text))
 
 
 def _read(draws: Draws, language: str, text: str, marks: Sequence[Mark], size: tuple[int, int]) -> Turn:
@@ -195,7 +197,8 @@ def _questions(draws: Draws, language: str, things: Sequence[Mark], size: tuple[
 
     def turn(name: str, about: str, answer: str, which: Sequence[bool], *, counted: bool = False) -> Turn:
         places = tuple(box for box, asked in zip(boxes, which, strict=True) if asked)
-        return Turn(draws.question(name, language, about), answer, Look(places, "counted" if counted else "one"))
+        look = Look(places, "counted" if counted else "one", about if name == "find" else "")
+        return Turn(draws.question(name, language, about), answer, look)
 
     yield turn("count all", "", str(len(things)), [True] * len(things), counted=True)
     for _ in range(2):

@@ -51,7 +51,7 @@ _SEED = 77
 #: The names of the files of measurements, of the sittings so far, and of the heads that ask the tower.
 CURVE, SITTINGS, HEADS = "curve.jsonl", "sittings.json", "heads.pt"
 #: What the losses of attention count beside that of the questions.
-ATTENTION = {"looks": 0.3, "counts": 0.3}
+ATTENTION = {"named": 0.3, "looks": 0.5, "counts": 1.0}
 #: The heads' learning rate in the model's, and how many tokens of pictures are asked at every measurement.
 _HEADS, _ASKED = 3.0, 4096
 
