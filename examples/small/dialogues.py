@@ -2,9 +2,9 @@
 
 Most of them ask about one of several things, which is found by its colour, its shape or what is written on it. One such
 question a picture teaches little about looking things up: the answer is often right by chance, and all that the model
-saw of the rest goes unused. So every one of several texts is looked for, every button of a screen is tapped, and two
-pictures are compared in all ways. What an answer is about is known, so that a model can be taught where to look for it,
-too (see :mod:`examples.small.looking`).
+saw of the rest goes unused. So every one of several texts is looked for, every button of a screen is tapped, every kind
+is counted, and two pictures are compared in all ways. What an answer is about is known, so that a model can be taught
+where to look for it, too (see :mod:`examples.small.looking`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from PIL import Image
 from qwen2vl.agents.function_calls import Call, Result, Step, render_turn
 from qwen2vl.agents.grounding import Box, Grounded, render_grounding, to_thousandths
 from qwen2vl.samples.comparing import compare
+from qwen2vl.samples.counting import count
 from qwen2vl.samples.draws import UNIT, Draws
 from qwen2vl.samples.pointing import point
 from qwen2vl.samples.questions import SCREEN
@@ -30,6 +31,7 @@ from qwen2vl.samples.words import (
     COLOURS,
     DIFFERENCES,
     SHAPES,
+    WHICH_PICTURE,
     YES_NO,
     colour_name,
     kind_name,
@@ -50,12 +52,13 @@ class Look:
     Attributes:
         places: (number of the picture, box) of each thing that it is about.
         how: "one": all of the answer, or its coordinates where it has some, is about all of the places; "counted": it
-            is their number; "spelled": each of its characters is at a place of its own.
+            is their number; "spelled": each of its characters is at a place of its own; "compared": it says which of
+            two pictures has more of them.
         name: what the answer calls them, where it does.
     """
 
     places: tuple[tuple[int, Box], ...] = ()
-    how: Literal["one", "counted", "spelled"] = "one"
+    how: Literal["one", "counted", "spelled", "compared"] = "one"
     name: str = ""
 
 
@@ -74,7 +77,7 @@ def dialogue(draws: Draws) -> tuple[list[dict[str, Any]], list[Look]]:
     Returns:
         Messages, as :meth:`qwen2vl.Processor.supervised` takes them, and a look for each stretch of what they teach.
     """
-    return draws.pick((_things, _things, _things, _texts, _texts, _screen, _screen, _pair, _text))(draws)
+    return draws.pick((_things, _things, _kinds, _kinds, _texts, _texts, _screen, _pair, _more, _text))(draws)
 
 
 def _things(draws: Draws) -> tuple[list[dict[str, Any]], list[Look]]:
@@ -92,12 +95,20 @@ def _things(draws: Draws) -> tuple[list[dict[str, Any]], list[Look]]:
         marks = write(draws, image, text, ink_on(ground), (0, top, size[0], top + UNIT))
         if text.lower() not in map(str.lower, written):
             written[text] = marks
-    turns = list(_questions(draws, language, things, size))
+    turns = list(_Things(draws, language, things, size).questions())
     for text, marks in written.items():
         turns.append(_find_text(draws, language, text, _box(marks[0].whole, size)))
         if texts == 1:
             turns.append(_read(draws, language, text, marks, size))
     return _messages([image], draws.some(turns, TURNS))
+
+
+def _kinds(draws: Draws) -> tuple[list[dict[str, Any]], list[Look]]:
+    """How many there are of each kind, in a picture that has several of one."""
+    sample = count(draws, 3)
+    marks = [Mark((one["colour"], one["shape"]), one["box"], one["box"]) for one in sample.scene["things"]]
+    turns = list(_Things(draws, sample.language, marks, sample.size).counts())
+    return _messages(_pictures(sample), draws.some(turns, TURNS))
 
 
 def _text(draws: Draws) -> tuple[list[dict[str, Any]], list[Look]]:
@@ -154,6 +165,23 @@ def _pair(draws: Draws) -> tuple[list[dict[str, Any]], list[Look]]:
     return _messages(_pictures(sample), draws.some(turns, TURNS))
 
 
+def _more(draws: Draws) -> tuple[list[dict[str, Any]], list[Look]]:
+    """Which of two pictures has more shapes, in one of the ways to ask it."""
+    language, numbers = draws.language(), [draws.between(0, 4) for _ in range(2)]
+    if draws.chance(0.2):
+        numbers[1] = numbers[0]
+    pictures, places = [], []
+    for n, number in enumerate(numbers):
+        size = picture_size(draws, (2, 3), (2, 3))
+        image, marks = draw_some_things(draws, size, size, draws.pick(GROUNDS), number)
+        pictures.append(image)
+        places += [(n, _box(mark.box, size)) for mark in marks]
+    answer = WHICH_PICTURE[language][0 if numbers[0] > numbers[1] else 1 if numbers[1] > numbers[0] else 2]
+    return _messages(
+        pictures, [Turn(draws.question("which has more", language), answer, Look(tuple(places), "compared"))]
+    )
+
+
 def _pictures(sample: Sample) -> list[np.ndarray]:
     return [from_ppm(sample.members[name]) for name in sample.record["images"]]
 
@@ -189,31 +217,50 @@ def _read(draws: Draws, language: str, text: str, marks: Sequence[Mark], size: t
     return Turn(draws.question("read", language), text, look)
 
 
-def _questions(draws: Draws, language: str, things: Sequence[Mark], size: tuple[int, int]) -> Iterator[Turn]:
-    """Everything about things that has one answer in this picture; counts are asked a few times only."""
-    kinds = [(mark.names[0], mark.names[1]) for mark in things]
-    boxes = [(0, _box(mark.box, size)) for mark in things]
-    colours, shapes = [colour for colour, _ in kinds], [shape for _, shape in kinds]
+@dataclass(frozen=True)
+class _Things:
+    """What there is to ask about the things in a picture of `size`."""
 
-    def turn(name: str, about: str, answer: str, which: Sequence[bool], *, counted: bool = False) -> Turn:
-        places = tuple(box for box, asked in zip(boxes, which, strict=True) if asked)
+    draws: Draws
+    language: str
+    things: Sequence[Mark]
+    size: tuple[int, int]
+
+    @property
+    def kinds(self) -> list[tuple[str, str]]:
+        return [(mark.names[0], mark.names[1]) for mark in self.things]
+
+    def turn(self, name: str, about: str, answer: str, which: Sequence[bool], *, counted: bool = False) -> Turn:
+        """The question of that name about those things."""
+        places = tuple((0, _box(mark.box, self.size)) for mark, one in zip(self.things, which, strict=True) if one)
         look = Look(places, "counted" if counted else "one", about if name == "find" else "")
-        return Turn(draws.question(name, language, about), answer, look)
+        return Turn(self.draws.question(name, self.language, about), answer, look)
 
-    yield turn("count all", "", str(len(things)), [True] * len(things), counted=True)
-    for _ in range(2):
-        by_colour = draws.chance(0.5)
-        seen = draws.chance(0.7) and kinds
-        colour, shape = draws.pick(kinds) if seen else (draws.pick(list(COLOURS)), draws.pick(SHAPES))
-        which = [one == colour for one in colours] if by_colour else [one == shape for one in shapes]
-        name = kind_name(colour if by_colour else None, None if by_colour else shape, language)
-        yield turn("count", name, str(sum(which)), which, counted=True)
-    for n, (colour, shape) in enumerate(kinds):
-        this = [n == other for other in range(len(kinds))]
-        if shapes.count(shape) == 1:
-            yield turn("colour of", shape_name(shape, language), colour_name(colour, language), this)
-        if colours.count(colour) == 1:
-            yield turn("shape of", colour_name(colour, language), shape_name(shape, language), this)
-        if kinds.count((colour, shape)) == 1:
-            name = thing_name(colour, shape, language)
-            yield turn("find", name, render_grounding(Grounded(name, (boxes[n][1],))), this)
+    def number(self, colour: str | None, shape: str | None) -> Turn:
+        """How many there are of a colour, or of a shape."""
+        which = [colour in (None, one) and shape in (None, other) for one, other in self.kinds]
+        return self.turn("count", kind_name(colour, shape, self.language), str(sum(which)), which, counted=True)
+
+    def counts(self) -> Iterator[Turn]:
+        """How many there are of each colour and each shape, of one that may not be there, and of all."""
+        colours, shapes = ({kind[n] for kind in self.kinds} for n in (0, 1))
+        for colour in sorted({*colours, self.draws.pick(list(COLOURS))}):
+            yield self.number(colour, None)
+        for shape in sorted({*shapes, self.draws.pick(SHAPES)}):
+            yield self.number(None, shape)
+        yield self.turn("count all", "", str(len(self.things)), [True] * len(self.things), counted=True)
+
+    def questions(self) -> Iterator[Turn]:
+        """Everything that has one answer; counts are asked a few times only."""
+        draws, language, kinds = self.draws, self.language, self.kinds
+        yield from draws.some(list(self.counts()), 3)
+        colours, shapes = [colour for colour, _ in kinds], [shape for _, shape in kinds]
+        for n, (colour, shape) in enumerate(kinds):
+            this = [n == other for other in range(len(kinds))]
+            if shapes.count(shape) == 1:
+                yield self.turn("colour of", shape_name(shape, language), colour_name(colour, language), this)
+            if colours.count(colour) == 1:
+                yield self.turn("shape of", colour_name(colour, language), shape_name(shape, language), this)
+            if kinds.count((colour, shape)) == 1:
+                name, box = thing_name(colour, shape, language), _box(self.things[n].box, self.size)
+                yield self.turn("find", name, render_grounding(Grounded(name, (box,))), this)

@@ -5,9 +5,10 @@ is about. While it looks elsewhere, or everywhere, an answer's gradient hardly s
 kind of looking up is learned late, and at once. But a dialogue knows what its answers are about. So some heads are
 told: `LOOKS` puts its weight on the thing that is asked about, on several in equal parts, or, as a text is read, on the
 next character; `COUNTS` puts half as much on the middle of each thing that is counted as on the first token, so that
-their number is how much of it is in the pictures. Text is harder: what is to be found has several characters,
-which stand away from the coordinates. So `NAMED`, of the layer before, looks from each token of a name that the answer
-has to what is called so, and the coordinates find it there. Nothing of this is there when the model is used.
+their number is how much of it is in the pictures, and where two pictures are compared, each of the two counts one. Text
+is harder: what is to be found has several characters, which stand away from the coordinates. So `NAMED`, of the layer
+before, looks from each token of a name that the answer has to what is called so, and the coordinates find it there.
+Nothing of this is there when the model is used.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Any, cast
 
 import torch
@@ -84,14 +85,19 @@ def gazes(example: Example, looks: Sequence[Look], texts: Sequence[str]) -> list
         rows, columns = grids[picture]
         return begins[picture] + (box.y1 + box.y2) * rows // 2000 * columns + (box.x1 + box.x2) * columns // 2000
 
+    def amounts(places: Sequence[tuple[int, Box]]) -> tuple[tuple[tuple[int, ...], float], ...]:
+        first = 1 / (1 + EACH * len(places))
+        middles = Counter(middle(place) for place in places)
+        return *(((token,), EACH * number * first) for token, number in middles.items()), ((0,), first)
+
     found = []
     for (begin, end), look in zip(stretches, looks, strict=True):
         written = [texts[int(token)] for token in example.input_ids[begin:end]]
         if look.how == "counted":
-            first = 1 / (1 + EACH * len(look.places))
-            middles = Counter(middle(place) for place in look.places)
-            things = [((token,), EACH * number * first) for token, number in middles.items()]
-            found.append(Gaze(begin - 1, COUNTS, (*things, ((0,), first))))
+            found.append(Gaze(begin - 1, COUNTS, amounts(look.places)))
+        elif look.how == "compared":
+            for n, (picture, head) in product(_said(written), enumerate((LOOKS, COUNTS))):
+                found.append(Gaze(begin + n - 1, head, amounts([one for one in look.places if one[0] == picture])))
         elif look.how == "spelled":
             at = 0
             for n, text in enumerate(written):

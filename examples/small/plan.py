@@ -30,7 +30,7 @@ SCOPE: dict[str, tuple[int, ...]] = {
 }
 #: Skill -> how often it is drawn where all are equally often wrong. A sample of the screen game has four to six times
 #: as many tokens as one of the others, and one of pointing nearly twice as many.
-WEIGHTS = {"read": 4.0, "colour_shape": 1.5, "count": 1.5, "compare": 2.0, "point": 1.5, "video": 0.75, "screen": 0.8}
+WEIGHTS = {"read": 4.0, "colour_shape": 1.5, "count": 1.5, "compare": 2.0, "point": 1.5, "video": 1.5, "screen": 0.8}
 #: The share of wrong answers below which a level opens the next one.
 OPENING = 0.3
 #: Added to every level's share of wrong answers, so that what is mastered is not forgotten.

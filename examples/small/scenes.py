@@ -98,11 +98,11 @@ def picture_size(draws: Draws, rows: tuple[int, int], columns: tuple[int, int]) 
 
 
 def draw_some_things(
-    draws: Draws, size: tuple[int, int], room: tuple[int, int], ground: Colour
+    draws: Draws, size: tuple[int, int], room: tuple[int, int], ground: Colour, count: int | None = None
 ) -> tuple[Image.Image, list[Mark]]:
-    """A picture of `size` with none to eight shapes in its upper left part, `room`."""
+    """A picture of `size` with `count` shapes, or none to eight, in its upper left part, `room`."""
     colours = fitting_colours(ground)
-    count = draws.pick((0, 1, 1, 2, 3, 4, 5, 6, 7, 8))
+    count = draws.pick((0, 1, 1, 2, 3, 4, 5, 6, 7, 8)) if count is None else count
     largest = max(12, min(room) // (1 if count < 2 else 2 if count < 4 else 3))
     places = scatter(draws, room, [draws.between(12, min(largest, 50)) for _ in range(count)])
     same = draws.pick(colours) if draws.chance(0.2) else None

@@ -157,6 +157,34 @@ def test_pairs_are_compared_as_their_pixels_are():
     assert len(seen) == 2
 
 
+def test_every_kind_is_counted():
+    """Each question's number is that of the places, no two of which are one; several of a kind are frequent."""
+    answers = []
+    for messages, looks in some(dialogues._kinds, 30):
+        for (question, answer), look in zip(turns(messages), looks, strict=True):
+            assert question.startswith(("How many", "Count")) and look.how == "counted"
+            assert int(answer) == len(look.places) == len(set(look.places))
+            answers.append(int(answer))
+    assert max(answers) >= 5 and sum(one >= 3 for one in answers) > len(answers) / 8
+
+
+def test_the_picture_with_more_things_is_named(processor, texts):
+    seen = set()
+    for messages, looks in some(dialogues._more, 30):
+        ((_, answer),) = turns(messages)
+        first, second = ([place for place in looks[0].places if place[0] == n] for n in (0, 1))
+        more = "the first" if len(first) > len(second) else "the second" if len(second) > len(first) else "equal"
+        assert answer == more and looks[0].how == "compared"
+        seen.add(more)
+        found = gazes(example_of(processor, messages), looks, texts)
+        assert [one.head for one in found] == [LOOKS, COUNTS] * (len(found) // 2)
+        for gaze, places in zip(found, (first, second), strict=False):
+            assert sum(share for keys, share in gaze.places if keys != (0,)) == pytest.approx(
+                len(places) / (2 + len(places))
+            )
+    assert len(seen) == 3
+
+
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_dialogues_are_examples_with_every_answer_taught(processor, texts, language):
     """A look for every taught stretch, and what is looked at are the tokens of the pictures that it names."""
@@ -170,10 +198,11 @@ def test_dialogues_are_examples_with_every_answer_taught(processor, texts, langu
         for gaze in gazes(example, looks, texts):
             assert example.labels[gaze.row + (gaze.head != NAMED)] >= 0
             assert sum(share for _, share in gaze.places) == pytest.approx(1)
-            things = gaze.places if gaze.head != COUNTS else gaze.places[:-1]
+            things = [one for one in gaze.places if one[0] != (0,)]
             assert all(keys and images.issuperset(keys) for keys, _ in things)
-            if gaze.head == COUNTS:
-                number = int(texts[int(example.labels[gaze.row + 1])])
+            said = texts[int(example.labels[gaze.row + 1])]
+            if gaze.head == COUNTS and said.isdigit():
+                number = int(said)
                 assert gaze.places[-1] == ((0,), pytest.approx(1 / (1 + number / 2))) and len(things) <= number
     assert len(kinds) >= 4
 

@@ -158,7 +158,7 @@ def test_a_sitting_goes_on_as_if_it_had_not_been_cut(beginning, tmp_path, monkey
     monkeypatch.setattr(held_out, "_MAX_NEW_TOKENS", 2)
     monkeypatch.setattr(plan, "OPENING", 1.1)
     monkeypatch.setattr(plan, "SCOPE", {"read": (0,), "count": (0,)})
-    sitting = Sitting("x", 3, tokens=256, every=1, count=2)
+    sitting = Sitting("x", 3, tokens=512, every=1, count=2)
     train(tmp_path / "whole", beginning, sitting, said=lambda line: None)
 
     with pytest.raises(Killed):
@@ -182,7 +182,7 @@ def test_what_an_earlier_sitting_opened_stays_open(beginning, tmp_path, monkeypa
     monkeypatch.setattr(plan, "OPENING", -1.0)
     rows = [{"drawn": 0, "levels": {"read 0": [0.1, 0.5], name: [0.9, 0.5]}} for name in ("count 1", "video 0")]
     before = [{"begin": "y"}, *({"begin": "z", "curve": [row]} for row in rows)]
-    sitting = Sitting("x", 1, tokens=256, count=1)
+    sitting = Sitting("x", 1, tokens=512, count=1)
     train(tmp_path / "s", beginning, sitting, before=before, said=lambda line: None)
     assert set(curve(tmp_path / "s")[0]["levels"]) == {"read 0", "count 1", "video 0"}
 
