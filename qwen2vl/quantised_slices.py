@@ -89,8 +89,7 @@ def own_part(layer: QuantLinear, cut: Slice | None, tensors: Mapping[str, torch.
     Raises :class:`CheckpointError` where ``g_idx`` names groups that are not there, or one too often.
     """
     how, found = layer.how, dict(tensors)
-    each = 0 if cut is None else how.block[cut.dim] if not how.bits else how.group if cut.dim == 1 else 0
-    if cut is None or not each:
+    if cut is None or not (each := (0, how.group)[cut.dim] if how.bits else how.block[cut.dim]):
         return Part(found, layer.block, None)
     size, order, first = math.gcd(each, cut.begin), None, 0 if how.act_order else cut.begin // each
     blocks = torch.arange(cut.begin, cut.end, size) // each

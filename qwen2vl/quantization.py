@@ -365,16 +365,19 @@ def from_stored(
         # these need none do not notice; less one, they would not be in the middle.
         if how.zeros_less_one and not (how.symmetric and bool((zeros == 1 << (bits - 1)).all())):
             # AutoGPTQ spread the borrow of a zero point of 0 over all of its word; its readers made it 16.
-            if not how.borrows and bool((zeros == (top := (1 << bits) - 1)).any()):
+            if not how.borrows and bool((zeros == (1 << bits) - 1).any()):
                 raise CheckpointError(
-                    f"qzeros: hold {top}, a zero point of 0 less one, of which checkpoint_format gptq's writers make "
-                    "different things, and meta.quantizer names no known one; save the checkpoint as gptq_v2"
+                    f"qzeros: hold {(1 << bits) - 1}, a zero point of 0 less one, of which checkpoint_format gptq's "
+                    "writers make different things, and meta.quantizer does not name gptqmodel, whose way is known; "
+                    "save the checkpoint as gptq_v2"
                 )
             zeros = unpack_rows(tensors["qzeros"] + ONES[bits], bits)
         order = _order(tensors["g_idx"], layer.block[1], how.act_order) if order is None else order.to(q.device)
-        if order is not None:  # what fills a block up is as its zero point, and counts for nothing
-            filling = zeros.T.repeat_interleave(layer.block[1], 1)[:, : order.numel()]
-            q, order = torch.where(order < 0, filling, q[:, order]), order.clamp(0)
+        if order is not None:
+            filling = (order < 0).nonzero().flatten()
+            order = order.clamp(0)
+            q = q[:, order]
+            q[:, filling] = zeros.T[:, filling // layer.block[1]]  # as its zero point: it counts for nothing
     same = bool((zeros == 1 << (bits - 1)).all())
     return {
         "weight": pack_columns(q.contiguous(), bits),

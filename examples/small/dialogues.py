@@ -16,22 +16,20 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from qwen2vl.agents.function_calls import Call, Result, Step, render_turn
-from qwen2vl.agents.grounding import Box, Grounded, render_grounding, to_thousandths
-from qwen2vl.samples.comparing import compare
+from qwen2vl.agents.function_calls import Result, Step, render_turn
+from qwen2vl.agents.grounding import Box, Grounded, render_grounding
+from qwen2vl.samples.comparing import compare, difference, which_has_more
 from qwen2vl.samples.counting import count
 from qwen2vl.samples.draws import UNIT, Draws
 from qwen2vl.samples.pointing import point
 from qwen2vl.samples.questions import SCREEN
 from qwen2vl.samples.sample import Sample, from_ppm
-from qwen2vl.samples.screen_game import SYSTEM, TAP, make_game
+from qwen2vl.samples.screen_game import SYSTEM, Task, make_game
 from qwen2vl.samples.shapes import GROUNDS
 from qwen2vl.samples.texts import ink_and_ground, random_text
 from qwen2vl.samples.words import (
     COLOURS,
-    DIFFERENCES,
     SHAPES,
-    WHICH_PICTURE,
     YES_NO,
     colour_name,
     kind_name,
@@ -136,15 +134,15 @@ def _screen(draws: Draws) -> tuple[list[dict[str, Any]], list[Look]]:
     """All buttons of a screen are to be tapped, of which the player sees one picture only."""
     language = draws.language()
     game = make_game(draws, draws.between(0, 1), language)
+    controls = draws.some(game.screens[0], TURNS)
+    game.tasks = tuple(Task("tap", control.label) for control in controls)
+    user = {"role": "user", "content": game.reset()}
     steps: list[Step] = []
-    said, looks = [], []
-    for control in draws.some(game.screens[0], TURNS):
-        said.append(SCREEN[language]["tap"].replace("{}", control.label))
-        looks.append(Look(((0, _box(control.box, game.size)),), name=control.label))
-        steps += [said[-1], Call(TAP.name, {"point": to_thousandths(*control.centre, *game.size)}), Result()]
+    for task in game.tasks:
+        steps += [task.words(language), call := game.next_call(), Result()]
+        game.execute(call)
     steps.append(SCREEN[language]["done"])
-    asked = ("" if language == "zh" else " ").join(said)
-    user = {"role": "user", "content": [*_items([game.draw()]), {"type": "text", "text": asked}]}
+    looks = [Look(((0, _box(control.box, game.size)),), name=control.label) for control in controls]
     answer = {"role": "assistant", "content": render_turn(steps, "paper")}
     return [{"role": "system", "content": SYSTEM}, user, answer], [*looks, Look()]
 
@@ -154,11 +152,10 @@ def _pair(draws: Draws) -> tuple[list[dict[str, Any]], list[Look]]:
     sample = compare(draws, 2)
     first, second = sample.scene["things"]
     unlike = [first[name] != second[name] for name in ("colour", "shape")]
-    which = {(True, False): 0, (False, True): 1, (True, True): 2, (False, False): 3}[unlike[0], unlike[1]]
     answers = {
         "same colour": YES_NO[sample.language][unlike[0]],
         "same shape": YES_NO[sample.language][unlike[1]],
-        "difference": DIFFERENCES[sample.language][which],
+        "difference": difference(sample.language, *unlike),
     }
     look = Look(((0, _box(first["box"], sample.size)), (1, _box(second["box"], sample.size))))
     turns = [Turn(draws.question(name, sample.language), answer, look) for name, answer in answers.items()]
@@ -176,7 +173,7 @@ def _more(draws: Draws) -> tuple[list[dict[str, Any]], list[Look]]:
         image, marks = draw_some_things(draws, size, size, draws.pick(GROUNDS), number)
         pictures.append(image)
         places += [(n, _box(mark.box, size)) for mark in marks]
-    answer = WHICH_PICTURE[language][0 if numbers[0] > numbers[1] else 1 if numbers[1] > numbers[0] else 2]
+    answer = which_has_more(language, *numbers)
     return _messages(
         pictures, [Turn(draws.question("which has more", language), answer, Look(tuple(places), "compared"))]
     )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from qwen2vl.errors import DataError
-from qwen2vl.prompt.processor import Processor
+from qwen2vl.prompt.processor import Messages, Processor
 from qwen2vl.prompt.tokenizer import Tokenizer
 from qwen2vl.samples.draws import Draws
 from qwen2vl.training.data import TrainingData, build_dataset
@@ -82,10 +82,8 @@ class Lessons:
         if not self.dialogues or rng.random() >= self.dialogues:
             return None
         messages, looks = dialogue(Draws(rng, languages=LANGUAGES))
-        inputs = self.processor.supervised(messages)
-        media = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
         source = f"dialogue:{self.rank}:{self.drawn}"
-        example = Example(inputs["input_ids"][0], inputs["labels"][0], **media, source=source)
+        example = example_of(self.processor, messages, source)
         self.looked[source] = gazes(example, looks, self._texts)
         return example
 
@@ -122,6 +120,13 @@ class Lessons:
         if state["data"] is not None:
             self._data = self._of_lap(self._lap)
             self._data.load_state_dict(state["data"])
+
+
+def example_of(processor: Processor, messages: Messages, source: str = "") -> Example:
+    """What a conversation about pictures teaches."""
+    inputs = processor.supervised(messages)
+    media = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
+    return Example(inputs["input_ids"][0], inputs["labels"][0], **media, source=source)
 
 
 def texts_of(tokenizer: Tokenizer) -> list[str]:

@@ -2,9 +2,8 @@
 
 A step learns from questions, and from what is to be looked at as they are answered (see `examples.small.looking`), from
 pictures of which all is known (see `examples.small.seeing`), or from both. A sitting without questions is the tower's
-own training. Started by torchrun, every process draws samples of its own, and their
-gradients are averaged. A sitting lies in one folder. Killed at any time, it goes on from its last measurement as if
-nothing had been:
+own training. Started by torchrun, every process draws samples of its own, and their gradients are averaged. A sitting
+lies in one folder. Killed at any time, it goes on from its last measurement as if nothing had been:
 
     run.json      what it was begun with
     begin/        the weights that it begins from
@@ -19,7 +18,7 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -194,17 +193,11 @@ class _Run:
             with self.looking.watching():
                 losses = {"questions": self.questions(pack, 1.0 / max(1, pack.supervised))}
             looked = {one: found for one in pack.sources if one and (found := self.lessons.looked.pop(one, None))}
-            losses |= self.looking.losses(pack, looked)
-            torch.stack([ATTENTION.get(name, 1.0) * loss for name, loss in losses.items()]).sum().backward()
-            for name, loss in losses.items():
-                self.losses[name] += float(loss.detach())
+            self._learn_from(losses | self.looking.losses(pack, looked), ATTENTION)
         if sitting.pictures:
             rng = np.random.default_rng([sitting.seed, self.rank, self.step])
             seen = pictures(self.processor, self.names, rng, sitting.pictures)
-            losses = self.heads(tokens_of(self.model, seen), seen)
-            torch.stack([LOSSES[name] * loss for name, loss in losses.items()]).sum().backward()
-            for name, loss in losses.items():
-                self.losses[name] += float(loss.detach())
+            self._learn_from(self.heads(tokens_of(self.model, seen), seen), LOSSES)
         self.optimizer.collect()
         if self.world > 1:
             entries = self.optimizer.entries
@@ -217,6 +210,12 @@ class _Run:
         self.of_heads.step()
         self.of_heads.zero_grad()
         self.step += 1
+
+    def _learn_from(self, losses: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> None:
+        """Add to the gradients, and keep what is told of the losses; one without a weight counts once."""
+        torch.stack([weights.get(name, 1.0) * loss for name, loss in losses.items()]).sum().backward()
+        for name, loss in losses.items():
+            self.losses[name] += float(loss.detach())
 
     # ------------------------------------------------------------------------------------------------------ measuring
 

@@ -48,13 +48,23 @@ def compare(draws: Draws, level: int) -> Sample:
     asked = "colour" if level == 0 else draws.pick(("colour", "shape")) if level == 1 else "difference"
     if asked == "difference":
         prompt = draws.question("difference", language)
-        differs = {(True, False): 0, (False, True): 1, (True, True): 2, (False, False): 3}
-        answer = DIFFERENCES[language][differs[other_colour, other_shape]]
+        answer = difference(language, other_colour, other_shape)
     else:
         prompt = draws.question(f"same {asked}", language)
         answer = YES_NO[language][int(other_colour if asked == "colour" else other_shape)]
     scene = {"things": [thing.to_dict() for thing in things], "asked": asked}
     return question(pictures, prompt, answer, language, scene=scene)
+
+
+def difference(language: str, other_colour: bool, other_shape: bool) -> str:
+    """The word for what differs."""
+    differs = {(True, False): 0, (False, True): 1, (True, True): 2, (False, False): 3}
+    return DIFFERENCES[language][differs[other_colour, other_shape]]
+
+
+def which_has_more(language: str, first: int, second: int) -> str:
+    """The words for the picture that has more."""
+    return WHICH_PICTURE[language][0 if first > second else 1 if second > first else 2]
 
 
 def _which_has_more(draws: Draws, level: int) -> Sample:
@@ -69,7 +79,7 @@ def _which_has_more(draws: Draws, level: int) -> Sample:
         places = scatter(draws, size, [draws.between(12, min(22, min(size) // 2)) for _ in range(number)])
         things = [Thing(draws.pick(colours), draws.pick(SHAPES), *place) for place in places]
         pictures.append(draw_things(size, ground, things))
-    answer = WHICH_PICTURE[language][0 if first > second else 1 if second > first else 2]
+    answer = which_has_more(language, first, second)
     prompt = draws.question("which has more", language)
     return question(pictures, prompt, answer, language, scene={"numbers": list(numbers), "asked": "more"})
 

@@ -8,32 +8,18 @@ import torch
 
 from examples.small import dialogues, scenes
 from examples.small.dialogues import Look, dialogue
-from examples.small.lessons import Lessons, in_hundredths, texts_of
+from examples.small.lessons import Lessons, example_of, in_hundredths, texts_of
 from examples.small.looking import COUNTS, LOOKS, NAMED, Gaze, Looking, gazes
-from examples.small.shape import write_beginning
 from qwen2vl import text
 from qwen2vl.agents.function_calls import Call, render_call
 from qwen2vl.agents.grounding import parse_grounding
 from qwen2vl.model import Qwen2VL
-from qwen2vl.prompt.processor import Processor
 from qwen2vl.samples.draws import Draws
 from qwen2vl.samples.words import COLOURS, SHAPES, YES_NO, thing_name
 from qwen2vl.training.example import Example
 from qwen2vl.training.packing import collate
 
 EN = ("en",)
-
-
-@pytest.fixture(scope="module")
-def beginning(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("beginning")
-    write_beginning(folder, seed=1)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def processor(beginning):
-    return Processor.from_pretrained(beginning)
 
 
 @pytest.fixture(scope="module")
@@ -51,18 +37,19 @@ def some(kind, count, seed=4, language="en"):
     return [kind(Draws(np.random.default_rng([seed, n]), languages=(language,))) for n in range(count)]
 
 
-def example_of(processor, messages, source="x"):
-    inputs = processor.supervised(messages)
-    media = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
-    return Example(inputs["input_ids"][0], inputs["labels"][0], **media, source=source)
-
-
 # -------------------------------------------------------------------------------------------------------- dialogues
 
 
 def turns(messages):
     asked = [one["content"][-1]["text"] for one in messages[::2]]
     return list(zip(asked, [one["content"] for one in messages[1::2]], strict=True))
+
+
+def colour_in(pixels, box):
+    """That of a pixel a little below the middle of a box, which all shapes cover."""
+    height, width = pixels.shape[:2]
+    x, y = (box.x1 + box.x2) / 2000 * width, (0.45 * box.y1 + 0.55 * box.y2) / 1000 * height
+    return pixels[int(y), int(x)].astype(int)
 
 
 def test_dialogues_about_things_are_right(monkeypatch):
@@ -101,9 +88,7 @@ def test_dialogues_about_things_are_right(monkeypatch):
                 (box,) = found[0].places
                 name = found[0].phrase
                 if name in {thing_name(c, s, "en") for c in COLOURS for s in SHAPES}:
-                    height, width = pixels.shape[:2]
-                    x, y = (box.x1 + box.x2) / 2000 * width, (0.45 * box.y1 + 0.55 * box.y2) / 1000 * height
-                    assert np.abs(pixels[int(y), int(x)].astype(int) - COLOURS[name.split()[0]]).max() <= 2
+                    assert np.abs(colour_in(pixels, box) - COLOURS[name.split()[0]]).max() <= 2
                     asked["find"] += 1
     assert min(asked.values()) > 10, asked
 
@@ -144,11 +129,7 @@ def test_every_button_of_a_screen_is_tapped_once(processor, texts):
 def test_pairs_are_compared_as_their_pixels_are():
     seen = set()
     for messages, looks in some(dialogues._pair, 30):
-        colours = []
-        for n, box in looks[0].places:
-            pixels = messages[0]["content"][n]["image"].astype(int)
-            x, y = (box.x1 + box.x2) / 2000, 0.45 * box.y1 / 1000 + 0.55 * box.y2 / 1000
-            colours.append(pixels[int(y * pixels.shape[0]), int(x * pixels.shape[1])])
+        colours = [colour_in(messages[0]["content"][n]["image"], box) for n, box in looks[0].places]
         same = np.abs(colours[0] - colours[1]).max() <= 2
         for question, answer in turns(messages):
             if "colour" in question and answer in YES_NO["en"]:

@@ -34,13 +34,6 @@ from tests.examples.cut import Killed, killed_at
 SCOPE_LEVELS = [(skill, n) for skill, levels in SCOPE.items() for n in levels]
 
 
-@pytest.fixture(scope="module")
-def beginning(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("beginning")
-    write_beginning(folder, seed=SEED)
-    return folder
-
-
 def test_equal_seeds_write_equal_bytes(beginning, tmp_path):
     write_beginning(tmp_path / "again", seed=SEED)
     write_beginning(tmp_path / "other", seed=SEED + 1)

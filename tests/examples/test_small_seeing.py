@@ -12,30 +12,16 @@ from safetensors.torch import load_file
 from examples.small import scenes, seeing, sitting
 from examples.small.scenes import Mark, picture_size, scene
 from examples.small.seeing import CHARACTERS, Heads, Names, Seen, pictures
-from examples.small.shape import write_beginning
 from examples.small.sitting import HEADS, Sitting, sittings_of, train
 from qwen2vl.errors import Qwen2VLError
 from qwen2vl.media.image import preprocess_image
 from qwen2vl.model import Qwen2VL
-from qwen2vl.prompt.processor import Processor
 from qwen2vl.samples.draws import Draws, is_held_out_size
 from qwen2vl.samples.vocabulary import is_held_out
 from qwen2vl.samples.words import COLOURS, SHAPES
 from tests.examples.cut import Killed, killed_at
 
 EN = ("en",)
-
-
-@pytest.fixture(scope="module")
-def beginning(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("beginning")
-    write_beginning(folder, seed=1)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def processor(beginning):
-    return Processor.from_pretrained(beginning)
 
 
 def some_scenes(count, seed=0):

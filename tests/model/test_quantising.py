@@ -13,7 +13,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from benchmarks.random_checkpoint import small_config, write_random_checkpoint
-from examples.small.lessons import in_hundredths, texts_of
+from examples.small.lessons import example_of, in_hundredths, texts_of
 from examples.small.tokenizer import LANGUAGES
 from qwen2vl import CheckpointError, Processor, PromptError, Qwen2VL, assets, awq
 from qwen2vl.cli import app, chat
@@ -23,7 +23,6 @@ from qwen2vl.quantising import _rounded, nearest, quantise, stated
 from qwen2vl.quantization import Quantization, quantised, to_stored
 from qwen2vl.samples import generate as make_sample
 from qwen2vl.samples.source import read_sample
-from qwen2vl.training.example import Example
 from qwen2vl.training.packing import collate
 from qwen2vl.training.step import TrainingStep
 from tests.model.checkpoint_files import logits
@@ -262,16 +261,13 @@ def test_the_small_model_loses_little():
 
     def samples(split, each):
         return [
-            processor.supervised(read_sample(make_sample(skill, n % 2 * 2, split=split, index=n, languages=LANGUAGES)))
+            read_sample(make_sample(skill, n % 2 * 2, split=split, index=n, languages=LANGUAGES))
             for skill in skills
             for n in range(each)
         ]
 
-    def example(inputs):
-        media = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
-        return in_hundredths(Example(inputs["input_ids"][0], inputs["labels"][0], **media), texts)
-
-    held_out, calibration = [example(inputs) for inputs in samples("held-out", 60)], samples("train", 12)
+    held_out = [in_hundredths(example_of(processor, sample), texts) for sample in samples("held-out", 60)]
+    calibration = [processor.supervised(sample) for sample in samples("train", 12)]
 
     def loss(form=None, **options):
         model = Qwen2VL.from_pretrained(assets.folder(), device="cpu")
